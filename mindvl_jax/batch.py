@@ -1,0 +1,102 @@
+"""The batch: the contract between data and model.
+
+Legend: B rows, T token places a row, P patch places a row, M image segments a row, W windows a row, S samples a row.
+A row holds several samples; segment 0 is padding, samples and images count from 1 within their row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+Array = Any  # np.ndarray on the host, jax.Array on devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Packed rows of static shape. Registered as a JAX pytree by `mindvl_jax.models`.
+
+    Attributes:
+      tokens: (B, T) int32, ids of the model's vocabulary; the pad id where `segment_ids` is 0.
+      targets: (B, T) int32, the id to predict at each place (the next token of the same sample), 0 where there is none.
+      loss_weights: (B, T) float32, weight of each target's negative log-likelihood; 0 where nothing is learned.
+      segment_ids: (B, T) int32, sample of each token place, 0 is padding.
+      positions: (B, 3, T) int32, rotary positions (temporal, height, width); 1-D models read row 0.
+      visual_index: (B, T) int32, which merged patch group of the row (0 .. P/4 - 1) feeds this place, -1 for text.
+      segment_lengths: (B, S) int32, tokens of each sample in order, -1 padded. Padding tokens are not counted.
+      patches: (B, P, patch_dim) uint8 pixels in (channel, frame, row, column) order, or float already normalised;
+        patches lie in window order, the four patches of one merged token next to each other.
+      patch_positions: (B, P, 2) int32, (height, width) of each patch in its image, in patches.
+      patch_segment_ids: (B, P) int32, image (or video frame pair) of each patch, 0 is padding: full attention blocks.
+      patch_window_ids: (B, P) int32, attention window of each patch, unique in the row, 0 is padding: window blocks.
+      image_lengths: (B, M) int32, patches of each image segment in order, -1 padded.
+      window_lengths: (B, W) int32, patches of each window in order, -1 padded.
+    """
+
+    tokens: Array
+    targets: Array
+    loss_weights: Array
+    segment_ids: Array
+    positions: Array
+    visual_index: Array
+    segment_lengths: Array
+    patches: Array
+    patch_positions: Array
+    patch_segment_ids: Array
+    patch_window_ids: Array
+    image_lengths: Array
+    window_lengths: Array
+
+    def fields(self) -> dict[str, Array]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def replace(self, **changes: Array) -> "Batch":
+        return dataclasses.replace(self, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchShape:
+    """Static sizes of one phase's batch; `windows`, `images`, `samples` bound the lengths arrays."""
+
+    rows: int
+    tokens: int
+    patches: int
+    samples: int
+    images: int
+    windows: int
+    patch_dim: int
+
+    def empty(self) -> Batch:
+        """A batch of nothing but padding, on the host."""
+        B, T, P = self.rows, self.tokens, self.patches
+        token_zeros = lambda: np.zeros((B, T), np.int32)
+        patch_zeros = lambda: np.zeros((B, P), np.int32)
+        return Batch(
+            tokens=token_zeros(),
+            targets=token_zeros(),
+            loss_weights=np.zeros((B, T), np.float32),
+            segment_ids=token_zeros(),
+            positions=np.zeros((B, 3, T), np.int32),
+            visual_index=np.full((B, T), -1, np.int32),
+            segment_lengths=np.full((B, self.samples), -1, np.int32),
+            patches=np.zeros((B, P, self.patch_dim), np.uint8),
+            patch_positions=np.zeros((B, P, 2), np.int32),
+            patch_segment_ids=patch_zeros(),
+            patch_window_ids=patch_zeros(),
+            image_lengths=np.full((B, self.images), -1, np.int32),
+            window_lengths=np.full((B, self.windows), -1, np.int32),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedBatch:
+    """A batch with what only the host needs to know about it."""
+
+    batch: Batch
+    sample_ids: tuple[tuple[str, ...], ...]  # one tuple a row, in segment order
+
+    @property
+    def samples(self) -> int:
+        return sum(len(row) for row in self.sample_ids)
