@@ -1,0 +1,49 @@
+"""The console command `mindvl`. Each subcommand lives beside what it does and is imported only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from typing import Sequence
+
+from mindvl_jax import __version__
+from mindvl_jax.errors import UserError
+
+# name -> (module with add_arguments(parser) and run(args) -> exit code, help)
+COMMANDS = {
+    "config": ("mindvl_jax.config_command", "check a configuration, print it resolved, or print its JSON schema"),
+    "data": ("mindvl_jax.data.command", "check or convert training data"),
+    "generate": ("mindvl_jax.inference.command", "answer prompts about pictures"),
+    "evaluate": ("mindvl_jax.evaluation.command", "score a model on tasks"),
+    "average": ("mindvl_jax.weights.average_command", "average the weights of checkpoints"),
+    "export": ("mindvl_jax.weights.export_command", "write a run as a Hugging Face folder"),
+    "score": ("mindvl_jax.weights.score_command", "negative log-likelihood of answers, sample by sample"),
+    "parity": ("mindvl_jax.weights.parity_command", "compare a folder's model with transformers"),
+    "compare": ("mindvl_jax.training.compare_command", "train two configurations from one seed and compare their losses"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand. Exit code 2 with one clear message for what the user can mend."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="mindvl", description="MindVL: train, use and check native-resolution vision-language models.")
+    parser.add_argument("--version", action="version", version=f"mindvl {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    for name, (module, help_text) in COMMANDS.items():
+        subparser = commands.add_parser(name, help=help_text, description=help_text.capitalize() + ".")
+        if name == chosen:
+            command = importlib.import_module(module)
+            command.add_arguments(subparser)
+            subparser.set_defaults(run=command.run)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except UserError as error:
+        print(f"mindvl {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
