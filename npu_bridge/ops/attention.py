@@ -1,0 +1,87 @@
+"""Softmax attention over packed rows, with an explicit gradient that stores no probabilities.
+
+B rows, T query places, S key places, N query heads, K key/value heads, G = N / K, H head dim of queries and keys, J head dim of
+values (J = H but for multi-head latent attention).
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from npu_bridge.ops._common import require, require_float, zero_cotangent
+from npu_bridge.ops._dense import dense_backward, dense_forward
+
+
+def attention(q, k, v, *, segment_ids_q=None, segment_ids_kv=None, causal: bool, window=None, scale=None,
+              max_segment_length=None, lengths=None, implementation=None):
+    """Grouped-query softmax attention inside equal segment ids.
+
+    Query place t may attend key place s when all of these hold:
+      - their segment ids are equal and not 0 (with no ids given every place belongs to one segment);
+      - `causal`: s <= t + (S - T), the last query being level with the last key;
+      - `window`: at most window - 1 places lie between them (t + (S - T) - s < window, and when not causal
+        s - t - (S - T) < window as well).
+    A query that may attend nothing yields zeros and passes no gradient.
+
+    Args:
+      q: (B, T, N, H). k: (B, S, K, H). v: (B, S, K, J). K divides N; query head n reads key head n // (N // K). One dtype.
+      segment_ids_q: (B, T) int32, samples counted from 1, 0 is padding. segment_ids_kv: (B, S), by default those of the queries.
+      window: static int or None. scale: static float, by default H ** -0.5.
+      max_segment_length: static promise that equal ids never lie further apart than this many places, ends included. It lets the
+        computation skip what can only be masked; it changes no result, but a broken promise gives wrong results.
+      lengths: (B, M) int32, -1 padded: the same segments as run lengths, for variable-length kernels; the reference ignores it.
+      implementation: None (the best for the platform), "dense", "banded" (needs max_segment_length or window) or "cudnn".
+
+    Returns:
+      (B, T, N, J) in q's dtype; softmax in float32, products accumulated in float32.
+    """
+    require_float("attention", q=q, k=k, v=v)
+    _check(q, k, v, segment_ids_q, segment_ids_kv, window, max_segment_length, lengths)
+    batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
+    if segment_ids_q is None and segment_ids_kv is None:
+        segment_ids_q = segment_ids_kv = None
+    else:
+        if segment_ids_q is None:
+            segment_ids_q = jnp.ones((batch, queries), jnp.int32)
+        if segment_ids_kv is None:
+            require(queries == keys, "attention",
+                    f"segment_ids_q alone serves self-attention, but there are {queries} queries and {keys} keys; pass segment_ids_kv")
+            segment_ids_kv = segment_ids_q
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    return _attention(q, k, v, segment_ids_q, segment_ids_kv, bool(causal), window, scale)
+
+
+def _check(q, k, v, segment_ids_q, segment_ids_kv, window, max_segment_length, lengths):
+    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
+    require(q.ndim == k.ndim == v.ndim == 4, "attention", f"{shapes}; expected (B, T, N, H), (B, S, K, H), (B, S, K, J)")
+    require(q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1:3] == v.shape[1:3], "attention", f"{shapes}; B, S or K differ")
+    require(q.shape[-1] == k.shape[-1], "attention", f"{shapes}; queries and keys need one head dim")
+    require(q.shape[2] % k.shape[2] == 0, "attention", f"{shapes}; {k.shape[2]} key heads do not divide {q.shape[2]} query heads")
+    require(q.dtype == k.dtype == v.dtype, "attention", f"dtypes are {q.dtype}, {k.dtype}, {v.dtype}; expected one")
+    for name, ids, shape in (("segment_ids_q", segment_ids_q, q.shape[:2]), ("segment_ids_kv", segment_ids_kv, k.shape[:2])):
+        require(ids is None or (ids.shape == shape and jnp.issubdtype(ids.dtype, jnp.integer)), "attention",
+                f"{name} is {None if ids is None else (ids.dtype, ids.shape)}; expected integers of shape {shape}")
+    for name, value in (("window", window), ("max_segment_length", max_segment_length)):
+        require(value is None or value >= 1, "attention", f"{name} is {value}; expected at least 1")
+    require(lengths is None or (lengths.ndim == 2 and lengths.shape[0] == q.shape[0]), "attention",
+            f"lengths have shape {None if lengths is None else lengths.shape}; expected ({q.shape[0]}, M)")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attention(q, k, v, ids_q, ids_kv, causal, window, scale):
+    return dense_forward(q, k, v, ids_q, ids_kv, causal=causal, window=window, scale=scale)[0]
+
+
+def _attention_fwd(q, k, v, ids_q, ids_kv, causal, window, scale):
+    out, lse = dense_forward(q, k, v, ids_q, ids_kv, causal=causal, window=window, scale=scale)
+    return out, (q, k, v, ids_q, ids_kv, out, lse)
+
+
+def _attention_bwd(causal, window, scale, res, g):
+    q, k, v, ids_q, ids_kv, out, lse = res
+    grads = dense_backward(g, q, k, v, ids_q, ids_kv, out, lse, causal=causal, window=window, scale=scale)
+    return (*grads, *(None if ids is None else zero_cotangent(ids) for ids in (ids_q, ids_kv)))
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
