@@ -1,0 +1,254 @@
+"""Every private JAX interface the bridge uses, in one place and pinned by version. Nothing else imports ``jax._src``.
+
+Tested with the versions in `TESTED`; with another one `require_tested_version` refuses, because a private interface that
+changed quietly is worse than one that is missing. No torch here: the XLA path imports this module.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+from jax._src import core, dispatch
+from jax._src import xla_bridge
+from jax._src.interpreters import batching, mlir
+from jaxlib.mlir import ir
+
+from npu_bridge.errors import VersionError
+from npu_bridge.sharding_rule import ShardingRule
+
+TESTED = ("0.10.2", "0.11")  # exact release, or a series
+PLATFORM = "npu"
+CALL_PREFIX = "npu_bridge."
+
+# The platform needs a name for `lower(lowering_platforms=("npu",))`; it never makes a backend.
+xla_bridge.register_backend_factory(PLATFORM, lambda: None, priority=-1000, fail_quietly=True)
+if PLATFORM not in mlir._platforms_with_donation:
+    mlir._platforms_with_donation.append(PLATFORM)
+
+
+def require_tested_version(version: str | None = None) -> None:
+    """Raises VersionError unless the installed jax is one the private interfaces below were tested with."""
+    version = version or jax.__version__
+    if not any(version == t or version.startswith(t + ".") for t in TESTED):
+        raise VersionError(
+            f"npu_bridge: jax {version} found, tested with {', '.join(t if t.count('.') > 1 else t + '.x' for t in TESTED)}. "
+            "The bridge uses private JAX interfaces (npu_bridge/jaxcompat.py) that may have changed. "
+            "Install a tested version, or run tests/bridge and add yours to TESTED."
+        )
+
+
+# ---- MLIR -------------------------------------------------------------------------------------------------------------
+
+
+def make_context() -> ir.Context:
+    """An MLIR context with the StableHLO, CHLO, Shardy and func dialects loaded."""
+    return mlir.make_ir_context()
+
+
+def _ir_type(ctx: Any, aval: core.AbstractValue) -> ir.Type:
+    takes_context = len(inspect.signature(mlir.aval_to_ir_type).parameters) > 1  # an argument that 0.10 added
+    return mlir.aval_to_ir_type(ctx.module_context, aval) if takes_context else mlir.aval_to_ir_type(aval)
+
+
+def kept_arguments(lowered: jax.stages.Lowered) -> list[int]:
+    """Positions of the flat arguments that survive in the lowered module (jit drops unused ones)."""
+    return sorted(lowered._lowering.compile_args["kept_var_idx"])
+
+
+def donated_arguments(lowered: jax.stages.Lowered) -> list[bool]:
+    """For each flat argument (before unused ones are dropped) whether it is donated."""
+    return [info.donated for info in jax.tree.leaves(lowered.args_info)]
+
+
+def custom_call_with_rule(
+    ctx: Any,
+    name: str,
+    operands: Sequence[ir.Value],
+    result_avals: Sequence[core.AbstractValue],
+    rule: str,
+    params: Mapping[str, Any],
+    *,
+    reduces: Mapping[int, Sequence[str]] | None = None,
+    replicate: Sequence[str] = (),
+    permutation: Sequence[str] = (),
+    sizes: Mapping[str, int] | None = None,
+) -> list[ir.Value]:
+    """Emits ``stablehlo.custom_call @npu_bridge.<name>`` with a sharding rule and ``bridge.params``.
+
+    `reduces` maps a result to the factors that are summed into it. Shardy has no reduction factors per result, so results
+    with different reductions become several custom calls on the same operands, each a *part*; the importer merges the parts
+    back into one kernel call.
+    """
+    fitted = ShardingRule.fit(rule, [ir.ShapedType(o.type).shape for o in operands], [a.shape for a in result_avals], sizes)
+    unknown = [f for f in (*replicate, *permutation, *(f for fs in (reduces or {}).values() for f in fs)) if f not in fitted.sizes]
+    if unknown:
+        raise ValueError(f"operator {name!r}: factors {unknown} are not in its rule {rule!r}")
+    parts: dict[tuple[str, ...], list[int]] = {}
+    for i in range(len(result_avals)):
+        parts.setdefault(tuple(sorted((reduces or {}).get(i, ()))), []).append(i)
+    results: list[ir.Value | None] = [None] * len(result_avals)
+    for reduction, members in parts.items():
+        types = [_ir_type(ctx, result_avals[i]) for i in members]
+        call = mlir.custom_call(CALL_PREFIX + name, result_types=types, operands=list(operands), backend_config={}, api_version=4)
+        record = {"params": dict(params), "part": members, "results": len(result_avals)}
+        call.attributes["bridge.params"] = ir.StringAttr.get(repr(record))
+        text = fitted.select_results(members).as_attribute(reduction, replicate, permutation)
+        call.attributes["sdy.sharding_rule"] = ir.Attribute.parse(text)
+        for i, value in zip(members, call.results):
+            results[i] = value
+    return results
+
+
+def register_platform_lowering(primitive: core.Primitive, rule: Callable[..., Sequence[ir.Value]]) -> None:
+    """Gives a primitive its own lowering for platform ``npu``; other platforms are untouched."""
+    mlir.register_lowering(primitive, rule, platform=PLATFORM)
+
+
+def lower_with(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A lowering rule that traces `function` (JAX code with the primitive's parameters as keywords)."""
+    return mlir.lower_fun(function, multiple_results=True)
+
+
+# ---- operators ----------------------------------------------------------------------------------------------------------
+
+
+def _check_static(name: str, params: Mapping[str, Any]) -> None:
+    for key, value in params.items():
+        try:
+            same = ast.literal_eval(repr(value)) == value
+        except (ValueError, SyntaxError):
+            same = False
+        if not same:
+            raise TypeError(
+                f"operator {name!r}: parameter {key!r} is {value!r} ({type(value).__name__}); static parameters must be plain "
+                "Python literals (int, float, str, bool, None and tuples of them), arrays go in as operands"
+            )
+
+
+def _named_factors(names: Sequence[str], present: Mapping[str, int]) -> list[str]:
+    """``...`` stands for every leading factor; a rule that depends on ranks may leave a factor out."""
+    leading = [f for f in present if f.startswith("batch") and f[5:].isdigit()] if "..." in names else []
+    return leading + [f for f in names if f in present]
+
+
+def define_operator(
+    name: str,
+    *,
+    reference: Callable[..., Any],
+    rule: str | Callable[..., str],
+    reduces: Mapping[int, Sequence[str]] | None = None,
+    replicate: Sequence[str] = (),
+    sizes: Mapping[str, int] | Callable[..., Mapping[str, int]] | None = None,
+    shard_starts: Mapping[str, tuple[str, int, int]] | None = None,
+    local_sizes: Mapping[str, tuple[str, int, int]] | None = None,
+    host_operands: Sequence[int] = (),
+    inplace: Mapping[int, int] | None = None,
+    batch: Callable[..., Any] | None = None,
+) -> Callable[..., tuple[jax.Array, ...]]:
+    """Makes a fused operator: reference mathematics on XLA, one custom call with a sharding rule on platform ``npu``.
+
+    Returns ``op(*arrays, **params) -> tuple of arrays`` (always a tuple). It works under jit, scan, remat, vmap, shard_map and
+    eval_shape. It has no derivative of its own: wrap it in `jax.custom_vjp` with a gradient operator.
+
+    Args:
+      name: unique; the custom call and the kernel table entry are ``npu_bridge.<name>``.
+      reference: JAX function ``(*arrays, **params)`` returning an array or a tuple of arrays.
+      rule: einsum-like sharding rule (see `npu_bridge.sharding_rule`), or a function
+        ``(operand_avals, result_avals, **params) -> str`` when it depends on ranks or parameters.
+      reduces: for a result number, the factors whose shards are summed into it (a weight gradient sums over rows);
+        ``"..."`` stands for all leading factors of the rule.
+      replicate: factors that must not be sharded.
+      sizes: sizes of factors that no whole dimension shows (heads per group), or a function like `rule`'s.
+      shard_starts: keyword the kernel receives (not the reference) -> ("operand" | "result", number, dim): index of the first
+        element of this shard along that dimension, a host int.
+      local_sizes: parameter -> ("operand" | "result", number, dim): its value is replaced by this shard's size.
+      host_operands: operands the kernel wants on the host (cumulative lengths). Inputs used only so never leave it.
+      inplace: result number -> operand number whose storage the kernel may overwrite; the kernel receives ``inplace=True``
+        when all of them are free, else False.
+      batch: batching rule ``(arrays, dims, **params) -> (results, dims)``; without one, vmap uses the reference.
+
+    Raises TypeError for parameters that are not literals, RuleError (at lowering) for a rule that does not fit.
+    """
+    primitive = core.Primitive(CALL_PREFIX + name)
+    primitive.multiple_results = True
+    primitive.def_impl(partial(dispatch.apply_primitive, primitive))
+
+    def as_tuple(*args: jax.Array, **params: Any) -> tuple[jax.Array, ...]:
+        out = reference(*args, **params)
+        return tuple(out) if isinstance(out, (tuple, list)) else (out,)
+
+    def abstract_eval(*avals: core.ShapedArray, **params: Any) -> list[core.ShapedArray]:
+        shapes = jax.eval_shape(partial(as_tuple, **params), *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
+        vma = frozenset().union(*(getattr(a, "vma", frozenset()) for a in avals))
+        try:  # inside shard_map a result varies over every mesh axis that an operand varies over
+            return [core.ShapedArray(s.shape, s.dtype, vma=vma) for s in shapes]
+        except TypeError:
+            return [core.ShapedArray(s.shape, s.dtype, manual_axis_type=core.ManualAxisType(varying=vma)) for s in shapes]
+
+    primitive.def_abstract_eval(abstract_eval)
+    mlir.register_lowering(primitive, mlir.lower_fun(as_tuple, multiple_results=True))
+
+    static = {
+        "shard_starts": dict(shard_starts or {}),
+        "local_sizes": dict(local_sizes or {}),
+        "host_operands": tuple(host_operands),
+        "inplace": dict(inplace or {}),
+    }
+    OPERATORS[CALL_PREFIX + name] = static
+
+    def lower_npu(ctx: Any, *operands: ir.Value, **params: Any) -> list[ir.Value]:
+        text = rule if isinstance(rule, str) else rule(ctx.avals_in, ctx.avals_out, **params)
+        factor_sizes = sizes(ctx.avals_in, ctx.avals_out, **params) if callable(sizes) else sizes
+        present = ShardingRule.fit(text, [a.shape for a in ctx.avals_in], [a.shape for a in ctx.avals_out], factor_sizes).sizes
+        return custom_call_with_rule(
+            ctx,
+            name,
+            operands,
+            ctx.avals_out,
+            text,
+            params,
+            reduces={i: _named_factors(fs, present) for i, fs in (reduces or {}).items()},
+            replicate=_named_factors(replicate, present),
+            sizes=factor_sizes,
+        )
+
+    register_platform_lowering(primitive, lower_npu)
+
+    def batching_rule(args: Sequence[jax.Array], dims: Sequence[int | None], **params: Any):
+        if batch is not None:
+            return batch(args, dims, **params)
+        results = jax.vmap(partial(as_tuple, **params), in_axes=tuple(dims))(*args)
+        return results, (0,) * len(results)
+
+    batching.primitive_batchers[primitive] = batching_rule
+
+    def operator(*args: jax.Array, **params: Any) -> tuple[jax.Array, ...]:
+        _check_static(name, params)
+        return tuple(primitive.bind(*args, **params))
+
+    operator.__name__ = operator.__qualname__ = name
+    operator.__doc__ = reference.__doc__
+    return operator
+
+
+# What the compiler must know about each operator beyond its custom call: filled by `define_operator`.
+OPERATORS: dict[str, dict[str, Any]] = {}
+
+
+# ---- tracing ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def abstract_mesh(mesh: jax.sharding.AbstractMesh | None):
+    """Traces under a mesh of which no device exists in this process."""
+    if mesh is None:
+        yield
+    else:
+        with jax.sharding.use_abstract_mesh(mesh):
+            yield
