@@ -22,6 +22,7 @@ def swiglu(gate, up):
     Returns:
       (.., F) in gate's dtype.
     """
+    gate, up = jnp.asarray(gate), jnp.asarray(up)
     require_float("swiglu", gate=gate, up=up)
     require(gate.shape == up.shape and gate.dtype == up.dtype, "swiglu",
             f"gate is {gate.dtype}{gate.shape} and up {up.dtype}{up.shape}; expected one shape and dtype")
@@ -60,6 +61,7 @@ def gelu(x, *, approximate: bool):
     Returns:
       same shape and dtype as x, computed in float32.
     """
+    x = jnp.asarray(x)
     require_float("gelu", x=x)
     return _gelu(x, bool(approximate))
 

@@ -36,6 +36,7 @@ def attention(q, k, v, *, segment_ids_q=None, segment_ids_kv=None, causal: bool,
     Returns:
       (B, T, N, J) in q's dtype; softmax in float32, products accumulated in float32.
     """
+    q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     require_float("attention", q=q, k=k, v=v)
     _check(q, k, v, segment_ids_q, segment_ids_kv, window, max_segment_length, lengths)
     batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]

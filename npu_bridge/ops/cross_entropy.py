@@ -25,6 +25,7 @@ def cross_entropy(hidden, head, targets, weights, *, chunk: int):
       (B, T) float32 `weight * (logsumexp(logits) - logits[target])`, differentiable in hidden, head and weights.
       A target outside [0, V) at a place of non-zero weight yields NaN there: a data error must not train silently.
     """
+    hidden, head, targets, weights = jnp.asarray(hidden), jnp.asarray(head), jnp.asarray(targets), jnp.asarray(weights)
     require_float("cross_entropy", hidden=hidden, head=head, weights=weights)
     require(hidden.ndim == 3 and head.ndim == 2 and hidden.shape[-1] == head.shape[0], "cross_entropy",
             f"hidden has shape {hidden.shape} and head {head.shape}; expected (B, T, D) and (D, V)")

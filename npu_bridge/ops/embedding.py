@@ -19,6 +19,7 @@ def embedding(table, ids):
     Returns:
       ids.shape + (D,) in the table's dtype. Repeated ids add their gradients in float32.
     """
+    table, ids = jnp.asarray(table), jnp.asarray(ids)
     require_float("embedding", table=table)
     require(table.ndim == 2, "embedding", f"table has shape {table.shape}; expected (V, D)")
     require(jnp.issubdtype(ids.dtype, jnp.integer), "embedding", f"ids have dtype {ids.dtype}; integers are expected")

@@ -24,6 +24,7 @@ def linear(x, w, bias=None):
     Raises:
       ValueError: shapes that do not fit. TypeError: an integer operand.
     """
+    x, w = jnp.asarray(x), jnp.asarray(w)
     require_float("linear", x=x, w=w)
     require(w.ndim == 2 and x.ndim >= 1 and x.shape[-1] == w.shape[0], "linear",
             f"x has shape {x.shape} and w {w.shape}; expected (.., D) and (D, F) with the same D")

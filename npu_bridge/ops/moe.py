@@ -20,6 +20,7 @@ def grouped_matmul(x, w, group_sizes):
     Returns:
       (T, F) in x's dtype, accumulated in float32; gradients of w are summed in float32.
     """
+    x, w, group_sizes = jnp.asarray(x), jnp.asarray(w), jnp.asarray(group_sizes)
     require_float("grouped_matmul", x=x, w=w)
     require(x.ndim == 2 and w.ndim == 3 and x.shape[1] == w.shape[1] and group_sizes.shape == w.shape[:1], "grouped_matmul",
             f"x has shape {x.shape}, w {w.shape}, group_sizes {group_sizes.shape}; expected (T, D), (E, D, F), (E,)")
@@ -119,6 +120,7 @@ def moe_gating(logits, *, k: int, scoring="softmax", bias=None, groups=1, groups
     Returns:
       weights (T, k) float32, differentiable in logits, and experts (T, k) int32, best first; ties go to the lower expert.
     """
+    logits = jnp.asarray(logits)
     require_float("moe_gating", logits=logits)
     require(scoring in ("softmax", "sigmoid"), "moe_gating", f"scoring is {scoring!r}; expected 'softmax' or 'sigmoid'")
     require(logits.ndim == 2, "moe_gating", f"logits have shape {logits.shape}; expected (T, E)")
@@ -151,6 +153,7 @@ def moe_permute(tokens, experts, *, num_experts: int):
     Returns:
       permuted (T * k, D), group_sizes (num_experts,) int32, and destination (T, k) int32: the row of each copy in `permuted`.
     """
+    tokens, experts = jnp.asarray(tokens), jnp.asarray(experts)
     require(tokens.ndim == 2 and experts.ndim == 2 and tokens.shape[0] == experts.shape[0], "moe_permute",
             f"tokens have shape {tokens.shape} and experts {experts.shape}; expected (T, D) and (T, k)")
     flat = experts.reshape(-1)
@@ -170,6 +173,7 @@ def moe_unpermute(permuted, destination, weights):
     Returns:
       (T, D) in permuted's dtype.
     """
+    permuted, destination, weights = jnp.asarray(permuted), jnp.asarray(destination), jnp.asarray(weights)
     require(permuted.ndim == 2 and destination.shape == weights.shape and destination.size == permuted.shape[0], "moe_unpermute",
             f"permuted has shape {permuted.shape}, destination {destination.shape}, weights {weights.shape}; "
             "expected (T * k, D), (T, k), (T, k)")

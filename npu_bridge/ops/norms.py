@@ -21,6 +21,7 @@ def rms_norm(x, scale, *, eps):
     Returns:
       (.., D) in x's dtype. The gradient of `scale` is summed in float32.
     """
+    x, scale = jnp.asarray(x), jnp.asarray(scale)
     require_float("rms_norm", x=x, scale=scale)
     require(scale.shape == x.shape[-1:], "rms_norm", f"scale has shape {scale.shape}; expected ({x.shape[-1]},)")
     return _rms_norm(x, scale, float(eps))
@@ -70,6 +71,7 @@ def layer_norm(x, scale, bias, *, eps):
     Returns:
       (.., D) in x's dtype. Gradients of `scale` and `bias` are summed in float32.
     """
+    x, scale, bias = jnp.asarray(x), jnp.asarray(scale), jnp.asarray(bias)
     require_float("layer_norm", x=x, scale=scale, bias=bias)
     require(scale.shape == x.shape[-1:] == bias.shape, "layer_norm",
             f"scale has shape {scale.shape} and bias {bias.shape}; expected ({x.shape[-1]},)")

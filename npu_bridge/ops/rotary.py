@@ -25,6 +25,7 @@ def rotary(x, cos, sin, *, mode="half"):
     Returns:
       (B, T, N, H) in x's dtype; the rotation is computed in float32. Tables are differentiable.
     """
+    x, cos, sin = jnp.asarray(x), jnp.asarray(cos), jnp.asarray(sin)
     require_float("rotary", x=x, cos=cos, sin=sin)
     require(mode in MODES, "rotary", f"mode is {mode!r}; expected one of {MODES}")
     require(x.ndim == 4, "rotary", f"x has shape {x.shape}; expected (B, T, N, H)")
