@@ -1,0 +1,158 @@
+"""Decoder of Qwen2.5 and Qwen3 (references: transformers' Qwen2, Qwen2.5-VL text and Qwen3).
+
+B rows, T tokens, S cache places, N query heads, K key/value heads, H head dim, D width, F feed-forward width, V vocabulary,
+L layers. The two families differ in the attention only: qwen2 has q/k/v biases, qwen3 norms each query and key head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mindvl_jax.config import TextConfig
+from mindvl_jax.models.language.cache import KVCache
+from mindvl_jax.models.parameters import GatedMLP, Linear, RMSNorm, parameter
+from mindvl_jax.models.rope import text_tables
+from mindvl_jax.models.stack import keep, rematerialise, rematerialise_attention, scan_layers
+from npu_bridge import ops
+
+
+class Embedding(nnx.Module):
+    """Token table (V, D)."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype):
+        table = jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), dtype) * 0.02
+        self.embedding = parameter(table, ("vocab", "embed"))
+
+    def __call__(self, ids_BT: jax.Array) -> jax.Array:
+        return ops.embedding(self.embedding[...], ids_BT)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention: projections, optional q/k norms and rotary positions; the caller attends."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype):
+        D, L, H = config.hidden_size, config.num_layers, config.head_dim
+        self.head_dim = H
+        common = dict(bias=config.family == "qwen2", rngs=rngs, dtype=dtype, layers=L)
+        self.query = Linear(D, config.num_heads * H, ("embed", "heads"), **common)
+        self.key = Linear(D, config.num_kv_heads * H, ("embed", "kv_heads"), **common)
+        self.value = Linear(D, config.num_kv_heads * H, ("embed", "kv_heads"), **common)
+        self.output = Linear(config.num_heads * H, D, ("heads", "embed"), scale=1 / math.sqrt(2 * L), **{**common, "bias": False})
+        per_head = lambda: RMSNorm(H, eps=config.rms_norm_eps, dtype=dtype, name="head_dim", layers=L) if config.family == "qwen3" else None
+        self.query_norm, self.key_norm = per_head(), per_head()
+
+    def project(self, x_BTD, cos_BTH, sin_BTH) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """-> q (B, T, N, H), k and v (B, T, K, H), rotated."""
+        heads = lambda layer: keep(layer(x_BTD)).reshape(*x_BTD.shape[:2], -1, self.head_dim)
+        q, k, v = heads(self.query), heads(self.key), heads(self.value)
+        if self.query_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        return ops.rotary(q, cos_BTH, sin_BTH), ops.rotary(k, cos_BTH, sin_BTH), v
+
+    def finish(self, out_BTNH) -> jax.Array:
+        return self.output(keep(out_BTNH.reshape(*out_BTNH.shape[:2], -1)))
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and gated feed-forward."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype):
+        L = config.num_layers
+        self.norm1 = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, layers=L)
+        self.attention = Attention(config, rngs=rngs, dtype=dtype)
+        self.norm2 = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, layers=L)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False, rngs=rngs, dtype=dtype, layers=L,
+                            residual_scale=1 / math.sqrt(2 * L))
+
+    def feed_forward(self, x_BTD) -> jax.Array:
+        with jax.named_scope("mlp"):
+            return x_BTD + self.mlp(self.norm2(x_BTD))
+
+
+class Decoder(nnx.Module):
+    """Token table, layers, final norm and, unless tied, the output matrix."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype, remat: str = "none"):
+        self.config = config
+        self.remat = remat
+        self.embed = Embedding(config, rngs=rngs, dtype=dtype)
+        self.layers = DecoderLayer(config, rngs=rngs, dtype=dtype)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.head = None
+        if not config.tie_word_embeddings:
+            self.head = Linear(config.hidden_size, config.vocab_size, ("embed", "vocab"), bias=False, rngs=rngs, dtype=dtype)
+
+    def head_kernel(self) -> jax.Array:
+        """(D, V): the output matrix, which is the token table when tied."""
+        return self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
+
+    def __call__(self, inputs_BTD, positions_B3T, segment_ids_BT, *, segment_lengths=None, max_sample_length: int | None = None,
+                 cache: KVCache | None = None, cache_index_B=None, cache_is_empty: bool = False):
+        """Hidden states after the final norm.
+
+        Args:
+          inputs_BTD: token (and visual) embeddings in the dtype of the computation.
+          positions_B3T: (B, 3, T) rotary positions. segment_ids_BT: (B, T) sample of each place, 0 is padding.
+          segment_lengths: (B, M) the samples as counts, -1 padded; for kernels that want lengths.
+          max_sample_length: static promise that no sample is longer; lets attention compute a band.
+          cache: keys and values read so far. The T new places of each row are written from `cache_index_B` (B,) on and attend
+            causally to every place before them; padding at the end of a row is overwritten by the next call when the caller
+            advances the index by the real length only.
+          cache_is_empty: static promise that `cache_index_B` is 0: the new places attend among themselves, by segment.
+
+        Returns:
+          (B, T, D), and with a cache also the cache with the new places in it.
+        """
+        config = self.config
+        rotary = text_tables(positions_B3T, config.head_dim, config.rope_theta, config.mrope_section if config.rope == "mrope" else None)
+
+        def among_new(q, k, v):
+            return ops.attention(q, k, v, segment_ids_q=segment_ids_BT, segment_ids_kv=segment_ids_BT, causal=True,
+                                 max_segment_length=max_sample_length, lengths=segment_lengths)
+
+        if cache is not None:
+            x, cache = self._with_cache(inputs_BTD, rotary, segment_ids_BT, cache, cache_index_B, among_new if cache_is_empty else None)
+            return self.norm(x), cache
+
+        def layer_step(x, layer):
+            attend = lambda layer, x: layer.attention.finish(among_new(*layer.attention.project(layer.norm1(x), *rotary)))
+            with jax.named_scope("attention"):
+                x = x + rematerialise_attention(attend, self.remat)(layer, x)
+            return layer.feed_forward(x)
+
+        with jax.named_scope("layers"):
+            x = scan_layers(rematerialise(layer_step, self.remat), inputs_BTD, self.layers)
+        return self.norm(x)
+
+    def _with_cache(self, x, rotary, segment_ids_BT, cache: KVCache, index_B, among_new):
+        """Layers with keys and values kept. The cache rides in the carry, so that each layer's write happens in place."""
+        T, S = x.shape[1], cache.places
+
+        def over_cache(q, keys, values):
+            if T == 1:
+                seen_BS = (jnp.arange(S)[None] <= index_B[:, None]).astype(jnp.int32)
+                return ops.attention(q, keys, values, segment_ids_q=segment_ids_BT.astype(bool).astype(jnp.int32), segment_ids_kv=seen_BS, causal=False)
+            # Queries go to their true places, so that plain causality says what each may see.
+            rows, places = jnp.arange(q.shape[0])[:, None], index_B[:, None] + jnp.arange(T)[None]
+            valid_BT = segment_ids_BT.astype(bool).astype(jnp.int32)
+            placed = jnp.zeros((q.shape[0], S, *q.shape[2:]), q.dtype).at[rows, places].set(q, mode="drop")
+            ids_q = jnp.zeros((q.shape[0], S), jnp.int32).at[rows, places].set(valid_BT, mode="drop")
+            out = ops.attention(placed, keys, values, segment_ids_q=ids_q, segment_ids_kv=jnp.ones((q.shape[0], S), jnp.int32), causal=True)
+            return out.at[rows, places].get(mode="clip")
+
+        def layer_step(carry, layer_and_number):
+            (x, cache), (layer, number) = carry, layer_and_number
+            q, k, v = layer.attention.project(layer.norm1(x), *rotary)
+            cache = cache.write(number, k, v, index_B)
+            if among_new is not None:
+                out = among_new(q, k, v)
+            else:
+                keys, values = cache.layer(number)
+                out = over_cache(q, keys.astype(q.dtype), values.astype(q.dtype))
+            return layer.feed_forward(x + layer.attention.finish(out)), cache
+
+        return scan_layers(layer_step, (x, cache), (self.layers, jnp.arange(self.config.num_layers)))

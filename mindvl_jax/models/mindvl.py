@@ -1,0 +1,81 @@
+"""MindVL: vision tower, projector and language model as one differentiable function of a packed batch.
+
+B rows, T tokens, P patches, D language width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mindvl_jax.batch import Batch
+from mindvl_jax.config import ModelConfig
+from mindvl_jax.models.language.qwen import Decoder
+from mindvl_jax.models.projector import Projector
+from mindvl_jax.models.vision.placement import place_visual
+from mindvl_jax.models.vision.tower import VisionTower
+from npu_bridge import ops
+
+
+class MindVL(nnx.Module):
+    """The assembled model.
+
+    Parameters live under `vision/`, `projector/` and `language/`; layers are stacked on a leading axis. Created under a mesh
+    and logical axis rules (see `models.parameters.parameter`) they are placed at once; `nnx.eval_shape` builds it without memory.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.param_dtype)
+        self.config = config
+        self.vision = VisionTower(config.vision, rngs=rngs, dtype=dtype, remat=config.remat)
+        self.projector = Projector(config.vision, config.text.hidden_size, rngs=rngs, dtype=dtype)
+        self.language = Decoder(config.text, rngs=rngs, dtype=dtype, remat=config.remat)
+
+    @property
+    def compute_dtype(self):
+        return jnp.dtype(self.config.compute_dtype)
+
+    def visual_features(self, batch: Batch, *, max_image_patches: int | None = None) -> jax.Array:
+        """(B, P / merge_unit, D): one visual token for each group of neighbouring patches, in window order."""
+        with jax.named_scope("vision"):
+            features = self.vision(batch.patches, batch.patch_positions, batch.patch_segment_ids, batch.patch_window_ids,
+                                   image_lengths=batch.image_lengths, window_lengths=batch.window_lengths,
+                                   max_image_patches=max_image_patches, dtype=self.compute_dtype)
+        with jax.named_scope("projector"):
+            return self.projector(features)
+
+    def embed(self, batch: Batch, *, max_image_patches: int | None = None) -> jax.Array:
+        """(B, T, D): token embeddings with visual tokens in their places. Text-only batches run the same program."""
+        tokens_BTD = self.language.embed(batch.tokens).astype(self.compute_dtype)
+        visual_BGD = self.visual_features(batch, max_image_patches=max_image_patches)
+        return place_visual(tokens_BTD, visual_BGD, batch.visual_index)
+
+    def __call__(self, batch: Batch, *, max_sample_length: int | None = None, max_image_patches: int | None = None) -> jax.Array:
+        """(B, T, D): hidden states after the final norm.
+
+        Args:
+          max_sample_length: static promise that no sample has more tokens. max_image_patches: no image more patches.
+        """
+        inputs_BTD = self.embed(batch, max_image_patches=max_image_patches)
+        with jax.named_scope("language"):
+            return self.language(inputs_BTD, batch.positions, batch.segment_ids, segment_lengths=batch.segment_lengths,
+                                 max_sample_length=max_sample_length)
+
+    def head_kernel(self) -> jax.Array:
+        """(D, V) output matrix."""
+        return self.language.head_kernel()
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """(.., D) hidden states -> (.., V) float32. For a few places at a time; training uses `token_losses`."""
+        return ops.linear(hidden, self.head_kernel()).astype(jnp.float32)
+
+    def token_losses(self, batch: Batch, *, chunk: int, max_sample_length: int | None = None, max_image_patches: int | None = None) -> jax.Array:
+        """(B, T) float32: loss_weights times the negative log-likelihood of `targets`; full logits never exist.
+
+        Args:
+          chunk: static number of tokens whose logits exist at one time.
+        """
+        hidden_BTD = self(batch, max_sample_length=max_sample_length, max_image_patches=max_image_patches)
+        with jax.named_scope("loss"):
+            return ops.cross_entropy(hidden_BTD, self.head_kernel(), batch.targets, batch.loss_weights, chunk=chunk)
