@@ -20,6 +20,19 @@ from mindvl_jax.models.stack import keep, rematerialise, rematerialise_attention
 from npu_bridge import ops
 
 
+@jax.custom_vjp
+def transposed(table_VD: jax.Array) -> jax.Array:
+    """(V, D) -> (D, V).
+
+    The barrier in its gradient is for XLA on CPU: it would fold the transposition into the product that makes the gradient, into
+    a bfloat16 form that its runtime refuses.
+    """
+    return table_VD.T
+
+
+transposed.defvjp(lambda table_VD: (table_VD.T, None), lambda _, g_DV: (jax.lax.optimization_barrier(g_DV).T,))
+
+
 class Embedding(nnx.Module):
     """Token table (V, D)."""
 
@@ -88,7 +101,7 @@ class Decoder(nnx.Module):
 
     def head_kernel(self) -> jax.Array:
         """(D, V): the output matrix, which is the token table when tied."""
-        return self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
+        return transposed(self.embed.embedding[...]) if self.head is None else self.head.kernel[...]
 
     def __call__(self, inputs_BTD, positions_B3T, segment_ids_BT, *, segment_lengths=None, max_sample_length: int | None = None,
                  cache: KVCache | None = None, cache_index_B=None, cache_is_empty: bool = False):
