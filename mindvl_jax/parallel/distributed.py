@@ -1,0 +1,40 @@
+"""Several processes through jax.distributed."""
+
+from __future__ import annotations
+
+import jax
+
+from mindvl_jax.config import DistributedConfig
+from mindvl_jax.errors import UserError
+
+
+def initialize(config: DistributedConfig) -> None:
+    """Joins the other processes when `distributed.coordinator` is set; must run before the first use of a device.
+
+    On CPU the processes exchange through gloo. Calling it again in a process that has joined does nothing.
+
+    Raises:
+      UserError: `processes` or `process_id` is missing or out of range, or the coordinator does not answer.
+    """
+    if config.coordinator is None:
+        return
+    missing = [name for name in ("processes", "process_id") if getattr(config, name) is None]
+    if missing:
+        raise UserError(
+            f"distributed.coordinator={config.coordinator} also needs {' and '.join('distributed.' + name for name in missing)} "
+            "(number of processes; 0 .. processes-1 for this one)"
+        )
+    if not 0 <= config.process_id < config.processes:
+        raise UserError(f"distributed.process_id={config.process_id} is not in 0 .. {config.processes - 1} (distributed.processes={config.processes})")
+    if jax.distributed.is_initialized():
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            coordinator_address=config.coordinator, num_processes=config.processes, process_id=config.process_id
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"process {config.process_id} of {config.processes} could not join at distributed.coordinator={config.coordinator}: {error}; "
+            "process 0 must run at that address, and every process must be started before devices are used"
+        ) from error

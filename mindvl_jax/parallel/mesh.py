@@ -1,0 +1,73 @@
+"""The device mesh: axes `data`, `fsdp`, `tensor`.
+
+Rows of the batch are spread over (data, fsdp); parameters over fsdp and tensor; data replicates parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from mindvl_jax.config import MeshConfig
+from mindvl_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+ROW_AXES = ("data", "fsdp")
+
+
+def mesh_shape(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
+    """Sizes of (data, fsdp, tensor) with -1 filled in from `device_count`.
+
+    Raises:
+      UserError: two axes are -1, an axis is 0 or below -1, or the product does not fit the devices.
+    """
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    wrong = [f"mesh.{axis}={size}" for axis, size in sizes.items() if size == 0 or size < -1]
+    if wrong:
+        raise UserError(f"{', '.join(wrong)}: an axis has at least one device, or -1 to take what is left")
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    if len(open_axes) > 1:
+        raise UserError(f"mesh.{' and mesh.'.join(open_axes)} are both -1; at most one axis can take what is left")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if open_axes:
+        if device_count % fixed:
+            raise UserError(
+                f"mesh.{open_axes[0]}=-1 cannot be filled: the other axes take {fixed} devices, which does not divide the {device_count} devices found"
+            )
+        sizes[open_axes[0]] = device_count // fixed
+    elif fixed > device_count:
+        shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+        raise UserError(
+            f"mesh {shape} needs {fixed} devices, found {device_count}; lower an axis, set one to -1, or start more processes (distributed.*)"
+        )
+    return sizes["data"], sizes["fsdp"], sizes["tensor"]
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh over the first data * fsdp * tensor devices.
+
+    `tensor` is the fastest axis, so that its exchanges, the most frequent ones, stay between neighbours of one host.
+
+    Raises:
+      UserError: as `mesh_shape`; or several processes run and the mesh leaves some of their devices out.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = mesh_shape(config, len(devices))
+    used = devices[: math.prod(shape)]
+    if jax.process_count() > 1 and len(used) < len(devices):
+        raise UserError(
+            f"mesh {dict(zip(AXES, shape, strict=True))} uses {len(used)} of the {len(devices)} devices of {jax.process_count()} processes; "
+            "every process takes part with all its devices: set one axis to -1"
+        )
+    return Mesh(np.asarray(used).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """`data 2 x fsdp 2 x tensor 2 (8 of 8 devices, cpu)`."""
+    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    device = mesh.devices.flat[0]
+    return f"{shape} ({mesh.devices.size} of {len(jax.devices())} devices, {device.device_kind})"

@@ -1,0 +1,101 @@
+"""Logical axis names of parameters -> mesh axes; rows of a batch -> mesh axes.
+
+Models name the dims of their parameters ("layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", ...) and know no mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mindvl_jax.errors import UserError
+from mindvl_jax.parallel.mesh import ROW_AXES
+
+# First rule that fits wins. Names that stand in no rule stay whole on every device.
+RULES: tuple[tuple[str, str], ...] = (
+    ("vocab", "tensor"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("embed", "fsdp"),
+)
+STACK = "layers"  # the scanned dim: every device walks through all layers
+
+
+def partition_spec(names: Sequence[str | None] | None, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """Mesh axis of each dim of one parameter.
+
+    A dim stays whole when its size is not a multiple of the axis, or when the axis is taken by an earlier dim. Vectors (norm scales,
+    biases over `embed`) are not spread over fsdp: gathering them costs more than keeping them.
+    """
+    if not names:
+        return PartitionSpec()
+    if len(names) != len(shape):
+        raise ValueError(f"a parameter of shape {tuple(shape)} carries {len(names)} axis names {tuple(names)}")
+    rules = dict(RULES)
+    is_vector = sum(name != STACK for name in names) < 2
+    taken: set[str] = set()
+    spec: list[str | None] = []
+    for name, size in zip(names, shape, strict=True):
+        axis = rules.get(name) if name else None
+        if axis is None or axis in taken or size % mesh.shape[axis] or (axis == "fsdp" and is_vector):
+            spec.append(None)
+            continue
+        taken.add(axis)
+        spec.append(axis)
+    return PartitionSpec(*spec)
+
+
+def parameter_shardings(
+    names: Mapping[str, Sequence[str | None] | None], shapes: Mapping[str, Sequence[int]], mesh: Mesh
+) -> dict[str, NamedSharding]:
+    """Sharding of every parameter, by path."""
+    return {path: NamedSharding(mesh, partition_spec(names.get(path), shape, mesh)) for path, shape in shapes.items()}
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading dim (rows) over data and fsdp, all else whole; holds for every field of a Batch."""
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShare:
+    """Which of the global rows this process feeds: share `index` of `count` equal ones."""
+
+    index: int
+    count: int
+    rows: int
+
+
+def row_share(mesh: Mesh, rows: int, where: str) -> RowShare:
+    """The rows that this process's devices hold. Processes that share rows (tensor axis across hosts) get the same share.
+
+    Raises:
+      UserError: `rows` cannot be spread evenly; `where` names the config key.
+    """
+    groups = int(np.prod([mesh.shape[axis] for axis in ROW_AXES]))
+    if rows % groups:
+        raise UserError(
+            f"{where}={rows} rows cannot be spread over mesh.data x mesh.fsdp = {groups}: use a multiple of {groups}, or a smaller mesh"
+        )
+    held = {
+        (index[0].start or 0, index[0].stop or rows)
+        for device, index in row_sharding(mesh).devices_indices_map((rows,)).items()
+        if device.process_index == jax.process_index()
+    }
+    start, stop = min(low for low, _ in held), max(high for _, high in held)
+    own = stop - start
+    if sum(high - low for low, high in held) != own or rows % own or start % own:
+        raise UserError(
+            f"the mesh {dict(mesh.shape)} gives process {jax.process_index()} rows {sorted(held)}, which are not one even share of {rows}; "
+            "let mesh.tensor divide the devices of a process"
+        )
+    return RowShare(index=start // own, count=rows // own, rows=own)

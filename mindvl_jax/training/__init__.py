@@ -1,0 +1,1 @@
+"""State, step, loop, phases, checkpoints. Knows nothing of dataset file formats."""
