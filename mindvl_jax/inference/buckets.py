@@ -1,0 +1,50 @@
+"""Sizes at which prompts are read. Every distinct size is one compilation, every padded place is wasted work."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+def next_size(value: int, smallest: int, *, halves: bool = False) -> int:
+    """Smallest size of the ladder smallest * 2^k (with `halves` also the steps halfway between) that holds `value`."""
+    size = smallest
+    while size < value:
+        if halves and size + size // 2 >= value:
+            return size + size // 2
+        size *= 2
+    return size
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Bucket:
+    """Places of a prompt row: tokens, patches (0: no vision tower at all), image segments."""
+
+    patches: int
+    tokens: int
+    images: int
+
+    def holds(self, other: "Bucket") -> bool:
+        same_program = bool(self.patches) == bool(other.patches)  # pictures or none: two programs
+        return same_program and self.tokens >= other.tokens and self.patches >= other.patches and self.images >= other.images
+
+
+def bucket_of(tokens: int, patches: int, images: int, *, halves: bool = False) -> Bucket:
+    """The bucket of one prompt.
+
+    Args:
+      tokens: prompt tokens with visual places. patches: of all its pictures. images: image segments (a video counts its frame pairs).
+      halves: a finer ladder: less padding, more compilations.
+    """
+    return Bucket(
+        patches=next_size(patches, 64, halves=halves) if patches else 0,
+        tokens=next_size(tokens, 32, halves=halves),
+        images=next_size(images, 4) if images else 0,
+    )
+
+
+def rows_for(count: int, most: int) -> int:
+    """Rows of a prefill that admits `count` prompts: 1, a quarter of the slots, or all of them."""
+    for rows in (1, -(-most // 4), most):
+        if count <= rows:
+            return rows
+    raise ValueError(f"{count} prompts do not fit {most} rows")

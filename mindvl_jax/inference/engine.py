@@ -1,0 +1,194 @@
+"""Continuous batching: prompts wait, are read in buckets, live in slots while they decode, and leave as soon as they end.
+
+The engine knows tokens only. Text, stop strings and pictures' files are the business of `generator.py`.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mindvl_jax.errors import UserError
+from mindvl_jax.inference import programs
+from mindvl_jax.inference.buckets import Bucket, rows_for
+from mindvl_jax.inference.prompts import Prompt, pack_bucket
+from mindvl_jax.inference.request import Sampling
+from mindvl_jax.inference.placement import place_rows
+
+Watcher = Callable[[list[int], list[float], str | None], bool]
+"""Called with new tokens, their log-probabilities and how the answer ended (None: it goes on); True stops the answer."""
+
+
+@dataclasses.dataclass(eq=False)
+class _Running:
+    """One answer on its way."""
+
+    prompt: Prompt
+    sampling: Sampling
+    seed: int
+    watcher: Watcher
+    produced: int = 0
+
+
+class Engine:
+    """Slots of fixed size over one model.
+
+    Args:
+      model: a MindVL module; its parameters may be spread over a mesh.
+      eos_ids: tokens that end an answer.
+      slots: answers that decode together.
+      context: cache places of a slot: longest prompt plus answer.
+      mesh: spreads the slots over its rows axes (data, fsdp) when their number divides; None: wherever the parameters are.
+    """
+
+    def __init__(self, model, *, eos_ids: Sequence[int], slots: int, context: int, mesh=None):
+        self.slots, self.context, self.config = slots, context, model.config
+        self._graphdef, self._params = nnx.split(model)
+        self._eos = jnp.asarray(list(eos_ids), jnp.int32)
+        self._eos_set = frozenset(int(token) for token in eos_ids)
+        self._mesh = mesh
+        self._state = place_rows(mesh, programs.empty_slots(model.config.text, slots, context, model.compute_dtype), slots)
+        self._waiting: collections.deque[_Running] = collections.deque()
+        self._running: list[_Running | None] = [None] * slots
+        self.decoded_tokens = 0
+        self.decode_steps = 0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting) or any(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def submit(self, prompt: Prompt, sampling: Sampling, seeds: Sequence[int], watchers: Sequence[Watcher]) -> None:
+        """Queues a prompt for `sampling.n` answers, each with its seed and its watcher.
+
+        Raises:
+          UserError: the prompt does not fit the context.
+        """
+        if prompt.tokens > self.context:
+            raise UserError(
+                f"The prompt of {prompt.id or 'a request'} has {prompt.tokens} tokens ({prompt.patches // 4} of pictures) but the context holds {self.context}. "
+                "Use smaller pictures (--max-pixels), a shorter prompt, or a larger context"
+            )
+        for seed, watcher in zip(seeds, watchers, strict=True):
+            self._waiting.append(_Running(prompt, sampling, seed, watcher))
+
+    def step(self, *, chunk: int = programs.CHUNK, eager: bool = True) -> None:
+        """Admits what fits, then decodes up to `chunk` tokens a slot and hands them to the watchers.
+
+        Args:
+          eager: admit as soon as any slot is free; False waits until a quarter of the slots is free, which wastes less on
+            prefill when nobody watches.
+        """
+        admitted = self._admit(1 if eager else max(1, self.slots // 4))
+        active = [running is not None for running in self._running]
+        if not any(active):
+            return
+        wanted = sum(active)
+        if self._waiting:
+            wanted = 1 if eager else max(1, min(wanted, self.slots // 4))
+        self._state, tokens_CB, logprobs_CB, active_B = programs.decode(
+            self._graphdef, self._params, self._state, self._eos, np.int32(min(chunk, programs.CHUNK)), np.int32(wanted)
+        )
+        # The first tokens are fetched only now, so that admission and decoding are dispatched without waiting for each other.
+        firsts = {slot: (int(token), float(logprob)) for slots, tokens, logprobs in admitted
+                  for slot, token, logprob in zip(slots, np.asarray(tokens), np.asarray(logprobs))}
+        self._deliver(firsts, np.asarray(tokens_CB), np.asarray(logprobs_CB), np.asarray(active_B))
+
+    def _deliver(self, firsts: dict[int, tuple[int, float]], tokens_CB, logprobs_CB, active_B) -> None:
+        stopped = []
+        gained_CB = tokens_CB >= 0
+        self.decode_steps += int(gained_CB.any(1).sum())
+        for slot, running in enumerate(self._running):
+            if running is None:
+                continue
+            gained = gained_CB[:, slot]
+            tokens = tokens_CB[gained, slot].tolist()
+            logprobs = logprobs_CB[gained, slot].tolist()
+            if slot in firsts:
+                tokens.insert(0, firsts[slot][0])
+                logprobs.insert(0, firsts[slot][1])
+            running.produced += len(tokens)
+            self.decoded_tokens += len(tokens)
+            ended = None
+            if not active_B[slot]:
+                ended = "stop" if tokens and tokens[-1] in self._eos_set and not running.sampling.ignore_eos else "length"
+            if running.watcher(tokens, logprobs, ended) and ended is None:
+                stopped.append(slot)
+            if ended or slot in stopped:
+                self._running[slot] = None
+        if stopped:
+            keep = np.ones((self.slots,), bool)
+            keep[stopped] = False
+            self._state = programs.release(self._state, keep)
+
+    def _admit(self, least_free: int) -> list[tuple[list[int], jax.Array, jax.Array]]:
+        """Reads waiting prompts into free slots, one bucket after another."""
+        admitted = []
+        free = [slot for slot, running in enumerate(self._running) if running is None]
+        if len(free) < min(least_free, len(self._waiting)):
+            return admitted
+        while free and self._waiting:
+            group = self._next_group(len(free))
+            slots, free = free[: len(group)], free[len(group) :]
+            admitted.append((slots, *self._read(group, slots)))
+        return admitted
+
+    def _next_group(self, most: int) -> list[_Running]:
+        """The longest waiting prompt and those behind it that its bucket holds; order of arrival otherwise."""
+        bucket: Bucket = self._waiting[0].prompt.bucket
+        group, passed = [], []
+        while self._waiting and len(group) < most and len(passed) < 4 * self.slots:
+            running = self._waiting.popleft()
+            (group if bucket.holds(running.prompt.bucket) else passed).append(running)
+        self._waiting.extendleft(reversed(passed))
+        return group
+
+    def _read(self, group: list[_Running], slots: list[int]) -> tuple[jax.Array, jax.Array]:
+        prompts: list[Prompt] = []
+        row_of: list[int] = []
+        for running in group:  # answers of one prompt share its row
+            if not prompts or prompts[-1] is not running.prompt:
+                prompts.append(running.prompt)
+            row_of.append(len(prompts) - 1)
+        bucket = group[0].prompt.bucket
+        batch = pack_bucket(prompts, bucket, rows_for(len(prompts), self.slots), self.config)
+        batch = place_rows(self._mesh, batch, batch.tokens.shape[0])
+        prefilled = programs.prefill(self._graphdef, self._params, batch, has_pictures=bool(bucket.patches))
+        places = rows_for(len(group), self.slots)
+        pad = places - len(group)
+        row_N = np.asarray(row_of + [0] * pad, np.int32)
+        slot_N = np.asarray(slots + [self.slots] * pad, np.int32)
+        self._state, tokens, logprobs = programs.admit(self._state, prefilled, row_N, slot_N, self._settings(group, pad), self._eos)
+        for running, slot in zip(group, slots):
+            self._running[slot] = running
+        return tokens, logprobs
+
+    def _settings(self, group: list[_Running], pad: int) -> programs.Settings:
+        def column(value: Callable[[_Running], object], kind, rest):
+            return np.asarray([value(running) for running in group] + [rest] * pad, kind)
+
+        # The last token of an answer is never written, so a slot holds one token more than its places.
+        limit = lambda running: min(running.sampling.max_new_tokens, self.context - running.prompt.tokens + 1)
+        return programs.Settings(
+            temperature=column(lambda r: r.sampling.temperature, np.float32, 0),
+            top_k=column(lambda r: r.sampling.top_k, np.int32, 0),
+            top_p=column(lambda r: r.sampling.top_p, np.float32, 1),
+            penalty=column(lambda r: r.sampling.repetition_penalty, np.float32, 1),
+            limit=column(limit, np.int32, 1),
+            ignore_eos=column(lambda r: r.sampling.ignore_eos, bool, False),
+            key=np.asarray([_key(running.seed) for running in group] + [(0, 0)] * pad, np.uint32),
+        )
+
+
+def _key(seed: int) -> tuple[int, int]:
+    """Threefry key of a seed, as jax.random.PRNGKey makes it, without a device call for each request."""
+    return (seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF

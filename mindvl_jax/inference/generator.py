@@ -1,0 +1,126 @@
+"""The door of inference: requests with text and pictures in, answers out."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+from mindvl_jax.inference.buckets import next_size
+from mindvl_jax.inference.engine import Engine
+from mindvl_jax.inference.prompts import Prompt, PromptEncoder
+from mindvl_jax.inference.request import Answer, Request
+from mindvl_jax.inference.text import TextStream
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Newly released text of an answer.
+
+    Attributes:
+      request: index of the request. sample: which of its answers. text: may be empty. answer: set once the answer is complete.
+    """
+
+    request: int
+    sample: int
+    text: str
+    answer: Answer | None = None
+
+
+class Generator:
+    """Answers requests with one model.
+
+    Args:
+      opened: anything with `model`, `tokenizer`, `min_pixels` and `max_pixels` (such as `weights.open_model` returns).
+      slots: answers that decode together.
+      context: longest prompt plus answer in tokens; None sizes it by the requests at hand (and grows when longer ones come).
+      mesh: devices to spread over; None: wherever the model's parameters are.
+      fine_buckets: less padding for more compilations: for long runs of large models.
+    """
+
+    def __init__(self, opened, *, slots: int = 16, context: int | None = None, mesh=None, fine_buckets: bool = False, resample: str = "bicubic",
+                 video_fps: float = 2.0, video_max_frames: int = 64):
+        self.model, self.tokenizer = opened.model, opened.tokenizer
+        self.slots, self._fixed_context, self._mesh = slots, context, mesh
+        self.encode = PromptEncoder(self.model.config, self.tokenizer, min_pixels=opened.min_pixels, max_pixels=opened.max_pixels, resample=resample,
+                                    video_fps=video_fps, video_max_frames=video_max_frames, fine=fine_buckets)
+        self._engine: Engine | None = None
+        # A base model ends documents with <|endoftext|>, a chat model turns with <|im_end|>: both end an answer.
+        self.eos_ids = tuple(dict.fromkeys((self.tokenizer.eos_id, self.tokenizer.pad_id)))
+
+    def generate(self, requests: Sequence[Request], *, on_answer: Callable[[int, Answer], None] | None = None) -> list[Answer]:
+        """All answers, in the order of the requests (a request with n > 1 has n in a row).
+
+        Args:
+          on_answer: called with the request's index and each answer as soon as it is complete.
+
+        Raises:
+          UserError: a request that cannot be used; the message names its id.
+        """
+        answers: dict[tuple[int, int], Answer] = {}
+        for piece in self._run(requests, chunk=None):
+            if piece.answer is not None:
+                answers[piece.request, piece.sample] = piece.answer
+                if on_answer is not None:
+                    on_answer(piece.request, piece.answer)
+        return [answers[key] for key in sorted(answers)]
+
+    def stream(self, requests: Sequence[Request], *, chunk: int = 1) -> Iterator[Piece]:
+        """Pieces of text as they are generated, `chunk` tokens at a time; the last piece of an answer carries the whole."""
+        return self._run(requests, chunk=chunk)
+
+    def _run(self, requests: Sequence[Request], chunk: int | None) -> Iterator[Piece]:
+        requests = list(requests)
+        # Windows bound the memory of pixels that wait; inside a window long prompts come first, beside their likes.
+        window = len(requests) if chunk is not None else max(1024, 16 * self.slots)
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            for start in range(0, len(requests), window):
+                part = requests[start : start + window]
+                prompts = list(pool.map(self.encode, part))
+                order = range(len(part))
+                if chunk is None:
+                    order = sorted(order, key=lambda index: (prompts[index].bucket, part[index].sampling.max_new_tokens), reverse=True)
+                engine = self._engine_for(prompts, part)
+                pieces: list[Piece] = []
+                for index in order:
+                    self._submit(engine, start + index, part[index], prompts[index], pieces)
+                while engine.busy:
+                    engine.step(**({} if chunk is None else {"chunk": chunk}), eager=chunk is not None)
+                    yield from pieces
+                    pieces.clear()
+
+    def _engine_for(self, prompts: Sequence[Prompt], requests: Sequence[Request]) -> Engine:
+        needed = max((prompt.tokens + request.sampling.max_new_tokens - 1 for prompt, request in zip(prompts, requests)), default=1)
+        needed = max([needed] + [prompt.bucket.tokens for prompt in prompts])
+        context = self._fixed_context or next_size(needed, 64)
+        if self._engine is None or (self._fixed_context is None and self._engine.context < context):
+            self._engine = Engine(self.model, eos_ids=self.eos_ids, slots=self.slots, context=context, mesh=self._mesh)
+        return self._engine
+
+    def _submit(self, engine: Engine, number: int, request: Request, prompt: Prompt, pieces: list[Piece]) -> None:
+        sampling = request.sampling
+        base = number if sampling.seed is None else sampling.seed
+        engine.submit(
+            prompt, sampling,
+            seeds=[base + (sample << 32) for sample in range(sampling.n)],
+            watchers=[self._watcher(number, sample, request, prompt, pieces) for sample in range(sampling.n)],
+        )
+
+    def _watcher(self, number: int, sample: int, request: Request, prompt: Prompt, pieces: list[Piece]):
+        stream = TextStream(self.tokenizer, request.sampling.stop)
+        logprobs: list[float] = []
+
+        def watch(tokens: list[int], new_logprobs: list[float], ended: str | None) -> bool:
+            text = stream.push(tokens, last=ended is not None)
+            logprobs.extend(new_logprobs)
+            if not (ended or stream.stopped):
+                if text:
+                    pieces.append(Piece(number, sample, text))
+                return False
+            count = len(stream.tokens)
+            answer = Answer(id=request.id, sample=sample, text=stream.text, tokens=tuple(stream.tokens), logprobs=tuple(logprobs[:count]),
+                            finish="stop" if stream.stopped else ended, prompt_tokens=prompt.tokens)
+            pieces.append(Piece(number, sample, text, answer))
+            return stream.stopped
+
+        return watch

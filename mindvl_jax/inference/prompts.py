@@ -1,0 +1,132 @@
+"""Requests to encoded prompts, and prompts to the batch that a prefill reads: one prompt a row, padded at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mindvl_jax.batch import Batch, BatchShape
+from mindvl_jax.config import ModelConfig
+from mindvl_jax.data.example import EncodeLimits, Example, ExampleEncoder
+from mindvl_jax.data.sample import IMAGE, VIDEO, Media, Message
+from mindvl_jax.errors import UserError
+from mindvl_jax.inference.buckets import Bucket, bucket_of
+from mindvl_jax.inference.request import Request
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompt:
+    """An encoded prompt, its pixels read.
+
+    Attributes:
+      tokens, patches: sizes. bucket: places of the row that it is read in.
+    """
+
+    id: str
+    example: Example
+    bucket: Bucket
+
+    @property
+    def tokens(self) -> int:
+        return self.example.length
+
+    @property
+    def patches(self) -> int:
+        return self.example.patches
+
+
+class PromptEncoder:
+    """Encodes requests for one model and tokenizer; remembers one encoder for each picture size in use.
+
+    Args:
+      min_pixels, max_pixels: area of a resized picture where a request says nothing.
+      fine: a finer ladder of buckets: less padding, more compilations.
+    """
+
+    def __init__(self, model: ModelConfig, tokenizer, *, min_pixels: int, max_pixels: int, resample: str = "bicubic", video_fps: float = 2.0,
+                 video_max_frames: int = 64, fine: bool = False):
+        self._model, self._tokenizer, self._fine, self._resample = model, tokenizer, fine, resample
+        self._limits = EncodeLimits(min_pixels=min_pixels, max_pixels=max_pixels, resample=resample, video_fps=video_fps, video_max_frames=video_max_frames)
+        self._encoders: dict[tuple[int, int], ExampleEncoder] = {}
+
+    def __call__(self, request: Request) -> Prompt:
+        """Reads and encodes everything that the request names.
+
+        Raises:
+          UserError: pictures that cannot be read, marks and pictures that do not match, text that the vocabulary cannot write.
+        """
+        try:
+            messages = [Message(turn["role"], turn["content"]) for turn in request.messages]
+            example = self._encoder(request).encode_prompt(messages, [_media(item) for item in request.images], [_media(item) for item in request.videos], id=request.id)
+            example = example.with_pixels(self._model.vision, self._resample)
+        except UserError as error:
+            raise UserError(f"request {request.id}: {error}" if request.id else str(error)) from error
+        bucket = bucket_of(example.length, example.patches, len(example.image_lengths), halves=self._fine)
+        return Prompt(id=request.id, example=example, bucket=bucket)
+
+    def _encoder(self, request: Request) -> ExampleEncoder:
+        low = self._limits.min_pixels if request.min_pixels is None else request.min_pixels
+        high = self._limits.max_pixels if request.max_pixels is None else request.max_pixels
+        if low > high:
+            raise UserError(f"min_pixels ({low}) is larger than max_pixels ({high}); give a range")
+        if (low, high) not in self._encoders:
+            limits = dataclasses.replace(self._limits, min_pixels=low, max_pixels=high)
+            self._encoders[low, high] = ExampleEncoder(self._model, self._tokenizer, limits)
+        return self._encoders[low, high]
+
+
+def without_media(request: Request) -> Request:
+    """The same request with its pictures and videos taken away: what language alone can answer."""
+    strip = lambda text: text.replace(IMAGE, "").replace(VIDEO, "").lstrip("\n")
+    messages = [{**turn, "content": strip(turn["content"])} for turn in request.messages]
+    return dataclasses.replace(request, messages=messages, images=(), videos=())
+
+
+def _media(item: Any) -> Media:
+    if isinstance(item, Media):
+        return item
+    if isinstance(item, (bytes, Image.Image)):
+        return Media(data=item)
+    return Media(path=str(item))
+
+
+def pack_bucket(prompts: Sequence[Prompt], bucket: Bucket, rows: int, model: ModelConfig) -> Batch:
+    """A host batch with one prompt in each of the first rows; the rest is padding.
+
+    Raises:
+      ValueError: a prompt larger than the bucket (a mistake of the caller).
+    """
+    vision = model.vision
+    P = max(bucket.patches, vision.merge_unit)
+    # A window holds one visual token at least, so there are never more windows than tokens.
+    shape = BatchShape(rows=rows, tokens=bucket.tokens, patches=P, samples=1, images=max(bucket.images, 1), windows=P // vision.merge_unit, patch_dim=vision.patch_dim)
+    batch = shape.empty()
+    frame = vision.patch_size**2
+    for row, prompt in enumerate(prompts):
+        example = prompt.example
+        T, patches = example.length, example.patches
+        if not bucket.holds(prompt.bucket):
+            raise ValueError(f"prompt of {T} tokens and {patches} patches does not fit {bucket}")
+        batch.tokens[row, :T] = example.tokens
+        batch.segment_ids[row, :T] = 1
+        batch.segment_lengths[row, 0] = T
+        batch.positions[row, :, :T] = example.positions
+        batch.visual_index[row, :T] = example.visual_index
+        if not patches:
+            continue
+        start = 0
+        for pixels in example.pixels:
+            if pixels.shape[-1] != vision.patch_dim:  # a picture keeps one of its equal frames until here
+                pixels = np.repeat(pixels.reshape(len(pixels), vision.in_channels, 1, frame), vision.temporal_patch_size, axis=2).reshape(len(pixels), -1)
+            batch.patches[row, start : start + len(pixels)] = pixels
+            start += len(pixels)
+        batch.patch_positions[row, :patches] = example.patch_positions
+        batch.patch_segment_ids[row, :patches] = np.repeat(np.arange(1, len(example.image_lengths) + 1), example.image_lengths)
+        batch.patch_window_ids[row, :patches] = np.repeat(np.arange(1, len(example.window_lengths) + 1), example.window_lengths)
+        batch.image_lengths[row, : len(example.image_lengths)] = example.image_lengths
+        batch.window_lengths[row, : len(example.window_lengths)] = example.window_lengths
+    return batch

@@ -1,0 +1,106 @@
+"""What one asks for and what one gets."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Sequence
+
+from mindvl_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen and when to stop.
+
+    Attributes:
+      max_new_tokens: most tokens of the answer.
+      temperature: 0 is greedy; otherwise logits are divided by it before sampling.
+      top_k: sample among the k most likely tokens only; 0 is no limit.
+      top_p: sample inside the smallest set of tokens whose probabilities reach this mass; 1 is no limit.
+      repetition_penalty: above 1 makes tokens of the prompt and of the answer so far less likely.
+      stop: the answer ends before the first of these strings.
+      seed: the same seed gives the same answer, whatever else is in the batch. None: a seed from the request's index.
+      n: number of independent answers; the prompt is read once.
+      ignore_eos: run to max_new_tokens (for measurements).
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    n: int = 1
+    ignore_eos: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        problems = []
+        if self.max_new_tokens < 1:
+            problems.append(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
+        if not self.temperature >= 0 or self.temperature == float("inf"):
+            problems.append(f"temperature is {self.temperature}, expected a number from 0 (greedy) upwards")
+        if self.top_k < 0:
+            problems.append(f"top_k is {self.top_k}, expected 0 (no limit) or more")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p is {self.top_p}, expected more than 0 and at most 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            problems.append(f"repetition_penalty is {self.repetition_penalty}, expected more than 0 (1 changes nothing)")
+        if self.n < 1:
+            problems.append(f"n is {self.n}, expected at least 1")
+        if any(not text for text in self.stop):
+            problems.append("stop contains an empty string, which would end every answer at once")
+        if problems:
+            raise UserError("Sampling settings cannot be used: " + "; ".join(problems) + ".")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt.
+
+    Attributes:
+      messages: chat turns `{"role": ..., "content": ...}`; each `<image>` in a content takes the next of `images`, each
+        `<video>` the next of `videos`. The last turn is the user's.
+      images: bytes, paths or PIL pictures, in the order of their marks.
+      id: comes back with the answer.
+      min_pixels, max_pixels: picture area after resizing; None is the model's own setting.
+    """
+
+    messages: Sequence[dict[str, str]]
+    images: Sequence[Any] = ()
+    videos: Sequence[Any] = ()
+    sampling: Sampling = Sampling()
+    id: str = ""
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+    @classmethod
+    def from_prompt(cls, prompt: str, images: Sequence[Any] = (), **rest) -> "Request":
+        """A single user turn; pictures without a mark in the prompt come before the text, in order."""
+        missing = len(images) - prompt.count("<image>")
+        if missing < 0:
+            raise UserError(f"The prompt marks {prompt.count('<image>')} pictures with <image> but {len(images)} were given; give one picture for each mark.")
+        return cls(messages=[{"role": "user", "content": "<image>" * missing + prompt}], images=tuple(images), **rest)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One answer of a request.
+
+    Attributes:
+      id: the request's id; sample: which of its `n` answers.
+      text: decoded text, without special tokens and without the stop string.
+      tokens: generated ids of the model's vocabulary, the end token included when it was produced.
+      logprobs: natural log-probability of each token under the model (temperature 1, no penalties).
+      finish: `stop` (end token or stop string) or `length` (max_new_tokens, or the context is full).
+      prompt_tokens: tokens of the prompt, visual tokens included.
+    """
+
+    id: str
+    sample: int
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish: str
+    prompt_tokens: int

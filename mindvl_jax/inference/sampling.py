@@ -1,0 +1,77 @@
+"""Choosing the next token on the device.
+
+Legend: B rows (slots), V vocabulary.
+Every row carries its own settings and its own random key, so a row's choice depends neither on its neighbours nor on the
+slot it sits in: a request gives the same text alone, in a batch, and whenever the scheduler happens to admit it.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+NEGATIVE = -1e30  # not -inf: a difference of two infinities is NaN
+
+
+def apply_repetition_penalty(logits_BV: jax.Array, seen_BV: jax.Array, penalty_B: jax.Array) -> jax.Array:
+    """Makes tokens that already occurred (prompt or answer) less likely; 1 changes nothing.
+
+    A positive logit is divided by the penalty and a negative one multiplied (CTRL, Keskar et al. 2019, section 4.1, in the
+    form that transformers' RepetitionPenaltyLogitsProcessor uses).
+    """
+    penalty_B1 = penalty_B[:, None]
+    punished_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
+    return jnp.where(seen_BV, punished_BV, logits_BV)
+
+
+def restrict(logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
+    """Drops all but the `top_k` most likely tokens (0: no limit), then all but the nucleus of mass `top_p` (1: no limit).
+
+    As in transformers, the nucleus is measured inside what top-k left, the token that crosses `top_p` stays in, and tokens
+    that tie with the k-th stay.
+    """
+    V = logits_BV.shape[-1]
+    k_B = jnp.where(top_k_B <= 0, V, jnp.minimum(top_k_B, V))
+    descending_BV = -jnp.sort(-logits_BV, axis=-1)
+    kth_B1 = jnp.take_along_axis(descending_BV, (k_B - 1)[:, None], axis=-1)
+    sorted_kept_BV = jnp.where(descending_BV >= kth_B1, descending_BV, NEGATIVE)
+    sorted_probs_BV = jax.nn.softmax(sorted_kept_BV, axis=-1)
+    mass_before_BV = jnp.cumsum(sorted_probs_BV, axis=-1) - sorted_probs_BV
+    in_nucleus_BV = (mass_before_BV < top_p_B[:, None]).at[:, 0].set(True)
+    lowest_B1 = jnp.min(jnp.where(in_nucleus_BV & (sorted_kept_BV > NEGATIVE), sorted_kept_BV, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits_BV >= lowest_B1, logits_BV, NEGATIVE)
+
+
+def choose(
+    logits_BV: jax.Array,
+    *,
+    keys_B2: jax.Array,
+    counts_B: jax.Array,
+    temperature_B: jax.Array,
+    top_k_B: jax.Array,
+    top_p_B: jax.Array,
+) -> jax.Array:
+    """Next token of each row, (B,) int32: the most likely one where temperature is 0, a sample elsewhere.
+
+    Args:
+      logits_BV: float32 scores, penalties already applied.
+      keys_B2: uint32 key of each request; the draw for its n-th token uses the key folded with n.
+      counts_B: tokens that each request has generated so far.
+    """
+    greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+    def draw(_):
+        scaled_BV = logits_BV / jnp.maximum(temperature_B, 1e-6)[:, None]
+        allowed_BV = restrict(scaled_BV, top_k_B, top_p_B)
+        folded_B2 = jax.vmap(jax.random.fold_in)(keys_B2, counts_B)
+        drawn_B = jax.vmap(jax.random.categorical)(folded_B2, allowed_BV).astype(jnp.int32)
+        return jnp.where(temperature_B > 0, drawn_B, greedy_B)
+
+    # The sort over the vocabulary costs more than a small model's whole step: only pay when some row samples.
+    return jax.lax.cond(jnp.any(temperature_B > 0), draw, lambda _: greedy_B, None)
+
+
+def log_probability(logits_BV: jax.Array, token_B: jax.Array) -> jax.Array:
+    """Log-probability (B,) float32 of the chosen tokens under the model itself: temperature 1, no penalty, no cut."""
+    picked_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
+    return picked_B - jax.nn.logsumexp(logits_BV, axis=-1)
