@@ -252,3 +252,60 @@ def abstract_mesh(mesh: jax.sharding.AbstractMesh | None):
     else:
         with jax.sharding.use_abstract_mesh(mesh):
             yield
+
+
+# ---- reading programs ---------------------------------------------------------------------------------------------------
+
+
+def module_of(lowered: jax.stages.Lowered) -> ir.Module:
+    """The lowered StableHLO module itself (not a copy: passes change it)."""
+    return lowered.compiler_ir("stablehlo")
+
+
+def read_location(location: ir.Location) -> tuple[str, str, int]:
+    """(named_scope path, file, line) of an MLIR location; empty strings and 0 where it says nothing."""
+    scope, file, line = "", "", 0
+    while location is not None:
+        if hasattr(location, "name_str"):
+            if "/" in location.name_str and not scope:
+                scope = location.name_str
+            location = location.child_loc
+        elif hasattr(location, "callee"):
+            location = location.callee
+        elif hasattr(location, "filename"):
+            return scope, location.filename, location.start_line
+        elif hasattr(location, "locations") and len(location.locations):
+            location = location.locations[0]
+        else:
+            break
+    return scope, file, line
+
+
+def equations(jaxpr: core.Jaxpr) -> Any:
+    """Every equation of a jaxpr and of the jaxprs inside it."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            for item in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(item, "jaxpr", item)
+                if isinstance(inner, core.Jaxpr):
+                    yield from equations(inner)
+
+
+def source_line(eqn: core.JaxprEqn) -> str:
+    """``file:line (function)`` of the user's program that made an equation."""
+    from jax._src import source_info_util
+
+    return source_info_util.summarize(eqn.source_info)
+
+
+def has_lowering(primitive: core.Primitive) -> bool:
+    """Whether JAX can turn the primitive into StableHLO for platform ``npu``."""
+    return primitive in mlir._lowerings or primitive in mlir._platform_specific_lowerings.get(PLATFORM, {})
+
+
+def threefry_primitive() -> core.Primitive:
+    """The primitive behind jax's default random numbers."""
+    from jax._src import prng
+
+    return prng.threefry2x32_p

@@ -1,0 +1,234 @@
+"""The bridge's intermediate form: typed SSA over one device's share of every array.
+
+The importer makes it from partitioned StableHLO: calls are inlined, attributes are plain Python values, shapes are *local*, and
+every exchange between devices is one of the explicit collectives below. The passes rewrite it, the code generator prints it.
+
+Operation names are StableHLO's without prefix (``add``, ``dot_general``). Collectives and kernels have names of their own:
+
+=================== ================================================================================================
+``all_reduce``       attrs ``axes``, ``kind`` ("add", "maximum", ...)
+``all_gather``       attrs ``dims``: for each dimension the axes over which its shards are put together
+``all_slice``        attrs ``dims``: for each dimension the axes over which this device keeps only its own shard (no exchange)
+``reduce_scatter``   attrs ``dims``, ``kind``, and ``axes`` in the order of the dims
+``all_to_all``       attrs ``axes``, ``source``, ``target``: the sharding moves from dimension source to dimension target
+``permute``          attrs ``pairs``: (source, target) devices; a device that receives nothing gets zeros
+``partition_id``     number of this device in the mesh
+``kernel``           attrs ``name``, ``params``: a fused operator
+=================== ================================================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+# Bytes of one element, by MLIR's name of the type.
+ELEMENT_BYTES = {
+    "i1": 1, "i8": 1, "ui8": 1, "i16": 2, "ui16": 2, "i32": 4, "ui32": 4, "i64": 8, "ui64": 8,
+    "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f8E4M3FN": 1, "f8E5M2": 1, "f8E4M3FNUZ": 1, "f8E5M2FNUZ": 1,
+}  # fmt: skip
+FLOATS = frozenset(t for t in ELEMENT_BYTES if "f" in t)
+UNSIGNED = frozenset(t for t in ELEMENT_BYTES if t.startswith("ui"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Type:
+    """Local shape and element type (MLIR's name: ``f32``, ``bf16``, ``i32``, ``ui32``, ``i1``, ...)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.size * ELEMENT_BYTES[self.dtype]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """Where an operation comes from: its named_scope path and the line of the user's program."""
+
+    scope: str = ""
+    file: str = ""
+    line: int = 0
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}" if self.file else "unknown line"
+        return f"{place} ({self.scope})" if self.scope else place
+
+
+Layout = tuple[tuple[str, ...], ...]  # for each dimension the mesh axes it is split over, major first
+
+
+@dataclasses.dataclass(eq=False)
+class Value:
+    """One SSA value. Equality is identity."""
+
+    type: Type
+    layout: Layout = ()
+    producer: Op | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.type.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.type.dtype
+
+
+@dataclasses.dataclass(eq=False)
+class Op:
+    name: str
+    operands: list[Value]
+    results: list[Value]
+    attrs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    regions: list[Block] = dataclasses.field(default_factory=list)
+    location: Location = Location()
+
+    def __post_init__(self) -> None:
+        for r in self.results:
+            r.producer = self
+
+    @property
+    def result(self) -> Value:
+        return self.results[0]
+
+
+@dataclasses.dataclass(eq=False)
+class Block:
+    params: list[Value]
+    ops: list[Op] = dataclasses.field(default_factory=list)
+    results: list[Value] = dataclasses.field(default_factory=list)
+
+    def walk(self) -> Iterator[Op]:
+        """All operations, those of inner regions after the one that holds them."""
+        for op in self.ops:
+            yield op
+            for region in op.regions:
+                yield from region.walk()
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Axis names and sizes, and for each place in the mesh (row-major) the process that sits there."""
+
+    axes: tuple[tuple[str, int], ...] = ()
+    devices: tuple[int, ...] | None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dict(self.axes)
+
+    @property
+    def count(self) -> int:
+        return math.prod(n for _, n in self.axes)
+
+    def size(self, axes: tuple[str, ...]) -> int:
+        """Number of shards made by these axis references (``x`` or a sub-axis ``x:before:size``)."""
+        return math.prod(axis_parts(a, self.sizes)[2] for a in axes)
+
+
+def axis_parts(reference: str, sizes: Mapping[str, int]) -> tuple[str, int, int]:
+    """``x`` -> (x, 1, size of x); the sub-axis ``x:before:size`` -> (x, before, size)."""
+    name, _, rest = reference.partition(":")
+    if not rest:
+        return name, 1, sizes[name]
+    before, size = rest.split(":")
+    return name, int(before), int(size)
+
+
+@dataclasses.dataclass
+class Program:
+    """A whole step on one device. `donated[i]`: argument i's storage may be overwritten."""
+
+    mesh: MeshShape
+    body: Block
+    donated: list[bool]
+    name: str = "main"
+
+
+def body_kind(block: Block) -> str | None:
+    """``add``, ``maximum``, ... when a reduction body is one binary operation of its two parameters; ``replace`` when it
+    returns the second; None for anything else."""
+    if len(block.params) != 2 or len(block.results) != 1:
+        return None
+    if not block.ops:
+        return "replace" if block.results[0] is block.params[1] else None
+    if len(block.ops) == 1 and block.results[0] is block.ops[0].results[0]:
+        op = block.ops[0]
+        if len(op.operands) == 2 and {id(v) for v in op.operands} == {id(v) for v in block.params}:
+            return op.name
+    return None
+
+
+def substitute(block: Block, replacement: Mapping[Value, Value]) -> None:
+    """Replaces values wherever they are read, inner regions included. Chains (a -> b -> c) are followed."""
+    if not replacement:
+        return
+
+    def final(v: Value) -> Value:
+        while v in replacement:
+            v = replacement[v]
+        return v
+
+    def visit(b: Block) -> None:
+        for op in b.ops:
+            op.operands = [final(v) for v in op.operands]
+            for r in op.regions:
+                visit(r)
+        b.results = [final(v) for v in b.results]
+
+    visit(block)
+
+
+def free_values(block: Block) -> list[Value]:
+    """Values that a region reads and does not define, in order of first use."""
+    defined: set[int] = {id(p) for p in block.params}
+    found: dict[int, Value] = {}
+
+    def read(v: Value) -> None:
+        if id(v) not in defined:
+            found.setdefault(id(v), v)
+
+    for op in block.ops:
+        for v in op.operands:
+            read(v)
+        for region in op.regions:
+            for v in free_values(region):
+                read(v)
+        defined.update(id(r) for r in op.results)
+    for v in block.results:
+        read(v)
+    return list(found.values())
+
+
+def dump(block: Block, indent: int = 0) -> str:
+    """The form as text, for tests and for looking at passes."""
+    names: dict[int, str] = {}
+
+    def name(v: Value) -> str:
+        return names.setdefault(id(v), f"%{len(names)}")
+
+    lines: list[str] = []
+
+    def visit(b: Block, pad: str) -> None:
+        lines.append(f"{pad}({', '.join(f'{name(p)}: {p.type}' for p in b.params)})")
+        for op in b.ops:
+            attrs = " ".join(f"{k}={v!r}" for k, v in op.attrs.items() if not hasattr(v, "shape"))
+            outs = ", ".join(f"{name(r)}: {r.type}" for r in op.results)
+            lines.append(f"{pad}{outs} = {op.name}({', '.join(map(name, op.operands))}) {attrs}".rstrip())
+            for region in op.regions:
+                visit(region, pad + "    ")
+        lines.append(f"{pad}return {', '.join(map(name, b.results))}")
+
+    visit(block, "  " * indent)
+    return "\n".join(lines)

@@ -1,0 +1,93 @@
+"""Lowerings of JAX primitives that platform ``npu`` needs of its own.
+
+Most primitives keep JAX's default StableHLO. These do not, for one of three reasons: the default is a CHLO operation that
+Shardy partitions wrongly without a word (``top_k``), a region that cannot be reduced across shards (``argmax``, ``sort``), or a
+composition far slower than torch's operator (``cumsum`` as a reduce_window, threefry as 300 integer operations). Each becomes a
+custom call ``npu_bridge.math.<name>`` with a sharding rule; `npu_bridge.runtime.math` holds what it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax import lax
+from jaxlib.mlir import ir
+
+from npu_bridge import jaxcompat
+
+
+def _dims(rank: int, changed: Sequence[int] = (), prefix: str = "d") -> str:
+    """``d0 d1 r2``: one factor for each dimension; those in `changed` get the letter r (replicated), numbered apart."""
+    return " ".join(f"r{i}" if i in changed else f"{prefix}{i}" for i in range(rank))
+
+
+def _along(axis: int, operands: Sequence[ir.Value], rank: int) -> str:
+    one = _dims(rank, (axis,))
+    return ", ".join([one] * len(operands))
+
+
+def _cumulative(name: str):
+    def lower(ctx: Any, x: ir.Value, *, axis: int, reverse: bool):
+        rank = len(ctx.avals_in[0].shape)
+        rule = f"{_dims(rank, (axis,))} -> {_dims(rank, (axis,))}"
+        params = {"axis": int(axis), "reverse": bool(reverse)}
+        return jaxcompat.custom_call_with_rule(ctx, f"math.{name}", [x], ctx.avals_out, rule, params, replicate=[f"r{axis}"])
+
+    return lower
+
+
+def _argument_of_extreme(name: str):
+    def lower(ctx: Any, x: ir.Value, *, axes: Sequence[int], index_dtype: Any):
+        (axis,) = axes
+        rank = len(ctx.avals_in[0].shape)
+        rest = " ".join(f"d{i}" for i in range(rank) if i != axis)
+        rule = f"{_dims(rank, (axis,))} -> {rest}"
+        return jaxcompat.custom_call_with_rule(ctx, f"math.{name}", [x], ctx.avals_out, rule, {"axis": int(axis)}, replicate=[f"r{axis}"])
+
+    return lower
+
+
+def _top_k(ctx: Any, x: ir.Value, *, k: int, **other: Any):
+    rank = len(ctx.avals_in[0].shape)
+    axis = int(other.get("axis", other.get("operand_axis", rank - 1))) % rank
+    lead = " ".join("k" if i == axis else f"d{i}" for i in range(rank))
+    rule = f"{_dims(rank, (axis,))} -> {lead}, {lead}"
+    return jaxcompat.custom_call_with_rule(
+        ctx, "math.top_k", [x], ctx.avals_out, rule, {"k": int(k), "axis": axis}, replicate=[f"r{axis}", "k"]
+    )
+
+
+def _sort(ctx: Any, *operands: ir.Value, dimension: int, is_stable: bool, num_keys: int):
+    rule = f"{_along(dimension, operands, len(ctx.avals_in[0].shape))} -> {_along(dimension, operands, len(ctx.avals_in[0].shape))}"
+    params = {"axis": int(dimension), "keys": int(num_keys)}
+    return jaxcompat.custom_call_with_rule(ctx, "math.sort", operands, ctx.avals_out, rule, params, replicate=[f"r{dimension}"])
+
+
+def _threefry(ctx: Any, *operands: ir.Value):
+    rank = len(ctx.avals_out[0].shape)
+    full = _dims(rank)
+    rule = ", ".join(full if len(a.shape) == rank else "" for a in ctx.avals_in) + f" -> {full}, {full}"
+    return jaxcompat.custom_call_with_rule(ctx, "math.threefry2x32", operands, ctx.avals_out, rule, {})
+
+
+def register() -> None:
+    """Registers the lowerings; calling it again changes nothing."""
+    if getattr(register, "done", False):
+        return
+    register.done = True
+    table = jaxcompat.register_platform_lowering
+    table(lax.square_p, jaxcompat.lower_with(lambda x: [lax.mul(x, x)]))
+    for name, primitive in (
+        ("cumsum", lax.cumsum_p),
+        ("cumprod", lax.cumprod_p),
+        ("cummax", lax.cummax_p),
+        ("cummin", lax.cummin_p),
+        ("cumlogsumexp", lax.cumlogsumexp_p),
+    ):
+        table(primitive, _cumulative(name))
+    table(lax.argmax_p, _argument_of_extreme("argmax"))
+    table(lax.argmin_p, _argument_of_extreme("argmin"))
+    table(lax.top_k_p, _top_k)
+    table(lax.sort_p, _sort)
+    table(jaxcompat.threefry_primitive(), _threefry)
