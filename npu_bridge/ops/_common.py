@@ -2,12 +2,13 @@
 
 Trap this module exists for: on XLA CPU a bfloat16 product that is asked for with a bfloat16 result runs three to five times
 slower than the same product asked for with a float32 result and cast afterwards, and JAX's own transpose of a mixed dot casts
-an operand to float32 and leaves the fast path. So operators never differentiate through a dot: they write their gradients with
-`dot` and `einsum` from here.
+an operand to float32 and leaves the fast path. So operators never differentiate through a product: they write their gradients
+with `dot`, `einsum` and `sum_over_rows`. tests/ops/test_fast_paths.py reads the optimized program for products that slipped.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -17,14 +18,38 @@ def accumulator(dtype):
 
 
 def einsum(spec, x, y):
-    """Product of two operands in their common dtype, accumulated and returned in `accumulator(dtype)`."""
+    """Product of two operands in their common dtype, accumulated and returned in `accumulator(dtype)`.
+
+    Fast on XLA CPU when x contracts its last dims. Cast the result, or pass it through `settle`, before transposing it.
+    """
     dtype = jnp.promote_types(x.dtype, y.dtype)
     return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=accumulator(dtype))
 
 
-def dot(x, y, contract, batch=((), ())):
-    """`lax.dot_general` of operands of one dtype, accumulated and returned in `accumulator(dtype)`."""
-    return lax.dot_general(x, y, (contract, batch), preferred_element_type=accumulator(x.dtype))
+def settle(product):
+    """Keeps XLA from folding a later transpose into the product, which it then could not run quickly, or (bfloat16 operands with
+    a float32 result, jax 0.10) not at all: "Unsupported element type for DotThunk"."""
+    return lax.optimization_barrier(product)
+
+
+def sum_over_rows(x, y, batch=0):
+    """(batch.., rows.., X), (batch.., rows.., Y) -> (batch.., X, Y): the product of a weight gradient, in `accumulator(dtype)`.
+
+    XLA CPU runs a product that contracts a single leading dim on a path four times slower than one that contracts two (there it
+    transposes x first), so a lone row dim is cut in two. Give the smaller operand as x: it is the one that is transposed.
+    """
+    rows = [size for size in x.shape[batch:-1] if size > 1]
+    if len(rows) == 1 and rows[0] % 2 == 0:
+        x = x.reshape(*x.shape[:batch], 2, rows[0] // 2, x.shape[-1])
+        y = y.reshape(*y.shape[:batch], 2, rows[0] // 2, y.shape[-1])
+    contract = tuple(range(batch, x.ndim - 1))
+    leading = tuple(range(batch))
+    return settle(lax.dot_general(x, y, ((contract, contract), (leading, leading)), preferred_element_type=accumulator(x.dtype)))
+
+
+def dot(x, y, contract):
+    """`lax.dot_general` of two operands of one dtype, accumulated and returned in `accumulator(dtype)`."""
+    return lax.dot_general(x, y, (contract, ((), ())), preferred_element_type=accumulator(x.dtype))
 
 
 def require(condition, operator, message):
@@ -45,6 +70,4 @@ def require_float(operator, **arrays):
 
 def zero_cotangent(array):
     """The cotangent of an integer or boolean argument, which JAX wants as float0 zeros."""
-    import numpy as np
-
     return np.zeros(jnp.shape(array), jax.dtypes.float0)

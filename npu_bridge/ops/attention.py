@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from npu_bridge.ops._common import require, require_float, zero_cotangent
-from npu_bridge.ops._dense import dense_backward, dense_forward
+from npu_bridge.ops._blocked import blocked_backward, blocked_forward, plan_blocks
 
 
 def attention(q, k, v, *, segment_ids_q=None, segment_ids_kv=None, causal: bool, window=None, scale=None,
@@ -50,7 +50,8 @@ def attention(q, k, v, *, segment_ids_q=None, segment_ids_kv=None, causal: bool,
                     f"segment_ids_q alone serves self-attention, but there are {queries} queries and {keys} keys; pass segment_ids_kv")
             segment_ids_kv = segment_ids_q
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    return _attention(q, k, v, segment_ids_q, segment_ids_kv, bool(causal), window, scale)
+    plan = plan_blocks(queries, keys, causal=bool(causal), window=window, max_segment_length=max_segment_length, implementation=implementation)
+    return _attention(q, k, v, segment_ids_q, segment_ids_kv, plan, scale)
 
 
 def _check(q, k, v, segment_ids_q, segment_ids_kv, window, max_segment_length, lengths):
@@ -69,19 +70,19 @@ def _check(q, k, v, segment_ids_q, segment_ids_kv, window, max_segment_length, l
             f"lengths have shape {None if lengths is None else lengths.shape}; expected ({q.shape[0]}, M)")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attention(q, k, v, ids_q, ids_kv, causal, window, scale):
-    return dense_forward(q, k, v, ids_q, ids_kv, causal=causal, window=window, scale=scale)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(q, k, v, ids_q, ids_kv, plan, scale):
+    return blocked_forward(q, k, v, ids_q, ids_kv, plan=plan, scale=scale)[0]
 
 
-def _attention_fwd(q, k, v, ids_q, ids_kv, causal, window, scale):
-    out, lse = dense_forward(q, k, v, ids_q, ids_kv, causal=causal, window=window, scale=scale)
+def _attention_fwd(q, k, v, ids_q, ids_kv, plan, scale):
+    out, lse = blocked_forward(q, k, v, ids_q, ids_kv, plan=plan, scale=scale)
     return out, (q, k, v, ids_q, ids_kv, out, lse)
 
 
-def _attention_bwd(causal, window, scale, res, g):
+def _attention_bwd(plan, scale, res, g):
     q, k, v, ids_q, ids_kv, out, lse = res
-    grads = dense_backward(g, q, k, v, ids_q, ids_kv, out, lse, causal=causal, window=window, scale=scale)
+    grads = blocked_backward(g, q, k, v, ids_q, ids_kv, out, lse, plan=plan, scale=scale)
     return (*grads, *(None if ids is None else zero_cotangent(ids) for ids in (ids_q, ids_kv)))
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from npu_bridge.ops._common import accumulator, einsum, require, require_float, zero_cotangent
+from npu_bridge.ops._common import accumulator, einsum, require, require_float, sum_over_rows, zero_cotangent
 
 
 def cross_entropy(hidden, head, targets, weights, *, chunk: int):
@@ -96,7 +96,7 @@ def cross_entropy_backward(g, hidden, head, targets, weights, lse, *, chunk):
         dlogits = (jnp.exp(logits - lse[..., None]) - hit(targets, head.shape[1])) * slope[..., None]
         dlogits = dlogits.astype(hidden.dtype)
         dhidden = einsum("bcv,dv->bcd", dlogits, narrow_head).astype(hidden.dtype)
-        return dhead + einsum("bcd,bcv->dv", hidden, dlogits), dhidden
+        return dhead + sum_over_rows(hidden, dlogits), dhidden
 
     parts = tuple(split_chunks(x, chunk) for x in (hidden, targets, weights, lse, slope))
     dhead, dhidden = lax.scan(one, jnp.zeros(head.shape, accumulator(hidden.dtype)), parts)

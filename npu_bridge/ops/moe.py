@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from npu_bridge.ops._common import accumulator, dot, require, require_float, zero_cotangent
+from npu_bridge.ops._common import accumulator, dot, require, require_float, sum_over_rows, zero_cotangent
 
 
 def grouped_matmul(x, w, group_sizes):
@@ -83,7 +83,7 @@ def grouped_weight_gradient(x, g, group_sizes, like_w):
         # Rows of other experts inside the tile are cut out by a select, not a product: they may hold anything.
         keep = (jnp.arange(tile) < live)[:, None]
         rows, slope = jnp.where(keep, rows, 0), jnp.where(keep, lax.dynamic_slice_in_dim(g, first, tile), 0)
-        part = dot(rows, slope, ((0,), (0,)))
+        part = sum_over_rows(rows, slope)
         old = lax.dynamic_index_in_dim(dw, expert, keepdims=False)
         return lax.dynamic_update_index_in_dim(dw, old + part, expert, 0), None
 
