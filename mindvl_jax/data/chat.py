@@ -1,0 +1,165 @@
+"""Conversations to token ids in the published Qwen chat format, turn by turn, with what is learned marked.
+
+A turn is `<|im_start|>role`, newline, content, `<|im_end|>`, newline; a picture in it is `<|vision_start|>`, one
+placeholder for each merged token, `<|vision_end|>`. No system turn is added that the sample does not have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Iterator, Protocol, Sequence
+
+from mindvl_jax.config import ModelConfig
+from mindvl_jax.data.sample import IMAGE, PLACEHOLDER, VIDEO, Message, SampleError
+from mindvl_jax.errors import UserError
+
+
+class TextTokenizer(Protocol):
+    """What this module asks of a tokenizer (`mindvl_jax.data.tokenizer.Tokenizer`)."""
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]: ...
+
+    def token_id(self, token: str) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """Token ids of one turn.
+
+    Attributes:
+      role: system, user or assistant.
+      tokens: ids, placeholders of media included, the closing newline too.
+      learned: one bool a token: part of an answer (its content and the closing `<|im_end|>`).
+      media: (offset of the first placeholder in `tokens`, "image" or "video") of each medium in order.
+    """
+
+    role: str
+    tokens: tuple[int, ...]
+    learned: tuple[bool, ...]
+    media: tuple[tuple[int, str], ...]
+
+
+class ChatEncoder:
+    """Encodes turns; remembers the ids of short texts, which recur in every sample (headers, common questions)."""
+
+    def __init__(self, tokenizer: TextTokenizer, model: ModelConfig):
+        self._tokenizer = tokenizer
+        self._memory: dict[str, tuple[int, ...]] = {}
+        self._start = tokenizer.token_id("<|im_start|>")
+        self._end = tokenizer.token_id("<|im_end|>")
+        self._vision = (model.vision_start_token_id, model.vision_end_token_id)
+        self._pad = {"image": model.image_token_id, "video": model.video_token_id}
+        named = {
+            "image_token_id": ("<|image_pad|>", model.image_token_id),
+            "video_token_id": ("<|video_pad|>", model.video_token_id),
+            "vision_start_token_id": ("<|vision_start|>", model.vision_start_token_id),
+            "vision_end_token_id": ("<|vision_end|>", model.vision_end_token_id),
+        }
+        wrong = [f"model.{key} is {found} but the tokenizer's {token} is {tokenizer.token_id(token)}" for key, (token, found) in named.items() if tokenizer.token_id(token) != found]
+        if wrong:
+            raise UserError("the model and the tokenizer disagree on the media tokens: " + "; ".join(wrong) + ". Use the tokenizer's ids")
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """Ids of plain text; control tokens spelled in it stay text. Raises SampleError for what the vocabulary lacks."""
+        known = self._memory.get(text)
+        if known is None:
+            try:
+                known = tuple(self._tokenizer.encode(text))
+            except UserError as error:
+                raise SampleError("unknown_token", str(error)) from None
+            if len(text) <= 256 and len(self._memory) < 65536:
+                self._memory[text] = known
+        return known
+
+    def turns(self, messages: Sequence[Message], images: Iterator[int], videos: Iterator[int]) -> list[Turn]:
+        """Turns of a conversation. `images` and `videos` yield the visual tokens of each medium in order.
+
+        Tool results come as the published format has them: in a user turn, between `<tool_response>` tags, neighbours together.
+        Raises SampleError when a placeholder has no medium left (too many placeholders).
+        """
+        turns: list[Turn] = []
+        index = 0
+        while index < len(messages):
+            message = messages[index]
+            if message.role == "tool":
+                body = [message.content]
+                while index + 1 < len(messages) and messages[index + 1].role == "tool":
+                    index += 1
+                    body.append(messages[index].content)
+                turns.append(self._turn("user", "", images, videos, tool_results=body))
+            else:
+                turns.append(self._turn(message.role, message.content, images, videos))
+            index += 1
+        return turns
+
+    def answer_header(self) -> tuple[int, ...]:
+        """Ids that ask for an answer: an opened assistant turn."""
+        return (self._start, *self.encode_text("assistant\n"))
+
+    def _turn(self, role: str, content: str, images: Iterator[int], videos: Iterator[int], tool_results: Sequence[str] = ()) -> Turn:
+        tokens: list[int] = [self._start]
+        learned: list[bool] = [False]
+        media: list[tuple[int, str]] = []
+        answer = role == "assistant"
+
+        def text(piece: str, learn: bool) -> None:
+            ids = self.encode_text(piece)
+            tokens.extend(ids)
+            learned.extend([learn] * len(ids))
+
+        def body(piece: str, prefix: str = "") -> None:
+            parts = PLACEHOLDER.split(piece)
+            # The header's newline merges with newlines that open the content, as when the whole turn is encoded at once.
+            parts[0] = prefix + parts[0]
+            for part in parts:
+                if part in (IMAGE, VIDEO):
+                    kind = "image" if part == IMAGE else "video"
+                    count = next(images if kind == "image" else videos, None)
+                    if count is None:
+                        raise SampleError("media_mismatch", f"the text has more {part} placeholders than the sample has {kind}s")
+                    tokens.append(self._vision[0])
+                    media.append((len(tokens), kind))
+                    tokens.extend([self._pad[kind]] * count)
+                    tokens.append(self._vision[1])
+                    learned.extend([False] * (count + 2))
+                elif part:
+                    text(part, answer)
+
+        if tool_results:
+            text("user", False)
+            for result in tool_results:
+                text("\n", False)
+                self._tag("<tool_response>", tokens, learned)
+                body(result + "\n", "\n")
+                self._tag("</tool_response>", tokens, learned)
+        elif answer:
+            # Encoded apart from the content, so that what is learned is what generation starts from.
+            text("assistant\n", False)
+            body(content)
+        else:
+            body(content, role + "\n")
+        tokens.append(self._end)
+        learned.append(answer)
+        text("\n", False)
+        return Turn(role, tuple(tokens), tuple(learned), tuple(media))
+
+    def _tag(self, tag: str, tokens: list[int], learned: list[bool]) -> None:
+        try:
+            ids = [self._tokenizer.token_id(tag)]
+        except UserError:  # Qwen2.5 has no such token and writes the tag as text
+            ids = list(self.encode_text(tag))
+        tokens.extend(ids)
+        learned.extend([False] * len(ids))
+
+
+def check_turn_order(messages: Sequence[Message]) -> None:
+    """Raises SampleError unless there is an assistant turn, no empty answer, and a system turn only at the start."""
+    if not any(message.role == "assistant" for message in messages):
+        raise SampleError("no_answer", f"the conversation of {len(messages)} turns has no assistant turn, so there is nothing to learn")
+    for index, message in enumerate(messages):
+        if message.role == "system" and index:
+            raise SampleError("malformed", f"turn {index} is a system turn; it may only come first")
+        if message.role == "assistant" and not message.content.strip():
+            raise SampleError("empty_answer", f"the assistant's turn {index} is empty")
+        if message.role == "assistant" and (index == 0 or messages[index - 1].role == "assistant"):
+            raise SampleError("malformed", f"turn {index} is the assistant's, but no user or tool turn comes before it")

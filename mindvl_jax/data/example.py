@@ -1,0 +1,287 @@
+"""One encoded sample: token ids, targets, positions and media whose pixels are read when they are needed.
+
+Encoding reads picture headers only, so lengths are known (and rows can be planned) without decoding a pixel.
+T tokens and P patches of this one sample.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Sequence
+
+import numpy as np
+
+from mindvl_jax.config import ModelConfig, VisionConfig
+from mindvl_jax.data import image as images
+from mindvl_jax.data import video as videos
+from mindvl_jax.data.chat import ChatEncoder, TextTokenizer, Turn, check_turn_order
+from mindvl_jax.data.positions import rotary_positions
+from mindvl_jax.data.sample import IMAGE, PLACEHOLDER, Media, Message, Sample, SampleError
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeLimits:
+    """What one sample may take, and how its pixels are prepared. Sizes in pixels are areas of one frame.
+
+    Attributes:
+      max_tokens, max_patches: budgets of one sample; None does not limit (inference).
+      limit_image_patches: hard limit of one picture, which is shrunk to it; None follows the published rule alone.
+    """
+
+    min_pixels: int
+    max_pixels: int
+    max_tokens: int | None = None
+    max_patches: int | None = None
+    limit_image_patches: int | None = None
+    train_on: str = "answers"
+    resample: str = "bicubic"
+    video_fps: float = 2.0
+    video_max_frames: int = 64
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VisualItem:
+    """One picture or video of a sample: where its pixels come from and how they are laid out."""
+
+    media: Media
+    kind: str  # "image" or "video"
+    layout: images.VisualLayout
+    frames: tuple[int, ...] = ()  # frame numbers taken from a video, an even count
+    seconds: float | None = None  # seconds between frame pairs of a video
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """An encoded sample. Arrays are what one segment of a packed row holds.
+
+    Attributes:
+      tokens: (T,) int32.
+      targets: (T,) int32, the next token, 0 at the end.
+      loss_weights: (T,) float32, 1 where the target is learned.
+      positions: (3, T) int32, from 0.
+      visual_index: (T,) int32, merged patch group of this sample in window order, -1 for text.
+      visuals: media in the order of their patches.
+      patch_positions: (P, 2) int32; image_lengths, window_lengths: patches of each segment and window in order.
+      truncated: turns that were left out to fit.
+      source_turns: turns before truncation.
+    """
+
+    id: str
+    origin: str
+    tokens: np.ndarray
+    targets: np.ndarray
+    loss_weights: np.ndarray
+    positions: np.ndarray
+    visual_index: np.ndarray
+    visuals: tuple[VisualItem, ...]
+    patch_positions: np.ndarray
+    image_lengths: np.ndarray
+    window_lengths: np.ndarray
+    truncated: int = 0
+    task: str | None = None
+    answers: tuple[str, ...] = ()
+    pixels: tuple[np.ndarray, ...] | None = None  # one (P_i, ...) array a medium, once read
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def patches(self) -> int:
+        return len(self.patch_positions)
+
+    def with_pixels(self, vision: VisionConfig, resample: str) -> "Example":
+        """Reads the pixels of all media. Raises SampleError when one does not decode."""
+        if self.pixels is not None:
+            return self
+        return dataclasses.replace(self, pixels=tuple(read_pixels(item, vision, resample) for item in self.visuals))
+
+    def without_media(self) -> "Example":
+        """The same with the encoded media let go, to be kept in memory beside its pixels."""
+        light = tuple(dataclasses.replace(item, media=Media(path=item.media.path)) for item in self.visuals)
+        return dataclasses.replace(self, visuals=light)
+
+
+def read_pixels(item: VisualItem, vision: VisionConfig, resample: str) -> np.ndarray:
+    """uint8 patches of a medium in window order: one frame's for a picture (see `image.frames_to_patches`)."""
+    if item.kind == "video":
+        frames = videos.read_frames(item.media, item.frames, item.layout.grid, vision, resample)
+    else:
+        picture = images.load_image(item.media)
+        frames = images.resize_to_grid(picture, item.layout.grid, vision, resample)[None]
+    return images.frames_to_patches(frames, item.layout, vision)
+
+
+class ExampleEncoder:
+    """Encodes samples for one model, tokenizer and set of limits."""
+
+    def __init__(self, model: ModelConfig, tokenizer: TextTokenizer, limits: EncodeLimits):
+        self._model = model
+        self._limits = limits
+        self._chat = ChatEncoder(tokenizer, model)
+
+    def encode(self, sample: Sample) -> Example:
+        """Encodes a sample for training.
+
+        Raises SampleError with the reason: media and placeholders that do not match, no answer, longer than the budget
+        even with all turns but the first exchange left out, nothing to learn, media that cannot be opened.
+        """
+        check_turn_order(sample.messages)
+        turns, visuals = self._turns(sample)
+        kept, truncated = self._fit(turns, visuals)
+        return self._build(sample, kept, visuals, truncated, prompt=False)
+
+    def encode_prompt(self, messages: Sequence[Message], image_media: Sequence[Media] = (), video_media: Sequence[Media] = (), *, id: str = "prompt") -> Example:
+        """Encodes a conversation whose answer is asked for: it ends with an opened assistant turn, nothing is learned.
+
+        Pictures without any placeholder in the text are put before the first user turn's text.
+        Raises SampleError as `encode`, and when the prompt is longer than max_tokens (prompts are never cut).
+        """
+        messages = tuple(messages)
+        if not messages or messages[-1].role not in ("user", "tool"):
+            raise SampleError("malformed", "a prompt must end with a user or tool turn")
+        if image_media and not any(PLACEHOLDER.search(message.content) for message in messages):
+            first = next(index for index, message in enumerate(messages) if message.role != "system")
+            placed = Message(messages[first].role, IMAGE * len(image_media) + messages[first].content)
+            messages = messages[:first] + (placed,) + messages[first + 1 :]
+        sample = Sample(id, messages, tuple(image_media), tuple(video_media))
+        turns, visuals = self._turns(sample)
+        example = self._build(sample, turns, visuals, 0, prompt=True)
+        if self._limits.max_tokens is not None and example.length > self._limits.max_tokens:
+            raise SampleError("too_long", f"the prompt has {example.length} tokens, the limit is {self._limits.max_tokens}; shorten it or lower max_pixels")
+        return example
+
+    # --- steps ---
+
+    def _turns(self, sample: Sample) -> tuple[list[Turn], list[VisualItem]]:
+        text = [piece for message in sample.messages for piece in PLACEHOLDER.findall(message.content)]
+        counts = {"image": text.count(IMAGE), "video": len(text) - text.count(IMAGE)}
+        for kind, found in (("image", sample.images), ("video", sample.videos)):
+            if counts[kind] != len(found):
+                raise SampleError("media_mismatch", f"the text has {counts[kind]} <{kind}> placeholder(s) but the sample has {len(found)} {kind}(s)")
+        by_kind = {"image": [self._image_item(media) for media in sample.images], "video": [self._video_item(media) for media in sample.videos]}
+        tokens = {kind: iter([item.layout.tokens for item in items]) for kind, items in by_kind.items()}
+        turns = self._chat.turns(sample.messages, tokens["image"], tokens["video"])
+        # Media in the order in which the text names them: that is the order of their patches.
+        order = {kind: iter(items) for kind, items in by_kind.items()}
+        return turns, [next(order[kind]) for turn in turns for _, kind in turn.media]
+
+    def _image_item(self, media: Media) -> VisualItem:
+        height, width = images.image_size(media)
+        limits = self._limits
+        grid = images.image_grid(height, width, self._model.vision, min_pixels=limits.min_pixels, max_pixels=limits.max_pixels, limit_patches=limits.limit_image_patches)
+        return VisualItem(media, "image", images.visual_layout(grid, self._model.vision))
+
+    def _video_item(self, media: Media) -> VisualItem:
+        limits = self._limits
+        plan = videos.plan_frames(
+            media,
+            self._model.vision,
+            fps=limits.video_fps,
+            max_frames=limits.video_max_frames,
+            min_pixels=limits.min_pixels,
+            max_pixels=limits.max_pixels,
+            limit_patches=limits.limit_image_patches,
+            total_patches=limits.max_patches,
+        )
+        return VisualItem(media, "video", images.visual_layout(plan.grid, self._model.vision), plan.frames, plan.seconds_per_pair)
+
+    def _fit(self, turns: list[Turn], visuals: list[VisualItem]) -> tuple[list[Turn], int]:
+        """The longest run of turns from the start that ends with an answer and fits both budgets."""
+        max_tokens, max_patches = self._limits.max_tokens, self._limits.max_patches
+        tokens = patches = seen = 0
+        best = 0
+        first = None
+        for index, turn in enumerate(turns):
+            tokens += len(turn.tokens)
+            patches += sum(item.layout.patches for item in visuals[seen : seen + len(turn.media)])
+            seen += len(turn.media)
+            if turn.role == "assistant":
+                needed = tokens - 1  # the closing newline of the last turn is not kept
+                first = first or (needed, patches)
+                if (max_tokens is None or needed <= max_tokens) and (max_patches is None or patches <= max_patches):
+                    best = index + 1
+        # Turns after the last answer teach nothing.
+        last_answer = max(index for index, turn in enumerate(turns) if turn.role == "assistant") + 1
+        if best == 0:
+            reason = "too_long" if max_tokens is not None and first[0] > max_tokens else "too_many_patches"
+            raise SampleError(reason, f"up to its first answer the sample has {first[0]} tokens and {first[1]} patches; the budgets are {max_tokens} and {max_patches}: raise them or lower max_pixels")
+        return turns[:best], last_answer - best
+
+    def _build(self, sample: Sample, turns: list[Turn], visuals: list[VisualItem], truncated: int, *, prompt: bool) -> Example:
+        merge_unit, vision, text = self._model.vision.merge_unit, self._model.vision, self._model.text
+        ids: list[int] = []
+        learned: list[bool] = []
+        starts: list[tuple[int, str]] = []
+        for index, turn in enumerate(turns):
+            starts.extend((len(ids) + offset, kind) for offset, kind in turn.media)
+            ids.extend(turn.tokens)
+            if self._limits.train_on == "all":
+                learned.extend([True] * len(turn.tokens))
+            elif self._limits.train_on == "last_answer" and index != len(turns) - 1:
+                learned.extend([False] * len(turn.tokens))
+            else:
+                learned.extend(turn.learned)
+        if prompt:
+            ids.extend(self._chat.answer_header())
+        elif turns:
+            ids.pop()  # the newline after the last turn: nothing attends to it and no answer contains it
+        tokens = np.array(ids, np.int32)
+        count = len(tokens)
+        visuals = visuals[: len(starts)]
+        visual_index = np.full(count, -1, np.int32)
+        base = 0
+        for (start, _), item in zip(starts, visuals, strict=True):
+            visual_index[start : start + item.layout.tokens] = base + item.layout.token_index
+            base += item.layout.tokens
+        targets = np.zeros(count, np.int32)
+        weights = np.zeros(count, np.float32)
+        if not prompt and count > 1:
+            targets[:-1] = tokens[1:]
+            weights[:-1] = np.array(learned[1:count], np.float32) * (visual_index[1:] < 0)
+            if not weights.any():
+                raise SampleError("nothing_to_learn", "no token of the sample is learned")
+        spans = [(start, item.layout.grid, item.seconds) for (start, _), item in zip(starts, visuals)]
+        positions = rotary_positions(count, spans, merge=vision.spatial_merge_size, tokens_per_second=vision.tokens_per_second, mrope=text.rope == "mrope")
+        layouts = [item.layout for item in visuals]
+        return Example(
+            id=sample.id,
+            origin=sample.origin,
+            tokens=tokens,
+            targets=targets,
+            loss_weights=weights,
+            positions=positions,
+            visual_index=visual_index,
+            visuals=tuple(visuals),
+            patch_positions=_joined([layout.patch_positions for layout in layouts], (0, 2)),
+            image_lengths=_joined([layout.image_lengths for layout in layouts], (0,)),
+            window_lengths=_joined([layout.window_lengths for layout in layouts], (0,)),
+            truncated=truncated,
+            task=sample.task,
+            answers=sample.answers,
+        )
+
+
+def _joined(arrays: list[Any], empty: tuple[int, ...]) -> np.ndarray:
+    if len(arrays) == 1:
+        return arrays[0]
+    return np.concatenate(arrays) if arrays else np.zeros(empty, np.int32)
+
+
+def encode_sample(sample: Sample, model: ModelConfig, tokenizer: TextTokenizer, limits: EncodeLimits) -> Example:
+    """Encodes one sample for training; `ExampleEncoder` does the same for many without building its tables again."""
+    return ExampleEncoder(model, tokenizer, limits).encode(sample)
+
+
+def encode_prompt(
+    messages: Sequence[Message],
+    image_media: Sequence[Media] = (),
+    video_media: Sequence[Media] = (),
+    *,
+    model: ModelConfig,
+    tokenizer: TextTokenizer,
+    limits: EncodeLimits,
+    id: str = "prompt",
+) -> Example:
+    """Encodes one conversation for inference; see `ExampleEncoder.encode_prompt`."""
+    return ExampleEncoder(model, tokenizer, limits).encode_prompt(messages, image_media, video_media, id=id)

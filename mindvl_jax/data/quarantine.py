@@ -1,0 +1,93 @@
+"""Samples that cannot be used: written down with the reason, counted, never passed over in silence."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+from typing import Any
+
+from mindvl_jax.data.sample import SampleError
+from mindvl_jax.errors import UserError
+
+# Samples seen before a rate of errors says anything.
+ENOUGH = 200
+
+
+class Quarantine:
+    """Applies `data.on_error` and `data.max_error_rate`.
+
+    Attributes:
+      count: samples refused, an epoch's repetition counted again.
+      seen: samples asked for.
+      reasons: refusals by reason.
+    """
+
+    def __init__(self, path: str | None, *, policy: str, max_rate: float, limit_in_a_row: int):
+        """`path` is the file that refusals are appended to (JSON lines), or None. `limit_in_a_row` refusals without one good
+        sample stop the run whatever the rate allows: the data set has nothing to give."""
+        self._path = path
+        self._policy = policy
+        self._max_rate = max_rate
+        self._limit_in_a_row = limit_in_a_row
+        self._in_a_row = 0
+        self._written: set[str] = self._read_written()
+        self.count = 0
+        self.seen = 0
+        self.reasons: collections.Counter[str] = collections.Counter()
+
+    def good(self) -> None:
+        """Notes a sample that was accepted."""
+        self.seen += 1
+        self._in_a_row = 0
+
+    def refuse(self, *, id: str, where: str, error: SampleError, counted: bool = True) -> None:
+        """Writes a refused sample down. `counted` is False for one that was already seen as good.
+
+        Raises UserError when the policy is `raise`, when refusals pass the rate, or when nothing but bad samples comes.
+        """
+        self.seen += counted
+        self.count += 1
+        self._in_a_row += 1
+        self.reasons[error.reason] += 1
+        if self._policy == "raise":
+            raise UserError(f"sample {id!r} ({where}): {error} [data.on_error is raise; quarantine leaves such samples out and lists them]")
+        self._write({"id": id, "where": where, "reason": error.reason, "message": str(error)})
+        listed = f"; they are listed in {self._path}" if self._path else ""
+        if self.seen >= ENOUGH and self.count > self._max_rate * self.seen:
+            raise UserError(f"{self.count} of {self.seen} samples are bad ({self._reasons()}), more than data.max_error_rate {self._max_rate:g} allows{listed}. The last one: {id!r} ({where}): {error}")
+        if self._in_a_row >= self._limit_in_a_row:
+            raise UserError(f"{self._in_a_row} bad samples in a row and no good one ({self._reasons()}): there is nothing to train on{listed}. The last one: {id!r} ({where}): {error}")
+
+    def _reasons(self) -> str:
+        return ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common(5))
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        key = f"{entry['where']}|{entry['reason']}"
+        if self._path is None or key in self._written:
+            return
+        self._written.add(key)
+        os.makedirs(os.path.dirname(self._path) or ".", exist_ok=True)
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+    def _read_written(self) -> set[str]:
+        """Entries of an earlier part of the same run: each bad sample is listed once."""
+        if self._path is None or not os.path.exists(self._path):
+            return set()
+        keys = set()
+        with open(self._path, encoding="utf-8") as file:
+            for line in file:
+                try:
+                    entry = json.loads(line)
+                    keys.add(f"{entry['where']}|{entry['reason']}")
+                except (ValueError, KeyError, TypeError):
+                    continue  # a line cut off by a crash
+        return keys
+
+    def state(self) -> dict[str, Any]:
+        return {"count": self.count, "seen": self.seen, "in_a_row": self._in_a_row, "reasons": dict(self.reasons)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.count, self.seen, self._in_a_row = state["count"], state["seen"], state["in_a_row"]
+        self.reasons = collections.Counter(state["reasons"])
