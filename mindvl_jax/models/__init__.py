@@ -4,9 +4,9 @@ import jax
 
 from mindvl_jax.batch import Batch
 from mindvl_jax.models.language.cache import KVCache
-from mindvl_jax.models.mindvl import MindVL
+from mindvl_jax.models.mindvl import LanguageModel, MindVL
 from mindvl_jax.models.parameters import LOGICAL_AXES
 
-__all__ = ["LOGICAL_AXES", "Batch", "KVCache", "MindVL"]
+__all__ = ["LOGICAL_AXES", "Batch", "KVCache", "LanguageModel", "MindVL"]
 
 jax.tree_util.register_dataclass(Batch, data_fields=list(Batch.__dataclass_fields__), meta_fields=[])

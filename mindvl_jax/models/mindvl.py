@@ -1,4 +1,4 @@
-"""MindVL: vision tower, projector and language model as one differentiable function of a packed batch.
+"""MindVL: vision tower, projector and language model as one differentiable function of a packed batch; and the decoder alone.
 
 B rows, T tokens, P patches, D language width, V vocabulary.
 """
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mindvl_jax.batch import Batch
-from mindvl_jax.config import ModelConfig
+from mindvl_jax.config import ModelConfig, TextConfig
 from mindvl_jax.models.language.qwen import Decoder
 from mindvl_jax.models.projector import Projector
 from mindvl_jax.models.vision.placement import place_visual
@@ -18,38 +18,17 @@ from mindvl_jax.models.vision.tower import VisionTower
 from npu_bridge import ops
 
 
-class MindVL(nnx.Module):
-    """The assembled model.
+class LanguageModel(nnx.Module):
+    """A decoder by itself: reads the text fields of a batch. Its parameters live under `language/`, as in `MindVL`."""
 
-    Parameters live under `vision/`, `projector/` and `language/`; layers are stacked on a leading axis. Created under a mesh
-    and logical axis rules (see `models.parameters.parameter`) they are placed at once; `nnx.eval_shape` builds it without memory.
-    """
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        dtype = jnp.dtype(config.param_dtype)
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, param_dtype: str = "float32", compute_dtype: str = "float32", remat: str = "none"):
         self.config = config
-        self.vision = VisionTower(config.vision, rngs=rngs, dtype=dtype, remat=config.remat)
-        self.projector = Projector(config.vision, config.text.hidden_size, rngs=rngs, dtype=dtype)
-        self.language = Decoder(config.text, rngs=rngs, dtype=dtype, remat=config.remat)
-
-    @property
-    def compute_dtype(self):
-        return jnp.dtype(self.config.compute_dtype)
-
-    def visual_features(self, batch: Batch, *, max_image_patches: int | None = None) -> jax.Array:
-        """(B, P / merge_unit, D): one visual token for each group of neighbouring patches, in window order."""
-        with jax.named_scope("vision"):
-            features = self.vision(batch.patches, batch.patch_positions, batch.patch_segment_ids, batch.patch_window_ids,
-                                   image_lengths=batch.image_lengths, window_lengths=batch.window_lengths,
-                                   max_image_patches=max_image_patches, dtype=self.compute_dtype)
-        with jax.named_scope("projector"):
-            return self.projector(features)
+        self.compute_dtype = jnp.dtype(compute_dtype)
+        self.language = Decoder(config, rngs=rngs, dtype=jnp.dtype(param_dtype), remat=remat)
 
     def embed(self, batch: Batch, *, max_image_patches: int | None = None) -> jax.Array:
-        """(B, T, D): token embeddings with visual tokens in their places. Text-only batches run the same program."""
-        tokens_BTD = self.language.embed(batch.tokens).astype(self.compute_dtype)
-        visual_BGD = self.visual_features(batch, max_image_patches=max_image_patches)
-        return place_visual(tokens_BTD, visual_BGD, batch.visual_index)
+        """(B, T, D): token embeddings."""
+        return self.language.embed(batch.tokens).astype(self.compute_dtype)
 
     def __call__(self, batch: Batch, *, max_sample_length: int | None = None, max_image_patches: int | None = None) -> jax.Array:
         """(B, T, D): hidden states after the final norm.
@@ -79,3 +58,32 @@ class MindVL(nnx.Module):
         hidden_BTD = self(batch, max_sample_length=max_sample_length, max_image_patches=max_image_patches)
         with jax.named_scope("loss"):
             return ops.cross_entropy(hidden_BTD, self.head_kernel(), batch.targets, batch.loss_weights, chunk=chunk)
+
+
+class MindVL(LanguageModel):
+    """The assembled model.
+
+    Parameters live under `vision/`, `projector/` and `language/`; layers are stacked on a leading axis. Created under a mesh
+    and logical axis rules (see `models.parameters.parameter`) they are placed at once; `nnx.eval_shape` builds it without memory.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        super().__init__(config.text, rngs=rngs, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype, remat=config.remat)
+        dtype = jnp.dtype(config.param_dtype)
+        self.config = config
+        self.vision = VisionTower(config.vision, rngs=rngs, dtype=dtype, remat=config.remat)
+        self.projector = Projector(config.vision, config.text.hidden_size, rngs=rngs, dtype=dtype)
+
+    def visual_features(self, batch: Batch, *, max_image_patches: int | None = None) -> jax.Array:
+        """(B, P / merge_unit, D): one visual token for each group of neighbouring patches, in window order."""
+        with jax.named_scope("vision"):
+            features = self.vision(batch.patches, batch.patch_positions, batch.patch_segment_ids, batch.patch_window_ids,
+                                   image_lengths=batch.image_lengths, window_lengths=batch.window_lengths,
+                                   max_image_patches=max_image_patches, dtype=self.compute_dtype)
+        with jax.named_scope("projector"):
+            return self.projector(features)
+
+    def embed(self, batch: Batch, *, max_image_patches: int | None = None) -> jax.Array:
+        """(B, T, D): token embeddings with visual tokens in their places. Text-only batches run the same program."""
+        visual_BGD = self.visual_features(batch, max_image_patches=max_image_patches)
+        return place_visual(super().embed(batch), visual_BGD, batch.visual_index)

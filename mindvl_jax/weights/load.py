@@ -1,0 +1,179 @@
+"""Published tensors onto a mesh.
+
+Parameter by parameter: every layer's tensor is read in blocks of rows, turned and written once into the place where the device
+array will lie, so that host memory holds one (stacked) parameter and one block. On CPU devices the array is that memory.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from mindvl_jax.config import ModelConfig, TextConfig
+from mindvl_jax.parallel.rules import parameter_shardings
+from mindvl_jax.weights.families import Slot, slots
+from mindvl_jax.weights.folder import WeightsFolder, Reader
+from mindvl_jax.weights.hf_config import WeightsError, read_config
+
+_BLOCK_BYTES = 1 << 20  # rows read at once: a block that stays in the second-level cache while it is turned
+_ALIGNMENT = 64  # of host memory that a CPU device takes over without a copy
+
+
+def build_model(config: ModelConfig | TextConfig, rngs: nnx.Rngs) -> nnx.Module:
+    """The module of a configuration: MindVL, or a language model alone."""
+    from mindvl_jax.models import LanguageModel, MindVL
+
+    return LanguageModel(config, rngs=rngs) if isinstance(config, TextConfig) else MindVL(config, rngs=rngs)
+
+
+def outline(config: ModelConfig | TextConfig) -> tuple[nnx.Module, dict[str, nnx.Param]]:
+    """The module without values, and its parameters by path."""
+    model = nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)))
+    return model, {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def fill(model: nnx.Module, parameters: Mapping[str, jax.Array]) -> nnx.Module:
+    """The module of `outline` with values."""
+    graph, state = nnx.split(model, nnx.Param)
+    flat = [(path, variable.replace(parameters["/".join(map(str, path))])) for path, variable in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def load_parameters(folder: str | Path, config: ModelConfig | TextConfig | None = None, *, mesh: Mesh | None = None, dtype=None,
+                    parts: tuple[str, ...] | None = None) -> dict[str, jax.Array]:
+    """Parameters by path, each where the mesh's rules put it.
+
+    Args:
+      folder: Hugging Face folder with safetensors.
+      config: the model; None takes the folder's own.
+      mesh: devices; None is the default device.
+      dtype: of the parameters; None keeps the files' own (the widest of a stack).
+      parts: only parameters under these prefixes ("vision/", "projector/" ...); what belongs to other parts is then not looked at.
+
+    Raises:
+      WeightsError: damaged files, or missing, unexpected and misshapen tensors, all of them at once.
+    """
+    folder = Path(folder)
+    config = read_config(folder) if config is None else config
+    files = WeightsFolder(folder)
+    _, variables = outline(config)
+    shapes = {path: variable.shape for path, variable in variables.items()}
+    wanted = {path for path in shapes if parts is None or path.startswith(parts)}
+    all_slots = [slot for slot in slots(config, shapes) if wanted.intersection(slot.rule.ours)]
+    _check(files, config, all_slots, whole=parts is None)
+
+    by_path: dict[str, list[tuple[Slot, slice]]] = {}
+    for slot in all_slots:
+        for path, rows in slot.parts:
+            by_path.setdefault(path, []).append((slot, rows))
+    shardings: Mapping[str, jax.sharding.Sharding] = {}
+    if mesh is not None:
+        shardings = parameter_shardings({path: variable.get_metadata().get("out_sharding") for path, variable in variables.items()}, shapes, mesh)
+    default = SingleDeviceSharding(jax.local_devices()[0])
+    with files.reader() as reader, concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        if not config_is_tied(config) or "lm_head.weight" not in files.entries:
+            pass
+        elif not _equal(reader, files, "lm_head.weight", "model.embed_tokens.weight"):
+            raise WeightsError(f"{folder}: config.json ties the word embeddings, but lm_head.weight differs from model.embed_tokens.weight; set tie_word_embeddings to false or remove lm_head.weight")
+        parameters = {}
+        for path in sorted(wanted):
+            kind = jnp.dtype(dtype) if dtype is not None else _stored_dtype(files, by_path[path])
+            parameters[path] = _place(reader, by_path[path], shapes[path], kind, shardings.get(path, default), pool)
+    return parameters
+
+
+def config_is_tied(config: ModelConfig | TextConfig) -> bool:
+    return (config if isinstance(config, TextConfig) else config.text).tie_word_embeddings
+
+
+def _check(files: WeightsFolder, config, expected: list[Slot], *, whole: bool) -> None:
+    """Raises one error with every missing, misshapen and unexpected tensor."""
+    problems = []
+    for slot in expected:
+        entry = files.entries.get(slot.name)
+        if entry is None:
+            problems.append(f"missing     {slot.name}: expected shape {list(slot.shape)}")
+        elif entry.shape != slot.shape:
+            problems.append(f"misshapen   {slot.name}: shape {list(entry.shape)} in {entry.file.name}, but config.json asks for {list(slot.shape)}")
+    if whole:
+        known = {slot.name for slot in expected} | ({"lm_head.weight"} if config_is_tied(config) else set())
+        problems += [f"unexpected  {entry.stored} in {entry.file.name}: no parameter of this model" for name, entry in files.entries.items() if name not in known]
+    if problems:
+        raise WeightsError("\n".join([f"{files.folder}: config.json and weights do not fit ({len(problems)} tensor{'s' if len(problems) > 1 else ''}):", *(f"  {p}" for p in problems)]))
+
+
+def _equal(reader: Reader, files: WeightsFolder, one: str, other: str) -> bool:
+    a, b = files.entries[one], files.entries[other]
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    step = _rows_of_block(a.shape, 4)
+    return all(reader.rows(one, s, min(s + step, a.shape[0])).tobytes() == reader.rows(other, s, min(s + step, b.shape[0])).tobytes() for s in range(0, a.shape[0], step))
+
+
+def _stored_dtype(files: WeightsFolder, pieces: list[tuple[Slot, slice]]):
+    kinds = {jnp.dtype(files.entries[slot.name].dtype) for slot, _ in pieces}
+    widest = kinds.pop() if len(kinds) == 1 else jnp.result_type(*kinds)
+    return jnp.dtype("float32") if widest == jnp.dtype("float64") else widest  # JAX computes in 32 bits
+
+
+def _rows_of_block(shape: tuple[int, ...], itemsize: int) -> int:
+    return max(1, _BLOCK_BYTES // (int(np.prod(shape[1:], dtype=np.int64)) * itemsize))
+
+
+def _place(reader: Reader, pieces: list[tuple[Slot, slice]], shape: tuple[int, ...], dtype, sharding, pool) -> jax.Array:
+    """One parameter: allocate each distinct shard, copy every layer into them, hand them to their devices."""
+    indices = {device: _bounds(index, shape) for device, index in sharding.addressable_devices_indices_map(shape).items()}
+    shards = {bounds: _aligned_empty(tuple(stop - start for start, stop in bounds), dtype) for bounds in set(indices.values())}
+    jobs = []
+    for slot, rows in pieces:
+        for bounds, shard in shards.items():
+            if slot.layer is None:
+                jobs += _copies(reader, slot, rows, bounds, shard)
+            elif bounds[0][0] <= slot.layer < bounds[0][1]:
+                jobs += _copies(reader, slot, rows, bounds[1:], shard[slot.layer - bounds[0][0]])
+    for done in concurrent.futures.as_completed([pool.submit(job) for job in jobs]):
+        done.result()
+    arrays = [jax.device_put(shards[bounds], device) for device, bounds in indices.items()]
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple((part.start or 0, size if part.stop is None else part.stop) for part, size in zip(index, shape, strict=True))
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype) -> np.ndarray:
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    offset = -raw.ctypes.data % _ALIGNMENT
+    return raw[offset : offset + size].view(dtype).reshape(shape)
+
+
+def _copies(reader: Reader, slot: Slot, rows: slice, bounds, target: np.ndarray) -> list[Callable[[], None]]:
+    """Jobs that copy one published tensor's part into one shard's (unstacked) memory, a block of rows each."""
+    turned = slot.rule.form != "same"
+    # A turned parameter's last axis is the published rows; otherwise the first.
+    low, high = bounds[-1] if turned else bounds[0]
+    inner = bounds[:-1] if turned else bounds[1:]
+    columns = tuple(slice(start, stop) for start, stop in inner)
+    step = _rows_of_block(slot.shape, target.dtype.itemsize)
+
+    def copy(start: int, stop: int) -> None:
+        block = reader.rows(slot.name, rows.start + start, rows.start + stop)
+        if turned:
+            block = block.reshape(len(block), -1)
+        block = block[(slice(None), *columns)]
+        place = target[..., start - low : stop - low] if turned else target[start - low : stop - low]
+        if block.dtype == place.dtype:  # as plain integers: numpy copies them faster than bfloat16
+            bits = np.dtype(f"u{place.dtype.itemsize}")
+            block, place = block.view(bits), place.view(bits)
+        np.copyto(place, block.T if turned else block, casting="unsafe")
+
+    return [lambda start=start: copy(start, min(start + step, high)) for start in range(low, high, step)]
