@@ -6,6 +6,7 @@ import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
+from mindvl_jax.errors import UserError
 from mindvl_jax.inference.buckets import next_size
 from mindvl_jax.inference.engine import Engine
 from mindvl_jax.inference.prompts import Prompt, PromptEncoder
@@ -48,17 +49,18 @@ class Generator:
         # A base model ends documents with <|endoftext|>, a chat model turns with <|im_end|>: both end an answer.
         self.eos_ids = tuple(dict.fromkeys((self.tokenizer.eos_id, self.tokenizer.pad_id)))
 
-    def generate(self, requests: Sequence[Request], *, on_answer: Callable[[int, Answer], None] | None = None) -> list[Answer]:
+    def generate(self, requests: Sequence[Request], *, on_answer: Callable[[int, Answer], None] | None = None, skip_errors: bool = False) -> list[Answer]:
         """All answers, in the order of the requests (a request with n > 1 has n in a row).
 
         Args:
           on_answer: called with the request's index and each answer as soon as it is complete.
+          skip_errors: a request that cannot be used gets an empty answer with `finish` "error" instead of ending the call.
 
         Raises:
           UserError: a request that cannot be used; the message names its id.
         """
         answers: dict[tuple[int, int], Answer] = {}
-        for piece in self._run(requests, chunk=None):
+        for piece in self._run(requests, chunk=None, skip_errors=skip_errors):
             if piece.answer is not None:
                 answers[piece.request, piece.sample] = piece.answer
                 if on_answer is not None:
@@ -69,25 +71,40 @@ class Generator:
         """Pieces of text as they are generated, `chunk` tokens at a time; the last piece of an answer carries the whole."""
         return self._run(requests, chunk=chunk)
 
-    def _run(self, requests: Sequence[Request], chunk: int | None) -> Iterator[Piece]:
+    def _run(self, requests: Sequence[Request], chunk: int | None, skip_errors: bool = False) -> Iterator[Piece]:
         requests = list(requests)
         # Windows bound the memory of pixels that wait; inside a window long prompts come first, beside their likes.
         window = len(requests) if chunk is not None else max(1024, 16 * self.slots)
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             for start in range(0, len(requests), window):
                 part = requests[start : start + window]
-                prompts = list(pool.map(self.encode, part))
-                order = range(len(part))
-                if chunk is None:
-                    order = sorted(order, key=lambda index: (prompts[index].bucket, part[index].sampling.max_new_tokens), reverse=True)
-                engine = self._engine_for(prompts, part)
+                prompts = list(pool.map(self._encode_or_error if skip_errors else self.encode, part))
                 pieces: list[Piece] = []
-                for index in order:
+                usable = []
+                for index, prompt in enumerate(prompts):
+                    if isinstance(prompt, Prompt):
+                        usable.append(index)
+                        continue
+                    for sample in range(part[index].sampling.n):
+                        failed = Answer(id=part[index].id, sample=sample, text="", tokens=(), logprobs=(), finish="error", prompt_tokens=0, error=str(prompt))
+                        pieces.append(Piece(start + index, sample, "", failed))
+                if chunk is None:
+                    usable.sort(key=lambda index: (prompts[index].bucket, part[index].sampling.max_new_tokens), reverse=True)
+                engine = self._engine_for([prompts[index] for index in usable], [part[index] for index in usable])
+                for index in usable:
                     self._submit(engine, start + index, part[index], prompts[index], pieces)
+                yield from pieces
+                pieces.clear()
                 while engine.busy:
                     engine.step(**({} if chunk is None else {"chunk": chunk}), eager=chunk is not None)
                     yield from pieces
                     pieces.clear()
+
+    def _encode_or_error(self, request: Request) -> Prompt | UserError:
+        try:
+            return self.encode(request)
+        except UserError as error:
+            return error
 
     def _engine_for(self, prompts: Sequence[Prompt], requests: Sequence[Request]) -> Engine:
         needed = max((prompt.tokens + request.sampling.max_new_tokens - 1 for prompt, request in zip(prompts, requests)), default=1)

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from mindvl_jax.batch import Batch, BatchShape
 from mindvl_jax.config import ModelConfig
+from mindvl_jax.data.collate import collate
 from mindvl_jax.data.example import EncodeLimits, Example, ExampleEncoder
 from mindvl_jax.data.sample import IMAGE, VIDEO, Media, Message
 from mindvl_jax.errors import UserError
@@ -102,31 +102,7 @@ def pack_bucket(prompts: Sequence[Prompt], bucket: Bucket, rows: int, model: Mod
     """
     vision = model.vision
     P = max(bucket.patches, vision.merge_unit)
-    # A window holds one visual token at least, so there are never more windows than tokens.
+    # A window holds one visual token at least, so there are never more windows than visual tokens.
     shape = BatchShape(rows=rows, tokens=bucket.tokens, patches=P, samples=1, images=max(bucket.images, 1), windows=P // vision.merge_unit, patch_dim=vision.patch_dim)
-    batch = shape.empty()
-    frame = vision.patch_size**2
-    for row, prompt in enumerate(prompts):
-        example = prompt.example
-        T, patches = example.length, example.patches
-        if not bucket.holds(prompt.bucket):
-            raise ValueError(f"prompt of {T} tokens and {patches} patches does not fit {bucket}")
-        batch.tokens[row, :T] = example.tokens
-        batch.segment_ids[row, :T] = 1
-        batch.segment_lengths[row, 0] = T
-        batch.positions[row, :, :T] = example.positions
-        batch.visual_index[row, :T] = example.visual_index
-        if not patches:
-            continue
-        start = 0
-        for pixels in example.pixels:
-            if pixels.shape[-1] != vision.patch_dim:  # a picture keeps one of its equal frames until here
-                pixels = np.repeat(pixels.reshape(len(pixels), vision.in_channels, 1, frame), vision.temporal_patch_size, axis=2).reshape(len(pixels), -1)
-            batch.patches[row, start : start + len(pixels)] = pixels
-            start += len(pixels)
-        batch.patch_positions[row, :patches] = example.patch_positions
-        batch.patch_segment_ids[row, :patches] = np.repeat(np.arange(1, len(example.image_lengths) + 1), example.image_lengths)
-        batch.patch_window_ids[row, :patches] = np.repeat(np.arange(1, len(example.window_lengths) + 1), example.window_lengths)
-        batch.image_lengths[row, : len(example.image_lengths)] = example.image_lengths
-        batch.window_lengths[row, : len(example.window_lengths)] = example.window_lengths
-    return batch
+    padded = [[prompt.example] for prompt in prompts] + [[] for _ in range(rows - len(prompts))]
+    return collate(padded, shape, pad_id=0, vision=vision).batch

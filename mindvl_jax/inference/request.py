@@ -93,8 +93,9 @@ class Answer:
       text: decoded text, without special tokens and without the stop string.
       tokens: generated ids of the model's vocabulary, the end token included when it was produced.
       logprobs: natural log-probability of each token under the model (temperature 1, no penalties).
-      finish: `stop` (end token or stop string) or `length` (max_new_tokens, or the context is full).
+      finish: `stop` (end token or stop string), `length` (max_new_tokens, or the context is full) or `error`.
       prompt_tokens: tokens of the prompt, visual tokens included.
+      error: why the request could not be answered, when the caller asked to go on past such requests.
     """
 
     id: str
@@ -104,3 +105,4 @@ class Answer:
     logprobs: tuple[float, ...]
     finish: str
     prompt_tokens: int
+    error: str | None = None

@@ -1,0 +1,1 @@
+"""Scores out: tasks, scorers, cached predictions, pages to look at."""

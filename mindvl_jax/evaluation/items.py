@@ -1,0 +1,57 @@
+"""One question of a task, wherever it came from."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from mindvl_jax.data.sample import Sample
+from mindvl_jax.errors import UserError
+from mindvl_jax.inference import Request, Sampling
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Item:
+    """A question with its accepted answers.
+
+    Attributes:
+      id: unique in its task; predictions are kept under it.
+      messages: chat turns up to the question. images: bytes, paths, PIL pictures or Media, in the order of their marks.
+      answers: accepted answers; what makes an answer right is the scorer's business.
+      category: group that is also reported apart; empty for none.
+      extra: what a scorer needs besides (options, pair ids).
+    """
+
+    id: str
+    messages: tuple[dict[str, str], ...]
+    images: tuple[Any, ...] = ()
+    videos: tuple[Any, ...] = ()
+    answers: tuple[str, ...] = ()
+    category: str = ""
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def request(self, sampling: Sampling, **pixels) -> Request:
+        return Request(messages=self.messages, images=self.images, videos=self.videos, sampling=sampling, id=self.id, **pixels)
+
+    @property
+    def question(self) -> str:
+        """The last turn's text, without the marks of media."""
+        return self.messages[-1]["content"].replace("<image>", "").replace("<video>", "").strip()
+
+
+def item_from_sample(sample: Sample) -> Item:
+    """A training-format sample as a question: what comes before the last assistant turn, and its answers.
+
+    Raises:
+      UserError: no assistant turn to compare with.
+    """
+    turns = list(sample.messages)
+    while turns and turns[-1].role != "assistant":
+        turns.pop()
+    if len(turns) < 2:
+        raise UserError(f"{sample.origin or sample.id}: an evaluation sample needs a question and an assistant turn with its answer")
+    answers = sample.answers or (turns[-1].content,)
+    return Item(
+        id=sample.id, messages=tuple({"role": turn.role, "content": turn.content} for turn in turns[:-1]),
+        images=sample.images, videos=sample.videos, answers=tuple(answers), category="",
+    )

@@ -1,0 +1,171 @@
+"""Held-out scores of a training run: at the end, and at the end of each phase when the config asks for it.
+
+Writes into the run folder:
+  scores.json                         the table, newest evaluation on top, each phase's below
+  predictions/PHASE/TASK.jsonl        every answer beside what was expected
+  predictions/PHASE/TASK/NNN.png      pictures of the samples that the report shows
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mindvl_jax.config import Config, EvaluationTask, TokenizerConfig
+from mindvl_jax.data.image import load_image
+from mindvl_jax.data.sources import Source
+from mindvl_jax.data.tokenizer import load_tokenizer
+from mindvl_jax.errors import UserError
+from mindvl_jax.evaluation.items import Item, item_from_sample
+from mindvl_jax.evaluation.scorers import exact_match
+from mindvl_jax.evaluation.statistics import bootstrap_interval
+from mindvl_jax.evaluation.store import read_json, write_json, write_jsonl
+from mindvl_jax.inference import Generator, Sampling
+from mindvl_jax.inference.prompts import without_media
+
+SHOWN = 12  # samples a task whose pictures are kept for the report
+
+
+@dataclasses.dataclass(frozen=True)
+class LiveModel:
+    """A model in memory with what generation needs around it."""
+
+    model: Any
+    tokenizer: Any
+    min_pixels: int
+    max_pixels: int
+
+
+def evaluate_run(config: Config, model, step: int, phase: str, run_dir: str | Path) -> dict[str, Any]:
+    """Scores the model on `config.evaluation.tasks`, updates scores.json and returns its content.
+
+    Args:
+      model: a live MindVL module. Its parameters may be spread over a mesh of any shape.
+      step: optimizer steps so far. phase: name of the phase that just ended; after the last phase all samples are taken and the
+        language-only score is measured beside, in between `phase_samples` of each task.
+
+    Raises:
+      UserError: a task's data cannot be read.
+    """
+    run_dir = Path(run_dir)
+    settings = config.evaluation
+    final = phase == config.training.phases[-1].name
+    limits = config.training.phases[-1]
+    generator = Generator(
+        LiveModel(model, _tokenizer(config.tokenizer), settings.min_pixels or limits.min_pixels, settings.max_pixels or limits.max_pixels),
+        slots=settings.batch, resample=config.data.resample, video_fps=config.data.video_fps, video_max_frames=config.data.video_max_frames,
+    )
+    scores = read_json(run_dir / "scores.json", {"tasks": {}})
+    for task in settings.tasks:
+        started = time.perf_counter()
+        items = _items(task, None if final else settings.phase_samples)
+        result, rows = score_items(generator, items, max_new_tokens=task.max_new_tokens, language_only=settings.language_only and final)
+        result |= {"step": step, "seconds": round(time.perf_counter() - started, 2), "blind_majority": _blind_majority(task)}
+        entry = scores["tasks"].setdefault(task.name, {})
+        by_phase = entry.get("by_phase", {})
+        by_phase[phase] = {key: result[key] for key in ("exact_match", "ci95", "n", "step")}
+        scores["tasks"][task.name] = {**result, "by_phase": by_phase}
+        if jax.process_index() == 0:
+            _keep_pictures(items, rows, run_dir / "predictions" / phase / task.name)
+            write_jsonl(run_dir / "predictions" / phase / f"{task.name}.jsonl", rows)
+    scores |= {"step": step, "phase": phase, "metric": "exact_match"}
+    if jax.process_index() == 0:
+        write_json(run_dir / "scores.json", scores)
+    return scores
+
+
+def score_items(generator: Generator, items: list[Item], *, max_new_tokens: int, language_only: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Exact match over items, greedy.
+
+    Args:
+      language_only: also answer with the pictures taken away.
+
+    Returns:
+      The task's scores, and one row an item for the predictions file.
+    """
+    sampling = Sampling(max_new_tokens=max_new_tokens)
+    requests = [item.request(sampling) for item in items]
+    answers = generator.generate(requests, skip_errors=True)
+    rows = [
+        {"id": item.id, "question": item.question, "answers": list(item.answers), "prediction": answer.text, "score": exact_match(answer.text, item.answers)}
+        | ({"error": answer.error} if answer.error else {})
+        for item, answer in zip(items, answers, strict=True)
+    ]
+    result = {
+        "exact_match": _mean([row["score"] for row in rows]),
+        "ci95": [round(bound, 4) for bound in bootstrap_interval([row["score"] for row in rows])],
+        "n": len(rows),
+        "errors": sum("error" in row for row in rows),
+    }
+    if language_only:
+        blind = generator.generate([without_media(request) for request in requests], skip_errors=True)
+        for row, item, answer in zip(rows, items, blind, strict=True):
+            row |= {"language_only_prediction": answer.text, "language_only_score": exact_match(answer.text, item.answers)}
+        result["language_only"] = _mean([row["language_only_score"] for row in rows])
+    return result, rows
+
+
+def _mean(scores: list[float]) -> float:
+    return round(float(np.mean(scores)), 4)
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer(config: TokenizerConfig):
+    return load_tokenizer(config)
+
+
+def _items(task: EvaluationTask, most: int | None) -> list[Item]:
+    """The task's samples, or a fixed random part of them: files are often sorted by answer."""
+    source = Source(task.name, task.source)
+    count = min(value for value in (len(source), task.max_samples, most) if value is not None)
+    chosen = range(len(source))
+    if count < len(source):
+        chosen = sorted(np.random.default_rng(0).permutation(len(source))[:count].tolist())
+    try:
+        items = [item_from_sample(source[index]) for index in chosen]
+    except UserError as error:
+        raise UserError(f"evaluation task {task.name} ({task.source.path}): {error}") from error
+    return [dataclasses.replace(item, id=f"{index}:{item.id}") for index, item in zip(chosen, items, strict=True)]
+
+
+def _blind_majority(task: EvaluationTask) -> float | None:
+    """Score of always giving each question's most frequent training answer, as the data set's manifest states it."""
+    folder = Path(task.source.path)
+    for place in (folder, *folder.parents[:2]):
+        if (place / "manifest.json").is_file():
+            try:
+                blind = json.loads((place / "manifest.json").read_text()).get("blind_majority", {})
+            except (ValueError, AttributeError):
+                return None
+            return blind.get(task.name)
+    return None
+
+
+def _keep_pictures(items: list[Item], rows: list[dict], folder: Path) -> None:
+    """Saves the pictures of a few samples, right and wrong ones, and notes them in their rows."""
+    generator = np.random.default_rng(1)
+    order = generator.permutation(len(rows))
+    right = [index for index in order if rows[index]["score"] == 1]
+    wrong = [index for index in order if rows[index]["score"] < 1]
+    half = max(SHOWN // 2, SHOWN - len(wrong))
+    shown = right[:half]
+    for index in shown + wrong[: SHOWN - len(shown)]:
+        names = []
+        for number, media in enumerate(items[index].images):
+            name = f"{index:06d}-{number}.png"
+            try:
+                picture = load_image(media)
+            except UserError:  # its row says why it could not be read
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            picture.thumbnail((512, 512))
+            picture.save(folder / name)
+            names.append(f"{folder.name}/{name}")
+        rows[index]["shown"] = names

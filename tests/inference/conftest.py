@@ -1,0 +1,66 @@
+"""One tiny model and one byte-level tokenizer for all tests of generation."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from flax import nnx
+from PIL import Image
+
+from mindvl_jax.config import ModelConfig, TextConfig, TokenizerConfig, VisionConfig
+from mindvl_jax.data.tokenizer import load_tokenizer
+from mindvl_jax.models import MindVL
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+
+
+def byte_tokenizer(folder):
+    """Every byte is a token: no text is unknown, and lengths are easy to say."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={piece: index for index, piece in enumerate(alphabet)}, merges=[]))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = tokenizers.decoders.ByteLevel()
+    raw.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    raw.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(TokenizerConfig(path=str(folder / "tokenizer.json")))
+
+
+def tiny_config(tokenizer, **text) -> ModelConfig:
+    vision = VisionConfig(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, window_size=56, fullatt_block_indexes=(1,))
+    text = TextConfig(**dict(
+        family="qwen3", vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
+        rope_theta=1e4, tie_word_embeddings=True, rope="mrope", mrope_section=(2, 3, 3)) | text)
+    return ModelConfig(vision=vision, text=text, compute_dtype="float32", image_token_id=tokenizer.token_id("<|image_pad|>"),
+                       video_token_id=tokenizer.token_id("<|video_pad|>"), vision_start_token_id=tokenizer.token_id("<|vision_start|>"),
+                       vision_end_token_id=tokenizer.token_id("<|vision_end|>"))
+
+
+def tiny_model(config: ModelConfig, seed: int = 0) -> MindVL:
+    """Random weights large enough that the pictures and the words decide what comes next."""
+    model = MindVL(config, rngs=nnx.Rngs(seed))
+    state = nnx.state(model)
+    keys = iter(jax.random.split(jax.random.key(seed + 1), 200))
+    nnx.update(model, jax.tree.map(lambda leaf: leaf if leaf.ndim < 2 else jax.random.normal(next(keys), leaf.shape) * (1.5 / leaf.shape[-2] ** 0.5), state))
+    return model
+
+
+def pictures(count: int, seed: int = 0, largest: int = 140) -> list[Image.Image]:
+    generator = np.random.default_rng(seed)
+    return [Image.fromarray(generator.integers(0, 256, (*generator.integers(28, largest, 2), 3), np.uint8)) for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def opened(tokenizer):
+    return types.SimpleNamespace(model=tiny_model(tiny_config(tokenizer)), tokenizer=tokenizer, min_pixels=784, max_pixels=784 * 16)
+
+
+@pytest.fixture(scope="session")
+def draw_pictures():
+    return pictures
