@@ -95,9 +95,8 @@ class Decoder(nnx.Module):
         self.embed = Embedding(config, rngs=rngs, dtype=dtype)
         self.layers = DecoderLayer(config, rngs=rngs, dtype=dtype)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.head = None
-        if not config.tie_word_embeddings:
-            self.head = Linear(config.hidden_size, config.vocab_size, ("embed", "vocab"), bias=False, rngs=rngs, dtype=dtype)
+        untied = lambda: Linear(config.hidden_size, config.vocab_size, ("embed", "vocab"), bias=False, rngs=rngs, dtype=dtype)
+        self.head = None if config.tie_word_embeddings else untied()
 
     def head_kernel(self) -> jax.Array:
         """(D, V): the output matrix, which is the token table when tied."""
