@@ -1,0 +1,53 @@
+"""Contact sheets: some pictures of each file with what is asked and answered, because data that nobody saw is not checked."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow.parquet
+from PIL import Image, ImageDraw, ImageFont
+
+PICTURES = 48
+COLUMNS = 6
+ZOOM = 2
+CAPTION_LINES, LINE = 4, 12
+
+
+def write_sheets(folder: Path) -> None:
+    """One PNG a parquet file that has pictures, into `folder/contact`."""
+    target = folder / "contact"
+    target.mkdir(exist_ok=True)
+    for path in sorted(folder.glob("*/*.parquet")):
+        rows = _spread(path)
+        if any(row["images"] for row in rows):
+            sheet(rows).save(target / f"{path.parent.name}-{path.stem}.png")
+
+
+def _spread(path: Path) -> list[dict]:
+    table = pyarrow.parquet.read_table(path)
+    step = max(1, len(table) // PICTURES)
+    return table.take(list(range(0, len(table), step))[:PICTURES]).to_pylist()
+
+
+def sheet(rows: Sequence[dict]) -> Image.Image:
+    """The pictures in a grid, twice their size, each over its conversation."""
+    pictures = [Image.open(io.BytesIO(row["images"][0]["bytes"])).convert("RGB") for row in rows if row["images"]]
+    captions = [_caption(row) for row in rows if row["images"]]
+    width = max(max(picture.width for picture in pictures) * ZOOM, 150) + 8
+    height = max(picture.height for picture in pictures) * ZOOM + CAPTION_LINES * LINE + 8
+    canvas = Image.new("RGB", (width * COLUMNS, height * -(-len(pictures) // COLUMNS)), (128, 128, 140))
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(10)
+    for index, (picture, caption) in enumerate(zip(pictures, captions)):
+        left, top = index % COLUMNS * width + 4, index // COLUMNS * height + 4
+        canvas.paste(picture.resize((picture.width * ZOOM, picture.height * ZOOM), Image.Resampling.NEAREST), (left, top))
+        lines = textwrap.wrap(caption, width // 6)[:CAPTION_LINES]
+        pen.text((left, top + picture.height * ZOOM), "\n".join(lines), font=font, fill="white", spacing=1)
+    return canvas
+
+
+def _caption(row: dict) -> str:
+    said = [message["content"].removeprefix("<image>") for message in row["messages"]]
+    return " / ".join(said if row["messages"][-1]["role"] == "assistant" else [*said, row["answers"][0]])

@@ -1,0 +1,46 @@
+"""Handwritten digits in a row, one digit to a visual token: read them."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+
+from mindvl_jax.quickstart import assets
+from mindvl_jax.quickstart.pictures import CELL, ink_and_paper, paint
+from mindvl_jax.quickstart.samples import Sample, ask
+
+QUESTION = "Read the digits."
+LONGEST = 5
+
+
+def digit_strings(rng: random.Random, split: assets.Split, count: int, longest: int = LONGEST) -> Iterator[Sample]:
+    for _ in range(count):
+        picture, text = draw(rng, split, rng.randint(1, longest))
+        yield ask("digits", picture, QUESTION, text)
+
+
+def draw(rng: random.Random, split: assets.Split, length: int) -> tuple[np.ndarray, str]:
+    """A picture 28 pixels high and 28 wide for each of `length` digits, and what it says."""
+    cells, labels = assets.digit_cells(split)
+    chosen = [rng.randrange(len(cells)) for _ in range(length)]
+    coverage = np.concatenate([_place(rng, cells[index], plain=split != "train") for index in chosen], axis=1)
+    picture = paint(coverage, *ink_and_paper(rng, coloured=rng.random() < 0.4))
+    return picture, "".join(str(labels[index]) for index in chosen)
+
+
+def _place(rng: random.Random, cell: np.ndarray, plain: bool) -> np.ndarray:
+    """One digit in its 28-pixel square; turned, stretched and shifted a little when it is for training."""
+    scale, angle, shear, dx, dy = 1.25, 0.0, 0.0, 0.0, 0.0
+    if not plain:
+        scale, angle, shear = rng.uniform(1.05, 1.4), rng.uniform(-0.15, 0.15), rng.uniform(-0.15, 0.15)
+        dx, dy = rng.uniform(-2, 2), rng.uniform(-2, 2)
+    cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
+    a, b, d, e = cos, sin + shear / scale, -sin, cos
+    middle = CELL / 2
+    # PIL wants the map from the new picture to the old one.
+    matrix = (a, b, 10 - a * (middle + dx) - b * (middle + dy), d, e, 10 - d * (middle + dx) - e * (middle + dy))
+    return np.asarray(Image.fromarray(cell).transform((CELL, CELL), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR))
