@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from mindvl_jax.errors import UserError
 from mindvl_jax.inference.buckets import next_size
 from mindvl_jax.inference.engine import Engine
+from mindvl_jax.inference.placement import mesh_of
 from mindvl_jax.inference.prompts import Prompt, PromptEncoder
 from mindvl_jax.inference.request import Answer, Request
 from mindvl_jax.inference.text import TextStream
@@ -35,14 +36,14 @@ class Generator:
       opened: anything with `model`, `tokenizer`, `min_pixels` and `max_pixels` (such as `weights.open_model` returns).
       slots: answers that decode together.
       context: longest prompt plus answer in tokens; None sizes it by the requests at hand (and grows when longer ones come).
-      mesh: devices to spread over; None: wherever the model's parameters are.
+      mesh: devices to spread the slots over; None: those that hold the model's parameters.
       fine_buckets: less padding for more compilations: for long runs of large models.
     """
 
     def __init__(self, opened, *, slots: int = 16, context: int | None = None, mesh=None, fine_buckets: bool = False, resample: str = "bicubic",
                  video_fps: float = 2.0, video_max_frames: int = 64):
         self.model, self.tokenizer = opened.model, opened.tokenizer
-        self.slots, self._fixed_context, self._mesh = slots, context, mesh
+        self.slots, self._fixed_context, self._mesh = slots, context, mesh or mesh_of(self.model)
         self.encode = PromptEncoder(self.model.config, self.tokenizer, min_pixels=opened.min_pixels, max_pixels=opened.max_pixels, resample=resample,
                                     video_fps=video_fps, video_max_frames=video_max_frames, fine=fine_buckets)
         self._engine: Engine | None = None

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mindvl_jax.inference.programs import KVCache
 from mindvl_jax.parallel.mesh import ROW_AXES
+
+
+def mesh_of(model) -> Mesh | None:
+    """The mesh that a model's parameters lie on; None when they lie on a single device."""
+    for leaf in jax.tree.leaves(nnx.state(model)):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+            return sharding.mesh
+    return None
 
 
 def place_rows(mesh, tree, rows: int):

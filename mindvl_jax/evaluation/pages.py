@@ -1,0 +1,39 @@
+"""HTML pages: one file each, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from PIL import Image
+
+
+@functools.lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    # Answers and questions are other people's text: everything is escaped.
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from a template of this package. Raises jinja2.UndefinedError for a value that the template misses."""
+    return _environment().get_template(template).render(**values)
+
+
+def picture_uri(picture: Image.Image | bytes, largest: int | None = None) -> str:
+    """A picture as a data URI; `largest` bounds its longer side (pictures are never enlarged)."""
+    if isinstance(picture, Image.Image):
+        if largest is not None and max(picture.size) > largest:
+            picture = picture.copy()
+            picture.thumbnail((largest, largest))
+        buffer = io.BytesIO()
+        if picture.width * picture.height > 200 * 200:
+            picture.convert("RGB").save(buffer, format="JPEG", quality=85)
+            return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+        picture.save(buffer, format="PNG")
+        picture = buffer.getvalue()
+    return "data:image/png;base64," + base64.b64encode(picture).decode()

@@ -1,0 +1,166 @@
+"""report.html of a run folder: scores, gains, curves, answers beside their pictures, configuration, machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mindvl_jax.errors import UserError
+from mindvl_jax.evaluation.pages import picture_uri, render
+from mindvl_jax.evaluation.plots import data_uri, training_curves
+from mindvl_jax.evaluation.store import read_json, read_jsonl, write_text
+
+CURVES = ("loss", "grad_norm", "learning_rate", "tokens_per_second")
+TASK_PREFIX = "loss/"  # metrics keys of single tasks' losses
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Writes report.html from what the run folder holds; parts that are not there are left out.
+
+    Returns:
+      Path of the page.
+
+    Raises:
+      UserError: no such folder, or nothing in it to report.
+    """
+    run_dir = Path(run_dir)
+    metrics = read_jsonl(run_dir / "metrics.jsonl")
+    scores = read_json(run_dir / "scores.json", {"tasks": {}})
+    if not metrics and not scores["tasks"]:
+        raise UserError(f"{run_dir} has neither metrics.jsonl nor scores.json: it is no run folder, or the run has not taken a step")
+    config = run_dir / "config.yaml"
+    phases = list(dict.fromkeys(row.get("phase", "") for row in metrics))
+    page = render(
+        "report.html.jinja",
+        title=f"MindVL run: {run_dir.resolve().name}",
+        subtitle=f"written {time.strftime('%Y-%m-%d %H:%M')}" + (f", {' → '.join(phases)}" if phases else ""),
+        facts=_facts(metrics, scores),
+        notes=_notes(metrics, scores),
+        plots=[{"name": "training curves", "data": data_uri(_curves(metrics))}] if len(metrics) > 1 else [],
+        phase_rows=_phase_rows(metrics),
+        samples=_samples(run_dir, scores),
+        config=config.read_text(encoding="utf-8") if config.is_file() else "",
+        machine=_machine(),
+        **_score_table(scores),
+    )
+    write_text(run_dir / "report.html", page)
+    return run_dir / "report.html"
+
+
+def _human(number: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else math.nan  # a non-finite value is null in the file
+
+
+def _facts(metrics: list[dict], scores: dict) -> list[tuple[str, str]]:
+    facts = []
+    if metrics:
+        seconds, tokens, samples = (_total(metrics, metrics, key) for key in ("seconds", "tokens", "samples"))
+        facts += [("steps", f"{metrics[-1]['step']:,}"), ("training time", f"{seconds / 60:.1f} min"), ("samples", _human(samples)), ("tokens", _human(tokens))]
+        if seconds:
+            facts.append(("tokens a second", _human(tokens / seconds)))
+        facts.append(("last loss", f"{_number(metrics[-1].get('loss')):.3f}"))
+    if scores["tasks"]:
+        facts.append(("mean of tasks", f"{sum(task['exact_match'] for task in scores['tasks'].values()) / len(scores['tasks']):.3f}"))
+    return facts
+
+
+def _total(metrics: list[dict], own: list[dict], key: str) -> float:
+    """Seconds, tokens or samples over the rows `own`, a run of `metrics`. The running totals also count steps that were not logged."""
+    if f"{key}_total" in own[-1]:
+        first = metrics.index(own[0])
+        return own[-1][f"{key}_total"] - (metrics[first - 1].get(f"{key}_total", 0) if first else 0)
+    return sum(row.get({"seconds": "step_seconds"}.get(key, key)) or 0 for row in own)
+
+
+def _notes(metrics: list[dict], scores: dict) -> list[str]:
+    notes = []
+    skipped = int(metrics[-1].get("skipped_steps") or 0) if metrics else 0
+    if skipped:
+        notes.append(f"{skipped} steps had a loss or gradient that is not finite and were skipped.")
+    for name, task in scores["tasks"].items():
+        if task.get("errors"):
+            notes.append(f"{task['errors']} of {task['n']} samples of {name} could not be read and count as wrong.")
+    return notes
+
+
+def _curves(metrics: list[dict]):
+    series = {key: [_number(row.get(key)) for row in metrics] for key in CURVES if any(row.get(key) is not None for row in metrics) or key == "loss"}
+    names = sorted({key for row in metrics for key in row if key.startswith(TASK_PREFIX)})
+    tasks = {name.removeprefix(TASK_PREFIX): [_number(row.get(name)) for row in metrics] for name in names}
+    return training_curves([row["step"] for row in metrics], [row.get("phase", "") for row in metrics], series, tasks)
+
+
+def _phase_rows(metrics: list[dict]) -> list[dict[str, Any]]:
+    rows = []
+    for phase in dict.fromkeys(row.get("phase", "") for row in metrics):
+        own = [row for row in metrics if row.get("phase", "") == phase]
+        seconds, tokens, samples = (_total(metrics, own, key) for key in ("seconds", "tokens", "samples"))
+        before = metrics.index(own[0])
+        rows.append({
+            "name": phase, "steps": own[-1]["step"] - (metrics[before - 1]["step"] if before else 0), "first_loss": f"{_number(own[0].get('loss')):.3f}", "last_loss": f"{_number(own[-1].get('loss')):.3f}",
+            "samples": f"{samples:,.0f}", "tokens": f"{tokens:,.0f}", "rate": _human(tokens / seconds) if seconds else "–", "seconds": f"{seconds:.0f}",
+        })
+    return rows
+
+
+def _score_table(scores: dict) -> dict[str, Any]:
+    phases = list(dict.fromkeys(phase for task in scores["tasks"].values() for phase in task.get("by_phase", {})))
+    steps = {phase: task["by_phase"][phase].get("step", 0) for phase in phases for task in scores["tasks"].values() if phase in task.get("by_phase", {})}
+    phases.sort(key=steps.__getitem__)
+    tasks, counts = [], set()
+    for name, task in scores["tasks"].items():
+        cells, before = [], None
+        for phase in phases:
+            found = task.get("by_phase", {}).get(phase)
+            cells.append(None if found is None else {"score": found["exact_match"], "gain": None if before is None else found["exact_match"] - before})
+            if found is not None:
+                before = found["exact_match"]
+                if found["n"] < task["n"]:
+                    counts.add(found["n"])
+        floors = [value for value in (task.get("language_only"), task.get("blind_majority")) if value is not None]
+        tasks.append({"name": name, "exact_match": task["exact_match"], "ci95": task["ci95"], "n": task["n"], "language_only": task.get("language_only"),
+                      "blind_majority": task.get("blind_majority"), "floor": max(floors, default=None), "by_phase": cells})
+    return {
+        "tasks": tasks, "phases": phases, "fewer": " / ".join(f"{count} samples" for count in sorted(counts)),
+        "has_language_only": any(task["language_only"] is not None for task in tasks), "has_blind": any(task["blind_majority"] is not None for task in tasks),
+    }
+
+
+def _samples(run_dir: Path, scores: dict) -> list[dict[str, Any]]:
+    groups = []
+    folder = run_dir / "predictions" / scores.get("phase", "")
+    for name in scores["tasks"]:
+        rows = [row for row in read_jsonl(folder / f"{name}.jsonl") if "shown" in row]
+        shown = []
+        for row in rows:
+            pictures = [picture_uri(Image.open(folder / picture), largest=320) for picture in row["shown"] if (folder / picture).is_file()]
+            shown.append({**row, "error": row.get("error"), "pictures": pictures})
+        if shown:
+            groups.append({"task": name, "rows": sorted(shown, key=lambda row: -row["score"])})
+    return groups
+
+
+def _machine() -> list[tuple[str, str]]:
+    try:
+        import jax
+
+        devices = jax.devices()
+        device = f"{len(devices)} x {devices[0].device_kind}"
+    except RuntimeError:  # a report may be written where no backend starts
+        device = "none"
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "numpy"))
+    return [("device", device), ("host cores", str(os.cpu_count())), ("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"), ("versions", versions)]
