@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,3 +29,13 @@ def compiler(config: Config) -> Callable[..., Callable]:
 
 def compile_xla(function: Callable, *, in_shardings: Any, out_shardings: Any, donate_argnums: tuple[int, ...] = ()) -> Callable:
     return jax.jit(function, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=donate_argnums)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, so that a resumed run starts in seconds.
+
+    JAX's own setting (JAX_COMPILATION_CACHE_DIR) wins where it is given; its key covers program, compiler, flags and device.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "mindvl_jax" / "xla"))

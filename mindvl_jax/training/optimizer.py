@@ -6,10 +6,11 @@ The update itself is `npu_bridge.ops.fused_adamw`, so that a device with a fused
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mindvl_jax.config import OptimizerConfig, PhaseConfig
@@ -18,14 +19,14 @@ from mindvl_jax.training.params import Params, matches, matches_any, require_mat
 from npu_bridge import ops
 
 
-def make_schedule(phase: PhaseConfig, where: str = "training.phases[?]") -> Callable[[jax.Array | int], jax.Array]:
-    """Learning rate of optimizer step 0 .. phase.steps-1.
+def learning_rates(phase: PhaseConfig, where: str) -> np.ndarray:
+    """(phase.steps,) float32: the rate of every optimizer step of a phase, computed once, so that no step waits for it.
 
-    Warm-up rises in equal parts to the full rate, which the step `warmup_steps - 1` has (no step is wasted at rate 0); then the
-    named schedule falls to `final_learning_rate_fraction` over the rest.
+    Warm-up rises in equal parts to the full rate, which step `warmup_steps - 1` has (no step is wasted at rate 0); then the named
+    schedule falls to `final_learning_rate_fraction` over the rest.
 
     Raises:
-      UserError: the warm-up is longer than the phase.
+      UserError: the warm-up is longer than the phase; `where` names the phase's place in the config.
     """
     peak, warmup, final = phase.learning_rate, phase.warmup_steps, phase.final_learning_rate_fraction
     if warmup > phase.steps:
@@ -37,10 +38,10 @@ def make_schedule(phase: PhaseConfig, where: str = "training.phases[?]") -> Call
         main = optax.schedules.linear_schedule(peak, peak * final, rest)
     else:
         main = optax.schedules.constant_schedule(peak)
-    if warmup == 0:
-        return main
-    rise = optax.schedules.linear_schedule(peak / warmup, peak, warmup - 1) if warmup > 1 else optax.schedules.constant_schedule(peak)
-    return optax.schedules.join_schedules([rise, main], [warmup])
+    steps = np.arange(phase.steps)
+    rising = peak * (steps[:warmup] + 1) / max(1, warmup)
+    falling = np.broadcast_to(np.asarray(main(steps[warmup:] - warmup)), phase.steps - warmup)
+    return np.concatenate([rising, falling]).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)

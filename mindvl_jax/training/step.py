@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from mindvl_jax.batch import Batch, BatchShape
@@ -21,7 +22,7 @@ from mindvl_jax.config import OptimizerConfig, PhaseConfig
 from mindvl_jax.parallel.rules import replicated, row_sharding
 from mindvl_jax.training import losses
 from mindvl_jax.training.backend import compile_xla
-from mindvl_jax.training.optimizer import adamw, make_schedule, parameter_rules
+from mindvl_jax.training.optimizer import adamw, parameter_rules
 from mindvl_jax.training.params import ModelOutline, Params
 from mindvl_jax.training.state import TrainState, state_shardings
 from npu_bridge import ops
@@ -75,18 +76,31 @@ class StepPrograms:
     """The compiled programs of one phase.
 
     Attributes:
-      train_step: (state, batch) -> (state, metrics); donates the state. For one micro-step a step.
+      train_step: (state, batch, learning_rate) -> (state, metrics); donates the state. For one micro-step a step.
       zeros: () -> totals.
       accumulate: (state, totals, batch) -> totals; donates the totals, leaves the state.
-      update: (state, totals) -> (state, metrics); donates the state.
+      update: (state, totals, learning_rate) -> (state, metrics); donates the state.
       shardings: of the state.
     """
 
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    train_step: Callable[[TrainState, Batch, np.float32], tuple[TrainState, Metrics]]
     zeros: Callable[[], Totals]
     accumulate: Callable[[TrainState, Totals, Batch], Totals]
-    update: Callable[[TrainState, Totals], tuple[TrainState, Metrics]]
+    update: Callable[[TrainState, Totals, np.float32], tuple[TrainState, Metrics]]
     shardings: TrainState
+
+
+def program_key(phase: PhaseConfig, shape: BatchShape, trained: Sequence[str]) -> tuple:
+    """What of a phase stands in its programs: phases with equal keys run the same compiled code."""
+    return (
+        shape,
+        tuple(trained),
+        phase.loss_reduction,
+        phase.weight_decay,
+        tuple(phase.learning_rate_multipliers.items()),
+        phase.max_sample_length,
+        phase.max_image_patches,
+    )
 
 
 def make_programs(
@@ -104,10 +118,11 @@ def make_programs(
 ) -> StepPrograms:
     """Builds the programs of a phase; nothing is compiled before its first call.
 
+    The learning rate is an argument, so that phases which differ in schedule alone share their programs (see `program_key`).
+
     Raises:
-      UserError: schedule or multipliers do not fit the phase.
+      UserError: a multiplier does not fit the phase.
     """
-    schedule = make_schedule(phase, where)
     rules = parameter_rules(trained, phase, optimizer, where)
     # Promises for banded attention; a bound that equals the row promises nothing.
     bounds = {"max_sample_length": phase.max_sample_length, "max_image_patches": phase.max_image_patches}
@@ -135,7 +150,7 @@ def make_programs(
     def accumulate(state: TrainState, totals: Totals, batch: Batch) -> Totals:
         return jax.tree.map(jnp.add, totals, micro_step(state, batch))
 
-    def update(state: TrainState, totals: Totals) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, totals: Totals, learning_rate: jax.Array) -> tuple[TrainState, Metrics]:
         with jax.named_scope("optimizer"):
             has_labels = totals.denominator > 0
             divisor = jnp.where(has_labels, totals.denominator, 1.0)
@@ -147,7 +162,6 @@ def make_programs(
             if optimizer.clip_norm > 0:
                 scale = scale * jnp.where(norm > optimizer.clip_norm, optimizer.clip_norm / norm, 1.0)
             gradients = {path: gradient * scale for path, gradient in totals.gradients.items()}
-            learning_rate = jnp.asarray(schedule(state.phase_step), jnp.float32)
             new_trained, mu, nu = adamw(
                 state.trained,
                 gradients,
@@ -183,17 +197,17 @@ def make_programs(
         }
         return new_state, metrics
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return update(state, micro_step(state, batch))
+    def train_step(state: TrainState, batch: Batch, learning_rate: jax.Array) -> tuple[TrainState, Metrics]:
+        return update(state, micro_step(state, batch), learning_rate)
 
     states = state_shardings(outline, trained, frozen, mesh)
     scalar, rows = replicated(mesh), row_sharding(mesh)
     totals = Totals(gradients=states.trained, numerator=scalar, denominator=scalar, counts=dict.fromkeys(COUNTS, scalar))
     return StepPrograms(
-        train_step=compile(train_step, in_shardings=(states, rows), out_shardings=(states, scalar), donate_argnums=(0,)),
+        train_step=compile(train_step, in_shardings=(states, rows, scalar), out_shardings=(states, scalar), donate_argnums=(0,)),
         zeros=compile(zeros, in_shardings=(), out_shardings=totals),
         accumulate=compile(accumulate, in_shardings=(states, totals, rows), out_shardings=totals, donate_argnums=(1,)),
         # The totals have no successor that could take their buffers; the caller drops them.
-        update=compile(update, in_shardings=(states, totals), out_shardings=(states, scalar), donate_argnums=(0,)),
+        update=compile(update, in_shardings=(states, totals, scalar), out_shardings=(states, scalar), donate_argnums=(0,)),
         shardings=states,
     )

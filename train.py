@@ -1,0 +1,27 @@
+"""Trains MindVL: `python train.py --config configs/quickstart.yaml [--set run.seed=3 training.phases[0].steps=50 ...]`."""
+
+import argparse
+import sys
+
+from mindvl_jax import config_loader
+from mindvl_jax.errors import UserError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Train MindVL through the phases of a configuration; an interrupted run continues by itself.")
+    parser.add_argument("--config", required=True, help="YAML configuration, for example configs/quickstart.yaml")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="dotted overrides, for example run.seed=3")
+    args = parser.parse_args()
+    try:
+        config = config_loader.load(args.config, args.set)
+        from mindvl_jax.training.trainer import train  # after the configuration is known to be good: this loads jax
+
+        train(config)
+    except UserError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
