@@ -306,6 +306,6 @@ def has_lowering(primitive: core.Primitive) -> bool:
 
 def threefry_primitive() -> core.Primitive:
     """The primitive behind jax's default random numbers."""
-    from jax._src import prng
+    from jax.extend.core import primitives
 
-    return prng.threefry2x32_p
+    return primitives.threefry2x32_p

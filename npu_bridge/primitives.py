@@ -22,6 +22,11 @@ def _dims(rank: int, changed: Sequence[int] = (), prefix: str = "d") -> str:
     return " ".join(f"r{i}" if i in changed else f"{prefix}{i}" for i in range(rank))
 
 
+def _unsigned(aval: Any) -> bool:
+    """Kept as signed bits by the runtime, so that order needs care."""
+    return str(aval.dtype) in ("uint16", "uint32", "uint64")
+
+
 def _along(axis: int, operands: Sequence[ir.Value], rank: int) -> str:
     one = _dims(rank, (axis,))
     return ", ".join([one] * len(operands))
@@ -32,6 +37,8 @@ def _cumulative(name: str):
         rank = len(ctx.avals_in[0].shape)
         rule = f"{_dims(rank, (axis,))} -> {_dims(rank, (axis,))}"
         params = {"axis": int(axis), "reverse": bool(reverse)}
+        if name in ("cummax", "cummin"):
+            params["unsigned"] = _unsigned(ctx.avals_in[0])
         return jaxcompat.custom_call_with_rule(ctx, f"math.{name}", [x], ctx.avals_out, rule, params, replicate=[f"r{axis}"])
 
     return lower
@@ -43,7 +50,8 @@ def _argument_of_extreme(name: str):
         rank = len(ctx.avals_in[0].shape)
         rest = " ".join(f"d{i}" for i in range(rank) if i != axis)
         rule = f"{_dims(rank, (axis,))} -> {rest}"
-        return jaxcompat.custom_call_with_rule(ctx, f"math.{name}", [x], ctx.avals_out, rule, {"axis": int(axis)}, replicate=[f"r{axis}"])
+        params = {"axis": int(axis), "unsigned": _unsigned(ctx.avals_in[0])}
+        return jaxcompat.custom_call_with_rule(ctx, f"math.{name}", [x], ctx.avals_out, rule, params, replicate=[f"r{axis}"])
 
     return lower
 
@@ -53,14 +61,14 @@ def _top_k(ctx: Any, x: ir.Value, *, k: int, **other: Any):
     axis = int(other.get("axis", other.get("operand_axis", rank - 1))) % rank
     lead = " ".join("k" if i == axis else f"d{i}" for i in range(rank))
     rule = f"{_dims(rank, (axis,))} -> {lead}, {lead}"
-    return jaxcompat.custom_call_with_rule(
-        ctx, "math.top_k", [x], ctx.avals_out, rule, {"k": int(k), "axis": axis}, replicate=[f"r{axis}", "k"]
-    )
+    params = {"k": int(k), "axis": axis, "unsigned": _unsigned(ctx.avals_in[0])}
+    return jaxcompat.custom_call_with_rule(ctx, "math.top_k", [x], ctx.avals_out, rule, params, replicate=[f"r{axis}", "k"])
 
 
 def _sort(ctx: Any, *operands: ir.Value, dimension: int, is_stable: bool, num_keys: int):
     rule = f"{_along(dimension, operands, len(ctx.avals_in[0].shape))} -> {_along(dimension, operands, len(ctx.avals_in[0].shape))}"
-    params = {"axis": int(dimension), "keys": int(num_keys)}
+    unsigned = tuple(_unsigned(a) for a in ctx.avals_in[:num_keys])
+    params = {"axis": int(dimension), "keys": int(num_keys), "unsigned": unsigned}
     return jaxcompat.custom_call_with_rule(ctx, "math.sort", operands, ctx.avals_out, rule, params, replicate=[f"r{dimension}"])
 
 

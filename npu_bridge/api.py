@@ -1,0 +1,339 @@
+"""`npu_bridge.jit`: like `jax.jit`, but the step runs as a torch program on npu, cuda or cpu, one process a device."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from npu_bridge import cache, jaxcompat, lower, partition
+from npu_bridge.errors import PlacementError, UnsupportedError
+from npu_bridge.ir import Layout, MeshShape
+
+if TYPE_CHECKING:
+    from npu_bridge.codegen.printer import Source
+
+MeshLike = Mesh | AbstractMesh | dict[str, int] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What changes the written program besides the function itself.
+
+    allow_host_sync: loops whose number of rounds is known only on the device may read it every round.
+    reduce_in_float32: sums of 16-bit floats across devices are exchanged in float32.
+    """
+
+    allow_host_sync: bool = False
+    reduce_in_float32: bool = False
+
+
+def as_mesh(mesh: MeshLike) -> tuple[AbstractMesh | None, tuple[int, ...] | None]:
+    """An abstract mesh for tracing, and for each place the rank that sits there (None: in order)."""
+    if mesh is None:
+        return None, None
+    if isinstance(mesh, dict):
+        names, sizes, order = tuple(mesh), tuple(mesh.values()), None
+    elif isinstance(mesh, AbstractMesh):
+        names, sizes, order = mesh.axis_names, mesh.axis_sizes, None
+    else:
+        names, sizes = mesh.axis_names, mesh.devices.shape
+        ids = [d.id for d in mesh.devices.ravel()]
+        order = None if ids == list(range(len(ids))) else tuple(sorted(ids).index(i) for i in ids)
+    return AbstractMesh(tuple(sizes), tuple(names), axis_types=(AxisType.Auto,) * len(names)), order
+
+
+def _is_spec(x: Any) -> bool:
+    return x is None or isinstance(x, (PartitionSpec, jax.sharding.Sharding))
+
+
+def _spec(x: Any) -> PartitionSpec:
+    if x is None:
+        return PartitionSpec()
+    if isinstance(x, PartitionSpec):
+        return x
+    if isinstance(x, NamedSharding):
+        return x.spec
+    raise PlacementError(f"npu_bridge: sharding {x!r}; expected a PartitionSpec or a NamedSharding")
+
+
+def _spec_layout(spec: PartitionSpec, rank: int) -> Layout:
+    axes = [() if a is None else (a,) if isinstance(a, str) else tuple(a) for a in spec]
+    return tuple(axes + [()] * (rank - len(axes)))
+
+
+class Lowered:
+    """A step lowered to a torch program, before any process group or device is needed."""
+
+    def __init__(self, name: str, source: Source, traced: lower.Traced, layouts: dict[str, list], mesh: MeshShape, seconds: dict[str, float]):
+        self.name, self.source, self.traced, self.mesh, self.seconds = name, source, traced, mesh, seconds
+        self.arg_layouts: list[Layout] = [tuple(tuple(a) for a in lay) for lay in layouts["args"]]
+        self.result_layouts: list[Layout] = [tuple(tuple(a) for a in lay) for lay in layouts["results"]]
+
+    def as_text(self) -> str:
+        """The torch program: Python source with scopes and source lines of the JAX program."""
+        return self.source.text
+
+    def collectives(self) -> list[dict[str, Any]]:
+        """Each exchange: kind, axes, devices, local shape and dtype, bytes that leave a device, times a step, location."""
+        return list(self.source.collectives)
+
+    def kernels(self) -> list[dict[str, Any]]:
+        """Each call of a fused operator: name, operand and result types, parameters, times a step, location."""
+        return list(self.source.kernels)
+
+    def memory(self) -> dict[str, int]:
+        """Planned bytes on one device: arguments, peak (arguments included), in-place updates and copies."""
+        return dict(self.source.memory)
+
+
+class Compiled:
+    """A program loaded on this rank; call it like the function."""
+
+    def __init__(self, lowered: Lowered, device: str):
+        from npu_bridge.runtime.mesh import Runtime
+        from npu_bridge.runtime.program import LoadedProgram
+
+        self.lowered, self.device = lowered, device
+        source = lowered.source
+        self.runtime = Runtime(lowered.mesh, device, source.axes_used)
+        kernels = list(dict.fromkeys(k["name"] for k in source.kernels))
+        self.program = LoadedProgram(source.text, source.constants, kernels, self.runtime, lowered.name)
+
+    def __call__(self, flat: Sequence[Any]) -> list[Any]:
+        """Runs on flat arguments of the whole program (those jit dropped included) and returns flat Arrays."""
+        from npu_bridge.array import Array
+
+        traced, low = self.lowered.traced, self.lowered
+        local = [self._place(flat[i], i, low.arg_layouts[n]) for n, i in enumerate(traced.kept)]
+        for i, donated in enumerate(traced.donated):
+            if donated and isinstance(flat[i], Array) and not flat[i].is_deleted():
+                flat[i].donate(low.name)  # an argument the program never reads is donated all the same
+        results = self.program(local)
+        out = []
+        for tensor, aval, layout in zip(results, traced.out_avals, low.result_layouts):
+            if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+                data = Array(tensor, (*aval.shape, *tensor.shape[len(aval.shape) :]), np.uint32, layout, self.runtime)
+                out.append(jax.random.wrap_key_data(np.asarray(data), impl=jax.random.key_impl(aval)))
+            else:
+                out.append(Array(tensor, aval.shape, aval.dtype, layout, self.runtime))
+        return out
+
+    def _place(self, x: Any, number: int, layout: Layout) -> Any:
+        from npu_bridge.array import Array, to_torch
+        from npu_bridge.runtime.program import shard
+
+        aval, donated = self.lowered.traced.in_avals[number], self.lowered.traced.donated[number]
+        key = jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key)
+        if not key and tuple(np.shape(x)) != tuple(aval.shape):
+            raise PlacementError(f"npu_bridge: argument {number} has shape {tuple(np.shape(x))}, {self.lowered.name} was compiled for {aval.shape}")
+        if isinstance(x, Array):
+            same = all(x.runtime.size(a) == 1 and self.runtime.size(b) == 1 or tuple(a) == tuple(b) for a, b in zip(_full(x), _full(x, layout)))
+            if same:
+                return x.donate(self.lowered.name) if donated else x.local
+            if not x.is_fully_replicated:
+                raise PlacementError(
+                    f"npu_bridge: argument {number} is split over {x.layout}, {self.lowered.name} wants {layout}; give it the sharding of "
+                    "the step that made it (out_shardings), or gather it first"
+                )
+            local = shard(x.donate(self.lowered.name) if donated else x.local, layout, self.runtime)
+            return local.contiguous()
+        whole = to_torch(x, np.uint32 if key else aval.dtype)
+        local = shard(whole, layout, self.runtime)
+        moved = local.to(self.runtime.device).contiguous()
+        # A donated array is overwritten: never in memory that JAX or numpy still hold.
+        return moved.clone() if donated and moved.data_ptr() == local.data_ptr() else moved
+
+
+def _full(x: Any, layout: Layout | None = None) -> Layout:
+    layout = x.layout if layout is None else layout
+    return layout or ((),) * x.ndim
+
+
+class Jitted:
+    """The callable that `jit` returns."""
+
+    def __init__(self, fn: Callable[..., Any], mesh: MeshLike, in_shardings: Any, out_shardings: Any, donate: tuple[int, ...],
+                 static: tuple[int, ...], state: tuple[int, ...] | None, device: str, options: Options):  # fmt: skip
+        functools.update_wrapper(self, fn, updated=())
+        self.fn, self.device, self.options = fn, device, options
+        self.mesh, self.order = as_mesh(mesh)
+        self.in_shardings, self.out_shardings = in_shardings, out_shardings
+        self.donate, self.static, self.state = donate, static, donate if state is None else state
+        self._compiled: dict[Any, tuple[Compiled, Any]] = {}
+
+    # -- arguments --------------------------------------------------------------------------------------------------
+
+    def _specs(self, args: Sequence[Any]) -> list[Any]:
+        dynamic = [a for i, a in enumerate(args) if i not in self.static]
+        given = self.in_shardings
+        if given is None:
+            return [jax.tree.map(lambda _: None, a, is_leaf=lambda x: x is None) for a in dynamic]
+        if _is_spec(given):
+            given = (given,) * len(dynamic)
+        if len(given) != len(dynamic):
+            raise PlacementError(f"npu_bridge: in_shardings has {len(given)} entries, {len(dynamic)} arguments were passed")
+        return [jax.tree.broadcast(g, a, is_leaf=_is_spec) for g, a in zip(given, dynamic)]
+
+    def _abstract(self, args: Sequence[Any]) -> list[Any]:
+        """Arguments as ShapeDtypeStructs with shardings. Gathers everything that does not fit and raises once."""
+        specs = iter(self._specs(args))
+        problems: list[str] = []
+
+        def one(path: Any, x: Any, spec: Any, number: int) -> Any:
+            where = f"argument {number}{jax.tree_util.keystr(path)}"
+            if isinstance(x, jax.ShapeDtypeStruct) or hasattr(x, "shape") and hasattr(x, "dtype"):
+                shape, dtype = tuple(x.shape), x.dtype
+                if type(x).__module__.split(".")[0] == "torch":
+                    dtype = np.dtype(str(dtype).removeprefix("torch.")) if "bfloat" not in str(dtype) else jax.numpy.bfloat16
+            elif isinstance(x, (bool, int, float, np.generic)):
+                shape, dtype = (), jax.dtypes.canonicalize_dtype(np.result_type(x))
+            else:
+                problems.append(f"{where}: {type(x).__name__} is no array; pass an array, or name the argument in static_argnums")
+                return jax.ShapeDtypeStruct((), np.float32)
+            if not jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) and np.dtype(dtype).name in ("float64", "int64", "uint64") and not jax.config.jax_enable_x64:
+                problems.append(f"{where}: {np.dtype(dtype).name} while jax_enable_x64 is off; convert it to 32 bits, or enable x64")
+            if self.mesh is None:
+                return jax.ShapeDtypeStruct(shape, dtype)
+            if spec is None and getattr(x, "layout", None):
+                spec = PartitionSpec(*(tuple(a) or None for a in x.layout))
+            spec = _spec(spec)
+            sizes = dict(zip(self.mesh.axis_names, self.mesh.axis_sizes))
+            for d, axes in enumerate(_spec_layout(spec, len(shape))):
+                unknown = [a for a in axes if a not in sizes]
+                if unknown:
+                    problems.append(f"{where}: axes {unknown} are not in the mesh {sizes}")
+                    continue
+                shards = int(np.prod([sizes[a] for a in axes], dtype=np.int64))
+                if d >= len(shape) or shape[d] % shards:
+                    problems.append(f"{where}: dimension {d} of {shape} cannot be split evenly over {axes}, {shards} shards; pad it")
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
+
+        made = []
+        for number, a in enumerate(args):
+            if number in self.static:
+                made.append(a)
+            else:
+                made.append(jax.tree_util.tree_map_with_path(functools.partial(one, number=number), a, next(specs)))
+        if problems:
+            raise UnsupportedError(problems, f"{self._name} with these arguments")
+        return made
+
+    @property
+    def _name(self) -> str:
+        return getattr(self.fn, "__name__", type(self.fn).__name__)
+
+    # -- lowering ---------------------------------------------------------------------------------------------------
+
+    def lower(self, *args: Any) -> Lowered:
+        """Lowers for these arguments (arrays or ShapeDtypeStructs). Needs no device and no other process.
+
+        Raises UnsupportedError listing everything the bridge refuses, VersionError, PlacementError.
+        """
+        import time
+
+        begin = time.perf_counter()
+        out = self.out_shardings
+        if self.mesh is not None and out is not None:
+            out = jax.tree.map(lambda s: None if s is None else NamedSharding(self.mesh, _spec(s)), out, is_leaf=_is_spec)
+        traced = lower.lower(
+            self.fn, self._abstract(args), mesh=self.mesh, donate_argnums=self.donate, static_argnums=self.static,
+            out_shardings=out if self.mesh is not None else None, name=self._name,
+        )  # fmt: skip
+        lowered_at = time.perf_counter()
+        state = self._state_arguments(args)
+        state = [state[i] for i in traced.kept]
+        donated = [traced.donated[i] for i in traced.kept]
+        text = str(traced.module)
+        name = cache.key(text, state=state, donated=donated, order=self.order, **dataclasses.asdict(self.options))
+        found = cache.load(name)
+        if found is None:
+            found = self._write(traced, state, donated)
+            cache.store(name, *found)
+        source, extra = found
+        mesh = MeshShape(tuple((a, n) for a, n in extra["mesh"]), tuple(extra["devices"]) if extra["devices"] else None)
+        if self.mesh is not None and not mesh.axes:  # no sharding mentioned the mesh
+            mesh = MeshShape(tuple(zip(self.mesh.axis_names, self.mesh.axis_sizes)))
+        if self.order is not None:
+            mesh = MeshShape(mesh.axes, self.order)
+        seconds = {"trace_and_lower": lowered_at - begin, "write": time.perf_counter() - lowered_at}
+        return Lowered(self._name, source, traced, extra, mesh, seconds)
+
+    def _state_arguments(self, args: Sequence[Any]) -> list[bool]:
+        flags: list[bool] = []
+        for i, a in enumerate(args):
+            if i not in self.static:
+                flags += [i in self.state] * len(jax.tree.leaves(a))
+        return flags
+
+    def _write(self, traced: lower.Traced, state: list[bool], donated: list[bool]) -> tuple[Source, dict[str, Any]]:
+        from npu_bridge import passes
+        from npu_bridge.codegen.printer import generate
+        from npu_bridge.importer import Importer
+
+        module = partition.partition(traced.module, state if self.mesh is not None else ())
+        with module.context:
+            program = Importer(module).run(donated)
+        program.name = self._name
+        passes.run(program, reduce_in_float32=self.options.reduce_in_float32)
+        source = generate(program, allow_host_sync=self.options.allow_host_sync)
+        body = program.body
+        extra = {"args": [v.layout for v in body.params], "results": [v.layout for v in body.results], "mesh": program.mesh.axes,
+                 "devices": program.mesh.devices}  # fmt: skip
+        return source, extra
+
+    # -- running ----------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any) -> Any:
+        dynamic = [a for i, a in enumerate(args) if i not in self.static]
+        flat, tree = jax.tree.flatten(dynamic)
+        fixed = tuple(args[i] for i in self.static)
+        signature = (tree, fixed, tuple((np.shape(x), str(getattr(x, "dtype", type(x)))) for x in flat))
+        if signature not in self._compiled:
+            low = self.lower(*args)
+            self._compiled[signature] = (Compiled(low, self.device), low.traced.out_tree)
+        compiled, out_tree = self._compiled[signature]
+        return jax.tree.unflatten(out_tree, compiled(flat))
+
+
+def jit(
+    fn: Callable[..., Any],
+    *,
+    mesh: MeshLike = None,
+    in_shardings: Any = None,
+    out_shardings: Any = None,
+    donate_argnums: int | Sequence[int] = (),
+    static_argnums: int | Sequence[int] = (),
+    state_argnums: int | Sequence[int] | None = None,
+    device: str = "cpu",
+    allow_host_sync: bool = False,
+    reduce_in_float32: bool = False,
+) -> Jitted:
+    """Compiles a JAX function into a torch program for one device of a mesh.
+
+    Args:
+      fn: a function of pytrees of arrays, as for `jax.jit`.
+      mesh: a `jax.sharding.Mesh`, an `AbstractMesh`, or ``{axis: size}``. Each process is one place of it; no JAX devices needed.
+      in_shardings, out_shardings: pytree prefixes of PartitionSpec or NamedSharding; None is replicated (arguments) or left to
+        propagation (results).
+      donate_argnums: arguments whose storage the step may overwrite.
+      static_argnums: hashable arguments that are compiled in.
+      state_argnums: arguments whose shardings yield to the batch's during propagation (default: the donated ones).
+      device: "npu", "cuda" or "cpu".
+      allow_host_sync: allow loops whose trip count is read from the device (one synchronisation a round).
+      reduce_in_float32: exchange sums of 16-bit floats in float32.
+
+    Returns a callable; its results are `npu_bridge.Array`, its `.lower(*args)` gives `.as_text()`, `.collectives()`,
+    `.kernels()` and `.memory()`.
+    """
+    as_tuple = lambda n: (n,) if isinstance(n, int) else tuple(n)
+    jaxcompat.require_tested_version()
+    return Jitted(
+        fn, mesh, in_shardings, out_shardings, as_tuple(donate_argnums), as_tuple(static_argnums),
+        None if state_argnums is None else as_tuple(state_argnums), device, Options(allow_host_sync, reduce_in_float32),
+    )  # fmt: skip

@@ -1,0 +1,186 @@
+"""Arithmetic whose corner cases differ between StableHLO and torch. Unsigned integers are bits of signed ones."""
+
+from __future__ import annotations
+
+import torch
+
+_MIN = {torch.int8: -(1 << 7), torch.int16: -(1 << 15), torch.int32: -(1 << 31), torch.int64: -(1 << 63)}
+_WIDTH = {torch.int8: 8, torch.uint8: 8, torch.int16: 16, torch.int32: 32, torch.int64: 64}
+
+# ---- unsigned integers ------------------------------------------------------------------------------------------------
+
+
+def unsigned_order(x: torch.Tensor) -> torch.Tensor:
+    """Maps unsigned bits to signed numbers of the same order: flips the top bit."""
+    return x ^ _MIN[x.dtype]
+
+
+def widen_unsigned(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Unsigned bits as an int64 of the same value. 64-bit values above 2^63 do not fit and stay negative."""
+    return x.to(torch.int64) & ((1 << bits) - 1) if bits < 64 else x
+
+
+def unsigned_maximum(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.where(unsigned_order(x) >= unsigned_order(y), x, y)
+
+
+def unsigned_minimum(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.where(unsigned_order(x) <= unsigned_order(y), x, y)
+
+
+def _unsigned_pair(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    bits = _WIDTH[x.dtype]
+    if bits == 64:
+        raise NotImplementedError("npu_bridge: division of uint64 has no torch form; use int64 or uint32")
+    zero = y == 0
+    return widen_unsigned(x, bits), widen_unsigned(torch.where(zero, 1, y), bits), zero
+
+
+def unsigned_divide(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """All bits set where the divisor is zero, as XLA has it."""
+    wide, divisor, zero = _unsigned_pair(x, y)
+    return torch.where(zero, -1, torch.div(wide, divisor, rounding_mode="floor").to(x.dtype))
+
+
+def unsigned_remainder(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    wide, divisor, zero = _unsigned_pair(x, y)
+    return torch.where(zero, x, torch.remainder(wide, divisor).to(x.dtype))
+
+
+# ---- signed integers ----------------------------------------------------------------------------------------------------
+
+
+def integer_divide(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Rounds to zero. x / 0 is -1 and the smallest number / -1 is itself, as XLA has it; torch raises or traps."""
+    zero, minus = y == 0, y == -1 if y.dtype != torch.uint8 else torch.zeros_like(y, dtype=torch.bool)
+    quotient = torch.div(x, torch.where(zero | minus, 1, y), rounding_mode="trunc")
+    all_bits = 255 if x.dtype == torch.uint8 else -1
+    return torch.where(zero, all_bits, torch.where(minus, -x, quotient))
+
+
+def integer_remainder(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Sign of the dividend; x % 0 is x, x % -1 is 0."""
+    zero, minus = y == 0, y == -1 if y.dtype != torch.uint8 else torch.zeros_like(y, dtype=torch.bool)
+    rest = torch.fmod(x, torch.where(zero | minus, 1, y))
+    return torch.where(zero, x, torch.where(minus, 0, rest))
+
+
+def integer_power(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Wrapping power by squaring; negative exponents give 1/x rounded to zero (1, -1 or 0)."""
+    result, base, exponent = torch.ones_like(x), x, y.clamp_min(0) if y.dtype != torch.uint8 else y
+    for _ in range(_WIDTH[x.dtype] - 1):
+        result = torch.where((exponent & 1) != 0, result * base, result)
+        base, exponent = base * base, exponent >> 1
+    negative = torch.where(x == 1, 1, torch.where(x == -1, torch.where((y & 1) != 0, -1, 1), 0))
+    return torch.where(y < 0, negative.to(x.dtype), result)
+
+
+def shift_left(x: torch.Tensor, y: torch.Tensor, bits: int) -> torch.Tensor:
+    """Shifts by the width or more give 0; C leaves them undefined."""
+    inside = (y >= 0) & (y < bits)
+    return torch.where(inside, x << torch.where(inside, y, 0), 0)
+
+
+def shift_right_arithmetic(x: torch.Tensor, y: torch.Tensor, bits: int) -> torch.Tensor:
+    return x >> torch.where((y >= 0) & (y < bits), y, bits - 1)
+
+
+def shift_right_logical(x: torch.Tensor, y: torch.Tensor, bits: int) -> torch.Tensor:
+    if x.dtype == torch.uint8:
+        inside = y < bits
+        return torch.where(inside, x >> torch.where(inside, y, 0), 0)
+    inside = (y > 0) & (y < bits)
+    n = torch.where(inside, y, 1)
+    mask = ~(torch.full_like(x, _MIN[x.dtype]) >> (n - 1))  # clears the n bits that came in from the left
+    return torch.where(inside, (x >> n) & mask, torch.where(y == 0, x, 0))
+
+
+def population_count(x: torch.Tensor) -> torch.Tensor:
+    count = torch.zeros_like(x)
+    for i in range(_WIDTH[x.dtype]):
+        count += (x >> i) & 1
+    return count
+
+
+def count_leading_zeros(x: torch.Tensor) -> torch.Tensor:
+    width = _WIDTH[x.dtype]
+    count, found = torch.full_like(x, width), torch.zeros_like(x, dtype=torch.bool)
+    for i in range(width - 1, -1, -1):
+        bit = ((x >> i) & 1) != 0
+        count = torch.where(bit & ~found, width - 1 - i, count)
+        found = found | bit
+    return count
+
+
+# ---- floats -------------------------------------------------------------------------------------------------------------
+
+
+def float_to_integer(x: torch.Tensor, dtype: torch.dtype, unsigned: bool) -> torch.Tensor:
+    """Rounds to zero, saturates, NaN gives 0 (XLA); C leaves numbers out of range undefined."""
+    bits = _WIDTH[dtype]
+    if unsigned or dtype == torch.uint8:
+        low, high = 0, (1 << bits) - 1
+    else:
+        low, high = _MIN[dtype], -_MIN[dtype] - 1
+    x = torch.nan_to_num(x.float() if x.dtype.itemsize < 4 else x, nan=0.0, posinf=float("inf"), neginf=float("-inf"))
+    over, under = x >= float(high), x <= float(low)
+    inside = torch.where(over | under, 0, x).to(torch.int64)
+    wrap = lambda n: n - (1 << bits) if unsigned and n >= 1 << (bits - 1) else n
+    return torch.where(over, wrap(high), torch.where(under, low, inside)).to(dtype)
+
+
+def sign(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(torch.isnan(x) | (x == 0), x, torch.sign(x))
+
+
+def cbrt(x: torch.Tensor) -> torch.Tensor:
+    return torch.copysign(x.abs().pow(1.0 / 3.0), x)
+
+
+def round_half_away(x: torch.Tensor) -> torch.Tensor:
+    whole = torch.trunc(x)
+    return torch.where((x - whole).abs() >= 0.5, whole + torch.sign(x), whole)
+
+
+def bessel_i1e(x: torch.Tensor) -> torch.Tensor:
+    return torch.special.i1e(x.float()).to(x.dtype) if x.dtype.itemsize < 4 else torch.special.i1e(x)
+
+
+def polygamma(n: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(-1)^(n+1) n! zeta(n+1, x); torch.polygamma takes only a Python int for n."""
+    value = torch.exp(torch.lgamma(n + 1)) * torch.special.zeta(n + 1, x)
+    value = torch.where(torch.remainder(n, 2) == 0, -value, value)
+    return torch.where(n == 0, torch.digamma(x), value)
+
+
+def is_inf(x: torch.Tensor) -> torch.Tensor:
+    return torch.isinf(x)
+
+
+def is_pos_inf(x: torch.Tensor) -> torch.Tensor:
+    return x == float("inf")
+
+
+def is_neg_inf(x: torch.Tensor) -> torch.Tensor:
+    return x == float("-inf")
+
+
+def reduce_precision(x: torch.Tensor, exponent_bits: int, mantissa_bits: int) -> torch.Tensor:
+    """Rounds float32 to fewer bits (ties to even); overflow gives infinity, numbers below the smallest normal give zero."""
+    if x.dtype != torch.float32:
+        return reduce_precision(x.float(), exponent_bits, mantissa_bits).to(x.dtype)
+    drop = 23 - mantissa_bits
+    bits = x.contiguous().view(torch.int32)
+    if drop > 0:
+        tie = (bits >> drop) & 1
+        bits = (bits + tie + ((1 << (drop - 1)) - 1)) & ~((1 << drop) - 1)
+    rounded = bits.view(torch.float32)
+    if exponent_bits < 8:
+        top = (1 << (exponent_bits - 1)) - 1
+        largest = 2.0**top * (2.0 - 2.0**-mantissa_bits)
+        smallest = 2.0 ** (1 - top)
+        magnitude = rounded.abs()
+        limited = torch.where(magnitude > largest, torch.full_like(x, float("inf")), magnitude)
+        limited = torch.where(magnitude < smallest, torch.zeros_like(x), limited)
+        rounded = torch.copysign(limited, x)
+    return torch.where(torch.isfinite(x), rounded, x)

@@ -1,0 +1,249 @@
+"""This rank's place in the mesh, its process groups, and the collectives that written programs call on ``rt``."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from npu_bridge.errors import BridgeError, CollectiveError
+from npu_bridge.ir import MeshShape, axis_parts
+
+_BACKEND = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+_SUM = {"add": "SUM", "multiply": "PRODUCT", "maximum": "MAX", "minimum": "MIN", "or": "MAX", "and": "MIN"}
+_groups: dict[tuple[int, ...], Any] = {}  # process groups by members: torch's groups are never collected, so share them
+
+
+def timeout_seconds() -> float:
+    """How long a collective may take before it is taken for hung (NPU_BRIDGE_TIMEOUT, default 300 s)."""
+    return float(os.environ.get("NPU_BRIDGE_TIMEOUT", "300"))
+
+
+def ensure_process_group(device: str, count: int) -> None:
+    """Joins the processes that torchrun or npu_bridge.launch started. One process needs none.
+
+    Raises BridgeError when fewer processes were started than the mesh has places.
+    """
+    if count == 1:
+        return
+    if not dist.is_initialized():
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if world != count:
+            raise BridgeError(
+                f"npu_bridge: the mesh has {count} places, {world} process{'es were' if world != 1 else ' was'} started; start one process a "
+                f"device with `python -m npu_bridge.launch --nproc {count} script.py` or torchrun --nproc-per-node {count}"
+            )
+        dist.init_process_group(_BACKEND[device], timeout=datetime.timedelta(seconds=timeout_seconds()))
+    if dist.get_world_size() != count:
+        raise BridgeError(f"npu_bridge: the mesh has {count} places, the process group has {dist.get_world_size()} processes")
+
+
+def default_device(kind: str) -> torch.device:
+    """The torch device of this process. Raises BridgeError when its backend is missing."""
+    if kind == "cpu":
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise BridgeError("npu_bridge: device 'cuda' asked for, torch sees none; use device='cpu' or install a CUDA build of torch")
+        torch.cuda.set_device(local)
+        return torch.device("cuda", local)
+    if kind == "npu":
+        try:
+            import torch_npu  # noqa: F401  (registers the device; never in the default environment)
+        except ImportError as error:
+            raise BridgeError(f"npu_bridge: device 'npu' needs torch_npu and CANN ({error}); see docs/bridge.md") from error
+        torch.npu.set_device(local)
+        return torch.device("npu", local)
+    raise BridgeError(f"npu_bridge: device {kind!r} unknown; expected 'cpu', 'cuda' or 'npu'")
+
+
+class Runtime:
+    """`rt` of a written program."""
+
+    def __init__(self, mesh: MeshShape, device: str = "cpu", axes_used: Sequence[tuple[str, ...]] = ()):
+        ensure_process_group(device, mesh.count)
+        self.mesh, self.sizes, self.kind = mesh, mesh.sizes, device
+        self.device = default_device(device)
+        self.rank = dist.get_rank() if mesh.count > 1 else 0
+        order = list(mesh.devices) if mesh.devices else list(range(mesh.count))
+        if sorted(order) != list(range(mesh.count)):
+            raise BridgeError(f"npu_bridge: mesh places {order} are not the ranks 0..{mesh.count - 1}")
+        self.order = order
+        self.place = order.index(self.rank)
+        self.coordinates = dict(zip(self.sizes, map(int, np.unravel_index(self.place, tuple(self.sizes.values()) or (1,)))))
+        self._members: dict[tuple[str, ...], tuple[Any, list[int]]] = {}
+        self._calls = 0
+        for axes in axes_used:
+            self._join(tuple(axes))
+        from npu_bridge.runtime.kernel_table import KernelTable
+
+        self.kernel = KernelTable(device)
+
+    # -- places -------------------------------------------------------------------------------------------------------
+
+    def index(self, axes: Sequence[str], place: int | None = None) -> int:
+        """Number of the shard this device holds of a dimension split over `axes` (major first)."""
+        where = self.coordinates
+        if place is not None:
+            where = dict(zip(self.sizes, map(int, np.unravel_index(place, tuple(self.sizes.values()) or (1,)))))
+        number = 0
+        for reference in axes:
+            name, before, size = axis_parts(reference, self.sizes)
+            after = self.sizes[name] // (before * size)
+            number = number * size + (where[name] // after) % size
+        return number
+
+    def size(self, axes: Sequence[str]) -> int:
+        return self.mesh.size(tuple(axes))
+
+    @staticmethod
+    def int_quotient(x: int, y: int) -> int:
+        """Rounds to zero, as StableHLO divides; Python rounds down."""
+        return -1 if y == 0 else math.trunc(x / y) if abs(x) < 1 << 52 else (abs(x) // abs(y)) * (1 if (x < 0) == (y < 0) else -1)
+
+    @staticmethod
+    def int_remainder(x: int, y: int) -> int:
+        return x if y == 0 else int(math.fmod(x, y))
+
+    # -- groups -------------------------------------------------------------------------------------------------------
+
+    def _rows(self, axes: tuple[str, ...]) -> list[list[int]]:
+        """Ranks of every group along `axes`, each in the order of the shards."""
+        rows: dict[tuple, dict[int, int]] = {}
+        for place in range(self.mesh.count):
+            where = np.unravel_index(place, tuple(self.sizes.values()) or (1,))
+            rest = []
+            for name, at in zip(self.sizes, map(int, where)):
+                mine = sorted((axis_parts(a, self.sizes) for a in axes if a.partition(":")[0] == name), key=lambda p: p[1])
+                # what is left of this coordinate once the digits of the group's (sub-)axes are taken out
+                digits, total = [], self.sizes[name]
+                taken = {(b, s) for _, b, s in mine}
+                edges = sorted({1, total, *(b for b, _ in taken), *(b * s for b, s in taken)})
+                for low, high in zip(edges, edges[1:]):
+                    if not any(b <= low and high <= b * s for b, s in taken):
+                        digits.append((at // (total // high)) % (high // low))
+                rest.append(tuple(digits))
+            rows.setdefault(tuple(rest), {})[self.index(axes, place)] = self.order[place]
+        return [[row[i] for i in sorted(row)] for row in rows.values()]
+
+    def _join(self, axes: tuple[str, ...]) -> None:
+        if self.mesh.count == 1 or axes in self._members:
+            return
+        for row in self._rows(axes):
+            key = tuple(sorted(row))
+            if key not in _groups:  # every rank makes every group, in one order
+                everyone = len(key) == dist.get_world_size()
+                _groups[key] = dist.group.WORLD if everyone else dist.new_group(
+                    list(key), timeout=datetime.timedelta(seconds=timeout_seconds())
+                )  # fmt: skip
+            if self.rank in row:
+                self._members[axes] = (_groups[key], row)
+
+    @contextlib.contextmanager
+    def _named(self, what: str, x: torch.Tensor, axes: Sequence[str]):
+        """Turns a failure or time-out of a collective into an error that names it."""
+        self._calls += 1
+        try:
+            yield
+        except RuntimeError as error:
+            raise CollectiveError(
+                f"rank {self.rank}: {what} number {self._calls} over {tuple(axes)} of {tuple(x.shape)} {x.dtype} failed or timed out after "
+                f"{timeout_seconds():.0f} s (NPU_BRIDGE_TIMEOUT); a peer died, hangs or runs another program: {error}"
+            ) from error
+
+    def _carried(self, x: torch.Tensor) -> torch.Tensor:
+        """A form the transport knows: bool and 8-bit floats travel as bytes."""
+        return x.contiguous().view(torch.uint8) if x.dtype == torch.bool or x.dtype.itemsize == 1 and x.is_floating_point() else x.contiguous()
+
+    # -- collectives ----------------------------------------------------------------------------------------------------
+
+    def all_reduce(self, x: torch.Tensor, axes: tuple[str, ...], kind: str) -> torch.Tensor:
+        """Combines `x` over the group; may overwrite `x`."""
+        group, members = self._members[axes]
+        if len(members) == 1:
+            return x
+        y = self._carried(x)
+        with self._named("all_reduce", x, axes):
+            dist.all_reduce(y, getattr(dist.ReduceOp, _SUM[kind]), group=group)
+        return y.view(x.dtype)
+
+    def _gather(self, x: torch.Tensor, axes: tuple[str, ...]) -> torch.Tensor:
+        """(shards, *x.shape) in the order of the shards."""
+        group, members = self._members[axes]
+        y = self._carried(x)
+        out = torch.empty((len(members), *y.shape), dtype=y.dtype, device=y.device)
+        with self._named("all_gather", x, axes):
+            dist.all_gather_into_tensor(out.view(len(members) * y.shape[0], *y.shape[1:]) if y.dim() else out, y, group=group)
+        ranks = sorted(members)
+        if members != ranks:
+            out = out[[ranks.index(m) for m in members]]
+        return out.view(x.dtype)
+
+    def all_gather(self, x: torch.Tensor, dims: Sequence[tuple[str, ...]]) -> torch.Tensor:
+        for d, axes in enumerate(dims):
+            if axes and self.size(axes) > 1:
+                out = self._gather(x, tuple(axes))
+                x = out.flatten(0, 1) if d == 0 else out.movedim(0, d).flatten(d, d + 1)
+        return x
+
+    def reduce_scatter(self, x: torch.Tensor, dims: Sequence[tuple[str, ...]], kind: str) -> torch.Tensor:
+        for d, axes in enumerate(dims):
+            if axes and self.size(axes) > 1:
+                x = self._scatter(x, d, tuple(axes), kind)
+        return x
+
+    def _scatter(self, x: torch.Tensor, d: int, axes: tuple[str, ...], kind: str) -> torch.Tensor:
+        group, members = self._members[axes]
+        n = len(members)
+        y = x.unflatten(d, (n, x.shape[d] // n)).movedim(d, 0)
+        ranks = sorted(members)
+        if members != ranks:
+            y = y[[members.index(r) for r in ranks]]
+        y = y.contiguous()
+        out = torch.empty(y.shape[1:], dtype=x.dtype, device=x.device)
+        with self._named("reduce_scatter", x, axes):
+            dist.reduce_scatter_tensor(
+                out, y.view(n * y.shape[1], *y.shape[2:]) if y.dim() > 1 else y, getattr(dist.ReduceOp, _SUM[kind]), group=group
+            )
+        return out
+
+    def all_to_all(self, x: torch.Tensor, axes: tuple[str, ...], source: int, target: int) -> torch.Tensor:
+        """The sharding over `axes` moves from dimension `source` to dimension `target`."""
+        group, members = self._members[axes]
+        n = len(members)
+        y = x.unflatten(target, (n, x.shape[target] // n)).movedim(target, 0)
+        ranks = sorted(members)
+        if members != ranks:
+            y = y[[members.index(r) for r in ranks]]
+        y = self._carried(y)
+        out = torch.empty_like(y)
+        with self._named("all_to_all", x, axes):
+            dist.all_to_all_single(out, y, group=group)
+        out = out.view(x.dtype)
+        if members != ranks:
+            out = out[[ranks.index(m) for m in members]]
+        return out.movedim(0, source).flatten(source, source + 1)
+
+    def permute(self, x: torch.Tensor, pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Sends to the target place, receives from the source place; zeros where nobody sends."""
+        y = self._carried(x)
+        out, work = torch.zeros_like(y), []
+        for source, target in pairs:
+            if source == target == self.place:
+                return x.clone()
+            if source == self.place:
+                work.append(dist.P2POp(dist.isend, y, self.order[target]))
+            if target == self.place:
+                work.append(dist.P2POp(dist.irecv, out, self.order[source]))
+        with self._named("permute", x, tuple(self.sizes)):
+            for request in dist.batch_isend_irecv(work) if work else []:
+                request.wait()
+        return out.view(x.dtype)

@@ -1,0 +1,66 @@
+"""A written program made ready to run on this rank: compiled text, constants on the device, groups and kernels looked up."""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from npu_bridge.errors import CollectiveError
+from npu_bridge.runtime.mesh import Runtime
+
+
+def place_constant(array: np.ndarray, dims: list[tuple[str, ...]], runtime: Runtime) -> torch.Tensor:
+    """This rank's shard of a constant, on the device."""
+    from npu_bridge.array import to_torch
+
+    t = to_torch(np.array(array), array.dtype)
+    return shard(t, dims, runtime).to(runtime.device)
+
+
+def shard(x: torch.Tensor, layout: Any, runtime: Runtime) -> torch.Tensor:
+    """This rank's part of a whole array: a view."""
+    for d, axes in enumerate(layout):
+        if axes:
+            n = x.shape[d] // runtime.size(axes)
+            x = x.narrow(d, runtime.index(axes) * n, n)
+    return x
+
+
+class LoadedProgram:
+    """Callable on a list of local tensors (emptied on the way in); returns the list of local results."""
+
+    def __init__(self, text: str, constants: list[tuple], kernels: list[str], runtime: Runtime, name: str):
+        self.runtime = runtime
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
+        self._agree(name)
+        runtime.kernel.bind(kernels)
+        filename = f"<npu_bridge {name} {self.digest[:12]}>"
+        # Known to linecache, so that a traceback shows the program's own lines.
+        linecache.cache[filename] = (len(text), None, text.splitlines(True), filename)
+        scope: dict[str, Any] = {}
+        exec(compile(text, filename, "exec"), scope)
+        self.main = scope["main"]
+        self.constants = [place_constant(a, dims, runtime) for a, dims in constants]
+
+    def _agree(self, name: str) -> None:
+        """All ranks must hold the same text, or their collectives would wait for each other for ever."""
+        if self.runtime.mesh.count == 1:
+            return
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, self.digest)
+        if len(set(found)) > 1:
+            groups = {d[:12]: [r for r, e in enumerate(found) if e == d] for d in dict.fromkeys(found)}
+            raise CollectiveError(
+                f"rank {self.runtime.rank}: ranks compiled different programs for {name}: "
+                + "; ".join(f"{d} on ranks {ranks}" for d, ranks in groups.items())
+                + ". Shapes, static arguments, jax versions or configs differ between the processes; compare `.as_text()` of two of them"
+            )
+
+    def __call__(self, args: list[torch.Tensor]) -> list[torch.Tensor]:
+        with torch.inference_mode():
+            return self.main(self.runtime, self.constants, args)

@@ -1,0 +1,51 @@
+"""Torch helpers that written programs call as ``T.<name>``: everything StableHLO means and torch has no single operator for."""
+
+from npu_bridge.runtime.arithmetic import (
+    bessel_i1e,
+    cbrt,
+    count_leading_zeros,
+    float_to_integer,
+    integer_divide,
+    integer_power,
+    integer_remainder,
+    is_inf,
+    is_neg_inf,
+    is_pos_inf,
+    polygamma,
+    population_count,
+    reduce_precision,
+    round_half_away,
+    shift_left,
+    shift_right_arithmetic,
+    shift_right_logical,
+    sign,
+    unsigned_divide,
+    unsigned_maximum,
+    unsigned_minimum,
+    unsigned_order,
+    unsigned_remainder,
+    widen_unsigned,
+)
+from npu_bridge.runtime.index_ops import dynamic_slice, dynamic_update_slice, gather, pad, scatter_, take, write
+from npu_bridge.runtime.random_bits import math_threefry2x32, rng_bit_generator
+from npu_bridge.runtime.reductions import (
+    bmm,
+    convolution,
+    math_argmax,
+    math_argmin,
+    math_cumlogsumexp,
+    math_cummax,
+    math_cummin,
+    math_cumprod,
+    math_cumsum,
+    math_sort,
+    math_top_k,
+    mm,
+    product,
+    reduce_window,
+    reduce_window_with,
+    select_and_scatter_add,
+    tree_reduce,
+)
+
+__all__ = [name for name in dir() if not name.startswith("_")]
