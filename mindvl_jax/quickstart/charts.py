@@ -6,6 +6,7 @@ One bar a row of 28 pixels: its label (two tokens), the bar (two tokens), its va
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from collections.abc import Iterator
 
@@ -85,7 +86,7 @@ def question_about(rng: random.Random, chart: Chart) -> tuple[str, str]:
 def draw(rng: random.Random, split: assets.Split, chart: Chart) -> Image.Image:
     picture = Image.new("RGB", (WIDTH, CELL * len(chart.values)), tuple([rng.randint(235, 255)] * 3))
     pen = ImageDraw.Draw(picture)
-    face = rng.choice(assets.faces(split))
+    face = rng.choice(assets.faces(split, lining_figures=True))
     value_font = assets.font(face, rng.randint(20, 23))
     bar_left, value_left = CELL * LABEL_CELLS, CELL * (LABEL_CELLS + BAR_CELLS)
     # Bars start at 6 pixels, so that a colour can be seen however small the value is.
@@ -101,6 +102,7 @@ def draw(rng: random.Random, split: assets.Split, chart: Chart) -> Image.Image:
     return picture
 
 
+@functools.cache
 def _fitting(face: assets.Face, text: str, width: int):
     for size in range(14, 7, -1):
         font = assets.font(face, size)

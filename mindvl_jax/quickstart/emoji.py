@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops, ImageFilter
 
 from mindvl_jax.quickstart import assets
 from mindvl_jax.quickstart.samples import Sample, ask
@@ -50,7 +50,10 @@ def plain(artist: str, concept: int, paper: tuple[int, int, int] = (255, 255, 25
 
 def vary(rng: random.Random, artist: str, concept: int) -> Image.Image:
     """The drawing turned, stretched, shifted and recoloured: what an artist is free to choose says little about the thing."""
-    drawn = _recolour(rng, assets.drawing(artist, concept))
+    drawn = assets.drawing(artist, concept)
+    if rng.random() < 0.15:
+        drawn = _outline(drawn)
+    drawn = _recolour(rng, drawn)
     side = drawn.width
     scale, aspect, angle = rng.uniform(0.78, 1.08) * SIDE / side, rng.uniform(0.9, 1.1), math.radians(rng.uniform(-12, 12))
     mirror = -1 if rng.random() < 0.4 and not _HANDED.search(assets.concepts()[concept]) else 1
@@ -70,6 +73,18 @@ def _paper(rng: random.Random) -> tuple[int, int, int]:
         return (255, 255, 255)
     low = 170 if kind < 0.85 else 0
     return tuple(rng.randint(low, 255) for _ in range(3))
+
+
+def _outline(drawn: Image.Image) -> Image.Image:
+    """Dark lines along the borders of areas: some artists draw contours, some only areas."""
+    grey = drawn.convert("L")
+    edges = ImageChops.subtract(grey.filter(ImageFilter.MaxFilter(3)), grey.filter(ImageFilter.MinFilter(3)))
+    alpha = drawn.getchannel("A")
+    border = ImageChops.subtract(alpha.filter(ImageFilter.MaxFilter(3)), alpha.filter(ImageFilter.MinFilter(3)))
+    lines = ImageChops.lighter(edges.point(lambda value: min(255, max(0, value - 48) * 4)), border)
+    lined = drawn.copy()
+    lined.paste((20, 20, 20, 255), (0, 0), lines)
+    return lined
 
 
 def _recolour(rng: random.Random, drawn: Image.Image) -> Image.Image:

@@ -16,7 +16,7 @@ from mindvl_jax.quickstart.samples import Sample
 SIZES = ("smoke", "standard", "long")
 SMOKE_CONCEPTS = 24  # emoji of the smoke build; drawing all takes longer than the smoke test
 PIECE = 1000
-PAIRS_OF_A_PIECE = 60  # different emoji in one piece of captions or chat: drawing costs more than everything else
+PAIRS_OF_A_PIECE = 200  # different emoji in one piece of captions or chat: drawing costs more than everything else
 
 Maker = Callable[[random.Random, assets.Split, int, int, str], Iterable[Sample]]
 
@@ -54,7 +54,7 @@ class Piece:
     count: int
 
 
-VARIANTS = {"smoke": 4, "standard": 7, "long": 20}
+VARIANTS = {"smoke": 4, "standard": 6, "long": 20}
 
 
 def _concepts(size: str) -> int:
@@ -111,7 +111,7 @@ SOURCES: tuple[Source, ...] = (
     Source("train", "digits", (400, 16000, 48000), _simple(digits.digit_strings), "one to five handwritten digits"),
     Source("train", "words", (400, 16000, 48000), _simple(words.reading, "cells"), "one to five letters, one to a 28-pixel square"),
     Source("train", "typeset", (400, 12000, 36000), _simple(words.reading, "typeset"), "one to five letters in ordinary setting"),
-    Source("train", "charts", (400, 12000, 36000), _simple(charts.questions), "bar charts of 14 tables"),
+    Source("train", "charts", (400, 9000, 36000), _simple(charts.questions), "bar charts of 11 tables"),
     Source("train", "captions", (400, 8000, 16000), _captions, "one line about a picture"),
     Source("train", "chat", (400, 8000, 24000), _chat, "other wordings, choices, yes or no, several turns, refusals"),
     *_held_out("digits", _simple(digits.digit_strings), (60, 300, 300), (60, 1000, 1000), "Handwriting of other columns of each class"),

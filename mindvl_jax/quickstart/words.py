@@ -56,7 +56,7 @@ def characters(rng: random.Random, split: assets.Split, count: int) -> Iterator[
 
 def draw(rng: random.Random, split: assets.Split, text: str, setting: Setting) -> np.ndarray:
     """A picture 28 pixels high; (height, width) when grey, else (height, width, 3)."""
-    face = rng.choice(assets.faces(split))
+    face = rng.choice(assets.faces(split, lining_figures=text.isdigit()))
     size = rng.randint(20, 25)
     font = assets.font(face, size)
     if setting == "cells":
