@@ -18,25 +18,27 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from mindvl_jax.config import ModelConfig, TextConfig
+from mindvl_jax.models import LanguageModel, MindVL
 from mindvl_jax.parallel.rules import parameter_shardings
 from mindvl_jax.weights.families import Slot, slots
-from mindvl_jax.weights.folder import WeightsFolder, Reader
+from mindvl_jax.weights.folder import Reader, WeightsFolder
 from mindvl_jax.weights.hf_config import WeightsError, read_config
 
 _BLOCK_BYTES = 1 << 20  # rows read at once: a block that stays in the second-level cache while it is turned
 _ALIGNMENT = 64  # of host memory that a CPU device takes over without a copy
 
 
-def build_model(config: ModelConfig | TextConfig, rngs: nnx.Rngs) -> nnx.Module:
-    """The module of a configuration: MindVL, or a language model alone."""
-    from mindvl_jax.models import LanguageModel, MindVL
+def outline(config: ModelConfig | TextConfig, *, compute_dtype: str = "float32") -> tuple[nnx.Module, dict[str, nnx.Param]]:
+    """The module (MindVL, or a language model alone) without values, and its parameters by path.
 
-    return LanguageModel(config, rngs=rngs) if isinstance(config, TextConfig) else MindVL(config, rngs=rngs)
-
-
-def outline(config: ModelConfig | TextConfig) -> tuple[nnx.Module, dict[str, nnx.Param]]:
-    """The module without values, and its parameters by path."""
-    model = nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)))
+    Args:
+      compute_dtype: of a language model alone; MindVL's stands in its configuration.
+    """
+    if isinstance(config, TextConfig):
+        build = lambda: LanguageModel(config, rngs=nnx.Rngs(0), compute_dtype=compute_dtype)
+    else:
+        build = lambda: MindVL(config, rngs=nnx.Rngs(0))
+    model = nnx.eval_shape(build)
     return model, {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
@@ -79,10 +81,9 @@ def load_parameters(folder: str | Path, config: ModelConfig | TextConfig | None 
         shardings = parameter_shardings({path: variable.get_metadata().get("out_sharding") for path, variable in variables.items()}, shapes, mesh)
     default = SingleDeviceSharding(jax.local_devices()[0])
     with files.reader() as reader, concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        if not config_is_tied(config) or "lm_head.weight" not in files.entries:
-            pass
-        elif not _equal(reader, files, "lm_head.weight", "model.embed_tokens.weight"):
-            raise WeightsError(f"{folder}: config.json ties the word embeddings, but lm_head.weight differs from model.embed_tokens.weight; set tie_word_embeddings to false or remove lm_head.weight")
+        if config_is_tied(config) and "lm_head.weight" in files.entries and not _equal(reader, files, "lm_head.weight", "model.embed_tokens.weight"):
+            raise WeightsError(f"{folder}: config.json ties the word embeddings, but lm_head.weight differs from model.embed_tokens.weight; "
+                               "set tie_word_embeddings to false, or remove lm_head.weight")
         parameters = {}
         for path in sorted(wanted):
             kind = jnp.dtype(dtype) if dtype is not None else _stored_dtype(files, by_path[path])
