@@ -1,0 +1,83 @@
+"""Mesh shapes, axis rules and row shares."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from mindvl_jax.config import DistributedConfig, MeshConfig
+from mindvl_jax.errors import UserError
+from mindvl_jax.parallel import distributed
+from mindvl_jax.parallel.mesh import describe_mesh, make_mesh, mesh_shape
+from mindvl_jax.parallel.rules import parameter_shardings, partition_spec, row_share, row_sharding
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+
+
+def test_one_open_axis_takes_the_devices_that_are_left():
+    assert mesh_shape(MeshConfig(data=-1, fsdp=2, tensor=2), 8) == (2, 2, 2)
+    assert mesh_shape(MeshConfig(data=1, fsdp=-1, tensor=1), 8) == (1, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"data": 3, "fsdp": -1}, "mesh.fsdp=-1 cannot be filled.*3 devices.*8 devices"),
+        ({"data": -1, "fsdp": -1}, "mesh.data and mesh.fsdp are both -1"),
+        ({"data": 16}, "needs 16 devices, found 8"),
+        ({"tensor": 0, "fsdp": -2}, "mesh.fsdp=-2, mesh.tensor=0"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(axes, message):
+    with pytest.raises(UserError, match=message):
+        mesh_shape(MeshConfig(**axes), 8)
+
+
+def test_tensor_neighbours_are_neighbouring_devices(mesh):
+    ids = np.vectorize(lambda device: device.id)(mesh.devices)
+    assert (ids[..., 1] - ids[..., 0] == 1).all()
+    assert "data 2 x fsdp 2 x tensor 2 (8 of 8 devices" in describe_mesh(mesh)
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "spec"),
+    [
+        (("embed", "mlp"), (32, 64), P("fsdp", "tensor")),
+        (("layers", "mlp", "embed"), (4, 64, 32), P(None, "tensor", "fsdp")),
+        (("vocab", "embed"), (264, 32), P("tensor", "fsdp")),
+        (("embed", "kv_heads"), (32, 3), P("fsdp", None)),  # 3 does not divide: whole on every device
+        (("mlp", "heads"), (64, 64), P("tensor", None)),  # one mesh axis serves one dim
+        (("layers", "embed"), (4, 32), P(None, None)),  # a stack of vectors is not worth gathering
+        (("layers", "heads"), (4, 32), P(None, "tensor")),
+        (("patch", "unheard_of"), (8, 8), P(None, None)),
+        (None, (8, 8), P()),
+    ],
+)
+def test_parameters_spread_by_the_names_of_their_dims(mesh, names, shape, spec):
+    assert partition_spec(names, shape, mesh) == spec
+
+
+def test_names_that_do_not_fit_the_shape_are_refused(mesh):
+    with pytest.raises(ValueError, match="2 axis names"):
+        parameter_shardings({"a/kernel": ("embed", "mlp")}, {"a/kernel": (1, 2, 3)}, mesh)
+
+
+def test_rows_spread_over_data_and_fsdp_and_a_lone_process_feeds_all(mesh):
+    assert row_share(mesh, 8, "rows").__dict__ == {"index": 0, "count": 1, "rows": 8}
+    placed = jax.device_put(np.arange(8), row_sharding(mesh))
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2,)}
+
+
+def test_rows_that_cannot_be_spread_are_refused_with_the_config_key(mesh):
+    with pytest.raises(UserError, match=r"training.phases\[0\].rows=6 rows cannot be spread over mesh.data x mesh.fsdp = 4"):
+        row_share(mesh, 6, "training.phases[0].rows")
+
+
+def test_an_incomplete_distributed_section_is_refused_before_any_connection():
+    with pytest.raises(UserError, match="also needs distributed.processes and distributed.process_id"):
+        distributed.initialize(DistributedConfig(coordinator="localhost:1"))
+    with pytest.raises(UserError, match="process_id=2 is not in 0 .. 1"):
+        distributed.initialize(DistributedConfig(coordinator="localhost:1", processes=2, process_id=2))

@@ -1,0 +1,88 @@
+"""Schedules against formulas, AdamW against optax, rules by glob."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mindvl_jax.config import OptimizerConfig, PhaseConfig
+from mindvl_jax.errors import UserError
+from mindvl_jax.training.optimizer import adamw, learning_rates, parameter_rules, zero_moments
+
+
+def phase(**changes):
+    base = {"name": "p", "steps": 20, "mixture": (), "rows": 1, "sequence_length": 8, "patches_per_row": 4, "learning_rate": 0.5}
+    return PhaseConfig(**(base | changes))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("warmup", [0, 1, 5, 20])
+def test_rates_rise_in_equal_parts_and_then_follow_the_named_schedule(schedule, warmup):
+    got = learning_rates(phase(schedule=schedule, warmup_steps=warmup, final_learning_rate_fraction=0.1), "p")
+    want = []
+    for step in range(20):
+        done = (step - warmup) / max(1, 20 - warmup)
+        fall = {"cosine": 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - 0.9 * done, "constant": 1.0}[schedule]
+        want.append(0.5 * (step + 1) / warmup if step < warmup else 0.5 * fall)
+    worst = np.abs(got - np.array(want)).max()
+    assert got.dtype == np.float32 and worst < 1e-7, f"largest difference {worst:.2e}"
+
+
+def test_a_warm_up_longer_than_its_phase_is_refused():
+    with pytest.raises(UserError, match=r"training.phases\[1\] \(p\): warmup_steps=21 is longer than the phase \(steps=20\)"):
+        learning_rates(phase(warmup_steps=21), "training.phases[1]")
+
+
+def test_multipliers_take_the_first_glob_that_fits_and_decay_spares_scales_and_biases():
+    rules = parameter_rules(
+        ["vision/a/kernel", "vision/a/bias", "language/norm/scale", "language/embed/embedding"],
+        phase(learning_rate_multipliers={"vision/a/bias": 3.0, "vision/**": 0.1}, weight_decay=0.2),
+        OptimizerConfig(),
+        "training.phases[0]",
+    )
+    assert [rules[path].learning_rate_factor for path in rules] == [0.1, 3.0, 1.0, 1.0]
+    assert [rules[path].weight_decay for path in rules] == [0.2, 0.0, 0.0, 0.2]
+
+
+def test_a_multiplier_that_matches_nothing_is_refused_with_the_nearest_part():
+    with pytest.raises(UserError, match=r"'visoin/\*\*' matches no parameter; did you mean 'vision/\*\*'"):
+        parameter_rules(["vision/a/kernel"], phase(learning_rate_multipliers={"visoin/**": 0.1}), OptimizerConfig(), "training.phases[0]")
+
+
+def test_updates_agree_with_optax_over_several_steps():
+    rng = np.random.default_rng(0)
+    shapes = {"vision/kernel": (7, 5), "language/scale": (5,)}
+    config = OptimizerConfig(b1=0.9, b2=0.95, eps=1e-8)
+    rules = parameter_rules(shapes, phase(weight_decay=0.1, learning_rate_multipliers={"vision/**": 0.5}), config, "p")
+    params = {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()}
+    mu, nu = zero_moments(params), zero_moments(params)
+
+    # An independent optimizer for each parameter: its own rate and decay.
+    witness = {path: optax.adamw(0.01 * r.learning_rate_factor, b1=0.9, b2=0.95, eps=1e-8, weight_decay=r.weight_decay) for path, r in rules.items()}
+    theirs, states = dict(params), {path: witness[path].init(params[path]) for path in shapes}
+    step = jax.jit(lambda p, g, m, v, n: adamw(p, g, m, v, count=n, learning_rate=0.01, keep=jnp.bool_(True), config=config, rules=rules))
+    for count in range(1, 6):
+        gradients = {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()}
+        params, mu, nu = step(params, gradients, mu, nu, count)
+        for path in shapes:
+            update, states[path] = witness[path].update(gradients[path], states[path], theirs[path])
+            theirs[path] = optax.apply_updates(theirs[path], update)
+    worst = max(float(jnp.abs(params[path] - theirs[path]).max()) for path in shapes)
+    # float32, values of order 1, five updates in another order of operations.
+    assert worst < 2e-6, f"largest difference {worst:.2e}"
+
+
+def test_an_update_that_is_not_kept_leaves_every_bit():
+    path = "vision/kernel"
+    before = {path: jnp.asarray([1.0, -0.0, 3.5])}
+    moments = {path: jnp.asarray([0.1, 0.2, 0.3])}
+    rules = parameter_rules(before, phase(), OptimizerConfig(), "p")
+    after = adamw(
+        before, {path: jnp.asarray([jnp.nan, jnp.inf, 1.0])}, moments, moments, count=1, learning_rate=0.1, keep=jnp.bool_(False),
+        config=OptimizerConfig(), rules=rules,
+    )  # fmt: skip
+    for got, want in zip(after, (before, moments, moments), strict=True):
+        assert np.asarray(got[path]).tobytes() == np.asarray(want[path]).tobytes()
