@@ -73,6 +73,8 @@ def _open(media: Media) -> tuple[Image.Image, bytes | None]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow warns of bombs and odd metadata; sizes are checked below
                 image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except Image.DecompressionBombError as error:
+            raise SampleError("too_large", f"{media_files.name(media)} is larger than what is decoded: {_first_line(error)}") from None
         except Exception as error:  # Pillow's parsers raise many kinds (struct.error, SyntaxError, ...) on damaged files
             raise SampleError("undecodable", f"{media_files.name(media)} ({len(data)} bytes) is not a picture of a known format ({', '.join(FORMATS)}): {_first_line(error)}") from None
     width, height = image.size
@@ -90,6 +92,8 @@ def _first_line(error: BaseException) -> str:
 
 def _orientation(image: Image.Image, data: bytes | None) -> int:
     """EXIF orientation 1..8. A PNG is decoded whole to look for EXIF, so it is only asked when the bytes mention some."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns TIFF by itself, its size too
     if image.format == "PNG" and (data is None or (b"eXIf" not in data and b"exif" not in data)):
         return 1
     try:
@@ -123,7 +127,7 @@ def load_image(source: bytes | str | Media | Image.Image) -> Image.Image:
             warnings.simplefilter("ignore")
             turned = _orientation(image, data) != 1
             image.load()
-            if turned:
+            if turned:  # asked before loading, which may drop the tag; turned after it
                 image = ImageOps.exif_transpose(image)
             return _to_rgb(image)
     except Exception as error:  # as above: damaged data raises anything from OSError to struct.error

@@ -12,6 +12,7 @@ import numpy as np
 
 from mindvl_jax.batch import PackedBatch
 from mindvl_jax.config import Config
+from mindvl_jax.data.cache import shared_cache
 from mindvl_jax.data.collate import batch_shape, budgets_of, collate
 from mindvl_jax.data.example import EncodeLimits, Example, ExampleEncoder
 from mindvl_jax.data.packing import WorkModel
@@ -52,15 +53,17 @@ def make_loader(config: Config, phase_index: int, *, process_index: int = 0, pro
         limit_in_a_row=min(2 * stream.records + 16, 5000),
     )
     shape = batch_shape(config, phase)
+    limits = training_limits(config, phase_index)
+    encoding = (config.model.model_dump_json(), config.tokenizer.model_dump_json(), limits)
     planner = Planner(
         stream,
-        ExampleEncoder(config.model, tokenizer, training_limits(config, phase_index)),
+        ExampleEncoder(config.model, tokenizer, limits),
         budgets_of(shape),
         rows=phase.rows,
         work=WorkModel.of(config.model),
         buffer=config.data.packing_buffer,
         quarantine=quarantine,
-        cache={} if config.data.cache_examples else None,
+        cache=shared_cache(encoding) if config.data.cache_examples else None,
     )
     return Loader(planner, quarantine, config, phase_index=phase_index, process_index=process_index, process_count=process_count, seed=seed, pad_id=tokenizer.pad_id)
 

@@ -22,9 +22,10 @@ LANGUAGE, VISION = range(2)
 
 # Candidates that one row looks at: more hardly fills better and makes each choice slower.
 CANDIDATES = 512
-# How much each distance counts: a free token place costs work in every layer of the larger model, a free patch place
-# less, unequal work only what the quadratic part adds to it.
-WEIGHTS = np.array([1.0, 1.0, 0.7, 0.7])
+# How much each distance counts beside the budget that binds: the other budget, and the work of either part.
+LOOSE, BALANCE = 0.5, 0.5
+# Candidates of the first filling, in samples of the batch: see docs/packing.md, "Why not the whole buffer".
+SLACK = 0.6
 # Exchanges tried for one row before it is left as it is.
 EXCHANGES = 6
 # A row this near to its target is good enough: 0.3 % of every budget.
@@ -101,20 +102,20 @@ def plan_rows(sizes: np.ndarray, loads: np.ndarray, budgets: Budgets, rows: int)
     points, target = _points(sizes, loads, caps)
     free = np.ones(count, bool)
     filled = np.zeros((rows, len(caps)), np.int64)
-    reached = np.zeros((rows, points.shape[1]))
+    reached = np.zeros((rows, len(points)))
     chosen: list[list[int]] = [[] for _ in range(rows)]
 
     def put(row: int, sample: int) -> None:
         chosen[row].append(sample)
         free[sample] = False
         filled[row] += sizes[sample]
-        reached[row] += points[sample]
+        reached[row] += points[:, sample]
 
     for row in range(min(rows, count)):
         put(row, row)
-    _grow(sizes, points, target, caps, free, filled, reached, put)
+    _grow(sizes, points, target, caps, free, filled, reached, put, max(16, int(SLACK * rows * caps[TOKENS] / max(sizes[:, TOKENS].mean(), 1))))
     _exchange(sizes, points, target, caps, free, filled, reached, chosen)
-    _grow(sizes, points, target, caps, free, filled, reached, put)
+    _grow(sizes, points, target, caps, free, filled, reached, put, CANDIDATES)
     _level(sizes, points, caps, filled, reached, chosen)
     order = balanced_order(reached[:, 2] + reached[:, 3])
     return [sorted(chosen[row]) for row in order]
@@ -124,68 +125,96 @@ def _points(sizes: np.ndarray, loads: np.ndarray, caps: np.ndarray) -> tuple[np.
     """Each sample as a step (tokens, patches, language work, vision work), scaled to a row; and the target of a row.
 
     The target is the mean of what waits, as large as the budgets allow: with it, rows keep the mixture of the data and
-    hard ones are not put off.
+    hard samples are not put off. The budget that binds counts most.
     """
     tokens, patches = sizes[:, TOKENS].sum(), sizes[:, PATCHES].sum()
     full = np.concatenate([sizes[:, [TOKENS, PATCHES]], loads], 1).astype(np.float64)
     mean = full.sum(0)
-    share = min(caps[TOKENS] / max(tokens, 1), caps[PATCHES] / max(patches, 1))
+    by_tokens, by_patches = caps[TOKENS] / max(tokens, 1), caps[PATCHES] / max(patches, 1)
+    share = min(by_tokens, by_patches)
     scale = np.where(mean > 0, mean * share, 1.0)
     scale[TOKENS], scale[PATCHES] = caps[TOKENS], max(caps[PATCHES], 1)
-    points = full / scale * WEIGHTS
-    target = mean * share / scale * WEIGHTS
-    return np.ascontiguousarray(points), target
+    weights = np.array([1.0, LOOSE, BALANCE, BALANCE] if by_tokens <= by_patches else [LOOSE, 1.0, BALANCE, BALANCE])
+    factor = weights / scale
+    # (4, N): one row a quantity, so that scans over samples read neighbouring numbers.
+    return np.ascontiguousarray((full * factor).T), mean * share * factor
 
 
-def _grow(sizes, points, target, caps, free, filled, reached, put) -> None:
+def _grow(sizes, points, target, caps, free, filled, reached, put, limit) -> None:
     """Gives samples to the emptiest rows until none gets nearer to the target."""
     rows = len(filled)
-    alive = np.ones(rows, bool)
-    waiting = np.flatnonzero(free)
+    window = np.flatnonzero(free)
+    first = min(CANDIDATES, limit)
+    later = window[first:]
+    window = window[:first]
+    # |gap - p|^2 = |gap|^2 - 2 gap.p + |p|^2, written out: a matrix product may round differently on another machine,
+    # and every process must choose the same.
+    near = points[:, window].copy()
+    squares = (near * near).sum(0)
+    room = sizes[window].T.copy()
+    largest = room.max(1, initial=0)
     emptiness = reached[:, 0] + reached[:, 1]
-    while alive.any() and len(waiting):
-        row = int(np.argmin(np.where(alive, emptiness, np.inf)))
-        window = waiting[:CANDIDATES]
-        left = caps - filled[row]
+    while len(window):
+        row = int(np.argmin(emptiness))
+        if emptiness[row] == np.inf:
+            break
         gap = target - reached[row]
-        distance = ((gap - points[window]) ** 2).sum(1)
-        distance[(sizes[window] > left).any(1)] = np.inf
-        best = int(np.argmin(distance))
-        if distance[best] >= (gap**2).sum():
-            alive[row] = False
+        gain = squares - 2.0 * (near[0] * gap[0] + near[1] * gap[1] + near[2] * gap[2] + near[3] * gap[3])
+        left = caps - filled[row]
+        for budget in np.flatnonzero(largest > left).tolist():
+            gain[room[budget] > left[budget]] = np.inf
+        best = int(np.argmin(gain))
+        if not gain[best] < 0.0:
+            emptiness[row] = np.inf
             continue
-        put(row, int(window[best]))
-        waiting = np.delete(waiting, best)
+        sample = int(window[best])
+        put(row, sample)
         emptiness[row] = reached[row, 0] + reached[row, 1]
+        if len(later):  # the next oldest takes the place
+            window[best], later = later[0], later[1:]
+            near[:, best] = points[:, window[best]]
+            squares[best] = float((near[:, best] ** 2).sum())
+            room[:, best] = sizes[window[best]]
+            largest = np.maximum(largest, room[:, best])
+        else:
+            squares[best] = np.inf
 
 
 def _exchange(sizes, points, target, caps, free, filled, reached, chosen) -> None:
     """Swaps a sample of a row with a waiting one where the row gets nearer to its target. The oldest (first) stays."""
+    window = np.flatnonzero(free)[:CANDIDATES]
+    if not len(window):
+        return
+    near = points[:, window].copy()
+    squares = (near * near).sum(0)
+    room = sizes[window].T.copy()
     for row, members in enumerate(chosen):
         for _ in range(EXCHANGES):
             gap = target - reached[row]
             now = float((gap**2).sum())
             if now <= GOOD or len(members) < 2:
                 break
-            window = np.flatnonzero(free)[:CANDIDATES]
-            if not len(window):
-                return
             inside = np.array(members[1:])
             # (inside, waiting): the row without one and with the other.
-            left = (caps - filled[row]) + sizes[inside]
-            away = gap + points[inside]
-            distance = ((away[:, None] - points[window][None]) ** 2).sum(2)
+            away = gap[:, None] + points[:, inside]
+            distance = (away * away).sum(0)[:, None] + squares
+            for axis in range(len(gap)):
+                distance -= (2.0 * away[axis])[:, None] * near[axis]
+            left = (caps - filled[row])[:, None] + sizes[inside].T
             for budget in range(len(caps)):
-                distance[left[:, None, budget] < sizes[window][None, :, budget]] = np.inf
+                if left[budget].min() < room[budget].max():
+                    distance[left[budget][:, None] < room[budget]] = np.inf
             best = int(np.argmin(distance))
             out, enter = divmod(best, len(window))
-            if distance[out, enter] >= now:
+            if not distance[out, enter] < now * 0.98:
                 break
             old, new = int(inside[out]), int(window[enter])
             members[members.index(old)] = new
             free[old], free[new] = True, False
             filled[row] += sizes[new] - sizes[old]
-            reached[row] += points[new] - points[old]
+            reached[row] += points[:, new] - points[:, old]
+            window[enter], near[:, enter], room[:, enter] = old, points[:, old], sizes[old]
+            squares[enter] = float((points[:, old] ** 2).sum())
 
 
 def _level(sizes, points, caps, filled, reached, chosen) -> None:
@@ -201,7 +230,7 @@ def _level(sizes, points, caps, filled, reached, chosen) -> None:
             a, b = np.array(chosen[heavy]), np.array(chosen[light])
             if not len(a) or not len(b):
                 break
-            moved = points[a][:, None] - points[b][None]
+            moved = points[:, a].T[:, None] - points[:, b].T[None]
             # What both rows are off from their common mean after the swap, in every quantity, counted in squares.
             half = (reached[heavy] - reached[light]) / 2
             after = ((half - moved) ** 2).sum(2)
@@ -217,8 +246,8 @@ def _level(sizes, points, caps, filled, reached, chosen) -> None:
             chosen[light][chosen[light].index(y)] = x
             filled[heavy] += sizes[y] - sizes[x]
             filled[light] -= sizes[y] - sizes[x]
-            reached[heavy] += points[y] - points[x]
-            reached[light] -= points[y] - points[x]
+            reached[heavy] += points[:, y] - points[:, x]
+            reached[light] -= points[:, y] - points[:, x]
 
 
 def balanced_order(work: Sequence[float]) -> list[int]:

@@ -12,22 +12,23 @@ from typing import Any
 
 import numpy as np
 
+from mindvl_jax.data.cache import ExampleCache
 from mindvl_jax.data.collate import size_of
 from mindvl_jax.data.example import Example, ExampleEncoder
 from mindvl_jax.data.packing import PATCHES, TOKENS, Budgets, WorkModel, plan_rows
 from mindvl_jax.data.quarantine import Quarantine
 from mindvl_jax.data.sample import SampleError
-from mindvl_jax.data.stream import MixtureStream
+from mindvl_jax.data.stream import MixtureStream, Reference
 from mindvl_jax.errors import UserError
 
 # Waiting samples hold at least this many batches' worth of tokens (or patches), so that rows have a choice.
-AHEAD = 1.5
+AHEAD = 2.0
 
 
 class Planner:
     """Draws samples ahead, refuses bad ones, and packs rows."""
 
-    def __init__(self, stream: MixtureStream, encoder: ExampleEncoder, budgets: Budgets, *, rows: int, work: WorkModel, buffer: int, quarantine: Quarantine, cache: dict[Any, Example] | None):
+    def __init__(self, stream: MixtureStream, encoder: ExampleEncoder, budgets: Budgets, *, rows: int, work: WorkModel, buffer: int, quarantine: Quarantine, cache: ExampleCache | None):
         self._stream = stream
         self._encoder = encoder
         self._budgets = budgets
@@ -98,7 +99,7 @@ class Planner:
         reference = self._stream[position]
         self._drawn[reference.source] += 1
         source = self._stream.sources[reference.source]
-        if self._cache is not None and (known := self._cache.get(reference)) is not None:
+        if self._cache is not None and (known := self._cache.get(self._key(reference))) is not None:
             self._quarantine.good()
             return known
         identifier = f"{source.name}:{reference.index}"
@@ -118,7 +119,10 @@ class Planner:
     def remember(self, position: int, example: Example) -> None:
         """Keeps a decoded example for later epochs (when caching is on)."""
         if self._cache is not None:
-            self._cache[self._stream[position]] = example.without_media()
+            self._cache.put(self._key(self._stream[position]), example)
+
+    def _key(self, reference: Reference) -> tuple[str, int]:
+        return self._stream.sources[reference.source].identity, reference.index
 
     def where(self, position: int) -> str:
         reference = self._stream[position]

@@ -115,6 +115,7 @@ class Source:
         Raises UserError when there is no file, a file cannot be read as its format, or there is no record at all.
         """
         self.name = name
+        self.identity = f"{name}:{config.model_dump_json()}"
         self._config = config
         paths = find_files(name, config)
         self._files = [_records(path, _kind(path, config.format)) for path in paths]

@@ -1,0 +1,170 @@
+"""Pictures against transformers' Pillow processor and window index, and every odd form a file may take."""
+
+from __future__ import annotations
+
+import io
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from data_toys import encoded, model_config, picture
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize as published_resize
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+
+from mindvl_jax.data import image as images
+from mindvl_jax.data.sample import Media, SampleError
+
+VISION = model_config().vision
+SIZES = [(56, 56), (200, 300), (1, 1), (30, 5000), (640, 480), (47, 33), (28, 700), (999, 1001), (3000, 20), (113, 112)]
+
+
+@pytest.mark.parametrize("limits", [(3136, 1003520), (784, 12544), (50176, 50176), (100352, 262144)])
+def test_smart_resize_gives_the_published_sizes(limits):
+    rng = np.random.default_rng(0)
+    sizes = SIZES + [tuple(int(n) for n in rng.integers(1, 1500, 2)) for _ in range(400)]
+    for height, width in sizes:
+        if max(height, width) / min(height, width) > 200:
+            continue
+        expected = published_resize(height, width, 28, *limits)
+        assert images.smart_resize(height, width, min_pixels=limits[0], max_pixels=limits[1]) == expected, (height, width)
+
+
+def test_a_hard_limit_shortens_the_longer_side_only_where_the_published_rule_passes_it():
+    for height, width in SIZES:
+        if max(height, width) > 200 * min(height, width):
+            continue
+        rows, columns = images.smart_resize(height, width, min_pixels=784, max_pixels=12544, limit_pixels=12544)
+        assert rows * columns <= 12544 and rows % 28 == columns % 28 == 0
+        published = images.smart_resize(height, width, min_pixels=784, max_pixels=12544)
+        if published[0] * published[1] <= 12544:
+            assert (rows, columns) == published
+
+
+@pytest.mark.parametrize(("height", "width"), [(200, 300), (57, 31), (28, 700), (640, 480), (113, 112)])
+def test_patches_equal_the_published_processor_value_for_value(height, width):
+    source = picture(3, height, width)
+    processor = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=200704)
+    raw = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=200704, do_rescale=False, do_normalize=False)
+    ours = images.patchify(source, VISION, 3136, 200704)
+    grid = raw(source, return_tensors="np")["image_grid_thw"][0]
+    assert tuple(grid) == ours.layout.grid
+    window_index, _ = get_vision_window_index(torch.tensor(grid[None]), 2, 112, 14)
+    in_windows = lambda values: values.reshape(-1, 4, values.shape[-1])[window_index.numpy()].reshape(values.shape)
+    expected = in_windows(raw(source, return_tensors="np")["pixel_values"])
+    difference = np.abs(expected - ours.patches.astype(np.float32)).max()
+    assert difference == 0, f"uint8 patches differ by up to {difference}"
+    # Normalised as the model does it: the published mean and deviation, float32. Two orders of rounding: 1e-6 is one unit in the last place of values up to 3.
+    mean, deviation = np.array(processor.image_mean, np.float32), np.array(processor.image_std, np.float32)
+    pixels = ours.patches.reshape(-1, 3, 2 * 14 * 14).astype(np.float32) / 255
+    normalised = ((pixels - mean[:, None]) / deviation[:, None]).reshape(ours.patches.shape)
+    difference = np.abs(in_windows(processor(source, return_tensors="np")["pixel_values"]) - normalised).max()
+    assert difference <= 1e-6, f"normalised patches differ by up to {difference}"
+
+
+@pytest.mark.parametrize("grid", [(1, 4, 4), (1, 8, 8), (1, 10, 6), (1, 2, 50), (3, 18, 22), (2, 16, 8)])
+def test_window_order_and_patch_positions_are_the_published_ones(grid):
+    layout = images.visual_layout(grid, VISION)
+    thw = torch.tensor([grid])
+    window_index, boundaries = get_vision_window_index(thw, 2, 112, 14)
+    np.testing.assert_array_equal(layout.merged_order, window_index.numpy())
+    np.testing.assert_array_equal(np.cumsum(layout.window_lengths), boundaries.numpy()[1:])
+    np.testing.assert_array_equal(layout.token_index[layout.merged_order], np.arange(layout.tokens))
+    positions = get_vision_position_ids(thw, 2).numpy().reshape(-1, 4, 2)[window_index.numpy()].reshape(-1, 2)
+    np.testing.assert_array_equal(layout.patch_positions, positions)
+    assert layout.image_lengths.tolist() == [grid[1] * grid[2]] * grid[0]
+
+
+def test_nearest_resampling_is_an_option_and_differs_from_bicubic():
+    source = picture(1, 100, 100)
+    bicubic = images.patchify(source, VISION, 784, 3136).patches
+    nearest = images.patchify(source, VISION, 784, 3136, resample="nearest").patches
+    size = images.smart_resize(100, 100, min_pixels=784, max_pixels=3136)
+    expected = np.asarray(source.resize(size[::-1], Image.Resampling.NEAREST))
+    assert (nearest != bicubic).any()
+    assert sorted(nearest[:, :196].ravel()) == sorted(expected[:, :, 0].ravel())
+
+
+# --- forms of files ---
+
+
+def test_exif_orientation_turns_the_picture_and_its_size():
+    source = picture(5, 40, 90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn clockwise
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
+        data = encoded(source, kind, exif=exif)
+        assert images.image_size(Media(data=data)) == (90, 40), kind
+        assert images.load_image(data).size == (40, 90), kind
+    upright = np.asarray(images.load_image(encoded(source, "PNG", exif=exif)))
+    np.testing.assert_array_equal(upright, np.rot90(np.asarray(source), -1))
+
+
+def test_transparency_is_laid_over_white():
+    clear = Image.new("RGBA", (30, 30), (200, 10, 10, 0))
+    assert np.asarray(images.load_image(encoded(clear))).min() == 255
+    half = Image.new("LA", (30, 30), (0, 128))
+    assert abs(int(np.asarray(images.load_image(encoded(half)))[0, 0, 0]) - 127) <= 1
+    palette = Image.new("P", (30, 30), 0)
+    palette.putpalette([9, 9, 9] + [0] * 765)
+    assert np.asarray(images.load_image(encoded(palette, "PNG", transparency=0))).min() == 255
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped():
+    values = np.linspace(0, 65535, 900).reshape(30, 30).astype(np.uint16)
+    loaded = np.asarray(images.load_image(encoded(Image.fromarray(values))))[:, :, 0]
+    assert np.abs(loaded.astype(int) - np.round(values / 257)).max() <= 1
+
+
+def test_cmyk_palette_grey_and_animation_become_rgb():
+    for mode in ("L", "1", "P"):
+        assert images.load_image(encoded(picture(2, 30, 40, mode))).mode == "RGB"
+    assert images.load_image(encoded(picture(2, 30, 40).convert("CMYK"), "JPEG")).mode == "RGB"
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ((250, 0, 0), (0, 250, 0))]
+    for kind in ("GIF", "WEBP", "PNG"):
+        loaded = np.asarray(images.load_image(encoded(frames[0], kind, save_all=True, append_images=frames[1:])))
+        assert loaded[5, 5, 0] > 200 and loaded[5, 5, 1] < 50, f"{kind}: the first frame is red"
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "undecodable"),
+        (b"this is text, whatever the name says", "undecodable"),
+        (encoded(picture(0, 300, 300), "JPEG")[:700], "undecodable"),
+        (encoded(picture(0, 300, 300), "PNG")[:700], "undecodable"),
+        (b"\x89PNG\r\n\x1a\n" + b"\x00" * 40, "undecodable"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "undecodable"),
+    ],
+)
+def test_damaged_files_are_refused_with_a_reason(data, reason):
+    with pytest.raises(SampleError) as caught:
+        images.load_image(data)
+    assert caught.value.reason == reason and str(caught.value)
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded():
+    # A PNG header that promises 40,000 x 40,000 pixels; decoding would take 4.8 GB.
+    small = bytearray(encoded(Image.new("1", (8, 8))))
+    small[16:24] = (40000).to_bytes(4, "big") * 2
+    small[29:33] = zlib.crc32(bytes(small[12:29])).to_bytes(4, "big")
+    with pytest.raises(SampleError) as caught:
+        images.image_size(Media(data=bytes(small)))
+    assert caught.value.reason == "too_large"
+
+
+def test_extreme_sizes_either_fit_or_are_refused():
+    assert images.patchify(picture(0, 1, 1), VISION, 784, 12544).layout.tokens == 1
+    with pytest.raises(SampleError) as caught:
+        images.patchify(Image.new("RGB", (20000, 3)), VISION, 784, 12544)
+    assert caught.value.reason == "aspect_ratio"
+
+
+def test_a_picture_in_memory_is_taken_as_it_is():
+    source = picture(7, 60, 30)
+    assert images.image_size(Media(data=source)) == (60, 30)
+    np.testing.assert_array_equal(np.asarray(images.load_image(source)), np.asarray(source))
+    file = io.BytesIO()
+    source.save(file, "BMP")
+    np.testing.assert_array_equal(np.asarray(images.load_image(file.getvalue())), np.asarray(source))
