@@ -347,10 +347,10 @@ def select(e: Emitter, op: Op, args: list[Operand]) -> Operand:
             return known
         p = e.tensor(p)
     x, y = (e.tensor(v) if isinstance(v, HostInt) else v for v in (x, y))
-    if not isinstance(x, Tensor) and not isinstance(y, Tensor):
-        # two numbers: torch would choose its default dtype
-        x = Tensor(e.tensor(Literal(x.value, Type((), x.type.dtype))).name, x.type)
     inplace = []
+    if not isinstance(x, Tensor) and not isinstance(y, Tensor):
+        # Two numbers: torch would choose its default dtype, so one becomes a tensor without dimensions.
+        x = e.tensor(Literal(x.value, Type((), x.type.dtype)))
     if isinstance(y, Literal) and isinstance(x, Tensor) and x.type == op.result.type and p.type.shape == x.type.shape:
         inplace = [(x, f"{x.name}.masked_fill_(~{p.name}, {e.text(y)})")]
     elif isinstance(x, Literal) and isinstance(y, Tensor) and y.type == op.result.type and p.type.shape == y.type.shape:

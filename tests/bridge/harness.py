@@ -1,0 +1,150 @@
+"""Runs a case through XLA and through the bridge, in one process or on a pool of gloo processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import traceback
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+import npu_bridge
+from npu_bridge.api import Lowered
+
+MESH = {"x": 2, "y": 2}
+
+
+def value_and_gradient(fn, grad: bool, args):
+    """One program that returns the outputs and, if asked, the gradients of a weighted sum of them."""
+    if not grad:
+        return lambda *a: (fn(*a), ())
+    floats = [i for i, a in enumerate(args) if np.asarray(a).dtype == np.float32]
+
+    def loss(*a):
+        out = fn(*a)
+        total = 0.0
+        for n, leaf in enumerate(jax.tree.leaves(out)):
+            if jnp.issubdtype(leaf.dtype, jnp.floating):
+                weight = jnp.cos(jnp.arange(leaf.size, dtype=jnp.float32) + n).reshape(leaf.shape)
+                total += jnp.sum(leaf.astype(jnp.float32) * weight)
+        return total, out
+
+    def both(*a):
+        (_, out), grads = jax.value_and_grad(loss, argnums=tuple(floats), has_aux=True)(*a)
+        return out, grads
+
+    return both
+
+
+def even_spec(x) -> P:
+    """Splits the first two dimensions over the mesh where they are even."""
+    shape = np.shape(x)
+    names = [axis if n % 2 == 0 else None for n, axis in zip(shape, ("x", "y"))]
+    return P(*names)
+
+
+def assert_close(want, got, rtol: float, atol: float, what: str) -> None:
+    want, got = jax.tree.leaves(want), jax.tree.leaves(got)
+    assert len(want) == len(got), f"{what}: {len(want)} results expected, {len(got)} found"
+    for n, (a, b) in enumerate(zip(want, got)):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.shape == b.shape and a.dtype == b.dtype, f"{what}[{n}]: {a.dtype}{a.shape} expected, {b.dtype}{b.shape} found"
+        if a.dtype.kind in "iub":
+            assert np.array_equal(a, b), f"{what}[{n}]: {int((a != b).sum())} of {a.size} integers differ, first {a[a != b][:3]} {b[a != b][:3]}"
+        else:
+            x, y = a.astype(np.float64), b.astype(np.float64)
+            with np.errstate(invalid="ignore"):
+                worst = np.nanmax(np.abs(x - y), initial=0.0)
+            assert np.allclose(x, y, rtol=rtol, atol=atol, equal_nan=True), f"{what}[{n}]: largest difference {worst:.3g} (rtol {rtol}, atol {atol})"
+
+
+def portable(low: Lowered) -> dict[str, Any]:
+    """What another process needs to run a lowered program."""
+    return {"source": low.source, "mesh": low.mesh, "args": low.arg_layouts, "results": low.result_layouts, "kept": low.traced.kept,
+            "dtypes": [np.dtype(a.dtype).name for a in low.traced.out_avals], "shapes": [a.shape for a in low.traced.out_avals],
+            "in_dtypes": [np.dtype(a.dtype).name for a in low.traced.in_avals], "name": low.name}  # fmt: skip
+
+
+def _dtype(name: str):
+    return np.dtype(getattr(jnp, name)) if hasattr(jnp, name) and not hasattr(np, name) else np.dtype("bool" if name == "bool" else name)
+
+
+def _run(job: dict[str, Any], flat: list[np.ndarray]) -> list[np.ndarray]:
+    from npu_bridge.array import Array, to_torch
+    from npu_bridge.runtime.mesh import Runtime
+    from npu_bridge.runtime.program import LoadedProgram, shard
+
+    axes = {tuple(a) for layout in job["results"] for a in layout if a} | {tuple(a) for a in job["source"].axes_used}
+    runtime = Runtime(job["mesh"], "cpu", sorted(axes))
+    program = LoadedProgram(job["source"].text, job["source"].constants, [k["name"] for k in job["source"].kernels], runtime, job["name"])
+    local = [
+        shard(to_torch(flat[i], _dtype(job["in_dtypes"][i])), layout, runtime).contiguous() for i, layout in zip(job["kept"], job["args"])
+    ]
+    outs = program(local)
+    return [Array(t, s, _dtype(d), lay, runtime).gather() for t, s, d, lay in zip(outs, job["shapes"], job["dtypes"], job["results"])]
+
+
+def _worker(rank: int, count: int, port: int, jobs, answers) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NPU_BRIDGE_TIMEOUT="60")
+    import torch
+
+    torch.set_num_threads(1)
+    while (item := jobs.get()) is not None:
+        job, flat = item
+        try:
+            answers.put((rank, _run(job, flat), None))
+        except BaseException:
+            answers.put((rank, None, traceback.format_exc()))
+
+
+class Pool:
+    """Four processes joined by gloo; each runs the programs it is sent."""
+
+    def __init__(self, count: int = 4):
+        import socket
+
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        self.count = count
+        self.jobs = [context.Queue() for _ in range(count)]
+        self.answers = context.Queue()
+        self.processes = [context.Process(target=_worker, args=(r, count, port, self.jobs[r], self.answers), daemon=True) for r in range(count)]
+        for p in self.processes:
+            p.start()
+
+    def run(self, low: Lowered, flat) -> list[list[np.ndarray]]:
+        """Results of every rank, gathered to whole arrays."""
+        job = portable(low)
+        for q in self.jobs:
+            q.put((job, [np.asarray(x) for x in flat]))
+        found: dict[int, Any] = {}
+        errors = []
+        for _ in range(self.count):
+            try:
+                rank, result, error = self.answers.get(timeout=120)
+            except queue.Empty:
+                raise AssertionError(f"ranks {set(range(self.count)) - set(found)} gave no answer; errors so far: {errors}") from None
+            found[rank] = result
+            if error:
+                errors.append(error)
+        assert not errors, "\n".join(errors)
+        return [found[r] for r in range(self.count)]
+
+    def close(self) -> None:
+        for q in self.jobs:
+            q.put(None)
+        for p in self.processes:
+            p.join(timeout=10)
+            if p.is_alive():
+                p.terminate()
+
+
+def lower_sharded(fn, args, **options) -> Lowered:
+    return npu_bridge.jit(fn, mesh=MESH, in_shardings=tuple(even_spec(a) for a in args), **options).lower(*args)
