@@ -59,6 +59,11 @@ class Tokenizer:
         self.pad_id = self.token_id(pad_token)
         self.eos_id = self.token_id(eos_token)
 
+    @property
+    def file(self) -> Path:
+        """The tokenizer.json that it reads; its ids are real ids."""
+        return self._file
+
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Ids of `text`; no token is added at its ends.
 
