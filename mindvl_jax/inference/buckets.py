@@ -36,7 +36,7 @@ def bucket_of(tokens: int, patches: int, images: int, *, halves: bool = False) -
       halves: a finer ladder: less padding, more compilations.
     """
     return Bucket(
-        patches=next_size(patches, 64, halves=halves) if patches else 0,
+        patches=next_size(patches, 16, halves=halves) if patches else 0,
         tokens=next_size(tokens, 32, halves=halves),
         images=next_size(images, 4) if images else 0,
     )

@@ -17,7 +17,7 @@ from flax import nnx
 from mindvl_jax.errors import UserError
 from mindvl_jax.inference import programs
 from mindvl_jax.inference.buckets import Bucket, rows_for
-from mindvl_jax.inference.prompts import Prompt, pack_bucket
+from mindvl_jax.inference.prompts import Prompt, pack_bucket, vision_of
 from mindvl_jax.inference.request import Sampling
 from mindvl_jax.inference.placement import place_rows
 
@@ -48,12 +48,13 @@ class Engine:
     """
 
     def __init__(self, model, *, eos_ids: Sequence[int], slots: int, context: int, mesh=None):
-        self.slots, self.context, self.config = slots, context, model.config
+        self.slots, self.context = slots, context
         self._graphdef, self._params = nnx.split(model)
+        self._vision = vision_of(model)
         self._eos = jnp.asarray(list(eos_ids), jnp.int32)
         self._eos_set = frozenset(int(token) for token in eos_ids)
         self._mesh = mesh
-        self._state = place_rows(mesh, programs.empty_slots(model.config.text, slots, context, model.compute_dtype), slots)
+        self._state = place_rows(mesh, programs.empty_slots(model.language.config, slots, context, model.compute_dtype), slots)
         self._waiting: collections.deque[_Running] = collections.deque()
         self._running: list[_Running | None] = [None] * slots
         self.decoded_tokens = 0
@@ -160,14 +161,16 @@ class Engine:
                 prompts.append(running.prompt)
             row_of.append(len(prompts) - 1)
         bucket = group[0].prompt.bucket
-        batch = pack_bucket(prompts, bucket, rows_for(len(prompts), self.slots), self.config)
+        batch = pack_bucket(prompts, bucket, rows_for(len(prompts), self.slots), self._vision)
         batch = place_rows(self._mesh, batch, batch.tokens.shape[0])
         prefilled = programs.prefill(self._graphdef, self._params, batch, has_pictures=bool(bucket.patches))
         places = rows_for(len(group), self.slots)
         pad = places - len(group)
         row_N = np.asarray(row_of + [0] * pad, np.int32)
         slot_N = np.asarray(slots + [self.slots] * pad, np.int32)
-        self._state, tokens, logprobs = programs.admit(self._state, prefilled, row_N, slot_N, self._settings(group, pad), self._eos)
+        settings = self._settings(group, pad)
+        tokens, logprobs = programs.first_tokens(prefilled.logits, prefilled.seen, row_N, settings)
+        self._state = programs.admit(self._state, prefilled, row_N, slot_N, tokens, settings, self._eos)
         for running, slot in zip(group, slots):
             self._running[slot] = running
         return tokens, logprobs

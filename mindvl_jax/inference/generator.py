@@ -44,7 +44,7 @@ class Generator:
                  video_fps: float = 2.0, video_max_frames: int = 64):
         self.model, self.tokenizer = opened.model, opened.tokenizer
         self.slots, self._fixed_context, self._mesh = slots, context, mesh or mesh_of(self.model)
-        self.encode = PromptEncoder(self.model.config, self.tokenizer, min_pixels=opened.min_pixels, max_pixels=opened.max_pixels, resample=resample,
+        self.encode = PromptEncoder(self.model, self.tokenizer, min_pixels=opened.min_pixels, max_pixels=opened.max_pixels, resample=resample,
                                     video_fps=video_fps, video_max_frames=video_max_frames, fine=fine_buckets)
         self._engine: Engine | None = None
         # A base model ends documents with <|endoftext|>, a chat model turns with <|im_end|>: both end an answer.

@@ -1,4 +1,4 @@
-"""The three device programs of generation: read prompts, admit them to slots, decode.
+"""The device programs of generation: read prompts, choose first tokens, admit to slots, decode, release.
 
 Legend: B slots, R prompt rows, N admitted answers, T prompt places, S cache places a slot, V vocabulary, L layers.
 
@@ -103,7 +103,7 @@ def prefill(graphdef, params, batch: Batch, *, has_pictures: bool) -> Prefilled:
     R, T = batch.tokens.shape
     real_RT = batch.segment_ids > 0
     length_R = jnp.sum(real_RT, axis=1, dtype=jnp.int32)
-    cache = KVCache.empty(model.config.text, R, T, inputs_RTD.dtype)
+    cache = KVCache.empty(model.language.config, R, T, inputs_RTD.dtype)
     hidden_RTD, cache = model.language(
         inputs_RTD, batch.positions, batch.segment_ids, segment_lengths=batch.segment_lengths,
         cache=cache, cache_index_B=jnp.zeros((R,), jnp.int32), cache_is_empty=True,
@@ -116,40 +116,43 @@ def prefill(graphdef, params, batch: Batch, *, has_pictures: bool) -> Prefilled:
     return Prefilled(cache=cache, logits=logits_RV, position=(top_R + 1).astype(jnp.int32), length=length_R, seen=seen_RV)
 
 
+@jax.jit
+def first_tokens(logits_RV, seen_RV, row_N, settings: Settings) -> tuple[jax.Array, jax.Array]:
+    """First token (N,) int32 of each answer and its log-probability (N,) float32, from the last logits of its prompt's row.
+
+    Apart from `admit`, whose shapes vary with the prompts' bucket: the sampling code is the slower one to compile.
+    """
+    logits_NV = logits_RV[row_N]
+    penalised_NV = sampling.apply_repetition_penalty(logits_NV, seen_RV[row_N], settings.penalty)
+    token_N = sampling.choose(
+        penalised_NV, keys_B2=settings.key, counts_B=jnp.zeros(row_N.shape, jnp.int32),
+        temperature_B=settings.temperature, top_k_B=settings.top_k, top_p_B=settings.top_p,
+    )
+    return token_N, sampling.log_probability(logits_NV, token_N)
+
+
 @partial(jax.jit, donate_argnames=("slots",))
-def admit(slots: Slots, prefilled: Prefilled, row_N, slot_N, settings: Settings, eos_E) -> tuple[Slots, jax.Array, jax.Array]:
-    """Puts N answers into slots and chooses the first token of each.
+def admit(slots: Slots, prefilled: Prefilled, row_N, slot_N, token_N, settings: Settings, eos_E) -> Slots:
+    """Puts N answers with their first tokens into slots.
 
     Args:
       row_N: prompt row of each answer; several answers may share one row (n samples of a prompt).
       slot_N: slot of each answer; a number past the last slot drops the entry (padding).
-
-    Returns:
-      slots, first tokens (N,) int32, their log-probabilities (N,) float32.
     """
-    logits_NV = prefilled.logits[row_N]
-    seen_NV = prefilled.seen[row_N]
-    zeros_N = jnp.zeros(row_N.shape, jnp.int32)
-    token_N = sampling.choose(
-        sampling.apply_repetition_penalty(logits_NV, seen_NV, settings.penalty), keys_B2=settings.key, counts_B=zeros_N,
-        temperature_B=settings.temperature, top_k_B=settings.top_k, top_p_B=settings.top_p,
-    )
-    logprob_N = sampling.log_probability(logits_NV, token_N)
     ended_N = (token_N[:, None] == eos_E[None]).any(-1) & ~settings.ignore_eos
     put = lambda old, new: old.at[slot_N].set(new.astype(old.dtype), mode="drop")
     T = prefilled.cache.places
     put_cache = lambda old, new: old.at[:, slot_N, :T].set(new[:, row_N].astype(old.dtype), mode="drop")
-    slots = Slots(
+    return Slots(
         cache=KVCache(put_cache(slots.cache.keys, prefilled.cache.keys), put_cache(slots.cache.values, prefilled.cache.values)),
         token=put(slots.token, token_N),
         index=put(slots.index, prefilled.length[row_N]),
         position=put(slots.position, prefilled.position[row_N]),
-        count=put(slots.count, zeros_N + 1),
+        count=put(slots.count, jnp.ones_like(row_N)),
         active=put(slots.active, ~ended_N & (settings.limit > 1)),
-        seen=put(slots.seen, seen_NV.at[jnp.arange(token_N.shape[0]), token_N].set(True)),
+        seen=put(slots.seen, prefilled.seen[row_N].at[jnp.arange(token_N.shape[0]), token_N].set(True)),
         settings=jax.tree.map(put, slots.settings, settings),
     )
-    return slots, token_N, logprob_N
 
 
 @partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("slots",))

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from mindvl_jax.batch import Batch, BatchShape
-from mindvl_jax.config import ModelConfig
+from mindvl_jax.config import ModelConfig, VisionConfig
 from mindvl_jax.data.collate import collate
 from mindvl_jax.data.example import EncodeLimits, Example, ExampleEncoder
 from mindvl_jax.data.sample import IMAGE, VIDEO, Media, Message
@@ -43,13 +43,15 @@ class PromptEncoder:
     """Encodes requests for one model and tokenizer; remembers one encoder for each picture size in use.
 
     Args:
+      model: the module; its configuration says how pictures become tokens.
       min_pixels, max_pixels: area of a resized picture where a request says nothing.
       fine: a finer ladder of buckets: less padding, more compilations.
     """
 
-    def __init__(self, model: ModelConfig, tokenizer, *, min_pixels: int, max_pixels: int, resample: str = "bicubic", video_fps: float = 2.0,
+    def __init__(self, model, tokenizer, *, min_pixels: int, max_pixels: int, resample: str = "bicubic", video_fps: float = 2.0,
                  video_max_frames: int = 64, fine: bool = False):
-        self._model, self._tokenizer, self._fine, self._resample = model, tokenizer, fine, resample
+        self._model, self._tokenizer, self._fine, self._resample = prompt_config(model, tokenizer), tokenizer, fine, resample
+        self._sees = isinstance(model.config, ModelConfig)
         self._limits = EncodeLimits(min_pixels=min_pixels, max_pixels=max_pixels, resample=resample, video_fps=video_fps, video_max_frames=video_max_frames)
         self._encoders: dict[tuple[int, int], ExampleEncoder] = {}
 
@@ -60,6 +62,8 @@ class PromptEncoder:
           UserError: pictures that cannot be read, marks and pictures that do not match, text that the vocabulary cannot write.
         """
         try:
+            if not self._sees and (request.images or request.videos):
+                raise UserError("the model is a language model alone and cannot see pictures; use MindVL or Qwen2.5-VL weights")
             messages = [Message(turn["role"], turn["content"]) for turn in request.messages]
             example = self._encoder(request).encode_prompt(messages, [_media(item) for item in request.images], [_media(item) for item in request.videos], id=request.id)
             example = example.with_pixels(self._model.vision, self._resample)
@@ -79,6 +83,23 @@ class PromptEncoder:
         return self._encoders[low, high]
 
 
+# Sizes of the one empty patch group that a batch for a language model alone carries and nobody reads.
+_NO_VISION = VisionConfig(depth=1, hidden_size=1, intermediate_size=1, num_heads=1, fullatt_block_indexes=())
+
+
+def vision_of(model) -> VisionConfig:
+    """Vision settings of a module; a placeholder for a language model alone."""
+    return getattr(model.config, "vision", _NO_VISION)
+
+
+def prompt_config(model, tokenizer) -> ModelConfig:
+    """What the chat encoder must know of a module. A language model alone takes its (unused) media tokens from the tokenizer."""
+    if isinstance(model.config, ModelConfig):
+        return model.config
+    names = dict(image_token_id="<|image_pad|>", video_token_id="<|video_pad|>", vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>")
+    return ModelConfig(vision=_NO_VISION, text=model.config, **{key: tokenizer.token_id(name) for key, name in names.items()})
+
+
 def without_media(request: Request) -> Request:
     """The same request with its pictures and videos taken away: what language alone can answer."""
     strip = lambda text: text.replace(IMAGE, "").replace(VIDEO, "").lstrip("\n")
@@ -94,13 +115,12 @@ def _media(item: Any) -> Media:
     return Media(path=str(item))
 
 
-def pack_bucket(prompts: Sequence[Prompt], bucket: Bucket, rows: int, model: ModelConfig) -> Batch:
+def pack_bucket(prompts: Sequence[Prompt], bucket: Bucket, rows: int, vision: VisionConfig) -> Batch:
     """A host batch with one prompt in each of the first rows; the rest is padding.
 
     Raises:
       ValueError: a prompt larger than the bucket (a mistake of the caller).
     """
-    vision = model.vision
     P = max(bucket.patches, vision.merge_unit)
     # A window holds one visual token at least, so there are never more windows than visual tokens.
     shape = BatchShape(rows=rows, tokens=bucket.tokens, patches=P, samples=1, images=max(bucket.images, 1), windows=P // vision.merge_unit, patch_dim=vision.patch_dim)

@@ -39,11 +39,15 @@ def tiny_config(tokenizer, **text) -> ModelConfig:
 
 def tiny_model(config: ModelConfig, seed: int = 0) -> MindVL:
     """Random weights large enough that the pictures and the words decide what comes next."""
-    model = MindVL(config, rngs=nnx.Rngs(seed))
-    state = nnx.state(model)
-    keys = iter(jax.random.split(jax.random.key(seed + 1), 200))
-    nnx.update(model, jax.tree.map(lambda leaf: leaf if leaf.ndim < 2 else jax.random.normal(next(keys), leaf.shape) * (1.5 / leaf.shape[-2] ** 0.5), state))
-    return model
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: MindVL(config, rngs=nnx.Rngs(0))))
+
+    def draw(path, leaf):
+        generator = np.random.default_rng([seed, *str(path).encode()])
+        if leaf.ndim < 2 or "norm" in str(path):
+            return jax.numpy.asarray(1 + generator.normal(0, 0.1, leaf.shape), leaf.dtype)
+        return jax.numpy.asarray(generator.normal(0, 1.5 / leaf.shape[-2] ** 0.5, leaf.shape), leaf.dtype)
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(draw, state))
 
 
 def pictures(count: int, seed: int = 0, largest: int = 140) -> list[Image.Image]:
