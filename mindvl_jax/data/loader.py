@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import queue
 import threading
@@ -11,7 +12,7 @@ from typing import Any, Iterator
 import numpy as np
 
 from mindvl_jax.batch import PackedBatch
-from mindvl_jax.config import Config
+from mindvl_jax.config import Config, TokenizerConfig
 from mindvl_jax.data.cache import shared_cache
 from mindvl_jax.data.collate import batch_shape, budgets_of, collate
 from mindvl_jax.data.example import EncodeLimits, Example, ExampleEncoder
@@ -21,7 +22,7 @@ from mindvl_jax.data.quarantine import Quarantine
 from mindvl_jax.data.sample import SampleError
 from mindvl_jax.data.sources import open_sources
 from mindvl_jax.data.stream import MixtureStream
-from mindvl_jax.data.tokenizer import load_tokenizer
+from mindvl_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mindvl_jax.errors import UserError
 
 STATE_FORMAT = 1
@@ -42,7 +43,7 @@ def make_loader(config: Config, phase_index: int, *, process_index: int = 0, pro
     sources = open_sources(config.data.sources, names)
     seed = int(np.random.SeedSequence([config.run.seed, phase_index]).generate_state(1)[0]) if seed is None else seed
     stream = MixtureStream(sources, [weights[name] for name in names], seed)
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = _tokenizer(config.tokenizer)
     if tokenizer.vocab_size > config.model.text.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, model.text.vocab_size is {config.model.text.vocab_size}; the model must not be smaller")
     suffix = f"-{process_index}" if process_index else ""
@@ -66,6 +67,12 @@ def make_loader(config: Config, phase_index: int, *, process_index: int = 0, pro
         cache=shared_cache(encoding) if config.data.cache_examples else None,
     )
     return Loader(planner, quarantine, config, phase_index=phase_index, process_index=process_index, process_count=process_count, seed=seed, pad_id=tokenizer.pad_id)
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """Reading 151,000 entries takes a second; every phase asks for the same ones."""
+    return load_tokenizer(config)
 
 
 def training_limits(config: Config, phase_index: int) -> EncodeLimits:
@@ -187,8 +194,9 @@ class Loader:
                 try:
                     example = example.with_pixels(self._vision, self._resample)
                 except SampleError as error:
-                    self._quarantine.refuse(id=example.id, where=self._planner.where(position), error=error, counted=False)
+                    self._quarantine.refuse(id=example.id, where=self._planner.where(position), error=error, stage="decode")
                     continue
                 self._planner.remember(position, example)
+            self._quarantine.decoded()
             read.append(example)
         return read

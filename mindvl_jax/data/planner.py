@@ -100,7 +100,7 @@ class Planner:
         self._drawn[reference.source] += 1
         source = self._stream.sources[reference.source]
         if self._cache is not None and (known := self._cache.get(self._key(reference))) is not None:
-            self._quarantine.good()
+            self._quarantine.encoded()
             return known
         identifier = f"{source.name}:{reference.index}"
         try:
@@ -111,9 +111,9 @@ class Planner:
                 names = ("tokens", "patches", "samples", "images", "windows")
                 raise SampleError("too_long", "the sample needs more " + " and ".join(name for name, flag in zip(names, over) if flag) + f" than a row has ({size_of(example)} of {self._caps.tolist()})")
         except SampleError as error:
-            self._quarantine.refuse(id=identifier, where=source.where(reference.index), error=error)
+            self._quarantine.refuse(id=error.sample_id or identifier, where=source.where(reference.index), error=error)
             return None
-        self._quarantine.good()
+        self._quarantine.encoded()
         return example
 
     def remember(self, position: int, example: Example) -> None:

@@ -30,25 +30,30 @@ class Quarantine:
         self._policy = policy
         self._max_rate = max_rate
         self._limit_in_a_row = limit_in_a_row
-        self._in_a_row = 0
+        # Refusals since the last good sample: of records that do not encode, and of media that do not decode later.
+        self._in_a_row = {"encode": 0, "decode": 0}
         self._written: set[str] = self._read_written()
         self.count = 0
         self.seen = 0
         self.reasons: collections.Counter[str] = collections.Counter()
 
-    def good(self) -> None:
-        """Notes a sample that was accepted."""
+    def encoded(self) -> None:
+        """Notes a sample that was accepted; its pixels have not been read yet."""
         self.seen += 1
-        self._in_a_row = 0
+        self._in_a_row["encode"] = 0
 
-    def refuse(self, *, id: str, where: str, error: SampleError, counted: bool = True) -> None:
-        """Writes a refused sample down. `counted` is False for one that was already seen as good.
+    def decoded(self) -> None:
+        """Notes a sample whose pixels were read."""
+        self._in_a_row["decode"] = 0
+
+    def refuse(self, *, id: str, where: str, error: SampleError, stage: str = "encode") -> None:
+        """Writes a refused sample down. `stage` is `decode` for one that was accepted before its pixels were read.
 
         Raises UserError when the policy is `raise`, when refusals pass the rate, or when nothing but bad samples comes.
         """
-        self.seen += counted
+        self.seen += stage == "encode"
         self.count += 1
-        self._in_a_row += 1
+        self._in_a_row[stage] += 1
         self.reasons[error.reason] += 1
         if self._policy == "raise":
             raise UserError(f"sample {id!r} ({where}): {error} [data.on_error is raise; quarantine leaves such samples out and lists them]")
@@ -56,8 +61,8 @@ class Quarantine:
         listed = f"; they are listed in {self._path}" if self._path else ""
         if self.seen >= ENOUGH and self.count > self._max_rate * self.seen:
             raise UserError(f"{self.count} of {self.seen} samples are bad ({self._reasons()}), more than data.max_error_rate {self._max_rate:g} allows{listed}. The last one: {id!r} ({where}): {error}")
-        if self._in_a_row >= self._limit_in_a_row:
-            raise UserError(f"{self._in_a_row} bad samples in a row and no good one ({self._reasons()}): there is nothing to train on{listed}. The last one: {id!r} ({where}): {error}")
+        if self._in_a_row[stage] >= self._limit_in_a_row:
+            raise UserError(f"{self._in_a_row[stage]} bad samples in a row and no good one ({self._reasons()}): there is nothing to train on{listed}. The last one: {id!r} ({where}): {error}")
 
     def _reasons(self) -> str:
         return ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common(5))
@@ -86,8 +91,8 @@ class Quarantine:
         return keys
 
     def state(self) -> dict[str, Any]:
-        return {"count": self.count, "seen": self.seen, "in_a_row": self._in_a_row, "reasons": dict(self.reasons)}
+        return {"count": self.count, "seen": self.seen, "in_a_row": dict(self._in_a_row), "reasons": dict(self.reasons)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.count, self.seen, self._in_a_row = state["count"], state["seen"], state["in_a_row"]
+        self.count, self.seen, self._in_a_row = state["count"], state["seen"], dict(state["in_a_row"])
         self.reasons = collections.Counter(state["reasons"])

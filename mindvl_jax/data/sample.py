@@ -27,14 +27,20 @@ ROLE_ALIASES = {
 
 
 class SampleError(UserError):
-    """A sample that cannot be used. `reason` is a short fixed word for counting; the message has the detail."""
+    """A sample that cannot be used.
 
-    def __init__(self, reason: str, message: str):
+    Attributes:
+      reason: a short fixed word for counting; the message has the detail.
+      sample_id: the record's own id where it could be read before the record was refused.
+    """
+
+    def __init__(self, reason: str, message: str, sample_id: str | None = None):
         super().__init__(message)
         self.reason = reason
+        self.sample_id = sample_id
 
     def __reduce__(self):
-        return SampleError, (self.reason, str(self))
+        return SampleError, (self.reason, str(self), self.sample_id)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -143,7 +143,13 @@ class Source:
         record = records.read(inner)
         root = self._config.media_root or os.path.dirname(os.path.abspath(records.path))
         default = f"{self.name}:{index}"
-        return sample_from_record(record, columns=self._config.columns, media_root=root, default_id=default, origin=f"{records.path}#{inner}")
+        columns = self._config.columns
+        try:
+            return sample_from_record(record, columns=columns, media_root=root, default_id=default, origin=f"{records.path}#{inner}")
+        except SampleError as error:
+            if isinstance(record, dict) and record.get(columns.id) is not None:
+                error.sample_id = str(record[columns.id])
+            raise
 
 
 def find_files(name: str, config: SourceConfig) -> list[str]:
