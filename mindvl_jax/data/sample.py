@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from typing import Any, Iterable, Mapping
+from typing import Any
 
 from mindvl_jax.config import ColumnMapping
 from mindvl_jax.errors import UserError
@@ -73,17 +74,17 @@ class Sample:
     origin: str = ""
 
 
-def sample_from_record(record: Mapping[str, Any], *, columns: ColumnMapping, media_root: str | None, default_id: str, origin: str) -> Sample:
+def sample_from_record(record: dict[str, Any], *, columns: ColumnMapping, media_root: str | None, default_id: str, origin: str) -> Sample:
     """Reads one record of any accepted shape: `messages` (MLLM, parquet, JSONL) or `conversations` (LLaVA, ShareGPT).
 
     Raises SampleError for a record that is not an object, has no turns, an unknown role, or media of an unknown form.
     """
-    if not isinstance(record, Mapping):
+    if not isinstance(record, dict):
         raise SampleError("malformed", f"a sample must be an object with named fields, found {type(record).__name__}")
     turns = record.get(columns.messages)
     if turns is None:
         turns = record.get("conversations")
-    if not isinstance(turns, Iterable) or isinstance(turns, (str, bytes, Mapping)):
+    if not isinstance(turns, (list, tuple)):
         keys = ", ".join(map(str, list(record)[:8]))
         raise SampleError("malformed", f"no list of turns in {columns.messages!r} or 'conversations' (the record has: {keys}); name the column in columns.messages")
     messages = tuple(_message(turn, index, columns) for index, turn in enumerate(turns))
@@ -111,25 +112,32 @@ def sample_from_record(record: Mapping[str, Any], *, columns: ColumnMapping, med
 
 
 def _message(turn: Any, index: int, columns: ColumnMapping) -> Message:
-    if not isinstance(turn, Mapping):
+    if not isinstance(turn, dict):
         raise SampleError("malformed", f"turn {index} must be an object with a role and content, found {type(turn).__name__}")
     role = turn.get(columns.role, turn.get("from"))
     content = turn.get(columns.content, turn.get("value"))
-    own = {columns.user: "user", columns.assistant: "assistant", columns.system: "system", columns.tool: "tool"}
+    own = _role_names(columns)
     known = own.get(role) or ROLE_ALIASES.get(role) if isinstance(role, str) else None
     if known is None:
         raise SampleError("unknown_role", f"turn {index} has role {role!r}; known are {', '.join(sorted({*own, *ROLE_ALIASES}))} (name others in columns)")
     return Message(known, _content(content, index))
 
 
+@functools.lru_cache(maxsize=16)
+def _role_names(columns: ColumnMapping) -> dict[str, str]:
+    return {columns.user: "user", columns.assistant: "assistant", columns.system: "system", columns.tool: "tool"}
+
+
 def _content(content: Any, index: int) -> str:
     if isinstance(content, str):
+        if content.isascii():
+            return content
         # A lone surrogate cannot be UTF-8, so no tokenizer could take it.
         return content.encode("utf-8", "replace").decode("utf-8")
     if isinstance(content, (list, tuple)):
         parts = []
         for part in content:
-            kind = part.get("type") if isinstance(part, Mapping) else None
+            kind = part.get("type") if isinstance(part, dict) else None
             if kind == "text" and isinstance(part.get("text"), str):
                 parts.append(_content(part["text"], index))
             elif kind in ("image", "image_url"):
@@ -155,7 +163,7 @@ def _media(item: Any, root: str | None) -> Media:
         return Media(path=item, root=root)
     if isinstance(item, (bytes, bytearray, memoryview)):
         return Media(data=bytes(item))
-    if isinstance(item, Mapping):
+    if isinstance(item, dict):
         data, path = item.get("bytes"), item.get("path")
         if data is not None:
             return Media(data=bytes(data), path=path)
