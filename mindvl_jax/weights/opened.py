@@ -94,14 +94,17 @@ def _open_published(folder: Path, mesh: Mesh | None, dtype) -> OpenedModel:
         model, _ = outline(config)
     else:
         model, _ = outline(config, compute_dtype=compute)
-    return OpenedModel(fill(model, values), config, _tokenizer(folder), *_pixel_limits(folder), folder)
+    tokenizer, pixels = open_companions(folder)
+    return OpenedModel(fill(model, values), config, tokenizer, *pixels, folder)
 
 
-def _tokenizer(folder: Path) -> Tokenizer | None:
-    if not (folder / "tokenizer.json").is_file():
-        return None
-    table = folder / ID_TABLE
-    return load_tokenizer(TokenizerConfig(path=str(folder), id_table=str(table) if table.is_file() else None))
+def open_companions(folder: Path) -> tuple[Tokenizer | None, tuple[int, int]]:
+    """Tokenizer (None without a tokenizer.json) and pixel limits of a Hugging Face folder."""
+    tokenizer = None
+    if (folder / "tokenizer.json").is_file():
+        table = folder / ID_TABLE
+        tokenizer = load_tokenizer(TokenizerConfig(path=str(folder), id_table=str(table) if table.is_file() else None))
+    return tokenizer, _pixel_limits(folder)
 
 
 def _pixel_limits(folder: Path) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -45,7 +46,7 @@ def save_parameters(folder: str | Path, config: ModelConfig | TextConfig, parame
     unknown = set(shapes) - {path for slot in all_slots for path, _ in slot.parts}
     if unknown:
         raise UserError(f"parameters that have no published name: {', '.join(sorted(unknown))}")
-    kinds = {path: np.dtype(dtype) if dtype is not None else np.dtype(value.dtype) for path, value in parameters.items()}
+    kinds = {path: jnp.dtype(dtype) if dtype is not None else np.dtype(value.dtype) for path, value in parameters.items()}
     sizes = {slot.name: int(np.prod(slot.shape, dtype=np.int64)) * kinds[slot.parts[0][0]].itemsize for slot in all_slots}
     groups = _group(all_slots, sizes, shard_bytes)
     names = [SINGLE] if len(groups) == 1 else [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]

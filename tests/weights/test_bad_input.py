@@ -83,11 +83,12 @@ def test_an_index_that_climbs_out_of_the_folder_is_refused(folder, path):
 
 def test_an_index_that_points_at_the_wrong_file_is_refused(folder):
     content = json.loads((folder / INDEX).read_text())
-    files = sorted(set(content["weight_map"].values()))
-    name = next(name for name, file in content["weight_map"].items() if file == files[0])
-    content["weight_map"][name] = files[1]
+    places = content["weight_map"]
+    name, right = next((name, file) for name, file in places.items() if list(places.values()).count(file) > 1)
+    wrong = next(file for file in places.values() if file != right)
+    places[name] = wrong
     (folder / INDEX).write_text(json.dumps(content))
-    assert f"places {name} in {files[1]}, but it is in {files[0]}" in refusal(folder)
+    assert f"places {name} in {wrong}, but it is in {right}" in refusal(folder)
 
 
 def test_missing_misshapen_and_extra_tensors_come_in_one_error(single):

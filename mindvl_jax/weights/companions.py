@@ -1,0 +1,95 @@
+"""What a published folder holds beside its weights: tokenizer, chat template, image processor and generation settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mindvl_jax.config import ModelConfig, TextConfig
+from mindvl_jax.data.tokenizer import Tokenizer
+from mindvl_jax.models.vision.tower import IMAGE_MEAN, IMAGE_STD
+from mindvl_jax.weights.opened import ID_TABLE
+
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' }}
+{%- if message.content is string %}
+{{- message.content }}
+{%- else %}
+{%- for part in message.content %}
+{%- if part.type == 'image' or 'image' in part or 'image_url' in part %}
+{{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- elif part.type == 'video' or 'video' in part %}
+{{- '<|vision_start|><|video_pad|><|vision_end|>' }}
+{%- elif 'text' in part %}
+{{- part.text }}
+{%- endif %}
+{%- endfor %}
+{%- endif %}
+{{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+"""The published Qwen chat format, without the system turn that some releases add by themselves."""
+
+
+def write_companions(folder: Path, config: ModelConfig | TextConfig, tokenizer: Tokenizer | None, min_pixels: int, max_pixels: int) -> None:
+    """Writes everything but config.json and the weights."""
+    if tokenizer is not None:
+        _write_tokenizer(folder, tokenizer, config if isinstance(config, TextConfig) else config.text)
+        ends = list(dict.fromkeys((tokenizer.eos_id, tokenizer.pad_id)))
+        _dump(folder / "generation_config.json", {"eos_token_id": ends, "pad_token_id": tokenizer.pad_id, "do_sample": False})
+    if isinstance(config, ModelConfig):
+        vision = config.vision
+        shared = dict(
+            patch_size=vision.patch_size, temporal_patch_size=vision.temporal_patch_size, merge_size=vision.spatial_merge_size, do_resize=True, do_rescale=True,
+            do_normalize=True, do_convert_rgb=True, rescale_factor=1 / 255, image_mean=list(IMAGE_MEAN), image_std=list(IMAGE_STD), resample=3,
+            size={"shortest_edge": min_pixels, "longest_edge": max_pixels},
+        )
+        _dump(folder / "preprocessor_config.json", {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor", **shared})
+        _dump(folder / "video_preprocessor_config.json", {"video_processor_type": "Qwen2VLVideoProcessor", "processor_class": "Qwen2_5_VLProcessor", **shared})
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, text: TextConfig) -> None:
+    content = json.loads(Path(tokenizer.file).read_text(encoding="utf-8"))
+    if tokenizer.real_ids is not None:
+        _renumber(content, tokenizer.real_ids)
+        _dump(folder / ID_TABLE, list(range(len(tokenizer.real_ids))))
+    (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    name = lambda token: _content_of(content, token)
+    _dump(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": text.max_position_embeddings, "eos_token": name(tokenizer.eos_id), "pad_token": name(tokenizer.pad_id),
+        "clean_up_tokenization_spaces": False,
+    })
+    template = tokenizer.chat_template if tokenizer.chat_template is not None else CHAT_TEMPLATE
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def _renumber(content: dict[str, Any], kept: tuple[int, ...]) -> None:
+    """Gives a tokenizer.json the ids of a compact vocabulary: kept tokens first, in the model's order, all others after them.
+
+    So the file says by itself what the model's ids are; a token that the model never learned has an id past its table, which no
+    program can mistake for another token. Control tokens move into the vocabulary, because the file format would otherwise
+    number them anew.
+    """
+    vocabulary: dict[str, int] = content["model"]["vocab"]
+    for token in content.get("added_tokens", ()):
+        vocabulary.setdefault(token["content"], token["id"])
+    rest = sorted(set(vocabulary.values()) - set(kept))
+    new = {old: number for number, old in enumerate([*kept, *rest])}
+    content["model"]["vocab"] = dict(sorted(((token, new[old]) for token, old in vocabulary.items()), key=lambda pair: pair[1]))
+    for token in content.get("added_tokens", ()):
+        token["id"] = new[token["id"]]
+    content.get("added_tokens", []).sort(key=lambda token: token["id"])
+
+
+def _content_of(content: dict[str, Any], number: int) -> str:
+    added = {token["id"]: token["content"] for token in content.get("added_tokens", ())}
+    return added.get(number) or next(token for token, value in content["model"]["vocab"].items() if value == number)
+
+
+def _dump(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
