@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from npu_bridge.jaxcompat import define_operator
 from npu_bridge.ops._common import accumulator, require, require_float
 
 
@@ -44,12 +45,16 @@ def swiglu_backward(g, gate, up):
     return dgate.astype(gate.dtype), (g * wide * sigmoid).astype(up.dtype)
 
 
+_swiglu_operator = define_operator("swiglu", reference=swiglu_forward, rule="..., ... -> ...")
+_swiglu_gradient = define_operator("swiglu_backward", reference=swiglu_backward, rule="..., ..., ... -> ..., ...")
+
+
 @jax.custom_vjp
 def _swiglu(gate, up):
-    return swiglu_forward(gate, up)
+    return _swiglu_operator(gate, up)[0]
 
 
-_swiglu.defvjp(lambda gate, up: (swiglu_forward(gate, up), (gate, up)), lambda res, g: swiglu_backward(g, *res))
+_swiglu.defvjp(lambda gate, up: (_swiglu_operator(gate, up)[0], (gate, up)), lambda res, g: _swiglu_gradient(g, *res))
 
 
 def gelu(x, *, approximate: bool):
@@ -91,10 +96,14 @@ def gelu_backward(g, x, *, approximate):
     return (g.astype(wide.dtype) * slope).astype(x.dtype)
 
 
+_gelu_operator = define_operator("gelu", reference=gelu_forward, rule="... -> ...")
+_gelu_gradient = define_operator("gelu_backward", reference=gelu_backward, rule="..., ... -> ...")
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gelu(x, approximate):
-    return gelu_forward(x, approximate=approximate)
+    return _gelu_operator(x, approximate=approximate)[0]
 
 
-_gelu.defvjp(lambda x, approximate: (gelu_forward(x, approximate=approximate), x),
-             lambda approximate, x, g: (gelu_backward(g, x, approximate=approximate),))
+_gelu.defvjp(lambda x, approximate: (_gelu_operator(x, approximate=approximate)[0], x),
+             lambda approximate, x, g: _gelu_gradient(g, x, approximate=approximate))

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from npu_bridge.ops._common import require, require_float, zero_cotangent
-from npu_bridge.ops._blocked import blocked_backward, blocked_forward, plan_blocks
+from npu_bridge.jaxcompat import define_operator
+from npu_bridge.ops._blocked import Plan, blocked_backward, blocked_forward, plan_blocks
 
 
 def attention(q, k, v, *, segment_ids_q=None, segment_ids_kv=None, causal: bool, window=None, scale=None,
@@ -30,7 +31,8 @@ def attention(q, k, v, *, segment_ids_q=None, segment_ids_kv=None, causal: bool,
       window: static int or None. scale: static float, by default H ** -0.5.
       max_segment_length: static promise that equal ids never lie further apart than this many places, ends included. It lets the
         computation skip what can only be masked; it changes no result, but a broken promise gives wrong results.
-      lengths: (B, M) int32, -1 padded: the same segments as run lengths, for variable-length kernels; the reference ignores it.
+      lengths: (B, M) int32, -1 padded: lengths of the same segments in order from the start of the row, for variable-length
+        kernels; only self-attention has them. Places past their sum are padding. The reference ignores it.
       implementation: None (the best for the platform), "dense", "banded" (needs max_segment_length or window) or "cudnn".
 
     Returns:
@@ -40,9 +42,7 @@ def attention(q, k, v, *, segment_ids_q=None, segment_ids_kv=None, causal: bool,
     require_float("attention", q=q, k=k, v=v)
     _check(q, k, v, segment_ids_q, segment_ids_kv, window, max_segment_length, lengths)
     batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
-    if segment_ids_q is None and segment_ids_kv is None:
-        segment_ids_q = segment_ids_kv = None
-    else:
+    if segment_ids_q is not None or segment_ids_kv is not None:
         if segment_ids_q is None:
             segment_ids_q = jnp.ones((batch, queries), jnp.int32)
         if segment_ids_kv is None:
@@ -51,7 +51,9 @@ def attention(q, k, v, *, segment_ids_q=None, segment_ids_kv=None, causal: bool,
             segment_ids_kv = segment_ids_q
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     plan = plan_blocks(queries, keys, causal=bool(causal), window=window, max_segment_length=max_segment_length, implementation=implementation)
-    return _attention(q, k, v, segment_ids_q, segment_ids_kv, plan, scale)
+    require(lengths is None or (segment_ids_q is not None and queries == keys), "attention",
+            "lengths describe the segments of self-attention; pass segment_ids_q as well, and as many keys as queries")
+    return _attention(q, k, v, segment_ids_q, segment_ids_kv, lengths, plan, scale)
 
 
 def _check(q, k, v, segment_ids_q, segment_ids_kv, window, max_segment_length, lengths):
@@ -70,20 +72,60 @@ def _check(q, k, v, segment_ids_q, segment_ids_kv, window, max_segment_length, l
             f"lengths have shape {None if lengths is None else lengths.shape}; expected ({q.shape[0]}, M)")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attention(q, k, v, ids_q, ids_kv, plan, scale):
-    return blocked_forward(q, k, v, ids_q, ids_kv, plan=plan, scale=scale)[0]
+def attention_forward(q, k, v, *segments, causal, window, scale, blocks):
+    """-> out (B, T, N, J), lse (B, N, T) float32. `segments` is empty, or ids of queries and keys, or those and run lengths."""
+    ids_q, ids_kv = segments[:2] or (None, None)
+    return blocked_forward(q, k, v, ids_q, ids_kv, plan=Plan(causal, window, *blocks), scale=scale)
 
 
-def _attention_fwd(q, k, v, ids_q, ids_kv, plan, scale):
-    out, lse = blocked_forward(q, k, v, ids_q, ids_kv, plan=plan, scale=scale)
-    return out, (q, k, v, ids_q, ids_kv, out, lse)
+def attention_backward(g, q, k, v, out, lse, *segments, causal, window, scale, blocks):
+    """-> dq, dk, dv."""
+    ids_q, ids_kv = segments[:2] or (None, None)
+    return blocked_backward(g, q, k, v, ids_q, ids_kv, out, lse, plan=Plan(causal, window, *blocks), scale=scale)
+
+
+_Q, _K, _V, _OUT, _LSE = "b t (n g) h", "b s n h", "b s n j", "b t (n g) j", "b (n g) t"
+_REPLICATE = ("t", "s", "g", "h", "j", "m")  # rows and key heads may be sharded
+
+
+def _define(suffix, segments, host):
+    def heads_a_group(operands, results, **params):
+        q, k = (operands[0], operands[1]) if len(operands) < 6 + len(segments) else (operands[1], operands[2])
+        return {"g": q.shape[2] // k.shape[2]}
+
+    forward = define_operator("attention" + suffix, reference=attention_forward, replicate=_REPLICATE, sizes=heads_a_group,
+                              rule=f"{', '.join((_Q, _K, _V, *segments))} -> {_OUT}, {_LSE}",
+                              host_operands=(5,) if host else ())
+    backward = define_operator("attention" + suffix + "_backward", reference=attention_backward, replicate=_REPLICATE,
+                               sizes=heads_a_group, rule=f"{', '.join((_OUT, _Q, _K, _V, _OUT, _LSE, *segments))} -> {_Q}, {_K}, {_V}",
+                               host_operands=(8,) if host else ())
+    return forward, backward
+
+
+# One pair of operators for each set of operands: no segments, segment ids, segment ids with their run lengths on the host.
+_OPERATORS = [_define("", (), False), _define("_segments", ("b t", "b s"), False), _define("_packed", ("b t", "b s", "b m"), True)]
+
+
+def _bind(which, arrays, ids_q, ids_kv, lengths, plan, scale):
+    segments = () if ids_q is None else (ids_q, ids_kv) if lengths is None else (ids_q, ids_kv, lengths)
+    operator = _OPERATORS[(0, None, 1, 2)[len(segments)]][which]
+    return operator(*arrays, *segments, causal=plan.causal, window=plan.window, scale=scale, blocks=tuple(plan[2:]))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _attention(q, k, v, ids_q, ids_kv, lengths, plan, scale):
+    return _bind(0, (q, k, v), ids_q, ids_kv, lengths, plan, scale)[0]
+
+
+def _attention_fwd(q, k, v, ids_q, ids_kv, lengths, plan, scale):
+    out, lse = _bind(0, (q, k, v), ids_q, ids_kv, lengths, plan, scale)
+    return out, (q, k, v, ids_q, ids_kv, lengths, out, lse)
 
 
 def _attention_bwd(plan, scale, res, g):
-    q, k, v, ids_q, ids_kv, out, lse = res
-    grads = blocked_backward(g, q, k, v, ids_q, ids_kv, out, lse, plan=plan, scale=scale)
-    return (*grads, *(None if ids is None else zero_cotangent(ids) for ids in (ids_q, ids_kv)))
+    q, k, v, *segments, out, lse = res
+    grads = _bind(1, (g, q, k, v, out, lse), *segments, plan, scale)
+    return (*grads, *(None if ids is None else zero_cotangent(ids) for ids in segments))
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

@@ -6,6 +6,7 @@ B rows, T tokens, V vocabulary, D model width.
 import jax
 import jax.numpy as jnp
 
+from npu_bridge.jaxcompat import define_operator
 from npu_bridge.ops._common import accumulator, require, require_float, zero_cotangent
 
 
@@ -39,18 +40,25 @@ def embedding_backward(g, ids, *, rows):
     return jnp.zeros((rows, g.shape[-1]), accumulator(g.dtype)).at[ids].add(g.astype(accumulator(g.dtype)), mode="drop")
 
 
+# The vocabulary is a reduction: each shard answers for its own rows (`first` is the number of the first) and the answers add up.
+_forward = define_operator("embedding", reference=embedding_forward, rule="v d, ... -> ... d", reduces={0: ("v",)},
+                           shard_starts={"first": ("operand", 0, 0)})
+_backward = define_operator("embedding_backward", reference=embedding_backward, rule="... d, ... -> v d", reduces={0: ("...",)},
+                            shard_starts={"first": ("result", 0, 0)}, local_sizes={"rows": ("result", 0, 0)})
+
+
 @jax.custom_vjp
 def _embedding(table, ids):
-    return embedding_forward(table, ids)
+    return _forward(table, ids)[0]
 
 
 def _embedding_fwd(table, ids):
-    return embedding_forward(table, ids), (ids, jnp.zeros((table.shape[0], 0), table.dtype))
+    return _forward(table, ids)[0], (ids, jnp.zeros((table.shape[0], 0), table.dtype))
 
 
 def _embedding_bwd(res, g):
     ids, like_table = res
-    return embedding_backward(g, ids, rows=like_table.shape[0]).astype(like_table.dtype), zero_cotangent(ids)
+    return _backward(g, ids, rows=like_table.shape[0])[0].astype(like_table.dtype), zero_cotangent(ids)
 
 
 _embedding.defvjp(_embedding_fwd, _embedding_bwd)

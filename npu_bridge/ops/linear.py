@@ -5,8 +5,10 @@ B rows, T tokens, D model width, F feed-forward (output) width. `..` stands for 
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from npu_bridge.ops._common import accumulator, dot, require, require_float, sum_over_rows
+from npu_bridge.ops._platform import platform_function
 
 
 def linear(x, w, bias=None):
@@ -34,18 +36,29 @@ def linear(x, w, bias=None):
     return _linear_bias(x, w, bias)
 
 
-def _product(x, w):
-    return dot(x, w.astype(x.dtype), ((x.ndim - 1,), (0,)))
+def _wide(x, w, *bias, contract):
+    y = dot(x, w, contract)
+    return (y + bias[0].astype(y.dtype) if bias else y).astype(x.dtype)
+
+
+def _narrow(x, w, *bias, contract):
+    y = lax.dot_general(x, w, (contract, ((), ())))
+    return y + bias[0].astype(y.dtype) if bias else y
+
+
+# On the NPU the product is asked for in the operands' dtype at once: the matrix unit accumulates in float32 whatever it returns,
+# while for a float32 result of bfloat16 operands torch would have to widen the operands first.
+_rounded_product = platform_function("npu_bridge.linear", _wide, _narrow)
 
 
 @jax.custom_vjp
 def _linear(x, w):
-    return _product(x, w).astype(x.dtype)
+    return _rounded_product(x, w.astype(x.dtype), contract=((x.ndim - 1,), (0,)))
 
 
 def _gradients(x, w, g):
     g = g.astype(x.dtype)
-    dx = dot(g, w.astype(x.dtype), ((g.ndim - 1,), (1,))).astype(x.dtype)
+    dx = _rounded_product(g, w.astype(x.dtype), contract=((g.ndim - 1,), (1,)))
     return dx, sum_over_rows(x, g).astype(w.dtype)
 
 
@@ -54,8 +67,7 @@ _linear.defvjp(lambda x, w: (_linear(x, w), (x, w)), lambda res, g: _gradients(*
 
 @jax.custom_vjp
 def _linear_bias(x, w, bias):
-    y = _product(x, w)
-    return (y + bias.astype(y.dtype)).astype(x.dtype)
+    return _rounded_product(x, w.astype(x.dtype), bias, contract=((x.ndim - 1,), (0,)))
 
 
 def _linear_bias_backward(res, g):

@@ -3,10 +3,13 @@
 T tokens (rows of all sequences together), D model width, F output width, E experts, k experts chosen a token.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from npu_bridge.jaxcompat import define_operator
 from npu_bridge.ops._common import accumulator, dot, require, require_float, sum_over_rows, zero_cotangent
 
 
@@ -51,14 +54,14 @@ def _tile_size(rows, experts):
     return max(8, min(256, 1 << (mean - 1).bit_length()))
 
 
-def _tiles(x, group_sizes, w):
-    tile = _tile_size(x.shape[0], w.shape[0])
+def _tiles(x, group_sizes):
+    tile = _tile_size(x.shape[0], group_sizes.shape[0])
     return tile, jnp.pad(x, ((0, tile), (0, 0))), tile_plan(x.shape[0], group_sizes, tile)
 
 
 def grouped_forward(x, w, group_sizes, *, transpose=False):
     """-> (T, F) float32-accumulated; with `transpose` w is (E, F, D)."""
-    tile, padded, plan = _tiles(x, group_sizes, w)
+    tile, padded, plan = _tiles(x, group_sizes)
     out = jnp.zeros((padded.shape[0], w.shape[1 if transpose else 2]), x.dtype)
 
     def one(out, item):
@@ -72,9 +75,9 @@ def grouped_forward(x, w, group_sizes, *, transpose=False):
     return lax.scan(one, out, plan)[0][: x.shape[0]]
 
 
-def grouped_weight_gradient(x, g, group_sizes, like_w):
+def grouped_weight_gradient(x, g, group_sizes):
     """-> (E, D, F) float32."""
-    tile, padded, plan = _tiles(x, group_sizes, like_w)
+    tile, padded, plan = _tiles(x, group_sizes)
     g = jnp.pad(g, ((0, tile), (0, 0)))
 
     def one(dw, item):
@@ -87,19 +90,28 @@ def grouped_weight_gradient(x, g, group_sizes, like_w):
         old = lax.dynamic_index_in_dim(dw, expert, keepdims=False)
         return lax.dynamic_update_index_in_dim(dw, old + part, expert, 0), None
 
-    return lax.scan(one, jnp.zeros((like_w.shape[0], x.shape[1], g.shape[1]), accumulator(x.dtype)), plan)[0]
+    return lax.scan(one, jnp.zeros((group_sizes.shape[0], x.shape[1], g.shape[1]), accumulator(x.dtype)), plan)[0]
+
+
+# Rows stay whole (the groups' bounds count all of them); the contracted dim is a reduction, the other is free.
+_product = define_operator("grouped_matmul", reference=grouped_forward, rule="t c, e c o, e -> t o", reduces={0: ("c",)},
+                           replicate=("t", "e"))
+_product_transposed = define_operator("grouped_matmul_transposed", reference=partial(grouped_forward, transpose=True),
+                                      rule="t c, e o c, e -> t o", reduces={0: ("c",)}, replicate=("t", "e"))
+_weight_gradient = define_operator("grouped_matmul_weight_gradient", reference=grouped_weight_gradient,
+                                   rule="t d, t f, e -> e d f", replicate=("t", "e"))
 
 
 @jax.custom_vjp
 def _grouped_matmul(x, w, group_sizes):
-    return grouped_forward(x, w.astype(x.dtype), group_sizes)
+    return _product(x, w.astype(x.dtype), group_sizes)[0]
 
 
 def _grouped_bwd(res, g):
     x, w, group_sizes = res
     g = g.astype(x.dtype)
-    dx = grouped_forward(g, w.astype(x.dtype), group_sizes, transpose=True)
-    return dx, grouped_weight_gradient(x, g, group_sizes, w).astype(w.dtype), zero_cotangent(group_sizes)
+    dx, = _product_transposed(g, w.astype(x.dtype), group_sizes)
+    return dx, _weight_gradient(x, g, group_sizes)[0].astype(w.dtype), zero_cotangent(group_sizes)
 
 
 _grouped_matmul.defvjp(lambda x, w, sizes: (_grouped_matmul(x, w, sizes), (x, w, sizes)), _grouped_bwd)
@@ -128,20 +140,64 @@ def moe_gating(logits, *, k: int, scoring="softmax", bias=None, groups=1, groups
     require(experts % groups == 0 and 1 <= groups_kept <= groups and 1 <= k <= groups_kept * (experts // groups), "moe_gating",
             f"k={k} of {experts} experts in {groups} groups of which {groups_kept} are kept does not work out")
     require(groups == 1 or experts // groups >= 2, "moe_gating", f"{groups} groups of {experts} experts leave less than two a group")
+    params = dict(k=k, scoring=scoring, groups=groups, groups_kept=groups_kept, renormalize=bool(renormalize), scale=float(scale))
+    return _gating(logits, bias, tuple(params.items()))
+
+
+def expert_scores(logits, scoring):
+    """(T, E) float32."""
     wide = logits.astype(accumulator(logits.dtype))
-    scores = jax.nn.softmax(wide, -1) if scoring == "softmax" else jax.nn.sigmoid(wide)
-    choice = lax.stop_gradient(scores if bias is None else scores + bias.astype(scores.dtype))
-    if groups > 1:
-        grouped = choice.reshape(-1, groups, experts // groups)
-        strength = jnp.sum(lax.top_k(grouped, 2)[0], -1)
-        kept = lax.top_k(strength, groups_kept)[1]
-        eligible = jnp.any(kept[:, :, None] == jnp.arange(groups), 1)
-        choice = jnp.where(jnp.repeat(eligible, experts // groups, 1), choice, -jnp.inf)
-    chosen = lax.top_k(choice, k)[1]
-    weights = jnp.take_along_axis(scores, chosen, 1)
+    return jax.nn.softmax(wide, -1) if scoring == "softmax" else jax.nn.sigmoid(wide)
+
+
+def chosen_weights(logits, experts, *, scoring, renormalize, scale):
+    """(T, k) float32: what the chosen experts weigh, differentiable in the logits."""
+    weights = jnp.take_along_axis(expert_scores(logits, scoring), experts, 1)
     if renormalize:
         weights = weights / (jnp.sum(weights, -1, keepdims=True) + (1e-20 if scoring == "sigmoid" else 0.0))
-    return weights * scale, chosen.astype(jnp.int32)
+    return weights * scale
+
+
+def gating_forward(logits, *bias, k, scoring, groups, groups_kept, renormalize, scale):
+    """-> weights (T, k) float32, experts (T, k) int32."""
+    choice = expert_scores(logits, scoring)
+    if bias:
+        choice = choice + bias[0].astype(choice.dtype)
+    if groups > 1:
+        width = logits.shape[1] // groups
+        strength = jnp.sum(lax.top_k(choice.reshape(-1, groups, width), 2)[0], -1)
+        eligible = jnp.any(lax.top_k(strength, groups_kept)[1][:, :, None] == jnp.arange(groups), 1)
+        choice = jnp.where(jnp.repeat(eligible, width, 1), choice, -jnp.inf)
+    experts = lax.top_k(choice, k)[1].astype(jnp.int32)
+    return chosen_weights(logits, experts, scoring=scoring, renormalize=renormalize, scale=scale), experts
+
+
+_gating_operator = define_operator("moe_gating", reference=gating_forward, rule="t e -> t k, t k", replicate=("e", "k"))
+_gating_biased = define_operator("moe_gating_biased", reference=gating_forward, rule="t e, e -> t k, t k", replicate=("e", "k"))
+
+
+def _gate(logits, bias, params):
+    return _gating_operator(logits, **dict(params)) if bias is None else _gating_biased(logits, bias, **dict(params))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _gating(logits, bias, params):
+    return _gate(logits, bias, params)
+
+
+def _gating_fwd(logits, bias, params):
+    weights, experts = _gate(logits, bias, params)
+    return (weights, experts), (logits, bias, experts)
+
+
+def _gating_bwd(params, res, g):
+    logits, bias, experts = res
+    how = {name: value for name, value in params if name in ("scoring", "renormalize", "scale")}
+    (dlogits,) = jax.vjp(lambda x: chosen_weights(x, experts, **how), logits)[1](g[0])
+    return dlogits, None if bias is None else jnp.zeros_like(bias)
+
+
+_gating.defvjp(_gating_fwd, _gating_bwd)
 
 
 def moe_permute(tokens, experts, *, num_experts: int):
@@ -180,34 +236,57 @@ def moe_unpermute(permuted, destination, weights):
     return _unpermute(permuted, destination, weights)
 
 
-@jax.custom_vjp
-def _permute(tokens, order, destination):
+def permute_forward(tokens, order, destination):
+    """-> permuted (T * k, D); `order` lists the copies by expert, `destination` is its inverse."""
     return tokens[order // destination.shape[1]]
 
 
-def _permute_bwd(res, g):
-    order, destination = res
-    total = jnp.sum(g[destination].astype(accumulator(g.dtype)), 1)
-    return total.astype(g.dtype), zero_cotangent(order), zero_cotangent(destination)
+def permute_backward(g, destination):
+    """-> dtokens (T, D): the k copies add up in float32."""
+    return jnp.sum(g[destination].astype(accumulator(g.dtype)), 1).astype(g.dtype)
 
 
-_permute.defvjp(lambda tokens, order, destination: (_permute(tokens, order, destination), (order, destination)), _permute_bwd)
-
-
-@jax.custom_vjp
-def _unpermute(permuted, destination, weights):
+def unpermute_forward(permuted, destination, weights):
+    """-> tokens (T, D)."""
     rows = permuted[destination].astype(accumulator(permuted.dtype))
     return jnp.sum(rows * weights[..., None].astype(rows.dtype), 1).astype(permuted.dtype)
 
 
-def _unpermute_bwd(res, g):
-    permuted, destination, weights = res
+def unpermute_backward(g, permuted, destination, weights):
+    """-> dpermuted (T * k, D), dweights (T, k) float32. `destination` is a permutation, so nothing collides in the scatter."""
     wide = g.astype(accumulator(g.dtype))
-    dweights = jnp.sum(permuted[destination].astype(wide.dtype) * wide[:, None], -1).astype(weights.dtype)
-    # `destination` is a permutation of the rows, so the gradient is a scatter without collisions.
+    dweights = jnp.sum(permuted[destination].astype(wide.dtype) * wide[:, None], -1)
     rows = (wide[:, None] * weights[..., None].astype(wide.dtype)).astype(permuted.dtype)
     dpermuted = jnp.zeros_like(permuted).at[destination.reshape(-1)].set(rows.reshape(-1, rows.shape[-1]), unique_indices=True)
-    return dpermuted, zero_cotangent(destination), dweights
+    return dpermuted, dweights
 
 
-_unpermute.defvjp(lambda *args: (_unpermute(*args), args), _unpermute_bwd)
+_ROWS = ("p", "t", "k")  # routing moves rows anywhere, so they stay whole; the width is free
+_permute_operator = define_operator("moe_permute", reference=permute_forward, rule="t d, p, t k -> p d", replicate=_ROWS)
+_permute_gradient = define_operator("moe_permute_backward", reference=permute_backward, rule="p d, t k -> t d", replicate=_ROWS)
+_unpermute_operator = define_operator("moe_unpermute", reference=unpermute_forward, rule="p d, t k, t k -> t d", replicate=_ROWS)
+_unpermute_gradient = define_operator("moe_unpermute_backward", reference=unpermute_backward,
+                                      rule="t d, p d, t k, t k -> p d, t k", reduces={1: ("d",)}, replicate=_ROWS)
+
+
+@jax.custom_vjp
+def _permute(tokens, order, destination):
+    return _permute_operator(tokens, order, destination)[0]
+
+
+_permute.defvjp(lambda tokens, order, destination: (_permute_operator(tokens, order, destination)[0], (order, destination)),
+                lambda res, g: (_permute_gradient(g, res[1])[0], zero_cotangent(res[0]), zero_cotangent(res[1])))
+
+
+@jax.custom_vjp
+def _unpermute(permuted, destination, weights):
+    return _unpermute_operator(permuted, destination, weights)[0]
+
+
+def _unpermute_bwd(res, g):
+    permuted, destination, weights = res
+    dpermuted, dweights = _unpermute_gradient(g, permuted, destination, weights)
+    return dpermuted, zero_cotangent(destination), dweights.astype(weights.dtype)
+
+
+_unpermute.defvjp(lambda *args: (_unpermute_operator(*args)[0], args), _unpermute_bwd)

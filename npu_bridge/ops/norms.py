@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from npu_bridge.jaxcompat import define_operator
 from npu_bridge.ops._common import accumulator, require, require_float
 
 
@@ -43,19 +44,24 @@ def rms_norm_backward(g, x, scale, rstd):
     return dx.astype(x.dtype), jnp.sum(g * normed, tuple(range(x.ndim - 1)))
 
 
+_forward = define_operator("rms_norm", reference=rms_norm_forward, rule="... d, d -> ... d, ... u", replicate=("d", "u"))
+_backward = define_operator("rms_norm_backward", reference=rms_norm_backward, rule="... d, ... d, d, ... u -> ... d, d",
+                            reduces={1: ("...",)}, replicate=("d", "u"))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _rms_norm(x, scale, eps):
-    return rms_norm_forward(x, scale, eps=eps)[0]
+    return _forward(x, scale, eps=eps)[0]
 
 
 def _rms_norm_fwd(x, scale, eps):
-    y, rstd = rms_norm_forward(x, scale, eps=eps)
+    y, rstd = _forward(x, scale, eps=eps)
     return y, (x, scale, rstd)
 
 
 def _rms_norm_bwd(eps, res, g):
     x, scale, rstd = res
-    dx, dscale = rms_norm_backward(g, x, scale, rstd)
+    dx, dscale = _backward(g, x, scale, rstd)
     return dx, dscale.astype(scale.dtype)
 
 
@@ -98,19 +104,25 @@ def layer_norm_backward(g, x, scale, mean, rstd):
     return dx.astype(x.dtype), jnp.sum(g * normed, leading), jnp.sum(g, leading)
 
 
+_layer_forward = define_operator("layer_norm", reference=layer_norm_forward, rule="... d, d, d -> ... d, ... u, ... u", replicate=("d", "u"))
+_layer_backward = define_operator("layer_norm_backward", reference=layer_norm_backward,
+                                  rule="... d, ... d, d, ... u, ... u -> ... d, d, d",
+                                  reduces={1: ("...",), 2: ("...",)}, replicate=("d", "u"))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _layer_norm(x, scale, bias, eps):
-    return layer_norm_forward(x, scale, bias, eps=eps)[0]
+    return _layer_forward(x, scale, bias, eps=eps)[0]
 
 
 def _layer_norm_fwd(x, scale, bias, eps):
-    y, mean, rstd = layer_norm_forward(x, scale, bias, eps=eps)
+    y, mean, rstd = _layer_forward(x, scale, bias, eps=eps)
     return y, (x, scale, mean, rstd, jnp.zeros((), bias.dtype))
 
 
 def _layer_norm_bwd(eps, res, g):
     x, scale, mean, rstd, like_bias = res
-    dx, dscale, dbias = layer_norm_backward(g, x, scale, mean, rstd)
+    dx, dscale, dbias = _layer_backward(g, x, scale, mean, rstd)
     return dx, dscale.astype(scale.dtype), dbias.astype(like_bias.dtype)
 
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from npu_bridge.jaxcompat import define_operator
 from npu_bridge.ops._common import accumulator, require
 
 
@@ -21,7 +22,8 @@ def fused_adamw(param, grad, mu, nu, *, step, learning_rate, b1, b2, eps, weight
     dtype = accumulator(param.dtype)
     step = jnp.asarray(step).astype(dtype)
     learning_rate = jnp.asarray(learning_rate, dtype)
-    return adamw_update(param, grad, mu, nu, step, learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    return _adamw(param, grad, mu, nu, step, learning_rate,
+                  b1=float(b1), b2=float(b2), eps=float(eps), weight_decay=float(weight_decay))
 
 
 def adamw_update(param, grad, mu, nu, step, learning_rate, *, b1, b2, eps, weight_decay):
@@ -35,6 +37,9 @@ def adamw_update(param, grad, mu, nu, step, learning_rate, *, b1, b2, eps, weigh
     denominator = jnp.sqrt(v) / jnp.sqrt(1 - b2**step) + eps
     p = p - learning_rate / (1 - b1**step) * m / denominator
     return p.astype(param.dtype), m.astype(mu.dtype), v.astype(nu.dtype)
+
+
+_adamw = define_operator("adamw", reference=adamw_update, rule="..., ..., ..., ..., , -> ..., ..., ...", inplace={0: 0, 1: 2, 2: 3})
 
 
 def global_norm(tree):

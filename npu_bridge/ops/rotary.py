@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from npu_bridge.jaxcompat import define_operator
 from npu_bridge.ops._common import accumulator, require, require_float
 
 MODES = ("half", "interleaved")
@@ -62,13 +63,18 @@ def rotary_backward(g, cos, sin, *, mode):
     return dx if width == g.shape[-1] else jnp.concatenate([dx, g[..., width:]], -1)
 
 
+_RULE = "b t n h, b t r, b t r -> b t n h"
+_forward = define_operator("rotary", reference=rotary_forward, rule=_RULE, replicate=("h", "r"))
+_backward = define_operator("rotary_backward", reference=rotary_backward, rule=_RULE, replicate=("h", "r"))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _rotary(x, cos, sin, mode):
-    return rotary_forward(x, cos, sin, mode=mode)
+    return _forward(x, cos, sin, mode=mode)[0]
 
 
 def _rotary_fwd(x, cos, sin, mode):
-    return rotary_forward(x, cos, sin, mode=mode), (x, cos, sin)
+    return _forward(x, cos, sin, mode=mode)[0], (x, cos, sin)
 
 
 def _rotary_bwd(mode, res, g):
@@ -78,7 +84,7 @@ def _rotary_bwd(mode, res, g):
     head, gh = x[..., :width].astype(dtype), g[..., :width].astype(dtype)
     dcos = jnp.sum(gh * head, 2).astype(cos.dtype)
     dsin = jnp.sum(gh * turn(head, mode), 2).astype(sin.dtype)
-    return rotary_backward(g, cos, sin, mode=mode), dcos, dsin
+    return _backward(g, cos, sin, mode=mode)[0], dcos, dsin
 
 
 _rotary.defvjp(_rotary_fwd, _rotary_bwd)
