@@ -67,7 +67,7 @@ def build(out: Path, size: str = "standard", seed: int = 0, processes: int | Non
     tokenizer = load_tokenizer(TokenizerConfig(path=vocabulary.TOKENIZER, id_table=str(out / "id_table.json")))
     console.print(f"{out}: id_table.json, {len(table):,} ids")
     files = _write_sources(out, size, seed, processes, tokenizer, console)
-    contact.write_sheets(out)
+    contact.write_sheets(out, 12 if size == "smoke" else 48)
     manifest = {
         "format": FORMAT,
         "fingerprint": fingerprint,

@@ -10,26 +10,25 @@ from pathlib import Path
 import pyarrow.parquet
 from PIL import Image, ImageDraw, ImageFont
 
-PICTURES = 48
 COLUMNS = 6
 ZOOM = 2
 CAPTION_LINES, LINE = 4, 12
 
 
-def write_sheets(folder: Path) -> None:
-    """One PNG a parquet file that has pictures, into `folder/contact`."""
+def write_sheets(folder: Path, pictures: int) -> None:
+    """One PNG of at most `pictures` pictures a parquet file that has any, into `folder/contact`."""
     target = folder / "contact"
     target.mkdir(exist_ok=True)
     for path in sorted(folder.glob("*/*.parquet")):
-        rows = _spread(path)
+        rows = _spread(path, pictures)
         if any(row["images"] for row in rows):
-            sheet(rows).save(target / f"{path.parent.name}-{path.stem}.png")
+            sheet(rows).save(target / f"{path.parent.name}-{path.stem}.png", compress_level=1)
 
 
-def _spread(path: Path) -> list[dict]:
+def _spread(path: Path, count: int) -> list[dict]:
     table = pyarrow.parquet.read_table(path)
-    step = max(1, len(table) // PICTURES)
-    return table.take(list(range(0, len(table), step))[:PICTURES]).to_pylist()
+    step = max(1, len(table) // count)
+    return table.take(list(range(0, len(table), step))[:count]).to_pylist()
 
 
 def sheet(rows: Sequence[dict]) -> Image.Image:
