@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import itertools
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ _SAME_SHAPE = frozenset(
     "abs add and atan2 cbrt ceil compare complex convert cosine count_leading_zeros divide exponential exponential_minus_one floor "
     "is_finite log log_plus_one logistic maximum minimum multiply negate not or popcnt power reduce_precision remainder "
     "round_nearest_afz round_nearest_even rsqrt shift_left shift_right_arithmetic shift_right_logical sign sine sqrt subtract tan "
-    "tanh xor".split()
+    "tanh xor acos acosh asin asinh atan atanh bessel_i1e cosh digamma erf erf_inv erfc is_inf is_neg_inf is_pos_inf lgamma next_after "
+    "polygamma sinh square zeta".split()
 )
 _NUMBERS = {"gather": stablehlo.GatherDimensionNumbers, "scatter": stablehlo.ScatterDimensionNumbers}
 _FIELDS = {
@@ -40,6 +42,16 @@ _FIELDS = {
 }  # fmt: skip
 _SKIPPED = frozenset({"sdy.sharding", "sdy.sharding_rule", "channel_handle", "precision_config", "compare_type", "mhlo.backend_config",
                       "backend_config", "result_accuracy", "out_sharding", "api_version", "use_global_device_ids"})  # fmt: skip
+
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_MOVES = re.compile(r"\{([^{}]*)\}: *(\d+) *-> *(\d+)")
+_AXIS = re.compile(r'"([^"]+)"(?::\((\d+)\)(\d+))?')
+
+
+def _axes_of(text: str) -> tuple[str, ...]:
+    """``"x", "y":(1)2`` -> ("x", "y:1:2")."""
+    return tuple(f"{name}:{before}:{size}" if size else name for name, before, size in _AXIS.findall(text))
 
 
 def _plain(value: Any) -> Any:
@@ -336,9 +348,11 @@ class Importer:
 
     # -- collectives ----------------------------------------------------------------------------------------------------
 
+    # Python has no bindings for the attributes of Shardy's collectives: they are read from their text.
+
     def _lists(self, attr: ir.Attribute) -> list[tuple[str, ...]]:
-        """``[{"x"}, {"y", "z"}]``: axis references of each dimension."""
-        return [tuple(self._axis(a) for a in axes) for axes in attr]
+        """``[{"x"}, {"y", "z":(1)2}]``: axis references of each dimension."""
+        return [_axes_of(group) for group in _BRACES.findall(str(attr))]
 
     def _import_all_gather(self, op, made, out, env, manual):
         if op.name.startswith("sdy."):
@@ -363,7 +377,7 @@ class Importer:
 
     def _import_all_reduce(self, op, made, out, env, manual):
         if op.name.startswith("sdy."):
-            axes = tuple(self._axis(a) for a in op.attributes["reduction_axes"])
+            axes = _axes_of(str(op.attributes["reduction_axes"]))
             made.attrs = {"axes": axes, "kind": self._partial_kind(made.operands[0], made)}
             out.ops.append(made)
             return made.results
@@ -408,10 +422,7 @@ class Importer:
 
     def _import_all_to_all(self, op, made, out, env, manual):
         if op.name.startswith("sdy."):
-            steps = [
-                (tuple(self._axis(a) for a in p.axes), p.src_dim, p.tgt_dim) if hasattr(p, "axes") else self._all_to_all_text(str(p))
-                for p in op.attributes["params"]
-            ]
+            steps = [(_axes_of(a), int(s), int(t)) for a, s, t in _MOVES.findall(str(op.attributes["params"]))]
         else:
             attrs = self.attributes(op, "all_to_all")
             axes = self.group_axes(attrs["replica_groups"], made)
@@ -429,17 +440,6 @@ class Importer:
             out.ops.append(step)
             value = step.result
         return [value]
-
-    @staticmethod
-    def _all_to_all_text(text: str) -> tuple[tuple[str, ...], int, int]:
-        # Python has no binding for this attribute: {"x", "y":(1)2}: 0->1, also printed inside #sdy.all_to_all_param<...>.
-        axes_text, dims = text[text.index("{") + 1 :].split("}:")
-        axes = []
-        for item in axes_text.split(","):
-            name, _, sub = item.strip().partition('":(')
-            axes.append(name.strip('"') + (":" + sub.replace(")", ":") if sub else ""))
-        source, target = dims.strip(" >").split("->")
-        return tuple(axes), int(source), int(target)
 
     def _import_collective_permute(self, op, made, out, env, manual):
         if op.name.startswith("sdy."):

@@ -120,6 +120,12 @@ def _rule_select_and_scatter(op: ir.Operation):
     return [big, [(f"d{d}" if s else f"whole_s{d}",) for d, s in enumerate(same)], []], [big]
 
 
+def _rule_pointwise(op: ir.Operation):
+    """Shardy has no rules for CHLO; all that reach this point are element-wise."""
+    dims = lambda v: [(f"d{d}",) for d in range(len(_shape(v)))]
+    return [dims(o) for o in op.operands], [dims(r) for r in op.results]
+
+
 def _rule_replicated(op: ir.Operation):
     name = lambda kind, i, s: [(f"whole_{kind}{i}_{d}",) for d in range(len(s))]
     ins = [name("o", i, _shape(v)) for i, v in enumerate(op.operands)]
@@ -151,7 +157,8 @@ def _rule_reduce(op: ir.Operation):
     count = len(op.results)
     start = op.operands[-1].owner
     known = not isinstance(start, ir.Block) and start.name in ("stablehlo.constant", "sdy.constant")
-    if count == 1 and len(body) == 2 and body[0] in _NEUTRAL and known:
+    logic = body[0] in ("or", "and") and str(ir.RankedTensorType(op.results[0].type).element_type) != "i1"
+    if count == 1 and len(body) == 2 and body[0] in _NEUTRAL and known and not logic:
         wanted = _NEUTRAL[body[0]]
         value = ir.DenseElementsAttr(start.attributes["value"]).get_splat_value().value
         if wanted is None or value in wanted:
@@ -179,7 +186,7 @@ _STRICT: dict[str, Callable] = {
 
 def _strict_rules(module: ir.Module) -> None:
     def visit(op: ir.Operation) -> ir.WalkResult:
-        make = _STRICT.get(op.name)
+        make = _rule_pointwise if op.name.startswith("chlo.") else _STRICT.get(op.name)
         found = make(op) if make is not None else None
         if found is not None:
             tidy = lambda values: tuple(tuple(v) for v in values)

@@ -39,6 +39,7 @@ class Emitter:
         self.constants: list[tuple] = []  # (numpy array of the whole value, axes of each dimension)
         self.kernels: list[dict] = []
         self.collectives: list[dict] = []
+        self.groups: set[tuple[str, ...]] = set()  # axes over which one call exchanges
         self.problems: list[str] = []
         self.location = Location()
         self._count = 0
@@ -186,9 +187,11 @@ class Emitter:
         self.items.append(Function(name, params, lines, results))
         return name
 
-    def note_collective(self, op: Op, kind: str, axes: Sequence[str], type: Type, moved: int) -> None:
-        """Records an exchange: `moved` bytes leave this device in one execution."""
+    def note_collective(self, op: Op, kind: str, dims: Sequence[Sequence[str]], type: Type, moved: int) -> None:
+        """Records an exchange: `moved` bytes leave this device in one execution. dims: axes of each call it takes."""
+        self.groups.update(tuple(d) for d in dims if d)
+        axes = tuple(a for d in dims for a in d)
         self.collectives.append(
-            {"kind": kind, "axes": tuple(axes), "devices": self.mesh.size(tuple(axes)), "shape": type.shape, "dtype": type.dtype,
+            {"kind": kind, "axes": axes, "devices": self.mesh.size(axes), "shape": type.shape, "dtype": type.dtype,
              "bytes": moved, "times": self._trips, "location": str(op.location)}
         )  # fmt: skip

@@ -13,7 +13,7 @@ def all_reduce(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     n = e.mesh.size(axes)
     if n == 1:
         return x
-    e.note_collective(op, "all_reduce", axes, x.type, 2 * x.type.bytes * (n - 1) // n)
+    e.note_collective(op, "all_reduce", [axes], x.type, 2 * x.type.bytes * (n - 1) // n)
     form = f"rt.all_reduce({{}}, {axes}, {kind!r})"
     return e.emit(
         form.format(f"{x.name}.clone()"), [x], op.result.type, inplace=[(x, form.format(x.name))], kind="collective"
@@ -27,8 +27,7 @@ def _dims(op: Op) -> list[tuple[str, ...]]:
 @lowering("all_gather")
 def all_gather(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     x, dims = e.tensor(args[0]), _dims(op)
-    axes = tuple(a for d in dims for a in d)
-    e.note_collective(op, "all_gather", axes, op.result.type, op.result.type.bytes - x.type.bytes)
+    e.note_collective(op, "all_gather", dims, op.result.type, op.result.type.bytes - x.type.bytes)
     return e.emit(f"rt.all_gather({x.name}, {dims})", [x], op.result.type, kind="collective")
 
 
@@ -47,8 +46,7 @@ def all_slice(e: Emitter, op: Op, args: list[Operand]) -> Operand:
 @lowering("reduce_scatter")
 def reduce_scatter(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     x, dims = e.tensor(args[0]), _dims(op)
-    axes = tuple(a for d in dims for a in d)
-    e.note_collective(op, "reduce_scatter", axes, x.type, x.type.bytes - op.result.type.bytes)
+    e.note_collective(op, "reduce_scatter", dims, x.type, x.type.bytes - op.result.type.bytes)
     return e.emit(f"rt.reduce_scatter({x.name}, {dims}, {op.attrs['kind']!r})", [x], op.result.type, kind="collective")
 
 
@@ -56,7 +54,7 @@ def reduce_scatter(e: Emitter, op: Op, args: list[Operand]) -> Operand:
 def all_to_all(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     x, axes = e.tensor(args[0]), tuple(op.attrs["axes"])
     n = e.mesh.size(axes)
-    e.note_collective(op, "all_to_all", axes, x.type, x.type.bytes * (n - 1) // n)
+    e.note_collective(op, "all_to_all", [axes], x.type, x.type.bytes * (n - 1) // n)
     code = f"rt.all_to_all({x.name}, {axes}, {op.attrs['source']}, {op.attrs['target']})"
     return e.emit(code, [x], op.result.type, kind="collective")
 
@@ -67,7 +65,7 @@ def permute(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     pairs = [tuple(p) for p in op.attrs["pairs"]]
     if all(s == t for s, t in pairs) and len(pairs) == e.mesh.count:
         return x
-    e.note_collective(op, "permute", tuple(e.mesh.sizes), x.type, x.type.bytes)
+    e.note_collective(op, "permute", [tuple(e.mesh.sizes)], x.type, x.type.bytes)
     return e.emit(f"rt.permute({x.name}, {pairs})", [x], op.result.type, kind="collective")
 
 

@@ -56,10 +56,11 @@ def scatter(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     numbers = {k: a[k] for k in ("update_window_dims", "inserted_window_dims", "input_batching_dims", "scatter_indices_batching_dims",
                                  "scattered_dims_to_operand_dims", "index_vector_dim")}  # fmt: skip
     text = ", ".join(f"{k}={v}" for k, v in numbers.items())
-    form = f"T.scatter_({{}}, {indices.name}, {updates.name}, {mode!r}, {text}{_shard_text(op)})"
+    rest = f"{indices.name}, {updates.name}, {mode!r}, {text}{_shard_text(op)})"
     return e.emit(
-        form.format(f"{x.name}.clone()"), [x, indices, updates], op.result.type, inplace=[(x, form.format(x.name))], kind="scatter"
-    )
+        f"T.scatter_({x.name}.clone(), {rest}", [x, indices, updates], op.result.type, inplace=[(x, f"T.scatter_({x.name}, {rest}")],
+        kind="scatter",
+    )  # fmt: skip
 
 
 @lowering("rng_bit_generator")

@@ -73,7 +73,6 @@ def generate(program: Program, *, allow_host_sync: bool = False) -> Source:
         "inplace_updates": plan.inplace,
         "copies": plan.copies,
     }
-    axes = sorted({tuple(c["axes"]) for c in emitter.collectives})
     return Source(
-        "\n".join(lines) + "\n", emitter.constants, emitter.kernels, emitter.collectives, memory, sum(1 for _ in walk(items)), axes
+        "\n".join(lines) + "\n", emitter.constants, emitter.kernels, emitter.collectives, memory, sum(1 for _ in walk(items)), sorted(emitter.groups)
     )
