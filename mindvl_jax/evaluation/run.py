@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -137,14 +136,14 @@ def _items(task: EvaluationTask, most: int | None) -> list[Item]:
 
 def _blind_majority(task: EvaluationTask) -> float | None:
     """Score of always giving each question's most frequent training answer, as the data set's manifest states it."""
-    folder = Path(task.source.path)
-    for place in (folder, *folder.parents[:2]):
-        if (place / "manifest.json").is_file():
+    path = Path(task.source.path)
+    for folder in path.parents[:2]:
+        if (folder / "manifest.json").is_file():
             try:
-                blind = json.loads((place / "manifest.json").read_text()).get("blind_majority", {})
-            except (ValueError, AttributeError):
+                blind = read_json(folder / "manifest.json").get("blind", {})
+            except (ValueError, AttributeError):  # some other data set's manifest
                 return None
-            return blind.get(task.name)
+            return blind.get(path.stem)
     return None
 
 

@@ -43,8 +43,8 @@ def bucket_of(tokens: int, patches: int, images: int, *, halves: bool = False) -
 
 
 def rows_for(count: int, most: int) -> int:
-    """Rows of a prefill that admits `count` prompts: 1, a quarter of the slots, or all of them."""
-    for rows in (1, -(-most // 4), most):
+    """Rows of a prefill that admits `count` of at most `most` prompts: 1, a quarter, or all (few slots: always all)."""
+    for rows in (1, -(-most // 4), most) if most > 4 else (most,):
         if count <= rows:
             return rows
     raise ValueError(f"{count} prompts do not fit {most} rows")

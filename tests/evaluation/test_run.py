@@ -16,7 +16,7 @@ from mindvl_jax.evaluation.store import read_jsonl
 @pytest.fixture(scope="module")
 def config(opened, samples_file, tokenizer):
     numbers = samples_file("numbers", broken=(5,))
-    (numbers.parent / "manifest.json").write_text(json.dumps({"blind_majority": {"numbers": 0.125}}))
+    (numbers.parent / "manifest.json").write_text(json.dumps({"blind": {"numbers": 0.125}}))
     phase = dict(mixture=[{"source": "numbers"}], steps=10, rows=1, sequence_length=64, patches_per_row=64, learning_rate=1e-3, min_pixels=784, max_pixels=784 * 8)
     return Config.model_validate(dict(
         run={"dir": "unused"}, model=opened.model.config.model_dump(), tokenizer={"path": str(tokenizer._file)}, data={"sources": {"numbers": {"path": str(numbers)}}},

@@ -15,10 +15,10 @@ def generator(opened):
 
 @pytest.fixture(scope="module")
 def requests(draw_pictures):
-    drawn = iter(draw_pictures(20))
+    drawn = iter(draw_pictures(20, largest=84))
     return [
-        Request.from_prompt("tell me " * (1 + index % 4), [next(drawn) for _ in range(index % 3)], id=f"r{index}", sampling=Sampling(max_new_tokens=2 + index % 7))
-        for index in range(14)
+        Request.from_prompt("tell me " * (1 + index % 4), [next(drawn) for _ in range((0, 0, 1, 2)[index % 4])], id=f"r{index}", sampling=Sampling(max_new_tokens=2 + index % 7))
+        for index in range(10)
     ]
 
 
@@ -47,7 +47,7 @@ def _reference(opened, generator, request, steps):
     return tokens, logprobs
 
 
-@pytest.mark.parametrize("index", [0, 5, 13])  # no picture, two pictures, one picture
+@pytest.mark.parametrize("index", [0, 3])  # no picture, two pictures
 def test_cached_decoding_gives_the_tokens_of_reading_everything_again(opened, generator, requests, answers, index):
     tokens, logprobs = _reference(opened, generator, requests[index], requests[index].sampling.max_new_tokens)
     assert list(answers[index].tokens) == tokens
@@ -57,13 +57,13 @@ def test_cached_decoding_gives_the_tokens_of_reading_everything_again(opened, ge
 
 def test_a_batch_of_mixed_requests_answers_as_each_would_alone(opened, requests, answers):
     alone = Generator(opened, slots=1)
-    for request, batched in zip(requests, answers):
+    for request, batched in list(zip(requests, answers))[:4]:  # none, none, one and two pictures
         assert alone.generate([request])[0].tokens == batched.tokens, request.id
 
 
 def test_pictures_decide_what_is_answered(generator, draw_pictures):
     sampling = Sampling(max_new_tokens=8)
-    texts = {generator.generate([Request.from_prompt("what", [picture], sampling=sampling)])[0].tokens for picture in draw_pictures(6, seed=3)}
+    texts = {generator.generate([Request.from_prompt("what", [picture], sampling=sampling)])[0].tokens for picture in draw_pictures(6, seed=3, largest=84)}
     assert len(texts) > 1, "six different pictures all gave the same answer"
 
 
@@ -143,7 +143,7 @@ def test_an_answer_ends_where_the_context_is_full(opened):
 
 
 def test_a_broken_picture_is_refused_by_name_or_answered_with_its_error(generator, draw_pictures):
-    good, bad = Request.from_prompt("q", draw_pictures(1), id="good"), Request.from_prompt("q", [b"no picture"], id="bad")
+    good, bad = Request.from_prompt("q", draw_pictures(1, largest=84), id="good"), Request.from_prompt("q", [b"no picture"], id="bad")
     with pytest.raises(UserError, match="request bad: "):
         generator.generate([good, bad])
     answers = generator.generate([good, bad], skip_errors=True)
