@@ -39,7 +39,8 @@ def test_digits_stand_in_their_own_squares_in_the_order_of_the_answer():
             square = square - square.mean()
             # Ink may be lighter or darker than the paper: the sign of the match does not matter.
             match = np.abs((small * square).sum((1, 2))) / np.linalg.norm(square)
-            assert labels[match.argmax()] == int(digit) and match.max() > 0.9, (answer, place, float(match.max()))
+            # 0.8: the 25-pixel digit stands half a pixel off the grid that it is compared on; other digits reach 0.7.
+            assert labels[match.argmax()] == int(digit) and match.max() > 0.8, (answer, place, float(match.max()))
 
 
 def test_letters_stand_in_their_own_squares():
