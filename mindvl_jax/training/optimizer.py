@@ -69,8 +69,8 @@ def parameter_rules(trained: Iterable[str], phase: PhaseConfig, optimizer: Optim
 
 
 def zero_moments(trained: Params) -> Params:
-    """Float32 zeros of the trained shapes: the state of a moment before the first update."""
-    return {path: jnp.zeros(value.shape, jnp.float32) for path, value in trained.items()}
+    """Float32 zeros beside the trained parameters: a moment before the first update."""
+    return {path: jnp.zeros(value.shape, jnp.float32, device=value.sharding) for path, value in trained.items()}
 
 
 def adamw(

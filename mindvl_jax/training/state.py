@@ -123,10 +123,8 @@ def start_phase(
             )
         mu, nu, updates = before.mu, before.nu, before.updates
     else:
-        shardings = {path: value.sharding for path, value in own.items()}
         # Two calls: mu and nu must not share buffers, both are donated.
-        zeros = jax.jit(lambda: zero_moments(own), out_shardings=shardings)
-        mu, nu, updates = zeros(), zeros(), counter(0)
+        mu, nu, updates = zero_moments(own), zero_moments(own), counter(0)
     return TrainState(
         trained=own,
         frozen={path: params[path] for path in frozen},

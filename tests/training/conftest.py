@@ -4,6 +4,7 @@ import copy
 import io
 import json
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -50,6 +51,26 @@ def write_data(folder, count=48, seed=0):
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / "squares.parquet")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Runs of one configuration compile once in the whole session, in subprocesses too."""
+    if jax.config.jax_compilation_cache_dir is not None:
+        yield jax.config.jax_compilation_cache_dir
+        return
+    folder = str(tmp_path_factory.mktemp("xla"))
+    settings = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("assets")
@@ -72,9 +93,9 @@ def run_mapping(assets, tmp_path):
         mapping = {
             "run": {"dir": str(tmp_path / name), "seed": 3},
             "model": {
-                "vision": {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "window_size": 56, "fullatt_block_indexes": [1]},
+                "vision": {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "window_size": 56, "fullatt_block_indexes": [0]},
                 "text": {
-                    "family": "qwen3", "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 4,
+                    "family": "qwen3", "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_layers": 1, "num_heads": 4,
                     "num_kv_heads": 2, "head_dim": 16, "rope_theta": 1e4, "tie_word_embeddings": True, "rope": "mrope", "mrope_section": [2, 3, 3],
                 },
                 "image_token_id": 261, "video_token_id": 262, "vision_start_token_id": 259, "vision_end_token_id": 260, "compute_dtype": "float32",

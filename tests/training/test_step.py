@@ -14,7 +14,7 @@ from mindvl_jax.batch import BatchShape
 from mindvl_jax.config import MeshConfig, OptimizerConfig, PhaseConfig
 from mindvl_jax.errors import UserError
 from mindvl_jax.parallel.mesh import make_mesh
-from mindvl_jax.parallel.rules import row_sharding
+from mindvl_jax.parallel.rules import replicated, row_sharding
 from mindvl_jax.training.params import ModelOutline, matches
 from mindvl_jax.training.state import initial_params, split_trained, start_phase
 from mindvl_jax.training.step import make_programs, program_key
@@ -73,7 +73,7 @@ def rows_of(batch, rows):
     return jax.tree.map(lambda x: x[rows], batch)
 
 
-COMPILED = {}  # programs by the phase's settings: most tests share them
+COMPILED = {}  # programs by the phase's settings, and the first parameters: the tests share them
 
 
 class Harness:
@@ -92,8 +92,10 @@ class Harness:
                 outline, phase=phase, optimizer=optimizer, shape=shape, trained=self.trained, frozen=self.frozen, mesh=mesh, loss_chunk=16
             )
         self.programs = COMPILED[key]
-        self.params = jax.device_get(initial_params(outline, mesh, 0))
-        self.state = start_phase(initial_params(outline, mesh, 0), self.trained, self.frozen, mesh)
+        if "params" not in COMPILED:
+            COMPILED["params"] = jax.device_get(initial_params(outline, mesh, 0))
+        self.params = COMPILED["params"]
+        self.state = start_phase(jax.device_put(self.params, replicated(mesh)), self.trained, self.frozen, mesh)
 
     def step(self, batch, rate=0.1):
         self.state, metrics = self.programs.train_step(self.state, jax.device_put(batch, row_sharding(self.mesh)), np.float32(rate))

@@ -1,0 +1,158 @@
+"""What a person watching sees: the truth at start-up, then one live line."""
+
+from __future__ import annotations
+
+import collections
+import math
+import platform
+import time
+from collections.abc import Collection, Mapping
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from mindvl_jax.config import Config, PhaseConfig
+from mindvl_jax.batch import BatchShape
+from mindvl_jax.parallel.mesh import describe_mesh
+from mindvl_jax.training.params import ModelOutline
+
+WINDOW = 20  # steps that the shown rates average over
+
+
+def human(number: float) -> str:
+    """1234567 -> 1.23M."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """3725 -> 1:02:05."""
+    if not math.isfinite(seconds):
+        return "?"
+    hours, rest = divmod(int(seconds + 0.5), 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def print_startup(console: Console, config: Config, outline: ModelOutline, mesh: Mesh, peak: float | None) -> None:
+    """Device, dtype and why, mesh, kernels, parameters by part."""
+    device = mesh.devices.flat[0]
+    processes = f", process {jax.process_index()} of {jax.process_count()}" if jax.process_count() > 1 else ""
+    compute, masters = config.model.compute_dtype, config.model.param_dtype
+    why = {
+        ("bfloat16", "float32"): "products in bfloat16 with float32 sums; parameters, moments, norms, softmax and loss in float32",
+        ("float32", "float32"): "everything in float32: exact, and slower than bfloat16 where the device has bfloat16 units",
+        ("bfloat16", "bfloat16"): "half the parameter memory; small updates round away: for inference or very large models",
+        ("float32", "bfloat16"): "parameters rounded to bfloat16, products in float32",
+    }[(compute, masters)]
+    rows = Table.grid(padding=(0, 2))
+    rows.add_row("device", f"{device.device_kind} ({device.platform}) on {platform.node() or 'this machine'}{processes}, jax {jax.__version__}")
+    rows.add_row("peak", f"{human(peak)}FLOP/s a device" if peak else "unknown for this device: no MFU (set logging.peak_flops)")
+    rows.add_row("mesh", describe_mesh(mesh))
+    rows.add_row("compute", f"{compute}, parameters {masters}: {why}")
+    rows.add_row("kernels", kernels_in_use(config, device.platform))
+    rows.add_row("remat", config.model.remat)
+    rows.add_row("run folder", config.run.dir)
+    console.print(rows)
+    console.print(parameter_table(config, outline))
+
+
+def kernels_in_use(config: Config, platform_name: str) -> str:
+    if config.backend == "xla":
+        return f"npu_bridge.ops reference mathematics, compiled by XLA for {platform_name}"
+    return f"npu_bridge.ops as torch kernels on {config.bridge.device}"
+
+
+def parameter_table(config: Config, outline: ModelOutline) -> Table:
+    """Parameters of each part, and in which phase each part learns."""
+    from mindvl_jax.training.params import matches_any
+
+    table = Table(title=None, box=None, padding=(0, 2), header_style="bold")
+    table.add_column("part")
+    table.add_column("parameters", justify="right")
+    for phase in config.training.phases:
+        table.add_column(phase.name)
+    parts: dict[str, list[str]] = collections.defaultdict(list)
+    for path in outline.shapes:
+        parts[path.split("/")[0]].append(path)
+    size = lambda paths: sum(math.prod(outline.shapes[path].shape) for path in paths)
+    for part, paths in parts.items():
+        cells = []
+        for phase in config.training.phases:
+            learning = [path for path in paths if matches_any(path, phase.train)]
+            cells.append("trained" if len(learning) == len(paths) else f"{human(size(learning))} trained" if learning else "frozen")
+        table.add_row(part, f"{size(paths):,}", *cells)
+    totals = [f"{human(size([p for p in outline.shapes if matches_any(p, phase.train)]))} trained" for phase in config.training.phases]
+    table.add_row("all", f"{size(outline.shapes):,}", *totals)
+    return table
+
+
+def print_phase(console: Console, phase: PhaseConfig, index: int, count: int, shape: BatchShape, trained: Collection[str], start: int) -> None:
+    resumed = f", from step {start}" if start else ""
+    console.print(
+        f"[bold]phase {index + 1}/{count} {phase.name}[/bold]: {phase.steps} steps{resumed} of {phase.gradient_accumulation} x {shape.rows} rows, "
+        f"tokens {shape.rows}x{shape.tokens}, patches {shape.rows}x{shape.patches}x{shape.patch_dim}, "
+        f"{len(trained)} arrays learn ({', '.join(phase.train)}), {phase.schedule} {phase.learning_rate:g}, loss by {phase.loss_reduction}"
+    )
+
+
+class LiveLine:
+    """One line that keeps up with the run; on a terminal it redraws, elsewhere a plain line appears every few seconds."""
+
+    def __init__(self, console: Console, total_steps: int, *, plain_seconds: float = 10.0):
+        self._console = console
+        self._total = total_steps
+        self._plain_seconds = plain_seconds
+        self._last_plain = -math.inf
+        self._recent: collections.deque[Mapping[str, float]] = collections.deque(maxlen=WINDOW)
+        self._progress = None
+        if console.is_terminal:
+            self._progress = Progress(TextColumn("{task.percentage:3.0f}%"), BarColumn(bar_width=16), TextColumn("{task.fields[line]}"), console=console)
+            self._task = self._progress.add_task("", total=total_steps, line="compiling")
+            self._progress.start()
+
+    def new_phase(self) -> None:
+        """Rates of another batch shape do not mix with those before."""
+        self._recent.clear()
+
+    def update(self, record: Mapping[str, float], *, first_of_phase: bool) -> None:
+        """Shows one step's record (see `trainer`); the first step of a phase holds its compilation and does not count for rates."""
+        if not first_of_phase:
+            self._recent.append(record)
+        text = self.text(record)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=record["step"], line=text)
+        elif record["step"] == self._total or time.monotonic() - self._last_plain >= self._plain_seconds:
+            self._last_plain = time.monotonic()
+            self._console.print(f"{100 * record['step'] / self._total:3.0f}% {text}", highlight=False, soft_wrap=True)
+
+    def text(self, record: Mapping[str, float]) -> str:
+        recent = self._recent or [record]
+        seconds = sum(r["step_seconds"] for r in recent)
+        mean = lambda key: sum(r[key] for r in recent) / len(recent)
+        rate = lambda key: sum(r[key] for r in recent) / seconds if seconds else 0.0
+        parts = [
+            f"{record['phase']} {record['step']}/{self._total}",
+            f"loss {record['loss']:.4f}",
+            f"{human(rate('tokens'))} tok/s",
+            f"{human(rate('samples'))} samples/s",
+        ]
+        if record.get("mfu") is not None:
+            parts.append(f"MFU {100 * mean('mfu'):.1f}% ({100 * mean('mfu_language'):.1f}% without ViT)")
+        parts.append(f"packed {100 * mean('token_efficiency'):.0f}%")
+        if record.get("skipped_steps"):
+            parts.append(f"skipped {record['skipped_steps']:.0f}")
+        if record.get("quarantined"):
+            parts.append(f"quarantined {record['quarantined']:.0f}")
+        left = (self._total - record["step"]) * seconds / len(recent)
+        parts.append(f"ETA {duration(left)}")
+        return " | ".join(parts)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()

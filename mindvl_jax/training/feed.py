@@ -1,0 +1,88 @@
+"""Batches on their way to the devices: one micro-step is always placed ahead of the one that runs."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import Mesh
+
+from mindvl_jax.batch import Batch, PackedBatch
+from mindvl_jax.errors import UserError
+from mindvl_jax.parallel.rules import row_sharding
+
+
+class Loader(Protocol):
+    """What training asks of a loader (see `mindvl_jax.data`)."""
+
+    counters: dict[str, Any]
+
+    def __iter__(self) -> Iterator[PackedBatch]: ...
+    def __next__(self) -> PackedBatch: ...
+    def state(self) -> dict: ...
+    def restore(self, state: dict) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """One micro-step's rows on the devices.
+
+    Attributes:
+      sample_ids: of this process's rows.
+      loader_state: the loader's state right after this batch; only at the last micro-step of an optimizer step, else None.
+      counters: the loader's counters right after this batch.
+    """
+
+    batch: Batch
+    sample_ids: tuple[str, ...]
+    loader_state: dict | None
+    counters: dict[str, Any]
+
+
+class Feed:
+    """Pulls from a loader and places rows on the mesh, `ahead` micro-steps early; transfers run beside the computation.
+
+    Args:
+      micro_steps: how many more to pull at all: the loader is never asked for a batch that no step takes.
+      accumulation: micro-steps of one optimizer step.
+    """
+
+    def __init__(self, loader: Loader, mesh: Mesh, *, micro_steps: int, accumulation: int, ahead: int = 1):
+        self._loader = loader
+        self._sharding = row_sharding(mesh)
+        self._micro_steps = micro_steps
+        self._accumulation = accumulation
+        self._pulled = 0
+        self._queue: collections.deque[MicroBatch] = collections.deque()
+        self._ahead = ahead
+
+    def next(self) -> MicroBatch:
+        """The next micro-step's batch. Call `refill` after its program is dispatched, so that the wait for data overlaps with it."""
+        if not self._queue:
+            self._pull()
+        return self._queue.popleft()
+
+    def refill(self) -> None:
+        while len(self._queue) < self._ahead and self._pulled < self._micro_steps:
+            self._pull()
+
+    def _pull(self) -> None:
+        try:
+            packed = next(self._loader)
+        except StopIteration:
+            raise UserError(
+                f"the data ran out after {self._pulled} of {self._micro_steps} micro-steps; the mixture's sources give no further batch"
+            ) from None
+        self._pulled += 1
+        border = self._pulled % self._accumulation == 0
+        if jax.process_count() > 1:
+            place = lambda rows: jax.make_array_from_process_local_data(self._sharding, rows)
+            batch = Batch(**{name: place(rows) for name, rows in packed.batch.fields().items()})
+        else:
+            batch = jax.device_put(packed.batch, self._sharding)
+        ids = tuple(sample for row in packed.sample_ids for sample in row)
+        self._queue.append(MicroBatch(batch, ids, self._loader.state() if border else None, dict(self._loader.counters)))

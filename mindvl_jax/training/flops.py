@@ -1,0 +1,87 @@
+"""Floating-point operations of a training step, from what the batch really held, for MFU.
+
+Counted is what the mathematics needs: real tokens and patches (no padding), attention inside segments and windows, the output head at
+labelled places only, gradients only where something learns. What is recomputed by remat is not counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+
+import jax
+
+from mindvl_jax.config import ModelConfig
+
+# Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets, by device_kind as JAX reports it.
+KNOWN_PEAKS: dict[str, float] = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+def known_peak(device_kind: str) -> float | None:
+    """Peak of a device kind; the longest known name that it starts with counts, None when there is none."""
+    fits = [name for name in KNOWN_PEAKS if device_kind.startswith(name)]
+    return KNOWN_PEAKS[max(fits, key=len)] if fits else None
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of one step: `language` alone, `vision` = tower and projector."""
+
+    language: float
+    vision: float
+
+
+class FlopCounter:
+    """FLOPs of a step from its counts (`step.batch_counts`)."""
+
+    def __init__(self, model: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeStruct], trained: Collection[str]):
+        self._model = model
+
+        def kernels(*prefixes: str) -> float:
+            return float(sum(math.prod(s.shape) for path, s in shapes.items() if path.startswith(prefixes) and path.endswith("/kernel")))
+
+        def learns(*prefixes: str) -> bool:
+            return any(path.startswith(prefixes) for path in trained)
+
+        def share(*prefixes: str) -> float:
+            """Part of the products under `prefixes` whose own weights learn."""
+            whole = kernels(*prefixes)
+            own = sum(math.prod(shapes[p].shape) for p in trained if p.startswith(prefixes) and p.endswith("/kernel"))
+            return own / whole if whole else 0.0
+
+        # 1 forward + 1 for the weights' gradients where they learn + 1 for the inputs' gradients where something upstream learns.
+        self._vision_kernels = kernels("vision/") * (1 + share("vision/") + learns("vision/"))
+        self._projector_kernels = kernels("projector/") * (1 + share("projector/") + learns("vision/", "projector/"))
+        decoder = "language/layers/"
+        upstream = learns("vision/", "projector/", "language/")
+        self._language_kernels = kernels(decoder) * (1 + share(decoder) + upstream)
+        text = model.text
+        head_learns = learns("language/embed/" if text.tie_word_embeddings else "language/head/")
+        self._head = text.hidden_size * text.vocab_size * (1.0 + head_learns + upstream)
+        self._language_attention = 3.0 if upstream else 1.0
+        self._vision_attention = 3.0 if learns("vision/") else 1.0
+
+    def __call__(self, counts: Mapping[str, float]) -> StepFlops:
+        """A multiply-add is two operations."""
+        text, vision = self._model.text, self._model.vision
+        language = 2 * (self._language_kernels * counts["tokens"] + self._head * counts["label_tokens"])
+        # Scores and weighted values: two products; causal attention needs half of the square.
+        language += self._language_attention * text.num_layers * 2 * text.num_heads * text.head_dim * counts["segment_squares"]
+        tower = 2 * (self._vision_kernels * counts["patches"] + self._projector_kernels * counts["patches"] / vision.merge_unit)
+        full = len(vision.fullatt_block_indexes)
+        squares = full * counts["image_squares"] + (vision.depth - full) * counts["window_squares"]
+        tower += self._vision_attention * 4 * vision.hidden_size * squares
+        return StepFlops(language=language, vision=tower)

@@ -1,0 +1,157 @@
+"""Where a run starts: anew, or exactly where its newest whole checkpoint stands."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mindvl_jax.config import Config
+from mindvl_jax.errors import UserError
+from mindvl_jax.training import checkpoint, metrics
+from mindvl_jax.training.checkpoint import CheckpointReader, DamagedCheckpoint, Progress
+from mindvl_jax.training.params import ModelOutline
+from mindvl_jax.training.state import TrainState, abstract_state
+
+# May change between a checkpoint and its continuation without a word: they do not change what is learned.
+SILENT = ("run", "mesh", "distributed", "checkpoint", "logging", "evaluation", "backend", "bridge", "model.remat", "data.workers", "data.prefetch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Start of a run.
+
+    Attributes:
+      state: restored, or None to start anew. phase, phase_step, step: where it stands.
+      loader: the loader's state to restore, None at the border of a phase.
+      notes: lines that the user should read.
+    """
+
+    state: TrainState | None = None
+    step: int = 0
+    phase: int = 0
+    phase_step: int = 0
+    loader: dict | None = None
+    totals: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def plan(config: Config, outline: ModelOutline, mesh: Mesh, parts: Sequence[tuple[list[str], list[str]]]) -> Plan:
+    """Decides by `run.resume`: `auto`, `never`, or the path of a checkpoint or run folder.
+
+    Raises:
+      UserError: `never` and the folder holds a run; nothing can be restored; or the checkpoint belongs to another model or plan.
+    """
+    run_dir = Path(config.run.dir)
+    own = checkpoint.has_checkpoints(run_dir)
+    recorded = (run_dir / metrics.FILE).exists() and (run_dir / metrics.FILE).stat().st_size > 0
+    if config.run.resume == "never":
+        if own or recorded:
+            raise UserError(
+                f"run.resume=never, but run.dir={run_dir} already holds a run; choose another folder, delete this one, "
+                "or use run.resume=auto to continue it"
+            )
+        return Plan()
+    if config.run.resume == "auto":
+        if own:
+            return _restore(config, outline, mesh, parts, run_dir)
+        notes = (f"{run_dir} has metrics but no checkpoint: starting anew",) if recorded else ()
+        return Plan(notes=notes)
+    source = Path(config.run.resume)
+    folder, _ = checkpoint.locate(source)
+    if own and folder.resolve() != (run_dir / checkpoint.FOLDER).resolve():
+        raise UserError(f"run.resume={source} would be continued in run.dir={run_dir}, which holds another run; choose an empty run.dir")
+    return _restore(config, outline, mesh, parts, source)
+
+
+def _restore(config: Config, outline: ModelOutline, mesh: Mesh, parts: Sequence[tuple[list[str], list[str]]], source: Path) -> Plan:
+    damaged: list[tuple[int, DamagedCheckpoint]] = []
+    found: tuple[Progress, TrainState, dict] | None = None
+    with CheckpointReader(source) as reader:
+        folder = reader.folder
+        for step in reader.candidates:
+            try:
+                progress, prints, plain = reader.progress(step)
+                _require_same_run(config, progress, plain, parts, folder / str(step))
+                found = progress, reader.state(step, abstract_state(outline, *parts[progress.phase], mesh), prints), plain
+                break
+            except DamagedCheckpoint as error:
+                damaged.append((step, error))
+    if found is None:
+        raise UserError(
+            f"{folder}: no checkpoint can be read whole; delete the folder to start anew, or restore it from a copy:\n  "
+            + "\n  ".join(str(error) for _, error in damaged)
+        )
+    progress, state, plain = found
+    notes = [f"[bold red]damaged checkpoint passed over[/bold red]: {error}" for _, error in damaged]
+    inside = folder.resolve() == (Path(config.run.dir) / checkpoint.FOLDER).resolve()
+    if inside:
+        notes += _set_aside(folder, [step for step, _ in damaged], newest=progress.step, run_dir=Path(config.run.dir))
+    notes.append(f"continuing {folder / str(progress.step)}: phase {progress.phase_name}, step {progress.step}")
+    notes += [f"changed since that checkpoint: {line}" for line in _changes(config, plain)]
+    return Plan(
+        state=state, step=progress.step, phase=progress.phase, phase_step=progress.phase_step, loader=progress.loader,
+        totals=progress.totals, notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _set_aside(folder: Path, damaged: Sequence[int], newest: int, run_dir: Path) -> list[str]:
+    """Moves damaged checkpoints out of the way of those that the run will save again, and keeps them for a look."""
+    if jax.process_index() != 0:
+        return []
+    notes = []
+    for step in damaged:
+        target = run_dir / "damaged" / str(step)
+        target.parent.mkdir(exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.move(folder / str(step), target)
+        notes.append(f"moved to {target}")
+    # A run that was told to continue from an older checkpoint of its own walks the same steps again.
+    for child in folder.iterdir():
+        if child.name.isdigit() and int(child.name) > newest:
+            shutil.rmtree(child)
+            notes.append(f"removed {child}: it lies beyond the checkpoint that is continued")
+    return notes
+
+
+def _require_same_run(config: Config, progress: Progress, plain: dict, parts: Sequence[tuple[list[str], list[str]]], where: Path) -> None:
+    """Raises UserError when the checkpoint cannot be continued under this configuration."""
+    ours, theirs = config.model.model_dump(mode="json"), plain["model"]
+    free = {"remat", "compute_dtype", "preset"}
+    other = [line for line in _differences(theirs, ours, "model") if line.split(":")[0].split(".")[1] not in free]
+    if other:
+        raise UserError(f"{where} holds another model than the configuration:\n  " + "\n  ".join(other))
+    phases = config.training.phases
+    if progress.phase >= len(phases):
+        raise UserError(f"{where} is in phase {progress.phase + 1} ({progress.phase_name}), but the configuration has {len(phases)} phases")
+    phase = phases[progress.phase]
+    if phase.name != progress.phase_name:
+        raise UserError(f"{where} is in phase {progress.phase_name!r}, which is {phase.name!r} in the configuration; phases before it must stay as they were")
+    if set(parts[progress.phase][0]) != set(progress.trained):
+        changed = sorted(set(parts[progress.phase][0]) ^ set(progress.trained))
+        raise UserError(
+            f"training.phases[{progress.phase}].train selects other parts than {where} trained ({len(changed)} parameters differ, such as {changed[0]}); "
+            "start a new run with run.init_from instead"
+        )
+    if phase.steps < progress.phase_step:
+        raise UserError(f"training.phases[{progress.phase}].steps={phase.steps}, but {where} has done {progress.phase_step} steps of it already")
+
+
+def _differences(before: Any, now: Any, path: str) -> list[str]:
+    """`path: before -> now` for every leaf that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [line for key in {**before, **now} for line in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)]
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return [line for i, (a, b) in enumerate(zip(before, now, strict=True)) for line in _differences(a, b, f"{path}[{i}]")]
+    return [] if before == now else [f"{path}: {before} -> {now}"]
+
+
+def _changes(config: Config, plain: dict) -> list[str]:
+    lines = _differences(plain, config.model_dump(mode="json"), "")
+    silent = tuple(name + end for name in SILENT for end in (":", "."))
+    return [line for line in lines if not line.startswith(silent)]

@@ -1,0 +1,375 @@
+"""A run from start to end: phases, steps, checkpoints, evaluation, report.
+
+The loop never waits for the step it has just dispatched: metrics of step k are fetched while step k+1 runs.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+
+from mindvl_jax import config_loader
+from mindvl_jax.batch import BatchShape
+from mindvl_jax.config import Config, PhaseConfig
+from mindvl_jax.errors import UserError
+from mindvl_jax.parallel import distributed
+from mindvl_jax.parallel.mesh import make_mesh
+from mindvl_jax.parallel.rules import row_share
+from mindvl_jax.training import resume, state as states
+from mindvl_jax.training.backend import compiler, use_compilation_cache
+from mindvl_jax.training.checkpoint import CheckpointWriter, Progress
+from mindvl_jax.training.display import LiveLine, print_phase, print_startup
+from mindvl_jax.training.feed import Feed
+from mindvl_jax.training.flops import FlopCounter, known_peak
+from mindvl_jax.training.initial import starting_params
+from mindvl_jax.training.metrics import MetricsLog
+from mindvl_jax.training.optimizer import learning_rates, parameter_rules
+from mindvl_jax.training.params import ModelOutline, outline_of
+from mindvl_jax.training.state import TrainState
+from mindvl_jax.training.step import COUNTS, StepPrograms, make_programs, program_key
+from mindvl_jax.training.stopping import StopRequest
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """What `train` hands back.
+
+    Attributes:
+      step: optimizer steps done over all phases. finished: whether that is all of them.
+      stopped_by: why it stopped before the end (a signal's name, or "stop_after"), else None.
+    """
+
+    run_dir: Path
+    step: int
+    finished: bool
+    stopped_by: str | None
+
+
+@dataclasses.dataclass
+class _Dispatched:
+    """A step whose metrics are not fetched yet."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    sample_ids: tuple[str, ...]
+    counters: dict[str, Any]
+    first_of_phase: bool = False
+
+
+class TrainingDiverged(UserError):
+    """Loss or gradients stayed non-finite."""
+
+
+def train(config: Config, *, stop_after: int | None = None, console: Console | None = None) -> RunResult:
+    """Trains through all phases, or goes on where the run folder stands.
+
+    Args:
+      stop_after: stop cleanly, as by SIGTERM, once this many optimizer steps of the run are done.
+
+    Raises:
+      UserError: configuration, data, checkpoint or mesh do not fit, or training diverged; the message says which and what to do.
+    """
+    distributed.initialize(config.distributed)
+    use_compilation_cache()
+    quiet = jax.process_index() != 0
+    console = console or Console(quiet=quiet)
+    with _claim(Path(config.run.dir)):
+        return Trainer(config, console).run(stop_after)
+
+
+@contextlib.contextmanager
+def _claim(run_dir: Path) -> Iterator[None]:
+    """Keeps a second run out of the folder; the lock goes with the process, however it ends."""
+    if jax.process_index() != 0:
+        yield
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"run.dir={run_dir}: another process trains in this folder; wait for it or choose another folder") from None
+        yield
+
+
+class Trainer:
+    """Holds what lives as long as the run."""
+
+    def __init__(self, config: Config, console: Console):
+        self.config = config
+        self.console = console
+        self.run_dir = Path(config.run.dir)
+        self.is_main = jax.process_index() == 0
+        self.mesh: Mesh = make_mesh(config.mesh)
+        self.outline: ModelOutline = outline_of(config.model)
+        self.compile = compiler(config)
+        self.peak = config.logging.peak_flops or known_peak(self.mesh.devices.flat[0].device_kind)
+        self.total_steps = sum(phase.steps for phase in config.training.phases)
+        self.programs: dict[tuple, StepPrograms] = {}
+        self.totals: dict[str, float] = {"tokens": 0, "samples": 0, "seconds": 0.0}
+
+    def run(self, stop_after: int | None) -> RunResult:
+        parts = [self._check(index) for index in range(len(self.config.training.phases))]
+        plan = resume.plan(self.config, self.outline, self.mesh, parts)
+        if plan.step == self.total_steps and (self.run_dir / "report.html").exists():
+            self.console.print(f"{self.run_dir}: finished already, after {plan.step} steps; the report is {self.run_dir / 'report.html'}")
+            return RunResult(self.run_dir, plan.step, finished=True, stopped_by=None)
+        print_startup(self.console, self.config, self.outline, self.mesh, self.peak)
+        for line in plan.notes:
+            self.console.print(line)
+        self.totals.update(plan.totals)
+        if self.is_main:
+            (self.run_dir / "config.yaml").write_text(config_loader.dump(self.config), encoding="utf-8")
+
+        state = plan.state
+        if state is None:
+            params = starting_params(self.config, self.outline, self.mesh, self.console)
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(StopRequest())
+            self.writer = stack.enter_context(CheckpointWriter(self.run_dir, self.config.checkpoint))
+            self.log = MetricsLog(self.run_dir, tensorboard=self.config.logging.tensorboard, first_step=plan.step) if self.is_main else None
+            if self.log is not None:
+                stack.callback(self.log.close)
+            self.live = LiveLine(self.console, self.total_steps)
+            stack.callback(self.live.close)
+
+            step = plan.step
+            for index in range(plan.phase, len(parts)):
+                trained, frozen = parts[index]
+                phase = self.config.training.phases[index]
+                here = state is not None and index == plan.phase  # the restored state belongs to this phase
+                if not here:
+                    source = state.params if state is not None else params
+                    state = states.start_phase(source, trained, frozen, self.mesh, before=state, keep_optimizer=phase.keep_optimizer)
+                    params = None  # the state owns them from here on: its buffers are donated
+                begin = plan.phase_step if here else 0
+                if begin < phase.steps:
+                    loader_state = plan.loader if here else None
+                    state, step, ended = self._run_phase(index, state, trained, frozen, step, begin, loader_state, stop, stop_after)
+                    if not ended:
+                        self.writer.wait()
+                        self.live.close()
+                        why = stop.reason or "stop_after"
+                        self.console.print(f"stopped by {why} after step {step} of {self.total_steps}: saved, `run.resume: auto` continues exactly here")
+                        return RunResult(self.run_dir, step, finished=False, stopped_by=why)
+                if self.config.evaluation.after_phases and index + 1 < len(parts):
+                    self._evaluate(state, step, phase.name)
+            self.writer.wait()
+            self.live.close()
+            self._finish(state, step)
+        return RunResult(self.run_dir, step, finished=True, stopped_by=None)
+
+    # --- one phase ---------------------------------------------------------------------------------------------------
+
+    def _check(self, index: int) -> tuple[list[str], list[str]]:
+        """(trained, frozen) paths of a phase; refuses before any work what would fail when the phase begins."""
+        phase, where = self.config.training.phases[index], f"training.phases[{index}]"
+        trained, frozen = states.split_trained(list(self.outline.shapes), phase.train, f"{where}.train")
+        learning_rates(phase, where)
+        parameter_rules(trained, phase, self.config.training.optimizer, where)
+        row_share(self.mesh, phase.rows, f"{where}.rows")
+        return trained, frozen
+
+    def _run_phase(
+        self, index: int, state: TrainState, trained: list[str], frozen: list[str], step: int, begin: int, loader_state: dict | None,
+        stop: StopRequest, stop_after: int | None,
+    ) -> tuple[TrainState, int, bool]:
+        """Steps `begin` .. phase.steps; returns (state, step, whether the phase came to its end). The state is saved in every case."""
+        from mindvl_jax import data
+
+        phase = self.config.training.phases[index]
+        where = f"training.phases[{index}]"
+        shape = data.batch_shape(self.config, phase)
+        share = row_share(self.mesh, phase.rows, f"{where}.rows")
+        key = program_key(phase, shape, trained)
+        if key not in self.programs:
+            self.programs[key] = make_programs(
+                self.outline, phase=phase, optimizer=self.config.training.optimizer, shape=shape, trained=trained, frozen=frozen, mesh=self.mesh,
+                loss_chunk=self.config.training.loss_chunk, where=where, compile=self.compile,
+            )  # fmt: skip
+        programs = self.programs[key]
+        rates = learning_rates(phase, where)
+        count_flops = FlopCounter(self.config.model, self.outline.shapes, trained)
+        print_phase(self.console, phase, index, len(self.config.training.phases), shape, trained, begin)
+        self.live.new_phase()
+        with contextlib.closing(data.make_loader(self.config, index, process_index=share.index, process_count=share.count)) as loader:
+            if loader_state is not None:
+                loader.restore(loader_state)
+            feed = Feed(loader, self.mesh, micro_steps=(phase.steps - begin) * phase.gradient_accumulation, accumulation=phase.gradient_accumulation)
+            recorder = _Recorder(self, phase, shape, count_flops)
+            for phase_step in range(begin, phase.steps):
+                done = self._step(programs, state, rates[phase_step], feed, phase.gradient_accumulation, step + 1, lambda: stop.requested(step + 1))
+                if done is None:  # asked to stop between micro-steps: the state is still that of the last step
+                    self._save(state, step, index, phase_step, trained, loader_state, recorder)
+                    return state, step, False
+                state, loader_state, dispatched = done
+                step += 1
+                recorder.add(dataclasses.replace(dispatched, first_of_phase=phase_step == begin))
+                feed.refill()
+                recorder.drain(keep=1)
+                ended = phase_step + 1 == phase.steps
+                # A request that arrives now is answered before the next step; asking twice for one step would break the agreement.
+                enough = stop_after is not None and step >= stop_after and step < self.total_steps
+                if ended or enough or step % self.config.checkpoint.every_steps == 0:
+                    self._save(state, step, index, phase_step + 1, trained, None if ended else loader_state, recorder)
+                if enough:
+                    return state, step, False
+            recorder.drain(keep=0)
+        return state, step, True
+
+    def _step(
+        self, programs: StepPrograms, state: TrainState, learning_rate: np.float32, feed: Feed, micro_steps: int, step: int,
+        stopping: Callable[[], bool],
+    ) -> tuple[TrainState, dict | None, _Dispatched] | None:
+        """Dispatches optimizer step `step`; returns (state, loader state after it, what is to be recorded).
+
+        None when a stop was asked for before it was complete: the state given is then untouched.
+        """
+        if stopping():
+            return None
+        micro = feed.next()
+        if micro_steps == 1:
+            state, metrics = programs.train_step(state, micro.batch, learning_rate)
+            return state, micro.loader_state, _Dispatched(step, metrics, micro.sample_ids, micro.counters)
+        totals = programs.zeros()
+        ids: list[str] = []
+        for number in range(micro_steps):
+            if number:
+                if jax.process_count() == 1 and stopping():  # one process may stop inside a step; several agree only between steps
+                    return None
+                micro = feed.next()
+            totals = programs.accumulate(state, totals, micro.batch)
+            ids.extend(micro.sample_ids)
+            if number + 1 < micro_steps:
+                feed.refill()
+                # At most two micro-steps in flight, so that placed batches do not pile up.
+                if number % 2:
+                    jax.block_until_ready(totals.numerator)
+        state, metrics = programs.update(state, totals, learning_rate)
+        return state, micro.loader_state, _Dispatched(step, metrics, tuple(ids), micro.counters)
+
+    def _save(
+        self, state: TrainState, step: int, index: int, phase_step: int, trained: list[str], loader_state: dict | None, recorder: _Recorder
+    ) -> None:
+        # First the lines, then the checkpoint: on resume every line up to its step is there.
+        recorder.drain(keep=0)
+        phase = self.config.training.phases[index]
+        progress = Progress(
+            step=step, phase=index, phase_name=phase.name, phase_step=phase_step, trained=tuple(trained), loader=loader_state,
+            totals=dict(self.totals),
+        )  # fmt: skip
+        self.writer.save(state, progress, self.config)
+
+    # --- after the steps ---------------------------------------------------------------------------------------------
+
+    def _evaluate(self, state: TrainState, step: int, phase: str) -> None:
+        if not self.config.evaluation.tasks:
+            return
+        if jax.process_count() > 1:
+            self.console.print(f"evaluation after {phase} is left out with several processes; score the run folder with `mindvl evaluate`")
+            return
+        from mindvl_jax.evaluation.run import evaluate_run
+
+        self.console.print(f"scoring held-out tasks after {phase}")
+        evaluate_run(self.config, self.outline.merge(state.params), step, phase, self.run_dir)
+
+    def _finish(self, state: TrainState, step: int) -> None:
+        self._evaluate(state, step, self.config.training.phases[-1].name)
+        if self.is_main:
+            from mindvl_jax.evaluation.report import write_report
+
+            write_report(self.run_dir)
+            self.console.print(f"done: {step} steps, {self.run_dir / 'report.html'}")
+
+
+class _Recorder:
+    """Fetches metrics one step late, writes them down, and stops a run that diverges."""
+
+    def __init__(self, trainer: Trainer, phase: PhaseConfig, shape: BatchShape, count_flops: FlopCounter):
+        self._trainer, self._phase, self._shape, self._count_flops = trainer, phase, shape, count_flops
+        self._pending: collections.deque[_Dispatched] = collections.deque()
+        self._bad: collections.deque[_Dispatched] = collections.deque(maxlen=trainer.config.training.max_bad_steps)
+        self._last = time.perf_counter()
+
+    def add(self, dispatched: _Dispatched) -> None:
+        self._pending.append(dispatched)
+
+    def drain(self, keep: int) -> None:
+        """Waits for all dispatched steps but the newest `keep`."""
+        while len(self._pending) > keep:
+            done = self._pending.popleft()
+            values = {name: value.item() for name, value in jax.device_get(done.metrics).items()}
+            values |= {name: int(values[name]) for name in ("tokens", "label_tokens", "samples", "patches")}
+            now = time.perf_counter()
+            self._write(done, values, now - self._last)
+            self._last = now
+
+    def _write(self, done: _Dispatched, values: dict[str, Any], seconds: float) -> None:
+        trainer, places = self._trainer, self._shape.rows * self._phase.gradient_accumulation
+        totals = trainer.totals
+        totals["tokens"] += values["tokens"]
+        totals["samples"] += values["samples"]
+        totals["seconds"] += seconds
+        flops = self._count_flops({name: values[name] for name in COUNTS})
+        whole_peak = trainer.peak * trainer.mesh.devices.size * seconds if trainer.peak and seconds else None
+        record = {
+            "step": done.step,
+            "phase": self._phase.name,
+            "loss": values["loss"],
+            "grad_norm": values["grad_norm"],
+            "learning_rate": values["learning_rate"],
+            "tokens": values["tokens"],
+            "label_tokens": values["label_tokens"],
+            "samples": values["samples"],
+            "patches": values["patches"],
+            "step_seconds": seconds,
+            "tokens_per_second": values["tokens"] / seconds,
+            "samples_per_second": values["samples"] / seconds,
+            "token_efficiency": values["tokens"] / (places * self._shape.tokens),
+            "patch_efficiency": values["patches"] / (places * self._shape.patches),
+            "flops": flops.language + flops.vision,
+            "mfu": (flops.language + flops.vision) / whole_peak if whole_peak else None,
+            "mfu_language": flops.language / whole_peak if whole_peak else None,
+            "tokens_total": totals["tokens"],
+            "samples_total": totals["samples"],
+            "seconds_total": totals["seconds"],
+            "applied": bool(values["applied"]),
+            "skipped_steps": values["skipped_steps"],
+            **{name: done.counters[name] for name in ("quarantined", "truncated", "epochs") if name in done.counters},
+        }
+        if done.first_of_phase:
+            record["includes_compilation"] = True
+        if not values["finite"]:
+            record["sample_ids"] = list(done.sample_ids)
+        if trainer.log is not None and (done.step % trainer.config.logging.every_steps == 0 or not values["applied"]):
+            trainer.log.write(record)
+        trainer.live.update(record, first_of_phase=done.first_of_phase)
+        if not values["finite"]:
+            self._on_bad_step(done, values)
+
+    def _on_bad_step(self, done: _Dispatched, values: dict[str, Any]) -> None:
+        limit = self._trainer.config.training.max_bad_steps
+        self._bad.append(done)
+        self._trainer.console.print(
+            f"step {done.step}: loss {values['loss']}, gradient norm {values['grad_norm']}: skipped ({values['bad_steps']} in a row, the run stops at {limit})"
+        )
+        if values["bad_steps"] < limit:
+            return
+        ids = list(dict.fromkeys(sample for bad in self._bad for sample in bad.sample_ids))
+        shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more (all stand in metrics.jsonl)" if len(ids) > 20 else "")
+        raise TrainingDiverged(
+            f"{limit} steps in a row ({done.step - limit + 1} to {done.step}, phase {self._phase.name}) had a non-finite loss or gradient; "
+            f"parameters are those from before them. Samples: {shown}. Look at these samples, lower learning_rate, or use compute_dtype: float32; "
+            f"the last checkpoint is in {self._trainer.run_dir / 'checkpoints'}"
+        )
