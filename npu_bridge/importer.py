@@ -184,8 +184,13 @@ class Importer:
         if op.name == "sdy.manual_computation":
             return self._manual(op, env, out, manual)
         operands = [env[o] for o in op.operands]
-        if name in ("optimization_barrier", "propagation_barrier", "sharding_constraint", "reshard"):
-            return operands  # what a barrier keeps apart was kept apart by the passes before this point
+        if name == "optimization_barrier":
+            # New values for the same storage: equal operations before and behind it are not shared, which is what keeps remat.
+            made = Op("optimization_barrier", operands, [Value(v.type, v.layout) for v in operands], location=where)
+            out.ops.append(made)
+            return made.results
+        if name in ("propagation_barrier", "sharding_constraint", "reshard"):
+            return operands
         layouts = self.result_layouts(op)
         types = [self.local(r.type, lay, where, op.name) for r, lay in zip(op.results, layouts)]
         if name in _SAME_SHAPE and any(v.shape != types[0].shape for v in operands):
@@ -392,10 +397,11 @@ class Importer:
     def _partial_kind(self, value: Value, made: Op) -> str:
         """How partial values combine: Shardy's all_reduce does not say, the operation that made them does."""
         op = value.producer
-        while op is not None and op.name in ("reshape", "transpose", "all_reduce", "all_slice", "broadcast_in_dim", "convert", "all_to_all", "permute"):
+        while op is not None and op.name in ("reshape", "transpose", "all_reduce", "all_slice", "broadcast_in_dim", "convert", "all_to_all", "permute", "optimization_barrier"):
             if op.name == "all_reduce":
                 return op.attrs["kind"]
-            op = op.operands[0].producer
+            source = op.operands[op.results.index(value)] if op.name == "optimization_barrier" else op.operands[0]
+            value, op = source, source.producer
         if op is None or op.name in ("dot_general", "convolution", "kernel", "scatter"):
             return "add"
         if op.name == "gather":

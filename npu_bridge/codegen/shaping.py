@@ -14,6 +14,11 @@ def constant(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     return e.emit(e.constant(op.attrs["array"], op.attrs["dims"]), [], op.result.type, kind="constant")
 
 
+@lowering("optimization_barrier")
+def optimization_barrier(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
+    return args
+
+
 @lowering("iota")
 def iota(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     shape, dim, axes = op.result.shape, op.attrs["dim"], op.attrs["axes"]

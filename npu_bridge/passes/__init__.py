@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from npu_bridge.ir import Program
+from npu_bridge.passes.collectives import fuse_collectives, widen_reductions
 from npu_bridge.passes.kernels import merge_kernel_parts
+from npu_bridge.passes.simplify import remove_unread, share_equal_operations
 
 
 def run(program: Program, *, reduce_in_float32: bool = False) -> None:
     """Rewrites a program in place."""
     merge_kernel_parts(program)
+    share_equal_operations(program.body)
+    fuse_collectives(program)
+    if reduce_in_float32:
+        widen_reductions(program)
+    share_equal_operations(program.body)
+    remove_unread(program.body)
