@@ -5,6 +5,7 @@ B rows, T token places, P patch places a row; see `mindvl_jax.batch` for every f
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Sequence
 
@@ -50,14 +51,19 @@ def size_of(example: Example) -> tuple[int, int, int, int, int]:
     return example.length, example.patches, 1, len(example.image_lengths), len(example.window_lengths)
 
 
-def collate(rows: Sequence[Sequence[Example]], shape: BatchShape, *, pad_id: int, vision: VisionConfig) -> PackedBatch:
+def collate(rows: Sequence[Sequence[Example]], shape: BatchShape, *, pad_id: int, vision: VisionConfig, patches: np.ndarray | None = None) -> PackedBatch:
     """Writes each row's examples one after another. `shape.rows` must be the number of rows given.
 
-    Pixels must have been read (`Example.with_pixels`). Raises ValueError when a row is over a budget.
+    Pixels must have been read (`Example.with_pixels`), or be given as `patches` (B, P, patch_dim), already in place. Raises ValueError when a row is over a budget.
     """
     if len(rows) != shape.rows:
         raise ValueError(f"{len(rows)} rows for a batch of {shape.rows}")
-    batch = shape.empty()
+    batch = shape.empty() if patches is None else dataclasses.replace(shape, patches=0).empty().replace(
+        patches=patches,
+        patch_positions=np.zeros((shape.rows, shape.patches, 2), np.int32),
+        patch_segment_ids=np.zeros((shape.rows, shape.patches), np.int32),
+        patch_window_ids=np.zeros((shape.rows, shape.patches), np.int32),
+    )
     if pad_id:
         batch.tokens[:] = pad_id
     caps = budgets_of(shape).array()
@@ -68,6 +74,8 @@ def collate(rows: Sequence[Sequence[Example]], shape: BatchShape, *, pad_id: int
         if (used > caps).any():
             raise ValueError(f"row {index} needs {used.tolist()} (tokens, patches, samples, images, windows), the budgets are {caps.tolist()}: {[example.id for example in row]}")
         _write_row(batch, index, row, vision)
+        if patches is None:
+            _write_patches(batch.patches[index], row, vision)
     return PackedBatch(batch, tuple(tuple(example.id for example in row) for row in rows))
 
 
@@ -93,15 +101,22 @@ def _write_row(batch: Batch, index: int, row: Sequence[Example], vision: VisionC
     batch.patch_window_ids[index, :P] = np.repeat(np.arange(1, len(windows) + 1), windows)
     batch.image_lengths[index, : len(images)] = images
     batch.window_lengths[index, : len(windows)] = windows
-    place = batch.patches[index].reshape(-1, vision.in_channels, vision.temporal_patch_size, vision.patch_size**2)
+
+
+def _write_patches(place: np.ndarray, row: Sequence[Example], vision: VisionConfig) -> None:
     cursor = 0
     for example in row:
         if example.pixels is None:
             raise ValueError(f"the pixels of sample {example.id!r} have not been read")
         for pixels in example.pixels:
-            # A picture holds one frame; it is written to both places of the temporal patch here.
-            place[cursor : cursor + len(pixels)] = pixels.reshape(len(pixels), vision.in_channels, -1, vision.patch_size**2)
+            write_pixels(place[cursor : cursor + len(pixels)], pixels, vision)
             cursor += len(pixels)
+
+
+def write_pixels(place: np.ndarray, pixels: np.ndarray, vision: VisionConfig) -> None:
+    """Writes a medium's patches to their places, (P_i, patch_dim). A picture's one frame fills both frames of a patch."""
+    area = vision.patch_size**2
+    place.reshape(-1, vision.in_channels, vision.temporal_patch_size, area)[:] = pixels.reshape(len(pixels), vision.in_channels, -1, area)
 
 
 def pack_prompts(

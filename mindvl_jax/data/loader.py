@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import os
 import queue
 import threading
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import numpy as np
 
@@ -15,14 +16,15 @@ from mindvl_jax.batch import PackedBatch
 from mindvl_jax.config import Config, TokenizerConfig
 from mindvl_jax.data.cache import shared_cache
 from mindvl_jax.data.collate import batch_shape, budgets_of, collate
-from mindvl_jax.data.example import EncodeLimits, Example, ExampleEncoder
+from mindvl_jax.data.encoding import InlineDecoder, InlineEncoder
+from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
 from mindvl_jax.data.packing import WorkModel
-from mindvl_jax.data.planner import Planner
+from mindvl_jax.data.planner import Planner, RecordEncoder
 from mindvl_jax.data.quarantine import Quarantine
-from mindvl_jax.data.sample import SampleError
 from mindvl_jax.data.sources import open_sources
 from mindvl_jax.data.stream import MixtureStream
 from mindvl_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mindvl_jax.data.workers import Job, PoolDecoder, PoolEncoder, WorkerPool
 from mindvl_jax.errors import UserError
 
 STATE_FORMAT = 1
@@ -56,9 +58,18 @@ def make_loader(config: Config, phase_index: int, *, process_index: int = 0, pro
     shape = batch_shape(config, phase)
     limits = training_limits(config, phase_index)
     encoding = (config.model.model_dump_json(), config.tokenizer.model_dump_json(), limits)
+    own_shape = dataclasses.replace(shape, rows=phase.rows // process_count)
+    if config.data.workers:
+        if config.data.cache_examples:
+            raise UserError("data.cache_examples keeps decoded samples in this process and data.workers decodes in others: set one of them")
+        pool = WorkerPool(Job(config, tuple(names), limits, budgets_of(shape)), config.data.workers)
+        encoder, decoder = PoolEncoder(stream, pool), PoolDecoder(pool, shape.patches, shape.patch_dim)
+    else:
+        encoder = InlineEncoder(stream, ExampleEncoder(config.model, tokenizer, limits), budgets_of(shape))
+        decoder = InlineDecoder(config.model.vision, config.data.resample)
     planner = Planner(
         stream,
-        ExampleEncoder(config.model, tokenizer, limits),
+        encoder,
         budgets_of(shape),
         rows=phase.rows,
         work=WorkModel.of(config.model),
@@ -66,7 +77,10 @@ def make_loader(config: Config, phase_index: int, *, process_index: int = 0, pro
         quarantine=quarantine,
         cache=shared_cache(encoding) if config.data.cache_examples else None,
     )
-    return Loader(planner, quarantine, config, phase_index=phase_index, process_index=process_index, process_count=process_count, seed=seed, pad_id=tokenizer.pad_id)
+    identity = {"format": STATE_FORMAT, "phase": phase.name, "phase_index": phase_index, "seed": seed}
+    rows = slice(process_index * own_shape.rows, (process_index + 1) * own_shape.rows)
+    collate_own = functools.partial(collate, shape=own_shape, pad_id=tokenizer.pad_id, vision=config.model.vision)
+    return Loader(planner, encoder, decoder, quarantine, rows=rows, collate_rows=collate_own, identity=identity, prefetch=config.data.prefetch)
 
 
 @functools.lru_cache(maxsize=4)
@@ -105,23 +119,31 @@ class Loader:
     `state()` and `counters` describe the data up to the last batch that was handed out, whatever has been prepared beyond.
     """
 
-    def __init__(self, planner: Planner, quarantine: Quarantine, config: Config, *, phase_index: int, process_index: int, process_count: int, seed: int, pad_id: int):
-        phase = config.training.phases[phase_index]
-        rows = phase.rows // process_count
-        self._own = slice(process_index * rows, (process_index + 1) * rows)
-        self._shape = dataclasses.replace(batch_shape(config, phase), rows=rows)
+    def __init__(
+        self,
+        planner: Planner,
+        encoder: RecordEncoder,
+        decoder: InlineDecoder | PoolDecoder,
+        quarantine: Quarantine,
+        *,
+        rows: slice,
+        collate_rows: Callable[..., PackedBatch],
+        identity: dict[str, Any],
+        prefetch: int,
+    ):
+        """`rows` of each planned batch are this process's; `identity` is what a state must share to be restored here."""
         self._planner = planner
+        self._encoder = encoder
+        self._decoder = decoder
         self._quarantine = quarantine
-        self._vision = config.model.vision
-        self._resample = config.data.resample
-        self._pad_id = pad_id
-        self._prefetch = config.data.prefetch
-        self._identity = {"format": STATE_FORMAT, "phase": phase.name, "phase_index": phase_index, "seed": seed}
+        self._own = rows
+        self._collate = collate_rows
+        self._identity = identity
+        self._prefetch = prefetch
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._queue: queue.Queue[_Ready | BaseException] = queue.Queue(maxsize=self._prefetch)
-        self._state = self._snapshot()
-        self.counters: dict[str, Any] = planner.counters()
+        self._state, self.counters = self._snapshot(planner.state(), planner.counters())
 
     def __iter__(self) -> Iterator[PackedBatch]:
         return self
@@ -154,19 +176,26 @@ class Loader:
                 raise UserError(f"the checkpoint's data state has {key} {state.get(key)!r}, this run has {here!r}; resume with the configuration of the checkpoint, or set run.resume to `never`")
         self._halt()
         self._planner.restore(state["planner"])
+        self._quarantine.restore("decode", state["decoding"])
         self._stop = threading.Event()
         self._queue = queue.Queue(maxsize=self._prefetch)
-        self._state, self.counters = self._snapshot(), self._planner.counters()
+        self._state, self.counters = self._snapshot(self._planner.state(), self._planner.counters())
 
     def close(self) -> None:
-        """Stops preparing batches."""
+        """Stops preparing batches and ends the decoding processes."""
         self._halt()
         self._stop.set()
+        self._encoder.close()
+        self._decoder.close()
 
     # --- background ---
 
-    def _snapshot(self) -> dict[str, Any]:
-        return {**self._identity, "planner": self._planner.state()}
+    def _snapshot(self, planned: dict[str, Any], counters: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """State and counters of a batch: the plan's when it was planned, the decoding's now that it has been decoded."""
+        decoding = self._quarantine.state("decode")
+        reasons = collections.Counter(planned["quarantine"]["reasons"]) + collections.Counter(decoding["reasons"])
+        counted = {**counters, "quarantined": sum(reasons.values()), "quarantined_by_reason": dict(reasons)}
+        return {**self._identity, "planner": planned, "decoding": decoding}, counted
 
     def _halt(self) -> None:
         self._stop.set()
@@ -178,25 +207,31 @@ class Loader:
         self._thread = None
 
     def _produce(self, ready: queue.Queue, stop: threading.Event) -> None:
+        under_way: collections.deque[tuple[Any, dict[str, Any], dict[str, Any]]] = collections.deque()
+        failure: BaseException | None = None
         try:
             while not stop.is_set():
-                rows = [self._with_pixels(row) for row in self._planner.next_rows()[self._own]]
-                batch = collate(rows, self._shape, pad_id=self._pad_id, vision=self._vision)
-                ready.put(_Ready(batch, self._snapshot(), self._planner.counters()))
+                while failure is None and len(under_way) < self._decoder.depth:
+                    try:
+                        rows = self._planner.next_rows()[self._own]
+                        under_way.append((self._decoder.begin(rows), self._planner.state(), self._planner.counters()))
+                    except BaseException as error:  # comes after the batches that were planned before it
+                        failure = error
+                if not under_way:
+                    ready.put(failure)
+                    return
+                started, planned, counters = under_way.popleft()
+                ready.put(_Ready(self._finish(started), *self._snapshot(planned, counters)))
         except BaseException as error:  # handed to the consumer, who raises it where the run can end cleanly
             ready.put(error)
 
-    def _with_pixels(self, row: list[tuple[int, Example]]) -> list[Example]:
-        """Reads the pixels of a row. What does not decode leaves a gap in its row: other processes have planned with it too."""
-        read = []
-        for position, example in row:
-            if example.pixels is None:
-                try:
-                    example = example.with_pixels(self._vision, self._resample)
-                except SampleError as error:
-                    self._quarantine.refuse(id=example.id, where=self._planner.where(position), error=error, stage="decode")
-                    continue
-                self._planner.remember(position, example)
+    def _finish(self, started: Any) -> PackedBatch:
+        """Collects a batch's pixels. What does not decode leaves a gap in its row: other processes have planned with it too."""
+        decoded = self._decoder.finish(started)
+        for position, error in decoded.failures:
+            self._quarantine.refuse(id=str(error.sample_id), where=self._planner.where(position), error=error, stage="decode")
+        if any(decoded.rows):
             self._quarantine.decoded()
-            read.append(example)
-        return read
+        for position, example in decoded.fresh:
+            self._planner.remember(position, example)
+        return self._collate(decoded.rows, patches=decoded.patches)

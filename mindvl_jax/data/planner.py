@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import collections
 import zlib
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from mindvl_jax.data.cache import ExampleCache
 from mindvl_jax.data.collate import size_of
-from mindvl_jax.data.example import Example, ExampleEncoder
+from mindvl_jax.data.example import Example
 from mindvl_jax.data.packing import PATCHES, TOKENS, Budgets, WorkModel, plan_rows
 from mindvl_jax.data.quarantine import Quarantine
 from mindvl_jax.data.sample import SampleError
@@ -25,10 +25,18 @@ from mindvl_jax.errors import UserError
 AHEAD = 2.0
 
 
+class RecordEncoder(Protocol):
+    """Where examples come from: `encoding.InlineEncoder` or `workers.PoolEncoder`."""
+
+    def encode(self, position: int) -> Example | SampleError: ...
+
+    def close(self) -> None: ...
+
+
 class Planner:
     """Draws samples ahead, refuses bad ones, and packs rows."""
 
-    def __init__(self, stream: MixtureStream, encoder: ExampleEncoder, budgets: Budgets, *, rows: int, work: WorkModel, buffer: int, quarantine: Quarantine, cache: ExampleCache | None):
+    def __init__(self, stream: MixtureStream, encoder: RecordEncoder, budgets: Budgets, *, rows: int, work: WorkModel, buffer: int, quarantine: Quarantine, cache: ExampleCache | None):
         self._stream = stream
         self._encoder = encoder
         self._budgets = budgets
@@ -102,16 +110,9 @@ class Planner:
         if self._cache is not None and (known := self._cache.get(self._key(reference))) is not None:
             self._quarantine.encoded()
             return known
-        identifier = f"{source.name}:{reference.index}"
-        try:
-            sample = source[reference.index]
-            identifier = sample.id
-            example = self._encoder.encode(sample)
-            if (over := np.array(size_of(example)) > self._caps).any():
-                names = ("tokens", "patches", "samples", "images", "windows")
-                raise SampleError("too_long", "the sample needs more " + " and ".join(name for name, flag in zip(names, over) if flag) + f" than a row has ({size_of(example)} of {self._caps.tolist()})")
-        except SampleError as error:
-            self._quarantine.refuse(id=error.sample_id or identifier, where=source.where(reference.index), error=error)
+        example = self._encoder.encode(position)
+        if isinstance(example, SampleError):
+            self._quarantine.refuse(id=str(example.sample_id), where=source.where(reference.index), error=example)
             return None
         self._quarantine.encoded()
         return example
@@ -141,8 +142,6 @@ class Planner:
             "epochs_by_source": epochs,
             "waiting": len(self._waiting),
             "truncated": self.truncated,
-            "quarantined": self._quarantine.count,
-            "quarantined_by_reason": dict(self._quarantine.reasons),
             "token_efficiency": float(self._filled[TOKENS] / capacity[TOKENS]),
             "patch_efficiency": float(self._filled[PATCHES] / capacity[PATCHES]),
             "batch_token_efficiency": self.last_efficiency[0],
@@ -165,7 +164,7 @@ class Planner:
             "efficiency": list(self.last_efficiency),
             "imbalance": list(self.last_imbalance),
             "fingerprint": self._fingerprint,
-            "quarantine": self._quarantine.state(),
+            "quarantine": self._quarantine.state("encode"),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -189,4 +188,4 @@ class Planner:
         self._filled = np.array(state["filled"], np.int64)
         self.last_efficiency, self.last_imbalance = tuple(state["efficiency"]), tuple(state["imbalance"])
         self._fingerprint = state["fingerprint"]
-        self._quarantine.restore(state["quarantine"])
+        self._quarantine.restore("encode", state["quarantine"])

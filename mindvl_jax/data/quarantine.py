@@ -12,6 +12,7 @@ from mindvl_jax.errors import UserError
 
 # Samples seen before a rate of errors says anything.
 ENOUGH = 200
+STAGES = ("encode", "decode")
 
 
 class Quarantine:
@@ -30,12 +31,20 @@ class Quarantine:
         self._policy = policy
         self._max_rate = max_rate
         self._limit_in_a_row = limit_in_a_row
-        # Refusals since the last good sample: of records that do not encode, and of media that do not decode later.
-        self._in_a_row = {"encode": 0, "decode": 0}
+        # By stage: records that do not encode, and media of accepted samples that do not decode later. Counted apart,
+        # because samples are encoded long before their batch is decoded, and a checkpoint keeps what belongs to its batch.
+        self._in_a_row = dict.fromkeys(STAGES, 0)
+        self._reasons: dict[str, collections.Counter[str]] = {stage: collections.Counter() for stage in STAGES}
         self._written: set[str] = self._read_written()
-        self.count = 0
         self.seen = 0
-        self.reasons: collections.Counter[str] = collections.Counter()
+
+    @property
+    def count(self) -> int:
+        return sum(self.reasons.values())
+
+    @property
+    def reasons(self) -> collections.Counter[str]:
+        return sum(self._reasons.values(), collections.Counter())
 
     def encoded(self) -> None:
         """Notes a sample that was accepted; its pixels have not been read yet."""
@@ -52,19 +61,18 @@ class Quarantine:
         Raises UserError when the policy is `raise`, when refusals pass the rate, or when nothing but bad samples comes.
         """
         self.seen += stage == "encode"
-        self.count += 1
         self._in_a_row[stage] += 1
-        self.reasons[error.reason] += 1
+        self._reasons[stage][error.reason] += 1
         if self._policy == "raise":
             raise UserError(f"sample {id!r} ({where}): {error} [data.on_error is raise; quarantine leaves such samples out and lists them]")
         self._write({"id": id, "where": where, "reason": error.reason, "message": str(error)})
         listed = f"; they are listed in {self._path}" if self._path else ""
         if self.seen >= ENOUGH and self.count > self._max_rate * self.seen:
-            raise UserError(f"{self.count} of {self.seen} samples are bad ({self._reasons()}), more than data.max_error_rate {self._max_rate:g} allows{listed}. The last one: {id!r} ({where}): {error}")
+            raise UserError(f"{self.count} of {self.seen} samples are bad ({self._summary()}), more than data.max_error_rate {self._max_rate:g} allows{listed}. The last one: {id!r} ({where}): {error}")
         if self._in_a_row[stage] >= self._limit_in_a_row:
-            raise UserError(f"{self._in_a_row[stage]} bad samples in a row and no good one ({self._reasons()}): there is nothing to train on{listed}. The last one: {id!r} ({where}): {error}")
+            raise UserError(f"{self._in_a_row[stage]} bad samples in a row and no good one ({self._summary()}): there is nothing to train on{listed}. The last one: {id!r} ({where}): {error}")
 
-    def _reasons(self) -> str:
+    def _summary(self) -> str:
         return ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common(5))
 
     def _write(self, entry: dict[str, Any]) -> None:
@@ -90,9 +98,12 @@ class Quarantine:
                     continue  # a line cut off by a crash
         return keys
 
-    def state(self) -> dict[str, Any]:
-        return {"count": self.count, "seen": self.seen, "in_a_row": dict(self._in_a_row), "reasons": dict(self.reasons)}
+    def state(self, stage: str) -> dict[str, Any]:
+        """JSON-able counts of one stage."""
+        return {"seen": self.seen if stage == "encode" else 0, "in_a_row": self._in_a_row[stage], "reasons": dict(self._reasons[stage])}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self.count, self.seen, self._in_a_row = state["count"], state["seen"], dict(state["in_a_row"])
-        self.reasons = collections.Counter(state["reasons"])
+    def restore(self, stage: str, state: dict[str, Any]) -> None:
+        if stage == "encode":
+            self.seen = state["seen"]
+        self._in_a_row[stage] = state["in_a_row"]
+        self._reasons[stage] = collections.Counter(state["reasons"])

@@ -1,0 +1,179 @@
+"""Encoding and decoding in other processes. Pixels are written by them straight into the memory of the batch.
+
+The batch's patches lie in a memory file that the decoding processes map too: no pixel is copied or pickled on its way.
+Order never depends on who was faster: results are taken in the order of the stream.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import mmap
+import multiprocessing
+import os
+import threading
+import time
+from typing import Any, Sequence
+
+import numpy as np
+
+from mindvl_jax.config import Config
+from mindvl_jax.data.encoding import DecodedRows, Planned, encode_record, fill_row
+from mindvl_jax.data.example import EncodeLimits, Example, ExampleEncoder
+from mindvl_jax.data.packing import Budgets
+from mindvl_jax.data.sample import SampleError
+from mindvl_jax.data.sources import Source
+from mindvl_jax.data.stream import MixtureStream
+from mindvl_jax.data.tokenizer import load_tokenizer
+from mindvl_jax.errors import UserError
+
+CHUNK = 16  # records a task: enough to pay for the hand-over, few enough not to wait for
+CHUNKS_AHEAD = 3  # chunks under way for each process
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a process needs to know; pickled once to each."""
+
+    config: Config
+    names: tuple[str, ...]
+    limits: EncodeLimits
+    budgets: Budgets
+
+
+class _Worker:
+    """State of a decoding process."""
+
+    job: Job
+    sources: list[Source]
+    encoder: ExampleEncoder
+
+
+def _start(job: Job, parent: int) -> None:
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    _Worker.job = job
+    _Worker.sources = [Source(name, job.config.data.sources[name]) for name in job.names]
+    _Worker.encoder = ExampleEncoder(job.config.model, load_tokenizer(job.config.tokenizer), job.limits)
+
+
+def _leave_with(parent: int) -> None:
+    """Ends this process when the one that started it is gone, killed for instance: nobody would read the results."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def _encode(references: Sequence[tuple[int, int]]) -> list[Example | SampleError]:
+    worker = _Worker
+    return [encode_record(worker.sources[source], index, worker.encoder, worker.job.budgets) for source, index in references]
+
+
+def _fill(memory: str, offset: int, places: int, visuals: Sequence[Sequence[Any]]) -> list[SampleError | None]:
+    vision = _Worker.job.config.model.vision
+    with open(memory, "r+b") as file:
+        # Unmapped when the last array that looks into it is gone; closing it here would be too early for error tracebacks.
+        mapped = mmap.mmap(file.fileno(), 0)
+    place = np.frombuffer(mapped, np.uint8, places * vision.patch_dim, offset).reshape(places, vision.patch_dim)
+    return fill_row(place, visuals, vision, _Worker.job.config.data.resample)
+
+
+class WorkerPool:
+    """The processes, started when first needed."""
+
+    def __init__(self, job: Job, count: int):
+        self._job = job
+        self.count = count
+        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+
+    def submit(self, function, *arguments) -> concurrent.futures.Future:
+        if self._pool is None:
+            # Fresh processes, not forks: a fork of a process with JAX's threads can stop for ever in a lock.
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                self.count, mp_context=multiprocessing.get_context("spawn"), initializer=_start, initargs=(self._job, os.getpid())
+            )
+        try:
+            return self._pool.submit(function, *arguments)
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise self.broken() from error
+
+    def broken(self) -> UserError:
+        return UserError(
+            f"a decoding process (data.workers is {self.count}) ended by itself. The machine may be out of memory: use fewer workers or a smaller "
+            "data.packing_buffer; data.workers 0 decodes in this process and shows the error itself"
+        )
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+
+class PoolEncoder:
+    """Encodes ahead of the stream in the pool, in chunks; answers in order of asking."""
+
+    def __init__(self, stream: MixtureStream, pool: WorkerPool):
+        self._stream = stream
+        self._pool = pool
+        self._chunks: dict[int, concurrent.futures.Future] = {}
+
+    def encode(self, position: int) -> Example | SampleError:
+        chunk = position // CHUNK
+        for ahead in range(chunk, chunk + CHUNKS_AHEAD * self._pool.count + 1):
+            if ahead not in self._chunks:
+                references = [self._stream[p] for p in range(ahead * CHUNK, (ahead + 1) * CHUNK)]
+                self._chunks[ahead] = self._pool.submit(_encode, [(reference.source, reference.index) for reference in references])
+        for done in [known for known in self._chunks if known < chunk]:
+            del self._chunks[done]
+        try:
+            return self._chunks[chunk].result()[position % CHUNK]
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise self._pool.broken() from error
+
+    def close(self) -> None:
+        self._chunks.clear()
+        self._pool.close()
+
+
+class PoolDecoder:
+    """Decodes the rows of a batch in the pool, into shared memory; several batches are under way at a time."""
+
+    depth = 3
+
+    def __init__(self, pool: WorkerPool, patches: int, patch_dim: int):
+        self._pool = pool
+        self._patches = patches
+        self._patch_dim = patch_dim
+
+    def begin(self, rows: Sequence[Sequence[Planned]]) -> Any:
+        row_bytes = self._patches * self._patch_dim
+        # Anonymous memory with a name for others: no file to leave behind, no limit of /dev/shm.
+        handle = os.memfd_create("mindvl-batch")
+        os.ftruncate(handle, max(1, len(rows) * row_bytes))
+        memory = mmap.mmap(handle, 0)
+        name = f"/proc/{os.getpid()}/fd/{handle}"
+        tasks = []
+        for index, row in enumerate(rows):
+            visuals = [example.visuals for _, example in row]
+            tasks.append(self._pool.submit(_fill, name, index * row_bytes, self._patches, visuals) if any(visuals) else None)
+        return rows, handle, memory, tasks
+
+    def finish(self, started: Any) -> DecodedRows:
+        rows, handle, memory, tasks = started
+        kept, failures = [], []
+        try:
+            for row, task in zip(rows, tasks, strict=True):
+                errors = [None] * len(row) if task is None else task.result()
+                kept.append([example for (_, example), error in zip(row, errors, strict=True) if error is None])
+                for (position, example), error in zip(row, errors, strict=True):
+                    if error is not None:
+                        error.sample_id = example.id
+                        failures.append((position, error))
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise self._pool.broken() from error
+        finally:
+            os.close(handle)  # the mapping lives on for as long as the array
+        patches = np.frombuffer(memory, np.uint8, len(rows) * self._patches * self._patch_dim).reshape(len(rows), self._patches, self._patch_dim)
+        return DecodedRows(kept, failures, patches=patches)
+
+    def close(self) -> None:
+        self._pool.close()
