@@ -1,0 +1,238 @@
+"""Attention: the torch equivalent in blocks, and npu_fusion_attention.
+
+B rows, I blocks, C query places of a block, S key places it reaches, N query heads, K key heads, G = N / K, H and J head dims.
+`blocks` is (C, left halo, right halo) as planned by npu_bridge.ops, with C = 0 for one block over everything.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from npu_bridge.kernels.registry import register, torch_npu
+
+# ---- torch equivalent -----------------------------------------------------------------------------------------------
+
+
+def _pad_places(x, before, after):
+    """Zeros before and after the places (dim 1)."""
+    return F.pad(x, (0, 0) * (x.ndim - 2) + (before, after)) if before or after else x
+
+
+def _own(x, size):
+    """(B, T, ..) -> (B, I, C, ..)."""
+    if not size:
+        return x[:, None]
+    return _pad_places(x, 0, -x.shape[1] % size).unflatten(1, (-1, size))
+
+
+def _reached(x, blocks):
+    """(B, T, ..) -> (B, I, S, ..): overlapping windows, zeros past the ends of the row."""
+    size, left, right = blocks
+    if not size:
+        return x[:, None]
+    padded = _pad_places(x, left, -x.shape[1] % size + right)
+    return padded.unfold(1, left + size + right, size).movedim(-1, 2)
+
+
+def _sum_reached(x, blocks, places):
+    """Transpose of `_reached`: (B, I, S, ..) -> (B, T, ..)."""
+    size, left, _ = blocks
+    if not size:
+        return x[:, 0]
+    count, reached = x.shape[1:3]
+    total = x.new_zeros(x.shape[0], (count - 1) * size + reached, *x.shape[3:])
+    # One stretch of every window at a time, each as long as a block, so that the stretches of all windows lie end to end.
+    for start in range(0, reached, size):
+        part = x[:, :, start : start + size]
+        part = F.pad(part, (0, 0) * (x.ndim - 3) + (0, size - part.shape[2])).flatten(1, 2)
+        room = min(part.shape[1], total.shape[1] - start)
+        total[:, start : start + room] += part[:, :room]
+    return total[:, left : left + places]
+
+
+def _by_key_head(x, key_heads):
+    """(B, I, C, N, H) -> (B, I, K, G * C, H)."""
+    return x.unflatten(3, (key_heads, -1)).permute(0, 1, 3, 4, 2, 5).flatten(3, 4)
+
+
+def _by_place(x, group, places):
+    """(B, I, K, G * C, H) -> (B, T, N, H)."""
+    return x.unflatten(3, (group, -1)).permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)[:, :places]
+
+
+def forbidden(q, k, segments, *, causal, window, blocks):
+    """(B or 1, I or 1, C, S) bool, True where a query may not attend (torch_npu's convention); None when all is allowed."""
+    size, left, right = blocks
+    queries, keys = q.shape[1], k.shape[1]
+    places, reached, shift = (size, left + size + right, left) if size else (queries, keys, keys - queries)
+    ahead = torch.arange(places, device=q.device)[:, None] + shift - torch.arange(reached, device=q.device)[None]
+    mask = None
+    if causal or window is not None:
+        mask = torch.zeros_like(ahead, dtype=torch.bool)
+        if causal:
+            mask |= ahead < 0
+        if window is not None:
+            mask |= ahead >= window
+            if not causal:
+                mask |= ahead <= -window
+        mask = mask[None, None]
+    ids_q, ids_kv = segments[:2] or (None, None)
+    if size and ids_q is None:
+        ids_q = ids_kv = torch.ones(1, queries, dtype=torch.int32, device=q.device)
+    if ids_q is not None:
+        ids_q, ids_kv = _own(ids_q, size)[..., None], _reached(ids_kv, blocks)[:, :, None]
+        apart = (ids_q != ids_kv) | (ids_q == 0)
+        mask = apart if mask is None else mask | apart
+    return mask
+
+
+def _logits(q, k, mask, group, scale):
+    """(B, I, K, G * C, S) float32; products of narrow operands are summed in float32."""
+    logits = torch.matmul(q.float(), k.float().transpose(-1, -2)).mul_(scale)
+    if mask is not None:
+        logits.unflatten(3, (group, -1)).masked_fill_(mask[:, :, None, None], float("-inf"))
+    return logits
+
+
+def attention(q, k, v, *segments, causal, window, scale, blocks):
+    """-> out (B, T, N, J), lse (B, N, T) float32."""
+    key_heads, group, places = k.shape[2], q.shape[2] // k.shape[2], q.shape[1]
+    mask = forbidden(q, k, segments, causal=causal, window=window, blocks=blocks)
+    qb = _by_key_head(_own(q, blocks[0]), key_heads)
+    kb, vb = (_reached(x, blocks).transpose(2, 3) for x in (k, v))
+    logits = _logits(qb, kb, mask, group, scale)
+    peak = logits.amax(-1, keepdim=True)
+    peak.masked_fill_(peak == float("-inf"), 0)
+    weights = logits.sub_(peak).exp_().to(q.dtype)
+    total = weights.sum(-1, keepdim=True, dtype=torch.float32)
+    total = torch.where(total > 0, total, 1)
+    out = (torch.matmul(weights, vb).float() / total).to(q.dtype)
+    lse = _by_place(peak + total.log(), group, places)[..., 0].transpose(1, 2)
+    return _by_place(out, group, places).contiguous(), lse.contiguous()
+
+
+def attention_backward(g, q, k, v, out, lse, *segments, causal, window, scale, blocks):
+    """-> dq, dk, dv."""
+    key_heads, group, places, keys = k.shape[2], q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
+    mask = forbidden(q, k, segments, causal=causal, window=window, blocks=blocks)
+    per_head = lambda x: _by_key_head(_own(x, blocks[0]), key_heads)
+    delta, lse = per_head((g.float() * out.float()).sum(-1, keepdim=True)), per_head(lse.transpose(1, 2)[..., None])
+    qb, gb = per_head(q), per_head(g)
+    kb, vb = (_reached(x, blocks).transpose(2, 3) for x in (k, v))
+    p = _logits(qb, kb, mask, group, scale).sub_(lse).exp_().to(q.dtype)
+    ds = (torch.matmul(gb.float(), vb.float().transpose(-1, -2)).sub_(delta) * p).mul_(scale).to(q.dtype)
+    dq = _by_place(torch.matmul(ds, kb), group, places)
+    # Blocks of queries that reach one key add up in float32.
+    dk, dv = (torch.matmul(a.transpose(-1, -2), b).float().transpose(2, 3) for a, b in ((ds, qb), (p, gb)))
+    dk, dv = (_sum_reached(x, blocks, keys).to(q.dtype) for x in (dk, dv))
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+# ---- torch_npu --------------------------------------------------------------------------------------------------------
+
+COMPRESSED = 2048  # side of the triangle that stands for a causal or band mask of any size
+MOST_LENGTHS = 1024  # variable-length attention takes no longer list of lengths
+
+
+@functools.lru_cache(maxsize=None)
+def _triangle(device):
+    return torch.triu(torch.ones(COMPRESSED, COMPRESSED, dtype=torch.bool, device=device), 1)
+
+
+def cumulative_lengths(lengths, places):
+    """(B, M) run lengths, -1 padded -> cumulative ends over the rows laid one after another, without leading 0.
+
+    The padding at the end of a row becomes a segment of its own: the kernel wants every place in one.
+    """
+    ends, end = [], 0
+    for row in lengths.tolist():  # host memory: a device tensor would cost a synchronisation here
+        used = 0
+        for length in row:
+            if length > 0:
+                used += length
+                ends.append(end + used)
+        if used > places:
+            raise ValueError(f"npu_bridge.kernels: segment lengths {row} add up to {used}, but a row has {places} places")
+        end += places
+        if used < places:
+            ends.append(end)
+    return ends
+
+
+def _capturing(device):
+    return torch.npu.is_current_stream_capturing() if hasattr(torch, "npu") and device.type == "npu" else False
+
+
+def _npu_arguments(q, k, segments, *, causal, window):
+    """-> layout arguments of npu_fusion_attention, and a (B, T) bool of queries that attend nothing (or None)."""
+    unlimited = 2147483647
+    banded = dict(pre_tockens=window - 1 if window else unlimited, next_tockens=0 if causal or not window else window - 1)
+    ends = cumulative_lengths(segments[2], q.shape[1]) if len(segments) == 3 else None
+    limited = causal or window is not None
+    if segments and (ends is None or len(ends) > MOST_LENGTHS) or limited and q.shape[1] > k.shape[1]:
+        mask = forbidden(q, k, segments, causal=causal, window=window, blocks=(0, 0, 0))
+        mask = mask.expand(q.shape[0], -1, -1, -1)  # (B, 1, T, S)
+        return dict(input_layout="BSND", atten_mask=mask.contiguous(), sparse_mode=0), mask.all(-1)[:, 0]
+    arguments = dict(input_layout="TND" if ends else "BSND")
+    if window is not None:
+        arguments |= dict(atten_mask=_triangle(q.device), sparse_mode=4, **banded)
+    elif causal:
+        arguments |= dict(atten_mask=_triangle(q.device), sparse_mode=3)  # the last query level with the last key
+    if ends:
+        arguments |= dict(actual_seq_qlen=ends, actual_seq_kvlen=ends)
+        return arguments, segments[0] == 0
+    return arguments, None
+
+
+def _lay(layout, *tensors):
+    return tuple(x.flatten(0, 1) if layout == "TND" else x for x in tensors)
+
+
+def _version(q, arguments):
+    """("", arguments), or ("_v3", ...) with lengths as host tensors, which a captured graph can update before a replay."""
+    if arguments["input_layout"] == "TND" and _capturing(q.device):
+        as_tensor = {name: torch.tensor(arguments[name], dtype=torch.int64) for name in ("actual_seq_qlen", "actual_seq_kvlen")}
+        return "_v3", arguments | as_tensor
+    return "", arguments
+
+
+def _npu_attention(q, k, v, *segments, causal, window, scale, blocks):
+    arguments, dead = _npu_arguments(q, k, segments, causal=causal, window=window)
+    suffix, arguments = _version(q, arguments)
+    call = getattr(torch_npu(), "npu_fusion_attention" + suffix)
+    out, peak, total = call(*_lay(arguments["input_layout"], q, k, v), q.shape[2], scale=scale, **arguments)[:3]
+    out = out.reshape(*q.shape[:3], v.shape[-1])
+    if dead is not None:
+        out = out.masked_fill(dead[..., None, None], 0)
+    # The kernel repeats each statistic eight times. One number is enough: exp(x - max) / sum = exp(x - lse). In TND the order of
+    # the numbers is the kernel's own affair; they go back to it as they came.
+    return out, (peak[..., 0] + total[..., 0].log()).reshape(q.shape[0], q.shape[2], q.shape[1])
+
+
+def _npu_attention_backward(g, q, k, v, out, lse, *segments, causal, window, scale, blocks):
+    arguments, dead = _npu_arguments(q, k, segments, causal=causal, window=window)
+    suffix, arguments = _version(q, arguments)
+    if dead is not None:
+        g = g.masked_fill(dead[..., None, None], 0)
+    if arguments["input_layout"] == "TND":
+        lse = lse.reshape(-1, q.shape[2])
+    peak = lse[..., None].expand(*lse.shape, 8).contiguous()
+    layout = arguments["input_layout"]
+    ql, kl, vl, gl, outl = _lay(layout, q, k, v, g, out)
+    call = getattr(torch_npu(), "npu_fusion_attention_grad" + suffix)
+    dq, dk, dv = call(ql, kl, vl, gl, q.shape[2], softmax_max=peak, softmax_sum=torch.ones_like(peak), attention_in=outl,
+                      scale_value=scale, **arguments)[:3]
+    return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
+
+
+_FORWARD, _BACKWARD = "torch_npu.npu_fusion_attention(q, k, v, N, {})", "torch_npu.npu_fusion_attention_grad(q, k, v, g, N, {}, softmax_max=lse, softmax_sum=1, attention_in=out)"
+for _suffix, _arguments, _note in (
+    ("", '"BSND", sparse_mode=3 | 4 with the 2048 triangle, or no mask', "mask True = masked; sparse mode 3 is causal from the lower right, 4 a band"),
+    ("_segments", '"BSND", atten_mask=(B, 1, T, S), sparse_mode=0', "a materialised mask: the fall-back where no lengths are given"),
+    ("_packed", '"TND", actual_seq_qlen=ends, actual_seq_kvlen=ends, sparse_mode=0 | 3 | 4', "ends: cumulative, host, no leading 0, at most 1024; v3 with host tensors inside a captured graph"),
+):  # fmt: skip
+    register("attention" + _suffix, family="attention", call=_FORWARD.format(_arguments), npu=_npu_attention, inside=True, note=_note)(attention)
+    register("attention" + _suffix + "_backward", family="attention", call=_BACKWARD.format(_arguments), npu=_npu_attention_backward, inside=True)(attention_backward)

@@ -1,0 +1,181 @@
+"""Each kernel against its formula in float64: the figures of docs/operators.md, and what a doctor runs on a device.
+
+The formula is the operator's JAX reference evaluated in float64 on the very inputs the kernel gets (tests/ops hold that reference
+against formulas written by hand).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+
+from npu_bridge.kernels.registry import KERNELS, lookup
+from npu_bridge.ops import moe
+from npu_bridge.ops.activations import gelu_backward, gelu_forward, swiglu_backward, swiglu_forward
+from npu_bridge.ops.attention import attention_backward, attention_forward
+from npu_bridge.ops.embedding import embedding_backward, embedding_forward
+from npu_bridge.ops.norms import layer_norm_backward, layer_norm_forward, rms_norm_backward, rms_norm_forward
+from npu_bridge.ops.optimizer import adamw_update
+from npu_bridge.ops.rotary import rotary_backward, rotary_forward
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Inputs of one kernel. `arrays(rng, rounded)` makes them in float64; `rounded` brings an array to the dtype under test.
+
+    `wide` numbers the operands that stay float32 whatever the dtype (statistics, the optimizer's state).
+    """
+
+    reference: Callable[..., Any]
+    arrays: Callable[..., list[np.ndarray]]
+    params: dict[str, Any] = dataclasses.field(default_factory=dict)
+    wide: tuple[int, ...] = ()
+
+
+def _normal(rng, *shape):
+    return rng.standard_normal(shape)
+
+
+def _rms_backward(rng, rounded):
+    x, scale = rounded(_normal(rng, 3, 17, 96)), rounded(_normal(rng, 96))
+    return [_normal(rng, 3, 17, 96), x, scale, 1 / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)]
+
+
+def _layer_backward(rng, rounded):
+    x, scale = rounded(_normal(rng, 3, 17, 96) + 1), rounded(_normal(rng, 96))
+    return [_normal(rng, 3, 17, 96), x, scale, x.mean(-1, keepdims=True), 1 / np.sqrt(x.var(-1, keepdims=True) + 1e-6)]
+
+
+def _tables(rng):
+    angle = _normal(rng, 2, 9, 24) * 30
+    return [np.cos(angle), np.sin(angle)]
+
+
+_LENGTHS = np.array([[20, 31, 13], [7, 40, -1]])
+
+
+def _segments():
+    ids = np.zeros((2, 70), np.int32)
+    for row, lengths in zip(ids, _LENGTHS):
+        row[: sum(n for n in lengths if n > 0)] = np.repeat(np.arange(1, 4)[lengths > 0], lengths[lengths > 0])
+    return [ids, ids]
+
+
+def _attention(segments, backward, params):
+    def arrays(rng, rounded):
+        q, k, v = (rounded(_normal(rng, 2, 70, heads, dim)) for heads, dim in ((4, 80), (2, 80), (2, 64)))
+        if not backward:
+            return [q, k, v, *segments]
+        out, lse = attention_forward(*(np.asarray(x) for x in (q, k, v)), *segments, **params)
+        return [rounded(_normal(rng, *out.shape)), q, k, v, np.asarray(out), np.asarray(lse), *segments]
+
+    reference = attention_backward if backward else attention_forward
+    return Case(reference, arrays, params, wide=(5,) if backward else ())
+
+
+_CAUSAL = dict(causal=True, window=None, scale=80**-0.5, blocks=(0, 0, 0))
+_PACKED = dict(causal=True, window=None, scale=80**-0.5, blocks=(16, 48, 0))
+_BAND = dict(causal=False, window=9, scale=80**-0.5, blocks=(32, 16, 16))
+_SIZES = np.array([5, 0, 17, 9], np.int32)
+_GATE = dict(k=3, scoring="softmax", groups=1, groups_kept=1, renormalize=True, scale=1.0)
+_GATE_BIASED = dict(k=4, scoring="sigmoid", groups=4, groups_kept=2, renormalize=True, scale=2.5)
+_ADAM = dict(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
+
+
+def _route(rng):
+    destination = rng.permutation(26).astype(np.int32)
+    return np.argsort(destination).astype(np.int32), destination.reshape(13, 2)
+
+
+def _ids(rng):
+    return rng.integers(-2, 21, (3, 11)).astype(np.int32)
+
+
+CASES: dict[str, Case] = {
+    "rms_norm": Case(rms_norm_forward, lambda r, _: [_normal(r, 3, 17, 96), _normal(r, 96)], {"eps": 1e-6}),
+    "rms_norm_backward": Case(rms_norm_backward, _rms_backward, wide=(3,)),
+    "layer_norm": Case(layer_norm_forward, lambda r, _: [_normal(r, 3, 17, 96) + 1, _normal(r, 96), _normal(r, 96)], {"eps": 1e-6}),
+    "layer_norm_backward": Case(layer_norm_backward, _layer_backward, wide=(3, 4)),
+    "rotary": Case(rotary_forward, lambda r, _: [_normal(r, 2, 9, 3, 32), *_tables(r)], {"mode": "half"}, wide=(1, 2)),
+    "rotary_backward": Case(rotary_backward, lambda r, _: [_normal(r, 2, 9, 3, 32), *_tables(r)], {"mode": "interleaved"}, wide=(1, 2)),
+    "swiglu": Case(swiglu_forward, lambda r, _: [_normal(r, 5, 64) * 3, _normal(r, 5, 64)]),
+    "swiglu_backward": Case(swiglu_backward, lambda r, _: [_normal(r, 5, 64), _normal(r, 5, 64) * 3, _normal(r, 5, 64)]),
+    "gelu": Case(gelu_forward, lambda r, _: [_normal(r, 5, 64) * 3], {"approximate": True}),
+    "gelu_backward": Case(gelu_backward, lambda r, _: [_normal(r, 5, 64), _normal(r, 5, 64) * 3], {"approximate": False}),
+    "attention": _attention([], False, _CAUSAL),
+    "attention_backward": _attention([], True, _BAND),
+    "attention_segments": _attention(_segments(), False, _BAND),
+    "attention_segments_backward": _attention(_segments(), True, _PACKED),
+    "attention_packed": _attention([*_segments(), _LENGTHS.astype(np.int32)], False, _PACKED),
+    "attention_packed_backward": _attention([*_segments(), _LENGTHS.astype(np.int32)], True, _PACKED),
+    "embedding": Case(embedding_forward, lambda r, _: [_normal(r, 19, 24), _ids(r)]),
+    "embedding_backward": Case(embedding_backward, lambda r, _: [_normal(r, 3, 11, 24), _ids(r)], {"rows": 19}),
+    "grouped_matmul": Case(moe.grouped_forward, lambda r, _: [_normal(r, 34, 48), _normal(r, 4, 48, 40), _SIZES]),
+    "grouped_matmul_transposed": Case(lambda *a: moe.grouped_forward(*a, transpose=True),
+                                      lambda r, _: [_normal(r, 34, 40), _normal(r, 4, 48, 40), _SIZES]),
+    "grouped_matmul_weight_gradient": Case(moe.grouped_weight_gradient, lambda r, _: [_normal(r, 34, 48), _normal(r, 34, 40), _SIZES]),
+    "moe_gating": Case(moe.gating_forward, lambda r, _: [_normal(r, 13, 16)], _GATE),
+    "moe_gating_biased": Case(moe.gating_forward, lambda r, _: [_normal(r, 13, 16), _normal(r, 16)], _GATE_BIASED),
+    "moe_permute": Case(moe.permute_forward, lambda r, _: [_normal(r, 13, 24), *_route(r)]),
+    "moe_permute_backward": Case(moe.permute_backward, lambda r, _: [_normal(r, 26, 24), _route(r)[1]]),
+    "moe_unpermute": Case(moe.unpermute_forward, lambda r, _: [_normal(r, 26, 24), _route(r)[1], r.random((13, 2))]),
+    "moe_unpermute_backward": Case(moe.unpermute_backward, lambda r, _: [_normal(r, 13, 24), _normal(r, 26, 24), _route(r)[1], r.random((13, 2))]),
+    "adamw": Case(adamw_update,
+                  lambda r, _: [_normal(r, 7, 12), _normal(r, 7, 12), _normal(r, 7, 12) * 0.1, r.random((7, 12)), np.array(3.0), np.array(0.01)],
+                  _ADAM, wide=(0, 2, 3, 4, 5)),
+}  # fmt: skip
+
+
+def inputs(name: str, dtype: str, device: str = "cpu", seed: int = 0) -> tuple[list[np.ndarray], list[torch.Tensor]]:
+    """-> the operands in float64 (after rounding to `dtype`), and the same as tensors on the device."""
+    rng, case = np.random.default_rng(seed), CASES[name]
+    rounded = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(DTYPES[dtype]).double().numpy()
+    with jax.enable_x64(True):
+        arrays = [np.asarray(x) for x in case.arrays(rng, rounded)]
+    exact, tensors = [], []
+    for i, x in enumerate(arrays):
+        tensor = torch.from_numpy(np.array(x))
+        if x.dtype == np.float64:
+            tensor = tensor.to(torch.float32 if i in case.wide else DTYPES[dtype])
+            x = tensor.double().numpy()
+        exact.append(x)
+        # Run lengths stay on the host: that is where the kernel reads them.
+        tensors.append(tensor if x is arrays[-1] and name.startswith("attention_packed") else tensor.to(device))
+    return exact, tensors
+
+
+def difference(result: torch.Tensor, exact: np.ndarray) -> float:
+    """Largest difference relative to the largest value; infinite where shapes or finiteness differ."""
+    value = result.detach().cpu().double().numpy()
+    if value.shape != exact.shape or not np.isfinite(value).all():
+        return float("inf")
+    return float(np.abs(value - exact).max(initial=0) / max(np.abs(exact).max(initial=0), 1e-30))
+
+
+def measure(name: str, dtype: str, device: str = "cpu", equivalents: str | None = None, seed: int = 0) -> float:
+    """Worst relative error of a kernel over its results. On device "npu" this is the fused call unless `equivalents` says otherwise.
+
+    Raises:
+      KeyError: unknown kernel or dtype.
+    """
+    case = CASES[name]
+    exact, tensors = inputs(name, dtype, device, seed)
+    with jax.enable_x64(True):
+        wanted = case.reference(*(jax.numpy.asarray(x) for x in exact), **case.params)
+    wanted = [np.asarray(x) for x in (wanted if isinstance(wanted, tuple) else (wanted,))]
+    results = lookup(name, device, equivalents=equivalents)(*tensors, **case.params)
+    if len(results) != len(wanted):
+        return float("inf")
+    return max(difference(result, value) for result, value in zip(results, wanted))
+
+
+def measure_all(device: str = "cpu") -> dict[str, dict[str, float]]:
+    """Kernel -> dtype -> error, for every kernel of the table."""
+    return {name: {dtype: measure(name, dtype, device) for dtype in DTYPES} for name in KERNELS}
