@@ -112,6 +112,8 @@ def _media(item: Any) -> Media:
         return item
     if isinstance(item, (bytes, Image.Image)):
         return Media(data=item)
+    if hasattr(item, "read"):  # something that gives the bytes when its turn comes
+        return Media(data=item.read())
     return Media(path=str(item))
 
 

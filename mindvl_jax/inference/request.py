@@ -62,7 +62,7 @@ class Request:
     Attributes:
       messages: chat turns `{"role": ..., "content": ...}`; each `<image>` in a content takes the next of `images`, each
         `<video>` the next of `videos`. The last turn is the user's.
-      images: bytes, paths or PIL pictures, in the order of their marks.
+      images: bytes, paths, PIL pictures, or objects whose `read()` gives bytes when needed; in the order of their marks.
       id: comes back with the answer.
       min_pixels, max_pixels: picture area after resizing; None is the model's own setting.
     """
