@@ -45,7 +45,7 @@ def make_loader(config: Config, phase_index: int, *, process_index: int = 0, pro
     sources = open_sources(config.data.sources, names)
     seed = int(np.random.SeedSequence([config.run.seed, phase_index]).generate_state(1)[0]) if seed is None else seed
     stream = MixtureStream(sources, [weights[name] for name in names], seed)
-    tokenizer = _tokenizer(config.tokenizer)
+    tokenizer = cached_tokenizer(config.tokenizer)
     if tokenizer.vocab_size > config.model.text.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, model.text.vocab_size is {config.model.text.vocab_size}; the model must not be smaller")
     suffix = f"-{process_index}" if process_index else ""
@@ -84,7 +84,7 @@ def make_loader(config: Config, phase_index: int, *, process_index: int = 0, pro
 
 
 @functools.lru_cache(maxsize=4)
-def _tokenizer(config: TokenizerConfig) -> Tokenizer:
+def cached_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """Reading 151,000 entries takes a second; every phase asks for the same ones."""
     return load_tokenizer(config)
 

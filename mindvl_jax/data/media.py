@@ -16,6 +16,10 @@ def resolve(media: Media) -> str:
     path = media.path or ""
     if "://" in path:
         raise SampleError("not_a_file", f"{path!r} is a URL; media are read from files only: download them first and give paths")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise SampleError("missing_media", f"{path!r} holds characters that no file name can have") from None
     if "\0" in path or not path:
         raise SampleError("missing_media", f"{path!r} is not a path")
     root = _real_root(media.root or os.getcwd())

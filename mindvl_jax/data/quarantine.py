@@ -81,7 +81,7 @@ class Quarantine:
             return
         self._written.add(key)
         os.makedirs(os.path.dirname(self._path) or ".", exist_ok=True)
-        with open(self._path, "a", encoding="utf-8") as file:
+        with open(self._path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def _read_written(self) -> set[str]:
@@ -89,7 +89,7 @@ class Quarantine:
         if self._path is None or not os.path.exists(self._path):
             return set()
         keys = set()
-        with open(self._path, encoding="utf-8") as file:
+        with open(self._path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
                     entry = json.loads(line)

@@ -90,7 +90,7 @@ def sample_from_record(record: dict[str, Any], *, columns: ColumnMapping, media_
     messages = tuple(_message(turn, index, columns) for index, turn in enumerate(turns))
     system = record.get("system")
     if isinstance(system, str) and system and not any(message.role == "system" for message in messages):
-        messages = (Message("system", system), *messages)
+        messages = (Message("system", _text(system)), *messages)
     images = record.get(columns.images)
     if images is None:
         images = record.get("image")
@@ -101,12 +101,12 @@ def sample_from_record(record: dict[str, Any], *, columns: ColumnMapping, media_
     answers = record.get("answers")
     task = record.get("task")
     return Sample(
-        id=default_id if identifier is None else str(identifier),
+        id=default_id if identifier is None else _text(identifier),
         messages=messages,
         images=tuple(_media(item, media_root) for item in _as_list(images)),
         videos=tuple(_media(item, media_root) for item in _as_list(videos)),
-        task=None if task is None else str(task),
-        answers=tuple(str(answer) for answer in _as_list(answers)),
+        task=None if task is None else _text(task),
+        answers=tuple(_text(answer) for answer in _as_list(answers)),
         origin=origin,
     )
 
@@ -123,6 +123,12 @@ def _message(turn: Any, index: int, columns: ColumnMapping) -> Message:
     return Message(known, _content(content, index))
 
 
+def _text(value: Any) -> str:
+    """Text that is UTF-8: JSON can hold lone surrogates, which no tokenizer and no file takes."""
+    text = value if isinstance(value, str) else str(value)
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
 @functools.lru_cache(maxsize=16)
 def _role_names(columns: ColumnMapping) -> dict[str, str]:
     return {columns.user: "user", columns.assistant: "assistant", columns.system: "system", columns.tool: "tool"}
@@ -130,10 +136,7 @@ def _role_names(columns: ColumnMapping) -> dict[str, str]:
 
 def _content(content: Any, index: int) -> str:
     if isinstance(content, str):
-        if content.isascii():
-            return content
-        # A lone surrogate cannot be UTF-8, so no tokenizer could take it.
-        return content.encode("utf-8", "replace").decode("utf-8")
+        return _text(content)
     if isinstance(content, (list, tuple)):
         parts = []
         for part in content:
@@ -165,8 +168,9 @@ def _media(item: Any, root: str | None) -> Media:
         return Media(data=bytes(item))
     if isinstance(item, dict):
         data, path = item.get("bytes"), item.get("path")
-        if data is not None:
+        path = path if isinstance(path, str) else None
+        if isinstance(data, (bytes, bytearray, memoryview)):
             return Media(data=bytes(data), path=path)
-        if isinstance(path, str):
+        if data is None and path is not None:
             return Media(path=path, root=root)
     raise SampleError("malformed", f"a medium must be a path, bytes, or {{bytes, path}}; found {type(item).__name__}")

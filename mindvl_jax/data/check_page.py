@@ -1,0 +1,75 @@
+"""The findings of `mindvl data check` as one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Sequence
+
+import jinja2
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from mindvl_jax.data.check import SourceFindings
+from mindvl_jax.data.image import load_image
+from mindvl_jax.data.sample import Media, SampleError
+
+THUMBNAIL = 160
+
+
+def write_page(path: str, findings: Sequence[SourceFindings], advice: Sequence[str], settings: dict[str, str]) -> None:
+    """Writes the page. Text of the data is escaped: it may hold anything."""
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    sources = [
+        {
+            "found": found,
+            "skipped_count": sum(found.reasons.values()),
+            "histograms": [
+                ("tokens a sample", _histogram(found.tokens)),
+                ("learned tokens a sample", _histogram(found.learned)),
+                ("patches a sample", _histogram(found.patches)),
+            ],
+            "shown": [{"id": sample.id, "pictures": [_thumbnail(media) for media in sample.images[:4]], "turns": sample.messages[:6], "tokens": example.length, "patches": example.patches} for sample, example in found.shown],
+        }
+        for found in findings
+    ]
+    page = environment.get_template("check_page.html").render(sources=sources, advice=advice, settings=settings)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def _histogram(values: Sequence[int]) -> str:
+    """An SVG histogram, in logarithmic bins where the values span more than two decades."""
+    if not values:
+        return ""
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+    data = np.array(values)
+    figure = Figure(figsize=(3.6, 1.9), layout="constrained")
+    axes = figure.subplots()
+    wide = data.max() > 100 * max(data[data > 0].min(initial=data.max()), 1)
+    bins = np.geomspace(max(data.min(), 1), data.max() + 1, 40) if wide else min(40, int(data.max() - data.min()) + 1)
+    axes.hist(data, bins=bins, color="#4a7aa5")
+    if wide:
+        axes.set_xscale("log")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=7)
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(file, format="svg")
+    text = file.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _thumbnail(media: Media) -> str | None:
+    """A small picture as a data address, or None when it does not decode."""
+    try:
+        picture = load_image(media)
+    except SampleError:
+        return None
+    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
+    file = io.BytesIO()
+    picture.save(file, "WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
