@@ -1,0 +1,199 @@
+"""The assembled model: isolation, masks, dtypes, remat, cache, placement on a mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mindvl_jax.config import MeshConfig
+from mindvl_jax.models import LOGICAL_AXES, KVCache, MindVL
+from mindvl_jax.models.parameters import Linear
+from mindvl_jax.models.vision.placement import place_visual
+from mindvl_jax.models.vision.tower import IMAGE_MEAN, IMAGE_STD, normalize_patches, window_patches
+from mindvl_jax.parallel.mesh import make_mesh
+
+
+QUICK = {"xla_backend_optimization_level": 0}  # compilation is most of these tests' time
+
+
+def losses(graph, state, batch):
+    return nnx.merge(graph, state).token_losses(batch, chunk=16)
+
+
+def jitted(function):
+    return jax.jit(function, compiler_options=QUICK)
+
+
+@pytest.fixture(scope="module")
+def plain_losses(tiny):
+    graph, state = tiny()
+    run = jitted(lambda state, batch: losses(graph, state, batch))
+    return lambda batch: run(state, batch)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny, batch):
+    """Loss and gradients without remat."""
+    graph, state = tiny()
+    run = jax.jit(jax.value_and_grad(lambda state, batch: losses(graph, state, batch).sum()), compiler_options=QUICK)
+    return run, state, run(state, batch)
+
+
+@pytest.mark.parametrize("policy", ["full", "dots", "attention"])
+def test_remat_changes_no_value(tiny, policy):
+    """On the decoder, whose layers and the tower's go through the same functions."""
+    inputs, seed = jax.random.normal(jax.random.key(0), (2, 1, 12, 48))
+    positions, ids = jnp.broadcast_to(jnp.arange(12), (1, 3, 12)), jnp.ones((1, 12), jnp.int32)
+
+    def gradients(remat):
+        graph, state = tiny(remat=remat)
+        run = lambda state, x: (nnx.merge(graph, state).language(x, positions, ids) * seed).sum()
+        return jitted(jax.grad(run, argnums=(0, 1)))(state, inputs)
+
+    plain, again = gradients("none"), gradients(policy)
+    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
+        # The same sums in another order of fusion: float32 rounding only.
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_text_only_batches_run_the_program_of_image_batches_without_nan(plain, batch):
+    run, state, _ = plain
+    compiled = run._cache_size()
+    text = batch.replace(visual_index=jnp.full_like(batch.visual_index, -1), patches=jnp.zeros_like(batch.patches),
+                         patch_segment_ids=jnp.zeros_like(batch.patch_segment_ids), patch_window_ids=jnp.zeros_like(batch.patch_window_ids))
+    loss, grads = run(state, text)
+    assert run._cache_size() == compiled and np.isfinite(loss)
+    flat = {"/".join(map(str, path)): np.asarray(variable.get_value()) for path, variable in nnx.to_flat_state(grads)}
+    assert all(np.isfinite(value).all() for value in flat.values())
+    assert all(not value.any() for path, value in flat.items() if path.startswith(("vision/", "projector/"))), "nothing was seen, so nothing may be learned"
+    assert flat["language/embed/embedding"].any()
+
+
+def test_every_parameter_learns_from_a_batch_with_an_image(plain):
+    _, _, (_, grads) = plain
+    dead = ["/".join(map(str, path)) for path, variable in nnx.to_flat_state(grads) if not np.asarray(variable.get_value()).any()]
+    assert not dead, f"no gradient reaches {dead}"
+
+
+def test_segments_see_nothing_of_their_neighbours(plain_losses, batch):
+    before = plain_losses(batch)
+    after = plain_losses(batch.replace(tokens=batch.tokens.at[1, 0].add(1), patches=batch.patches.at[0, 0].set(255 - batch.patches[0, 0])))
+    changed = np.asarray(before != after)
+    assert changed[1, :8].any() and not changed[1, 8:].any(), "a text's neighbour in the row changed"
+    assert changed[0, 2:18].any() and not changed[0, :2].any() and not changed[0, 18:].any(), "tokens before the image, or padding, changed"
+
+
+def test_padding_has_no_loss(plain_losses, batch):
+    found = np.asarray(plain_losses(batch))
+    assert found.dtype == np.float32 and found.shape == (2, 24)
+    assert (found[np.asarray(batch.segment_ids) == 0] == 0).all() and (found[np.asarray(batch.segment_ids) > 0] > 0).all()
+
+
+def test_bounds_on_lengths_change_no_value(tiny, batch):
+    graph, state = tiny()
+    run = lambda **bounds: jitted(lambda state, batch: nnx.merge(graph, state)(batch, **bounds))(state, batch)
+    bounded, free = run(max_sample_length=18, max_image_patches=16), run()
+    real = np.asarray(batch.segment_ids) > 0
+    difference = np.abs(np.asarray(bounded - free))[real].max()
+    assert difference < 1e-5, f"max difference {difference:.1e}"
+
+
+def test_bfloat16_computes_in_bfloat16_and_stays_near(tiny, plain_losses, batch):
+    graph, state = tiny(compute_dtype="bfloat16")
+    assert jax.eval_shape(lambda batch: nnx.merge(graph, state)(batch), batch).dtype == jnp.bfloat16
+    exact = np.asarray(plain_losses(batch)).sum()
+    found = np.asarray(jitted(lambda state, batch: losses(graph, state, batch))(state, batch)).sum()
+    # About 50 places of some 4 nats; eight significant bits a step, averaged: a hundredth is generous and NaN or a lost cast is not.
+    assert abs(found - exact) / exact < 1e-2, f"{found} against {exact}"
+
+
+def test_cached_decoding_equals_reading_everything_at_once(tiny, batch):
+    graph, state = tiny()
+    model = nnx.merge(graph, state)
+    inputs = jax.random.normal(jax.random.key(0), (1, 24, 48))
+    positions, ids = batch.positions[:1], jnp.ones((1, 24), jnp.int32)
+    whole = jitted(model.language)(inputs, positions, ids)
+    cache = KVCache.empty(model.config.text, 1, 32, jnp.float32)
+    step = jax.jit(lambda *args, **kw: model.language(*args, **kw), static_argnames="cache_is_empty", compiler_options=QUICK)
+    # A prompt of 10 in a bucket of 16 whose last six are padding; a chunk of 5; then one by one.
+    first, cache = step(inputs[:, :16], positions[..., :16], (jnp.arange(16)[None] < 10).astype(jnp.int32), cache=cache, cache_index_B=jnp.array([0]), cache_is_empty=True)
+    chunk, cache = step(inputs[:, 10:15], positions[..., 10:15], ids[:, :5], cache=cache, cache_index_B=jnp.array([10]))
+    parts = [first[:, :10], chunk]
+    for t in range(15, 24):
+        one, cache = step(inputs[:, t : t + 1], positions[..., t : t + 1], ids[:, :1], cache=cache, cache_index_B=jnp.array([t]))
+        parts.append(one)
+    difference = float(jnp.abs(jnp.concatenate(parts, 1) - whole).max())
+    assert difference < 1e-5, f"max difference {difference:.1e}"
+
+
+def test_rows_of_a_cache_advance_by_themselves(tiny, batch):
+    graph, state = tiny()
+    model = nnx.merge(graph, state)
+    inputs = jax.random.normal(jax.random.key(0), (2, 6, 48))
+    positions = jnp.broadcast_to(jnp.arange(6), (2, 3, 6))
+    whole = jitted(model.language)(inputs, positions, jnp.ones((2, 6), jnp.int32))
+    step = jax.jit(lambda *args, **kw: model.language(*args, **kw), static_argnames="cache_is_empty", compiler_options=QUICK)
+    cache = KVCache.empty(model.config.text, 2, 8, jnp.float32)
+    lengths = jnp.array([5, 3])
+    valid = (jnp.arange(5)[None] < lengths[:, None]).astype(jnp.int32)
+    _, cache = step(inputs[:, :5], positions[..., :5], valid, cache=cache, cache_index_B=jnp.array([0, 0]), cache_is_empty=True)
+    rows = jnp.arange(2)
+    one, _ = step(inputs[rows, lengths][:, None], positions[rows, :, lengths][..., None], jnp.ones((2, 1), jnp.int32), cache=cache, cache_index_B=lengths)
+    difference = float(jnp.abs(one[:, 0] - whole[rows, lengths]).max())
+    assert difference < 1e-5, f"max difference {difference:.1e}"
+
+
+def test_visual_tokens_land_where_the_index_says_and_gradients_return():
+    tokens, visual = jnp.zeros((2, 5, 3)), jnp.arange(24.0).reshape(2, 4, 3) + 1
+    index = jnp.array([[-1, 2, 0, -1, -1], [3, -1, -1, -1, 1]])
+    out = jitted(place_visual)(tokens, visual, index)
+    np.testing.assert_array_equal(out[0, 1], visual[0, 2])
+    np.testing.assert_array_equal(out[1, 4], visual[1, 1])
+    assert not out[0, 0].any()
+    seed = jax.random.normal(jax.random.key(1), out.shape)
+    # Witness: the same choice as a product with a one-hot matrix, differentiated by JAX.
+    onehot = lambda tokens, visual: jnp.where(index[..., None] >= 0, jax.nn.one_hot(index, 4) @ visual, tokens)
+    pull = lambda function: jitted(lambda t, v: jax.vjp(function, t, v)[1](seed))(tokens, visual)
+    for got, want in zip(pull(lambda t, v: place_visual(t, v, index)), pull(onehot), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_pixels_are_normalised_by_channel_as_published(config):
+    vision = config.vision
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 2, 1176), np.uint8)
+    channels = pixels.reshape(1, 2, 3, -1).astype(np.float64) / 255
+    want = (channels - np.array(IMAGE_MEAN)[:, None]) / np.array(IMAGE_STD)[:, None]
+    got = normalize_patches(jnp.asarray(pixels), vision, jnp.float32)
+    np.testing.assert_allclose(got, want.reshape(1, 2, 1176), atol=1e-6)
+    np.testing.assert_array_equal(normalize_patches(got, vision, jnp.float32), got)
+    with pytest.raises(TypeError, match="int32"):
+        normalize_patches(jnp.zeros((1, 1, 1176), jnp.int32), vision, jnp.float32)
+
+
+@pytest.mark.parametrize("window, patches", [(112, 64), (56, 16), (70, 16), (28, 4)])
+def test_windows_hold_whole_groups(config, window, patches):
+    assert window_patches(config.vision.model_copy(update=dict(window_size=window))) == patches
+
+
+def test_every_axis_name_is_a_known_one(tiny):
+    graph, state = tiny()
+    for path, variable in nnx.to_flat_state(state):
+        names = variable.get_metadata()["out_sharding"]
+        assert len(names) == variable.get_value().ndim and set(names) <= {*LOGICAL_AXES, None}, f"{path}: {names}"
+
+
+def test_under_a_mesh_parameters_are_created_in_their_places():
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
+    rules = [(name, {"mlp": "tensor", "embed": "fsdp"}.get(name)) for name in LOGICAL_AXES]
+    with jax.set_mesh(mesh), nnx.logical_axis_rules(rules):
+        linear = nnx.jit(lambda: Linear(48, 64, ("embed", "mlp"), bias=True, rngs=nnx.Rngs(0), dtype=jnp.float32, layers=2))()
+    assert {shard.data.shape for shard in linear.kernel.get_value().addressable_shards} == {(2, 24, 16)}
+    alone = Linear(48, 64, ("embed", "mlp"), bias=True, rngs=nnx.Rngs(0), dtype=jnp.float32, layers=2)
+    np.testing.assert_allclose(linear.kernel.get_value(), alone.kernel.get_value(), atol=1e-7)
+
+
+def test_a_head_dim_that_two_axes_cannot_share_is_refused(config):
+    bad = config.model_copy(update=dict(vision=config.vision.model_copy(update=dict(num_heads=16))))
+    with pytest.raises(ValueError, match="multiple of 4"):
+        nnx.eval_shape(lambda: MindVL(bad, rngs=nnx.Rngs(0)))
