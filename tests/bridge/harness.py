@@ -74,7 +74,7 @@ def _dtype(name: str):
     return np.dtype(getattr(jnp, name)) if hasattr(jnp, name) and not hasattr(np, name) else np.dtype("bool" if name == "bool" else name)
 
 
-def _run(job: dict[str, Any], flat: list[np.ndarray]) -> list[np.ndarray]:
+def _run(job: dict[str, Any], flat: list[np.ndarray]) -> Any:
     from npu_bridge.array import Array, to_torch
     from npu_bridge.runtime.mesh import Runtime
     from npu_bridge.runtime.program import LoadedProgram, shard
@@ -85,8 +85,27 @@ def _run(job: dict[str, Any], flat: list[np.ndarray]) -> list[np.ndarray]:
     local = [
         shard(to_torch(flat[i], _dtype(job["in_dtypes"][i])), layout, runtime).contiguous() for i, layout in zip(job["kept"], job["args"])
     ]
+    if "batches" in job:
+        return _steps(job, program, local, runtime)
     outs = program(local)
     return [Array(t, s, _dtype(d), lay, runtime).gather() for t, s, d, lay in zip(outs, job["shapes"], job["dtypes"], job["results"])]
+
+
+def _steps(job, program, local, runtime):
+    """Several steps of ``state, batch -> state, metrics``: the state stays local. Returns metrics of each step and the last state."""
+    from npu_bridge.array import Array, to_torch
+    from npu_bridge.runtime.program import shard
+
+    count = job["state"]
+    state, metrics = local[:count], []
+    for batch in job["batches"]:
+        args = [*state, *(shard(to_torch(x, x.dtype), lay, runtime).contiguous() for x, lay in zip(batch, job["args"][count:]))]
+        del state
+        outs = program(args)
+        state = outs[:count]
+        metrics.append([float(o) for o in outs[count:]])
+    whole = [Array(t, s, _dtype(d), lay, runtime).gather() for t, s, d, lay in zip(state, job["shapes"], job["dtypes"], job["results"])]
+    return metrics, whole
 
 
 def _worker(rank: int, count: int, port: int, jobs, answers) -> None:
@@ -119,9 +138,15 @@ class Pool:
         for p in self.processes:
             p.start()
 
-    def run(self, low: Lowered, flat) -> list[list[np.ndarray]]:
+    def steps(self, low: Lowered, state, batches) -> list[Any]:
+        """Runs a training step over batches. Returns for each rank (metrics of each step, final state)."""
+        flat = jax.tree.leaves((state, batches[0]))
+        assert low.traced.kept == list(range(len(flat))), "a training step reads all of its arguments"
+        return self.run(low, flat, state=len(jax.tree.leaves(state)), batches=[[np.asarray(x) for x in jax.tree.leaves(b)] for b in batches])
+
+    def run(self, low: Lowered, flat, **extra: Any) -> list[Any]:
         """Results of every rank, gathered to whole arrays."""
-        job = portable(low)
+        job = portable(low) | extra
         for q in self.jobs:
             q.put((job, [np.asarray(x) for x in flat]))
         found: dict[int, Any] = {}
