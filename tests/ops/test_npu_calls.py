@@ -1,0 +1,103 @@
+"""Our torch_npu calls against the documents' formulas (fake_torch_npu.py): arguments, layouts, masks, statistics."""
+
+import numpy as np
+import pytest
+import torch
+
+from npu_bridge.kernels import KERNELS, check
+from npu_bridge.kernels import activations, attention, moe, norms
+from npu_bridge.kernels.attention import cumulative_lengths
+
+from . import fake_torch_npu
+
+FUSED = sorted(name for name, kernel in KERNELS.items() if kernel.npu is not None)
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch):
+    for module in (activations, attention, moe, norms):
+        monkeypatch.setattr(module, "torch_npu", lambda: fake_torch_npu.MODULE)
+    fake_torch_npu.calls.clear()
+
+
+def run(name, tensors, params):
+    return KERNELS[name].npu(*tensors, **params)
+
+
+@pytest.mark.parametrize("dtype", check.DTYPES)
+@pytest.mark.parametrize("name", FUSED)
+def test_the_fused_call_computes_what_its_equivalent_computes(name, dtype):
+    _, tensors = check.inputs(name, dtype)
+    params = check.CASES[name].params
+    fused, equivalent = run(name, [x.clone() for x in tensors], params), KERNELS[name].equivalent(*tensors, **params)
+    # The statistics of packed attention come in the kernel's own order; the next test follows them into the gradient.
+    skipped = {1} if name == "attention_packed" else set()
+    assert len(fused) == len(equivalent)
+    for i, (a, b) in enumerate(zip(fused, equivalent)):
+        assert a.shape == b.shape and a.dtype == b.dtype, f"result {i}: {a.dtype}{tuple(a.shape)}, expected {b.dtype}{tuple(b.shape)}"
+        if i not in skipped:
+            difference = check.difference(a, b.double().numpy())
+            bound = 2 * KERNELS[name].tolerance[dtype]  # each side may use up its own
+            assert difference <= bound, f"result {i}: difference {difference:.2e}, bound {bound:.1e}"
+
+
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 6), (False, 6)])
+@pytest.mark.parametrize("form", ["", "_segments", "_packed"])
+@pytest.mark.parametrize("heads", [(4, 4, 16, 16), (4, 2, 64, 64), (4, 1, 80, 80), (2, 2, 128, 128), (2, 1, 192, 128)], ids=str)
+def test_attention_forward_and_backward_hold_together_in_every_form(form, causal, window, heads):
+    N, K, H, J = heads
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, g = (torch.randn(2, 70, n, d, generator=generator) for n, d in ((N, H), (K, H), (K, J), (N, J)))
+    segments = {"": [], "_segments": check._segments(), "_packed": [*check._segments(), check._LENGTHS]}[form]
+    segments = [torch.from_numpy(np.asarray(x)) for x in segments]
+    params = dict(causal=causal, window=window, scale=H**-0.5, blocks=(0, 0, 0))
+
+    def both(which):
+        forward, backward = (getattr(KERNELS["attention" + form + tail], which) for tail in ("", "_backward"))
+        out, lse = forward(q, k, v, *segments, **params)
+        return out, *backward(g, q, k, v, out, lse, *segments, **params)
+
+    for result, a, b in zip(("out", "dq", "dk", "dv"), both("npu"), both("equivalent")):
+        difference = check.difference(a, b.double().numpy())
+        assert difference <= 1e-5, f"{result}: largest relative difference {difference:.2e}"  # float32 on both sides
+    layout = {call[1]["layout"] for call in fake_torch_npu.calls}
+    assert layout == {"TND" if form == "_packed" else "BSND"}
+    modes = {call[1]["sparse_mode"] for call in fake_torch_npu.calls}
+    assert modes == {0 if form == "_segments" else 4 if window else 3 if causal else 0}
+
+
+def test_lengths_become_cumulative_ends_over_all_rows_with_padding_as_its_own_segment():
+    lengths = torch.tensor([[3, 2, -1], [4, -1, -1], [2, 3, 1]])
+    assert cumulative_lengths(lengths, 6) == [3, 5, 6, 10, 12, 14, 17, 18]
+    with pytest.raises(ValueError, match=r"\[3, 2, -1\] add up to 5, but a row has 4 places"):
+        cumulative_lengths(lengths, 4)
+
+
+def test_more_segments_than_the_kernel_takes_fall_back_to_a_mask():
+    ids = (torch.arange(1100, dtype=torch.int32) + 1)[None]
+    x = torch.randn(1, 1100, 1, 16)
+    out, _ = run("attention_packed", (x, x, x, ids, ids, torch.ones(1, 1100, dtype=torch.int32)), dict(causal=False, window=None, scale=1.0, blocks=(0, 0, 0)))
+    assert fake_torch_npu.calls[0][1]["layout"] == "BSND"
+    assert torch.allclose(out, x, atol=1e-6), "a segment of one place attends itself"
+
+
+def test_more_queries_than_keys_under_a_causal_mask_give_zeros_where_nothing_is_to_be_seen():
+    q, kv = torch.randn(1, 9, 2, 16), torch.randn(1, 5, 2, 16)
+    params = dict(causal=True, window=None, scale=0.25, blocks=(0, 0, 0))
+    fused, equivalent = run("attention", (q, kv, kv), params)[0], KERNELS["attention"].equivalent(q, kv, kv, **params)[0]
+    assert not fused[:, :4].any() and torch.allclose(fused, equivalent, atol=1e-6)
+
+
+def test_adamw_never_reads_a_device_scalar_back(monkeypatch):
+    _, tensors = check.inputs("adamw", "float32")
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: pytest.fail("a host synchronisation"))
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda self: pytest.fail("a host synchronisation"))
+    run("adamw", tensors, check.CASES["adamw"].params)
+
+
+@pytest.mark.parametrize("settings", [dict(scoring="sigmoid", renormalize=False), dict(scoring="softmax", groups=4, groups_kept=2)], ids=str)
+def test_routing_that_no_fused_call_offers_runs_the_equivalent(settings):
+    logits = torch.randn(7, 16)
+    params = check._GATE | settings
+    for a, b in zip(run("moe_gating", (logits,), params), KERNELS["moe_gating"].equivalent(logits, **params)):
+        assert torch.equal(a, b)
