@@ -14,6 +14,10 @@ def main() -> int:
     args = parser.parse_args()
     try:
         config = config_loader.load(args.config, args.set)
+        if config.data.quickstart:
+            from mindvl_jax.quickstart.build import prepare
+
+            prepare(config.data.quickstart)
         from mindvl_jax.training.trainer import train  # after the configuration is known to be good: this loads jax
 
         train(config)

@@ -160,8 +160,14 @@ class SourceConfig(Section):
     max_samples: PositiveInt | None = None
 
 
+class QuickstartDataConfig(Section):
+    folder: str
+    size: Literal["smoke", "standard", "long"] = "standard"
+
+
 class DataConfig(Section):
     sources: dict[str, SourceConfig]
+    quickstart: QuickstartDataConfig | None = Field(None, description="Build the quickstart data into this folder first, unless it is there.")
     train_on: Literal["answers", "last_answer", "all"] = "answers"
     on_error: Literal["raise", "quarantine"] = "quarantine"
     max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.01

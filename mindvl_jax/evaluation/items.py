@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from mindvl_jax.data.sample import Sample
+from mindvl_jax.data.sample import Message, Sample
 from mindvl_jax.errors import UserError
 from mindvl_jax.inference import Request, Sampling
 
@@ -40,12 +40,15 @@ class Item:
 
 
 def item_from_sample(sample: Sample) -> Item:
-    """A training-format sample as a question: what comes before the last assistant turn, and its answers.
+    """A training-format sample as a question: a conversation that ends with the question and keeps its answers apart, or what
+    comes before the last assistant turn.
 
     Raises:
-      UserError: no assistant turn to compare with.
+      UserError: nothing to compare with.
     """
     turns = list(sample.messages)
+    if sample.answers and turns and turns[-1].role == "user":
+        turns.append(Message("assistant", sample.answers[0]))
     while turns and turns[-1].role != "assistant":
         turns.pop()
     if len(turns) < 2:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import fcntl
 import hashlib
 import importlib.metadata
 import itertools
@@ -23,7 +24,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mindvl_jax.config import TokenizerConfig
+from mindvl_jax.config import QuickstartDataConfig, TokenizerConfig
 from mindvl_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mindvl_jax.errors import UserError
 from mindvl_jax.quickstart import assets, blind, contact, samples, vocabulary
@@ -83,6 +84,15 @@ def build(out: Path, size: str = "standard", seed: int = 0, processes: int | Non
     _write(out / "manifest.json", json.dumps(manifest, indent=1))
     console.print(f"{out}: {manifest['samples']:,} samples in {len(files)} files, {sum(file['bytes'] for file in files.values()) / 1e6:.0f} MB, {time.monotonic() - began:.0f} s")
     return manifest
+
+
+def prepare(config: QuickstartDataConfig) -> None:
+    """Builds the data that a configuration asks for; of several processes that start at once, one builds and the others wait."""
+    out = Path(config.folder)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        build(out, config.size)
 
 
 def _write_sources(out: Path, size: str, seed: int, processes: int | None, tokenizer: Tokenizer, console: Console) -> dict[str, dict]:
