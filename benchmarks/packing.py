@@ -97,9 +97,9 @@ def measure(method, mix: str, rows: int, batches: int, buffer: int, seed: int = 
                 waiting.append(sample)
                 ages.append(batch)
         sizes, loads = table(waiting)
-        start = time.perf_counter()
+        start = time.process_time()
         plan = method(sizes, loads, budgets, rows)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
         used = {index for row in plan for index in row}
         oldest = max(oldest, max(batch - ages[index] for index in used))
         row_sizes = np.array([sizes[row].sum(0) for row in plan])

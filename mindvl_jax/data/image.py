@@ -91,11 +91,14 @@ def _first_line(error: BaseException) -> str:
 
 
 def _orientation(image: Image.Image, data: bytes | None) -> int:
-    """EXIF orientation 1..8. A PNG is decoded whole to look for EXIF, so it is only asked when the bytes mention some."""
+    """EXIF orientation 1..8. Pillow decodes a PNG whole to look for EXIF, so it is only asked when the bytes mention some."""
     if image.format == "TIFF":
         return 1  # Pillow turns TIFF by itself, its size too
-    if image.format == "PNG" and (data is None or (b"eXIf" not in data and b"exif" not in data)):
-        return 1
+    if image.format == "PNG" and data is not None:
+        # Searching all of a large file takes longer than opening it; the tag stands before the pixels or at the very end.
+        around = data[: data.find(b"IDAT")] + data[-65536:]
+        if b"eXIf" not in around and b"exif" not in around:
+            return 1
     try:
         value = image.getexif().get(0x0112, 1)
     except Exception:  # damaged EXIF says nothing about the pixels
