@@ -202,7 +202,7 @@ class Jitted:
                 return jax.ShapeDtypeStruct(shape, dtype)
             if spec is None and getattr(x, "layout", None):
                 spec = PartitionSpec(*(tuple(a) or None for a in x.layout))
-            spec = _spec(spec)
+            spec, found = _spec(spec), len(problems)
             sizes = dict(zip(self.mesh.axis_names, self.mesh.axis_sizes))
             for d, axes in enumerate(_spec_layout(spec, len(shape))):
                 unknown = [a for a in axes if a not in sizes]
@@ -212,7 +212,7 @@ class Jitted:
                 shards = int(np.prod([sizes[a] for a in axes], dtype=np.int64))
                 if d >= len(shape) or shape[d] % shards:
                     problems.append(f"{where}: dimension {d} of {shape} cannot be split evenly over {axes}, {shards} shards; pad it")
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=None if len(problems) > found else NamedSharding(self.mesh, spec))
 
         made = []
         for number, a in enumerate(args):

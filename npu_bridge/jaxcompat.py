@@ -258,8 +258,11 @@ def abstract_mesh(mesh: jax.sharding.AbstractMesh | None):
 
 
 def module_of(lowered: jax.stages.Lowered) -> ir.Module:
-    """The lowered StableHLO module itself (not a copy: passes change it)."""
-    return lowered.compiler_ir("stablehlo")
+    """A copy of the lowered StableHLO module. JAX hands the same module out again when a function is lowered twice, and Shardy's
+    passes change it in place: without a copy every all_reduce would be there twice."""
+    module = lowered.compiler_ir("stablehlo")
+    with module.context, ir.Location.unknown():
+        return ir.Module.parse(module.operation.get_asm(binary=False, enable_debug_info=True))
 
 
 def read_location(location: ir.Location) -> tuple[str, str, int]:

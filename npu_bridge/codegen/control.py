@@ -131,10 +131,10 @@ def _device_loop(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
     return list(params)
 
 
-@lowering("case", "if")
+@lowering("case")
 def case(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
     index = args[0]
-    regions = list(reversed(op.regions)) if op.name == "if" else op.regions  # if: the true branch comes first
+    regions = op.regions
     if isinstance(index, Literal):
         chosen = int(index.value)
         region = regions[chosen if 0 <= chosen < len(regions) else len(regions) - 1]
@@ -147,8 +147,7 @@ def case(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
         results.append([e.env[r] for r in region.results])
     outs = results[-1]  # StableHLO: an index out of range takes the last branch
     for number in reversed(range(len(regions) - 1)):
-        test = f"{index.name} == {number}" if op.name == "case" else f"~{index.name}"
-        chosen = e.emit(test, [index], Type((), "i1"), kind="case")
+        chosen = e.emit(f"{index.name} == {number}", [index], Type((), "i1"), kind="case")
         outs = [_choose(e, chosen, yes, no) for yes, no in zip(results[number], outs)]
     return outs
 

@@ -22,15 +22,14 @@ _UNARY = {
     "logistic": "sigmoid", "rsqrt": "rsqrt", "sqrt": "sqrt", "sine": "sin", "cosine": "cos", "tan": "tan", "abs": "abs",
     "floor": "floor", "ceil": "ceil", "round_nearest_even": "round", "erf": "erf", "erfc": "erfc", "erf_inv": "erfinv", "acos": "acos",
     "acosh": "acosh", "asin": "asin", "asinh": "asinh", "atan": "atan", "atanh": "atanh", "cosh": "cosh", "sinh": "sinh",
-    "lgamma": "lgamma", "digamma": "digamma", "square": "square",
+    "lgamma": "lgamma", "digamma": "digamma",
 }  # fmt: skip
 # name -> helper in runtime/tensor_ops.py
 _UNARY_HELPER = {"cbrt": "cbrt", "round_nearest_afz": "round_half_away", "bessel_i1e": "bessel_i1e", "count_leading_zeros": "count_leading_zeros",
-                 "popcnt": "population_count", "is_inf": "is_inf", "is_pos_inf": "is_pos_inf", "is_neg_inf": "is_neg_inf"}  # fmt: skip
+                 "popcnt": "population_count"}  # fmt: skip
 _INFIX = {"add": ("+", "add_"), "subtract": ("-", "sub_"), "multiply": ("*", "mul_"), "divide": ("/", "div_"),
           "and": ("&", "bitwise_and_"), "or": ("|", "bitwise_or_"), "xor": ("^", "bitwise_xor_")}  # fmt: skip
 _COMMUTES = {"add", "multiply", "and", "or", "xor", "maximum", "minimum"}
-_CALL = {"maximum": "torch.maximum", "minimum": "torch.minimum", "atan2": "torch.atan2", "power": "torch.pow"}
 
 
 # ---- literals and host integers ---------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ class Emitter:
         self.collectives: list[dict] = []
         self.groups: set[tuple[str, ...]] = set()  # axes over which one call exchanges
         self.problems: list[str] = []
+        self.operations: dict[str, int] = {}  # how often each operation was written
         self.location = Location()
         self._count = 0
         self._trips = 1  # how often the code being written runs in one step
@@ -64,6 +65,7 @@ class Emitter:
     def block(self, block: Block) -> None:
         for op in block.ops:
             self.location = op.location
+            self.operations[op.name] = self.operations.get(op.name, 0) + 1
             write = LOWERINGS.get(op.name)
             if write is None:
                 self.problem(op, "the bridge has no lowering for this operation")

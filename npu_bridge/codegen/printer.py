@@ -23,6 +23,7 @@ class Source:
     memory: dict[str, int]
     statements: int
     axes_used: list[tuple[str, ...]]
+    operations: dict[str, int]
 
 
 def _scope(location: Location) -> str:
@@ -74,5 +75,6 @@ def generate(program: Program, *, allow_host_sync: bool = False) -> Source:
         "copies": plan.copies,
     }
     return Source(
-        "\n".join(lines) + "\n", emitter.constants, emitter.kernels, emitter.collectives, memory, sum(1 for _ in walk(items)), sorted(emitter.groups)
+        "\n".join(lines) + "\n", emitter.constants, emitter.kernels, emitter.collectives, memory, sum(1 for _ in walk(items)), sorted(emitter.groups),
+        emitter.operations,
     )

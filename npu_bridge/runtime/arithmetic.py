@@ -153,18 +153,6 @@ def polygamma(n: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.where(n == 0, torch.digamma(x), value)
 
 
-def is_inf(x: torch.Tensor) -> torch.Tensor:
-    return torch.isinf(x)
-
-
-def is_pos_inf(x: torch.Tensor) -> torch.Tensor:
-    return x == float("inf")
-
-
-def is_neg_inf(x: torch.Tensor) -> torch.Tensor:
-    return x == float("-inf")
-
-
 def reduce_precision(x: torch.Tensor, exponent_bits: int, mantissa_bits: int) -> torch.Tensor:
     """Rounds float32 to fewer bits (ties to even); overflow gives infinity, numbers below the smallest normal give zero."""
     if x.dtype != torch.float32:

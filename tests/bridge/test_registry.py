@@ -1,0 +1,80 @@
+"""The gate: an operation without a lowering fails here, and so does a lowering without a test."""
+
+import importlib
+
+import jax
+import numpy as np
+import pytest
+
+import npu_bridge
+from npu_bridge.codegen import printer  # noqa: F401  (fills the registry)
+from npu_bridge.codegen.emitter import LOWERINGS, lowering
+from npu_bridge.importer import NOT_LOWERED, Importer
+from npu_bridge.runtime import tensor_ops
+from tests.bridge.cases import CASES
+from tests.bridge.harness import lower_sharded, value_and_gradient
+from tests.bridge.test_collectives import COLLECTIVES, lower_collective
+
+# Made by passes from other collectives, or only with more than one device.
+ONLY_SHARDED = {"all_reduce", "all_gather", "all_slice", "all_to_all", "reduce_scatter", "permute", "partition_id"}
+
+
+def _dialect_operations() -> set[str]:
+    names = set()
+    for dialect in ("stablehlo", "chlo", "sdy"):
+        module = importlib.import_module(f"jaxlib.mlir.dialects._{dialect}_ops_gen")
+        names |= {v.OPERATION_NAME.split(".", 1)[1] for v in vars(module).values() if hasattr(v, "OPERATION_NAME")}
+    return names
+
+
+def test_every_operation_of_the_dialects_is_lowered_or_left_out_for_a_reason():
+    imported = {n.removeprefix("_import_") for n in dir(Importer) if n.startswith("_import_")}
+    left_out = {word for words in NOT_LOWERED.values() for word in words.split()}
+    missing = _dialect_operations() - set(LOWERINGS) - imported - left_out
+    assert not missing, f"neither lowered nor named in importer.NOT_LOWERED: {sorted(missing)}"
+    both = left_out & set(LOWERINGS)
+    assert not both, f"lowered, but named as left out: {sorted(both)}"
+
+
+@pytest.fixture(scope="module")
+def written():
+    """Operations and helpers that the cases make the bridge write: on one device and on a mesh, with gradients and without."""
+    one, mesh, text = set(), set(), []
+    for case in CASES.values():
+        fn = value_and_gradient(case.fn, case.grad, case.args)
+        low = npu_bridge.jit(fn, allow_host_sync=case.host_sync).lower(*case.args)
+        one |= set(low.source.operations)
+        text.append(low.as_text())
+        low = lower_sharded(fn, case.args, allow_host_sync=case.host_sync)
+        mesh |= set(low.source.operations)
+        text.append(low.as_text())
+    for name in COLLECTIVES:
+        low = lower_collective(name)
+        mesh |= set(low.source.operations)
+        text.append(low.as_text())
+    return one, mesh, "\n".join(text)
+
+
+def test_every_lowering_is_tested_on_one_device_and_on_a_mesh(written):
+    one, mesh, _ = written
+    kernels = {"kernel"}  # fused operators have tests of their own, besides math.* here
+    assert not set(LOWERINGS) - one - ONLY_SHARDED - kernels, f"no case: {sorted(set(LOWERINGS) - one - ONLY_SHARDED)}"
+    assert not set(LOWERINGS) - mesh, f"no case on a mesh: {sorted(set(LOWERINGS) - mesh)}"
+
+
+def test_every_helper_of_written_programs_is_tested(written):
+    helpers = {n for n in tensor_ops.__all__ if callable(getattr(tensor_ops, n))}
+    unused = {n for n in helpers if f"T.{n}(" not in written[2]}
+    assert not unused, f"helpers that no case makes the bridge write: {sorted(unused)}"
+
+
+def test_a_name_cannot_be_registered_twice():
+    with pytest.raises(ValueError, match="'add' has two lowerings"):
+        lowering("add")(lambda e, op, args: args[0])
+
+
+def test_a_program_is_written_the_same_for_every_rank_and_every_time():
+    step = lambda x: jax.nn.softmax(x @ x.T, 1).sum(0)
+    x = np.ones((4, 8), np.float32)
+    first, second = (lower_sharded(step, (x,)).as_text() for _ in range(2))
+    assert first == second
