@@ -135,11 +135,11 @@ def _place(reader: Reader, pieces: list[tuple[Slot, slice]], shape: tuple[int, .
     shards = {bounds: _aligned_empty(tuple(stop - start for start, stop in bounds), dtype) for bounds in set(indices.values())}
     jobs = []
     for slot, rows in pieces:
-        for bounds, shard in shards.items():
-            if slot.layer is None:
-                jobs += _copies(reader, slot, rows, bounds, shard)
-            elif bounds[0][0] <= slot.layer < bounds[0][1]:
-                jobs += _copies(reader, slot, rows, bounds[1:], shard[slot.layer - bounds[0][0]])
+        if slot.layer is None:
+            targets = list(shards.items())
+        else:
+            targets = [(bounds[1:], shard[slot.layer - bounds[0][0]]) for bounds, shard in shards.items() if bounds[0][0] <= slot.layer < bounds[0][1]]
+        jobs += _copies(reader, slot, rows, targets)
     for done in concurrent.futures.as_completed([pool.submit(job) for job in jobs]):
         done.result()
     arrays = [jax.device_put(shards[bounds], device) for device, bounds in indices.items()]
@@ -157,24 +157,34 @@ def _aligned_empty(shape: tuple[int, ...], dtype) -> np.ndarray:
     return raw[offset : offset + size].view(dtype).reshape(shape)
 
 
-def _copies(reader: Reader, slot: Slot, rows: slice, bounds, target: np.ndarray) -> list[Callable[[], None]]:
-    """Jobs that copy one published tensor's part into one shard's (unstacked) memory, a block of rows each."""
+def _copies(reader: Reader, slot: Slot, rows: slice, targets) -> list[Callable[[], None]]:
+    """Jobs that copy one published tensor's part into (unstacked) shards: each reads a block of rows once, for all of them.
+
+    Args:
+      targets: (bounds of each axis, memory) of each shard.
+    """
     turned = slot.rule.form != "same"
     # A turned parameter's last axis is the published rows; otherwise the first.
-    low, high = bounds[-1] if turned else bounds[0]
-    inner = bounds[:-1] if turned else bounds[1:]
-    columns = tuple(slice(start, stop) for start, stop in inner)
-    step = _rows_of_block(slot.shape, target.dtype.itemsize)
+    axis = -1 if turned else 0
+    low = min((bounds[axis][0] for bounds, _ in targets), default=0)
+    high = max((bounds[axis][1] for bounds, _ in targets), default=0)
+    step = _rows_of_block(slot.shape, 4)
 
     def copy(start: int, stop: int) -> None:
         block = reader.rows(slot.name, rows.start + start, rows.start + stop)
         if turned:
             block = block.reshape(len(block), -1)
-        block = block[(slice(None), *columns)]
-        place = target[..., start - low : stop - low] if turned else target[start - low : stop - low]
-        if block.dtype == place.dtype:  # as plain integers: numpy copies them faster than bfloat16
-            bits = np.dtype(f"u{place.dtype.itemsize}")
-            block, place = block.view(bits), place.view(bits)
-        np.copyto(place, block.T if turned else block, casting="unsafe")
+        for bounds, memory in targets:
+            first, last = max(start, bounds[axis][0]), min(stop, bounds[axis][1])
+            if first >= last:
+                continue
+            inner = bounds[:-1] if turned else bounds[1:]
+            source = block[(slice(first - start, last - start), *(slice(begin, end) for begin, end in inner))]
+            here = slice(first - bounds[axis][0], last - bounds[axis][0])
+            place = memory[..., here] if turned else memory[here]
+            if source.dtype == place.dtype:  # as plain integers: numpy copies them faster than bfloat16
+                bits = np.dtype(f"u{place.dtype.itemsize}")
+                source, place = source.view(bits), place.view(bits)
+            np.copyto(place, source.T if turned else source, casting="unsafe")
 
     return [lambda start=start: copy(start, min(start + step, high)) for start in range(low, high, step)]
