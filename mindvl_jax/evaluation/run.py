@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mindvl_jax.config import Config, EvaluationTask, TokenizerConfig
+from mindvl_jax.config import Config, EvaluationTask, SourceConfig, TokenizerConfig
 from mindvl_jax.data.image import load_image
 from mindvl_jax.data.sources import Source
 from mindvl_jax.data.tokenizer import load_tokenizer
@@ -64,7 +64,8 @@ def evaluate_run(config: Config, model, step: int, phase: str, run_dir: str | Pa
     scores = read_json(run_dir / "scores.json", {"tasks": {}})
     for task in settings.tasks:
         started = time.perf_counter()
-        items = _items(task, None if final else settings.phase_samples)
+        limit = min((value for value in (task.max_samples, None if final else settings.phase_samples) if value is not None), default=None)
+        items = sample_items(task.name, task.source, limit)
         result, rows = score_items(generator, items, max_new_tokens=task.max_new_tokens, language_only=settings.language_only and final)
         result |= {"step": step, "seconds": round(time.perf_counter() - started, 2), "blind_majority": _blind_majority(task)}
         entry = scores["tasks"].setdefault(task.name, {})
@@ -120,17 +121,20 @@ def _tokenizer(config: TokenizerConfig):
     return load_tokenizer(config)
 
 
-def _items(task: EvaluationTask, most: int | None) -> list[Item]:
-    """The task's samples, or a fixed random part of them: files are often sorted by answer."""
-    source = Source(task.name, task.source)
-    count = min(value for value in (len(source), task.max_samples, most) if value is not None)
-    chosen = range(len(source))
-    if count < len(source):
-        chosen = sorted(np.random.default_rng(0).permutation(len(source))[:count].tolist())
+def sample_items(name: str, source: SourceConfig, most: int | None) -> list[Item]:
+    """Samples in a training format as questions; at most `most`, then a fixed random part: files are often sorted by answer.
+
+    Raises:
+      UserError: files or samples that cannot be read.
+    """
+    opened = Source(name, source)
+    chosen = range(len(opened))
+    if most is not None and most < len(opened):
+        chosen = sorted(np.random.default_rng(0).permutation(len(opened))[:most].tolist())
     try:
-        items = [item_from_sample(source[index]) for index in chosen]
+        items = [item_from_sample(opened[index]) for index in chosen]
     except UserError as error:
-        raise UserError(f"evaluation task {task.name} ({task.source.path}): {error}") from error
+        raise UserError(f"evaluation task {name} ({source.path}): {error}") from error
     return [dataclasses.replace(item, id=f"{index}:{item.id}") for index, item in zip(chosen, items, strict=True)]
 
 

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument("--min-pixels", type=int, help="smallest picture area after resizing; default: the model's own setting")
     sizes.add_argument("--max-pixels", type=int, help="largest picture area after resizing; default: the model's own setting")
     sizes.add_argument("--batch", type=int, default=16, help="answers that decode together")
+    sizes.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,tensor=4; default: one")
     sizes.add_argument("--context", type=int, help="longest prompt plus answer; default: what the requests need")
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="JSONL", help="write answers with tokens' log-probabilities to a file")
@@ -43,12 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from mindvl_jax.inference.generator import Generator
-    from mindvl_jax.weights import open_model
+    from mindvl_jax.inference.opening import open_for_inference
 
     requests = _requests(args)
     if args.batch < 1:
         raise UserError(f"--batch is {args.batch}, expected at least 1")
-    opened = open_model(args.weights)
+    opened = open_for_inference(args.weights, mesh=args.mesh)
     generator = Generator(opened, slots=min(args.batch, sum(request.sampling.n for request in requests)), context=args.context)
     single = args.prompt is not None and args.n == 1
     if single and not args.no_stream and not args.out:

@@ -12,6 +12,7 @@ from mindvl_jax.batch import Batch, BatchShape
 from mindvl_jax.config import ModelConfig, VisionConfig
 from mindvl_jax.data.collate import collate
 from mindvl_jax.data.example import EncodeLimits, Example, ExampleEncoder
+from mindvl_jax.data.image import load_image
 from mindvl_jax.data.sample import IMAGE, VIDEO, Media, Message
 from mindvl_jax.errors import UserError
 from mindvl_jax.inference.buckets import Bucket, bucket_of
@@ -115,6 +116,11 @@ def _media(item: Any) -> Media:
     if hasattr(item, "read"):  # something that gives the bytes when its turn comes
         return Media(data=item.read())
     return Media(path=str(item))
+
+
+def read_picture(item: Any) -> Image.Image:
+    """The decoded picture of anything that a request may name. Raises UserError."""
+    return load_image(_media(item))
 
 
 def pack_bucket(prompts: Sequence[Prompt], bucket: Bucket, rows: int, vision: VisionConfig) -> Batch:

@@ -1,0 +1,76 @@
+"""Pages to look through predictions: one with all tasks' scores, one a task with its samples and pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mindvl_jax.errors import UserError
+from mindvl_jax.evaluation.benchmarks import Benchmark
+from mindvl_jax.evaluation.items import Item
+from mindvl_jax.evaluation.pages import picture_uri, render
+from mindvl_jax.evaluation.plots import data_uri
+from mindvl_jax.evaluation.store import write_text
+from mindvl_jax.inference.prompts import read_picture
+
+MOST = 600  # samples on a task's page: enough to look through, small enough to open
+SIDE = 320
+
+
+def write_task_page(out: Path, name: str, benchmark: Benchmark, items: Sequence[Item], rows: Sequence[dict], blind: Sequence[dict] | None, result: dict[str, Any]) -> Path:
+    """Writes OUT/NAME.html: scores and samples with their pictures, evenly taken when there are more than a page holds."""
+    step = max(1, -(-len(items) // MOST))
+    shown = []
+    for index in range(0, len(items), step):
+        item, row = items[index], rows[index]
+        shown.append({
+            "id": item.id, "question": item.question, "answers": list(dict.fromkeys(item.answers)), "prediction": row["prediction"], "error": row.get("error"), "category": item.category,
+            "score": benchmark.score(item, row["prediction"])[benchmark.metric], "blind": None if blind is None else blind[index]["prediction"], "pictures": _pictures(item),
+        })
+    notes = [f"{result['errors']} samples could not be read and count as wrong."] if result["errors"] else []
+    if step > 1:
+        notes.append(f"Every {step}th of {len(items)} samples is shown; all predictions stand in {name}.jsonl.")
+    page = render(
+        "predictions.html.jinja", title=benchmark.title, subtitle=_subtitle(result), notes=notes, tasks=[_line(result, None)], plots=[], rows=shown,
+        categories=sorted({item.category for item in items if item.category}),
+    )
+    write_text(out / f"{name}.html", page)
+    return out / f"{name}.html"
+
+
+def write_index(out: Path, results: dict[str, dict[str, Any]], figures: Sequence[tuple[str, Any]] = (), notes: Sequence[str] = ()) -> Path:
+    """Writes OUT/index.html: the table of all tasks, linked to their pages, and pictures of a search."""
+    page = render(
+        "predictions.html.jinja", title="Evaluation", subtitle=_subtitle(next(iter(results.values()))), notes=list(notes),
+        tasks=[_line(result, f"{name}.html" if (out / f"{name}.html").is_file() else None) for name, result in results.items()],
+        plots=[{"name": name, "data": data_uri(figure)} for name, figure in figures], rows=[], categories=[],
+    )
+    write_text(out / "index.html", page)
+    return out / "index.html"
+
+
+def _line(result: dict[str, Any], page: str | None) -> dict[str, Any]:
+    known = ("relaxed_accuracy_swapped", "circular_accuracy", "mme_perception", "mme_cognition")
+    more = [f"{key.replace('_', ' ')} {result[key]}" for key in known if key in result]
+    if len(result.get("by_category", {})) <= 4:
+        more += [f"{category} {entry['score']:.3f}" for category, entry in result.get("by_category", {}).items()]
+    return {"title": result["title"], "metric": result["metric"].replace("_", " "), "score": result["score"], "ci95": result["ci95"], "n": result["n"],
+            "language_only": result.get("language_only"), "more": ", ".join(more), "page": page}
+
+
+def _subtitle(result: dict[str, Any]) -> str:
+    settings = result.get("settings", {})
+    pixels = [f"{key} {settings[key]:,}" for key in ("min_pixels", "max_pixels") if settings.get(key)]
+    return ", ".join([f"written {time.strftime('%Y-%m-%d %H:%M')}", *pixels])
+
+
+def _pictures(item: Item) -> list[str]:
+    uris = []
+    for image in item.images:
+        try:
+            uris.append(picture_uri(read_picture(image), largest=SIDE))
+        except UserError:  # its row says why
+            continue
+    return uris

@@ -1,0 +1,104 @@
+"""`mindvl evaluate` and `mindvl generate` as one calls them, on a tiny model saved as a Hugging Face folder."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from mindvl_jax import cli
+from mindvl_jax.evaluation import evaluate as evaluation
+from mindvl_jax.evaluation.store import read_jsonl
+
+
+@pytest.fixture(scope="module")
+def evaluated(model_folder, benchmark_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("results")
+    assert cli.main(["evaluate", "--weights", str(model_folder), "--data", str(benchmark_folder), "--tasks", "docvqa_val,chartqa_test", "--out", str(out), "--batch", "8", "--max-new-tokens", "3"]) == 0
+    return out
+
+
+def test_evaluation_writes_predictions_scores_and_pages(evaluated):
+    scores = json.loads((evaluated / "scores.json").read_text())
+    assert set(scores) == {"docvqa_val", "chartqa_test"}
+    assert {"score", "ci95", "n", "language_only", "metric"} <= set(scores["docvqa_val"])
+    rows = read_jsonl(evaluated / "docvqa_val.jsonl")
+    assert len(rows) == 12 and sum(row["language_only"] for row in rows) == 6
+    page = (evaluated / "docvqa_val.html").read_text()
+    assert page.count("data:image/png;base64") == 6 and "which number 3?" in page
+    index = (evaluated / "index.html").read_text()
+    assert 'href="docvqa_val.html"' in index and not re.search(r'src="(?!data:)', index)
+
+
+def test_an_interrupted_evaluation_asks_only_what_is_missing(evaluated, model_folder, benchmark_folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "again"
+    shutil.copytree(evaluated, out)
+    lines = (out / "chartqa_test.jsonl").read_text().splitlines(keepends=True)
+    (out / "chartqa_test.jsonl").write_text("".join(lines[:4]) + lines[4][:20])  # killed while it wrote the fifth line
+    asked = []
+    generate = evaluation.Generator.generate
+    monkeypatch.setattr(evaluation.Generator, "generate", lambda self, requests, **rest: asked.extend(request.id for request in requests) or generate(self, requests, **rest))
+    assert cli.main(["evaluate", "--weights", str(model_folder), "--data", str(benchmark_folder), "--tasks", "docvqa_val,chartqa_test", "--out", str(out), "--batch", "8", "--max-new-tokens", "3"]) == 0
+    assert len(asked) == 12 - 4
+    key = lambda row: (row["id"], row["language_only"])
+    assert sorted(read_jsonl(out / "chartqa_test.jsonl"), key=key) == sorted(read_jsonl(evaluated / "chartqa_test.jsonl"), key=key)
+    assert json.loads((out / "scores.json").read_text()) == json.loads((evaluated / "scores.json").read_text())
+
+
+def test_predictions_of_other_settings_are_not_used(evaluated):
+    plain = evaluation.Settings(max_new_tokens=3)
+    assert plain.fingerprint("w") == evaluation.Settings(max_new_tokens=3).fingerprint("w")
+    assert len({plain.fingerprint("w"), plain.fingerprint("v"), evaluation.Settings(max_new_tokens=4).fingerprint("w"), evaluation.Settings(max_new_tokens=3, min_pixels=784).fingerprint("w")}) == 4
+
+
+def test_search_compares_settings_and_saves_the_best_with_the_model(model_folder, samples_file, tmp_path, capsys):
+    weights = tmp_path / "weights"
+    shutil.copytree(model_folder, weights)
+    numbers = samples_file("searched", count=20)
+    assert cli.main(["evaluate", "--weights", str(weights), "--tasks", f"numbers={numbers}", "--out", str(tmp_path / "out"), "--search", "min_pixels=3136:12544", "--batch", "8", "--max-new-tokens", "2"]) == 0
+    found = json.loads((tmp_path / "out" / "search.json").read_text())
+    assert len(found["numbers"]["trials"]) == 3 and found["numbers"]["held_out"]["n"] > 0
+    low, high = found["numbers"]["held_out"]["gain_ci95"]
+    assert low <= found["numbers"]["held_out"]["gain"] <= high
+    assert "data:image/png" in (tmp_path / "out" / "index.html").read_text()
+    best = found["all"]["best"]
+    assert (weights / "inference.json").is_file() == (best != {"min_pixels": None, "max_pixels": None})
+
+
+def test_generate_uses_the_saved_picture_sizes(model_folder, tmp_path):
+    from mindvl_jax.inference.opening import open_for_inference
+
+    weights = tmp_path / "weights"
+    shutil.copytree(model_folder, weights)
+    assert open_for_inference(weights).min_pixels == 784
+    (weights / "inference.json").write_text('{"min_pixels": 6272}')
+    opened = open_for_inference(weights)
+    assert (opened.min_pixels, opened.max_pixels) == (6272, 784 * 16)
+
+
+def test_generate_prints_an_answer_and_a_file_of_answers(model_folder, draw_text, tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(draw_text("7"))
+    assert cli.main(["generate", "--weights", str(model_folder), "--image", str(tmp_path / "a.png"), "--prompt", "What is it?", "--max-new-tokens", "5"]) == 0
+    streamed = capsys.readouterr().out
+    (tmp_path / "requests.jsonl").write_text('{"id": "x", "prompt": "What is it?", "images": ["a.png"], "max_new_tokens": 5}\n')
+    assert cli.main(["generate", "--weights", str(model_folder), "--requests", str(tmp_path / "requests.jsonl"), "--out", str(tmp_path / "answers.jsonl")]) == 0
+    row = read_jsonl(tmp_path / "answers.jsonl")[0]
+    assert row["id"] == "x" and row["text"].strip() == streamed.strip() and len(row["logprobs"]) == len(row["tokens"])
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["evaluate", "--weights", "{model}", "--tasks", "docvq_val"], "did you mean 'docvqa_val'"),
+    (["evaluate", "--weights", "{model}"], "no held-out tasks of their own"),
+    (["evaluate", "--weights", "nowhere", "--tasks", "docvqa_val", "--data", "{data}"], "no such folder"),
+    (["evaluate", "--weights", "{model}", "--tasks", "docvqa_val", "--data", "{data}", "--search", "max_tokens=3"], "'max_tokens' cannot be searched"),
+    (["evaluate", "--weights", "{model}", "--tasks", "docvqa_val", "--data", "{data}", "--limit", "0"], "--limit is 0"),
+    (["generate", "--weights", "{data}", "--prompt", "x"], "config.json"),
+    (["generate", "--weights", "{model}", "--prompt", "x", "--image", "missing.png"], "there is no file 'missing.png'"),
+    (["generate", "--weights", "{model}"], "either --prompt TEXT"),
+    (["generate", "--weights", "{model}", "--prompt", "x", "--temperature", "-1"], "temperature is -1"),
+    (["generate", "--weights", "{model}", "--prompt", "x", "--mesh", "rows=2"], "axes are data, fsdp, tensor"),
+])
+def test_bad_input_is_refused_with_one_clear_message(model_folder, benchmark_folder, capsys, arguments, message):
+    filled = [argument.format(model=model_folder, data=benchmark_folder) for argument in arguments]
+    assert cli.main(filled) == 2
+    assert message in capsys.readouterr().err
