@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("batch", "limit", "max_new_tokens", "min_pixels", "max_pixels"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
-    wanted = _named_tasks(args)  # before the weights are opened: a typo should not cost minutes
+    wanted = named_tasks(args)  # before the weights are opened: a typo should not cost minutes
     opened = open_for_inference(args.weights, mesh=args.mesh)
     tasks = wanted if wanted is not None else _own_tasks(opened)
     if args.limit:
@@ -73,7 +73,7 @@ def _summary_line(name: str, result: dict) -> str:
     return f"{name}: {result['metric'].replace('_', ' ')} {result['score']:.3f} (95 % interval {low:.3f} to {high:.3f}, n {result['n']}){blind}{further}{errors}"
 
 
-def _named_tasks(args):
+def named_tasks(args):
     if args.tasks is None:
         return None
     from mindvl_jax.evaluation.benchmarks import find_benchmark, load_items

@@ -13,6 +13,7 @@ from mindvl_jax.config import ModelConfig, VisionConfig
 from mindvl_jax.data.collate import collate
 from mindvl_jax.data.example import EncodeLimits, Example, ExampleEncoder
 from mindvl_jax.data.image import load_image
+from mindvl_jax.data.media import named_file
 from mindvl_jax.data.sample import IMAGE, VIDEO, Media, Message
 from mindvl_jax.errors import UserError
 from mindvl_jax.inference.buckets import Bucket, bucket_of
@@ -115,7 +116,7 @@ def _media(item: Any) -> Media:
         return Media(data=item)
     if hasattr(item, "read"):  # something that gives the bytes when its turn comes
         return Media(data=item.read())
-    return Media(path=str(item))
+    return named_file(str(item))
 
 
 def read_picture(item: Any) -> Image.Image:
