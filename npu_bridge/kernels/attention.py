@@ -209,7 +209,8 @@ def _npu_attention(q, k, v, *segments, causal, window, scale, blocks):
         out = out.masked_fill(dead[..., None, None], 0)
     # The kernel repeats each statistic eight times. One number is enough: exp(x - max) / sum = exp(x - lse). In TND the order of
     # the numbers is the kernel's own affair; they go back to it as they came.
-    return out, (peak[..., 0] + total[..., 0].log()).reshape(q.shape[0], q.shape[2], q.shape[1])
+    lse = (peak[..., 0] + total[..., 0].log()).reshape(q.shape[0], q.shape[2], q.shape[1])
+    return out, lse if dead is None or arguments["input_layout"] == "TND" else lse.masked_fill(dead[:, None], 0)
 
 
 def _npu_attention_backward(g, q, k, v, out, lse, *segments, causal, window, scale, blocks):

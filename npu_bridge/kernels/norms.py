@@ -38,17 +38,17 @@ def rms_norm_backward(g, x, scale, rstd):
 
 
 def _npu_layer_norm(x, scale, bias, *, eps):
-    y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], scale.to(x.dtype), bias.to(x.dtype), eps)
+    y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], scale.float(), bias.float(), eps)
     return y, mean.float(), rstd.float()
 
 
 def _npu_layer_norm_backward(g, x, scale, mean, rstd):
-    scale = scale.to(x.dtype)
+    scale = scale.float()
     dx, dscale, dbias = torch.ops.aten.native_layer_norm_backward(g, x, x.shape[-1:], mean, rstd, scale, torch.zeros_like(scale), [True] * 3)
     return dx, dscale.float(), dbias.float()
 
 
-@register("layer_norm", family="layer_norm", call="torch.native_layer_norm(x, (D,), scale, bias, eps)", npu=_npu_layer_norm,
+@register("layer_norm", family="layer_norm", call="torch.native_layer_norm(x, (D,), scale.float(), bias.float(), eps)", npu=_npu_layer_norm,
           note="aclnnLayerNorm; npu_layer_norm_eval is a legacy operator and is avoided")
 def layer_norm(x, scale, bias, *, eps):
     wide = x.float()
@@ -58,8 +58,9 @@ def layer_norm(x, scale, bias, *, eps):
     return (centred * rstd * scale.float() + bias.float()).to(x.dtype), mean, rstd
 
 
-@register("layer_norm_backward", family="layer_norm", call="aten.native_layer_norm_backward(g, x, (D,), mean, rstd, scale, bias, [True] * 3)",
-          npu=_npu_layer_norm_backward, note="aclnnLayerNormBackward; the bias tensor only says that a gradient is wanted")
+@register("layer_norm_backward", family="layer_norm", call="aten.native_layer_norm_backward(g, x, (D,), mean, rstd, scale.float(), bias, [True] * 3)",
+          npu=_npu_layer_norm_backward, inside=True,  # the fused kernels round the terms of dscale before they sum them
+          note="aclnnLayerNormBackward; the bias tensor only says that a gradient is wanted")
 def layer_norm_backward(g, x, scale, mean, rstd):
     g, normed = g.float(), (x.float() - mean) * rstd
     gs = g * scale.float()

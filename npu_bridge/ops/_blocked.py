@@ -35,7 +35,7 @@ def plan_blocks(queries, keys, *, causal, window, max_segment_length, implementa
     """
     dense = Plan(causal, window, 0, 0, 0)
     require(implementation in (None, "dense", "banded"), "attention",
-            f"implementation is {implementation!r}; expected None, 'dense', 'banded' or 'cudnn'")
+            f"implementation is {implementation!r}; expected None, 'dense' or 'banded'")
     reach = min((value for value in (window, max_segment_length) if value is not None), default=None)
     possible = reach is not None and queries == keys
     require(possible or implementation != "banded", "attention",

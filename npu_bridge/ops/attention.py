@@ -33,7 +33,7 @@ def attention(q, k, v, *, segment_ids_q=None, segment_ids_kv=None, causal: bool,
         computation skip what can only be masked; it changes no result, but a broken promise gives wrong results.
       lengths: (B, M) int32, -1 padded: lengths of the same segments in order from the start of the row, for variable-length
         kernels; only self-attention has them. Places past their sum are padding. The reference ignores it.
-      implementation: None (the best for the platform), "dense", "banded" (needs max_segment_length or window) or "cudnn".
+      implementation: None (whichever is cheaper), "dense" or "banded" (needs max_segment_length or window); for tests and timings.
 
     Returns:
       (B, T, N, J) in q's dtype; softmax in float32, products accumulated in float32.

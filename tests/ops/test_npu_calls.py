@@ -10,7 +10,8 @@ from npu_bridge.kernels.attention import cumulative_lengths
 
 from . import fake_torch_npu
 
-FUSED = sorted(name for name, kernel in KERNELS.items() if kernel.npu is not None)
+# Packed attention keeps its statistics in an order of its own, so its backward is tested behind its forward below.
+FUSED = sorted(name for name, kernel in KERNELS.items() if kernel.npu is not None and name != "attention_packed_backward")
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,6 @@ def test_the_fused_call_computes_what_its_equivalent_computes(name, dtype):
     _, tensors = check.inputs(name, dtype)
     params = check.CASES[name].params
     fused, equivalent = run(name, [x.clone() for x in tensors], params), KERNELS[name].equivalent(*tensors, **params)
-    # The statistics of packed attention come in the kernel's own order; the next test follows them into the gradient.
     skipped = {1} if name == "attention_packed" else set()
     assert len(fused) == len(equivalent)
     for i, (a, b) in enumerate(zip(fused, equivalent)):
