@@ -1,4 +1,4 @@
-"""Conversations to token ids in the published Qwen chat format, turn by turn, with what is learned marked.
+"""Conversations to token ids in the published Qwen chat format (or the tokenizer's own), turn by turn, what is learned marked.
 
 A turn is `<|im_start|>role`, newline, content, `<|im_end|>`, newline; a picture in it is `<|vision_start|>`, one
 placeholder for each merged token, `<|vision_end|>`. No system turn is added that the sample does not have.
@@ -7,17 +7,22 @@ placeholder for each merged token, `<|vision_end|>`. No system turn is added tha
 from __future__ import annotations
 
 import dataclasses
-from typing import Iterator, Protocol, Sequence
+from typing import Iterable, Iterator, Protocol, Sequence
 
 from mindvl_jax.config import ModelConfig
 from mindvl_jax.data.sample import IMAGE, PLACEHOLDER, VIDEO, Message, SampleError
+from mindvl_jax.data.template import Frame, OwnTemplate
 from mindvl_jax.errors import UserError
 
 
 class TextTokenizer(Protocol):
     """What this module asks of a tokenizer (`mindvl_jax.data.tokenizer.Tokenizer`)."""
 
+    eos_id: int
+
     def encode(self, text: str, allow_special: bool = False) -> list[int]: ...
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str: ...
 
     def token_id(self, token: str) -> int: ...
 
@@ -47,6 +52,8 @@ class ChatEncoder:
         self._memory: dict[str, tuple[int, ...]] = {}
         self._start = tokenizer.token_id("<|im_start|>")
         self._end = tokenizer.token_id("<|im_end|>")
+        own = getattr(tokenizer, "template", None)
+        self._template = None if own is None else OwnTemplate(own, tokenizer.decode([tokenizer.eos_id], skip_special=False))
         self._vision = (model.vision_start_token_id, model.vision_end_token_id)
         self._pad = {"image": model.image_token_id, "video": model.video_token_id}
         named = {
@@ -77,6 +84,9 @@ class ChatEncoder:
         Tool results come as the published format has them: in a user turn, between `<tool_response>` tags, neighbours together.
         Raises SampleError when a placeholder has no medium left (too many placeholders).
         """
+        if self._template is not None:
+            frames = self._template.frames(messages)
+            return [self._framed(message, frame, images, videos) for message, frame in zip(messages, frames, strict=True)]
         turns: list[Turn] = []
         index = 0
         while index < len(messages):
@@ -92,64 +102,87 @@ class ChatEncoder:
             index += 1
         return turns
 
-    def answer_header(self) -> tuple[int, ...]:
-        """Ids that ask for an answer: an opened assistant turn."""
+    def answer_header(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Ids that ask for an answer to a conversation: an opened assistant turn."""
+        if self._template is not None:
+            return tuple(self._tokenizer.encode(self._template.answer_header(messages), allow_special=True))
         return (self._start, *self.encode_text("assistant\n"))
 
     def _turn(self, role: str, content: str, images: Iterator[int], videos: Iterator[int], tool_results: Sequence[str] = ()) -> Turn:
-        tokens: list[int] = [self._start]
-        learned: list[bool] = [False]
-        media: list[tuple[int, str]] = []
+        turn = _Building(self, images, videos)
+        turn.add((self._start,))
         answer = role == "assistant"
-
-        def text(piece: str, learn: bool) -> None:
-            ids = self.encode_text(piece)
-            tokens.extend(ids)
-            learned.extend([learn] * len(ids))
-
-        def body(piece: str, prefix: str = "") -> None:
-            parts = PLACEHOLDER.split(piece)
-            # The header's newline merges with newlines that open the content, as when the whole turn is encoded at once.
-            parts[0] = prefix + parts[0]
-            for part in parts:
-                if part in (IMAGE, VIDEO):
-                    kind = "image" if part == IMAGE else "video"
-                    count = next(images if kind == "image" else videos, None)
-                    if count is None:
-                        raise SampleError("media_mismatch", f"the text has more {part} placeholders than the sample has {kind}s")
-                    tokens.append(self._vision[0])
-                    media.append((len(tokens), kind))
-                    tokens.extend([self._pad[kind]] * count)
-                    tokens.append(self._vision[1])
-                    learned.extend([False] * (count + 2))
-                elif part:
-                    text(part, answer)
-
         if tool_results:
-            text("user", False)
+            turn.add(self.encode_text("user"))
             for result in tool_results:
-                text("\n", False)
-                self._tag("<tool_response>", tokens, learned)
-                body(result + "\n", "\n")
-                self._tag("</tool_response>", tokens, learned)
+                turn.add(self.encode_text("\n"))
+                turn.add(self._tag("<tool_response>"))
+                turn.content(f"\n{result}\n")
+                turn.add(self._tag("</tool_response>"))
         elif answer:
             # Encoded apart from the content, so that what is learned is what generation starts from.
-            text("assistant\n", False)
-            body(content)
+            turn.add(self.encode_text("assistant\n"))
+            turn.content(content, learn=True)
         else:
-            body(content, role + "\n")
-        tokens.append(self._end)
-        learned.append(answer)
-        text("\n", False)
-        return Turn(role, tuple(tokens), tuple(learned), tuple(media))
+            # The header's newline merges with newlines that open the content, as when the whole turn is encoded at once.
+            turn.content(f"{role}\n{content}")
+        turn.add((self._end,), learn=answer)
+        turn.add(self.encode_text("\n"))
+        return turn.done(role)
 
-    def _tag(self, tag: str, tokens: list[int], learned: list[bool]) -> None:
+    def _framed(self, message: Message, frame: Frame, images: Iterator[int], videos: Iterator[int]) -> Turn:
+        """A turn as the tokenizer's own template has it. What it writes after the text up to the end of the turn is learned."""
+        turn = _Building(self, images, videos)
+        answer = message.role == "assistant"
+        turn.add(self._tokenizer.encode(frame.before, allow_special=True))
+        turn.content(message.content, learn=answer)
+        closing = frame.after.rstrip("\n")
+        turn.add(self._tokenizer.encode(closing, allow_special=True), learn=answer)
+        if frame.after != closing:
+            turn.add(self.encode_text(frame.after[len(closing) :]))
+        return turn.done("user" if message.role == "tool" else message.role)
+
+    def visual(self, kind: str, count: int) -> tuple[list[int], int]:
+        """Ids of one medium between its borders, and where the placeholders begin in them."""
+        return [self._vision[0], *[self._pad[kind]] * count, self._vision[1]], 1
+
+    def _tag(self, tag: str) -> Sequence[int]:
         try:
-            ids = [self._tokenizer.token_id(tag)]
+            return (self._tokenizer.token_id(tag),)
         except UserError:  # Qwen2.5 has no such token and writes the tag as text
-            ids = list(self.encode_text(tag))
-        tokens.extend(ids)
-        learned.extend([False] * len(ids))
+            return self.encode_text(tag)
+
+
+class _Building:
+    """A turn being put together."""
+
+    def __init__(self, encoder: ChatEncoder, images: Iterator[int], videos: Iterator[int]):
+        self._encoder = encoder
+        self._counts = {"image": images, "video": videos}
+        self._tokens: list[int] = []
+        self._learned: list[bool] = []
+        self._media: list[tuple[int, str]] = []
+
+    def add(self, ids: Sequence[int], *, learn: bool = False) -> None:
+        self._tokens.extend(ids)
+        self._learned.extend([learn] * len(ids))
+
+    def content(self, text: str, *, learn: bool = False) -> None:
+        """What somebody wrote: text and placeholders."""
+        for part in PLACEHOLDER.split(text):
+            if part in (IMAGE, VIDEO):
+                kind = "image" if part == IMAGE else "video"
+                count = next(self._counts[kind], None)
+                if count is None:
+                    raise SampleError("media_mismatch", f"the text has more {part} placeholders than the sample has {kind}s")
+                ids, first = self._encoder.visual(kind, count)
+                self._media.append((len(self._tokens) + first, kind))
+                self.add(ids)
+            elif part:
+                self.add(self._encoder.encode_text(part), learn=learn)
+
+    def done(self, role: str) -> Turn:
+        return Turn(role, tuple(self._tokens), tuple(self._learned), tuple(self._media))
 
 
 def check_turn_order(messages: Sequence[Message]) -> None:

@@ -223,9 +223,11 @@ class ExampleEncoder:
             else:
                 learned.extend(turn.learned)
         if prompt:
-            ids.extend(self._chat.answer_header())
-        elif turns:
-            ids.pop()  # the newline after the last turn: nothing attends to it and no answer contains it
+            ids.extend(self._chat.answer_header(sample.messages))
+        else:
+            newline = self._chat.encode_text("\n")
+            if tuple(ids[-len(newline) :]) == newline:
+                del ids[-len(newline) :]  # after the last turn: nothing attends to it and no answer contains it
         tokens = np.array(ids, np.int32)
         count = len(tokens)
         visuals = visuals[: len(starts)]

@@ -34,6 +34,7 @@ class Tokenizer:
       eos_id: id that ends an assistant's turn.
       special: control tokens (`<|im_start|>`, `<|image_pad|>` ...) by name; those that the compact table leaves out are absent.
       chat_template: Jinja text that came with a Hugging Face folder, or None.
+      template: the one that conversations are written with; None is the published Qwen format.
       real_ids: for each compact id its real id; None without a table.
     """
 
@@ -47,6 +48,7 @@ class Tokenizer:
         self._text = _read_tokenizer(self._file)
         self._text.encode_special_tokens = True  # control tokens that a user writes stay plain text
         self.chat_template = chat_template
+        self.template: str | None = None
         self._size = self._text.get_vocab_size(with_added_tokens=True)
         self.real_ids = tuple(id_table) if id_table is not None else None
         self._compact = _invert(self.real_ids, self._text) if self.real_ids is not None else None
@@ -134,8 +136,17 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """The tokenizer that `config.path` names: `qwen2.5`, `qwen3`, a tokenizer.json or a Hugging Face folder.
 
     Raises:
-      TokenizerError: nothing usable there; the message says what was looked for.
+      TokenizerError: nothing usable there (the message says what was looked for), or `template: tokenizer` without a template.
     """
+    tokenizer = _load(config)
+    if config.template == "tokenizer":
+        if tokenizer.chat_template is None:
+            raise TokenizerError(f"tokenizer.template is `tokenizer`, but {config.path!r} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); use `qwen`")
+        tokenizer.template = tokenizer.chat_template
+    return tokenizer
+
+
+def _load(config: TokenizerConfig) -> Tokenizer:
     table = read_id_table(config.id_table) if config.id_table else None
     if config.path in QWEN_NAMES:
         return Tokenizer(qwen_tokenizer_file(config.path), id_table=table)

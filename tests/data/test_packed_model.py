@@ -34,10 +34,11 @@ def test_a_packed_row_gives_the_losses_and_gradients_of_its_samples_alone():
         fold = lambda ids: np.where(batch.segment_ids > 0, ids % 512, ids)
         return batch.replace(tokens=fold(batch.tokens), targets=fold(batch.targets))
 
-    model = MindVL(model_config, rngs=nnx.Rngs(0))
-    graph, params = nnx.split(model, nnx.Param)
+    compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # quick to compile, run twice
+    graph, _ = nnx.split(nnx.eval_shape(lambda: MindVL(model_config, rngs=nnx.Rngs(0))), nnx.Param)
+    params = compiled(lambda: nnx.state(MindVL(model_config, rngs=nnx.Rngs(0)), nnx.Param))()
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiled once, run twice
+    @compiled
     def loss_and_gradients(params, batch):
         return jax.value_and_grad(lambda p: jnp.sum(nnx.merge(graph, p).token_losses(batch, chunk=64)))(params)
 
