@@ -95,16 +95,16 @@ def _layout(visual: Visual, vision: VisionConfig) -> tuple[np.ndarray, np.ndarra
     return order.numpy(), np.diff(bounds.numpy()), get_vision_position_ids(grid, vision.spatial_merge_size).numpy()
 
 
-def pack(rows: Sequence[Sequence[ParitySample]], config: ModelConfig | TextConfig, reference, *, tokens: int, patches: int = 0) -> Batch:
+def pack(rows: Sequence[Sequence[ParitySample]], config: ModelConfig | TextConfig, reference, *, tokens: int, patches: int = 0, samples: int = 8) -> Batch:
     """Rows of samples as a batch, laid out with transformers' own window index and rotary positions.
 
     Args:
-      tokens, patches: places of a row; what is left over is padding.
+      tokens, patches: places of a row; what is left over is padding. samples: most samples of a row.
     """
     vision = None if isinstance(config, TextConfig) else config.vision
     merge, patch_dim = (vision.merge_unit, vision.patch_dim) if vision else (4, 4)
     # At least one merged group: the arrays of a row are never empty.
-    shape = BatchShape(len(rows), tokens, max(patches, merge), samples=8, images=64, windows=max(patches, merge), patch_dim=patch_dim)
+    shape = BatchShape(len(rows), tokens, max(patches, merge), samples=samples, images=64, windows=max(patches, merge), patch_dim=patch_dim)
     batch = shape.empty()
     batch = batch.replace(patches=np.zeros(batch.patches.shape, np.float32))
     for b, row in enumerate(rows):

@@ -1,0 +1,136 @@
+"""Interleaved timing: sides take turns, so that whatever else the machine does falls on all of them alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+
+@dataclasses.dataclass
+class Side:
+    """One way to do the work.
+
+    Attributes:
+      run: does it once and returns when it is done (a device must have finished).
+      work: how much one call does, by unit: {"tokens": 2048, "samples": 12}.
+      facts: what else is known of it, by name with its unit in the name ("compile s").
+    """
+
+    name: str
+    run: Callable[[], Any]
+    work: dict[str, float]
+    facts: dict[str, float | str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Comparison:
+    """Sides that do the same work; the first is ours.
+
+    Attributes:
+      unit: of the ratio; every side's `work` has it.
+      checked: what was compared before any timing, so that the sides are known to do the same ({"loss difference": 3e-6}).
+      bars: side -> ratio wanted of the first side against it.
+      clock: wall time, or processor time of the whole process (for work that is measured a core).
+    """
+
+    name: str
+    sides: Sequence[Side]
+    unit: str
+    checked: dict[str, float | str] = dataclasses.field(default_factory=dict)
+    bars: dict[str, float] = dataclasses.field(default_factory=dict)
+    clock: Literal["wall", "cpu"] = "wall"
+    note: str = ""
+
+    def __post_init__(self):
+        names = [side.name for side in self.sides]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{self.name}: two sides have one name: {names}")
+        lacking = [side.name for side in self.sides if not side.work.get(self.unit, 0) > 0]
+        if lacking:
+            raise ValueError(f"{self.name}: {', '.join(lacking)} do not say how many {self.unit} a call does")
+        unknown = set(self.bars) - set(names[1:])
+        if unknown:
+            raise ValueError(f"{self.name}: bars against {sorted(unknown)}, which are not sides; there are {names[1:]}")
+
+
+def interleave(sides: Sequence[Side], *, seconds: float, least: int, warm_up: int = 1, clock: Callable[[], float] = time.perf_counter,
+               most: int = 2000) -> dict[str, list[float]]:
+    """Times of each side, by name: round after round every side once, in an order that rotates.
+
+    Args:
+      seconds: wanted measuring time of a side; rounds go on until the slowest side has had it. least, most: bounds of the rounds.
+      warm_up: rounds before, whose times are dropped.
+    """
+    for _ in range(warm_up):
+        for side in sides:
+            side.run()
+    times: dict[str, list[float]] = {side.name: [] for side in sides}
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()  # a collection inside one side's turn would be counted against it
+    try:
+        spent, round_number = 0.0, 0
+        while round_number < least or (spent < seconds and round_number < most):
+            shift = round_number % len(sides)
+            slowest = 0.0
+            for side in [*sides[shift:], *sides[:shift]]:
+                start = clock()
+                side.run()
+                times[side.name].append(clock() - start)
+                slowest = max(slowest, times[side.name][-1])
+            spent += slowest
+            round_number += 1
+            gc.collect()
+    finally:
+        if enabled:
+            gc.enable()
+    return times
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """How many times the first side's rate is another's: median and 95 % interval."""
+
+    against: str
+    value: float
+    low: float
+    high: float
+
+
+def rate_ratio(ours: Sequence[float], theirs: Sequence[float], *, our_work: float, their_work: float, against: str, draws: int = 4000,
+               seed: int = 0) -> Ratio:
+    """Ratio of median rates. The interval is a bootstrap over rounds: a round's times are drawn together, because they share what the
+    machine did meanwhile."""
+    a, b = np.asarray(ours, float), np.asarray(theirs, float)
+    if a.shape != b.shape:
+        raise ValueError(f"{len(a)} rounds of ours and {len(b)} of {against}: not measured together")
+    factor = our_work / their_work
+    picks = np.random.default_rng(seed).integers(0, len(a), (draws, len(a)))
+    drawn = np.median(b[picks], axis=1) / np.median(a[picks], axis=1) * factor
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Ratio(against, float(np.median(b) / np.median(a) * factor), float(low), float(high))
+
+
+def measure(comparison: Comparison, *, seconds: float, least: int) -> dict[str, Any]:
+    """The comparison's record: plain data, as it is stored."""
+    clock = {"wall": time.perf_counter, "cpu": time.process_time}[comparison.clock]
+    times = interleave(comparison.sides, seconds=seconds, least=least, clock=clock)
+    sides = []
+    for side in comparison.sides:
+        own = np.asarray(times[side.name])
+        low, middle, high = (float(x) for x in np.percentile(own, [25, 50, 75]))
+        rates = {unit: amount / middle for unit, amount in side.work.items()}
+        sides.append(dict(name=side.name, seconds=[float(x) for x in own], median=middle, low=low, high=high, work=side.work, rates=rates, facts=side.facts))
+    first, *others = comparison.sides
+    ratios = [
+        dataclasses.asdict(rate_ratio(times[first.name], times[other.name], our_work=first.work[comparison.unit], their_work=other.work[comparison.unit],
+                                      against=other.name)) | {"bar": comparison.bars.get(other.name)}
+        for other in others
+    ]
+    return dict(name=comparison.name, unit=comparison.unit, clock=comparison.clock, checked=comparison.checked, note=comparison.note, rounds=len(times[first.name]),
+                sides=sides, ratios=ratios)

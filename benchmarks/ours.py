@@ -1,0 +1,83 @@
+"""Our side of training benchmarks: the step of `mindvl_jax.training` on one device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from benchmarks.workloads import Workload
+from mindvl_jax.batch import Batch, BatchShape
+from mindvl_jax.config import MeshConfig, ModelConfig, OptimizerConfig, PhaseConfig
+from mindvl_jax.parallel.mesh import make_mesh
+from mindvl_jax.parallel.rules import row_sharding
+from mindvl_jax.training.params import Params, outline_of
+from mindvl_jax.training.state import initial_params, start_phase
+from mindvl_jax.training.step import make_programs
+
+LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.05
+OPTIMIZER = OptimizerConfig(b1=0.9, b2=0.99, clip_norm=1.0)
+
+
+class Step:
+    """The compiled training step with its state.
+
+    Attributes:
+      compile_seconds: of tracing, lowering and XLA.
+      planned_bytes: arguments, results and temporaries of the program by XLA's own plan.
+    """
+
+    def __init__(self, config: ModelConfig, workload: Workload, batch: Batch, parameters: Params | None = None):
+        mesh = make_mesh(MeshConfig())
+        self.outline = outline_of(config)
+        parameters = initial_params(self.outline, mesh, seed=0) if parameters is None else parameters
+        # Copies: the step donates its state, and `parameters` are the twin's too.
+        self._state = start_phase(jax.tree.map(lambda x: x.copy(), parameters), list(self.outline.shapes), [], mesh)
+        shape = BatchShape(rows=batch.tokens.shape[0], tokens=batch.tokens.shape[1], patches=batch.patches.shape[1], samples=batch.segment_lengths.shape[1],
+                           images=batch.image_lengths.shape[1], windows=batch.window_lengths.shape[1], patch_dim=batch.patches.shape[2])
+        phase = PhaseConfig(name="benchmark", steps=1, mixture=(), rows=shape.rows, sequence_length=shape.tokens, patches_per_row=shape.patches, learning_rate=LEARNING_RATE,
+                            weight_decay=WEIGHT_DECAY, max_sample_length=workload.longest_sample, max_image_patches=workload.longest_image)
+        programs = make_programs(self.outline, phase=phase, optimizer=OPTIMIZER, shape=shape, trained=list(self.outline.shapes), frozen=[], mesh=mesh,
+                                 loss_chunk=workload.loss_chunk)
+        self._batch = jax.device_put(batch, row_sharding(mesh))
+        start = time.perf_counter()
+        self._program = programs.train_step.lower(self._state, self._batch, np.float32(LEARNING_RATE)).compile()
+        self.compile_seconds = time.perf_counter() - start
+        plan = self._program.memory_analysis()
+        self.planned_bytes = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes - plan.alias_size_in_bytes
+
+    def __call__(self) -> tuple[float, float]:
+        """One step -> (loss before the update, gradient norm)."""
+        self._state, metrics = self._program(self._state, self._batch, np.float32(LEARNING_RATE))
+        jax.block_until_ready(self._state)
+        return float(metrics["loss"]), float(metrics["grad_norm"])
+
+
+def initial(config: ModelConfig) -> Params:
+    return initial_params(outline_of(config), make_mesh(MeshConfig()), seed=0)
+
+
+def agree(ours: Callable[[], tuple[float, float]], others: dict[str, Callable[[], tuple[float, float]]], *, tolerance: float, steps: int = 2) -> dict[str, float]:
+    """Runs the first steps of every side and refuses to go on unless they compute the same.
+
+    Both the loss and the gradient norm are compared, and the loss again after the update, which the whole backward pass and AdamW made.
+
+    Returns:
+      Largest relative difference of losses and of gradient norms.
+    Raises:
+      AssertionError: which side differs in what, by how much.
+    """
+    mine = [ours() for _ in range(steps)]
+    worst = {"loss difference": 0.0, "gradient norm difference": 0.0}
+    for name, other in others.items():
+        for number, (own, their) in enumerate(zip(mine, [other() for _ in range(steps)], strict=True), 1):
+            for what, a, b in (("loss difference", own[0], their[0]), ("gradient norm difference", own[1], their[1])):
+                relative = abs(a - b) / abs(b)
+                worst[what] = max(worst[what], relative)
+                # The norm of the gradient sums many more roundings than the loss: ten times its tolerance.
+                allowed = tolerance * (10 if "norm" in what else 1)
+                if not relative <= allowed:
+                    raise AssertionError(f"step {number}: {what} to {name} is {relative:.2e} ({a:.6f} against {b:.6f}), allowed {allowed:.0e}: the sides do not do the same work")
+    return worst

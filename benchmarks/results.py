@@ -1,0 +1,138 @@
+"""Results: tables, dated files, the page, and two runs beside each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.registry import Case
+
+Record = dict[str, Any]
+
+
+class Unusable(ValueError):
+    """What was asked for does not exist or cannot be read; the message is for the user."""
+
+
+def number(value: float) -> str:
+    """Three or four figures, with thousands separated."""
+    if value == 0 or 0.01 <= abs(value) < 1e15:
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:.1e}"
+
+
+def fact(value: float | str) -> str:
+    return value if isinstance(value, str) else number(value)
+
+
+def duration(seconds: float) -> str:
+    for unit, size in (("s", 1), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size or unit == "us":
+            return f"{seconds / size:.3g} {unit}"
+    raise AssertionError
+
+
+def ratio_text(ratio: Mapping[str, Any]) -> str:
+    return f"{ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+
+
+def bar_text(ratio: Mapping[str, Any]) -> str:
+    if ratio.get("bar") is None:
+        return ""
+    return f"{ratio['bar']:g}x " + ("reached" if ratio["value"] >= ratio["bar"] else "missed")
+
+
+def case_table(cases: Iterable[Case]) -> Table:
+    table = Table("case", "suite", "what it measures", box=None)
+    for entry in cases:
+        table.add_row(entry.name, entry.suite, entry.summary)
+    return table
+
+
+def case_results_table(name: str, outcome: Mapping[str, Any]) -> Table:
+    table = Table(title=f"{name}{' (broke)' if outcome['failed'] else ''}, {outcome['seconds']:.0f} s", title_justify="left")
+    for column in ("comparison", "side"):
+        table.add_column(column, overflow="fold")
+    for column in ("median", "quartiles", "rate", "ours against it [95 %]", "bar"):
+        table.add_column(column, justify="right")
+    for comparison in outcome["comparisons"]:
+        ratios = {ratio["against"]: ratio for ratio in comparison["ratios"]}
+        for index, side in enumerate(comparison["sides"]):
+            ratio = ratios.get(side["name"])
+            rate = f"{number(side['rates'][comparison['unit']])} {comparison['unit']}/s"
+            table.add_row(comparison["name"] if index == 0 else "", side["name"], duration(side["median"]), f"{duration(side['low'])} - {duration(side['high'])}", rate,
+                          ratio_text(ratio) if ratio else "", bar_text(ratio) if ratio else "", end_section=index == len(comparison["sides"]) - 1)
+    return table
+
+
+def write(record: Record, folder: Path) -> tuple[Path, Path]:
+    """Writes DATE-COMMIT-SUITE.json and .html; a second run of the minute does not overwrite the first."""
+    from benchmarks.page import render
+
+    folder.mkdir(parents=True, exist_ok=True)
+    about = record["machine"]
+    stem = f"{about['date'][:16].replace(':', '')}-{about['commit'].replace('+', '-')}-{record['suite']}{'-dry' if record['settings']['dry'] else ''}"
+    path, count = folder / f"{stem}.json", 1
+    while path.exists():
+        count += 1
+        path = folder / f"{stem}-{count}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    page = path.with_suffix(".html")
+    page.write_text(render(record), encoding="utf-8")
+    return path, page
+
+
+def read(path: Path) -> Record:
+    """A stored run.
+
+    Raises:
+      Unusable: no such file, or another kind of file.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except OSError as error:
+        raise Unusable(f"{path}: {error.strerror}; expected a JSON file that `python -m benchmarks run` wrote") from None
+    except ValueError as error:
+        raise Unusable(f"{path}: not JSON ({error}); expected a file that `python -m benchmarks run` wrote") from None
+    if not isinstance(record, dict) or not {"machine", "cases", "suite"} <= record.keys():
+        raise Unusable(f"{path}: JSON without machine, suite and cases; expected a file that `python -m benchmarks run` wrote")
+    return record
+
+
+def comparisons(record: Record) -> dict[tuple[str, str], Mapping[str, Any]]:
+    return {(name, one["name"]): one for name, outcome in record["cases"].items() for one in outcome["comparisons"]}
+
+
+def compare_table(before: Record, after: Record) -> Table:
+    """Every comparison that both runs have: our time then and now, and each ratio.
+
+    Ratios are what may be compared across machines and days. A change of a ratio is called one only when the intervals lie apart.
+    Raises:
+      Unusable: the runs have nothing in common.
+    """
+    then, now = comparisons(before), comparisons(after)
+    common = [key for key in now if key in then]
+    if not common:
+        raise Unusable(f"the two results have no comparison in common: one has {', '.join(before['cases'])}, the other {', '.join(after['cases'])}")
+    kinds = [f"{record['machine']['date'][:16]} {record['machine']['commit']}" for record in (before, after)]
+    table = Table("comparison", "against", *kinds, "change", title=None if _same_machine(before, after) else "Other machine, versions or threads: compare ratios only, and those with care")
+    for key in common:
+        old, new = then[key], now[key]
+        own_old, own_new = (one["sides"][0]["median"] for one in (old, new))
+        table.add_row(f"{key[0]}: {key[1]}", "ours, time", duration(own_old), duration(own_new), f"{own_old / own_new:.2f}x as fast")
+        old_ratios = {ratio["against"]: ratio for ratio in old["ratios"]}
+        for ratio in new["ratios"]:
+            if (last := old_ratios.get(ratio["against"])) is None:
+                continue
+            apart = ratio["low"] > last["high"] or ratio["high"] < last["low"]
+            table.add_row("", ratio["against"], ratio_text(last), ratio_text(ratio), f"{ratio['value'] / last['value'] - 1:+.0%}" if apart else "within the spread")
+    return table
+
+
+def _same_machine(a: Record, b: Record) -> bool:
+    changing = {"date", "commit", "load before"}
+    return all(a["machine"].get(key) == b["machine"].get(key) for key in a["machine"].keys() | b["machine"].keys() if key not in changing)
