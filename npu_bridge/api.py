@@ -70,8 +70,9 @@ def _spec_layout(spec: PartitionSpec, rank: int) -> Layout:
 class Lowered:
     """A step lowered to a torch program, before any process group or device is needed."""
 
-    def __init__(self, name: str, source: Source, traced: lower.Traced, layouts: dict[str, list], mesh: MeshShape, seconds: dict[str, float]):
-        self.name, self.source, self.traced, self.mesh, self.seconds = name, source, traced, mesh, seconds
+    def __init__(self, name: str, source: Source, traced: lower.Traced, layouts: dict[str, list], mesh: MeshShape, seconds: dict[str, float],
+                 host_sync: bool = False):  # fmt: skip
+        self.name, self.source, self.traced, self.mesh, self.seconds, self.host_sync = name, source, traced, mesh, seconds, host_sync
         self.arg_layouts: list[Layout] = [tuple(tuple(a) for a in lay) for lay in layouts["args"]]
         self.result_layouts: list[Layout] = [tuple(tuple(a) for a in lay) for lay in layouts["results"]]
 
@@ -96,6 +97,7 @@ class Compiled:
     """A program loaded on this rank; call it like the function."""
 
     def __init__(self, lowered: Lowered, device: str):
+        from npu_bridge.runtime.graph import GraphedProgram
         from npu_bridge.runtime.mesh import Runtime
         from npu_bridge.runtime.program import LoadedProgram
 
@@ -103,7 +105,14 @@ class Compiled:
         source = lowered.source
         self.runtime = Runtime(lowered.mesh, device, source.axes_used)
         kernels = list(dict.fromkeys(k["name"] for k in source.kernels))
-        self.program = LoadedProgram(source.text, source.constants, kernels, self.runtime, lowered.name)
+        program = LoadedProgram(source.text, source.constants, kernels, self.runtime, lowered.name)
+        donated = [lowered.traced.donated[i] for i in lowered.traced.kept]
+        self.program = GraphedProgram(program, device, donated, captures=not lowered.host_sync)
+
+    @property
+    def execution(self) -> str:
+        """How steps run: "eager: <reason>" or "one CUDA graph" / "one NPU graph"."""
+        return self.program.status
 
     def __call__(self, flat: Sequence[Any]) -> list[Any]:
         """Runs on flat arguments of the whole program (those jit dropped included) and returns flat Arrays."""
@@ -262,7 +271,7 @@ class Jitted:
         if self.order is not None:
             mesh = MeshShape(mesh.axes, self.order)
         seconds = {"trace_and_lower": lowered_at - begin, "write": time.perf_counter() - lowered_at}
-        return Lowered(self._name, source, traced, extra, mesh, seconds)
+        return Lowered(self._name, source, traced, extra, mesh, seconds, self.options.allow_host_sync)
 
     def _state_arguments(self, args: Sequence[Any]) -> list[bool]:
         flags: list[bool] = []

@@ -279,8 +279,15 @@ class Importer:
             inside = self.local(arg.type, layout, self.location(op), "shard_map argument")
             if inside.shape != value.shape:
                 self.problems.append(f"shard_map at {self.location(op)}: argument has local shape {value.shape}, the body wants {inside}")
-            inner[arg] = value
-        return self.block(block, inner, out, axes)
+            inner[arg] = self._relabel(value, layout, op, out)
+        results = self.block(block, inner, out, axes)
+        return [self._relabel(v, layout, op, out) for v, layout in zip(results, self.result_layouts(op))]
+
+    def _relabel(self, value: Value, layout: Layout, op: ir.Operation, out: Block) -> Value:
+        """The same shard under another description: inside a manual computation its axes do not count as a split."""
+        made = Op("relabel", [value], [Value(value.type, layout)], {"layout": layout}, location=self.location(op))
+        out.ops.append(made)
+        return made.result
 
     # -- single operations --------------------------------------------------------------------------------------------
 
@@ -414,7 +421,7 @@ class Importer:
     def _partial_kind(self, value: Value, made: Op) -> str:
         """How partial values combine: Shardy's all_reduce does not say, the operation that made them does."""
         op = value.producer
-        while op is not None and op.name in ("reshape", "transpose", "all_reduce", "all_slice", "broadcast_in_dim", "convert", "all_to_all", "permute", "optimization_barrier"):
+        while op is not None and op.name in ("reshape", "transpose", "all_reduce", "all_slice", "broadcast_in_dim", "convert", "all_to_all", "permute", "optimization_barrier", "relabel"):
             if op.name == "all_reduce":
                 return op.attrs["kind"]
             source = op.operands[op.results.index(value)] if op.name == "optimization_barrier" else op.operands[0]
@@ -466,7 +473,10 @@ class Importer:
 
     def _import_collective_permute(self, op, made, out, env, manual):
         if op.name.startswith("sdy."):
-            pairs = self._relayout_pairs(made.operands[0].layout, made.result.layout)
+            # The axes of an enclosing manual computation stay where they are.
+            fixed = (tuple(manual),) if manual else ()
+            full = lambda v: v.layout or ((),) * len(v.shape)
+            pairs = self._relayout_pairs((*full(made.operands[0]), *fixed), (*full(made.result), *fixed))
         else:
             pairs = [tuple(p) for p in self.attributes(op, "collective_permute")["source_target_pairs"]]
         made.name, made.attrs = "permute", {"pairs": pairs}

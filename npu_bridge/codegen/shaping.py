@@ -14,8 +14,8 @@ def constant(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     return e.emit(e.constant(op.attrs["array"], op.attrs["dims"]), [], op.result.type, kind="constant")
 
 
-@lowering("optimization_barrier")
-def optimization_barrier(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
+@lowering("optimization_barrier", "relabel")
+def identity(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
     return args
 
 

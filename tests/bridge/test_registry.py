@@ -16,7 +16,7 @@ from tests.bridge.harness import lower_sharded, value_and_gradient
 from tests.bridge.test_collectives import COLLECTIVES, lower_collective
 
 # Made by passes from other collectives, or only with more than one device.
-ONLY_SHARDED = {"all_reduce", "all_gather", "all_slice", "all_to_all", "reduce_scatter", "permute", "partition_id"}
+ONLY_SHARDED = {"all_reduce", "all_gather", "all_slice", "all_to_all", "reduce_scatter", "permute", "partition_id", "relabel"}
 
 
 def _dialect_operations() -> set[str]:

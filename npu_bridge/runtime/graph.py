@@ -1,0 +1,118 @@
+"""A whole step as one CUDA graph or NPU graph, with a stated fall-back to eager execution.
+
+Shapes are static and nothing in a step synchronises, so the second call is captured and later calls replay it: one launch from the
+host instead of thousands. The first call runs eagerly (libraries allocate workspaces and communicators then).
+
+Addresses must not move. Arguments live in buffers that stay; a new batch is copied into its buffer; a donated argument is its own
+buffer, and the result that takes its place is written back into it inside the graph unless it is there already. Other results are
+copied out, because the next replay overwrites them.
+
+On the CPU the eager program is all there is. The paths for cuda and npu follow the documented interfaces (torch.cuda.CUDAGraph,
+torch.npu.NPUGraph); the CPU tests cover the bookkeeping with a stand-in for the graph.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from npu_bridge.runtime.program import LoadedProgram
+
+_NAMES = {"cuda": "one CUDA graph", "npu": "one NPU graph"}
+
+
+def pair_donated(args: Sequence[torch.Tensor], donated: Sequence[bool], results: Sequence[torch.Tensor]) -> dict[int, int]:
+    """Result number -> donated argument whose place it takes: the one whose storage it has, else the first free one of its kind."""
+    free = [i for i, d in enumerate(donated) if d]
+    pairs: dict[int, int] = {}
+    for j, r in enumerate(results):
+        for i in free:
+            if args[i].data_ptr() == r.data_ptr() and args[i].shape == r.shape and args[i].dtype == r.dtype:
+                pairs[j] = i
+                free.remove(i)
+                break
+    for j, r in enumerate(results):
+        for i in free if j not in pairs else ():
+            if args[i].shape == r.shape and args[i].dtype == r.dtype and args[i].stride() == r.stride():
+                pairs[j] = i
+                free.remove(i)
+                break
+    return pairs
+
+
+class _DeviceGraph:
+    """torch's graph of one device kind."""
+
+    def __init__(self, kind: str):
+        self.module = torch.cuda if kind == "cuda" else torch.npu
+        self.graph = torch.cuda.CUDAGraph() if kind == "cuda" else torch.npu.NPUGraph()
+
+    def capture(self, function: Callable[[], Any]) -> Any:
+        self.module.synchronize()
+        with self.module.graph(self.graph):
+            return function()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+class GraphedProgram:
+    """Callable like `LoadedProgram`; captures on the second call where the device has graphs."""
+
+    def __init__(self, program: LoadedProgram, kind: str, donated: Sequence[bool], *, captures: bool = True, make_graph: Callable[[str], Any] | None = None):
+        self.program, self.kind, self.donated = program, kind, list(donated)
+        self._make_graph = make_graph or _DeviceGraph
+        self._calls = 0
+        self._graph: Any = None
+        self._buffers: list[torch.Tensor] = []
+        self._outs: list[torch.Tensor] = []
+        self._pairs: dict[int, int] = {}
+        if kind not in _NAMES and make_graph is None:
+            self.status, self._wanted = f"eager: {kind} has no graphs", False
+        elif not captures:
+            self.status, self._wanted = "eager: the program reads the device inside a step (allow_host_sync)", False
+        else:
+            self.status, self._wanted = "eager: warming up", True
+
+    @torch.inference_mode()
+    def __call__(self, args: list[torch.Tensor]) -> list[torch.Tensor]:
+        self._calls += 1
+        if not self._wanted or self._calls == 1:
+            return self.program(args)
+        if self._graph is None and not self._capture(args):
+            return self.program(args)
+        return self._replay(args)
+
+    def _capture(self, args: list[torch.Tensor]) -> bool:
+        self._buffers = [a if d else a.clone() for a, d in zip(args, self.donated)]
+
+        def step() -> tuple[list[torch.Tensor], dict[int, int]]:
+            results = self.program(list(self._buffers))
+            pairs = pair_donated(self._buffers, self.donated, results)
+            for j, i in pairs.items():
+                if results[j].data_ptr() != self._buffers[i].data_ptr():
+                    self._buffers[i].copy_(results[j])
+            return results, pairs
+
+        try:
+            graph = self._make_graph(self.kind)
+            self._outs, self._pairs = graph.capture(step)
+        except RuntimeError as error:
+            # Nothing ran during a capture, so the arguments are as they were.
+            self._wanted, self.status = False, f"eager: capture failed ({str(error).splitlines()[0]})"
+            warnings.warn(f"npu_bridge: {self.status}; steps run operator by operator", stacklevel=3)
+            self._buffers = []
+            return False
+        self._graph, self.status = graph, _NAMES.get(self.kind, "one graph")
+        return True
+
+    def _replay(self, args: list[torch.Tensor]) -> list[torch.Tensor]:
+        for buffer, given in zip(self._buffers, args):
+            if buffer.data_ptr() != given.data_ptr():
+                buffer.copy_(given)
+        args.clear()
+        self._graph.replay()
+        return [self._buffers[self._pairs[j]] if j in self._pairs else out.clone() for j, out in enumerate(self._outs)]

@@ -1,0 +1,95 @@
+"""Bookkeeping of captured steps, with a stand-in whose replay runs the recorded step again. The graphs themselves need a device."""
+
+import numpy as np
+import pytest
+import torch
+
+import npu_bridge
+from npu_bridge.runtime.graph import GraphedProgram, pair_donated
+from npu_bridge.runtime.mesh import Runtime
+from npu_bridge.runtime.program import LoadedProgram
+from npu_bridge.ir import MeshShape
+
+
+class Again:
+    """Replays by running the captured function on the same buffers and writing into the same results, as a graph does."""
+
+    def __init__(self, kind):
+        self.replays = 0
+
+    def capture(self, function):
+        state = [t.clone() for t in self.watch]
+        self.function = function
+        self.outs, self.pairs = function()
+        for t, s in zip(self.watch, state):
+            t.copy_(s)  # a capture does not run
+        return self.outs, self.pairs
+
+    def replay(self):
+        self.replays += 1
+        outs, _ = self.function()
+        for mine, new in zip(self.outs, outs):
+            if mine.data_ptr() != new.data_ptr():
+                mine.copy_(new)
+
+
+def _program():
+    step = lambda w, x: (w * 0.5 + x, (w * x).sum())
+    low = npu_bridge.jit(step, donate_argnums=0).lower(np.ones(4, np.float32), np.ones(4, np.float32))
+    return LoadedProgram(low.source.text, low.source.constants, [], Runtime(MeshShape()), "step"), step
+
+
+def test_a_captured_step_trains_like_the_eager_one():
+    program, step = _program()
+    w = torch.ones(4)
+    made = []
+
+    def make(kind):
+        made.append(Again(kind))
+        made[-1].watch = [w_now]
+        return made[-1]
+
+    graphed = GraphedProgram(program, "cpu", [True, False], make_graph=make)
+    want = np.ones(4, np.float32)
+    w_now = w
+    for i in range(5):
+        x = np.arange(4, dtype=np.float32) + i
+        new, total = graphed([w_now, torch.from_numpy(x.copy())])
+        expected_total = float((want * x).sum())
+        want = want * 0.5 + x
+        assert np.allclose(new.numpy(), want), (i, new, want)
+        assert abs(float(total) - expected_total) < 1e-4, (i, float(total), expected_total)
+        if i >= 1:
+            kept = total if i == 1 else kept
+        w_now = new
+    assert made[0].replays == 4 and graphed.status == "one graph"
+    assert abs(float(kept) - float((np.arange(4) * np.array([0.5, 1.5, 2.5, 3.5]) + 0).sum() + np.array([0.5, 1.5, 2.5, 3.5]).sum())) < 1e-4, (
+        "a result of an earlier replay was overwritten by a later one"
+    )
+
+
+def test_a_failed_capture_falls_back_to_eager_and_says_why():
+    program, _ = _program()
+
+    class Fails:
+        def __init__(self, kind):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphed = GraphedProgram(program, "cpu", [True, False], make_graph=Fails)
+    w = torch.ones(4)
+    (w, _) = graphed([w, torch.ones(4)])
+    with pytest.warns(UserWarning, match="capture failed \\(operation not permitted"):
+        (w, _) = graphed([w, torch.ones(4)])
+    assert np.allclose(w.numpy(), 1.75) and graphed.status.startswith("eager: capture failed")
+
+
+def test_results_are_paired_with_donated_arguments_by_storage_then_by_shape():
+    a, b, c = torch.ones(3), torch.ones(3), torch.ones(2)
+    assert pair_donated([a, b, c], [True, True, False], [b, torch.ones(3), torch.ones(2)]) == {0: 1, 1: 0}
+
+
+def test_the_way_steps_run_is_stated():
+    fn = npu_bridge.jit(lambda x: x + 1)
+    fn(np.ones(3, np.float32))
+    (compiled, _), = fn._compiled.values()
+    assert compiled.execution == "eager: cpu has no graphs"
