@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -237,12 +238,28 @@ class CheckpointReader:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
+            _ignore_late_reads()
             raise DamagedCheckpoint(f"{self.folder / str(step)}: {_first_line(error)}") from error
 
     def _verify(self, step: int, arrays: Mapping[str, jax.Array], prints: Mapping[str, int]) -> None:
         wrong = [path for path, value in fingerprints(arrays).items() if prints.get(path) != value]
         if wrong:
             raise DamagedCheckpoint(f"{self.folder / str(step)}: values differ from what was saved in {len(wrong)} arrays, such as {wrong[0]}")
+
+
+def _ignore_late_reads() -> None:
+    """When one array cannot be read, Orbax closes its event loop while others are still on their way, and each of those complains
+    with a traceback of its own. The one error that is raised says it all."""
+    before = sys.unraisablehook
+    if getattr(before, "ignores_late_reads", False):
+        return
+
+    def hook(unraisable) -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and "Event loop is closed" in str(unraisable.exc_value)):
+            before(unraisable)
+
+    hook.ignores_late_reads = True
+    sys.unraisablehook = hook
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,19 @@ def cut_metrics(path: Path, last_step: int) -> int:
     return dropped
 
 
+def _summary_writer_class() -> type:
+    """tensorboardX's writer. It imports torch where it finds it, to accept torch tensors; here are none, and torch takes seconds."""
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None  # an import of it now fails, which tensorboardX expects
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hide:
+            del sys.modules["torch"]
+    return SummaryWriter
+
+
 class MetricsLog:
     """Appends one JSON object a step, each in a single write, and mirrors the numbers to TensorBoard."""
 
@@ -52,10 +66,8 @@ class MetricsLog:
         self._file = (run_dir / FILE).open("a", encoding="utf-8")
         self._board = None
         if tensorboard:
-            from tensorboardX import SummaryWriter
-
             # purge_step hides what an earlier process logged beyond the restored step.
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None, flush_secs=30)
+            self._board = _summary_writer_class()(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None, flush_secs=30)
 
     def write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")

@@ -93,9 +93,9 @@ def run_mapping(assets, tmp_path):
         mapping = {
             "run": {"dir": str(tmp_path / name), "seed": 3},
             "model": {
-                "vision": {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "window_size": 56, "fullatt_block_indexes": [0]},
+                "vision": {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "window_size": 56, "fullatt_block_indexes": [0, 1]},
                 "text": {
-                    "family": "qwen3", "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_layers": 1, "num_heads": 4,
+                    "family": "qwen3", "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 4,
                     "num_kv_heads": 2, "head_dim": 16, "rope_theta": 1e4, "tie_word_embeddings": True, "rope": "mrope", "mrope_section": [2, 3, 3],
                 },
                 "image_token_id": 261, "video_token_id": 262, "vision_start_token_id": 259, "vision_end_token_id": 260, "compute_dtype": "float32",
