@@ -141,7 +141,10 @@ def moe_gating(logits, *, k: int, scoring="softmax", bias=None, groups=1, groups
             f"k={k} of {experts} experts in {groups} groups of which {groups_kept} are kept does not work out")
     require(groups == 1 or experts // groups >= 2, "moe_gating", f"{groups} groups of {experts} experts leave less than two a group")
     params = dict(k=k, scoring=scoring, groups=groups, groups_kept=groups_kept, renormalize=bool(renormalize), scale=float(scale))
-    return _gating(logits, bias, tuple(params.items()))
+    # The choice itself passes no gradient, so the operator never sees one; the weights get theirs behind it.
+    operands = lax.stop_gradient((logits,) if bias is None else (logits, bias))
+    weights, experts = (_gating_operator if bias is None else _gating_biased)(*operands, **params)
+    return _with_gradient(weights, logits, experts, tuple(params.items())), experts
 
 
 def expert_scores(logits, scoring):
@@ -176,28 +179,20 @@ _gating_operator = define_operator("moe_gating", reference=gating_forward, rule=
 _gating_biased = define_operator("moe_gating_biased", reference=gating_forward, rule="t e, e -> t k, t k", replicate=("e", "k"))
 
 
-def _gate(logits, bias, params):
-    return _gating_operator(logits, **dict(params)) if bias is None else _gating_biased(logits, bias, **dict(params))
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _with_gradient(weights, logits, experts, params):
+    """The weights the operator computed, with the gradient of `chosen_weights`."""
+    return weights
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _gating(logits, bias, params):
-    return _gate(logits, bias, params)
-
-
-def _gating_fwd(logits, bias, params):
-    weights, experts = _gate(logits, bias, params)
-    return (weights, experts), (logits, bias, experts)
-
-
-def _gating_bwd(params, res, g):
-    logits, bias, experts = res
+def _with_gradient_bwd(params, res, g):
+    logits, experts = res
     how = {name: value for name, value in params if name in ("scoring", "renormalize", "scale")}
-    (dlogits,) = jax.vjp(lambda x: chosen_weights(x, experts, **how), logits)[1](g[0])
-    return dlogits, None if bias is None else jnp.zeros_like(bias)
+    (dlogits,) = jax.vjp(lambda x: chosen_weights(x, experts, **how), logits)[1](g)
+    return jnp.zeros_like(g), dlogits, zero_cotangent(experts)
 
 
-_gating.defvjp(_gating_fwd, _gating_bwd)
+_with_gradient.defvjp(lambda weights, logits, experts, params: (weights, (logits, experts)), _with_gradient_bwd)
 
 
 def moe_permute(tokens, experts, *, num_experts: int):
