@@ -91,10 +91,12 @@ def measure(method, mix: str, rows: int, batches: int, buffer: int, seed: int = 
     filled, balance, seconds, oldest = [], [], [], 0
     ages: list[int] = []
     for batch in range(batches):
-        while len(waiting) < buffer or sum(sample[0] for sample in waiting) < AHEAD * rows * tokens:
+        held = sum(sample[0] for sample in waiting)
+        while len(waiting) < buffer or held < AHEAD * rows * tokens:
             sample = draw(rng)
             if sample[0] <= tokens and sum(sample[1]) <= patches:
                 waiting.append(sample)
+                held += sample[0]
                 ages.append(batch)
         sizes, loads = table(waiting)
         start = time.process_time()

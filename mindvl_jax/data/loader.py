@@ -8,6 +8,7 @@ import functools
 import os
 import queue
 import threading
+import time
 from typing import Any, Callable, Iterator
 
 import numpy as np
@@ -62,6 +63,8 @@ def make_loader(config: Config, phase_index: int, *, process_index: int = 0, pro
     if config.data.workers:
         if config.data.cache_examples:
             raise UserError("data.cache_examples keeps decoded samples in this process and data.workers decodes in others: set one of them")
+        if not hasattr(os, "memfd_create"):
+            raise UserError("data.workers hands pixels over in anonymous shared memory, which this system lacks (Linux has it); set data.workers to 0")
         pool = WorkerPool(Job(config, tuple(names), limits, budgets_of(shape)), config.data.workers)
         encoder, decoder = PoolEncoder(stream, pool), PoolDecoder(pool, shape.patches, shape.patch_dim)
     else:
@@ -117,6 +120,10 @@ class Loader:
     """Endless iterator of this process's rows of one micro-step after another.
 
     `state()` and `counters` describe the data up to the last batch that was handed out, whatever has been prepared beyond.
+
+    Attributes:
+      counters: samples, epochs, quarantined, truncated, token_efficiency, patch_efficiency and more (see `Planner.counters`).
+      waited: seconds that `next` has waited for a batch; when it grows with the steps, data is what holds them up.
     """
 
     def __init__(
@@ -140,6 +147,7 @@ class Loader:
         self._collate = collate_rows
         self._identity = identity
         self._prefetch = prefetch
+        self.waited = 0.0
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._queue: queue.Queue[_Ready | BaseException] = queue.Queue(maxsize=self._prefetch)
@@ -155,7 +163,9 @@ class Loader:
         if self._thread is None:
             self._thread = threading.Thread(target=self._produce, args=(self._queue, self._stop), name="mindvl-data", daemon=True)
             self._thread.start()
+        start = time.perf_counter()
         item = self._queue.get()
+        self.waited += time.perf_counter() - start
         if isinstance(item, BaseException):
             self._queue.put(item)  # whoever asks again gets the same answer
             raise item

@@ -148,6 +148,8 @@ class Planner:
             "batch_patch_efficiency": self.last_efficiency[1],
             "language_imbalance": self.last_imbalance[0],
             "vision_imbalance": self.last_imbalance[1],
+            # Equal on all processes, or they do not see the same data (a file that one host lacks, say).
+            "plan_fingerprint": self._fingerprint,
         }
 
     def state(self) -> dict[str, Any]:

@@ -69,7 +69,9 @@ def test_a_loader_can_be_set_back_while_it_prepares_batches(tmp_path, data):
 def test_processes_hold_neighbouring_rows_of_the_same_global_batch(tmp_path, data, processes):
     settings = config(tmp_path, data)
     whole = take(make_loader(settings, 0), 3)
-    parts = [take(make_loader(settings, 0, process_index=index, process_count=processes), 3) for index in range(processes)]
+    loaders = [make_loader(settings, 0, process_index=index, process_count=processes) for index in range(processes)]
+    parts = [take(loader, 3) for loader in loaders]
+    assert len({loader.counters["plan_fingerprint"] for loader in loaders}) == 1
     for step, expected in enumerate(whole):
         for name, values in expected.batch.fields().items():
             joined = np.concatenate([getattr(part[step].batch, name) for part in parts])
