@@ -1,0 +1,115 @@
+"""Decode throughput: this engine against transformers' `generate` with padding, same tiny random Qwen2.5-VL, same requests.
+
+    python benchmarks/generation.py [--requests 16] [--new-tokens 64] [--repeats 3]
+
+Both sides are warmed up, read the same pictures and prompts of mixed length, and produce the same number of tokens (end tokens
+ignored). Tokens a second counts generated tokens over the whole call, reading of prompts included. The figure of interest is the
+ratio, measured side by side in one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+
+from mindvl_jax.inference import Generator, Request, Sampling
+from mindvl_jax.weights import open_model
+
+PIXELS = (28 * 28, 28 * 28 * 16)
+
+
+def build(folder: Path):
+    """A random Qwen2.5-VL of about 3 M parameters with the published vocabulary's control tokens, saved with a tokenizer."""
+    from mindvl_jax.config import TokenizerConfig
+    from mindvl_jax.data.tokenizer import load_tokenizer
+
+    full = load_tokenizer(TokenizerConfig(path="qwen2.5"))
+    table = sorted({token for text in ("abcdefghijklmnopqrstuvwxyz 0123456789?.,<|>\n", "user\n", "assistant\n", WORDS) for token in full.encode(text)} | set(range(256)) | set(full.special.values()))
+    (folder / "table.json").write_text(json.dumps(table))
+    tokenizer = load_tokenizer(TokenizerConfig(path="qwen2.5", id_table=str(folder / "table.json")))
+    ids = {key: tokenizer.token_id(f"<|{name}|>") for key, name in dict(image_token_id="image_pad", video_token_id="video_pad", vision_start_token_id="vision_start", vision_end_token_id="vision_end").items()}
+    vision = dict(depth=4, hidden_size=128, intermediate_size=256, num_heads=4, out_hidden_size=192, patch_size=14, spatial_merge_size=2, temporal_patch_size=2, in_channels=3, window_size=112, fullatt_block_indexes=[1, 3])
+    text = dict(vocab_size=tokenizer.vocab_size, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=1024,
+                bos_token_id=None, eos_token_id=None, pad_token_id=None, rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 6, 6]))
+    torch.manual_seed(0)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)).float().eval()
+    model.save_pretrained(folder)
+    opened = open_model(folder)
+    return model, tokenizer, type(opened)(opened.model, opened.config, tokenizer, *PIXELS, folder), ids["image_token_id"]
+
+
+WORDS = "what is written here in the picture and which colour does the big thing on the left have ? read it aloud"
+
+
+def requests_of(count: int, new_tokens: int):
+    random = np.random.default_rng(0)
+    pictures, requests = [], []
+    for index in range(count):
+        own = [Image.fromarray(random.integers(0, 256, (*random.integers(56, 112, 2), 3), np.uint8)) for _ in range(index % 3)]
+        text = " ".join(random.choice(WORDS.split(), random.integers(3, 30)))
+        pictures.append(own)
+        # Mixed lengths of answers as users give them: padding makes everybody wait for the longest.
+        length = int(random.integers(new_tokens // 4, new_tokens + 1))
+        requests.append(Request.from_prompt(text, own, id=str(index), sampling=Sampling(max_new_tokens=length, ignore_eos=True)))
+    return requests, pictures
+
+
+def transformers_seconds(model, generator, requests, pictures, image_token: int) -> float:
+    """One padded batch (left, as generation wants it), until the longest answer is complete."""
+    rows = [generator.encode(request).example.tokens.tolist() for request in requests]
+    started = time.perf_counter()
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    processor = transformers.models.qwen2_vl.Qwen2VLImageProcessorPil(size={"shortest_edge": PIXELS[0], "longest_edge": PIXELS[1]})
+    images = dict(processor(images=[picture for own in pictures for picture in own], return_tensors="pt"))
+    longest = max(request.sampling.max_new_tokens for request in requests)
+    with torch.no_grad():
+        model.generate(input_ids=ids, attention_mask=mask, mm_token_type_ids=(ids == image_token).int() * mask, max_new_tokens=longest, do_sample=False, eos_token_id=None, pad_token_id=0, **images)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--requests", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=64, help="longest answer; lengths are spread from a quarter of it")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model, _, opened, image_token = build(Path(folder))
+        requests, pictures = requests_of(args.requests, args.new_tokens)
+        generator = Generator(opened, slots=16)
+        tokens = sum(request.sampling.max_new_tokens for request in requests)
+        generator.generate(requests)
+        transformers_seconds(model, generator, requests, pictures, image_token)
+        ours, theirs = [], []
+        for _ in range(args.repeats):  # in turns, so that a busy machine slows both
+            started = time.perf_counter()
+            generator.generate(requests)
+            ours.append(time.perf_counter() - started)
+            theirs.append(transformers_seconds(model, generator, requests, pictures, image_token))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    mine, other = statistics.median(ours), statistics.median(theirs)
+    print(json.dumps({
+        "requests": args.requests, "generated_tokens": tokens, "ours_tokens_per_second": round(tokens / mine, 1), "transformers_tokens_per_second": round(tokens / other, 1),
+        "ratio": round(other / mine, 2), "ratios": [round(b / a, 2) for a, b in zip(ours, theirs)], "load": os.getloadavg()[0], "cores": os.cpu_count(),
+        "machine": platform.processor() or platform.machine(), "commit": commit, "date": time.strftime("%Y-%m-%d"),
+    }, indent=2))
+
+
+if __name__ == "__main__":
+    main()
