@@ -125,6 +125,7 @@ class ModelConfig(Section):
     vision_end_token_id: int
     remat: Literal["none", "full", "dots", "attention"] = Field("none", description="What the backward pass recomputes.")
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    matmul_precision: Literal["default", "bfloat16"] = Field("default", description="bfloat16: products of float32 operands read them in bfloat16 and sum in float32, for processors with bfloat16 matrix units.")
     param_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -274,6 +275,12 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _precision_of_the_backend(self):
+        if self.backend == "npu_bridge" and self.model.matmul_precision != "default":
+            raise ValueError("model.matmul_precision is XLA's; with backend npu_bridge set it to default, and model.compute_dtype to bfloat16 for bfloat16 products")
+        return self
 
     @model_validator(mode="after")
     def _known_sources(self):

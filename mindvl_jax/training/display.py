@@ -50,6 +50,8 @@ def print_startup(console: Console, config: Config, outline: ModelOutline, mesh:
         ("bfloat16", "bfloat16"): "half the parameter memory; small updates round away: for inference or very large models",
         ("float32", "bfloat16"): "parameters rounded to bfloat16, products in float32",
     }[(compute, masters)]
+    if config.model.matmul_precision == "bfloat16" and compute == "float32":
+        why = "products read bfloat16 and sum in float32 (model.matmul_precision); everything else in float32"
     rows = Table.grid(padding=(0, 2))
     rows.add_row("device", f"{device.device_kind} ({device.platform}) on {platform.node() or 'this machine'}{processes}, jax {jax.__version__}")
     rows.add_row("peak", f"{human(peak)}FLOP/s a device" if peak else "unknown for this device: no MFU (set logging.peak_flops)")

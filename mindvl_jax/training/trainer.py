@@ -84,8 +84,13 @@ def train(config: Config, *, stop_after: int | None = None, console: Console | N
     use_compilation_cache()
     quiet = jax.process_index() != 0
     console = console or Console(quiet=quiet)
-    with _claim(Path(config.run.dir)):
+    with _claim(Path(config.run.dir)), matmul_precision(config.model.matmul_precision):
         return Trainer(config, console).run(stop_after)
+
+
+def matmul_precision(name: str) -> contextlib.AbstractContextManager:
+    """JAX's default precision of products while programs are traced and lowered; see `npu_bridge.ops`."""
+    return contextlib.nullcontext() if name == "default" else jax.default_matmul_precision(name)
 
 
 @contextlib.contextmanager

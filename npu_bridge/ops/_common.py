@@ -20,9 +20,9 @@ def accumulator(dtype):
 def product_operands(x, y):
     """Both operands as a product reads them: float32 becomes bfloat16 under `jax.default_matmul_precision("bfloat16")`.
 
-    That is JAX's own name for one bfloat16 pass with float32 accumulation. XLA heeds it on TPU only; here it holds everywhere, so
-    that a CPU with bfloat16 matrix units keeps float32 activations (element-wise work on bfloat16 is three times slower there)
-    and still multiplies at the units' speed.
+    That is JAX's own name for one bfloat16 pass with float32 accumulation. XLA heeds it on TPU only; here it holds on every
+    XLA back end, so that a CPU with bfloat16 matrix units keeps float32 activations and still multiplies at the units' speed.
+    The setting must be in force while a program is traced and lowered, not when it runs.
     """
     if x.dtype == y.dtype == jnp.float32 and jax.config.jax_default_matmul_precision == "bfloat16":
         return x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
