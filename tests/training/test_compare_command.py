@@ -1,0 +1,92 @@
+"""`mindvl compare`: equal trainings are found equal, others are not, and the cut of a configuration is exact."""
+
+import json
+import math
+
+import pytest
+import tokenizers
+import yaml
+
+from mindvl_jax import config_loader
+from mindvl_jax.cli import main
+from mindvl_jax.errors import UserError
+from mindvl_jax.training.compare_command import compare, read_losses, shortened
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """A configuration of two short phases on a few lines of text, for a model of two thousand parameters."""
+    folder = tmp_path_factory.mktemp("compare")
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={piece: n for n, piece in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    raw.save(str(folder / "tokenizer.json"))
+    lines = [{"id": str(n), "messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": "abc"[n % 3] * 3}]} for n in range(12)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    phase = dict(mixture=[dict(source="text")], rows=2, sequence_length=96, patches_per_row=4, max_pixels=3136, learning_rate=1e-2, schedule="linear")
+    content = dict(
+        run=dict(dir=str(folder / "unused"), seed=1),
+        model=dict(
+            vision=dict(depth=1, hidden_size=8, intermediate_size=8, num_heads=2, fullatt_block_indexes=[0]),
+            text=dict(family="qwen3", vocab_size=263, hidden_size=8, intermediate_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, tie_word_embeddings=True, rope="1d"),
+            image_token_id=261, video_token_id=262, vision_start_token_id=259, vision_end_token_id=260, compute_dtype="float32",
+        ),
+        tokenizer=dict(path=str(folder / "tokenizer.json")),
+        data=dict(sources=dict(text=dict(path=str(folder / "data.jsonl")))),
+        training=dict(loss_chunk=32, phases=[dict(phase, name="one", steps=3, warmup_steps=2), dict(phase, name="two", steps=5)]),
+    )
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    return folder / "config.yaml"
+
+
+def test_a_configuration_is_cut_through_its_phases(path):
+    config = config_loader.load(path)
+    cut = shortened(config, steps=5, start="weights", folder="out")
+    assert [(phase.name, phase.steps) for phase in cut.training.phases] == [("one", 3), ("two", 2)]
+    assert (cut.run.init_from, cut.run.dir, cut.run.resume) == ("weights", "out", "never")
+    first = shortened(config, steps=1, start="weights", folder="out").training.phases
+    assert [(phase.steps, phase.warmup_steps) for phase in first] == [(1, 1)]
+    with pytest.raises(UserError, match="more than the 8 steps"):
+        shortened(config, steps=9, start="weights", folder="out")
+
+
+def test_the_verdict_follows_the_largest_relative_difference():
+    assert compare([2.0, 1.0], [2.0, 1.0], 0.0).passed
+    outcome = compare([2.0, 1.0, 4.0], [2.0, 1.1, 4.0], 0.05)
+    assert not outcome.passed and outcome.worst == 1
+    assert outcome.relative[1] == pytest.approx(0.1 / 1.1)
+    assert compare([2.0, 1.0], [2.0, 1.1], 0.1).passed
+
+
+def test_a_loss_that_is_no_number_never_passes():
+    outcome = compare([1.0, math.nan, 1.0], [1.0, 1.0, 2.0], 10.0)
+    assert not outcome.passed and outcome.worst == 1
+
+
+def test_a_run_that_stopped_early_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    with pytest.raises(UserError, match="loss of 1 steps, expected 2"):
+        read_losses(tmp_path / "metrics.jsonl", 2)
+
+
+def test_two_meshes_train_alike(path, tmp_path, capsys):
+    """Two real trainings in processes of their own: one device, and two with fsdp."""
+    out = tmp_path / "equal"
+    code = main(["compare", "--a", str(path), "--steps", "4", "--devices-a", "1", "--devices-b", "2", "--set-b", "mesh.fsdp=2", "--out", str(out)])
+    assert code == 0, capsys.readouterr()
+    found = json.loads((out / "compare.json").read_text())
+    assert found["passed"] and len(found["a"]) == 4 and len(set(found["a"])) == 4
+    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_used_folder_and_a_failing_run_are_reported(path, tmp_path, capsys):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "x").write_text("")
+    assert main(["compare", "--a", str(path), "--out", str(tmp_path / "used")]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert main(["compare", "--a", str(path), "--steps", "0", "--out", str(tmp_path / "new")]) == 2
+    assert main(["compare", "--a", str(path), "--steps", "1", "--start", str(tmp_path / "nowhere"), "--devices-a", "1", "--out", str(tmp_path / "failing")]) == 2
+    message = capsys.readouterr().err
+    assert "run a ended with exit code" in message and "no such folder" in message
