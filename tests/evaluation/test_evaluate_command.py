@@ -102,3 +102,16 @@ def test_bad_input_is_refused_with_one_clear_message(model_folder, benchmark_fol
     filled = [argument.format(model=model_folder, data=benchmark_folder) for argument in arguments]
     assert cli.main(filled) == 2
     assert message in capsys.readouterr().err
+
+
+def test_averaging_two_folders_gives_a_model_that_opens(model_folder, tmp_path):
+    import numpy as np
+
+    from mindvl_jax.weights import open_model
+
+    assert cli.main(["average", "--weights", str(model_folder), str(model_folder), "--out", str(tmp_path / "mean")]) == 0
+    before, after = open_model(model_folder).parameters(), open_model(tmp_path / "mean").parameters()
+    difference = max(np.abs(np.asarray(before[path]) - np.asarray(after[path])).max() for path in before)
+    assert difference == 0, f"the mean of a model and itself differs by {difference}"  # x + x and / 2 are exact
+    assert json.loads((tmp_path / "mean" / "average.json").read_text())["models"][0]["weight"] == 0.5
+    assert cli.main(["average", "--weights", str(model_folder), str(model_folder), "--out", str(tmp_path / "mean")]) == 2

@@ -10,7 +10,7 @@ from mindvl_jax.inference.prompts import pack_bucket
 
 @pytest.fixture(scope="module")
 def generator(opened):
-    return Generator(opened, slots=4)
+    return Generator(opened, slots=4, context=256)  # one context: one decode program
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +56,14 @@ def test_cached_decoding_gives_the_tokens_of_reading_everything_again(opened, ge
 
 
 def test_a_batch_of_mixed_requests_answers_as_each_would_alone(opened, requests, answers):
-    alone = Generator(opened, slots=1)
+    alone = Generator(opened, slots=1, context=256)
     for request, batched in list(zip(requests, answers))[:4]:  # none, none, one and two pictures
         assert alone.generate([request])[0].tokens == batched.tokens, request.id
 
 
 def test_pictures_decide_what_is_answered(generator, draw_pictures):
-    sampling = Sampling(max_new_tokens=8)
-    texts = {generator.generate([Request.from_prompt("what", [picture], sampling=sampling)])[0].tokens for picture in draw_pictures(6, seed=3, largest=84)}
-    assert len(texts) > 1, "six different pictures all gave the same answer"
+    asked = [Request.from_prompt("what", [picture], sampling=Sampling(max_new_tokens=8)) for picture in draw_pictures(6, seed=3, largest=84)]
+    assert len({answer.tokens for answer in generator.generate(asked)}) > 1, "six different pictures all gave the same answer"
 
 
 def test_answers_come_back_in_the_order_of_the_requests(requests, answers):
@@ -128,17 +127,17 @@ def test_repetition_penalty_reaches_prompt_and_answer(generator):
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_its_size(opened):
-    small = Generator(opened, slots=2, context=64)
+    small = Generator(opened, slots=4, context=64)
     with pytest.raises(UserError, match=r"prompt of long has \d+ tokens .* context holds 64"):
         small.generate([Request.from_prompt("a" * 100, id="long")])
 
 
-def test_an_answer_ends_where_the_context_is_full(opened):
-    small = Generator(opened, slots=2, context=64)
+def test_an_answer_ends_where_the_context_is_full(opened, generator):
+    small = Generator(opened, slots=4, context=64)
     prompt_tokens = small.encode(Request.from_prompt("a" * 20)).tokens
     answer = small.generate([Request.from_prompt("a" * 20, sampling=Sampling(max_new_tokens=500, ignore_eos=True))])[0]
     assert answer.finish == "length" and len(answer.tokens) == 64 - prompt_tokens + 1
-    long = Generator(opened, slots=2).generate([Request.from_prompt("a" * 20, sampling=Sampling(max_new_tokens=len(answer.tokens), ignore_eos=True))])[0]
+    long = generator.generate([Request.from_prompt("a" * 20, sampling=Sampling(max_new_tokens=len(answer.tokens), ignore_eos=True))])[0]
     assert long.tokens == answer.tokens
 
 

@@ -8,6 +8,7 @@ from transformers.generation import logits_process as reference
 from mindvl_jax.inference import sampling
 
 B, V = 6, 37
+restrict, choose = jax.jit(sampling.restrict), jax.jit(sampling.choose)  # one compilation each instead of one an operation
 
 
 def _logits(seed=0):
@@ -28,7 +29,7 @@ def test_repetition_penalty_equals_the_published_processor(penalty):
 @pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (5, 1.0), (0, 0.6), (7, 0.5), (1, 1.0), (0, 0.01), (V + 5, 0.9)])
 def test_top_k_then_top_p_keep_the_tokens_that_transformers_keeps(top_k, top_p):
     logits = _logits()
-    ours = np.asarray(sampling.restrict(jnp.asarray(logits), jnp.full((B,), top_k), jnp.full((B,), top_p))) > sampling.NEGATIVE / 2
+    ours = np.asarray(restrict(jnp.asarray(logits), jnp.full((B,), top_k), jnp.full((B,), top_p))) > sampling.NEGATIVE / 2
     theirs = torch.from_numpy(logits.copy())
     if top_k:
         theirs = reference.TopKLogitsWarper(min(top_k, V))(None, theirs)
@@ -39,16 +40,16 @@ def test_top_k_then_top_p_keep_the_tokens_that_transformers_keeps(top_k, top_p):
 
 def test_rows_with_different_settings_do_not_disturb_each_other():
     logits = jnp.asarray(_logits())
-    mixed = sampling.restrict(logits, jnp.array([0, 3, 0, 9, 1, 0]), jnp.array([1.0, 1.0, 0.4, 0.7, 1.0, 0.9]))
+    mixed = restrict(logits, jnp.array([0, 3, 0, 9, 1, 0]), jnp.array([1.0, 1.0, 0.4, 0.7, 1.0, 0.9]))
     for row, (k, p) in enumerate([(0, 1.0), (3, 1.0), (0, 0.4), (9, 0.7), (1, 1.0), (0, 0.9)]):
-        alone = sampling.restrict(logits[row : row + 1], jnp.array([k]), jnp.array([p]))[0]
+        alone = restrict(logits, jnp.full((B,), k), jnp.full((B,), p))[row]
         assert (mixed[row] == alone).all()
 
 
 def test_samples_follow_the_softmax_of_the_scaled_logits():
     draws, temperature = 20_000, 1.7
     logits = np.array([0.0, 1.0, 2.0, -1.0], np.float32)
-    chosen = sampling.choose(
+    chosen = choose(
         jnp.broadcast_to(logits, (draws, 4)), keys_B2=jax.vmap(jax.random.PRNGKey)(jnp.arange(draws)).astype(jnp.uint32), counts_B=jnp.zeros(draws, jnp.int32),
         temperature_B=jnp.full(draws, temperature), top_k_B=jnp.zeros(draws, jnp.int32), top_p_B=jnp.ones(draws),
     )
@@ -60,7 +61,7 @@ def test_samples_follow_the_softmax_of_the_scaled_logits():
 
 def test_temperature_zero_is_greedy_beside_rows_that_sample():
     logits = jnp.asarray(_logits())
-    chosen = sampling.choose(
+    chosen = choose(
         logits, keys_B2=jnp.arange(2 * B, dtype=jnp.uint32).reshape(B, 2), counts_B=jnp.zeros(B, jnp.int32),
         temperature_B=jnp.array([0, 5.0, 0, 5.0, 0, 5.0]), top_k_B=jnp.zeros(B, jnp.int32), top_p_B=jnp.ones(B),
     )
