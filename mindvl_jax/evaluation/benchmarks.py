@@ -55,6 +55,8 @@ def _id(row: Row, number: int, *columns: str) -> str:
 
 
 def _item(row: Row, number: int, prompt: str, answers: Sequence[str], *ids: str, category: str = "", **extra) -> Item:
+    if not row.images:
+        raise UserError("the row has no picture; files whose pictures lie elsewhere (image_path alone) must carry them inside")
     # A benchmark's own <image> in a question would claim a picture: pictures come first, in order.
     prompt = prompt.replace("<image>", "").replace("<video>", "")
     return Item(id=_id(row, number, *ids, "index"), messages=_ask(prompt, len(row.images)), images=row.images, answers=tuple(answers), category=category, extra=extra)
@@ -256,7 +258,7 @@ def load_items(name: str, folder: Path) -> list[Item]:
             try:
                 items.append(benchmark.read(row, len(items)))
             except (ValueError, KeyError, IndexError, SyntaxError) as error:
-                raise UserError(f"{row.where}: {error}") from error
+                raise UserError(str(error) if str(error).startswith(row.where) else f"{row.where}: {error}") from error
     counts: dict[str, int] = defaultdict(int)
     for item in items:
         counts[item.id] += 1

@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     generator = Generator(opened, slots=args.batch)
     weights = weights_identity(args.weights)
-    settings = lambda benchmark: Settings(max_new_tokens=args.max_new_tokens or benchmark.max_new_tokens, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+    settings = lambda benchmark: Settings(max_new_tokens=args.max_new_tokens or benchmark.max_new_tokens, min_pixels=args.min_pixels or opened.min_pixels,
+                                          max_pixels=args.max_pixels or opened.max_pixels)
     if args.search:
         return _search(args, console, generator, opened, tasks, out, weights, settings)
     results = {}
@@ -152,7 +153,8 @@ def _search(args, console, generator, opened, tasks, out: Path, weights: str, se
         validation, held_out = search.split_items(items, benchmark.group)
 
         def measure(pixels, part):
-            chosen = dataclasses.replace(settings(benchmark), min_pixels=pixels.min_pixels, max_pixels=pixels.max_pixels)
+            chosen = settings(benchmark)
+            chosen = dataclasses.replace(chosen, min_pixels=pixels.min_pixels or chosen.min_pixels, max_pixels=pixels.max_pixels or chosen.max_pixels)
             with Predictions(out / "search" / f"{name}.jsonl", chosen.fingerprint(weights)) as predictions:
                 rows = predict(generator, part, chosen, predictions, language_only=False)
             scores = tuple(benchmark.score(item, row["prediction"])[benchmark.metric] for item, row in zip(part, rows, strict=True))

@@ -30,11 +30,11 @@ from mindvl_jax.inference.prompts import without_media
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What decides a prediction besides sample and weights."""
+    """What decides a prediction besides sample and weights. The picture areas are those in force, never "the model's own": those may change."""
 
     max_new_tokens: int
-    min_pixels: int | None = None
-    max_pixels: int | None = None
+    min_pixels: int
+    max_pixels: int
 
     def fingerprint(self, weights: str) -> str:
         return hashlib.sha256(json.dumps([weights, dataclasses.asdict(self)]).encode()).hexdigest()[:16]
@@ -147,13 +147,16 @@ def _mean(values) -> float:
 
 
 def weights_identity(folder: str | Path) -> str:
-    """Tells one state of a folder of weights from another: names, sizes and times of its files, not their content."""
+    """Tells one state of a folder of weights from another: names, sizes and times of the files that decide an answer, not their content.
+
+    What evaluation itself writes into the folder does not count.
+    """
     folder = Path(folder)
     digest = hashlib.sha256(str(folder.resolve()).encode())
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        weighty = relative.parts[0] == "checkpoints" or path.suffix in (".safetensors", ".json") or "params" in relative.parts
-        if path.is_file() and weighty and relative.name not in ("scores.json",):
+        decides = path.suffix == ".safetensors" or relative.parts[0] in ("checkpoints", "params") or str(relative) in ("config.json", "tokenizer.json")
+        if decides and path.is_file():
             stat = os.stat(path)
             digest.update(f"{relative}:{stat.st_size}:{stat.st_mtime_ns};".encode())
     return digest.hexdigest()[:16]

@@ -45,10 +45,21 @@ def test_an_interrupted_evaluation_asks_only_what_is_missing(evaluated, model_fo
     assert json.loads((out / "scores.json").read_text()) == json.loads((evaluated / "scores.json").read_text())
 
 
-def test_predictions_of_other_settings_are_not_used(evaluated):
-    plain = evaluation.Settings(max_new_tokens=3)
-    assert plain.fingerprint("w") == evaluation.Settings(max_new_tokens=3).fingerprint("w")
-    assert len({plain.fingerprint("w"), plain.fingerprint("v"), evaluation.Settings(max_new_tokens=4).fingerprint("w"), evaluation.Settings(max_new_tokens=3, min_pixels=784).fingerprint("w")}) == 4
+def test_predictions_of_other_settings_are_not_used():
+    settings = lambda **changes: evaluation.Settings(**dict(max_new_tokens=3, min_pixels=784, max_pixels=12544) | changes)
+    prints = {settings().fingerprint("w"), settings().fingerprint("v"), settings(max_new_tokens=4).fingerprint("w"), settings(min_pixels=3136).fingerprint("w")}
+    assert settings().fingerprint("w") == settings().fingerprint("w") and len(prints) == 4
+
+
+def test_weights_are_the_same_after_an_evaluation_in_their_folder_but_not_after_training(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    before = evaluation.weights_identity(tmp_path)
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "mme.json").write_text("{}")
+    (tmp_path / "inference.json").write_text("{}")
+    assert evaluation.weights_identity(tmp_path) == before
+    (tmp_path / "model.safetensors").write_bytes(b"22")
+    assert evaluation.weights_identity(tmp_path) != before
 
 
 def test_search_compares_settings_and_saves_the_best_with_the_model(model_folder, samples_file, tmp_path, capsys):
