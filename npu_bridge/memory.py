@@ -56,6 +56,16 @@ class _Storages:
             self.live -= self.size.pop(root)
 
 
+class _Later:
+    """The variables read after one position of a block."""
+
+    def __init__(self, last_read: dict[str, int], position: int):
+        self.last_read, self.position = last_read, position
+
+    def __contains__(self, name: str) -> bool:
+        return self.last_read.get(name, -1) > self.position
+
+
 class Planner:
     def __init__(self, params: dict[str, Type], donated: set[str]):
         self.plan = Plan([])
@@ -90,13 +100,11 @@ class Planner:
     def block(self, items: list[Item], live_out: set[str], owned: set[str], indent: int, deletable: set[str]) -> set[str]:
         """Plans items in order. `deletable`: variables of this scope that may be deleted here. Returns the storages that were
         overwritten and not made in this block."""
-        after = [set(live_out)]
-        for item in reversed(items):
-            after.append(after[-1] | reads(item))
-        after = after[-2::-1]
+        last_read = {v: n for n, item in enumerate(items) for v in reads(item)} | dict.fromkeys(live_out, len(items))
         made: set[str] = set()
         dirty: set[str] = set()
-        for item, later in zip(items, after):
+        for position, item in enumerate(items):
+            later = _Later(last_read, position)
             if isinstance(item, Function):
                 self.line(indent, f"def {item.name}({', '.join(item.params)}):")
                 for text in item.lines:
@@ -117,10 +125,11 @@ class Planner:
                     self.store.drop(v)
         return dirty
 
-    def shared(self, root: str, later: set[str]) -> bool:
-        return any(self.root.get(v) == root for v in later)
+    def shared(self, root: str, later: _Later) -> bool:
+        """Whether any name of this storage is read later."""
+        return any(v in later for v in self.store.names.get(root, ()))
 
-    def statement(self, s: Stmt, later: set[str], owned: set[str], made: set[str], dirty: set[str], indent: int) -> None:
+    def statement(self, s: Stmt, later: _Later, owned: set[str], made: set[str], dirty: set[str], indent: int) -> None:
         code, taken = s.code, None
         # A donated argument's own storage first: then the state stays where it is from step to step.
         for names, form in sorted(s.inplace, key=lambda o: not any(self.root.get(n) in self.donated for n in o[0])):
@@ -151,7 +160,7 @@ class Planner:
         self.line(indent, f"{', '.join(s.outs)} = {code}", s)
 
     def loop(
-        self, s: Loop, later: set[str], owned: set[str], made: set[str], dirty: set[str], indent: int, deletable: set[str]
+        self, s: Loop, later: _Later, owned: set[str], made: set[str], dirty: set[str], indent: int, deletable: set[str]
     ) -> list[str]:
         params, inits, yields = ([c[i] for c in s.carries] for i in range(3))
         header = len(self.plan.lines)

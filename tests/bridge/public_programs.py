@@ -82,7 +82,8 @@ def nnx_transformer():
     class Block(nnx.Module):
         def __init__(self, rngs):
             self.norm1, self.norm2 = nnx.LayerNorm(16, rngs=rngs), nnx.RMSNorm(16, rngs=rngs)
-            self.attend = nnx.MultiHeadAttention(num_heads=4, in_features=16, decode=False, rngs=rngs)
+            # Without biases: softmax does not feel the keys' bias, its gradient is all rounding, and Adam makes steps of it.
+            self.attend = nnx.MultiHeadAttention(num_heads=4, in_features=16, decode=False, use_bias=False, rngs=rngs)
             self.up, self.down = nnx.Linear(16, 32, rngs=rngs), nnx.Linear(32, 16, rngs=rngs)
 
         def __call__(self, x):
