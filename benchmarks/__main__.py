@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("settings")
     one.add_argument("out", type=Path)
     args = parser.parse_args(arguments)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 180)  # a pipe has no width of its own
     if args.command == "case":
         return _case(args.name, Settings(**json.loads(args.settings)), args.out)
     load_cases()

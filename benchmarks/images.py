@@ -13,6 +13,7 @@ import argparse
 import io
 import statistics
 import time
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -32,10 +33,8 @@ def picture(size: tuple[int, int], kind: str) -> bytes:
     return file.getvalue()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=3.0, help="time for each side of each case")
-    args = parser.parse_args()
+def sides() -> tuple[Callable[[bytes], int], Callable[[bytes], int]]:
+    """Ours and theirs: encoded bytes -> number of patches made."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     vision = presets.get("qwen2.5-vl-7b").vision
@@ -50,6 +49,15 @@ def main() -> None:
 
     def theirs(data: bytes) -> int:
         return len(published(Image.open(io.BytesIO(data)), return_tensors="np")["pixel_values"])
+
+    return ours, theirs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=3.0, help="time for each side of each case")
+    args = parser.parse_args()
+    ours, theirs = sides()
 
     print("| Picture | ours, a second | transformers, a second | ratio |\n|---|---|---|---|")
     for name, size, kind in CASES:

@@ -19,12 +19,14 @@ class Side:
       run: does it once and returns when it is done (a device must have finished).
       work: how much one call does, by unit: {"tokens": 2048, "samples": 12}.
       facts: what else is known of it, by name with its unit in the name ("compile s").
+      size: instead of `run` and `work`, in comparisons of sizes: the measured size.
     """
 
     name: str
-    run: Callable[[], Any]
-    work: dict[str, float]
+    run: Callable[[], Any] | None = None
+    work: dict[str, float] = dataclasses.field(default_factory=dict)
     facts: dict[str, float | str] = dataclasses.field(default_factory=dict)
+    size: float | None = None
 
 
 @dataclasses.dataclass
@@ -32,10 +34,11 @@ class Comparison:
     """Sides that do the same work; the first is ours.
 
     Attributes:
-      unit: of the ratio; every side's `work` has it.
+      unit: of the ratio; every side's `work` has it. In a comparison of sizes, the unit of the sizes (smaller is better).
       checked: what was compared before any timing, so that the sides are known to do the same ({"loss difference": 3e-6}).
       bars: side -> ratio wanted of the first side against it.
       clock: wall time, or processor time of the whole process (for work that is measured a core).
+      bound: seconds below which this machine cannot do the work (its measured matmul peak and copy bandwidth), where known.
     """
 
     name: str
@@ -45,13 +48,15 @@ class Comparison:
     bars: dict[str, float] = dataclasses.field(default_factory=dict)
     clock: Literal["wall", "cpu"] = "wall"
     note: str = ""
+    bound: float | None = None
 
     def __post_init__(self):
         names = [side.name for side in self.sides]
         if len(set(names)) < len(names):
             raise ValueError(f"{self.name}: two sides have one name: {names}")
-        lacking = [side.name for side in self.sides if not side.work.get(self.unit, 0) > 0]
-        if lacking:
+        self.of_sizes = all(side.size is not None for side in self.sides)
+        lacking = [side.name for side in self.sides if side.run is None or not side.work.get(self.unit, 0) > 0]
+        if lacking and not self.of_sizes:
             raise ValueError(f"{self.name}: {', '.join(lacking)} do not say how many {self.unit} a call does")
         unknown = set(self.bars) - set(names[1:])
         if unknown:
@@ -118,6 +123,11 @@ def rate_ratio(ours: Sequence[float], theirs: Sequence[float], *, our_work: floa
 
 def measure(comparison: Comparison, *, seconds: float, least: int) -> dict[str, Any]:
     """The comparison's record: plain data, as it is stored."""
+    first, *others = comparison.sides
+    common = dict(name=comparison.name, unit=comparison.unit, clock=comparison.clock, checked=comparison.checked, note=comparison.note, of_sizes=comparison.of_sizes)
+    if comparison.of_sizes:
+        ratios = [dict(against=other.name, value=other.size / first.size, low=None, high=None, bar=comparison.bars.get(other.name)) for other in others]
+        return common | dict(rounds=1, sides=[dict(name=side.name, size=side.size, facts=side.facts) for side in comparison.sides], ratios=ratios)
     clock = {"wall": time.perf_counter, "cpu": time.process_time}[comparison.clock]
     times = interleave(comparison.sides, seconds=seconds, least=least, clock=clock)
     sides = []
@@ -125,12 +135,12 @@ def measure(comparison: Comparison, *, seconds: float, least: int) -> dict[str, 
         own = np.asarray(times[side.name])
         low, middle, high = (float(x) for x in np.percentile(own, [25, 50, 75]))
         rates = {unit: amount / middle for unit, amount in side.work.items()}
+        if comparison.bound is not None:
+            side.facts["share of what the machine can do"] = comparison.bound / middle
         sides.append(dict(name=side.name, seconds=[float(x) for x in own], median=middle, low=low, high=high, work=side.work, rates=rates, facts=side.facts))
-    first, *others = comparison.sides
     ratios = [
         dataclasses.asdict(rate_ratio(times[first.name], times[other.name], our_work=first.work[comparison.unit], their_work=other.work[comparison.unit],
                                       against=other.name)) | {"bar": comparison.bars.get(other.name)}
         for other in others
     ]
-    return dict(name=comparison.name, unit=comparison.unit, clock=comparison.clock, checked=comparison.checked, note=comparison.note, rounds=len(times[first.name]),
-                sides=sides, ratios=ratios)
+    return common | dict(rounds=len(times[first.name]), sides=sides, ratios=ratios)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 
@@ -22,37 +23,53 @@ OPTIMIZER = OptimizerConfig(b1=0.9, b2=0.99, clip_norm=1.0)
 
 
 class Step:
-    """The compiled training step with its state.
+    """The compiled training step with its state, on XLA or through the bridge on torch's device `bridge`.
 
     Attributes:
       compile_seconds: of tracing, lowering and XLA.
-      planned_bytes: arguments, results and temporaries of the program by XLA's own plan.
+      state: after the last step; donated by the next.
+      program: the compiled step. batch: on the device.
+      planned_bytes: arguments, results and temporaries of the program by the compiler's own plan.
     """
 
-    def __init__(self, config: ModelConfig, workload: Workload, batch: Batch, parameters: Params | None = None):
+    def __init__(self, config: ModelConfig, workload: Workload, batch: Batch, parameters: Params | None = None, *, bridge: str | None = None):
         mesh = make_mesh(MeshConfig())
         self.outline = outline_of(config)
+        self._on_xla = bridge is None
         parameters = initial_params(self.outline, mesh, seed=0) if parameters is None else parameters
         # Copies: the step donates its state, and `parameters` are the twin's too.
-        self._state = start_phase(jax.tree.map(lambda x: x.copy(), parameters), list(self.outline.shapes), [], mesh)
+        self.state = start_phase(jax.tree.map(lambda x: x.copy(), parameters), list(self.outline.shapes), [], mesh)
         shape = BatchShape(rows=batch.tokens.shape[0], tokens=batch.tokens.shape[1], patches=batch.patches.shape[1], samples=batch.segment_lengths.shape[1],
                            images=batch.image_lengths.shape[1], windows=batch.window_lengths.shape[1], patch_dim=batch.patches.shape[2])
         phase = PhaseConfig(name="benchmark", steps=1, mixture=(), rows=shape.rows, sequence_length=shape.tokens, patches_per_row=shape.patches, learning_rate=LEARNING_RATE,
                             weight_decay=WEIGHT_DECAY, max_sample_length=workload.longest_sample, max_image_patches=workload.longest_image)
         programs = make_programs(self.outline, phase=phase, optimizer=OPTIMIZER, shape=shape, trained=list(self.outline.shapes), frozen=[], mesh=mesh,
-                                 loss_chunk=workload.loss_chunk)
-        self._batch = jax.device_put(batch, row_sharding(mesh))
+                                 loss_chunk=workload.loss_chunk, **({} if bridge is None else {"compile": functools.partial(_through_bridge, device=bridge)}))
+        self.batch = jax.device_put(batch, row_sharding(mesh))
         start = time.perf_counter()
-        self._program = programs.train_step.lower(self._state, self._batch, np.float32(LEARNING_RATE)).compile()
+        if bridge is None:
+            self.program = programs.train_step.lower(self.state, self.batch, np.float32(LEARNING_RATE)).compile()
+            plan = self.program.memory_analysis()
+            self.planned_bytes = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes - plan.alias_size_in_bytes
+        else:
+            self.program = programs.train_step
+            self.planned_bytes = self.program.lower(self.state, self.batch, np.float32(LEARNING_RATE)).memory()["peak_bytes"]
         self.compile_seconds = time.perf_counter() - start
-        plan = self._program.memory_analysis()
-        self.planned_bytes = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes - plan.alias_size_in_bytes
 
     def __call__(self) -> tuple[float, float]:
         """One step -> (loss before the update, gradient norm)."""
-        self._state, metrics = self._program(self._state, self._batch, np.float32(LEARNING_RATE))
-        jax.block_until_ready(self._state)
+        self.state, metrics = self.program(self.state, self.batch, np.float32(LEARNING_RATE))
+        if self._on_xla:
+            jax.block_until_ready(self.state)
+        # Reading a number waits for the step of the bridge, too: its programs run in order.
         return float(metrics["loss"]), float(metrics["grad_norm"])
+
+
+def _through_bridge(function: Callable, *, in_shardings, out_shardings, donate_argnums: tuple[int, ...] = (), device: str) -> Callable:
+    """`make_programs` compiles by this: one device, so that no sharding says anything."""
+    import npu_bridge
+
+    return npu_bridge.jit(function, donate_argnums=donate_argnums, device=device)
 
 
 def initial(config: ModelConfig) -> Params:

@@ -25,17 +25,21 @@ def render(record: Mapping[str, Any]) -> str:
 
 
 def picture(comparison: Mapping[str, Any]) -> str:
-    """Rates as bars with every round as a dot, SVG in base64."""
+    """Rates as bars with every round as a dot (or sizes as bars), SVG in base64."""
     sides, unit = comparison["sides"], comparison["unit"]
     figure = Figure(figsize=(8, 0.55 + 0.42 * len(sides)), layout="constrained")
     axes = figure.subplots()
     for row, side in enumerate(sides):
+        colour = OURS if row == 0 else OTHER
+        if comparison["of_sizes"]:
+            axes.barh(row, side["size"], 0.62, color=colour)
+            continue
         amount = side["work"][unit]
-        axes.barh(row, amount / side["median"], 0.62, color=OURS if row == 0 else OTHER)
+        axes.barh(row, amount / side["median"], 0.62, color=colour)
         axes.scatter([amount / seconds for seconds in side["seconds"]], [row] * len(side["seconds"]), s=6, color="#1d2733", alpha=0.45, linewidths=0, zorder=3)
     axes.set_yticks(range(len(sides)), [side["name"] for side in sides], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel(f"{unit}/s", fontsize=8)
+    axes.set_xlabel(unit if comparison["of_sizes"] else f"{unit}/s", fontsize=8)
     axes.set_xlim(left=0)
     axes.tick_params(axis="x", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)

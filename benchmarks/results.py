@@ -37,13 +37,21 @@ def duration(seconds: float) -> str:
 
 
 def ratio_text(ratio: Mapping[str, Any]) -> str:
-    return f"{ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    spread = "" if ratio["low"] is None else f" [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    return f"{ratio['value']:.2f}x{spread}"
 
 
 def bar_text(ratio: Mapping[str, Any]) -> str:
     if ratio.get("bar") is None:
         return ""
     return f"{ratio['bar']:g}x " + ("reached" if ratio["value"] >= ratio["bar"] else "missed")
+
+
+def columns(comparison: Mapping[str, Any], side: Mapping[str, Any]) -> tuple[str, str, str]:
+    """(median, quartiles, rate); a size stands where the median does."""
+    if comparison["of_sizes"]:
+        return f"{number(side['size'])} {comparison['unit']}", "", ""
+    return duration(side["median"]), f"{duration(side['low'])} - {duration(side['high'])}", f"{number(side['rates'][comparison['unit']])} {comparison['unit']}/s"
 
 
 def case_table(cases: Iterable[Case]) -> Table:
@@ -63,9 +71,7 @@ def case_results_table(name: str, outcome: Mapping[str, Any]) -> Table:
         ratios = {ratio["against"]: ratio for ratio in comparison["ratios"]}
         for index, side in enumerate(comparison["sides"]):
             ratio = ratios.get(side["name"])
-            rate = f"{number(side['rates'][comparison['unit']])} {comparison['unit']}/s"
-            table.add_row(comparison["name"] if index == 0 else "", side["name"], duration(side["median"]), f"{duration(side['low'])} - {duration(side['high'])}", rate,
-                          ratio_text(ratio) if ratio else "", bar_text(ratio) if ratio else "", end_section=index == len(comparison["sides"]) - 1)
+            table.add_row(comparison["name"] if index == 0 else "", side["name"], *columns(comparison, side), ratio_text(ratio) if ratio else "", bar_text(ratio) if ratio else "", end_section=index == len(comparison["sides"]) - 1)
     return table
 
 
@@ -122,13 +128,15 @@ def compare_table(before: Record, after: Record) -> Table:
     table = Table("comparison", "against", *kinds, "change", title=None if _same_machine(before, after) else "Other machine, versions or threads: compare ratios only, and those with care")
     for key in common:
         old, new = then[key], now[key]
-        own_old, own_new = (one["sides"][0]["median"] for one in (old, new))
-        table.add_row(f"{key[0]}: {key[1]}", "ours, time", duration(own_old), duration(own_new), f"{own_old / own_new:.2f}x as fast")
+        kind = "size" if new["of_sizes"] else "median"
+        own_old, own_new = (one["sides"][0][kind] for one in (old, new))
+        shown = [columns(one, one["sides"][0])[0] for one in (old, new)]
+        table.add_row(f"{key[0]}: {key[1]}", "ours alone", *shown, f"{own_old / own_new:.2f}x as {'small' if new['of_sizes'] else 'fast'}")
         old_ratios = {ratio["against"]: ratio for ratio in old["ratios"]}
         for ratio in new["ratios"]:
             if (last := old_ratios.get(ratio["against"])) is None:
                 continue
-            apart = ratio["low"] > last["high"] or ratio["high"] < last["low"]
+            apart = ratio["low"] is None or ratio["low"] > last["high"] or ratio["high"] < last["low"]
             table.add_row("", ratio["against"], ratio_text(last), ratio_text(ratio), f"{ratio['value'] / last['value'] - 1:+.0%}" if apart else "within the spread")
     return table
 
