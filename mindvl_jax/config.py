@@ -116,7 +116,7 @@ class TextConfig(Section):
 class ModelConfig(Section):
     """Vision tower, two-layer projector, language model. `preset` fills what is not given here."""
 
-    preset: str | None = Field(None, description="Name in mindvl_jax.models.presets; keys given beside it override it.")
+    preset: str | None = Field(None, description="Name in mindvl_jax.presets; keys given beside it override it.")
     vision: VisionConfig
     text: TextConfig
     image_token_id: int = Field(description="Placeholder of one visual token of an image, in the model's own vocabulary.")
