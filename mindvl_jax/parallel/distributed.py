@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+from jax.experimental import multihost_utils
 
 from mindvl_jax.config import DistributedConfig
 from mindvl_jax.errors import UserError
@@ -38,3 +39,6 @@ def initialize(config: DistributedConfig) -> None:
             f"process {config.process_id} of {config.processes} could not join at distributed.coordinator={config.coordinator}: {error}; "
             "process 0 must run at that address, and every process must be started before devices are used"
         ) from error
+    # The first exchange sets up the links, and gloo gives the slowest process 30 s to turn up. Here all have just met; later one may
+    # still be compiling.
+    multihost_utils.sync_global_devices("joined")
