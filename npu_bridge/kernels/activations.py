@@ -47,16 +47,30 @@ def _npu_rotary_backward(g, cos, sin, *, mode):
     return _rotated_part(g, cos, lambda head: _npu_rotate(head, cos, -_swap(sin, mode), mode))
 
 
-@register("rotary", family="rotary", call='torch_npu.npu_rotary_mul(x, cos, sin, "half" | "interleave")', npu=_npu_rotary,
-          note="layout BSND, tables (B, T, 1, R), float32 inside; partial width by slice and concatenation")
+@register(
+    "rotary",
+    family="rotary",
+    call='torch_npu.npu_rotary_mul(x, cos, sin, "half" | "interleave")',
+    npu=_npu_rotary,
+    note="layout BSND, tables (B, T, 1, R), float32 inside; partial width by slice and concatenation",
+)
 def rotary(x, cos, sin, *, mode):
-    return _rotated_part(x, cos, lambda head: (head.float() * cos.float()[:, :, None] + _turn(head.float(), mode) * sin.float()[:, :, None]).to(x.dtype))
+    return _rotated_part(
+        x, cos, lambda head: (head.float() * cos.float()[:, :, None] + _turn(head.float(), mode) * sin.float()[:, :, None]).to(x.dtype)
+    )
 
 
-@register("rotary_backward", family="rotary", call='torch_npu.npu_rotary_mul(g, cos, -swap(sin), "half" | "interleave")', npu=_npu_rotary_backward,
-          note="npu_rotary_mul_backward would also compute table gradients that nobody wants")
+@register(
+    "rotary_backward",
+    family="rotary",
+    call='torch_npu.npu_rotary_mul(g, cos, -swap(sin), "half" | "interleave")',
+    npu=_npu_rotary_backward,
+    note="npu_rotary_mul_backward would also compute table gradients that nobody wants",
+)
 def rotary_backward(g, cos, sin, *, mode):
-    return _rotated_part(g, cos, lambda head: (head.float() * cos.float()[:, :, None] - _turn(head.float() * sin.float()[:, :, None], mode)).to(g.dtype))
+    return _rotated_part(
+        g, cos, lambda head: (head.float() * cos.float()[:, :, None] - _turn(head.float() * sin.float()[:, :, None], mode)).to(g.dtype)
+    )
 
 
 def _npu_swiglu(gate, up):
@@ -97,7 +111,13 @@ def _npu_gelu_backward(g, x, *, approximate):
 _SLOPE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
-@register("gelu", family="gelu", call='torch_npu.npu_gelu(x, approximate="tanh" | "none")', npu=_npu_gelu, note="fast_gelu is a legacy operator and another formula")
+@register(
+    "gelu",
+    family="gelu",
+    call='torch_npu.npu_gelu(x, approximate="tanh" | "none")',
+    npu=_npu_gelu,
+    note="fast_gelu is a legacy operator and another formula",
+)
 def gelu(x, *, approximate):
     wide = x.float()
     if approximate:

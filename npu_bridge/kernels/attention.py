@@ -224,16 +224,29 @@ def _npu_attention_backward(g, q, k, v, out, lse, *segments, causal, window, sca
     layout = arguments["input_layout"]
     ql, kl, vl, gl, outl = _lay(layout, q, k, v, g, out)
     call = getattr(torch_npu(), "npu_fusion_attention_grad" + suffix)
-    dq, dk, dv = call(ql, kl, vl, gl, q.shape[2], softmax_max=peak, softmax_sum=torch.ones_like(peak), attention_in=outl,
-                      scale_value=scale, **arguments)[:3]
+    dq, dk, dv = call(
+        ql, kl, vl, gl, q.shape[2], softmax_max=peak, softmax_sum=torch.ones_like(peak), attention_in=outl, scale_value=scale, **arguments
+    )[:3]
     return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
 
 
-_FORWARD, _BACKWARD = "torch_npu.npu_fusion_attention(q, k, v, N, {})", "torch_npu.npu_fusion_attention_grad(q, k, v, g, N, {}, softmax_max=lse, softmax_sum=1, attention_in=out)"
-for _suffix, _arguments, _note in (
-    ("", '"BSND", sparse_mode=3 | 4 with the 2048 triangle, or no mask', "mask True = masked; sparse mode 3 is causal from the lower right, 4 a band"),
-    ("_segments", '"BSND", atten_mask=(B, 1, T, S), sparse_mode=0', "a materialised mask: the fall-back where no lengths are given"),
-    ("_packed", '"TND", actual_seq_qlen=ends, actual_seq_kvlen=ends, sparse_mode=0 | 3 | 4', "ends: cumulative, host, no leading 0, at most 1024; v3 with host tensors inside a captured graph"),
-):  # fmt: skip
-    register("attention" + _suffix, family="attention", call=_FORWARD.format(_arguments), npu=_npu_attention, inside=True, note=_note)(attention)
-    register("attention" + _suffix + "_backward", family="attention", call=_BACKWARD.format(_arguments), npu=_npu_attention_backward, inside=True)(attention_backward)
+_FORMS = {  # suffix -> (arguments, note)
+    "": (
+        '"BSND", sparse_mode=3 | 4 with the 2048 triangle, or no mask',
+        "mask True = masked; sparse mode 3 is causal from the lower right, 4 a band",
+    ),
+    "_segments": (
+        '"BSND", atten_mask=(B, 1, T, S), sparse_mode=0',
+        "a materialised mask: the fall-back where no lengths are given",
+    ),
+    "_packed": (
+        '"TND", actual_seq_qlen=ends, actual_seq_kvlen=ends, sparse_mode=0 | 3 | 4',
+        "ends: cumulative, host, no leading 0, at most 1024; v3 with host tensors inside a captured graph",
+    ),
+}
+
+for _suffix, (_arguments, _note) in _FORMS.items():
+    _call = f"torch_npu.npu_fusion_attention(q, k, v, N, {_arguments})"
+    register("attention" + _suffix, family="attention", call=_call, npu=_npu_attention, inside=True, note=_note)(attention)
+    _call = f"torch_npu.npu_fusion_attention_grad(q, k, v, g, N, {_arguments}, softmax_max=lse, softmax_sum=1, attention_in=out)"
+    register(f"attention{_suffix}_backward", family="attention", call=_call, npu=_npu_attention_backward, inside=True)(attention_backward)

@@ -23,8 +23,12 @@ def embedding(table, ids, *, first=0):
     return (rows.masked_fill(~mine[..., None], 0),)
 
 
-@register("embedding_backward", family="embedding", call=_CALL_BACKWARD,
-          note="aclnnEmbeddingDenseBackward in float32; one spare row takes the ids of other shards")
+@register(
+    "embedding_backward",
+    family="embedding",
+    call=_CALL_BACKWARD,
+    note="aclnnEmbeddingDenseBackward in float32; one spare row takes the ids of other shards",
+)
 def embedding_backward(g, ids, *, rows, first=0):
     local, mine = _local(ids, first, rows)
     spare = torch.where(mine, local, rows)

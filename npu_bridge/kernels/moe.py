@@ -27,14 +27,22 @@ def _npu_grouped_transposed(x, w, group_sizes):
 
 
 def _npu_weight_gradient(x, g, group_sizes):
-    y = torch_npu().npu_grouped_matmul([x.transpose(0, 1)], [g], bias=None, group_list=group_sizes.long(), split_item=3, group_type=2, group_list_type=1)[0]
+    y = torch_npu().npu_grouped_matmul(
+        [x.transpose(0, 1)], [g], bias=None, group_list=group_sizes.long(), split_item=3, group_type=2, group_list_type=1
+    )[0]
     return (y.float(),)
 
 
 _GROUPED = "torch_npu.npu_grouped_matmul([x], [w], group_list=sizes, split_item=2, group_type=0, group_list_type=1)"
 
 
-@register("grouped_matmul", family="grouped_matmul", call=_GROUPED, npu=_npu_grouped, note="counts, not cumulative ends (group_list_type 1), on the device")
+@register(
+    "grouped_matmul",
+    family="grouped_matmul",
+    call=_GROUPED,
+    npu=_npu_grouped,
+    note="counts, not cumulative ends (group_list_type 1), on the device",
+)
 def grouped_matmul(x, w, group_sizes):
     y = x.new_zeros(x.shape[0], w.shape[2])
     for expert, (start, end) in enumerate(_groups(group_sizes)):
@@ -42,8 +50,13 @@ def grouped_matmul(x, w, group_sizes):
     return (y,)
 
 
-@register("grouped_matmul_transposed", family="grouped_matmul", call=_GROUPED.replace("[w]", "[w.transpose(1, 2)]"), npu=_npu_grouped_transposed,
-          note="a transposed view: the kernel reads it without a copy")
+@register(
+    "grouped_matmul_transposed",
+    family="grouped_matmul",
+    call=_GROUPED.replace("[w]", "[w.transpose(1, 2)]"),
+    npu=_npu_grouped_transposed,
+    note="a transposed view: the kernel reads it without a copy",
+)
 def grouped_matmul_transposed(x, w, group_sizes):
     return grouped_matmul(x, w.transpose(1, 2), group_sizes)
 
@@ -90,10 +103,23 @@ def moe_gating(logits, *bias, k, scoring, groups, groups_kept, renormalize, scal
     return weights * scale, experts.int()
 
 
-_GATING = "torch_npu.npu_moe_gating_top_k(logits, k, bias=..., k_group=..., group_count=..., group_select_mode=1, renorm=0, norm_type=1, ...)"
-register("moe_gating", family="moe_gating", call="torch_npu.npu_moe_gating_top_k_softmax(logits, None, k) | npu_moe_gating_top_k(..., norm_type=1)",
-         npu=_npu_gating, note="softmax without groups, or renormalised sigmoid; anything else runs the equivalent")(moe_gating)
-register("moe_gating_biased", family="moe_gating", call=_GATING, npu=_npu_gating, note="DeepSeek-V3: sigmoid, bias in the choice only, two best of a group")(moe_gating)
+_GATING = (
+    "torch_npu.npu_moe_gating_top_k(logits, k, bias=..., k_group=..., group_count=..., group_select_mode=1, renorm=0, norm_type=1, ...)"
+)
+register(
+    "moe_gating",
+    family="moe_gating",
+    call="torch_npu.npu_moe_gating_top_k_softmax(logits, None, k) | npu_moe_gating_top_k(..., norm_type=1)",
+    npu=_npu_gating,
+    note="softmax without groups, or renormalised sigmoid; anything else runs the equivalent",
+)(moe_gating)
+register(
+    "moe_gating_biased",
+    family="moe_gating",
+    call=_GATING,
+    npu=_npu_gating,
+    note="DeepSeek-V3: sigmoid, bias in the choice only, two best of a group",
+)(moe_gating)
 
 
 def _npu_permute(tokens, order, destination):
@@ -103,8 +129,11 @@ def _npu_permute(tokens, order, destination):
 
 
 def _npu_permute_backward(g, destination):
-    return (torch_npu().npu_moe_token_unpermute(g, destination.flatten()) if destination.shape[1] == 1 else
-            torch_npu().npu_moe_token_unpermute(g, destination.flatten(), torch.ones(destination.shape, dtype=g.dtype, device=g.device)),)
+    return (
+        torch_npu().npu_moe_token_unpermute(g, destination.flatten())
+        if destination.shape[1] == 1
+        else torch_npu().npu_moe_token_unpermute(g, destination.flatten(), torch.ones(destination.shape, dtype=g.dtype, device=g.device)),
+    )
 
 
 def _npu_unpermute(permuted, destination, weights):
@@ -116,20 +145,35 @@ def _npu_unpermute_backward(g, permuted, destination, weights):
     return dpermuted, dweights.float()
 
 
-@register("moe_permute", family="moe_permute", call="torch_npu.npu_moe_token_permute(tokens, destination, None, False)", npu=_npu_permute,
-          note="sorted by destination, which is a permutation")
+@register(
+    "moe_permute",
+    family="moe_permute",
+    call="torch_npu.npu_moe_token_permute(tokens, destination, None, False)",
+    npu=_npu_permute,
+    note="sorted by destination, which is a permutation",
+)
 def moe_permute(tokens, order, destination):
     return (tokens.index_select(0, torch.div(order.long(), destination.shape[1], rounding_mode="floor")),)
 
 
-@register("moe_permute_backward", family="moe_permute", call="torch_npu.npu_moe_token_unpermute(g, destination, ones)", npu=_npu_permute_backward,
-          note="the sum of the k copies is an unpermute with weights of one")
+@register(
+    "moe_permute_backward",
+    family="moe_permute",
+    call="torch_npu.npu_moe_token_unpermute(g, destination, ones)",
+    npu=_npu_permute_backward,
+    note="the sum of the k copies is an unpermute with weights of one",
+)
 def moe_permute_backward(g, destination):
     return (g.index_select(0, destination.flatten().long()).unflatten(0, destination.shape).float().sum(1).to(g.dtype),)
 
 
-@register("moe_unpermute", family="moe_unpermute", call="torch_npu.npu_moe_token_unpermute(permuted, destination, weights)", npu=_npu_unpermute,
-          note="weights in the dtype of the rows")
+@register(
+    "moe_unpermute",
+    family="moe_unpermute",
+    call="torch_npu.npu_moe_token_unpermute(permuted, destination, weights)",
+    npu=_npu_unpermute,
+    note="weights in the dtype of the rows",
+)
 def moe_unpermute(permuted, destination, weights):
     rows = permuted.index_select(0, destination.flatten().long()).unflatten(0, destination.shape).float()
     return ((rows * weights[..., None].float()).sum(1).to(permuted.dtype),)

@@ -20,16 +20,26 @@ def _npu_rms_norm_backward(g, x, scale, rstd):
     return dx, dscale.float()  # the kernel gives float32 whatever the scale's dtype; the cast then costs nothing
 
 
-@register("rms_norm", family="rms_norm", call="torch_npu.npu_rms_norm(x, scale, epsilon=eps)", npu=_npu_rms_norm,
-          note="returns rstd (.., 1) float32 as well; scale may be float32 beside bfloat16 x")
+@register(
+    "rms_norm",
+    family="rms_norm",
+    call="torch_npu.npu_rms_norm(x, scale, epsilon=eps)",
+    npu=_npu_rms_norm,
+    note="returns rstd (.., 1) float32 as well; scale may be float32 beside bfloat16 x",
+)
 def rms_norm(x, scale, *, eps):
     wide = x.float()
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * rstd * scale.float()).to(x.dtype), rstd
 
 
-@register("rms_norm_backward", family="rms_norm", call="torch_npu.npu_rms_norm_backward(g, x, scale, rstd)", npu=_npu_rms_norm_backward,
-          note="dscale is float32 whatever the scale's dtype")
+@register(
+    "rms_norm_backward",
+    family="rms_norm",
+    call="torch_npu.npu_rms_norm_backward(g, x, scale, rstd)",
+    npu=_npu_rms_norm_backward,
+    note="dscale is float32 whatever the scale's dtype",
+)
 def rms_norm_backward(g, x, scale, rstd):
     g, normed = g.float(), x.float() * rstd
     gs = g * scale.float()
@@ -44,12 +54,19 @@ def _npu_layer_norm(x, scale, bias, *, eps):
 
 def _npu_layer_norm_backward(g, x, scale, mean, rstd):
     scale = scale.float()
-    dx, dscale, dbias = torch.ops.aten.native_layer_norm_backward(g, x, x.shape[-1:], mean, rstd, scale, torch.zeros_like(scale), [True] * 3)
+    dx, dscale, dbias = torch.ops.aten.native_layer_norm_backward(
+        g, x, x.shape[-1:], mean, rstd, scale, torch.zeros_like(scale), [True] * 3
+    )
     return dx, dscale.float(), dbias.float()
 
 
-@register("layer_norm", family="layer_norm", call="torch.native_layer_norm(x, (D,), scale.float(), bias.float(), eps)", npu=_npu_layer_norm,
-          note="aclnnLayerNorm; npu_layer_norm_eval is a legacy operator and is avoided")
+@register(
+    "layer_norm",
+    family="layer_norm",
+    call="torch.native_layer_norm(x, (D,), scale.float(), bias.float(), eps)",
+    npu=_npu_layer_norm,
+    note="aclnnLayerNorm; npu_layer_norm_eval is a legacy operator and is avoided",
+)
 def layer_norm(x, scale, bias, *, eps):
     wide = x.float()
     mean = wide.mean(-1, keepdim=True)
@@ -58,9 +75,14 @@ def layer_norm(x, scale, bias, *, eps):
     return (centred * rstd * scale.float() + bias.float()).to(x.dtype), mean, rstd
 
 
-@register("layer_norm_backward", family="layer_norm", call="aten.native_layer_norm_backward(g, x, (D,), mean, rstd, scale.float(), bias, [True] * 3)",
-          npu=_npu_layer_norm_backward, inside=True,  # the fused kernels round the terms of dscale before they sum them
-          note="aclnnLayerNormBackward; the bias tensor only says that a gradient is wanted")
+@register(
+    "layer_norm_backward",
+    family="layer_norm",
+    call="aten.native_layer_norm_backward(g, x, (D,), mean, rstd, scale.float(), bias, [True] * 3)",
+    npu=_npu_layer_norm_backward,
+    inside=True,  # the fused kernels round the terms of dscale before they sum them
+    note="aclnnLayerNormBackward; the bias tensor only says that a gradient is wanted",
+)
 def layer_norm_backward(g, x, scale, mean, rstd):
     g, normed = g.float(), (x.float() - mean) * rstd
     gs = g * scale.float()

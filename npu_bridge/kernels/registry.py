@@ -49,7 +49,9 @@ class Kernel:
 KERNELS: dict[str, Kernel] = {}
 
 
-def register(name: str, *, family: str, call: str, inside: bool = False, npu: Function | None = None, note: str = "") -> Callable[[Function], Function]:
+def register(
+    name: str, *, family: str, call: str, inside: bool = False, npu: Function | None = None, note: str = ""
+) -> Callable[[Function], Function]:
     """Enters the decorated torch equivalent into the table; `inside` says that rounded intermediates feed a product."""
 
     def enter(equivalent: Function) -> Function:

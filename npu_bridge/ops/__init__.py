@@ -14,6 +14,19 @@ from npu_bridge.ops.optimizer import fused_adamw, global_norm
 from npu_bridge.ops.rotary import rotary
 
 __all__ = [
-    "attention", "cross_entropy", "embedding", "fused_adamw", "gelu", "global_norm", "grouped_matmul", "layer_norm", "linear",
-    "moe_gating", "moe_permute", "moe_unpermute", "rms_norm", "rotary", "swiglu",
+    "attention",
+    "cross_entropy",
+    "embedding",
+    "fused_adamw",
+    "gelu",
+    "global_norm",
+    "grouped_matmul",
+    "layer_norm",
+    "linear",
+    "moe_gating",
+    "moe_permute",
+    "moe_unpermute",
+    "rms_norm",
+    "rotary",
+    "swiglu",
 ]

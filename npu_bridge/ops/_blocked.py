@@ -34,12 +34,18 @@ def plan_blocks(queries, keys, *, causal, window, max_segment_length, implementa
       ValueError: "banded" without a promise to build a band on, or where queries and keys differ in number.
     """
     dense = Plan(causal, window, 0, 0, 0)
-    require(implementation in (None, "dense", "banded"), "attention",
-            f"implementation is {implementation!r}; expected None, 'dense' or 'banded'")
+    require(
+        implementation in (None, "dense", "banded"),
+        "attention",
+        f"implementation is {implementation!r}; expected None, 'dense' or 'banded'",
+    )
     reach = min((value for value in (window, max_segment_length) if value is not None), default=None)
     possible = reach is not None and queries == keys
-    require(possible or implementation != "banded", "attention",
-            f"'banded' needs max_segment_length or window, and as many queries as keys (here {queries} and {keys})")
+    require(
+        possible or implementation != "banded",
+        "attention",
+        f"'banded' needs max_segment_length or window, and as many queries as keys (here {queries} and {keys})",
+    )
     if not possible or implementation == "dense":
         return dense
     left = -(-(reach - 1) // 16) * 16
@@ -74,7 +80,7 @@ def allowed(plan, queries, keys, ids_q, ids_kv):
             if not plan.causal:
                 tests.append(ahead > -plan.window)
         if ids_q is not None:
-            tests.append((ids_q[:, :, :, None] == ids_kv[:, :, None, start:start + count]) & (ids_q != 0)[:, :, :, None])
+            tests.append((ids_q[:, :, :, None] == ids_kv[:, :, None, start : start + count]) & (ids_q != 0)[:, :, :, None])
         if not tests:
             return None
         parts.append(functools.reduce(jnp.logical_and, tests))
@@ -125,7 +131,7 @@ def sum_reached_blocks(plan, x, places):
     total = None
     width = plan.left + blocks * plan.size + plan.right
     for start, count in _pieces(plan):
-        part = jnp.pad(x[:, :, start:start + count], [(0, 0), (0, 0), (0, plan.size - count)] + rest)
+        part = jnp.pad(x[:, :, start : start + count], [(0, 0), (0, 0), (0, plan.size - count)] + rest)
         part = part.reshape(batch, blocks * plan.size, *x.shape[3:])
         after = width - start - blocks * plan.size
         part = lax.pad(part, jnp.zeros((), x.dtype), [(0, 0, 0), (start, after, 0)] + [(0, 0, 0)] * (x.ndim - 3))
@@ -170,7 +176,7 @@ def blocked_forward(q, k, v, ids_q, ids_kv, *, plan, scale):
 
 def blocked_backward(g, q, k, v, ids_q, ids_kv, out, lse, *, plan, scale):
     """-> dq, dk, dv in the dtype of q. Probabilities are computed again from lse, never stored."""
-    batch, queries, heads, _ = q.shape
+    queries = q.shape[1]
     keys, key_heads = k.shape[1:3]
     wide = accumulator(q.dtype)
     g = g.astype(q.dtype)

@@ -25,8 +25,11 @@ def swiglu(gate, up):
     """
     gate, up = jnp.asarray(gate), jnp.asarray(up)
     require_float("swiglu", gate=gate, up=up)
-    require(gate.shape == up.shape and gate.dtype == up.dtype, "swiglu",
-            f"gate is {gate.dtype}{gate.shape} and up {up.dtype}{up.shape}; expected one shape and dtype")
+    require(
+        gate.shape == up.shape and gate.dtype == up.dtype,
+        "swiglu",
+        f"gate is {gate.dtype}{gate.shape} and up {up.dtype}{up.shape}; expected one shape and dtype",
+    )
     return _swiglu(gate, up)
 
 
@@ -105,5 +108,7 @@ def _gelu(x, approximate):
     return _gelu_operator(x, approximate=approximate)[0]
 
 
-_gelu.defvjp(lambda x, approximate: (_gelu_operator(x, approximate=approximate)[0], x),
-             lambda approximate, x, g: _gelu_gradient(g, x, approximate=approximate))
+_gelu.defvjp(
+    lambda x, approximate: (_gelu_operator(x, approximate=approximate)[0], x),
+    lambda approximate, x, g: _gelu_gradient(g, x, approximate=approximate),
+)

@@ -14,8 +14,20 @@ from npu_bridge.jaxcompat import define_operator
 from npu_bridge.ops._blocked import Plan, blocked_backward, blocked_forward, plan_blocks
 
 
-def attention(q, k, v, *, segment_ids_q=None, segment_ids_kv=None, causal: bool, window=None, scale=None,
-              max_segment_length=None, lengths=None, implementation=None):
+def attention(
+    q,
+    k,
+    v,
+    *,
+    segment_ids_q=None,
+    segment_ids_kv=None,
+    causal: bool,
+    window=None,
+    scale=None,
+    max_segment_length=None,
+    lengths=None,
+    implementation=None,
+):
     """Grouped-query softmax attention inside equal segment ids.
 
     Query place t may attend key place s when all of these hold:
@@ -46,13 +58,21 @@ def attention(q, k, v, *, segment_ids_q=None, segment_ids_kv=None, causal: bool,
         if segment_ids_q is None:
             segment_ids_q = jnp.ones((batch, queries), jnp.int32)
         if segment_ids_kv is None:
-            require(queries == keys, "attention",
-                    f"segment_ids_q alone serves self-attention, but there are {queries} queries and {keys} keys; pass segment_ids_kv")
+            require(
+                queries == keys,
+                "attention",
+                f"segment_ids_q alone serves self-attention, but there are {queries} queries and {keys} keys; pass segment_ids_kv",
+            )
             segment_ids_kv = segment_ids_q
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    plan = plan_blocks(queries, keys, causal=bool(causal), window=window, max_segment_length=max_segment_length, implementation=implementation)
-    require(lengths is None or (segment_ids_q is not None and queries == keys), "attention",
-            "lengths describe the segments of self-attention; pass segment_ids_q as well, and as many keys as queries")
+    plan = plan_blocks(
+        queries, keys, causal=bool(causal), window=window, max_segment_length=max_segment_length, implementation=implementation
+    )
+    require(
+        lengths is None or (segment_ids_q is not None and queries == keys),
+        "attention",
+        "lengths describe the segments of self-attention; pass segment_ids_q as well, and as many keys as queries",
+    )
     return _attention(q, k, v, segment_ids_q, segment_ids_kv, lengths, plan, scale)
 
 
@@ -64,12 +84,18 @@ def _check(q, k, v, segment_ids_q, segment_ids_kv, window, max_segment_length, l
     require(q.shape[2] % k.shape[2] == 0, "attention", f"{shapes}; {k.shape[2]} key heads do not divide {q.shape[2]} query heads")
     require(q.dtype == k.dtype == v.dtype, "attention", f"dtypes are {q.dtype}, {k.dtype}, {v.dtype}; expected one")
     for name, ids, shape in (("segment_ids_q", segment_ids_q, q.shape[:2]), ("segment_ids_kv", segment_ids_kv, k.shape[:2])):
-        require(ids is None or (ids.shape == shape and jnp.issubdtype(ids.dtype, jnp.integer)), "attention",
-                f"{name} is {None if ids is None else (ids.dtype, ids.shape)}; expected integers of shape {shape}")
+        require(
+            ids is None or (ids.shape == shape and jnp.issubdtype(ids.dtype, jnp.integer)),
+            "attention",
+            f"{name} is {None if ids is None else (ids.dtype, ids.shape)}; expected integers of shape {shape}",
+        )
     for name, value in (("window", window), ("max_segment_length", max_segment_length)):
         require(value is None or value >= 1, "attention", f"{name} is {value}; expected at least 1")
-    require(lengths is None or (lengths.ndim == 2 and lengths.shape[0] == q.shape[0]), "attention",
-            f"lengths have shape {None if lengths is None else lengths.shape}; expected ({q.shape[0]}, M)")
+    require(
+        lengths is None or (lengths.ndim == 2 and lengths.shape[0] == q.shape[0]),
+        "attention",
+        f"lengths have shape {None if lengths is None else lengths.shape}; expected ({q.shape[0]}, M)",
+    )
 
 
 def attention_forward(q, k, v, *segments, causal, window, scale, blocks):
@@ -93,12 +119,22 @@ def _define(suffix, segments, host):
         q, k = (operands[0], operands[1]) if len(operands) < 6 + len(segments) else (operands[1], operands[2])
         return {"g": q.shape[2] // k.shape[2]}
 
-    forward = define_operator("attention" + suffix, reference=attention_forward, replicate=_REPLICATE, sizes=heads_a_group,
-                              rule=f"{', '.join((_Q, _K, _V, *segments))} -> {_OUT}, {_LSE}",
-                              host_operands=(5,) if host else ())
-    backward = define_operator("attention" + suffix + "_backward", reference=attention_backward, replicate=_REPLICATE,
-                               sizes=heads_a_group, rule=f"{', '.join((_OUT, _Q, _K, _V, _OUT, _LSE, *segments))} -> {_Q}, {_K}, {_V}",
-                               host_operands=(8,) if host else ())
+    forward = define_operator(
+        "attention" + suffix,
+        reference=attention_forward,
+        replicate=_REPLICATE,
+        sizes=heads_a_group,
+        rule=f"{', '.join((_Q, _K, _V, *segments))} -> {_OUT}, {_LSE}",
+        host_operands=(5,) if host else (),
+    )
+    backward = define_operator(
+        "attention" + suffix + "_backward",
+        reference=attention_backward,
+        replicate=_REPLICATE,
+        sizes=heads_a_group,
+        rule=f"{', '.join((_OUT, _Q, _K, _V, _OUT, _LSE, *segments))} -> {_Q}, {_K}, {_V}",
+        host_operands=(8,) if host else (),
+    )
     return forward, backward
 
 

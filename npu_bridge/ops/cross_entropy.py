@@ -27,10 +27,16 @@ def cross_entropy(hidden, head, targets, weights, *, chunk: int):
     """
     hidden, head, targets, weights = jnp.asarray(hidden), jnp.asarray(head), jnp.asarray(targets), jnp.asarray(weights)
     require_float("cross_entropy", hidden=hidden, head=head, weights=weights)
-    require(hidden.ndim == 3 and head.ndim == 2 and hidden.shape[-1] == head.shape[0], "cross_entropy",
-            f"hidden has shape {hidden.shape} and head {head.shape}; expected (B, T, D) and (D, V)")
-    require(targets.shape == weights.shape == hidden.shape[:2], "cross_entropy",
-            f"targets have shape {targets.shape} and weights {weights.shape}; expected {hidden.shape[:2]}")
+    require(
+        hidden.ndim == 3 and head.ndim == 2 and hidden.shape[-1] == head.shape[0],
+        "cross_entropy",
+        f"hidden has shape {hidden.shape} and head {head.shape}; expected (B, T, D) and (D, V)",
+    )
+    require(
+        targets.shape == weights.shape == hidden.shape[:2],
+        "cross_entropy",
+        f"targets have shape {targets.shape} and weights {weights.shape}; expected {hidden.shape[:2]}",
+    )
     require(jnp.issubdtype(targets.dtype, jnp.integer), "cross_entropy", f"targets have dtype {targets.dtype}; integers are expected")
     require(chunk >= 1, "cross_entropy", f"chunk is {chunk}; expected at least 1")
     return _cross_entropy(hidden, head, targets, weights, int(chunk))

@@ -41,10 +41,17 @@ def embedding_backward(g, ids, *, rows):
 
 
 # The vocabulary is a reduction: each shard answers for its own rows (`first` is the number of the first) and the answers add up.
-_forward = define_operator("embedding", reference=embedding_forward, rule="v d, ... -> ... d", reduces={0: ("v",)},
-                           shard_starts={"first": ("operand", 0, 0)})
-_backward = define_operator("embedding_backward", reference=embedding_backward, rule="... d, ... -> v d", reduces={0: ("...",)},
-                            shard_starts={"first": ("result", 0, 0)}, local_sizes={"rows": ("result", 0, 0)})
+_forward = define_operator(
+    "embedding", reference=embedding_forward, rule="v d, ... -> ... d", reduces={0: ("v",)}, shard_starts={"first": ("operand", 0, 0)}
+)
+_backward = define_operator(
+    "embedding_backward",
+    reference=embedding_backward,
+    rule="... d, ... -> v d",
+    reduces={0: ("...",)},
+    shard_starts={"first": ("result", 0, 0)},
+    local_sizes={"rows": ("result", 0, 0)},
+)
 
 
 @jax.custom_vjp

@@ -28,8 +28,11 @@ def linear(x, w, bias=None):
     """
     x, w = jnp.asarray(x), jnp.asarray(w)
     require_float("linear", x=x, w=w)
-    require(w.ndim == 2 and x.ndim >= 1 and x.shape[-1] == w.shape[0], "linear",
-            f"x has shape {x.shape} and w {w.shape}; expected (.., D) and (D, F) with the same D")
+    require(
+        w.ndim == 2 and x.ndim >= 1 and x.shape[-1] == w.shape[0],
+        "linear",
+        f"x has shape {x.shape} and w {w.shape}; expected (.., D) and (D, F) with the same D",
+    )
     if bias is None:
         return _linear(x, w)
     require(bias.shape == (w.shape[1],), "linear", f"bias has shape {bias.shape}; expected ({w.shape[1]},)")

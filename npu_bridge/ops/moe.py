@@ -25,8 +25,11 @@ def grouped_matmul(x, w, group_sizes):
     """
     x, w, group_sizes = jnp.asarray(x), jnp.asarray(w), jnp.asarray(group_sizes)
     require_float("grouped_matmul", x=x, w=w)
-    require(x.ndim == 2 and w.ndim == 3 and x.shape[1] == w.shape[1] and group_sizes.shape == w.shape[:1], "grouped_matmul",
-            f"x has shape {x.shape}, w {w.shape}, group_sizes {group_sizes.shape}; expected (T, D), (E, D, F), (E,)")
+    require(
+        x.ndim == 2 and w.ndim == 3 and x.shape[1] == w.shape[1] and group_sizes.shape == w.shape[:1],
+        "grouped_matmul",
+        f"x has shape {x.shape}, w {w.shape}, group_sizes {group_sizes.shape}; expected (T, D), (E, D, F), (E,)",
+    )
     return _grouped_matmul(x, w, group_sizes)
 
 
@@ -94,12 +97,19 @@ def grouped_weight_gradient(x, g, group_sizes):
 
 
 # Rows stay whole (the groups' bounds count all of them); the contracted dim is a reduction, the other is free.
-_product = define_operator("grouped_matmul", reference=grouped_forward, rule="t c, e c o, e -> t o", reduces={0: ("c",)},
-                           replicate=("t", "e"))
-_product_transposed = define_operator("grouped_matmul_transposed", reference=partial(grouped_forward, transpose=True),
-                                      rule="t c, e o c, e -> t o", reduces={0: ("c",)}, replicate=("t", "e"))
-_weight_gradient = define_operator("grouped_matmul_weight_gradient", reference=grouped_weight_gradient,
-                                   rule="t d, t f, e -> e d f", replicate=("t", "e"))
+_product = define_operator(
+    "grouped_matmul", reference=grouped_forward, rule="t c, e c o, e -> t o", reduces={0: ("c",)}, replicate=("t", "e")
+)
+_product_transposed = define_operator(
+    "grouped_matmul_transposed",
+    reference=partial(grouped_forward, transpose=True),
+    rule="t c, e o c, e -> t o",
+    reduces={0: ("c",)},
+    replicate=("t", "e"),
+)
+_weight_gradient = define_operator(
+    "grouped_matmul_weight_gradient", reference=grouped_weight_gradient, rule="t d, t f, e -> e d f", replicate=("t", "e")
+)
 
 
 @jax.custom_vjp
@@ -110,7 +120,7 @@ def _grouped_matmul(x, w, group_sizes):
 def _grouped_bwd(res, g):
     x, w, group_sizes = res
     g = g.astype(x.dtype)
-    dx, = _product_transposed(g, w.astype(x.dtype), group_sizes)
+    (dx,) = _product_transposed(g, w.astype(x.dtype), group_sizes)
     return dx, _weight_gradient(x, g, group_sizes)[0].astype(w.dtype), zero_cotangent(group_sizes)
 
 
@@ -137,8 +147,11 @@ def moe_gating(logits, *, k: int, scoring="softmax", bias=None, groups=1, groups
     require(scoring in ("softmax", "sigmoid"), "moe_gating", f"scoring is {scoring!r}; expected 'softmax' or 'sigmoid'")
     require(logits.ndim == 2, "moe_gating", f"logits have shape {logits.shape}; expected (T, E)")
     experts = logits.shape[1]
-    require(experts % groups == 0 and 1 <= groups_kept <= groups and 1 <= k <= groups_kept * (experts // groups), "moe_gating",
-            f"k={k} of {experts} experts in {groups} groups of which {groups_kept} are kept does not work out")
+    require(
+        experts % groups == 0 and 1 <= groups_kept <= groups and 1 <= k <= groups_kept * (experts // groups),
+        "moe_gating",
+        f"k={k} of {experts} experts in {groups} groups of which {groups_kept} are kept does not work out",
+    )
     require(groups == 1 or experts // groups >= 2, "moe_gating", f"{groups} groups of {experts} experts leave less than two a group")
     params = dict(k=k, scoring=scoring, groups=groups, groups_kept=groups_kept, renormalize=bool(renormalize), scale=float(scale))
     # The choice itself passes no gradient, so the operator never sees one; the weights get theirs behind it.
@@ -205,8 +218,11 @@ def moe_permute(tokens, experts, *, num_experts: int):
       permuted (T * k, D), group_sizes (num_experts,) int32, and destination (T, k) int32: the row of each copy in `permuted`.
     """
     tokens, experts = jnp.asarray(tokens), jnp.asarray(experts)
-    require(tokens.ndim == 2 and experts.ndim == 2 and tokens.shape[0] == experts.shape[0], "moe_permute",
-            f"tokens have shape {tokens.shape} and experts {experts.shape}; expected (T, D) and (T, k)")
+    require(
+        tokens.ndim == 2 and experts.ndim == 2 and tokens.shape[0] == experts.shape[0],
+        "moe_permute",
+        f"tokens have shape {tokens.shape} and experts {experts.shape}; expected (T, D) and (T, k)",
+    )
     flat = experts.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     destination = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)
@@ -225,9 +241,12 @@ def moe_unpermute(permuted, destination, weights):
       (T, D) in permuted's dtype.
     """
     permuted, destination, weights = jnp.asarray(permuted), jnp.asarray(destination), jnp.asarray(weights)
-    require(permuted.ndim == 2 and destination.shape == weights.shape and destination.size == permuted.shape[0], "moe_unpermute",
-            f"permuted has shape {permuted.shape}, destination {destination.shape}, weights {weights.shape}; "
-            "expected (T * k, D), (T, k), (T, k)")
+    require(
+        permuted.ndim == 2 and destination.shape == weights.shape and destination.size == permuted.shape[0],
+        "moe_unpermute",
+        f"permuted has shape {permuted.shape}, destination {destination.shape}, weights {weights.shape}; "
+        "expected (T * k, D), (T, k), (T, k)",
+    )
     return _unpermute(permuted, destination, weights)
 
 
@@ -260,8 +279,9 @@ _ROWS = ("p", "t", "k")  # routing moves rows anywhere, so they stay whole; the 
 _permute_operator = define_operator("moe_permute", reference=permute_forward, rule="t d, p, t k -> p d", replicate=_ROWS)
 _permute_gradient = define_operator("moe_permute_backward", reference=permute_backward, rule="p d, t k -> t d", replicate=_ROWS)
 _unpermute_operator = define_operator("moe_unpermute", reference=unpermute_forward, rule="p d, t k, t k -> t d", replicate=_ROWS)
-_unpermute_gradient = define_operator("moe_unpermute_backward", reference=unpermute_backward,
-                                      rule="t d, p d, t k, t k -> p d, t k", reduces={1: ("d",)}, replicate=_ROWS)
+_unpermute_gradient = define_operator(
+    "moe_unpermute_backward", reference=unpermute_backward, rule="t d, p d, t k, t k -> p d, t k", reduces={1: ("d",)}, replicate=_ROWS
+)
 
 
 @jax.custom_vjp
@@ -269,8 +289,10 @@ def _permute(tokens, order, destination):
     return _permute_operator(tokens, order, destination)[0]
 
 
-_permute.defvjp(lambda tokens, order, destination: (_permute_operator(tokens, order, destination)[0], (order, destination)),
-                lambda res, g: (_permute_gradient(g, res[1])[0], zero_cotangent(res[0]), zero_cotangent(res[1])))
+_permute.defvjp(
+    lambda tokens, order, destination: (_permute_operator(tokens, order, destination)[0], (order, destination)),
+    lambda res, g: (_permute_gradient(g, res[1])[0], zero_cotangent(res[0]), zero_cotangent(res[1])),
+)
 
 
 @jax.custom_vjp

@@ -45,8 +45,9 @@ def rms_norm_backward(g, x, scale, rstd):
 
 
 _forward = define_operator("rms_norm", reference=rms_norm_forward, rule="... d, d -> ... d, ... u", replicate=("d", "u"))
-_backward = define_operator("rms_norm_backward", reference=rms_norm_backward, rule="... d, ... d, d, ... u -> ... d, d",
-                            reduces={1: ("...",)}, replicate=("d", "u"))
+_backward = define_operator(
+    "rms_norm_backward", reference=rms_norm_backward, rule="... d, ... d, d, ... u -> ... d, d", reduces={1: ("...",)}, replicate=("d", "u")
+)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -79,8 +80,11 @@ def layer_norm(x, scale, bias, *, eps):
     """
     x, scale, bias = jnp.asarray(x), jnp.asarray(scale), jnp.asarray(bias)
     require_float("layer_norm", x=x, scale=scale, bias=bias)
-    require(scale.shape == x.shape[-1:] == bias.shape, "layer_norm",
-            f"scale has shape {scale.shape} and bias {bias.shape}; expected ({x.shape[-1]},)")
+    require(
+        scale.shape == x.shape[-1:] == bias.shape,
+        "layer_norm",
+        f"scale has shape {scale.shape} and bias {bias.shape}; expected ({x.shape[-1]},)",
+    )
     return _layer_norm(x, scale, bias, float(eps))
 
 
@@ -104,10 +108,16 @@ def layer_norm_backward(g, x, scale, mean, rstd):
     return dx.astype(x.dtype), jnp.sum(g * normed, leading), jnp.sum(g, leading)
 
 
-_layer_forward = define_operator("layer_norm", reference=layer_norm_forward, rule="... d, d, d -> ... d, ... u, ... u", replicate=("d", "u"))
-_layer_backward = define_operator("layer_norm_backward", reference=layer_norm_backward,
-                                  rule="... d, ... d, d, ... u, ... u -> ... d, d, d",
-                                  reduces={1: ("...",), 2: ("...",)}, replicate=("d", "u"))
+_layer_forward = define_operator(
+    "layer_norm", reference=layer_norm_forward, rule="... d, d, d -> ... d, ... u, ... u", replicate=("d", "u")
+)
+_layer_backward = define_operator(
+    "layer_norm_backward",
+    reference=layer_norm_backward,
+    rule="... d, ... d, d, ... u, ... u -> ... d, d, d",
+    reduces={1: ("...",), 2: ("...",)},
+    replicate=("d", "u"),
+)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -17,13 +17,15 @@ def fused_adamw(param, grad, mu, nu, *, step, learning_rate, b1, b2, eps, weight
     Returns:
       (param, mu, nu) updated, each in its own dtype.
     """
-    require(param.shape == grad.shape == mu.shape == nu.shape, "fused_adamw",
-            f"shapes differ: param {param.shape}, grad {grad.shape}, mu {mu.shape}, nu {nu.shape}")
+    require(
+        param.shape == grad.shape == mu.shape == nu.shape,
+        "fused_adamw",
+        f"shapes differ: param {param.shape}, grad {grad.shape}, mu {mu.shape}, nu {nu.shape}",
+    )
     dtype = accumulator(param.dtype)
     step = jnp.asarray(step).astype(dtype)
     learning_rate = jnp.asarray(learning_rate, dtype)
-    return _adamw(param, grad, mu, nu, step, learning_rate,
-                  b1=float(b1), b2=float(b2), eps=float(eps), weight_decay=float(weight_decay))
+    return _adamw(param, grad, mu, nu, step, learning_rate, b1=float(b1), b2=float(b2), eps=float(eps), weight_decay=float(weight_decay))
 
 
 def adamw_update(param, grad, mu, nu, step, learning_rate, *, b1, b2, eps, weight_decay):

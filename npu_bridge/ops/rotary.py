@@ -31,8 +31,11 @@ def rotary(x, cos, sin, *, mode="half"):
     require(mode in MODES, "rotary", f"mode is {mode!r}; expected one of {MODES}")
     require(x.ndim == 4, "rotary", f"x has shape {x.shape}; expected (B, T, N, H)")
     width = cos.shape[-1]
-    require(cos.shape == sin.shape == (*x.shape[:2], width) and width % 2 == 0 and width <= x.shape[-1], "rotary",
-            f"cos has shape {cos.shape} and sin {sin.shape}; expected both (B, T, R) = {x.shape[:2]} + (R,) with even R <= {x.shape[-1]}")
+    require(
+        cos.shape == sin.shape == (*x.shape[:2], width) and width % 2 == 0 and width <= x.shape[-1],
+        "rotary",
+        f"cos has shape {cos.shape} and sin {sin.shape}; expected both (B, T, R) = {x.shape[:2]} + (R,) with even R <= {x.shape[-1]}",
+    )
     return _rotary(x, cos, sin, mode)
 
 

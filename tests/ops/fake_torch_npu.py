@@ -73,7 +73,9 @@ def _masked(queries, keys, mask, sparse_mode, pre, after):
     if sparse_mode == 0:
         assert pre == after == UNLIMITED
         return mask
-    assert mask.shape == (2048, 2048) and mask.dtype == torch.bool and torch.equal(mask, torch.ones_like(mask).triu(1)), "compressed mask wanted"
+    assert mask.shape == (2048, 2048) and mask.dtype == torch.bool and torch.equal(mask, torch.ones_like(mask).triu(1)), (
+        "compressed mask wanted"
+    )
     ahead = torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)[None]  # level at the lower right
     if sparse_mode == 3:
         return ahead < 0
@@ -110,12 +112,20 @@ def _logits(q, k, masked, scale):
 def npu_fusion_attention(q, k, v, head_num, input_layout, *, atten_mask=None, scale=1.0, keep_prob=1.0, pre_tockens=UNLIMITED, next_tockens=UNLIMITED,
                          actual_seq_qlen=None, actual_seq_kvlen=None, sparse_mode=0):  # fmt: skip
     assert q.dtype == k.dtype == v.dtype and head_num == q.shape[-2] and q.shape[-1] == k.shape[-1] >= v.shape[-1]
-    _note("npu_fusion_attention", layout=input_layout, sparse_mode=sparse_mode, mask=None if atten_mask is None else tuple(atten_mask.shape), ends=actual_seq_qlen)
+    _note(
+        "npu_fusion_attention",
+        layout=input_layout,
+        sparse_mode=sparse_mode,
+        mask=None if atten_mask is None else tuple(atten_mask.shape),
+        ends=actual_seq_qlen,
+    )
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
     tnd = input_layout == "TND"
     stats = torch.zeros(*((q.shape[0], head_num) if tnd else (q.shape[0], head_num, q.shape[1])), 8).double()
     peaks, sums = stats.clone(), stats.clone()
-    for iq, ik, masked in _sequences(q, k, input_layout, actual_seq_qlen, actual_seq_kvlen, atten_mask, sparse_mode, pre_tockens, next_tockens):
+    for iq, ik, masked in _sequences(
+        q, k, input_layout, actual_seq_qlen, actual_seq_kvlen, atten_mask, sparse_mode, pre_tockens, next_tockens
+    ):
         logits = _logits(q[iq], k[ik], masked, scale)
         peak = logits.amax(-1, keepdim=True)
         p = torch.exp(logits - peak)
@@ -133,7 +143,9 @@ def npu_fusion_attention_grad(q, k, v, dy, head_num, input_layout, *, atten_mask
     _note("npu_fusion_attention_grad", layout=input_layout, sparse_mode=sparse_mode)
     dq, dk, dv = (torch.zeros_like(x, dtype=torch.float64) for x in (q, k, v))
     tnd, group = input_layout == "TND", q.shape[-2] // k.shape[-2]
-    for iq, ik, masked in _sequences(q, k, input_layout, actual_seq_qlen, actual_seq_kvlen, atten_mask, sparse_mode, pre_tockens, next_tockens):
+    for iq, ik, masked in _sequences(
+        q, k, input_layout, actual_seq_qlen, actual_seq_kvlen, atten_mask, sparse_mode, pre_tockens, next_tockens
+    ):
         out_of = (lambda x: x[iq, :, 0].T[..., None].double()) if tnd else (lambda x: x[iq, :, :, :1].double())
         p = torch.exp(_logits(q[iq], k[ik], masked, scale_value) - out_of(softmax_max)) / out_of(softmax_sum)
         p = p.masked_fill(masked, 0)
@@ -190,7 +202,20 @@ def npu_moe_gating_top_k_softmax(x, finished=None, k=1):
     return weights.to(x.dtype), experts.int(), experts.int()
 
 
-def npu_moe_gating_top_k(x, k, *, bias=None, k_group=1, group_count=1, group_select_mode=0, renorm=0, norm_type=0, out_flag=False, routed_scaling_factor=1.0, eps=1e-20):
+def npu_moe_gating_top_k(
+    x,
+    k,
+    *,
+    bias=None,
+    k_group=1,
+    group_count=1,
+    group_select_mode=0,
+    renorm=0,
+    norm_type=0,
+    out_flag=False,
+    routed_scaling_factor=1.0,
+    eps=1e-20,
+):
     assert renorm == 0 and norm_type == 1 and bias.dtype == x.dtype
     scores = x.double().sigmoid()
     choice = (scores + bias.double()).unflatten(1, (group_count, -1))

@@ -75,7 +75,9 @@ def cross_entropy(hidden, head, targets, weights):
 
 
 def embedding(table, ids):
-    return torch.stack([table[i] if 0 <= i < table.shape[0] else torch.zeros_like(table[0]) for i in ids.flatten().tolist()]).reshape(*ids.shape, -1)
+    return torch.stack([table[i] if 0 <= i < table.shape[0] else torch.zeros_like(table[0]) for i in ids.flatten().tolist()]).reshape(
+        *ids.shape, -1
+    )
 
 
 def grouped_matmul(x, w, sizes):

@@ -48,7 +48,9 @@ def test_blocks_give_the_values_and_gradients_of_dense_attention_on_random_segme
     rng = np.random.default_rng(places)
     shapes = ((2, places, heads, dim), (2, places, key_heads, dim), (2, places, key_heads, value_dim), (2, places, heads, value_dim))
     *arrays, g = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in shapes)
-    arguments = dict(segment_ids_q=segments(rng, 2, places, longest) if longest else None, causal=causal, window=window, max_segment_length=longest)
+    arguments = dict(
+        segment_ids_q=segments(rng, 2, places, longest) if longest else None, causal=causal, window=window, max_segment_length=longest
+    )
     dense = values_and_gradients(arrays, g, implementation="dense", **arguments)
     banded = values_and_gradients(arrays, g, implementation="banded", **arguments)
     for name, a, b in zip(("out", "dq", "dk", "dv"), dense, banded):

@@ -76,7 +76,11 @@ def test_lengths_become_cumulative_ends_over_all_rows_with_padding_as_its_own_se
 def test_more_segments_than_the_kernel_takes_fall_back_to_a_mask():
     ids = (torch.arange(1100, dtype=torch.int32) + 1)[None]
     x = torch.randn(1, 1100, 1, 16)
-    out, _ = run("attention_packed", (x, x, x, ids, ids, torch.ones(1, 1100, dtype=torch.int32)), dict(causal=False, window=None, scale=1.0, blocks=(0, 0, 0)))
+    out, _ = run(
+        "attention_packed",
+        (x, x, x, ids, ids, torch.ones(1, 1100, dtype=torch.int32)),
+        dict(causal=False, window=None, scale=1.0, blocks=(0, 0, 0)),
+    )
     assert fake_torch_npu.calls[0][1]["layout"] == "BSND"
     assert torch.allclose(out, x, atol=1e-6), "a segment of one place attends itself"
 
@@ -95,7 +99,9 @@ def test_adamw_never_reads_a_device_scalar_back(monkeypatch):
     run("adamw", tensors, check.CASES["adamw"].params)
 
 
-@pytest.mark.parametrize("settings", [dict(scoring="sigmoid", renormalize=False), dict(scoring="softmax", groups=4, groups_kept=2)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [dict(scoring="sigmoid", renormalize=False), dict(scoring="softmax", groups=4, groups_kept=2)], ids=str
+)
 def test_routing_that_no_fused_call_offers_runs_the_equivalent(settings):
     logits = torch.randn(7, 16)
     params = check._GATE | settings

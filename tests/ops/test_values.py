@@ -94,7 +94,9 @@ def test_attention_equals_the_formula_for_the_head_dims_in_use(dims):
           lambda q, k, v: formulas.attention(q, k, v, None, None, True, None, dims[0] ** -0.5), arrays, "bfloat16")  # fmt: skip
 
 
-@pytest.mark.parametrize(("causal", "window", "queries", "keys"), [(True, 3, 9, 9), (False, 3, 9, 9), (True, None, 4, 9), (True, 3, 4, 9), (False, None, 9, 4)])
+@pytest.mark.parametrize(
+    ("causal", "window", "queries", "keys"), [(True, 3, 9, 9), (False, 3, 9, 9), (True, None, 4, 9), (True, 3, 4, 9), (False, None, 9, 4)]
+)
 def test_attention_windows_and_unequal_lengths_equal_the_formula(causal, window, queries, keys):
     arrays = numbers(10, (2, queries, 2, 16), (2, keys, 2, 16), (2, keys, 2, 8))
     agree(lambda q, k, v: ops.attention(q, k, v, causal=causal, window=window, scale=0.3),
@@ -119,13 +121,20 @@ def test_embedding_adds_the_gradients_of_repeated_ids_and_ignores_ids_outside(dt
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", [[5, 0, 17, 9], [0, 0, 34, 0], [1, 1, 1, 1], [0, 0, 0, 3]], ids=str)
 def test_grouped_matmul_and_its_gradients_equal_the_formula(dtype, sizes):
-    agree(lambda x, w: ops.grouped_matmul(x, w, jnp.asarray(sizes)), lambda x, w: formulas.grouped_matmul(x, w, sizes), numbers(13, (34, 16), (4, 16, 12)), dtype)
+    agree(
+        lambda x, w: ops.grouped_matmul(x, w, jnp.asarray(sizes)),
+        lambda x, w: formulas.grouped_matmul(x, w, sizes),
+        numbers(13, (34, 16), (4, 16, 12)),
+        dtype,
+    )
 
 
 GATES = {
     "softmax": dict(k=3, scoring="softmax", bias=None, groups=1, groups_kept=1, renormalize=True, scale=1.0),
     "plain softmax": dict(k=2, scoring="softmax", bias=None, groups=1, groups_kept=1, renormalize=False, scale=1.0),
-    "grouped sigmoid with bias": dict(k=4, scoring="sigmoid", bias=numbers(14, (16,))[0], groups=4, groups_kept=2, renormalize=True, scale=2.5),
+    "grouped sigmoid with bias": dict(
+        k=4, scoring="sigmoid", bias=numbers(14, (16,))[0], groups=4, groups_kept=2, renormalize=True, scale=2.5
+    ),
 }
 
 
