@@ -12,8 +12,9 @@ from npu_bridge.codegen.emitter import LOWERINGS, lowering
 from npu_bridge.importer import NOT_LOWERED, Importer
 from npu_bridge.runtime import tensor_ops
 from tests.bridge.cases import CASES
-from tests.bridge.harness import lower_sharded, value_and_gradient
+from tests.bridge.harness import lower_sharded
 from tests.bridge.test_collectives import COLLECTIVES, lower_collective
+from tests.bridge.test_operations import lowered
 
 # Made by passes from other collectives, or only with more than one device.
 ONLY_SHARDED = {"all_reduce", "all_gather", "all_slice", "all_to_all", "reduce_scatter", "permute", "partition_id", "relabel"}
@@ -40,14 +41,11 @@ def test_every_operation_of_the_dialects_is_lowered_or_left_out_for_a_reason():
 def written():
     """Operations and helpers that the cases make the bridge write: on one device and on a mesh, with gradients and without."""
     one, mesh, text = set(), set(), []
-    for case in CASES.values():
-        fn = value_and_gradient(case.fn, case.grad, case.args)
-        low = npu_bridge.jit(fn, allow_host_sync=case.host_sync).lower(*case.args)
-        one |= set(low.source.operations)
-        text.append(low.as_text())
-        low = lower_sharded(fn, case.args, allow_host_sync=case.host_sync)
-        mesh |= set(low.source.operations)
-        text.append(low.as_text())
+    for name in CASES:
+        for found, mesh_too in ((one, False), (mesh, True)):
+            low = lowered(name, mesh_too)
+            found |= set(low.source.operations)
+            text.append(low.as_text())
     for name in COLLECTIVES:
         low = lower_collective(name)
         mesh |= set(low.source.operations)
