@@ -64,7 +64,7 @@ class Comparison:
 
 
 def interleave(sides: Sequence[Side], *, seconds: float, least: int, warm_up: int = 1, clock: Callable[[], float] = time.perf_counter,
-               most: int = 2000) -> dict[str, list[float]]:
+               most: int = 300) -> dict[str, list[float]]:
     """Times of each side, by name: round after round every side once, in an order that rotates.
 
     Args:
@@ -139,7 +139,7 @@ def measure(comparison: Comparison, *, seconds: float, least: int) -> dict[str, 
         rates = {unit: amount / middle for unit, amount in side.work.items()}
         if comparison.bound is not None:
             side.facts["share of what the machine can do"] = comparison.bound / middle
-        sides.append(dict(name=side.name, seconds=[float(x) for x in own], median=middle, low=low, high=high, work=side.work, rates=rates, facts=side.facts))
+        sides.append(dict(name=side.name, seconds=[float(f"{x:.6g}") for x in own], median=middle, low=low, high=high, work=side.work, rates=rates, facts=side.facts))
     ratios = [
         dataclasses.asdict(rate_ratio(times[first.name], times[other.name], our_work=first.work[comparison.unit], their_work=other.work[comparison.unit],
                                       against=other.name)) | {"bar": comparison.bars.get(other.name)}

@@ -20,23 +20,23 @@ class Settings:
       seconds: wanted measuring time of one side of one comparison.
       least: fewest rounds of a comparison.
       threads: of every side, XLA's and torch's alike.
+      brief: only what matters most in long cases (`--quick`).
       dry: smallest shapes; proves that a case starts, its figures mean nothing.
-      memory: also measure peak memory, each side in a process of its own.
     """
 
     seconds: float = 4.0
     least: int = 7
     threads: int = 2
+    brief: bool = False
     dry: bool = False
-    memory: bool = True
 
     @classmethod
     def quick(cls, **rest) -> "Settings":
-        return cls(seconds=1.0, least=3, **rest)
+        return cls(seconds=1.0, least=3, brief=True, **rest)
 
     @classmethod
     def smallest(cls) -> "Settings":
-        return cls(seconds=0.0, least=2, threads=1, dry=True, memory=False)
+        return cls(seconds=0.0, least=2, threads=1, dry=True)
 
 
 @dataclasses.dataclass(frozen=True)

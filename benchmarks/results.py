@@ -86,7 +86,7 @@ def write(record: Record, folder: Path) -> tuple[Path, Path]:
     while path.exists():
         count += 1
         path = folder / f"{stem}-{count}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(json.dumps(record) + "\n")
     page = path.with_suffix(".html")
     page.write_text(render(record), encoding="utf-8")
     return path, page

@@ -63,7 +63,7 @@ class Workload:
 
 
 QUICKSTART = Workload("small pictures", small_pictures, rows=16, tokens=160, patches=96, samples=16, longest_sample=128, longest_image=96)
-LLAVA = Workload("LLaVA-like", photographs, rows=2, tokens=4096, patches=8192, samples=32, longest_sample=4096, longest_image=1536)
+LLAVA = Workload("LLaVA-like", photographs, rows=1, tokens=4096, patches=8192, samples=32, longest_sample=4096, longest_image=1536)
 DRY = Workload("smallest", small_pictures, rows=2, tokens=96, patches=128, samples=8, longest_sample=96, longest_image=96, loss_chunk=64)
 
 

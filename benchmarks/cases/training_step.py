@@ -69,6 +69,6 @@ def training_step_llava(settings: Settings) -> Iterator[Comparison]:
     """The same on the lengths of LLaVA-Instruct: what padding costs."""
     from benchmarks import workloads
 
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("bfloat16",) if settings.brief else ("float32", "bfloat16"):
         yield compare_steps(settings, "dry" if settings.dry else "tiny", workloads.DRY if settings.dry else workloads.LLAVA, dtype,
                             {name: KINDS[name] for name in (SDPA, PADDED)}, {PADDED: 3.0})
