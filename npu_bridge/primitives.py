@@ -13,6 +13,7 @@ from typing import Any
 
 from jax import lax
 from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import stablehlo
 
 from npu_bridge import jaxcompat
 
@@ -85,6 +86,8 @@ def register() -> None:
         return
     register.done = True
     table = jaxcompat.register_platform_lowering
+    # jax writes 1 / (1 + exp(-x)) for a platform it does not know: five operations and a slower gradient for one.
+    table(lax.logistic_p, lambda ctx, x, **_: [stablehlo.logistic(x)])
     table(lax.square_p, jaxcompat.lower_with(lambda x: [lax.mul(x, x)]))
     for name, primitive in (
         ("cumsum", lax.cumsum_p),

@@ -285,8 +285,8 @@ def power(e: Emitter, op: Op, args: list[Operand]) -> Operand:
         return known
     x, y = _at_least_one_tensor(e, args)
     if op.result.dtype not in FLOATS:
-        x, y = e.tensor(x), e.tensor(y)
-        return e.emit(f"T.integer_power({x.name}, {y.name})", [x, y], op.result.type, kind="power")
+        e.problem(op, "power of integers, which jax writes as multiplications; use lax.integer_pow")
+        return Literal(0, op.result.type)
     return e.emit(f"torch.pow({e.text(x)}, {e.text(y)})", [x, y], op.result.type, kind="power")
 
 

@@ -65,16 +65,6 @@ def integer_remainder(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.where(zero, x, torch.where(minus, 0, rest))
 
 
-def integer_power(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Wrapping power by squaring; negative exponents give 1/x rounded to zero (1, -1 or 0)."""
-    result, base, exponent = torch.ones_like(x), x, y.clamp_min(0) if y.dtype != torch.uint8 else y
-    for _ in range(_WIDTH[x.dtype] - 1):
-        result = torch.where((exponent & 1) != 0, result * base, result)
-        base, exponent = base * base, exponent >> 1
-    negative = torch.where(x == 1, 1, torch.where(x == -1, torch.where((y & 1) != 0, -1, 1), 0))
-    return torch.where(y < 0, negative.to(x.dtype), result)
-
-
 def shift_left(x: torch.Tensor, y: torch.Tensor, bits: int) -> torch.Tensor:
     """Shifts by the width or more give 0; C leaves them undefined."""
     inside = (y >= 0) & (y < bits)

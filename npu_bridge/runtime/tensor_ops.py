@@ -6,7 +6,6 @@ from npu_bridge.runtime.arithmetic import (
     count_leading_zeros,
     float_to_integer,
     integer_divide,
-    integer_power,
     integer_remainder,
     polygamma,
     population_count,

@@ -152,6 +152,9 @@ case("start that is not neutral", lambda x: lax.reduce(x, np.float32(3), lax.add
 case("logsumexp, softmax", lambda x: (jax.nn.logsumexp(x, 1), jax.nn.softmax(x, 0)), X)
 case("cumulative", lambda x: (jnp.cumsum(x, 1), lax.cummax(x, 0), lax.cumlogsumexp(x, 1, reverse=True), jnp.cumsum(x, 0, dtype=jnp.float32)), X)
 case("cumulative extremes and products", lambda x: (lax.cumprod(x, 1), lax.cummin(x, 1, reverse=True)), POS, grad=False)
+case("cumulative without gradient", lambda x, a: (lax.cummax(x, 1), lax.cummax(a, 1), lax.cumlogsumexp(x, 1), lax.cummin(a, 0, reverse=True)), X, u32(4, 8), grad=False)  # fmt: skip
+case("products over two dims", lambda x: x.prod((0, 1)), X, grad=False)
+case("wider result with batch", lambda x, y: lax.dot_general(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), (((1,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32), X, Y, grad=False, rtol=1e-4)  # fmt: skip
 case("integer cumsum", lambda i: jnp.cumsum(i, 1), I, grad=False)
 case("sort", lambda x: jnp.sort(x, 1) * jnp.arange(8), X)
 case("sort with NaN", lambda x: jnp.sort(x, 1), SPECIAL, grad=False)
