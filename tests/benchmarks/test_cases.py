@@ -18,7 +18,7 @@ from benchmarks.registry import CASES, Settings, load_cases
 ROOT = Path(__file__).resolve().parents[2]
 load_cases()
 # Those of which the whole is worth its compile time here; `python -m benchmarks run --dry` starts all of them.
-STARTED = ["images", "loader", "packing", "weights", "training-step", "gpu-2b"]
+STARTED = ["images", "loader", "packing", "weights", "training-step"]
 
 
 @pytest.fixture(autouse=True, scope="module")
