@@ -10,7 +10,6 @@ export JAX_PLATFORMS ?= cpu
 .PHONY: quickstart test setup setup-test clean
 
 quickstart: $(VENV)/.main
-	$(BIN)/python -m mindvl_jax.quickstart.build --out data/quickstart
 	$(BIN)/python train.py --config configs/quickstart.yaml --set run.dir=$(RUN_DIR) $(SET)
 	@echo "Open $(RUN_DIR)/report.html"
 
