@@ -5,6 +5,7 @@ import sys
 
 from mindvl_jax import config_loader
 from mindvl_jax.errors import UserError
+from mindvl_jax.host_memory import relaunch_with_large_pages
 
 
 def main() -> int:
@@ -28,4 +29,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    relaunch_with_large_pages()
     sys.exit(main())
