@@ -277,12 +277,6 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")
-    def _precision_of_the_backend(self):
-        if self.backend == "npu_bridge" and self.model.matmul_precision != "default":
-            raise ValueError("model.matmul_precision is XLA's; with backend npu_bridge set it to default, and model.compute_dtype to bfloat16 for bfloat16 products")
-        return self
-
-    @model_validator(mode="after")
     def _known_sources(self):
         for index, phase in enumerate(self.training.phases):
             for entry in phase.mixture:

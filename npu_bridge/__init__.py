@@ -12,6 +12,7 @@ _PUBLIC = {
     "Array": "npu_bridge.array",
     "BridgeError": "npu_bridge.errors",
     "UnsupportedError": "npu_bridge.errors",
+    "VersionError": "npu_bridge.errors",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -96,7 +96,7 @@ class Lowered:
 class Compiled:
     """A program loaded on this rank; call it like the function."""
 
-    def __init__(self, lowered: Lowered, device: str):
+    def __init__(self, lowered: Lowered, device: str, *, capture: bool = True):
         from npu_bridge.runtime.graph import GraphedProgram
         from npu_bridge.runtime.mesh import Runtime
         from npu_bridge.runtime.program import LoadedProgram
@@ -107,7 +107,8 @@ class Compiled:
         kernels = list(dict.fromkeys(k["name"] for k in source.kernels))
         program = LoadedProgram(source.text, source.constants, kernels, self.runtime, lowered.name)
         donated = [lowered.traced.donated[i] for i in lowered.traced.kept]
-        self.program = GraphedProgram(program, device, donated, captures=not lowered.host_sync)
+        why_not = "the program reads the device inside a step (allow_host_sync)" if lowered.host_sync else "" if capture else "capture is off"
+        self.program = GraphedProgram(program, device, donated, why_not=why_not)
 
     @property
     def execution(self) -> str:
@@ -134,7 +135,7 @@ class Compiled:
         return out
 
     def _place(self, x: Any, number: int, layout: Layout) -> Any:
-        from npu_bridge.array import Array, to_torch
+        from npu_bridge.array import Array, held_shard, to_torch
         from npu_bridge.runtime.program import shard
 
         aval, donated = self.lowered.traced.in_avals[number], self.lowered.traced.donated[number]
@@ -152,8 +153,16 @@ class Compiled:
                 )
             local = shard(x.donate(self.lowered.name) if donated else x.local, layout, self.runtime)
             return local.contiguous()
-        whole = to_torch(x, np.uint32 if key else aval.dtype)
-        local = shard(whole, layout, self.runtime)
+        held = None if key or not isinstance(x, jax.Array) else held_shard(x, layout, self.runtime)
+        if held is not None:
+            local = to_torch(held, aval.dtype)
+        elif isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            raise PlacementError(
+                f"npu_bridge: argument {number} is a JAX array of sharding {x.sharding}, of which this process holds another part than {layout} gives "
+                "it; place it as in_shardings says, with process r of the job as device r of the mesh"
+            )
+        else:
+            local = shard(to_torch(x, np.uint32 if key else aval.dtype), layout, self.runtime)
         moved = local.to(self.runtime.device).contiguous()
         # A donated array is overwritten: never in memory that JAX or numpy still hold.
         return moved.clone() if donated and moved.data_ptr() == local.data_ptr() else moved
@@ -168,9 +177,9 @@ class Jitted:
     """The callable that `jit` returns."""
 
     def __init__(self, fn: Callable[..., Any], mesh: MeshLike, in_shardings: Any, out_shardings: Any, donate: tuple[int, ...],
-                 static: tuple[int, ...], state: tuple[int, ...] | None, device: str, options: Options):  # fmt: skip
+                 static: tuple[int, ...], state: tuple[int, ...] | None, device: str, options: Options, capture: bool):  # fmt: skip
         functools.update_wrapper(self, fn, updated=())
-        self.fn, self.device, self.options = fn, device, options
+        self.fn, self.device, self.options, self.capture = fn, device, options, capture
         self.mesh, self.order = as_mesh(mesh)
         self.in_shardings, self.out_shardings = in_shardings, out_shardings
         self.donate, self.static, self.state = donate, static, donate if state is None else state
@@ -305,7 +314,7 @@ class Jitted:
         signature = (tree, fixed, tuple((np.shape(x), str(getattr(x, "dtype", type(x)))) for x in flat))
         if signature not in self._compiled:
             low = self.lower(*args)
-            self._compiled[signature] = (Compiled(low, self.device), low.traced.out_tree)
+            self._compiled[signature] = (Compiled(low, self.device, capture=self.capture), low.traced.out_tree)
         compiled, out_tree = self._compiled[signature]
         return jax.tree.unflatten(out_tree, compiled(flat))
 
@@ -322,6 +331,7 @@ def jit(
     device: str = "cpu",
     allow_host_sync: bool = False,
     reduce_in_float32: bool = False,
+    capture: bool = True,
 ) -> Jitted:
     """Compiles a JAX function into a torch program for one device of a mesh.
 
@@ -336,6 +346,7 @@ def jit(
       device: "npu", "cuda" or "cpu".
       allow_host_sync: allow loops whose trip count is read from the device (one synchronisation a round).
       reduce_in_float32: exchange sums of 16-bit floats in float32.
+      capture: capture the whole step as a device graph where the device has graphs; False runs it operator by operator.
 
     Returns a callable; its results are `npu_bridge.Array`, its `.lower(*args)` gives `.as_text()`, `.collectives()`,
     `.kernels()` and `.memory()`.
@@ -344,5 +355,5 @@ def jit(
     jaxcompat.require_tested_version()
     return Jitted(
         fn, mesh, in_shardings, out_shardings, as_tuple(donate_argnums), as_tuple(static_argnums),
-        None if state_argnums is None else as_tuple(state_argnums), device, Options(allow_host_sync, reduce_in_float32),
+        None if state_argnums is None else as_tuple(state_argnums), device, Options(allow_host_sync, reduce_in_float32), capture,
     )  # fmt: skip

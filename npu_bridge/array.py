@@ -77,6 +77,23 @@ def to_torch(x: Any, dtype: Any) -> torch.Tensor:
     return t
 
 
+def shard_begins(layout: Layout, local: tuple[int, ...], runtime: Runtime) -> tuple[int, ...]:
+    """Global index of the first element of this rank's shard in each dimension."""
+    axes = layout or ((),) * len(local)
+    return tuple(runtime.index(a) * n if a else 0 for a, n in zip(axes, local))
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(s.indices(n)[:2] for s, n in zip(index, shape))
+
+
+def held_shard(x: jax.Array, layout: Layout, runtime: Runtime) -> jax.Array | None:
+    """The part of a JAX array that `layout` gives to this rank, when this process holds just that part; None otherwise."""
+    local = tuple(n // runtime.size(a) for n, a in zip(x.shape, layout or ((),) * x.ndim))
+    wanted = tuple((b, b + n) for b, n in zip(shard_begins(layout, local, runtime), local))
+    return next((s.data for s in x.addressable_shards if _bounds(s.index, x.shape) == wanted), None)
+
+
 class Array:
     """One array of a bridge program: this device's shard, and how the whole is split.
 
@@ -135,6 +152,17 @@ class Array:
         host = to_numpy(self.local, self.dtype)
         # `local` may be donated and overwritten later: never hand out its memory.
         return np.array(host, dtype=dtype or host.dtype)
+
+    def to_jax(self, sharding: jax.sharding.Sharding) -> jax.Array:
+        """The whole as a JAX array of this sharding, with this process's shard copied to its host device: no exchange, and later steps
+        leave it alone. Raises PlacementError when the sharding gives this process another shard than it holds."""
+        held = tuple((b, b + n) for b, n in zip(shard_begins(self.layout, self.local.shape, self.runtime), self.local.shape))
+        mine = sharding.addressable_devices_indices_map(self.shape)
+        wrong = {str(d): i for d, i in mine.items() if _bounds(i, self.shape) != held}
+        if wrong:
+            raise PlacementError(f"npu_bridge: this process holds {held} of {self.dtype}{list(self.shape)}, the sharding asks for {wrong}")
+        host = np.array(to_numpy(self.local, self.dtype))
+        return jax.make_array_from_single_device_arrays(self.shape, sharding, [jax.device_put(host, d) for d in mine])
 
     def __dlpack__(self, **options: Any):
         return self.local.__dlpack__(**options)

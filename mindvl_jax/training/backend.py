@@ -1,34 +1,102 @@
-"""Where a pure program of (state, batch) pytrees is compiled: XLA, or a torch program through npu_bridge."""
+"""Where the pure programs of a run are compiled and executed: XLA, or torch programs through npu_bridge.
+
+With npu_bridge JAX still holds the host side of a run: parameters are made, restored and saved as JAX arrays, whose shards lie
+where the bridge's do, because process r of the job is device r of the mesh in both. A state changes hands without a copy over the
+network: into torch at the first step of a phase, back into JAX for a checkpoint, the next phase or an evaluation.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import jax
+from jax.sharding import Mesh
 
 from mindvl_jax.config import Config
 from mindvl_jax.errors import UserError
+from mindvl_jax.parallel import distributed
+
+Tree = TypeVar("Tree")
 
 
-def compiler(config: Config) -> Callable[..., Callable]:
-    """The function `compile(function, in_shardings=, out_shardings=, donate_argnums=)` of the configured backend.
+class Backend(Protocol):
+    """What the trainer asks of a back end.
 
-    Raises:
-      UserError: the backend cannot run a training step.
+    Attributes:
+      in_flight: steps that may be dispatched and not fetched yet while the next is prepared; 0 where a call returns when it is done.
     """
+
+    in_flight: int
+
+    def join(self) -> None:
+        """Joins the other processes of the run; before the first use of a device. UserError when that cannot be."""
+
+    def devices(self) -> Sequence[jax.Device] | None:
+        """Devices that the mesh is made of, in order; None: all that JAX sees."""
+
+    def compile(self, function: Callable, *, mesh: Mesh, in_shardings: Any, out_shardings: Any, donate_argnums: tuple[int, ...] = ()) -> Callable:
+        """Compiles a pure function of pytrees; what it returns is taken by every other program of the back end."""
+
+    def as_jax(self, tree: Tree, shardings: Any) -> Tree:
+        """Arrays of this back end as JAX arrays of these shardings, which later steps do not overwrite."""
+
+    def precision(self) -> contextlib.AbstractContextManager:
+        """In force while programs are traced and run: the precision of products (`model.matmul_precision`)."""
+
+    def device_kind(self, mesh: Mesh) -> str:
+        """Name of the device that computes, as its maker writes it."""
+
+
+def make_backend(config: Config) -> Backend:
     if config.backend == "xla":
-        return compile_xla
-    raise UserError(
-        f"backend: {config.backend} (bridge.device={config.bridge.device}) cannot run the training step yet; "
-        "use `backend: xla`, or npu_bridge directly for a program of your own"
-    )
+        return Xla(config)
+    from mindvl_jax.training.bridge_backend import Bridge
+
+    return Bridge(config)
+
+
+class Xla:
+    """jax.jit."""
+
+    in_flight = 1
+
+    def __init__(self, config: Config):
+        self._config = config
+
+    def join(self) -> None:
+        distributed.initialize(self._config.distributed)
+
+    def devices(self) -> Sequence[jax.Device] | None:
+        return None
+
+    def compile(self, function: Callable, *, mesh: Mesh, in_shardings: Any, out_shardings: Any, donate_argnums: tuple[int, ...] = ()) -> Callable:
+        return compile_xla(function, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=donate_argnums)
+
+    def as_jax(self, tree: Tree, shardings: Any) -> Tree:
+        return tree
+
+    def precision(self) -> contextlib.AbstractContextManager:
+        name = self._config.model.matmul_precision
+        return contextlib.nullcontext() if name == "default" else jax.default_matmul_precision(name)
+
+    def device_kind(self, mesh: Mesh) -> str:
+        return mesh.devices.flat[0].device_kind
 
 
 def compile_xla(function: Callable, *, in_shardings: Any, out_shardings: Any, donate_argnums: tuple[int, ...] = ()) -> Callable:
     return jax.jit(function, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=donate_argnums)
+
+
+def launched_processes() -> int:
+    """Processes of this job by the launcher's word (`npu_bridge.launch` and torchrun set WORLD_SIZE); 1 without a launcher."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"WORLD_SIZE={text!r} in the environment; expected the number of processes, as npu_bridge.launch and torchrun set it")
+    return int(text)
 
 
 def use_compilation_cache() -> None:

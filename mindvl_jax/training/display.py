@@ -39,7 +39,7 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def print_startup(console: Console, config: Config, outline: ModelOutline, mesh: Mesh, peak: float | None) -> None:
+def print_startup(console: Console, config: Config, outline: ModelOutline, mesh: Mesh, peak: float | None, device_kind: str) -> None:
     """Device, dtype and why, mesh, kernels, parameters by part."""
     device = mesh.devices.flat[0]
     processes = f", process {jax.process_index()} of {jax.process_count()}" if jax.process_count() > 1 else ""
@@ -53,7 +53,7 @@ def print_startup(console: Console, config: Config, outline: ModelOutline, mesh:
     if config.model.matmul_precision == "bfloat16" and compute == "float32":
         why = "products read bfloat16 and sum in float32 (model.matmul_precision); everything else in float32"
     rows = Table.grid(padding=(0, 2))
-    rows.add_row("device", f"{device.device_kind} ({device.platform}) on {platform.node() or 'this machine'}{processes}, jax {jax.__version__}")
+    rows.add_row("device", f"{device_kind} ({device.platform if config.backend == 'xla' else 'torch'}) on {platform.node() or 'this machine'}{processes}, jax {jax.__version__}")
     rows.add_row("peak", f"{human(peak)}FLOP/s a device" if peak else "unknown for this device: no MFU (set logging.peak_flops)")
     rows.add_row("mesh", describe_mesh(mesh))
     rows.add_row("compute", f"{compute}, parameters {masters}: {why}")

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,11 +24,10 @@ from mindvl_jax import config_loader
 from mindvl_jax.batch import BatchShape
 from mindvl_jax.config import Config, PhaseConfig
 from mindvl_jax.errors import UserError
-from mindvl_jax.parallel import distributed
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import row_share
 from mindvl_jax.training import resume, state as states
-from mindvl_jax.training.backend import compiler, use_compilation_cache
+from mindvl_jax.training.backend import Backend, make_backend, use_compilation_cache
 from mindvl_jax.training.checkpoint import CheckpointWriter, Progress
 from mindvl_jax.training.display import LiveLine, print_phase, print_startup
 from mindvl_jax.training.feed import Feed
@@ -80,17 +80,13 @@ def train(config: Config, *, stop_after: int | None = None, console: Console | N
     Raises:
       UserError: configuration, data, checkpoint or mesh do not fit, or training diverged; the message says which and what to do.
     """
-    distributed.initialize(config.distributed)
+    backend = make_backend(config)
+    backend.join()
     use_compilation_cache()
     quiet = jax.process_index() != 0
     console = console or Console(quiet=quiet)
-    with _claim(Path(config.run.dir)), matmul_precision(config.model.matmul_precision):
-        return Trainer(config, console).run(stop_after)
-
-
-def matmul_precision(name: str) -> contextlib.AbstractContextManager:
-    """JAX's default precision of products while programs are traced and lowered; see `npu_bridge.ops`."""
-    return contextlib.nullcontext() if name == "default" else jax.default_matmul_precision(name)
+    with _claim(Path(config.run.dir)), backend.precision():
+        return Trainer(config, backend, console).run(stop_after)
 
 
 @contextlib.contextmanager
@@ -111,15 +107,16 @@ def _claim(run_dir: Path) -> Iterator[None]:
 class Trainer:
     """Holds what lives as long as the run."""
 
-    def __init__(self, config: Config, console: Console):
+    def __init__(self, config: Config, backend: Backend, console: Console):
         self.config = config
+        self.backend = backend
         self.console = console
         self.run_dir = Path(config.run.dir)
         self.is_main = jax.process_index() == 0
-        self.mesh: Mesh = make_mesh(config.mesh)
+        self.mesh: Mesh = make_mesh(config.mesh, backend.devices())
         self.outline: ModelOutline = outline_of(config.model)
-        self.compile = compiler(config)
-        self.peak = config.logging.peak_flops or known_peak(self.mesh.devices.flat[0].device_kind)
+        self.device_kind = backend.device_kind(self.mesh)
+        self.peak = config.logging.peak_flops or known_peak(self.device_kind)
         self.total_steps = sum(phase.steps for phase in config.training.phases)
         self.programs: dict[tuple, StepPrograms] = {}
         self.totals: dict[str, float] = {"tokens": 0, "samples": 0, "seconds": 0.0}
@@ -130,7 +127,7 @@ class Trainer:
         if plan.step == self.total_steps and (self.run_dir / "report.html").exists():
             self.console.print(f"{self.run_dir}: finished already, after {plan.step} steps; the report is {self.run_dir / 'report.html'}")
             return RunResult(self.run_dir, plan.step, finished=True, stopped_by=None)
-        print_startup(self.console, self.config, self.outline, self.mesh, self.peak)
+        print_startup(self.console, self.config, self.outline, self.mesh, self.peak, self.device_kind)
         for line in plan.notes:
             self.console.print(line)
         self.totals.update(plan.totals)
@@ -155,6 +152,7 @@ class Trainer:
                 phase = self.config.training.phases[index]
                 here = state is not None and index == plan.phase  # the restored state belongs to this phase
                 if not here:
+                    state = self._as_jax(state)
                     source = state.params if state is not None else params
                     state = states.start_phase(source, trained, frozen, self.mesh, before=state, keep_optimizer=phase.keep_optimizer)
                     params = None  # the state owns them from here on: its buffers are donated
@@ -201,7 +199,7 @@ class Trainer:
         if key not in self.programs:
             self.programs[key] = make_programs(
                 self.outline, phase=phase, optimizer=self.config.training.optimizer, shape=shape, trained=trained, frozen=frozen, mesh=self.mesh,
-                loss_chunk=self.config.training.loss_chunk, where=where, compile=self.compile,
+                loss_chunk=self.config.training.loss_chunk, where=where, compile=functools.partial(self.backend.compile, mesh=self.mesh),
             )  # fmt: skip
         programs = self.programs[key]
         rates = learning_rates(phase, where)
@@ -222,7 +220,7 @@ class Trainer:
                 step += 1
                 recorder.add(dataclasses.replace(dispatched, first_of_phase=phase_step == begin))
                 feed.refill()
-                recorder.drain(keep=1)
+                recorder.drain(keep=self.backend.in_flight)
                 ended = phase_step + 1 == phase.steps
                 # A request that arrives now is answered before the next step; asking twice for one step would break the agreement.
                 enough = stop_after is not None and step >= stop_after and step < self.total_steps
@@ -274,7 +272,12 @@ class Trainer:
             step=step, phase=index, phase_name=phase.name, phase_step=phase_step, trained=tuple(trained), loader=loader_state,
             totals=dict(self.totals),
         )  # fmt: skip
-        self.writer.save(state, progress, self.config)
+        self.writer.save(self._as_jax(state), progress, self.config)
+
+    def _as_jax(self, state: TrainState | None) -> TrainState | None:
+        if state is None:
+            return None
+        return self.backend.as_jax(state, states.state_shardings(self.outline, list(state.trained), list(state.frozen), self.mesh))
 
     # --- after the steps ---------------------------------------------------------------------------------------------
 
@@ -287,7 +290,8 @@ class Trainer:
         from mindvl_jax.evaluation.run import evaluate_run
 
         self.console.print(f"scoring held-out tasks after {phase}")
-        evaluate_run(self.config, self.outline.merge(state.params), step, phase, self.run_dir)
+        # Decoding runs on XLA whatever trained: with npu_bridge on JAX's host devices.
+        evaluate_run(self.config, self.outline.merge(self._as_jax(state).params), step, phase, self.run_dir)
 
     def _finish(self, state: TrainState, step: int) -> None:
         self._evaluate(state, step, self.config.training.phases[-1].name)

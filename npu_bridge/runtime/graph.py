@@ -60,9 +60,9 @@ class _DeviceGraph:
 
 
 class GraphedProgram:
-    """Callable like `LoadedProgram`; captures on the second call where the device has graphs."""
+    """Callable like `LoadedProgram`; captures on the second call where the device has graphs, unless `why_not` gives a reason."""
 
-    def __init__(self, program: LoadedProgram, kind: str, donated: Sequence[bool], *, captures: bool = True, make_graph: Callable[[str], Any] | None = None):
+    def __init__(self, program: LoadedProgram, kind: str, donated: Sequence[bool], *, why_not: str = "", make_graph: Callable[[str], Any] | None = None):
         self.program, self.kind, self.donated = program, kind, list(donated)
         self._make_graph = make_graph or _DeviceGraph
         self._calls = 0
@@ -72,8 +72,8 @@ class GraphedProgram:
         self._pairs: dict[int, int] = {}
         if kind not in _NAMES and make_graph is None:
             self.status, self._wanted = f"eager: {kind} has no graphs", False
-        elif not captures:
-            self.status, self._wanted = "eager: the program reads the device inside a step (allow_host_sync)", False
+        elif why_not:
+            self.status, self._wanted = f"eager: {why_not}", False
         else:
             self.status, self._wanted = "eager: warming up", True
 

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import math
 import os
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ def ensure_process_group(device: str, count: int) -> None:
     if count == 1:
         return
     if not dist.is_initialized():
+        default_device(device)  # before the group: its transport is registered by the device's own package, and uses the current device
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if world != count:
             raise BridgeError(
@@ -63,6 +65,29 @@ def default_device(kind: str) -> torch.device:
         torch.npu.set_device(local)
         return torch.device("npu", local)
     raise BridgeError(f"npu_bridge: device {kind!r} unknown; expected 'cpu', 'cuda' or 'npu'")
+
+
+def device_name(kind: str) -> str:
+    """Name of this process's device as its maker writes it; "cpu" for the CPU."""
+    device = default_device(kind)
+    return "cpu" if kind == "cpu" else getattr(torch, kind).get_device_name(device)
+
+
+def rank() -> int:
+    """Number of this process in the job; 0 when it is alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def share_address() -> str:
+    """``host:port`` on the machine of rank 0 where nobody listens at this moment, the same on every rank: a collective."""
+    address: list[str | None] = [None]
+    if rank() == 0:
+        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            address[0] = f"{host}:{probe.getsockname()[1]}"
+    dist.broadcast_object_list(address, src=0)
+    return address[0]
 
 
 class Runtime:
