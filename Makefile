@@ -1,13 +1,16 @@
 # make quickstart: set up, make the data, train, evaluate, write the report.   make test: set up, run the whole suite.
+# make conformance: the real torch_npu on an emulated CANN runtime, in an environment of its own; writes docs/conformance.md.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+NPU_VENV := .venv-npu
+NPU_BIN := $(NPU_VENV)/bin
 RUN_DIR ?= runs/quickstart
 SET ?=
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: quickstart test setup setup-test clean
+.PHONY: quickstart test conformance setup setup-test setup-npu clean
 
 quickstart: $(VENV)/.main
 	$(BIN)/python train.py --config configs/quickstart.yaml --set run.dir=$(RUN_DIR) $(SET)
@@ -16,8 +19,13 @@ quickstart: $(VENV)/.main
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
+# torch_npu is never installed beside the other tests: without CANN it makes a plain `import torch` fail.
+conformance: $(NPU_VENV)/.npu
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(NPU_BIN)/python -m npu_bridge.emulator.conformance
+
 setup: $(VENV)/.main
 setup-test: $(VENV)/.test
+setup-npu: $(NPU_VENV)/.npu
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +38,12 @@ $(VENV)/.main: $(BIN)/python requirements/main.txt pyproject.toml
 # torch is pinned exactly: an unpinned torch brings gigabytes of CUDA libraries with it.
 $(VENV)/.test: $(VENV)/.main requirements/test.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/test.txt
+	touch $@
+
+$(NPU_VENV)/.npu: requirements/main.txt requirements/test.txt requirements/npu.txt pyproject.toml
+	$(PYTHON) -m venv $(NPU_VENV)
+	$(NPU_BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/main.txt -r requirements/test.txt -r requirements/npu.txt
+	$(NPU_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
 clean:
