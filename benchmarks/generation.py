@@ -1,6 +1,6 @@
 """Decode throughput: this engine against transformers' `generate` with padding, same tiny random Qwen2.5-VL, same requests.
 
-    python benchmarks/generation.py [--requests 16] [--new-tokens 64] [--repeats 3]
+    python -m benchmarks.generation [--requests 16] [--new-tokens 64] [--repeats 3]
 
 Both sides are warmed up, read the same pictures and prompts of mixed length, and produce the same number of tokens (end tokens
 ignored). Tokens a second counts generated tokens over the whole call, reading of prompts included. The figure of interest is the
@@ -38,7 +38,8 @@ def build(folder: Path):
     from mindvl_jax.data.tokenizer import load_tokenizer
 
     full = load_tokenizer(TokenizerConfig(path="qwen2.5"))
-    table = sorted({token for text in ("abcdefghijklmnopqrstuvwxyz 0123456789?.,<|>\n", "user\n", "assistant\n", WORDS) for token in full.encode(text)} | set(range(256)) | set(full.special.values()))
+    texts = ["user\n", "assistant\n", *WORDS.split(), *(f" {word}" for word in WORDS.split()), *(f"user\n{word}" for word in WORDS.split())]
+    table = sorted({token for text in texts for token in full.encode(text)} | set(range(2048)) | set(full.special.values()))
     (folder / "table.json").write_text(json.dumps(table))
     tokenizer = load_tokenizer(TokenizerConfig(path="qwen2.5", id_table=str(folder / "table.json")))
     ids = {key: tokenizer.token_id(f"<|{name}|>") for key, name in dict(image_token_id="image_pad", video_token_id="video_pad", vision_start_token_id="vision_start", vision_end_token_id="vision_end").items()}

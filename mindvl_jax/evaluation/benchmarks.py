@@ -21,7 +21,9 @@ from mindvl_jax.evaluation.items import Item
 from mindvl_jax.evaluation.readers import Picture64, Row, read_rows
 
 WORD_OR_PHRASE = "\nAnswer the question using a single word or phrase."
+SINGLE_WORD = "\nAnswer the question with a single word."
 LETTER_DIRECTLY = "Answer with the option's letter from the given choices directly."
+INSTRUCTIONS = (WORD_OR_PHRASE, SINGLE_WORD, LETTER_DIRECTLY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,7 @@ def _document(row: Row, number: int) -> Item:
 def _chart(row: Row, number: int) -> Item:
     kind = str(row.get("type", row.get("split", "")))
     category = "human" if "human" in kind else "augmented" if "augmented" in kind else ""
-    return _item(row, number, row.text("question") + "\nAnswer the question with a single word.", row.list("answer"), category=category)
+    return _item(row, number, row.text("question") + SINGLE_WORD, row.list("answer"), category=category)
 
 
 def _chart_scores(item: Item, prediction: str) -> dict[str, float]:
@@ -172,7 +174,7 @@ def _mmmu(row: Row, number: int) -> Item:
     question, answers = row.text("question"), row.list("answer")
     options = _options(row) if "options" in row.values or "A" in row.values else []
     is_choice = row.get("question_type", "multiple-choice" if options else "open") == "multiple-choice"
-    prompt = f"{question}\n{_lines(options)}\n\n{LETTER_DIRECTLY}" if is_choice else f"{question}\n\nAnswer the question using a single word or phrase."
+    prompt = f"{question}\n{_lines(options)}\n\n{LETTER_DIRECTLY}" if is_choice else f"{question}\n{WORD_OR_PHRASE}"
     # Pictures that the question or its options name, each once and in order; the rest (of the solution) is left out.
     named = sorted({int(number) for number in re.findall(r"<image (\d+)>", prompt)})
     images = tuple(row.images[index - 1] for index in named if index <= len(row.images)) or row.images[:1]
@@ -220,6 +222,31 @@ BENCHMARKS: dict[str, Benchmark] = {
                              lambda item, prediction: {"vqa_accuracy": scorers.vqa_accuracy(prediction, item.answers)}, max_new_tokens=16),
     "realworldqa": Benchmark("RealWorldQA", "accuracy", ("realworldqa", "RealWorldQA"), ("question", "answer"), _real_world, _real_world_scores, max_new_tokens=16),
 }
+
+
+STANDINS_MARK = "standins.json"
+"""In a folder of files that only look like the benchmarks' (`mindvl_jax.standins`): their scores must never be taken for the benchmarks'."""
+
+
+def open_task(name: str, folder: Path) -> tuple[Benchmark, list[Item]]:
+    """A benchmark with its items; called a stand-in where the folder says that its files are. Raises UserError as `load_items`."""
+    benchmark = find_benchmark(name)
+    if (folder / STANDINS_MARK).is_file():
+        benchmark = dataclasses.replace(benchmark, title=f"{benchmark.title} (stand-in)")
+    return benchmark, load_items(name, folder)
+
+
+def question_alone(item: Item) -> Item:
+    """The question without the benchmark's instruction, for models that know few words; options stay, with `Answer A, B, C or D.`"""
+    *before, last = item.messages
+    text = last["content"].replace(" There are several options:\n", "\n")
+    for instruction in INSTRUCTIONS:
+        text = text.removesuffix(instruction).rstrip("\n")
+    if re.search(r"^B\. ", text, re.MULTILINE):
+        last_letter = max(re.findall(r"^([A-I])\. ", text, re.MULTILINE))
+        listed = choices.LETTERS[: choices.LETTERS.index(last_letter) + 1]
+        text += f"\nAnswer {', '.join(listed[:-1])} or {listed[-1]}."
+    return dataclasses.replace(item, messages=(*before, {**last, "content": text}))
 
 
 def find_benchmark(name: str) -> Benchmark:

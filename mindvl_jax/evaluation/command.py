@@ -14,6 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", metavar="NAMES", help="comma list: benchmarks (docvqa_val, chartqa_test, ...) found in --data, or NAME=FILE of samples in a training format "
                         "(scored by exact match); default: the run's own tasks")
     parser.add_argument("--data", metavar="DIR", default=".", help="folder with the benchmarks' files (VLMEvalKit .tsv or lmms-eval .parquet)")
+    parser.add_argument("--prompts", choices=("published", "question"), default="published", help="how a benchmark asks: with its published instruction, or the question and its options "
+                        "alone, for a model whose vocabulary lacks the instruction's words")
     parser.add_argument("--out", metavar="DIR", help="folder of results; default: evaluation/ in the weights' folder. Finished samples in it are not asked again")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N samples of each task")
     parser.add_argument("--batch", type=int, default=16, help="answers that decode together")
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     generator = Generator(opened, slots=args.batch)
     weights = weights_identity(args.weights)
     settings = lambda benchmark: Settings(max_new_tokens=args.max_new_tokens or benchmark.max_new_tokens, min_pixels=args.min_pixels or opened.min_pixels,
-                                          max_pixels=args.max_pixels or opened.max_pixels)
+                                          max_pixels=args.max_pixels or opened.max_pixels, prompts=args.prompts)
     if args.search:
         return _search(args, console, generator, opened, tasks, out, weights, settings)
     results = {}
@@ -71,13 +73,14 @@ def _summary_line(name: str, result: dict) -> str:
     errors = f", {result['errors']} unreadable" if result["errors"] else ""
     low, high = result["ci95"]
     further = "".join(f", {key.replace('_', ' ')} {result[key]}" for key in ("relaxed_accuracy_swapped", "circular_accuracy", "mme_points") if key in result)
-    return f"{name}: {result['metric'].replace('_', ' ')} {result['score']:.3f} (95 % interval {low:.3f} to {high:.3f}, n {result['n']}){blind}{further}{errors}"
+    standin = " (stand-in)" if result["title"].endswith("(stand-in)") else ""
+    return f"{name}{standin}: {result['metric'].replace('_', ' ')} {result['score']:.3f} (95 % interval {low:.3f} to {high:.3f}, n {result['n']}){blind}{further}{errors}"
 
 
 def named_tasks(args):
     if args.tasks is None:
         return None
-    from mindvl_jax.evaluation.benchmarks import find_benchmark, load_items
+    from mindvl_jax.evaluation.benchmarks import find_benchmark, open_task, question_alone
 
     folder = Path(args.data)
     if not folder.is_dir():
@@ -88,7 +91,13 @@ def named_tasks(args):
     for name in names:
         if "=" not in name:
             find_benchmark(name)
-    return [_samples_task(*name.split("=", 1)) if "=" in name else (name, find_benchmark(name), load_items(name, folder)) for name in names]
+    shorten = question_alone if args.prompts == "question" else lambda item: item
+
+    def published(name):
+        benchmark, items = open_task(name, folder)
+        return name, benchmark, [shorten(item) for item in items]
+
+    return [_samples_task(*name.split("=", 1)) if "=" in name else published(name) for name in names]
 
 
 def _samples_task(name: str, path: str):

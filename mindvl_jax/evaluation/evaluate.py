@@ -35,6 +35,7 @@ class Settings:
     max_new_tokens: int
     min_pixels: int
     max_pixels: int
+    prompts: str = "published"
 
     def fingerprint(self, weights: str) -> str:
         return hashlib.sha256(json.dumps([weights, dataclasses.asdict(self)]).encode()).hexdigest()[:16]
