@@ -25,6 +25,7 @@ class Batch:
       segment_ids: (B, T) int32, sample of each token place, 0 is padding.
       positions: (B, 3, T) int32, rotary positions (temporal, height, width); 1-D models read row 0.
       visual_index: (B, T) int32, which merged patch group of the row (0 .. P/4 - 1) feeds this place, -1 for text.
+      source_ids: (B, T) int32, which source of the phase's mixture a place comes from, -1 for padding; for display only.
       segment_lengths: (B, S) int32, tokens of each sample in order, -1 padded. Padding tokens are not counted.
       patches: (B, P, patch_dim) uint8 pixels in (channel, frame, row, column) order, or float already normalised;
         patches lie in window order, the four patches of one merged token next to each other.
@@ -41,6 +42,7 @@ class Batch:
     segment_ids: Array
     positions: Array
     visual_index: Array
+    source_ids: Array
     segment_lengths: Array
     patches: Array
     patch_positions: Array
@@ -80,6 +82,7 @@ class BatchShape:
             segment_ids=token_zeros(),
             positions=np.zeros((B, 3, T), np.int32),
             visual_index=np.full((B, T), -1, np.int32),
+            source_ids=np.full((B, T), -1, np.int32),
             segment_lengths=np.full((B, self.samples), -1, np.int32),
             patches=np.zeros((B, P, self.patch_dim), np.uint8),
             patch_positions=np.zeros((B, P, 2), np.int32),

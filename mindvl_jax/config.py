@@ -214,6 +214,11 @@ class PhaseConfig(Section):
     loss_reduction: Literal["token", "sample", "micro_batch"] = Field("token", description="token: over all label tokens of the global batch; sample: mean of sample means; micro_batch: mean of micro-batch means as MindSpeed-MM.")
     keep_optimizer: bool = Field(False, description="Carry the moments of the phase before (same trained parts) instead of starting at zero.")
 
+    @property
+    def sources(self) -> list[str]:
+        """Names of the mixture's sources, each once, in order."""
+        return list(dict.fromkeys(entry.source for entry in self.mixture))
+
 
 class OptimizerConfig(Section):
     b1: float = 0.9

@@ -87,6 +87,7 @@ def _write_row(batch: Batch, index: int, row: Sequence[Example], vision: VisionC
     batch.targets[index, :T] = np.concatenate([example.targets for example in row])
     batch.loss_weights[index, :T] = np.concatenate([example.loss_weights for example in row])
     batch.segment_ids[index, :T] = np.repeat(np.arange(1, len(row) + 1), lengths)
+    batch.source_ids[index, :T] = np.repeat([example.source for example in row], lengths)
     batch.positions[index, :, :T] = np.concatenate([example.positions for example in row], axis=1)
     batch.segment_lengths[index, : len(row)] = lengths
     if P == 0:

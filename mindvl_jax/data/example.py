@@ -80,6 +80,7 @@ class Example:
     truncated: int = 0
     task: str | None = None
     answers: tuple[str, ...] = ()
+    source: int = 0  # place of its source among the phase's (`PhaseConfig.sources`)
     pixels: tuple[np.ndarray, ...] | None = None  # one (P_i, ...) array a medium, once read
 
     @property

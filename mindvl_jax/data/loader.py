@@ -41,7 +41,7 @@ def make_loader(config: Config, phase_index: int, *, process_index: int = 0, pro
     phase = config.training.phases[phase_index]
     if phase.rows % process_count:
         raise UserError(f"training.phases[{phase_index}].rows ({phase.rows}) must be a multiple of the {process_count} processes")
-    names = list(dict.fromkeys(entry.source for entry in phase.mixture))
+    names = phase.sources
     weights = {name: sum(entry.weight for entry in phase.mixture if entry.source == name) for name in names}
     sources = open_sources(config.data.sources, names)
     seed = int(np.random.SeedSequence([config.run.seed, phase_index]).generate_state(1)[0]) if seed is None else seed

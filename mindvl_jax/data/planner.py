@@ -7,6 +7,7 @@ is a few numbers a waiting sample, and a resumed run encodes those again and goe
 from __future__ import annotations
 
 import collections
+import dataclasses
 import zlib
 from typing import Any, Protocol
 
@@ -109,13 +110,13 @@ class Planner:
         source = self._stream.sources[reference.source]
         if self._cache is not None and (known := self._cache.get(self._key(reference))) is not None:
             self._quarantine.encoded()
-            return known
+            return dataclasses.replace(known, source=reference.source)  # the same record may serve another phase's mixture
         example = self._encoder.encode(position)
         if isinstance(example, SampleError):
             self._quarantine.refuse(id=str(example.sample_id), where=source.where(reference.index), error=example)
             return None
         self._quarantine.encoded()
-        return example
+        return dataclasses.replace(example, source=reference.source)
 
     def remember(self, position: int, example: Example) -> None:
         """Keeps a decoded example for later epochs (when caching is on)."""

@@ -48,6 +48,13 @@ def loss_terms(
     raise ValueError(f"unknown loss reduction {reduction!r}")
 
 
+def by_source(losses_BT: jax.Array, weights_BT: jax.Array, source_ids_BT: jax.Array, sources: int) -> jax.Array:
+    """(K, 2) float32: sums of losses and of weights over the places of each of K sources."""
+    terms_BT2 = jnp.stack([losses_BT, weights_BT.astype(jnp.float32)], axis=-1)
+    of_source_BTK = source_ids_BT[:, :, None] == jnp.arange(sources)
+    return jnp.sum(jnp.where(of_source_BTK[..., None], terms_BT2[:, :, None], 0.0), axis=(0, 1))
+
+
 def _nonzero(x: jax.Array) -> jax.Array:
     """x, with 1 where it is 0: such places have nothing above the line either, and their gradient stays 0 instead of NaN."""
     return jnp.where(x > 0, x, 1.0)

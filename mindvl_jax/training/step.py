@@ -39,12 +39,14 @@ class Totals:
       gradients: of the loss numerator, by path, in float32.
       numerator, denominator: of the loss (see `losses.loss_terms`), float32.
       counts: what the batches held, float32 each (see `batch_counts`).
+      sources: (K, 2) float32, sums of losses and of weights by source of the mixture; for display.
     """
 
     gradients: Params
     numerator: jax.Array
     denominator: jax.Array
     counts: dict[str, jax.Array]
+    sources: jax.Array
 
 
 COUNTS = ("tokens", "label_tokens", "samples", "patches", "segment_squares", "image_squares", "window_squares")
@@ -94,6 +96,7 @@ def program_key(phase: PhaseConfig, shape: BatchShape, trained: Sequence[str]) -
     """What of a phase stands in its programs: phases with equal keys run the same compiled code."""
     return (
         shape,
+        len(phase.sources),
         tuple(trained),
         phase.loss_reduction,
         phase.weight_decay,
@@ -124,6 +127,7 @@ def make_programs(
       UserError: a multiplier does not fit the phase.
     """
     rules = parameter_rules(trained, phase, optimizer, where)
+    sources = len(phase.sources)
     # Promises for banded attention; a bound that equals the row promises nothing.
     bounds = {"max_sample_length": phase.max_sample_length, "max_image_patches": phase.max_image_patches}
     bounds = {name: bound for name, bound in bounds.items() if bound is not None}
@@ -132,20 +136,21 @@ def make_programs(
         model = outline.merge({**trained_params, **frozen_params})
         token_losses_BT = model.token_losses(batch, chunk=loss_chunk, **bounds)
         with jax.named_scope("reduce_loss"):
-            return losses.loss_terms(
+            numerator, denominator = losses.loss_terms(
                 token_losses_BT, batch.loss_weights, batch.segment_ids, samples=shape.samples, reduction=phase.loss_reduction
             )
+            return numerator, (denominator, losses.by_source(token_losses_BT, batch.loss_weights, batch.source_ids, sources))
 
     def micro_step(state: TrainState, batch: Batch) -> Totals:
         # Differentiates the trained parts alone: no gradient of a frozen part ever exists.
-        (numerator, denominator), gradients = jax.value_and_grad(loss_numerator, has_aux=True)(state.trained, state.frozen, batch)
+        (numerator, (denominator, by_source)), gradients = jax.value_and_grad(loss_numerator, has_aux=True)(state.trained, state.frozen, batch)
         gradients = {path: gradient.astype(jnp.float32) for path, gradient in gradients.items()}
-        return Totals(gradients, numerator, denominator, batch_counts(batch))
+        return Totals(gradients, numerator, denominator, batch_counts(batch), by_source)
 
     def zeros() -> Totals:
         gradients = {path: jnp.zeros(outline.shapes[path].shape, jnp.float32) for path in trained}
         nothing = jnp.zeros((), jnp.float32)
-        return Totals(gradients, nothing, nothing, dict.fromkeys(COUNTS, nothing))
+        return Totals(gradients, nothing, nothing, dict.fromkeys(COUNTS, nothing), jnp.zeros((sources, 2), jnp.float32))
 
     def accumulate(state: TrainState, totals: Totals, batch: Batch) -> Totals:
         return jax.tree.map(jnp.add, totals, micro_step(state, batch))
@@ -193,6 +198,7 @@ def make_programs(
             "finite": finite,
             "bad_steps": new_state.bad_steps,
             "skipped_steps": new_state.skipped,
+            "sources": totals.sources,
             **totals.counts,
         }
         return new_state, metrics
@@ -202,7 +208,7 @@ def make_programs(
 
     states = state_shardings(outline, trained, frozen, mesh)
     scalar, rows = replicated(mesh), row_sharding(mesh)
-    totals = Totals(gradients=states.trained, numerator=scalar, denominator=scalar, counts=dict.fromkeys(COUNTS, scalar))
+    totals = Totals(gradients=states.trained, numerator=scalar, denominator=scalar, counts=dict.fromkeys(COUNTS, scalar), sources=scalar)
     return StepPrograms(
         train_step=compile(train_step, in_shardings=(states, rows, scalar), out_shardings=(states, scalar), donate_argnums=(0,)),
         zeros=compile(zeros, in_shardings=(), out_shardings=totals),

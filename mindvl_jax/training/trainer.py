@@ -318,7 +318,10 @@ class _Recorder:
         """Waits for all dispatched steps but the newest `keep`."""
         while len(self._pending) > keep:
             done = self._pending.popleft()
-            values = {name: value.item() for name, value in jax.device_get(done.metrics).items()}
+            fetched = jax.device_get(done.metrics)
+            by_source = fetched.pop("sources").tolist()
+            values = {name: value.item() for name, value in fetched.items()}
+            values["losses"] = {f"loss/{name}": total / weight for name, (total, weight) in zip(self._phase.sources, by_source, strict=True) if weight > 0}
             values |= {name: int(values[name]) for name in ("tokens", "label_tokens", "samples", "patches")}
             now = time.perf_counter()
             self._write(done, values, now - self._last)
@@ -336,6 +339,7 @@ class _Recorder:
             "step": done.step,
             "phase": self._phase.name,
             "loss": values["loss"],
+            **values["losses"],
             "grad_norm": values["grad_norm"],
             "learning_rate": values["learning_rate"],
             "tokens": values["tokens"],

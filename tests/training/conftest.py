@@ -28,7 +28,7 @@ def write_tokenizer(folder):
     raw.save(str(folder / "tokenizer.json"))
 
 
-def write_data(folder, count=48, seed=0):
+def write_data(folder, count=48, seed=0, source="squares"):
     """Squares of four colours with the colour as answer; every fourth sample is text only."""
     rng = np.random.default_rng(seed)
     rows = []
@@ -40,7 +40,7 @@ def write_data(folder, count=48, seed=0):
         text_only = index % 4 == 3
         question = f"Say {name}." if text_only else "<image>Colour?"
         rows.append({
-            "id": f"s{index}",
+            "id": f"{source}-{index}",
             "images": [] if text_only else [{"bytes": file.getvalue(), "path": ""}],
             "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": name}],
             "answers": [name],
@@ -48,7 +48,7 @@ def write_data(folder, count=48, seed=0):
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
     schema = pa.schema([("id", pa.string()), ("images", pa.list_(image)), ("messages", pa.list_(message)), ("answers", pa.list_(pa.string()))])
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / "squares.parquet")
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / f"{source}.parquet")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mindvl_jax.training.losses import loss_terms
+from mindvl_jax.training.losses import by_source, loss_terms
 
 REDUCTIONS = ("token", "sample", "micro_batch")
 
@@ -70,6 +70,16 @@ def test_a_micro_batch_without_labels_adds_nothing_and_has_no_gradient(batch, re
     value, gradient = jax.value_and_grad(numerator)(jnp.asarray(nll))
     assert float(value) == 0.0 and float(denominator) == 0.0
     assert np.array_equal(np.asarray(gradient), np.zeros_like(nll)), f"largest gradient {np.abs(gradient).max()}"
+
+
+def test_losses_by_source_are_the_sums_of_that_source_alone(batch):
+    nll, weights, segments = batch
+    sources = np.where(segments > 0, (segments + np.arange(4)[:, None]) % 3, -1)  # samples of a row differ, rows differ
+    got = np.asarray(by_source(nll * weights, weights, sources, 4))
+    terms = (nll.astype(np.float64) * weights, weights.astype(np.float64))
+    expected = [[term[sources == number].sum() for term in terms] for number in range(4)]
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    assert (got[3] == 0).all() and (got[:3, 1] > 0).all()
 
 
 def test_an_unknown_reduction_is_refused(batch):

@@ -1,5 +1,6 @@
 """Whole runs on the tiny model: phases, resuming to the bit, other meshes, signals, bad steps."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,10 +16,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mindvl_jax import config_loader
+from mindvl_jax import config_loader, data
 from mindvl_jax.errors import UserError
 from mindvl_jax.training import checkpoint
 from mindvl_jax.training.trainer import TrainingDiverged, train
+from tests.training.conftest import write_data
 
 ROOT = Path(__file__).parents[2]
 PHASES = ({"train": ["projector/**"], "steps": 3}, {"steps": 7, "gradient_accumulation": 2, "schedule": "cosine"})
@@ -237,7 +239,7 @@ def test_a_run_that_stays_non_finite_stops_and_names_the_samples(run_config, rea
     config = run_config({"steps": 9, "train": ["projector/**"]}, training={"max_bad_steps": 3})
     phases = [config.training.phases[0].model_copy(update={"learning_rate": 1e38})]  # the second step overflows
     config = config.model_copy(update={"training": config.training.model_copy(update={"phases": tuple(phases)})})
-    with pytest.raises(TrainingDiverged, match=r"3 steps in a row .*Samples: s\d+, s\d+"):
+    with pytest.raises(TrainingDiverged, match=r"3 steps in a row .*Samples: squares-\d+, squares-\d+"):
         train(config)
     bad = [line for line in read_metrics(config) if not line["applied"]]
     assert [line["skipped_steps"] for line in bad] == [1, 2, 3]
@@ -269,6 +271,20 @@ def start(config_file, compilation_cache, *overrides, devices=8):
         "finally:\n    print('torch loaded:', 'torch' in sys.modules)\n"
     )
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_metrics_hold_the_loss_of_each_source(assets, run_config, read_metrics):
+    write_data(assets, count=24, seed=1, source="others")
+    config = run_config({"mixture": [{"source": "squares"}, {"source": "others", "weight": 2}]}, data={"sources": {"others": {"path": str(assets / "others.parquet")}}})
+    with contextlib.closing(data.make_loader(config, 0)) as loader:
+        packed = next(loader)
+    for sources, segments, ids in zip(packed.batch.source_ids, packed.batch.segment_ids, packed.sample_ids, strict=True):
+        expected = [-1] + [["squares", "others"].index(name.split("-")[0]) for name in ids]
+        assert (sources == np.array(expected)[segments]).all()
+    train(config)
+    for line in read_metrics(config):
+        low, high = sorted([line["loss/squares"], line["loss/others"]])
+        assert low <= line["loss"] <= high and low < high
 
 
 def test_sigterm_saves_and_exits_with_zero_and_nothing_loads_torch(run_mapping, tmp_path, compilation_cache):

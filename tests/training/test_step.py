@@ -81,7 +81,7 @@ class Harness:
 
     def __init__(self, outline, mesh, *, rows=4, clip=0.0, **changes):
         phase = PhaseConfig(**({
-            "name": "p", "steps": 5, "mixture": (), "rows": rows, "sequence_length": 10, "patches_per_row": 8, "learning_rate": 0.1,
+            "name": "p", "steps": 5, "mixture": ({"source": "some"},), "rows": rows, "sequence_length": 10, "patches_per_row": 8, "learning_rate": 0.1,
         } | changes))  # fmt: skip
         self.mesh = mesh
         self.trained, self.frozen = split_trained(list(outline.shapes), phase.train, "train")
@@ -99,14 +99,14 @@ class Harness:
 
     def step(self, batch, rate=0.1):
         self.state, metrics = self.programs.train_step(self.state, jax.device_put(batch, row_sharding(self.mesh)), np.float32(rate))
-        return {name: value.item() for name, value in jax.device_get(metrics).items()}
+        return {name: value.tolist() for name, value in jax.device_get(metrics).items()}
 
     def accumulated_step(self, batches, rate=0.1):
         totals = self.programs.zeros()
         for batch in batches:
             totals = self.programs.accumulate(self.state, totals, jax.device_put(batch, row_sharding(self.mesh)))
         self.state, metrics = self.programs.update(self.state, totals, np.float32(rate))
-        return {name: value.item() for name, value in jax.device_get(metrics).items()}
+        return {name: value.tolist() for name, value in jax.device_get(metrics).items()}
 
     def bits(self):
         return {path: np.asarray(value).tobytes() for path, value in self.state.params.items()}
