@@ -53,11 +53,15 @@ def _npu_layer_norm(x, scale, bias, *, eps):
 
 
 def _npu_layer_norm_backward(g, x, scale, mean, rstd):
+    # In float32: given bfloat16 operands a kernel may add up dscale and dbias row after row in bfloat16, whatever dtype it hands
+    # back. torch's own on the CPU does (its sums over 51 rows are off by 1.0e-2, and are bit for bit a bfloat16 accumulator's).
+    # Each addition then rounds by up to 2^-9 of the running sum, so the error grows with the rows of a batch, where one rounding
+    # of a float32 sum would not.
     scale = scale.float()
     dx, dscale, dbias = torch.ops.aten.native_layer_norm_backward(
-        g, x, x.shape[-1:], mean, rstd, scale, torch.zeros_like(scale), [True] * 3
+        g.float(), x.float(), x.shape[-1:], mean, rstd, scale, torch.zeros_like(scale), [True] * 3
     )
-    return dx, dscale.float(), dbias.float()
+    return dx.to(x.dtype), dscale, dbias
 
 
 @register(
@@ -78,10 +82,9 @@ def layer_norm(x, scale, bias, *, eps):
 @register(
     "layer_norm_backward",
     family="layer_norm",
-    call="aten.native_layer_norm_backward(g, x, (D,), mean, rstd, scale.float(), bias, [True] * 3)",
+    call="aten.native_layer_norm_backward(g.float(), x.float(), (D,), mean, rstd, scale.float(), bias, [True] * 3)",
     npu=_npu_layer_norm_backward,
-    inside=True,  # the fused kernels round the terms of dscale before they sum them
-    note="aclnnLayerNormBackward; the bias tensor only says that a gradient is wanted",
+    note="aclnnLayerNormBackward, in float32 so that dscale and dbias are summed in it; the bias tensor only says that a gradient is wanted",
 )
 def layer_norm_backward(g, x, scale, mean, rstd):
     g, normed = g.float(), (x.float() - mean) * rstd
