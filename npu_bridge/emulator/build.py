@@ -1,0 +1,211 @@
+"""Builds the emulated CANN libraries on first use, against the installed torch and torch_npu, and keeps them in the user's cache.
+
+One folder a build, named by the hash of everything that went into it: sources, versions, compiler, flags. Nothing built is ever
+part of the repository.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from npu_bridge.emulator.environment import Toolchain, check
+from npu_bridge.emulator.errors import EmulatorError
+
+SOURCES = Path(__file__).parent / "src"
+# -O1: the work is ATen's; time goes into compiling, not running. Warnings of the vendor's headers are not ours to mend.
+FLAGS = ("-std=c++20", "-O1", "-fPIC", "-pthread", "-Wall", "-Wno-unused-function", "-D_GLIBCXX_USE_CXX11_ABI=1")
+PRECOMPILED = "opapi/operator.h"  # torch's headers, read once instead of once a file
+EMPTY = ("ge_runner", "graph", "acl_tdt_channel")  # linked by torch_npu, never called
+_WORDS = 24  # arguments looked through for tensors when an unknown operator is called
+
+
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """One shared library: folders of its sources, and what it links."""
+
+    name: str
+    folders: tuple[str, ...]
+    links: tuple[str, ...] = ()
+    torch: bool = False
+
+
+LIBRARIES = (
+    Library("ascendcl", ("runtime", "ascendcl")),
+    Library("acl_op_compiler", ("compiler",), ("ascendcl",)),
+    Library("hccl", ("hccl",), ("ascendcl",)),
+    Library("opapi", ("opapi",), ("ascendcl", "hccl"), torch=True),
+)
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/npu_bridge/emulator` (by default in ~/.cache)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "npu_bridge" / "emulator"
+
+
+def source_files() -> list[Path]:
+    return sorted(p for p in SOURCES.rglob("*") if p.suffix in (".cpp", ".h"))
+
+
+def key_of(toolchain: Toolchain) -> str:
+    """Hash of everything a build depends on."""
+    digest = hashlib.sha256()
+    for part in (*FLAGS, toolchain.compiler_version, *(f"{k}={v}" for k, v in sorted(toolchain.versions.items())), str(LIBRARIES), sys.version.split()[0]):
+        digest.update(part.encode() + b"\0")
+    digest.update(Path(__file__).read_bytes())
+    for path in source_files():
+        digest.update(path.relative_to(SOURCES).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def operator_names(torch_npu: Path) -> list[str]:
+    """Every operator the wheel can look up in libopapi.so, from the strings of its binary."""
+    binary = (torch_npu / "lib" / "libtorch_npu.so").read_bytes()
+    return sorted({m.group(1).decode() for m in re.finditer(rb"\0(acl(?:nn)?[A-Z][A-Za-z0-9_]*)GetWorkspaceSize\0", binary)})
+
+
+def unknown_source(names: list[str]) -> str:
+    """Weak entries for every operator: those nobody wrote refuse, and say which tensors they were given."""
+    words = ", ".join(f"const void* a{i}" for i in range(_WORDS))
+    body = ", ".join(f"a{i}" for i in range(_WORDS))
+    lines = [
+        "// Generated. The argument list of an operator nobody wrote is not known; its first words are looked through for tensors.",
+        "namespace emulator { int refuse_unknown(const char* symbol, const void* const* words, int count); }",
+        f"#define UNKNOWN(NAME) extern \"C\" __attribute__((weak, visibility(\"default\"))) int NAME##GetWorkspaceSize({words}) {{ \\",
+        f"  const void* words[] = {{{body}}}; return emulator::refuse_unknown(#NAME, words, {_WORDS}); }} \\",
+        "  extern \"C\" __attribute__((weak, visibility(\"default\"))) int NAME(void*, unsigned long, void*, void*) { return 161001; }",
+        *(f"UNKNOWN({name})" for name in names),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _run(command: list[str], what: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise EmulatorError(
+            f"npu_bridge.emulator: compiling {what} failed (exit code {done.returncode}); the command was\n  {' '.join(command)}\n{done.stderr[-4000:]}"
+        )
+
+
+class _Builder:
+    def __init__(self, toolchain: Toolchain, work: Path, report):
+        self.toolchain, self.work, self.report = toolchain, work, report
+        npu, torch = toolchain.torch_npu / "include", toolchain.torch / "include"
+        system = (npu / "third_party/acl/inc", npu / "third_party/hccl/inc", npu, torch, torch / "torch/csrc/api/include")
+        # The folder of the precompiled header stands before the sources: g++ looks there first.
+        self.includes = [f"-I{work / 'pch'}", f"-I{SOURCES}", *(f"-isystem{path}" for path in system)]
+
+    def _compile(self, source: Path, target: Path) -> Path:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _run([self.toolchain.compiler, *FLAGS, *self.includes, "-c", str(source), "-o", str(target)], source.name)
+        return target
+
+    def build(self, workers: int) -> None:
+        names = operator_names(self.toolchain.torch_npu)
+        generated = self.work / "unknown.cpp"
+        generated.write_text(unknown_source(names))
+        (self.work / "empty.cpp").write_text("// nothing of this library is ever called\n")
+        objects: dict[str, list[Path]] = {}
+        jobs: list[tuple[Path, Path, bool]] = []
+        for library in LIBRARIES:
+            sources = [p for folder in library.folders for p in sorted((SOURCES / folder).glob("*.cpp"))]
+            if library.name == "opapi":
+                sources.append(generated)
+            objects[library.name] = [self.work / library.name / (p.stem + ".o") for p in sources]
+            jobs += [(source, target, library.torch and source != generated) for source, target in zip(sources, objects[library.name])]
+        total, done = len(jobs) + 1, 0
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            header = pool.submit(self._precompile)
+            plain = [pool.submit(self._compile, s, t) for s, t, torch in jobs if not torch]
+            header.result()
+            late = [pool.submit(self._compile, s, t) for s, t, torch in jobs if torch]
+            for future in concurrent.futures.as_completed([header, *plain, *late]):
+                try:
+                    future.result()
+                except EmulatorError:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+                done += 1
+                self.report(done, total)
+        for library in LIBRARIES:
+            self._link(library.name, objects[library.name], library.links, library.torch)
+        for name in EMPTY:
+            self._link(name, [self.work / "empty.cpp"], (), False)
+
+    def _precompile(self) -> None:
+        target = self.work / "pch" / (PRECOMPILED + ".gch")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _run([self.toolchain.compiler, *FLAGS, *self.includes, "-x", "c++-header", str(SOURCES / PRECOMPILED), "-o", str(target)], PRECOMPILED)
+
+    def _link(self, name: str, objects: list[Path], links: tuple[str, ...], torch: bool) -> None:
+        lib = self.work / "lib"
+        lib.mkdir(exist_ok=True)
+        command = [self.toolchain.compiler, "-shared", "-fPIC", "-pthread", f"-Wl,-soname,lib{name}.so", "-Wl,-rpath,$ORIGIN", "-o", str(lib / f"lib{name}.so")]
+        command += [str(o) for o in objects] + [f"-L{lib}", "-Wl,--no-as-needed", *(f"-l{link}" for link in links)]
+        if torch:
+            command += [f"-L{self.toolchain.torch / 'lib'}", "-ltorch_cpu", "-lc10"]
+        _run([*command, "-lrt", "-ldl"], f"lib{name}.so")
+
+
+def _reporter(quiet: bool):
+    start = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        if quiet:
+            return
+        end = "\n" if done == total or not sys.stderr.isatty() else "\r"
+        if sys.stderr.isatty() or done in (1, total) or done % 10 == 0:
+            sys.stderr.write(f"npu_bridge.emulator: built {done} of {total} files, {time.monotonic() - start:.0f} s{end}")
+            sys.stderr.flush()
+
+    return report
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Only one process builds; the others wait and find the result."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def build(toolchain: Toolchain | None = None, *, cache: Path | None = None, quiet: bool = False) -> Path:
+    """Folder of the libraries, built when this is their first use.
+
+    Raises:
+      EmulatorError: the machine does not fit (see `environment.check`), or the compiler failed; the message holds its command and words.
+    """
+    toolchain = toolchain or check()
+    folder = (cache or cache_folder()) / key_of(toolchain)
+    if (folder / "complete").exists():
+        return folder / "lib"
+    with _locked(folder.parent / f"{folder.name}.lock"):
+        if (folder / "complete").exists():
+            return folder / "lib"
+        if not quiet:
+            versions = ", ".join(f"{name} {version}" for name, version in toolchain.versions.items())
+            sys.stderr.write(f"npu_bridge.emulator: first use with {versions}: compiling into {folder}\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+        try:
+            _Builder(toolchain, work, _reporter(quiet)).build(workers=min(os.cpu_count() or 1, 8))
+            folder.mkdir()
+            (work / "lib").rename(folder / "lib")
+            (folder / "complete").touch()
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return folder / "lib"

@@ -1,0 +1,4 @@
+// libhccl: communicators and collectives.
+#include <hccl/hccl.h>
+
+#include "runtime/runtime.h"
