@@ -235,7 +235,7 @@ class Planner:
         outer_reads = reads(s) - set(inits)
         leftover = [v for v in inits if v in reads_of_bodies(s)]
         return [p for p in params if p not in later] + [
-            v for v in dict.fromkeys([*outer_reads, *leftover]) if v not in later and v in deletable and v not in params
+            v for v in dict.fromkeys([*sorted(outer_reads), *leftover]) if v not in later and v in deletable and v not in params
         ]
 
     @staticmethod

@@ -1,6 +1,9 @@
 """The gate: an operation without a lowering fails here, and so does a lowering without a test."""
 
 import importlib
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -76,3 +79,23 @@ def test_a_program_is_written_the_same_for_every_rank_and_every_time():
     x = np.ones((4, 8), np.float32)
     first, second = (lower_sharded(step, (x,)).as_text() for _ in range(2))
     assert first == second
+
+
+_WRITE = """
+import hashlib, jax, numpy as np, npu_bridge
+def step(x, ws):
+    names = {f"w{i}": jax.numpy.sin(ws[i]) for i in range(6)}
+    body = lambda c, i: (c + sum(jax.numpy.tanh(w * c) for w in names.values()), c * names["w1"])
+    return jax.lax.scan(body, x, None, length=3)
+low = npu_bridge.jit(step).lower(np.ones(4, np.float32), [np.ones(4, np.float32)] * 6)
+print(hashlib.sha256(low.as_text().encode()).hexdigest())
+"""
+
+
+def test_processes_with_different_hash_seeds_write_one_program():
+    # Python orders sets of strings by a seed of the process: an order that leaked into the text would part the ranks.
+    texts = [
+        subprocess.run([sys.executable, "-c", _WRITE], env=os.environ | {"PYTHONHASHSEED": seed, "NPU_BRIDGE_CACHE": "off"}, capture_output=True, text=True, check=True).stdout
+        for seed in ("1", "2")
+    ]
+    assert texts[0] == texts[1]

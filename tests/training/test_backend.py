@@ -1,0 +1,144 @@
+"""The trainer on npu_bridge against the trainer on XLA: losses, metrics, checkpoints, phases, accumulation, several processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from mindvl_jax import config_loader
+from mindvl_jax.errors import UserError
+from mindvl_jax.training import checkpoint
+from mindvl_jax.training.backend import launched_processes, make_backend
+from mindvl_jax.training.trainer import train
+
+ROOT = Path(__file__).parents[2]
+# Two programs of one step, and the three of accumulation; a border between phases that freeze different parts.
+PHASES = ({"train": ["projector/**"], "steps": 2, "learning_rate": 1e-3}, {"steps": 3, "gradient_accumulation": 2, "learning_rate": 1e-3})
+# Both sides compute in float32 from the same bits and differ in the order of additions alone: some 1e-7 of a loss at first, and
+# what five updates of AdamW make of it.
+LOSS, NORM = 1e-5, 1e-4
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    monkeypatch.setattr("mindvl_jax.evaluation.report.write_report", lambda run_dir: Path(run_dir) / "report.html")
+
+
+def on(mapping, folder, backend, **run):
+    """The configuration of a run of its own on a back end."""
+    changed = json.loads(json.dumps(mapping))
+    changed["run"] |= {"dir": str(folder), **run}
+    changed["backend"] = backend
+    return config_loader.from_mapping(changed)
+
+
+@pytest.fixture(scope="module")
+def xla_run(tmp_path_factory):
+    """The whole run on XLA, once for all tests, with a checkpoint in the middle of the second phase."""
+    holder = {}
+
+    def get(run_mapping):
+        if not holder:
+            mapping = run_mapping(*PHASES, name="x", checkpoint={"every_steps": 3, "keep": 9})
+            holder["config"] = on(mapping, tmp_path_factory.mktemp("xla") / "run", "xla")
+            holder["mapping"] = mapping
+            train(holder["config"])
+        return holder["mapping"], holder["config"]
+
+    return get
+
+
+def assert_alike(got, want):
+    assert [line["step"] for line in got] == [line["step"] for line in want]
+    for a, b in zip(got, want):
+        assert a.keys() == b.keys(), f"step {a['step']}: {sorted(a.keys() ^ b.keys())}"
+        for name, tolerance in (("loss", LOSS), ("grad_norm", NORM)):
+            relative = abs(a[name] - b[name]) / abs(b[name])
+            assert relative <= tolerance, f"step {a['step']}: {name} {a[name]} and {b[name]} differ by {relative:.2e} (allowed {tolerance:.0e})"
+        for name in ("tokens", "label_tokens", "samples", "patches", "flops", "tokens_total", "learning_rate", "applied", "phase"):
+            assert a[name] == b[name], f"step {a['step']}: {name} is {a[name]}, expected {b[name]}"
+
+
+def relative_distance(a, b):
+    """L2 distance of two flat parameter dicts, relative to the second."""
+    a, b = ({path: np.asarray(value, np.float64) for path, value in x.items()} for x in (a, b))
+    assert a.keys() == b.keys()
+    return (sum(np.sum((a[p] - b[p]) ** 2) for p in a) / sum(np.sum(b[p] ** 2) for p in b)) ** 0.5
+
+
+def test_a_run_through_the_bridge_writes_the_metrics_and_checkpoints_of_xla(xla_run, run_mapping, tmp_path, read_metrics):
+    mapping, on_xla = xla_run(run_mapping)
+    on_bridge = on(mapping, tmp_path / "bridge", "npu_bridge")
+    assert train(on_bridge).finished
+    assert_alike(read_metrics(on_bridge), read_metrics(on_xla))
+    steps = lambda config: sorted(child.name for child in Path(config.run.dir, "checkpoints").iterdir())
+    assert steps(on_bridge) == steps(on_xla) == ["2", "3", "5"]
+    distance = relative_distance(checkpoint.load_params(on_bridge.run.dir)[1], checkpoint.load_params(on_xla.run.dir)[1])
+    assert distance <= 1e-5, f"parameters after five steps differ by {distance:.2e} (L2, relative)"
+
+
+@pytest.mark.parametrize("first, second", [("xla", "npu_bridge"), ("npu_bridge", "xla")])
+def test_a_run_begun_on_one_back_end_continues_on_the_other(xla_run, run_mapping, tmp_path, read_metrics, first, second):
+    mapping, on_xla = xla_run(run_mapping)
+    result = train(on(mapping, tmp_path / "run", first), stop_after=4)
+    assert (result.step, result.finished) == (4, False)
+    assert train(on(mapping, tmp_path / "run", second)).finished
+    assert_alike([line | {"includes_compilation": True} for line in read_metrics(on_xla)],
+                 [line | {"includes_compilation": True} for line in read_metrics(on(mapping, tmp_path / "run", second))])  # fmt: skip
+
+
+def launch(tmp_path, mapping, processes, *overrides):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(mapping))
+    command = [sys.executable, "-m", "npu_bridge.launch", "--nproc", str(processes), str(ROOT / "train.py"), "--config", str(path), "--set", *overrides]
+    cache = jax.config.jax_compilation_cache_dir or str(tmp_path / "cache")
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"OMP_NUM_THREADS": "1", "JAX_COMPILATION_CACHE_DIR": cache, "NPU_BRIDGE_TIMEOUT": "240"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580)
+
+
+def test_four_processes_give_the_losses_of_one_and_xla_continues_what_they_saved(xla_run, run_mapping, tmp_path, read_metrics):
+    mapping, on_xla = xla_run(run_mapping)
+    own = json.loads(json.dumps(mapping))
+    own["run"]["dir"] = str(tmp_path / "run")
+    own["training"]["phases"] = [{**own["training"]["phases"][1], "steps": 3}]
+    one = on(own, tmp_path / "one", "xla")
+    train(one)
+    done = launch(tmp_path, own, 4, "backend=npu_bridge", "mesh.fsdp=2", "mesh.tensor=2", "checkpoint.every_steps=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_alike(read_metrics(on(own, tmp_path / "run", "xla")), read_metrics(one))
+    # Its checkpoint in the middle, on XLA in one process.
+    resumed = on(own, tmp_path / "resumed", "xla", resume=str(tmp_path / "run" / "checkpoints" / "2"))
+    assert train(resumed).finished
+    (last,) = read_metrics(resumed)
+    assert_alike([last | {"includes_compilation": True}], [read_metrics(one)[-1] | {"includes_compilation": True}])
+
+
+def test_a_mesh_larger_than_the_processes_is_refused(run_mapping, tmp_path):
+    mapping = run_mapping({"steps": 1}, mesh={"fsdp": 2})
+    with pytest.raises(UserError, match="mesh data 1 x fsdp 2 x tensor 1 needs 2 devices, found 1"):
+        train(on(mapping, tmp_path / "run", "npu_bridge"))
+
+
+def test_processes_joined_in_the_way_of_xla_are_refused(run_config, monkeypatch):
+    config = run_config({"steps": 1}, backend="npu_bridge", distributed={"coordinator": "localhost:1", "processes": 1, "process_id": 0})
+    with pytest.raises(UserError, match="npu_bridge.launch --nproc"):
+        make_backend(config).join()
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(UserError, match="WORLD_SIZE='many'"):
+        launched_processes()
+
+
+def test_products_in_bfloat16_are_torchs_own_setting_and_end_with_the_run(run_config):
+    import torch
+
+    config = run_config({"steps": 1}, backend="npu_bridge", model={"matmul_precision": "bfloat16"})
+    before = torch.get_float32_matmul_precision()
+    with make_backend(config).precision():
+        assert torch.get_float32_matmul_precision() == "medium"
+    assert torch.get_float32_matmul_precision() == before
