@@ -11,7 +11,7 @@ from mindvl_jax.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", nargs="+", required=True, metavar="DIR", help="runs, checkpoints or Hugging Face folders, in order of training for ema; RUN:all is every checkpoint of a run")
+    parser.add_argument("--weights", nargs="+", required=True, metavar="DIR", help="runs, checkpoints or Hugging Face folders, in order of training for ema; RUN:all is every checkpoint of a run, RUN:ema its moving average")
     parser.add_argument("--out", required=True, metavar="DIR", help="Hugging Face folder to write; must be empty or absent")
     parser.add_argument("--method", choices=("uniform", "weighted", "ema", "soup"), default="uniform",
                         help="uniform mean; weighted mean (--by); exponential moving average (--decay); soup keeps only what helps on --tasks")

@@ -52,26 +52,40 @@ def is_run(folder: Path) -> bool:
     return not (folder / "config.json").is_file() and ((folder / "checkpoints").is_dir() or (folder / "params").exists() or (folder / "_CHECKPOINT_METADATA").exists())
 
 
+EMA = ":ema"
+
+
+def named_folder(name: str | Path) -> tuple[Path, bool]:
+    """(folder, whether its moving average is meant) of `DIR` or `DIR:ema`."""
+    text = str(name)
+    return Path(text.removesuffix(EMA)).expanduser(), text.endswith(EMA)
+
+
 def open_model(folder: str | Path, mesh: Mesh | None = None, dtype=None) -> OpenedModel:
     """Opens a run, one of its checkpoints, or a Hugging Face folder.
 
     Args:
+      folder: its path; `RUN:ema` is the moving average that the run kept.
       mesh: devices to spread over; None is the default device.
       dtype: of parameters and computation; None keeps the stored one (and a run's own compute dtype).
 
     Raises:
       WeightsError: no such folder, or nothing usable in it.
     """
-    folder = Path(folder).expanduser()
+    folder, ema = named_folder(folder)
     if not folder.is_dir():
         raise WeightsError(f"{folder}: no such folder; expected one of our runs, a checkpoint, or a Hugging Face folder")
-    return _open_run(folder, mesh, dtype) if is_run(folder) else _open_published(folder, mesh, dtype)
+    if is_run(folder):
+        return _open_run(folder, mesh, dtype, ema)
+    if ema:
+        raise WeightsError(f"{folder}{EMA}: a Hugging Face folder holds one set of weights; only runs with training.ema_decay have a moving average")
+    return _open_published(folder, mesh, dtype)
 
 
-def _open_run(folder: Path, mesh: Mesh | None, dtype) -> OpenedModel:
+def _open_run(folder: Path, mesh: Mesh | None, dtype, ema: bool) -> OpenedModel:
     from mindvl_jax.training.checkpoint import load_weights  # weights know nothing of training otherwise
 
-    config, state = load_weights(folder, mesh)
+    config, state = load_weights(folder, mesh, ema=ema)
     if dtype is not None:
         name = jnp.dtype(dtype).name
         config = config.model_copy(update=dict(model=config.model.model_copy(update=dict(compute_dtype=name, param_dtype=name))))
