@@ -233,6 +233,7 @@ class TrainingConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     loss_chunk: PositiveInt = Field(1024, description="Tokens whose logits exist at one time.")
     max_bad_steps: PositiveInt = Field(10, description="Consecutive non-finite steps (each skipped and counted) before the run stops.")
+    ema_decay: float | None = Field(None, ge=0, lt=1, description="Keep an exponential moving average of the parameters, such as 0.999; used as RUN:ema.")
 
 
 class CheckpointConfig(Section):
@@ -263,6 +264,7 @@ class EvaluationConfig(Section):
     batch: PositiveInt = 64
     min_pixels: PositiveInt | None = None
     max_pixels: PositiveInt | None = None
+    ema: bool = Field(False, description="Score the moving average (training.ema_decay) in place of the newest parameters.")
 
 
 class Config(Section):

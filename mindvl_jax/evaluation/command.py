@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from mindvl_jax.evaluation.store import write_json
     from mindvl_jax.inference import Generator
     from mindvl_jax.inference.opening import open_for_inference
+    from mindvl_jax.weights.opened import EMA, named_folder
 
     for name in ("batch", "limit", "max_new_tokens", "min_pixels", "max_pixels"):
         if (value := getattr(args, name)) is not None and value < 1:
@@ -47,10 +48,11 @@ def run(args: argparse.Namespace) -> int:
     tasks = wanted if wanted is not None else _own_tasks(opened)
     if args.limit:
         tasks = [(name, benchmark, items[: args.limit]) for name, benchmark, items in tasks]
-    out = Path(args.out) if args.out else Path(args.weights) / "evaluation"
+    folder, ema = named_folder(args.weights)
+    out = Path(args.out) if args.out else folder / ("evaluation-ema" if ema else "evaluation")
     console = Console(highlight=False)
     generator = Generator(opened, slots=args.batch)
-    weights = weights_identity(args.weights)
+    weights = weights_identity(folder) + EMA * ema
     settings = lambda benchmark: Settings(max_new_tokens=args.max_new_tokens or benchmark.max_new_tokens, min_pixels=args.min_pixels or opened.min_pixels,
                                           max_pixels=args.max_pixels or opened.max_pixels, prompts=args.prompts)
     if args.search:
@@ -91,7 +93,7 @@ def named_tasks(args):
     for name in names:
         if "=" not in name:
             find_benchmark(name)
-    shorten = question_alone if args.prompts == "question" else lambda item: item
+    shorten = question_alone if getattr(args, "prompts", None) == "question" else lambda item: item
 
     def published(name):
         benchmark, items = open_task(name, folder)
@@ -152,6 +154,7 @@ def _search(args, console, generator, opened, tasks, out: Path, weights: str, se
     from mindvl_jax.evaluation.evaluate import Predictions, predict
     from mindvl_jax.evaluation.store import write_json
     from mindvl_jax.inference.opening import SETTINGS
+    from mindvl_jax.weights.opened import named_folder
 
     if args.min_pixels or args.max_pixels:
         raise UserError("--search tries picture sizes itself; leave out --min-pixels and --max-pixels")
@@ -196,8 +199,9 @@ def _search(args, console, generator, opened, tasks, out: Path, weights: str, se
         if chosen == search.Pixels(None, None):
             console.print("the model's own setting is the best; nothing to save")
         else:
+            settings_file = named_folder(args.weights)[0] / SETTINGS
             low = opened.min_pixels if chosen.min_pixels is None else chosen.min_pixels
             high = opened.max_pixels if chosen.max_pixels is None else chosen.max_pixels
-            write_json(Path(args.weights) / SETTINGS, {"min_pixels": low, "max_pixels": high})
-            console.print(f"saved in {Path(args.weights) / SETTINGS}: generate and evaluate use it from now on")
+            write_json(settings_file, {"min_pixels": low, "max_pixels": high})
+            console.print(f"saved in {settings_file}: generate and evaluate use it from now on")
     return 0

@@ -22,11 +22,12 @@ def open_for_inference(folder: str | Path, *, mesh: str | None = None):
       UserError: no usable model, no tokenizer, settings or a mesh that make no sense.
     """
     from mindvl_jax.weights import open_model
+    from mindvl_jax.weights.opened import named_folder
 
     opened = open_model(folder, mesh=parse_mesh(mesh) if mesh else None)
     if opened.tokenizer is None:
         raise UserError(f"{folder} has no tokenizer.json, so there is no text to read or write; save the tokenizer beside the weights")
-    path = Path(folder) / SETTINGS
+    path = named_folder(folder)[0] / SETTINGS
     if not path.is_file():
         return opened
     try:

@@ -39,7 +39,7 @@ def write_parquet(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _kind(values: Sequence[Any], column: str) -> str:
-    if any(isinstance(value, Image.Image) for value in values) or column.startswith("image_"):
+    if any(isinstance(value, Image.Image) for value in values) or column.removeprefix("image_").isdigit():
         return "image"
     if any(isinstance(value, list) for value in values):
         return "texts"

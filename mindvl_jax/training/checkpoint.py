@@ -1,7 +1,7 @@
 """Checkpoints by Orbax: asynchronous, atomic, the newest N kept, restored onto any mesh.
 
 A checkpoint is `checkpoints/<step>/` with four items: `params` (nested by path), `optimizer` (moments and counters), `progress` (JSON:
-phase, loader state, fingerprints) and `config` (JSON: the resolved configuration). Every array carries a fingerprint of its bits, so a
+phase, loader state, fingerprints) and `config` (JSON: the resolved configuration); a run with `training.ema_decay` adds `ema`. Every array carries a fingerprint of its bits, so a
 checkpoint that reads without an error but with other values counts as damaged too.
 """
 
@@ -99,6 +99,10 @@ def _moment_arrays(state: TrainState) -> dict[str, jax.Array]:
     return {f"{moment}/{path}": value for moment in ("mu", "nu") for path, value in getattr(state, moment).items()}
 
 
+def _ema_arrays(ema: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    return {f"ema/{path}": value for path, value in ema.items()}
+
+
 def locate(path: str | Path) -> tuple[Path, int | None]:
     """(folder of checkpoints, step or None for the newest) of a run folder, its checkpoints folder, or one checkpoint.
 
@@ -132,15 +136,16 @@ class CheckpointWriter:
         )
         self._manager = ocp.CheckpointManager((Path(run_dir) / FOLDER).absolute(), options=options)
 
-    def save(self, state: TrainState, progress: Progress, config: Config) -> bool:
-        """Takes a copy of the state, then writes it; returns False when this step is saved already.
+    def save(self, state: TrainState, progress: Progress, config: Config, ema: Mapping[str, jax.Array] | None = None) -> bool:
+        """Takes a copy of the state (and of the moving average), then writes it; returns False when this step is saved already.
 
         The copy is complete on return: the caller may donate the state at once.
         """
         if progress.step in self._manager.all_steps():
             return False
         record = dataclasses.asdict(progress)
-        record["fingerprints"] = {**fingerprints(state.params), **fingerprints(_moment_arrays(state))}
+        record["fingerprints"] = {**fingerprints(state.params), **fingerprints(_moment_arrays(state)), **fingerprints(_ema_arrays(ema or {}))}
+        average = {} if ema is None else {"ema": ocp.args.StandardSave(_nest(ema))}
         return self._manager.save(
             progress.step,
             args=ocp.args.Composite(
@@ -148,6 +153,7 @@ class CheckpointWriter:
                 optimizer=ocp.args.StandardSave(_optimizer_item(state)),
                 progress=ocp.args.JsonSave(record),
                 config=ocp.args.JsonSave(config.model_dump(mode="json")),
+                **average,
             ),
             force=True,
         )
@@ -225,6 +231,15 @@ class CheckpointReader:
         self._verify(step, params, prints)
         return params
 
+    def ema(self, step: int, target: Mapping[str, jax.ShapeDtypeStruct], prints: Mapping[str, int]) -> Params | None:
+        """The moving average in float32, placed as `target` says, None where the run kept none; DamagedCheckpoint as `state`."""
+        if not any(name.startswith("ema/") for name in prints):
+            return None
+        wanted = {path: jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=like.sharding) for path, like in target.items()}
+        ema = _flat(self._restore(step, ema=ocp.args.StandardRestore(_nest(wanted)))["ema"])
+        self._verify(step, _ema_arrays(ema), prints)
+        return ema
+
     def close(self) -> None:
         self._manager.close()
 
@@ -272,14 +287,15 @@ def abstract_params(outline: ModelOutline, mesh: Mesh) -> dict[str, jax.ShapeDty
     return {path: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[path]) for path, s in outline.shapes.items()}
 
 
-def load_params(path: str | Path, mesh: Mesh | None = None) -> tuple[Config, Params]:
+def load_params(path: str | Path, mesh: Mesh | None = None, *, ema: bool = False) -> tuple[Config, Params]:
     """(config, parameters by path) of the newest whole checkpoint of a run folder, or of one checkpoint.
 
     Args:
       mesh: where the parameters go; None puts them on the first device.
+      ema: the moving average in place of the parameters, in their dtypes.
 
     Raises:
-      UserError: no checkpoint there, or none that can be read.
+      UserError: no checkpoint there, none that can be read, or one without a moving average.
     """
     mesh = mesh if mesh is not None else make_mesh(MeshConfig())
     damaged = []
@@ -288,18 +304,21 @@ def load_params(path: str | Path, mesh: Mesh | None = None) -> tuple[Config, Par
             try:
                 _, prints, plain = reader.progress(step)
                 config = Config.model_validate(plain)
-                params = reader.params(step, abstract_params(outline_of(config.model), mesh), prints)
+                target = abstract_params(outline_of(config.model), mesh)
+                params = reader.ema(step, target, prints) if ema else reader.params(step, target, prints)
             except DamagedCheckpoint as error:
                 log.warning("damaged checkpoint passed over: %s", error)
                 damaged.append(str(error))
                 continue
-            return config, params
+            if params is None:
+                raise UserError(f"{reader.folder / str(step)} holds no moving average; train with training.ema_decay, or leave out `:ema`")
+            return config, {p: value.astype(target[p].dtype) for p, value in params.items()} if ema else params
     raise UserError(f"{path}: no checkpoint can be read whole:\n  " + "\n  ".join(damaged or ["there is none"]))
 
 
-def load_weights(path: str | Path, mesh: Mesh | None = None) -> tuple[Config, nnx.State]:
+def load_weights(path: str | Path, mesh: Mesh | None = None, *, ema: bool = False) -> tuple[Config, nnx.State]:
     """As `load_params`, with the parameters as an nnx.State that `nnx.update(model, state)` takes."""
-    config, params = load_params(path, mesh)
+    config, params = load_params(path, mesh, ema=ema)
     return config, outline_of(config.model).state(params)
 
 

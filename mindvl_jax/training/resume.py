@@ -15,7 +15,7 @@ from mindvl_jax.config import Config
 from mindvl_jax.errors import UserError
 from mindvl_jax.training import checkpoint, metrics
 from mindvl_jax.training.checkpoint import CheckpointReader, DamagedCheckpoint, Progress
-from mindvl_jax.training.params import ModelOutline
+from mindvl_jax.training.params import ModelOutline, Params
 from mindvl_jax.training.state import TrainState, abstract_state
 
 # May change between a checkpoint and its continuation without a word: they do not change what is learned.
@@ -28,11 +28,13 @@ class Plan:
 
     Attributes:
       state: restored, or None to start anew. phase, phase_step, step: where it stands.
+      ema: the moving average to go on with; None when none was saved.
       loader: the loader's state to restore, None at the border of a phase.
       notes: lines that the user should read.
     """
 
     state: TrainState | None = None
+    ema: Params | None = None
     step: int = 0
     phase: int = 0
     phase_step: int = 0
@@ -71,14 +73,16 @@ def plan(config: Config, outline: ModelOutline, mesh: Mesh, parts: Sequence[tupl
 
 def _restore(config: Config, outline: ModelOutline, mesh: Mesh, parts: Sequence[tuple[list[str], list[str]]], source: Path) -> Plan:
     damaged: list[tuple[int, DamagedCheckpoint]] = []
-    found: tuple[Progress, TrainState, dict] | None = None
+    found: tuple[Progress, TrainState, dict, Params | None] | None = None
     with CheckpointReader(source) as reader:
         folder = reader.folder
         for step in reader.candidates:
             try:
                 progress, prints, plain = reader.progress(step)
                 _require_same_run(config, progress, plain, parts, folder / str(step))
-                found = progress, reader.state(step, abstract_state(outline, *parts[progress.phase], mesh), prints), plain
+                state = reader.state(step, abstract_state(outline, *parts[progress.phase], mesh), prints)
+                ema = reader.ema(step, checkpoint.abstract_params(outline, mesh), prints) if config.training.ema_decay is not None else None
+                found = progress, state, plain, ema
                 break
             except DamagedCheckpoint as error:
                 damaged.append((step, error))
@@ -87,7 +91,7 @@ def _restore(config: Config, outline: ModelOutline, mesh: Mesh, parts: Sequence[
             f"{folder}: no checkpoint can be read whole; delete the folder to start anew, or restore it from a copy:\n  "
             + "\n  ".join(str(error) for _, error in damaged)
         )
-    progress, state, plain = found
+    progress, state, plain, ema = found
     notes = [f"[bold red]damaged checkpoint passed over[/bold red]: {error}" for _, error in damaged]
     inside = folder.resolve() == (Path(config.run.dir) / checkpoint.FOLDER).resolve()
     if inside:
@@ -95,7 +99,7 @@ def _restore(config: Config, outline: ModelOutline, mesh: Mesh, parts: Sequence[
     notes.append(f"continuing {folder / str(progress.step)}: phase {progress.phase_name}, step {progress.step}")
     notes += [f"changed since that checkpoint: {line}" for line in _changes(config, plain)]
     return Plan(
-        state=state, step=progress.step, phase=progress.phase, phase_step=progress.phase_step, loader=progress.loader,
+        state=state, ema=ema, step=progress.step, phase=progress.phase, phase_step=progress.phase_step, loader=progress.loader,
         totals=progress.totals, notes=tuple(notes),
     )  # fmt: skip
 

@@ -26,7 +26,7 @@ from mindvl_jax.config import Config, PhaseConfig
 from mindvl_jax.errors import UserError
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import row_share
-from mindvl_jax.training import resume, state as states
+from mindvl_jax.training import ema, resume, state as states
 from mindvl_jax.training.backend import Backend, make_backend, use_compilation_cache
 from mindvl_jax.training.checkpoint import CheckpointWriter, Progress
 from mindvl_jax.training.display import LiveLine, print_phase, print_startup
@@ -118,6 +118,8 @@ class Trainer:
         self.device_kind = backend.device_kind(self.mesh)
         self.peak = config.logging.peak_flops or known_peak(self.device_kind)
         self.total_steps = sum(phase.steps for phase in config.training.phases)
+        ema.require_possible(config)
+        self.ema: ema.MovingAverage | None = None
         self.programs: dict[tuple, StepPrograms] = {}
         self.totals: dict[str, float] = {"tokens": 0, "samples": 0, "seconds": 0.0}
 
@@ -137,6 +139,11 @@ class Trainer:
         state = plan.state
         if state is None:
             params = starting_params(self.config, self.outline, self.mesh, self.console)
+        if self.config.training.ema_decay is not None:
+            start = plan.ema or (params if state is None else state.params)
+            if state is not None and plan.ema is None:
+                self.console.print("the checkpoint holds no moving average: it starts from the parameters there")
+            self.ema = ema.MovingAverage(start, self.config.training.ema_decay)
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
             self.writer = stack.enter_context(CheckpointWriter(self.run_dir, self.config.checkpoint))
@@ -217,6 +224,8 @@ class Trainer:
                     self._save(state, step, index, phase_step, trained, loader_state, recorder)
                     return state, step, False
                 state, loader_state, dispatched = done
+                if self.ema is not None:
+                    self.ema.update(state.params, dispatched.metrics["applied"])
                 step += 1
                 recorder.add(dataclasses.replace(dispatched, first_of_phase=phase_step == begin))
                 feed.refill()
@@ -272,7 +281,7 @@ class Trainer:
             step=step, phase=index, phase_name=phase.name, phase_step=phase_step, trained=tuple(trained), loader=loader_state,
             totals=dict(self.totals),
         )  # fmt: skip
-        self.writer.save(self._as_jax(state), progress, self.config)
+        self.writer.save(self._as_jax(state), progress, self.config, None if self.ema is None else self.ema.params)
 
     def _as_jax(self, state: TrainState | None) -> TrainState | None:
         if state is None:
@@ -291,7 +300,11 @@ class Trainer:
 
         self.console.print(f"scoring held-out tasks after {phase}")
         # Decoding runs on XLA whatever trained: with npu_bridge on JAX's host devices.
-        evaluate_run(self.config, self.outline.merge(self._as_jax(state).params), step, phase, self.run_dir)
+        if self.config.evaluation.ema:
+            params = {path: value.astype(self.outline.shapes[path].dtype) for path, value in self.ema.params.items()}
+        else:
+            params = self._as_jax(state).params
+        evaluate_run(self.config, self.outline.merge(params), step, phase, self.run_dir)
 
     def _finish(self, state: TrainState, step: int) -> None:
         self._evaluate(state, step, self.config.training.phases[-1].name)
