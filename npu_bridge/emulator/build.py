@@ -1,7 +1,8 @@
 """Builds the emulated CANN libraries on first use, against the installed torch and torch_npu, and keeps them in the user's cache.
 
 One folder a build, named by the hash of everything that went into it: sources, versions, compiler, flags. Nothing built is ever
-part of the repository.
+part of the repository. Objects are kept by the hash of what they depend on, so a changed file costs its own compilation only;
+`NPU_EMULATOR_KEEP_HEADER=1` keeps the precompiled header as well (hundreds of megabytes), for work on the operators.
 """
 
 from __future__ import annotations
@@ -59,21 +60,34 @@ def source_files() -> list[Path]:
     return sorted(p for p in SOURCES.rglob("*") if p.suffix in (".cpp", ".h"))
 
 
+def _digest(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update((part.encode() if isinstance(part, str) else part) + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _base(toolchain: Toolchain) -> str:
+    """What every object depends on, beside its sources."""
+    return _digest(*FLAGS, toolchain.compiler_version, str(toolchain.torch), *(f"{k}={v}" for k, v in sorted(toolchain.versions.items())))
+
+
 def key_of(toolchain: Toolchain) -> str:
     """Hash of everything a build depends on."""
-    digest = hashlib.sha256()
-    for part in (*FLAGS, toolchain.compiler_version, *(f"{k}={v}" for k, v in sorted(toolchain.versions.items())), str(LIBRARIES), sys.version.split()[0]):
-        digest.update(part.encode() + b"\0")
-    digest.update(Path(__file__).read_bytes())
-    for path in source_files():
-        digest.update(path.relative_to(SOURCES).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+    files = [part for path in source_files() for part in (path.relative_to(SOURCES).as_posix(), path.read_bytes())]
+    return _digest(_base(toolchain), sys.version.split()[0], Path(__file__).read_bytes(), *files)
+
+
+def _keep(made: Path, kept: Path) -> None:
+    """Moves a file into the cache in one step: others may look at the same moment."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    made.replace(kept)
 
 
 def operator_names(torch_npu: Path) -> list[str]:
     """Every operator the wheel can look up in libopapi.so, from the strings of its binary."""
     binary = (torch_npu / "lib" / "libtorch_npu.so").read_bytes()
-    return sorted({m.group(1).decode() for m in re.finditer(rb"\0(acl(?:nn)?[A-Z][A-Za-z0-9_]*)GetWorkspaceSize\0", binary)})
+    return sorted({m.group(1).decode() for m in re.finditer(rb"(?<![A-Za-z0-9_])(acl(?:nn)?[A-Z][A-Za-z0-9_]*)GetWorkspaceSize\0", binary)})
 
 
 def unknown_source(names: list[str]) -> str:
@@ -105,12 +119,23 @@ class _Builder:
         npu, torch = toolchain.torch_npu / "include", toolchain.torch / "include"
         system = (npu / "third_party/acl/inc", npu / "third_party/hccl/inc", npu, torch, torch / "torch/csrc/api/include")
         # The folder of the precompiled header stands before the sources: g++ looks there first.
-        self.includes = [f"-I{work / 'pch'}", f"-I{SOURCES}", *(f"-isystem{path}" for path in system)]
+        self.objects = work.parent / "objects"
+        headers = [p for p in source_files() if p.suffix == ".h"]
+        self.base = _digest(_base(toolchain), *(p.read_bytes() for p in headers))
+        self.header = self.objects / f"header.{self.base}"
+        self.objects.mkdir(exist_ok=True)
+        self.includes = [f"-I{self.header}", f"-I{SOURCES}", *(f"-isystem{path}" for path in system)]
 
-    def _compile(self, source: Path, target: Path) -> Path:
+    def _compile(self, source: Path, target: Path, kept: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _run([self.toolchain.compiler, *FLAGS, *self.includes, "-c", str(source), "-o", str(target)], source.name)
+        if not kept.exists():
+            _run([self.toolchain.compiler, *FLAGS, *self.includes, "-c", str(source), "-o", str(target)], source.name)
+            _keep(target, kept)
+        shutil.copyfile(kept, target)
         return target
+
+    def _kept(self, source: Path) -> Path:
+        return self.objects / f"{source.stem}.{_digest(self.base, source.read_bytes())}.o"
 
     def build(self, workers: int) -> None:
         names = operator_names(self.toolchain.torch_npu)
@@ -125,29 +150,39 @@ class _Builder:
                 sources.append(generated)
             objects[library.name] = [self.work / library.name / (p.stem + ".o") for p in sources]
             jobs += [(source, target, library.torch and source != generated) for source, target in zip(sources, objects[library.name])]
-        total, done = len(jobs) + 1, 0
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            header = pool.submit(self._precompile)
-            plain = [pool.submit(self._compile, s, t) for s, t, torch in jobs if not torch]
-            header.result()
-            late = [pool.submit(self._compile, s, t) for s, t, torch in jobs if torch]
-            for future in concurrent.futures.as_completed([header, *plain, *late]):
-                try:
-                    future.result()
-                except EmulatorError:
-                    pool.shutdown(cancel_futures=True)
-                    raise
-                done += 1
-                self.report(done, total)
+        jobs = [(source, target, self._kept(source), torch) for source, target, torch in jobs]
+        total, done = len(jobs), 0
+        try:
+            with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+                missing = any(torch and not kept.exists() for _, _, kept, torch in jobs)
+                header = pool.submit(self._precompile) if missing else None
+                plain = [pool.submit(self._compile, s, t, k) for s, t, k, torch in jobs if not torch]
+                if header:
+                    header.result()
+                late = [pool.submit(self._compile, s, t, k) for s, t, k, torch in jobs if torch]
+                for future in concurrent.futures.as_completed([*plain, *late]):
+                    try:
+                        future.result()
+                    except EmulatorError:
+                        pool.shutdown(cancel_futures=True)
+                        raise
+                    done += 1
+                    self.report(done, total)
+        finally:
+            if os.environ.get("NPU_EMULATOR_KEEP_HEADER") != "1":
+                shutil.rmtree(self.header, ignore_errors=True)
         for library in LIBRARIES:
             self._link(library.name, objects[library.name], library.links, library.torch)
         for name in EMPTY:
             self._link(name, [self.work / "empty.cpp"], (), False)
 
     def _precompile(self) -> None:
-        target = self.work / "pch" / (PRECOMPILED + ".gch")
-        target.parent.mkdir(parents=True, exist_ok=True)
+        kept = self.header / (PRECOMPILED + ".gch")
+        if kept.exists():
+            return
+        target = self.work / "header.gch"
         _run([self.toolchain.compiler, *FLAGS, *self.includes, "-x", "c++-header", str(SOURCES / PRECOMPILED), "-o", str(target)], PRECOMPILED)
+        _keep(target, kept)
 
     def _link(self, name: str, objects: list[Path], links: tuple[str, ...], torch: bool) -> None:
         lib = self.work / "lib"
