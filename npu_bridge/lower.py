@@ -14,6 +14,8 @@ import numpy as np
 from jaxlib.mlir import ir
 
 from npu_bridge import jaxcompat, primitives
+from npu_bridge.codegen.contraction import MOST_SPATIAL_DIMS
+from npu_bridge.codegen.indexing import PHILOX
 from npu_bridge.errors import UnsupportedError
 from npu_bridge.ir import ELEMENT_BYTES
 
@@ -55,6 +57,17 @@ def mlir_dtype(dtype: Any) -> str:
     return _DTYPES[np.dtype(dtype).name]
 
 
+def _refused_by_arguments(eqn: Any) -> str | None:
+    """Why this use of a primitive that is supported otherwise is not; the code generator refuses the same of a bare module."""
+    if eqn.primitive.name == "conv_general_dilated" and eqn.invars[0].aval.ndim > 2 + MOST_SPATIAL_DIMS:
+        return f"{eqn.invars[0].aval.ndim - 2} spatial dimensions; torch has convolutions over up to {MOST_SPATIAL_DIMS}, write the others as a sum"
+    if eqn.primitive.name == "rng_bit_generator":
+        algorithm = str(getattr(eqn.params["algorithm"], "name", eqn.params["algorithm"])).removeprefix("RNG_")
+        if algorithm not in PHILOX:
+            return f"algorithm {algorithm} has no torch form; use the default one (Philox), or jax.random with threefry keys"
+    return None
+
+
 def check(jaxpr: Any) -> list[str]:
     """Everything in a traced program that the bridge refuses, one line each."""
     problems: dict[str, None] = {}
@@ -68,6 +81,8 @@ def check(jaxpr: Any) -> list[str]:
             add(eqn, REFUSED[name])
         elif name in _LINEAR_ALGEBRA:
             add(eqn, "dense linear algebra is outside what the bridge lowers")
+        elif (reason := _refused_by_arguments(eqn)) is not None:
+            add(eqn, reason)
         elif not jaxcompat.has_lowering(eqn.primitive):
             add(eqn, "jax has no platform-independent lowering for this primitive")
         for var in (*eqn.invars, *eqn.outvars):

@@ -42,11 +42,16 @@ def dot_general(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     return e.emit(code, [x, y], op.result.type, kind="dot_general")
 
 
+MOST_SPATIAL_DIMS = 3  # torch.nn.functional.conv3d
+
+
 @lowering("convolution")
 def convolution(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     x, k = (e.tensor(a) for a in args)
     a = op.attrs
     rank = len(a["input_spatial_dimensions"])
+    if rank > MOST_SPATIAL_DIMS:
+        e.problem(op, f"{rank} spatial dimensions; torch has convolutions over up to {MOST_SPATIAL_DIMS}")
     lhs = (a["input_batch_dimension"], a["input_feature_dimension"], *a["input_spatial_dimensions"])
     rhs = (a["kernel_output_feature_dimension"], a["kernel_input_feature_dimension"], *a["kernel_spatial_dimensions"])
     out = (a["output_batch_dimension"], a["output_feature_dimension"], *a["output_spatial_dimensions"])

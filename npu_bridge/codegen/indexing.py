@@ -11,6 +11,9 @@ from npu_bridge.codegen.operands import Literal, Operand
 from npu_bridge.ir import Op, body_kind
 
 
+PHILOX = ("DEFAULT", "PHILOX")  # XLA's default is Philox on every back end but the TPU's
+
+
 def _shard_text(op: Op) -> str:
     """{dim: (axes, size of the whole dimension)} for sharded indexed dimensions, as code giving {dim: (start, whole)}."""
     shards = op.attrs["shards"]
@@ -66,6 +69,8 @@ def scatter(e: Emitter, op: Op, args: list[Operand]) -> Operand:
 @lowering("rng_bit_generator")
 def rng_bit_generator(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
     state = e.tensor(args[0])
-    bits = op.results[1].type
-    code = f"T.rng_bit_generator({state.name}, {op.attrs['rng_algorithm']!r}, {bits.shape}, {bits.dtype!r})"
+    bits, algorithm = op.results[1].type, op.attrs["rng_algorithm"]
+    if algorithm not in PHILOX or state.type.dtype != "ui64" or bits.dtype not in ("ui8", "ui16", "ui32", "ui64"):
+        e.problem(op, f"bits of {bits.dtype} by {algorithm} from a state of {state.type} have no torch form; use Philox or jax's default threefry keys")
+    code = f"T.rng_bit_generator({state.name}, {bits.shape}, {bits.dtype!r})"
     return list(e.emit_many(code, [state], [r.type for r in op.results], kind="rng_bit_generator"))

@@ -28,23 +28,32 @@ def unsigned_minimum(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.where(unsigned_order(x) <= unsigned_order(y), x, y)
 
 
-def _unsigned_pair(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _unsigned_quotient(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x / y for y != 0, both unsigned bits of one width."""
     bits = _WIDTH[x.dtype]
-    if bits == 64:
-        raise NotImplementedError("npu_bridge: division of uint64 has no torch form; use int64 or uint32")
-    zero = y == 0
-    return widen_unsigned(x, bits), widen_unsigned(torch.where(zero, 1, y), bits), zero
+    if bits < 64:
+        return torch.div(widen_unsigned(x, bits), widen_unsigned(y, bits), rounding_mode="floor").to(x.dtype)
+    # No wider integer holds a uint64. A divisor with its top bit set goes in once or not at all; below that half of x, which is
+    # not negative, is divided, and what halving lost is at most one more.
+    half = (x >> 1) & ~_MIN[torch.int64]
+    small = torch.where(y > 0, y, 1)
+    quotient = torch.div(half, small, rounding_mode="floor") << 1
+    rest = x - quotient * small
+    quotient = quotient + (unsigned_order(rest) >= unsigned_order(small)).to(torch.int64)
+    return torch.where(y > 0, quotient, (unsigned_order(x) >= unsigned_order(y)).to(torch.int64))
 
 
 def unsigned_divide(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """All bits set where the divisor is zero, as XLA has it."""
-    wide, divisor, zero = _unsigned_pair(x, y)
-    return torch.where(zero, -1, torch.div(wide, divisor, rounding_mode="floor").to(x.dtype))
+    zero = y == 0
+    return torch.where(zero, -1, _unsigned_quotient(x, torch.where(zero, 1, y)))
 
 
 def unsigned_remainder(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    wide, divisor, zero = _unsigned_pair(x, y)
-    return torch.where(zero, x, torch.remainder(wide, divisor).to(x.dtype))
+    """x where the divisor is zero, as XLA has it."""
+    zero = y == 0
+    divisor = torch.where(zero, 1, y)
+    return torch.where(zero, x, x - _unsigned_quotient(x, divisor) * divisor)
 
 
 # ---- signed integers ----------------------------------------------------------------------------------------------------

@@ -55,15 +55,12 @@ def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x & _MASK, (x >> 32) & _MASK
 
 
-def rng_bit_generator(state: torch.Tensor, algorithm: str, shape: tuple[int, ...], dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+def rng_bit_generator(state: torch.Tensor, shape: tuple[int, ...], dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
     """XLA's RngBitGenerator as its CPU and GPU compilers expand it: Philox-4x32-10 for the default algorithm.
 
-    state: int64 (2,) or (3,) holding uint64 words, the key first. Returns (new state, bits of `dtype` and `shape`).
+    state: int64 (2,) or (3,) holding uint64 words, the key first. dtype: ui8, ui16, ui32 or ui64. Returns (new state, bits of
+    `dtype` and `shape`).
     """
-    if algorithm not in ("DEFAULT", "PHILOX") or state.dtype != torch.int64 or dtype not in ("ui32", "ui8", "ui16", "ui64"):
-        raise NotImplementedError(
-            f"npu_bridge: rng_bit_generator {algorithm} with state {state.dtype} and {dtype} has no torch form; use jax's default threefry keys"
-        )
     count = 1
     for n in shape:
         count *= n

@@ -47,10 +47,8 @@ def convolution(
     batch_groups: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """x (batch, features, space...), kernel (out, in, space...); returns (batch, out, space...)."""
+    """x (batch, features, space...), kernel (out, in, space...) with up to 3 dimensions of space; returns (batch, out, space...)."""
     rank = len(stride)
-    if rank > 3:
-        raise NotImplementedError(f"npu_bridge: convolution over {rank} spatial dimensions; torch has up to 3")
     if rank == 0:
         return mm(x, kernel.t(), dtype)
     if any(reverse):

@@ -33,6 +33,19 @@ def test_all_problems_of_a_program_come_in_one_error_with_their_lines():
     assert "problems found" in text.splitlines()[0]
 
 
+def test_uses_that_torch_has_no_form_for_are_refused_with_everything_else():
+    def step(x, key):
+        jax.debug.print("{}", x.sum())
+        _, bits = jax.lax.rng_bit_generator(key, (4,), algorithm=jax.lax.RandomAlgorithm.RNG_THREE_FRY)
+        space = x.reshape(1, 1, 4, 2, 2, 2)
+        return jax.lax.conv_general_dilated(space, space[:, :, :2], (1,) * 4, "SAME", dimension_numbers=("NCABDE", "OIABDE", "NCABDE")), bits
+
+    text = _refused(step, X, np.arange(4, dtype=np.uint32))
+    for words in ("3 problems found", "4 spatial dimensions; torch has convolutions over up to 3", "algorithm THREE_FRY has no torch form"):
+        assert words in text, text
+    assert text.count("test_refusals.py:") == 3, text
+
+
 def test_a_problem_inside_a_scan_is_found():
     def step(x):
         def body(c, _):
