@@ -62,7 +62,8 @@ def test_published_section_split_turns_the_published_frequencies():
     np.testing.assert_allclose(cos[0, 0, 64:], want, atol=1e-6)
 
 
-def test_bfloat16_is_no_farther_from_float32_than_that_of_transformers(family):
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "mindvl-mrope", "qwen3", "qwen2.5"])
+def test_bfloat16_is_no_farther_from_float32_than_that_of_transformers(family, name):
     """Over logits of several samples: our error in root mean square against theirs, same weights rounded the same way."""
     from flax import nnx
 
@@ -70,16 +71,18 @@ def test_bfloat16_is_no_farther_from_float32_than_that_of_transformers(family):
     from mindvl_jax.weights.parity.reference import load_reference
     from mindvl_jax.weights.parity.samples import pack, reference_inputs
 
-    made = family("qwen2.5-vl")
-    half_config = made.config.model_copy(update=dict(compute_dtype="bfloat16", param_dtype="bfloat16"))
-    half = fill(outline(half_config)[0], load_parameters(made.folder, half_config, dtype=jnp.bfloat16))
+    made = family(name)
+    text_only = made.config is made.text
+    half_config = made.config if text_only else made.config.model_copy(update=dict(compute_dtype="bfloat16", param_dtype="bfloat16"))
+    half = fill(outline(half_config, compute_dtype="bfloat16")[0], load_parameters(made.folder, half_config, dtype=jnp.bfloat16))
     # The float32 witness has the rounded weights too: only the computation differs.
     exact = load_reference(made.folder, torch.bfloat16).float()
     theirs = load_reference(made.folder, torch.bfloat16)
     rng = np.random.default_rng(4)
-    samples = [random_sample(made.config, rng, 3, ("image", (1, 6, 8)), 8), random_sample(made.config, rng, 40), random_sample(made.config, rng, ("image", (1, 4, 4)), 20)]
+    shapes = [(24,), (40,), (30,)] if text_only else [(3, ("image", (1, 6, 8)), 8), (40,), (("image", (1, 4, 4)), 20)]
+    samples = [random_sample(made.config, rng, *pieces) for pieces in shapes]
     graph, state = nnx.split(half, nnx.Param)
-    batch = jax.tree.map(jnp.asarray, pack([[s] for s in samples], made.config, made.reference, tokens=48, patches=48))
+    batch = jax.tree.map(jnp.asarray, pack([[s] for s in samples], made.config, made.reference, tokens=48, patches=0 if text_only else 48))
 
     def logits(state, batch):
         model = nnx.merge(graph, state)
