@@ -67,9 +67,15 @@ def open_question(rng: random.Random, shape: str, colour: str, about_colour: boo
 
 
 def yes_no_question(rng: random.Random, shape: str, colour: str) -> str:
-    """About something present as often as about something absent."""
+    """About a shape as often as about a colour, and each about something present as often as about something absent.
+
+    Drawn from all wordings at once, questions about shapes would be about the shape shown in 69 % of cases, as a picture lacks
+    seven colours but only two shapes; a small model then says so without a look (0.30 of the published shape questions right).
+    """
+    asked, shown = rng.choice(((SHAPES, shape), (COLOURS, colour)))
     present = rng.random() < 0.5
-    return rng.choice([question for question in wordings()[2] if (asked_value(question) in (shape, colour)) == present])
+    fitting = [question for question in wordings()[2] if (value := asked_value(question)) in asked and (value == shown) == present]
+    return rng.choice(fitting)
 
 
 def open_questions(rng: random.Random, split: assets.Split, start: int, count: int) -> Iterator[Sample]:

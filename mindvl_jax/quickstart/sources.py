@@ -54,7 +54,7 @@ class Piece:
     count: int
 
 
-VARIANTS = {"smoke": 4, "standard": 6, "long": 20}
+VARIANTS = {"smoke": 4, "standard": 10, "long": 24}
 
 
 def _concepts(size: str) -> int:

@@ -122,6 +122,17 @@ def test_training_questions_about_shapes_are_balanced():
     assert blind.score(pairs, pairs) < 0.6
 
 
+def test_what_a_training_question_names_does_not_tell_whether_it_is_there():
+    rng = random.Random(0)
+    shares = collections.Counter()
+    for _ in range(4000):
+        shape, colour = rng.choice(shapes.SHAPES), rng.choice(shapes.COLOURS)
+        value = shapes.asked_value(shapes.yes_no_question(rng, shape, colour))
+        shares[value in shapes.SHAPES, value in (shape, colour)] += 1
+    # Each of the four a quarter; four standard deviations among 4,000.
+    assert all(abs(count / 4000 - 0.25) < 0.028 for count in shares.values()) and len(shares) == 4, shares
+
+
 def test_text_samples_answer_from_their_own_words():
     for sample in text.texts(random.Random(0), "train", 300):
         question, answer = sample.turns[0]
