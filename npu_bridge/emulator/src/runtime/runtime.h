@@ -80,7 +80,8 @@ enum class Kind { kernel, copy, synchronisation, collective, graph, memory };
 // One line of the table. Objects are static and join a list when made; nothing is ever removed.
 struct Counter {
   Counter(Kind kind, std::string name);
-  void add(uint64_t bytes = 0) { calls++, this->bytes += bytes; }
+  void add(uint64_t bytes = 0) { calls++, this->bytes += bytes; }  // for what is not a task
+  void add_bytes(uint64_t more) { bytes += more; }
 
   const Kind kind;
   const std::string name;

@@ -1,4 +1,0 @@
-// libhccl: communicators and collectives.
-#include <hccl/hccl.h>
-
-#include "runtime/runtime.h"
