@@ -20,7 +20,7 @@ from mindvl_jax.config import Config
 from mindvl_jax.errors import UserError
 
 # What a child process runs: the trainer of whichever tree PYTHONPATH names, on a resolved configuration.
-_CHILD = "import sys; from mindvl_jax.config_loader import load; from mindvl_jax.training.trainer import train; train(load(sys.argv[1]))"
+_CHILD = "import sys; from mindvl_jax.config_loader import load; from mindvl_jax.training.trainer import train; train(load(sys.argv[1]))\n"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--set-{side}", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=f"overrides of {side}, for example mesh.fsdp=4")
         parser.add_argument(f"--commit-{side}", metavar="REVISION", help=f"run {side} with the code of this revision")
         parser.add_argument(f"--devices-{side}", type=int, metavar="N", help=f"host devices of {side} on CPU")
+        parser.add_argument(f"--processes-{side}", type=int, default=1, metavar="N", help=f"processes of {side}, one a place of its mesh (backend npu_bridge)")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps, through the phases in order")
     parser.add_argument("--start", metavar="DIR", help="weights that both start from; default: fresh ones of the first configuration's seed")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest relative difference of any step's loss that passes")
@@ -45,16 +46,16 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--steps is {args.steps}, expected at least 1")
     configs = {side: config_loader.load(path, [*args.set, *own]) for side, path, own in (("a", args.a, args.set_a), ("b", args.b or args.a, args.set_b))}
     out.mkdir(parents=True, exist_ok=True)
-    start = args.start or configs["a"].run.init_from or _fresh_weights(configs["a"], out / "start")
+    start = args.start or configs["a"].run.init_from or fresh_weights(configs["a"], out / "start")
     losses = {}
     for side, config in configs.items():
         folder = out / side
         path = out / f"{side}.yaml"
         path.write_text(config_loader.dump(shortened(config, steps=args.steps, start=str(start), folder=str(folder))), encoding="utf-8")
         with _code_of(getattr(args, f"commit_{side}")) as root:
-            _train(side, path, root, getattr(args, f"devices_{side}"), out / f"{side}.log")
+            train_apart(f"run {side}", path, root, out / f"{side}.log", devices=getattr(args, f"devices_{side}"), processes=getattr(args, f"processes_{side}"))
         losses[side] = read_losses(folder / "metrics.jsonl", args.steps)
-    outcome = compare(losses["a"], losses["b"], args.tolerance)
+    outcome = compare(losses["a"], losses["b"], args.tolerance, parameter_distance(out / "a", out / "b"))
     (out / "compare.json").write_text(json.dumps(dataclasses.asdict(outcome) | {"passed": outcome.passed}, indent=2) + "\n")
     _draw(outcome, out / "compare.png")
     _show(outcome, out)
@@ -83,12 +84,13 @@ def shortened(config: Config, *, steps: int, start: str, folder: str) -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Losses of both by step, and their relative differences |a - b| / max(|a|, |b|)."""
+    """Losses of both by step, their relative differences |a - b| / max(|a|, |b|), and the distance of the final parameters."""
 
     a: tuple[float, ...]
     b: tuple[float, ...]
     relative: tuple[float, ...]
     tolerance: float
+    parameters: float | None = None
 
     @property
     def worst(self) -> int:
@@ -100,10 +102,21 @@ class Comparison:
         return all(value <= self.tolerance for value in self.relative)  # False for NaN
 
 
-def compare(a: Sequence[float], b: Sequence[float], tolerance: float) -> Comparison:
-    """Compares two runs of as many steps."""
+def compare(a: Sequence[float], b: Sequence[float], tolerance: float, parameters: float | None = None) -> Comparison:
+    """Compares two runs of as many steps. Losses alone decide; the parameters' distance is told beside them."""
     relative = tuple(0.0 if one == other else abs(one - other) / max(abs(one), abs(other)) for one, other in zip(a, b, strict=True))
-    return Comparison(tuple(a), tuple(b), relative, tolerance)
+    return Comparison(tuple(a), tuple(b), relative, tolerance, parameters)
+
+
+def parameter_distance(a: Path, b: Path) -> float:
+    """L2 distance of the newest parameters of two run folders over the length of those of `b`, in float64."""
+    import numpy as np
+
+    from mindvl_jax.training.checkpoint import load_params
+
+    mine, other = ({path: np.asarray(value, np.float64) for path, value in load_params(folder)[1].items()} for folder in (a, b))
+    squares = [(float(np.sum((mine[path] - value) ** 2)), float(np.sum(value**2))) for path, value in other.items()]
+    return math.sqrt(sum(apart for apart, _ in squares) / sum(length for _, length in squares))
 
 
 def read_losses(path: Path, steps: int) -> list[float]:
@@ -124,7 +137,7 @@ def read_losses(path: Path, steps: int) -> list[float]:
     return ordered
 
 
-def _fresh_weights(config: Config, folder: Path) -> Path:
+def fresh_weights(config: Config, folder: Path) -> Path:
     """The first configuration's own initial weights as a folder, so that both runs read the same file whatever their code."""
     import jax
     from flax import nnx
@@ -155,17 +168,28 @@ def _code_of(revision: str | None) -> Iterator[Path]:
             subprocess.run(["git", "-C", str(home), "worktree", "remove", "--force", str(tree)], capture_output=True)
 
 
-def _train(side: str, config: Path, root: Path, devices: int | None, log: Path) -> None:
+def train_apart(name: str, config: Path, root: Path, log: Path, *, devices: int | None = None, processes: int = 1) -> None:
+    """Trains by a resolved configuration in processes of its own, with the code of `root`.
+
+    Args:
+      devices: host devices of one process on the CPU (backend xla). processes: started by npu_bridge.launch when more than one.
+
+    Raises:
+      UserError: it failed; the end of its log is in the message.
+    """
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [environment.get("PYTHONPATH")])])
     if devices is not None:
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         environment["JAX_PLATFORMS"] = "cpu"
-    with log.open("w", encoding="utf-8") as sink:
-        code = subprocess.run([sys.executable, "-c", _CHILD, str(config)], env=environment, stdout=sink, stderr=subprocess.STDOUT).returncode
+    with log.open("w", encoding="utf-8") as sink, tempfile.TemporaryDirectory(prefix="mindvl-compare-") as scratch:
+        script = Path(scratch) / "child.py"
+        script.write_text(_CHILD)
+        launcher = [] if processes == 1 else ["-m", "npu_bridge.launch", "--nproc", str(processes)]
+        code = subprocess.run([sys.executable, *launcher, str(script), str(config)], env=environment, stdout=sink, stderr=subprocess.STDOUT).returncode
     if code:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
-        raise UserError(f"run {side} ended with exit code {code}; the end of {log}:\n{tail}")
+        raise UserError(f"{name} ended with exit code {code}; the end of {log}:\n{tail}")
 
 
 def _show(outcome: Comparison, out: Path) -> None:
@@ -181,7 +205,8 @@ def _show(outcome: Comparison, out: Path) -> None:
     console = Console()
     console.print(table)
     verdict = "[green]equal[/]" if outcome.passed else "[red]different[/]"
-    console.print(f"{verdict}: largest relative difference {outcome.relative[outcome.worst]:.2e} at step {outcome.worst + 1} (tolerance {outcome.tolerance:g}); {out / 'compare.png'}")
+    console.print(f"{verdict}: largest relative difference {outcome.relative[outcome.worst]:.2e} at step {outcome.worst + 1} (tolerance {outcome.tolerance:g})")
+    console.print(f"parameters after the last step differ by {outcome.parameters:.2e} (L2, relative); {out / 'compare.png'}")
 
 
 def _draw(outcome: Comparison, path: Path) -> None:

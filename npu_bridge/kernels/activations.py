@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
+import torch.nn.functional as F
 
 from npu_bridge.kernels.registry import register, torch_npu
 
 _MODES = {"half": "half", "interleaved": "interleave"}  # our word -> torch_npu's
 
 
-def _turn(x, mode):
-    """(a, b) -> (-b, a) in every pair."""
-    if mode == "half":
-        a, b = x.chunk(2, -1)
-        return torch.cat((-b, a), -1)
-    return torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
+def _pairs(x, mode):
+    """Views of the first and of the second members of all pairs."""
+    return x.chunk(2, -1) if mode == "half" else (x[..., 0::2], x[..., 1::2])
+
+
+def _rotate(x, cos, sin, mode):
+    """(a, b) -> (a cos - b sin, b cos + a sin) in every pair, where each member has angles of its own."""
+    x, cos, sin = x.float(), cos.float()[:, :, None], sin.float()[:, :, None]
+    y = x * cos
+    (a, b), (first, second), (ya, yb) = _pairs(x, mode), _pairs(sin, mode), _pairs(y, mode)
+    ya.addcmul_(b, first, value=-1)
+    yb.addcmul_(a, second)
+    return y
+
+
+def _rotate_back(g, cos, sin, mode):
+    """The transpose of `_rotate`."""
+    g, cos, sin = g.float(), cos.float()[:, :, None], sin.float()[:, :, None]
+    y = g * cos
+    (a, b), (first, second), (ya, yb) = _pairs(g, mode), _pairs(sin, mode), _pairs(y, mode)
+    ya.addcmul_(b, second)
+    yb.addcmul_(a, first, value=-1)
+    return y
 
 
 def _swap(x, mode):
@@ -55,9 +71,7 @@ def _npu_rotary_backward(g, cos, sin, *, mode):
     note="layout BSND, tables (B, T, 1, R), float32 inside; partial width by slice and concatenation",
 )
 def rotary(x, cos, sin, *, mode):
-    return _rotated_part(
-        x, cos, lambda head: (head.float() * cos.float()[:, :, None] + _turn(head.float(), mode) * sin.float()[:, :, None]).to(x.dtype)
-    )
+    return _rotated_part(x, cos, lambda head: _rotate(head, cos, sin, mode).to(x.dtype))
 
 
 @register(
@@ -68,9 +82,7 @@ def rotary(x, cos, sin, *, mode):
     note="npu_rotary_mul_backward would also compute table gradients that nobody wants",
 )
 def rotary_backward(g, cos, sin, *, mode):
-    return _rotated_part(
-        g, cos, lambda head: (head.float() * cos.float()[:, :, None] - _turn(head.float() * sin.float()[:, :, None], mode)).to(g.dtype)
-    )
+    return _rotated_part(g, cos, lambda head: _rotate_back(head, cos, sin, mode).to(g.dtype))
 
 
 def _npu_swiglu(gate, up):
@@ -84,16 +96,14 @@ def _npu_swiglu_backward(g, gate, up):
 
 @register("swiglu", family="swiglu", call="torch_npu.npu_swiglu(cat(gate, up), dim=-1)", npu=_npu_swiglu, note="gate first")
 def swiglu(gate, up):
-    wide = gate.float()
-    return ((wide * torch.sigmoid(wide) * up.float()).to(gate.dtype),)
+    return (F.silu(gate.float()).mul_(up.float()).to(gate.dtype),)
 
 
 @register("swiglu_backward", family="swiglu", call="torch_npu.npu_swiglu_backward(g, cat(gate, up), dim=-1)", npu=_npu_swiglu_backward)
 def swiglu_backward(g, gate, up):
     g, wide = g.float(), gate.float()
-    sigmoid = torch.sigmoid(wide)
-    dgate = g * up.float() * sigmoid * (1 + wide * (1 - sigmoid))
-    return dgate.to(gate.dtype), (g * wide * sigmoid).to(up.dtype)
+    dgate = torch.ops.aten.silu_backward(g * up.float(), wide)
+    return dgate.to(gate.dtype), F.silu(wide).mul_(g).to(up.dtype)
 
 
 def _approximation(approximate):
@@ -108,9 +118,6 @@ def _npu_gelu_backward(g, x, *, approximate):
     return (torch_npu().npu_gelu_backward(g, x, approximate=_approximation(approximate)),)
 
 
-_SLOPE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
-
-
 @register(
     "gelu",
     family="gelu",
@@ -119,18 +126,9 @@ _SLOPE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
     note="fast_gelu is a legacy operator and another formula",
 )
 def gelu(x, *, approximate):
-    wide = x.float()
-    if approximate:
-        return ((0.5 * wide * (1 + torch.tanh(_SLOPE * (wide + _CUBIC * wide**3)))).to(x.dtype),)
-    return ((0.5 * wide * (1 + torch.erf(wide * math.sqrt(0.5)))).to(x.dtype),)
+    return (F.gelu(x.float(), approximate=_approximation(approximate)).to(x.dtype),)
 
 
 @register("gelu_backward", family="gelu", call='torch_npu.npu_gelu_backward(g, x, approximate="tanh" | "none")', npu=_npu_gelu_backward)
 def gelu_backward(g, x, *, approximate):
-    wide = x.float()
-    if approximate:
-        t = torch.tanh(_SLOPE * (wide + _CUBIC * wide**3))
-        slope = 0.5 * (1 + t) + 0.5 * wide * (1 - t * t) * _SLOPE * (1 + 3 * _CUBIC * wide * wide)
-    else:
-        slope = 0.5 * (1 + torch.erf(wide * math.sqrt(0.5))) + wide * torch.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
-    return ((g.float() * slope).to(x.dtype),)
+    return (torch.ops.aten.gelu_backward(g.float(), x.float(), approximate=_approximation(approximate)).to(x.dtype),)

@@ -7,11 +7,12 @@ B rows, I blocks, C query places of a block, S key places it reaches, N query he
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
 
-from npu_bridge.kernels.registry import register, torch_npu
+from npu_bridge.kernels.registry import torch_npu
 
 # ---- torch equivalent -----------------------------------------------------------------------------------------------
 
@@ -89,9 +90,14 @@ def forbidden(q, k, segments, *, causal, window, blocks):
     return mask
 
 
+# Logits count in powers of two: on a CPU torch.exp runs MKL's, which takes ten times as long where it meets an infinity (every
+# masked place) or a result near the end of the range; exp2 does not.
+_LOG2E, _LN2 = math.log2(math.e), math.log(2)
+
+
 def _logits(q, k, mask, group, scale):
-    """(B, I, K, G * C, S) float32; products of narrow operands are summed in float32."""
-    logits = torch.matmul(q.float(), k.float().transpose(-1, -2)).mul_(scale)
+    """(B, I, K, G * C, S) float32, in powers of two; products of narrow operands are summed in float32."""
+    logits = torch.matmul(q.float(), k.float().transpose(-1, -2)).mul_(scale * _LOG2E)
     if mask is not None:
         logits.unflatten(3, (group, -1)).masked_fill_(mask[:, :, None, None], float("-inf"))
     return logits
@@ -106,11 +112,11 @@ def attention(q, k, v, *segments, causal, window, scale, blocks):
     logits = _logits(qb, kb, mask, group, scale)
     peak = logits.amax(-1, keepdim=True)
     peak.masked_fill_(peak == float("-inf"), 0)
-    weights = logits.sub_(peak).exp_().to(q.dtype)
+    weights = logits.sub_(peak).exp2_().to(q.dtype)
     total = weights.sum(-1, keepdim=True, dtype=torch.float32)
     total = torch.where(total > 0, total, 1)
     out = (torch.matmul(weights, vb).float() / total).to(q.dtype)
-    lse = _by_place(peak + total.log(), group, places)[..., 0].transpose(1, 2)
+    lse = _by_place(peak * _LN2 + total.log(), group, places)[..., 0].transpose(1, 2)
     return _by_place(out, group, places).contiguous(), lse.contiguous()
 
 
@@ -122,7 +128,7 @@ def attention_backward(g, q, k, v, out, lse, *segments, causal, window, scale, b
     delta, lse = per_head((g.float() * out.float()).sum(-1, keepdim=True)), per_head(lse.transpose(1, 2)[..., None])
     qb, gb = per_head(q), per_head(g)
     kb, vb = (_reached(x, blocks).transpose(2, 3) for x in (k, v))
-    p = _logits(qb, kb, mask, group, scale).sub_(lse).exp_().to(q.dtype)
+    p = _logits(qb, kb, mask, group, scale).sub_(lse * _LOG2E).exp2_().to(q.dtype)
     ds = (torch.matmul(gb.float(), vb.float().transpose(-1, -2)).sub_(delta) * p).mul_(scale).to(q.dtype)
     dq = _by_place(torch.matmul(ds, kb), group, places)
     # Blocks of queries that reach one key add up in float32.
@@ -228,25 +234,3 @@ def _npu_attention_backward(g, q, k, v, out, lse, *segments, causal, window, sca
         ql, kl, vl, gl, q.shape[2], softmax_max=peak, softmax_sum=torch.ones_like(peak), attention_in=outl, scale_value=scale, **arguments
     )[:3]
     return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
-
-
-_FORMS = {  # suffix -> (arguments, note)
-    "": (
-        '"BSND", sparse_mode=3 | 4 with the 2048 triangle, or no mask',
-        "mask True = masked; sparse mode 3 is causal from the lower right, 4 a band",
-    ),
-    "_segments": (
-        '"BSND", atten_mask=(B, 1, T, S), sparse_mode=0',
-        "a materialised mask: the fall-back where no lengths are given",
-    ),
-    "_packed": (
-        '"TND", actual_seq_qlen=ends, actual_seq_kvlen=ends, sparse_mode=0 | 3 | 4',
-        "ends: cumulative, host, no leading 0, at most 1024; v3 with host tensors inside a captured graph",
-    ),
-}
-
-for _suffix, (_arguments, _note) in _FORMS.items():
-    _call = f"torch_npu.npu_fusion_attention(q, k, v, N, {_arguments})"
-    register("attention" + _suffix, family="attention", call=_call, npu=_npu_attention, inside=True, note=_note)(attention)
-    _call = f"torch_npu.npu_fusion_attention_grad(q, k, v, g, N, {_arguments}, softmax_max=lse, softmax_sum=1, attention_in=out)"
-    register(f"attention{_suffix}_backward", family="attention", call=_call, npu=_npu_attention_backward, inside=True)(attention_backward)

@@ -181,6 +181,6 @@ def measure(name: str, dtype: str, device: str = "cpu", equivalents: str | None 
     return max(difference(result, value) for result, value in zip(results, wanted))
 
 
-def measure_all(device: str = "cpu") -> dict[str, dict[str, float]]:
+def measure_all(device: str = "cpu", equivalents: str | None = None) -> dict[str, dict[str, float]]:
     """Kernel -> dtype -> error, for every kernel of the table."""
-    return {name: {dtype: measure(name, dtype, device) for dtype in DTYPES} for name in KERNELS}
+    return {name: {dtype: measure(name, dtype, device, equivalents) for dtype in DTYPES} for name in KERNELS}

@@ -29,8 +29,9 @@ def _npu_rms_norm_backward(g, x, scale, rstd):
 )
 def rms_norm(x, scale, *, eps):
     wide = x.float()
-    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * rstd * scale.float()).to(x.dtype), rstd
+    # The length of a row in one pass over it; its square over D is the mean of squares.
+    rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * rstd).mul_(scale.float()).to(x.dtype), rstd
 
 
 @register(
@@ -41,10 +42,11 @@ def rms_norm(x, scale, *, eps):
     note="dscale is float32 whatever the scale's dtype",
 )
 def rms_norm_backward(g, x, scale, rstd):
-    g, normed = g.float(), x.float() * rstd
-    gs = g * scale.float()
-    dx = rstd * (gs - normed * (gs * normed).mean(-1, keepdim=True))
-    return dx.to(x.dtype), (g * normed).sum(_leading(x))
+    g, normed, scale = g.float(), x.float() * rstd, scale.float()
+    terms = g * normed
+    mean = (terms @ scale).div_(x.shape[-1])[..., None]
+    dx = (g * scale).addcmul_(normed, mean, value=-1).mul_(rstd)
+    return dx.to(x.dtype), terms.sum(_leading(x))
 
 
 def _npu_layer_norm(x, scale, bias, *, eps):

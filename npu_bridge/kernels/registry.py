@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 PREFIX = "npu_bridge."
-SWITCH = "NPU_BRIDGE_EQUIVALENT"  # comma-separated families, or "all": these run their torch equivalent even on an NPU
+SWITCH = "NPU_BRIDGE_EQUIVALENT"  # comma-separated families, or "all": these run their torch equivalent where there is a fused call
 
 Function = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -32,6 +32,7 @@ class Kernel:
       family: name in the switch; forward and backward of one operator share it, because what they hand over must agree.
       equivalent: plain torch without autograd, ``(*tensors, **params) -> tuple of tensors``, float32 inside.
       npu: the same signature on torch_npu, or None where torch's own operators are the fused kernels (aclnn) already.
+      cpu: the same on a CPU by torch's fused kernels, or None where the equivalent is what torch has.
       call: the torch_npu or torch call made on Ascend, as text for people.
       tolerance: dtype name -> bound on the error (see above).
       note: what to know; shown in the table.
@@ -44,13 +45,14 @@ class Kernel:
     call: str
     tolerance: dict[str, float]
     note: str = ""
+    cpu: Function | None = None
 
 
 KERNELS: dict[str, Kernel] = {}
 
 
 def register(
-    name: str, *, family: str, call: str, inside: bool = False, npu: Function | None = None, note: str = ""
+    name: str, *, family: str, call: str, inside: bool = False, npu: Function | None = None, cpu: Function | None = None, note: str = ""
 ) -> Callable[[Function], Function]:
     """Enters the decorated torch equivalent into the table; `inside` says that rounded intermediates feed a product."""
 
@@ -58,7 +60,7 @@ def register(
         if name in KERNELS:
             raise ValueError(f"npu_bridge.kernels: {name!r} is registered twice")
         tolerance = {"float32": FLOAT32, "bfloat16": ROUNDED_INSIDE if inside else ROUNDED_ONCE}
-        KERNELS[name] = Kernel(name, family, equivalent, npu, call, tolerance, note)
+        KERNELS[name] = Kernel(name, family, equivalent, npu, call, tolerance, note, cpu)
         return equivalent
 
     return enter
@@ -99,11 +101,13 @@ def lookup(name: str, device: str, *, equivalents: str | None = None) -> Functio
     if kernel is None:
         raise KeyError(f"npu_bridge.kernels: no kernel {name!r}; registered: {', '.join(sorted(KERNELS))}. "
                        "A program's own operator is added with npu_bridge.runtime.kernel_table.provide.")  # fmt: skip
-    off = switched_off(equivalents)
-    if str(device).partition(":")[0] != "npu" or kernel.npu is None or kernel.family in off:
+    kind = str(device).partition(":")[0]
+    fused = {"npu": kernel.npu, "cpu": kernel.cpu}.get(kind)
+    if fused is None or kernel.family in switched_off(equivalents):
         return kernel.equivalent
-    torch_npu()
-    return kernel.npu
+    if kind == "npu":
+        torch_npu()
+    return fused
 
 
 def torch_npu() -> Any:

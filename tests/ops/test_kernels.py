@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from npu_bridge import jaxcompat, kernels, ops
-from npu_bridge.kernels import check, registry
+from npu_bridge.kernels import attention_cpu, check, registry
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -24,8 +24,23 @@ def one_thread():
 @pytest.mark.parametrize("dtype", check.DTYPES)
 @pytest.mark.parametrize("name", sorted(kernels.KERNELS))
 def test_the_equivalent_is_within_its_tolerance_of_the_formula_in_float64(name, dtype):
+    error, bound = check.measure(name, dtype, equivalents="all"), kernels.KERNELS[name].tolerance[dtype]
+    assert error <= bound, f"{name} {dtype}: error {error:.2e}, tolerance {bound:.1e}"
+
+
+@pytest.mark.parametrize("dtype", check.DTYPES)
+@pytest.mark.parametrize("name", sorted(name for name, kernel in kernels.KERNELS.items() if kernel.cpu is not None))
+def test_the_fused_form_of_a_cpu_is_within_its_tolerance_of_the_formula_in_float64(name, dtype):
+    assert kernels.lookup(name, "cpu") is kernels.KERNELS[name].cpu
     error, bound = check.measure(name, dtype), kernels.KERNELS[name].tolerance[dtype]
     assert error <= bound, f"{name} {dtype}: error {error:.2e}, tolerance {bound:.1e}"
+
+
+def test_the_fused_form_of_a_cpu_is_in_force_wherever_torch_has_it():
+    # Its operators are torch's internal names: a release that drops them must show here, not as a slower step.
+    q, k = torch.randn(1, 8, 4, 16), torch.randn(1, 8, 2, 16)
+    assert attention_cpu._fits(q, k)
+    assert not attention_cpu._fits(q, k[..., :8]), "torch wants one head dim"
 
 
 def test_every_operator_has_a_kernel_and_every_kernel_an_operator_and_a_check():

@@ -1,0 +1,90 @@
+"""`python -m benchmarks.backends --config configs/smoke.yaml --out FOLDER`: how far npu_bridge trains from XLA, with XLA against
+itself on several devices as the control.
+
+All runs start from the same weights and see the same batches. In float32: XLA on one device (the reference), XLA on 2 x 2 devices
+(the control: another order of additions, nothing else), the bridge in one process and in 2 x 2 (fsdp x tensor). In bfloat16: the
+bridge against XLA, beside XLA in bfloat16 against XLA in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mindvl_jax import config_loader
+from mindvl_jax.training.compare_command import fresh_weights, parameter_distance, read_losses, shortened, train_apart
+
+ROOT = Path(__file__).resolve().parents[1]
+SPLIT = ("mesh.fsdp=2", "mesh.tensor=2")
+FLOAT32, BFLOAT16 = "model.compute_dtype=float32", "model.compute_dtype=bfloat16"
+BRIDGE = ("backend=npu_bridge", "bridge.device=cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training: overrides of the configuration, host devices of its process, number of processes."""
+
+    overrides: tuple[str, ...]
+    devices: int = 1
+    processes: int = 1
+
+
+RUNS = {
+    "xla": Run((FLOAT32,)),
+    "xla-2x2": Run((FLOAT32, *SPLIT), devices=4),
+    "bridge": Run((FLOAT32, *BRIDGE)),
+    "bridge-2x2": Run((FLOAT32, *BRIDGE, *SPLIT), processes=4),
+    "xla-bfloat16": Run((BFLOAT16,)),
+    "bridge-bfloat16": Run((BFLOAT16, *BRIDGE)),
+}
+PAIRS = (("xla-2x2", "xla"), ("bridge", "xla"), ("bridge-2x2", "xla"), ("xla-bfloat16", "xla"), ("bridge-bfloat16", "xla-bfloat16"))
+
+
+def measure(config_path: str, overrides: Sequence[str], steps: int, out: Path, names: Sequence[str]) -> dict:
+    """Trains every named run that is not there yet and returns the distance of each pair that is complete."""
+    out.mkdir(parents=True, exist_ok=True)
+    load = lambda name: config_loader.load(config_path, ["model.matmul_precision=default", *overrides, *RUNS[name].overrides])
+    start = out / "start"
+    if not start.exists():
+        fresh_weights(load("xla"), start)
+    for name in names:
+        if (out / name / "metrics.jsonl").exists():
+            continue
+        path = out / f"{name}.yaml"
+        path.write_text(config_loader.dump(shortened(load(name), steps=steps, start=str(start), folder=str(out / name))), encoding="utf-8")
+        train_apart(name, path, ROOT, out / f"{name}.log", devices=RUNS[name].devices, processes=RUNS[name].processes)
+        print(f"{name}: {steps} steps", flush=True)
+    found = {}
+    for a, b in PAIRS:
+        if all((out / name / "metrics.jsonl").exists() for name in (a, b)):
+            one, other = (read_losses(out / name / "metrics.jsonl", steps) for name in (a, b))
+            relative = [abs(x - y) / abs(y) for x, y in zip(one, other, strict=True)]
+            found[f"{a} against {b}"] = {
+                "loss, first 20 steps": max(relative[:20]), f"loss, {steps} steps": max(relative), "mean loss difference": sum(relative) / steps,
+                f"parameters at step {steps}": parameter_distance(out / a, out / b),
+            }  # fmt: skip
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.backends", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides of all runs")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--out", required=True, type=Path)
+    args = parser.parse_args(arguments)
+    found = measure(args.config, args.set, args.steps, args.out.absolute(), args.only)
+    (args.out / "backends.json").write_text(json.dumps(found, indent=2) + "\n")
+    print("| Runs | " + " | ".join(next(iter(found.values()), {})) + " |")
+    for pair, figures in found.items():
+        print(f"| {pair} | " + " | ".join(f"{value:.1e}" for value in figures.values()) + " |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Attention on a CPU by torch's own fused kernels: logits stay in cache, forward and backward.
+
+The operators behind `scaled_dot_product_attention` are called by name, because they take and give the log-sum-exp that our forward
+and backward hand over. Shapes as in attention.py; blocks of queries become rows of the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from npu_bridge.kernels.attention import _own, _reached, _sum_reached, attention, attention_backward, forbidden
+
+_FORWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+
+
+def _fits(q, v):
+    return _FORWARD is not None and _BACKWARD is not None and q.shape[-1] == v.shape[-1] and q.dtype in (torch.float32, torch.bfloat16)
+
+
+def _lay(x):
+    """(B, I, C, N, H) -> (B * I, N, C, H), a view where there is one block."""
+    return x.flatten(0, 1).transpose(1, 2)
+
+
+def _join(x, batch, places):
+    """(B * I, N, C, H) -> (B, T, N, H)."""
+    return x.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)[:, :places].contiguous()
+
+
+def _mask(q, k, segments, *, causal, window, blocks):
+    """(B * I, 1, C, S) to be added to the logits, or None."""
+    mask = forbidden(q, k, segments, causal=causal, window=window, blocks=blocks)
+    if mask is None:
+        return None
+    added = torch.where(mask, float("-inf"), 0.0).to(q.dtype)
+    rows = q.shape[0], -(-q.shape[1] // blocks[0]) if blocks[0] else 1
+    return added.expand(*rows, -1, -1).flatten(0, 1)[:, None]
+
+
+def _operands(q, k, v, blocks):
+    return _lay(_own(q, blocks[0])), _lay(_reached(k, blocks)), _lay(_reached(v, blocks))
+
+
+def flash(q, k, v, *segments, causal, window, scale, blocks):
+    """-> out (B, T, N, J), lse (B, N, T) float32."""
+    if not _fits(q, v):
+        return attention(q, k, v, *segments, causal=causal, window=window, scale=scale, blocks=blocks)
+    batch, places = q.shape[:2]
+    mask = _mask(q, k, segments, causal=causal, window=window, blocks=blocks)
+    out, lse = _FORWARD(*_operands(q, k, v, blocks), 0.0, False, attn_mask=mask, scale=scale)
+    return _join(out, batch, places), _join(lse[..., None], batch, places)[..., 0].transpose(1, 2).contiguous()
+
+
+def flash_backward(g, q, k, v, out, lse, *segments, causal, window, scale, blocks):
+    """-> dq, dk, dv."""
+    if not _fits(q, v):
+        return attention_backward(g, q, k, v, out, lse, *segments, causal=causal, window=window, scale=scale, blocks=blocks)
+    batch, places, keys = q.shape[0], q.shape[1], k.shape[1]
+    mask = _mask(q, k, segments, causal=causal, window=window, blocks=blocks)
+    per_block = lambda x: _lay(_own(x, blocks[0]))
+    statistics = per_block(lse.transpose(1, 2)[..., None])[..., 0].contiguous()
+    dq, dk, dv = _BACKWARD(per_block(g), *_operands(q, k, v, blocks), per_block(out), statistics, 0.0, False, attn_mask=mask, scale=scale)
+    # Blocks of queries that reach one key add up in float32.
+    dk, dv = (_sum_reached(x.transpose(1, 2).unflatten(0, (batch, -1)).float(), blocks, keys).to(q.dtype) for x in (dk, dv))
+    return _join(dq, batch, places), dk.contiguous(), dv.contiguous()
