@@ -33,7 +33,7 @@ class Benchmark:
     Attributes:
       title: as people know it. metric: what its main score is called.
       files: stems of published files, tried in order with .parquet and .tsv.
-      columns: what a row must have. read: row -> item. score: (item, prediction) -> scores by name, the main one first.
+      columns: what a row must have. read: row -> item. rule: (item, answer) -> scores by name, the main one first.
       summarise: (items, scores of each) -> main score and further figures; the default is the mean, and means by category.
     """
 
@@ -42,10 +42,14 @@ class Benchmark:
     files: tuple[str, ...]
     columns: tuple[str, ...]
     read: Callable[[Row, int], Item]
-    score: Callable[[Item, str], dict[str, float]]
+    rule: Callable[[Item, str], dict[str, float]]
     summarise: Callable[[Sequence[Item], Sequence[dict[str, float]]], dict[str, Any]] | None = None
     max_new_tokens: int = 32
     group: Callable[[Item], str] = lambda item: item.id
+
+    def score(self, item: Item, prediction: str) -> dict[str, float]:
+        """Scores by name, the main one first. White space around an answer never counts, as in lmms-eval (`Task.process_results`)."""
+        return self.rule(item, prediction.strip())
 
 
 def _ask(text: str, pictures: int = 1) -> tuple[dict[str, str], ...]:
@@ -213,7 +217,7 @@ BENCHMARKS: dict[str, Benchmark] = {
                           lambda item, prediction: {"accuracy": scorers.ocrbench_match(prediction, item.answers, formula=item.extra["formula"])}, max_new_tokens=128),
     "mme": Benchmark("MME", "accuracy", ("mme", "MME"), ("question", "answer", "category"), _mme, _mme_scores, _mme_summary, max_new_tokens=16, group=lambda item: item.extra["pair"]),
     "mmbench_dev_en": Benchmark("MMBench (English, dev)", "accuracy", ("mmbench_dev_en", "MMBench_DEV_EN", "mmbench_en_dev", "mmbench"), ("index", "question", "answer", "A", "B"), _mmbench,
-                                lambda item, prediction: {"accuracy": float(choices.mmbench_option(prediction.strip(), item.extra["options"]) in item.answers)}, _mmbench_summary,
+                                lambda item, prediction: {"accuracy": float(choices.mmbench_option(prediction, item.extra["options"]) in item.answers)}, _mmbench_summary,
                                 max_new_tokens=64, group=lambda item: item.extra["original"]),
     "ai2d_test": Benchmark("AI2D", "accuracy", ("ai2d_test", "AI2D_TEST", "ai2d"), ("question", "answer", "options|A"), _ai2d,
                            lambda item, prediction: {"accuracy": float(choices.same_option(prediction, item.answers[0]))}, max_new_tokens=16),

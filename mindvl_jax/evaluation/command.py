@@ -121,7 +121,7 @@ def _exact_match_task(name: str, source, most: int | None, max_new_tokens: int):
     from mindvl_jax.evaluation.scorers import exact_match
 
     score = lambda item, prediction: {"exact_match": exact_match(prediction, item.answers)}
-    benchmark = Benchmark(name, "exact_match", (), (), read=None, score=score, max_new_tokens=max_new_tokens)
+    benchmark = Benchmark(name, "exact_match", (), (), read=None, rule=score, max_new_tokens=max_new_tokens)
     return name, benchmark, sample_items(name, source, most)
 
 

@@ -24,8 +24,7 @@ class Bucket:
     images: int
 
     def holds(self, other: "Bucket") -> bool:
-        same_program = bool(self.patches) == bool(other.patches)  # pictures or none: two programs
-        return same_program and self.tokens >= other.tokens and self.patches >= other.patches and self.images >= other.images
+        return self.tokens >= other.tokens and self.patches >= other.patches and self.images >= other.images
 
 
 def bucket_of(tokens: int, patches: int, images: int, *, halves: bool = False) -> Bucket:
@@ -43,8 +42,8 @@ def bucket_of(tokens: int, patches: int, images: int, *, halves: bool = False) -
 
 
 def rows_for(count: int, most: int) -> int:
-    """Rows of a prefill that admits `count` of at most `most` prompts: 1, a quarter, or all (few slots: always all)."""
-    for rows in (1, -(-most // 4), most) if most > 4 else (most,):
+    """Rows of a prefill that needs `count` of at most `most`: 1, a quarter, a half, or all (few slots: always all)."""
+    for rows in (1, -(-most // 4), -(-most // 2), most) if most > 4 else (most,):
         if count <= rows:
             return rows
     raise ValueError(f"{count} prompts do not fit {most} rows")

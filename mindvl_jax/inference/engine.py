@@ -17,7 +17,7 @@ from flax import nnx
 from mindvl_jax.errors import UserError
 from mindvl_jax.inference import programs
 from mindvl_jax.inference.buckets import Bucket, rows_for
-from mindvl_jax.inference.prompts import Prompt, pack_bucket, vision_of
+from mindvl_jax.inference.prompts import Prompt, arrange, pack_bucket, vision_of
 from mindvl_jax.inference.request import Sampling
 from mindvl_jax.inference.placement import place_rows
 
@@ -155,22 +155,23 @@ class Engine:
 
     def _read(self, group: list[_Running], slots: list[int]) -> tuple[jax.Array, jax.Array]:
         prompts: list[Prompt] = []
-        row_of: list[int] = []
-        for running in group:  # answers of one prompt share its row
+        prompt_of: list[int] = []
+        for running in group:  # answers of one prompt share its place
             if not prompts or prompts[-1] is not running.prompt:
                 prompts.append(running.prompt)
-            row_of.append(len(prompts) - 1)
+            prompt_of.append(len(prompts) - 1)
         bucket = group[0].prompt.bucket
-        batch = pack_bucket(prompts, bucket, rows_for(len(prompts), self.slots), self._vision)
+        rows = arrange(prompts, bucket)
+        batch = pack_bucket([[prompts[index] for index in row] for row in rows], bucket, rows_for(len(rows), self.slots), self._vision)
         batch = place_rows(self._mesh, batch, batch.tokens.shape[0])
         prefilled = programs.prefill(self._graphdef, self._params, batch, has_pictures=bool(bucket.patches))
-        places = rows_for(len(group), self.slots)
-        pad = places - len(group)
-        row_N = np.asarray(row_of + [0] * pad, np.int32)
+        pad = rows_for(len(group), self.slots) - len(group)
+        places = _places(prompts, rows, prompt_of + [0] * pad)
         slot_N = np.asarray(slots + [self.slots] * pad, np.int32)
         settings = self._settings(group, pad)
-        tokens, logprobs = programs.first_tokens(prefilled.logits, prefilled.seen, row_N, settings)
-        self._state = programs.admit(self._state, prefilled, row_N, slot_N, tokens, settings, self._eos)
+        logits, seen = programs.last_logits(self._graphdef, self._params, prefilled, places)
+        tokens, logprobs = programs.first_tokens(logits, seen, settings)
+        self._state = programs.admit(self._state, prefilled.cache, places, seen, slot_N, tokens, settings, self._eos)
         for running, slot in zip(group, slots):
             self._running[slot] = running
         return tokens, logprobs
@@ -190,6 +191,19 @@ class Engine:
             ignore_eos=column(lambda r: r.sampling.ignore_eos, bool, False),
             key=np.asarray([_key(running.seed) for running in group] + [(0, 0)] * pad, np.uint32),
         )
+
+
+def _places(prompts: Sequence[Prompt], rows: Sequence[Sequence[int]], prompt_of: Sequence[int]) -> programs.Places:
+    """Where the prompts of the answers lie in the rows."""
+    found: dict[int, tuple[int, int, int, int]] = {}
+    for number, row in enumerate(rows):
+        start = 0
+        for index in row:
+            length = prompts[index].tokens
+            found[index] = (number, start, length, int(prompts[index].example.positions.max()) + 1)
+            start += length
+    row, start, length, position = np.asarray([found[index] for index in prompt_of], np.int32).T.copy()
+    return programs.Places(row=row, start=start, length=length, position=position)
 
 
 def _key(seed: int) -> tuple[int, int]:

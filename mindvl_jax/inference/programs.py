@@ -1,9 +1,10 @@
 """The device programs of generation: read prompts, choose first tokens, admit to slots, decode, release.
 
-Legend: B slots, R prompt rows, N admitted answers, T prompt places, S cache places a slot, V vocabulary, L layers.
+Legend: B slots, R prompt rows, N admitted answers, T prompt places, S cache places a slot, V vocabulary, L layers, D width.
 
 All shapes are static. One decode program serves every request whatever its length, pictures or settings: what differs between
-requests are values in the per-slot arrays. Prompts are read at a few bucketed sizes (see `buckets.py`).
+requests are values in the per-slot arrays. Prompts are read at a few bucketed sizes (see `buckets.py`), several to a row where they
+fit, like the samples of a training row.
 """
 
 from __future__ import annotations
@@ -79,18 +80,30 @@ def empty_slots(config: TextConfig, slots: int, places: int, dtype) -> Slots:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefilled:
-    """What reading R prompts leaves: cache (L, R, T, K, H), last logits (R, V) float32, next position and length (R,), seen (R, V)."""
+    """What reading R rows of prompts leaves: cache (L, R, T, K, H), hidden states after the final norm (R, T, D), the tokens (R, T)."""
 
     cache: KVCache
-    logits: jax.Array
-    position: jax.Array
+    hidden: jax.Array
+    tokens: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where the prompts of N answers lie in what was read, (N,) int32 each.
+
+    Attributes: row: of the prompt. start: its first place there. length: its tokens. position: rotary position of the token after it.
+    """
+
+    row: jax.Array
+    start: jax.Array
     length: jax.Array
-    seen: jax.Array
+    position: jax.Array
 
 
 @partial(jax.jit, static_argnames=("graphdef", "has_pictures"))
 def prefill(graphdef, params, batch: Batch, *, has_pictures: bool) -> Prefilled:
-    """Reads R prompts, one a row, padded at the end.
+    """Reads R rows of prompts, padded at the end; each prompt attends to itself only.
 
     Args:
       has_pictures: static; False skips the vision tower (the batch's patches are then never looked at).
@@ -101,56 +114,61 @@ def prefill(graphdef, params, batch: Batch, *, has_pictures: bool) -> Prefilled:
     else:
         inputs_RTD = model.language.embed(batch.tokens).astype(model.compute_dtype)
     R, T = batch.tokens.shape
-    real_RT = batch.segment_ids > 0
-    length_R = jnp.sum(real_RT, axis=1, dtype=jnp.int32)
     cache = KVCache.empty(model.language.config, R, T, inputs_RTD.dtype)
     hidden_RTD, cache = model.language(
         inputs_RTD, batch.positions, batch.segment_ids, segment_lengths=batch.segment_lengths,
         cache=cache, cache_index_B=jnp.zeros((R,), jnp.int32), cache_is_empty=True,
     )
-    last_RD = jnp.take_along_axis(hidden_RTD, jnp.maximum(length_R - 1, 0)[:, None, None], axis=1)[:, 0]
-    logits_RV = model.logits(last_RD)
-    top_R = jnp.max(jnp.where(real_RT[:, None], batch.positions, -1), axis=(1, 2))
-    rows = jnp.arange(R)[:, None]
-    seen_RV = jnp.zeros(logits_RV.shape, jnp.int32).at[rows, batch.tokens].max(real_RT.astype(jnp.int32)) > 0
-    return Prefilled(cache=cache, logits=logits_RV, position=(top_R + 1).astype(jnp.int32), length=length_R, seen=seen_RV)
+    return Prefilled(cache=cache, hidden=hidden_RTD, tokens=batch.tokens)
+
+
+@partial(jax.jit, static_argnames=("graphdef",))
+def last_logits(graphdef, params, prefilled: Prefilled, places: Places) -> tuple[jax.Array, jax.Array]:
+    """Logits (N, V) float32 after the last token of each answer's prompt, and the tokens that occur in the prompt, (N, V) bool."""
+    logits_NV = nnx.merge(graphdef, params).logits(prefilled.hidden[places.row, places.start + places.length - 1])
+    N, T = places.row.shape[0], prefilled.tokens.shape[1]
+    place_1T = jnp.arange(T)[None]
+    own_NT = (place_1T >= places.start[:, None]) & (place_1T < (places.start + places.length)[:, None])
+    counts_NV = jnp.zeros((N, logits_NV.shape[-1]), jnp.int32).at[jnp.arange(N)[:, None], prefilled.tokens[places.row]].max(own_NT.astype(jnp.int32))
+    return logits_NV, counts_NV > 0
 
 
 @jax.jit
-def first_tokens(logits_RV, seen_RV, row_N, settings: Settings) -> tuple[jax.Array, jax.Array]:
-    """First token (N,) int32 of each answer and its log-probability (N,) float32, from the last logits of its prompt's row.
+def first_tokens(logits_NV, seen_NV, settings: Settings) -> tuple[jax.Array, jax.Array]:
+    """First token (N,) int32 of each answer and its log-probability (N,) float32.
 
-    Apart from `admit`, whose shapes vary with the prompts' bucket: the sampling code is the slower one to compile.
+    Apart from `admit` and `last_logits`, whose shapes vary with the prompts' bucket: the sampling code is the slower one to compile.
     """
-    logits_NV = logits_RV[row_N]
-    penalised_NV = sampling.apply_repetition_penalty(logits_NV, seen_RV[row_N], settings.penalty)
+    penalised_NV = sampling.apply_repetition_penalty(logits_NV, seen_NV, settings.penalty)
     token_N = sampling.choose(
-        penalised_NV, keys_B2=settings.key, counts_B=jnp.zeros(row_N.shape, jnp.int32),
+        penalised_NV, keys_B2=settings.key, counts_B=jnp.zeros(logits_NV.shape[:1], jnp.int32),
         temperature_B=settings.temperature, top_k_B=settings.top_k, top_p_B=settings.top_p,
     )
     return token_N, sampling.log_probability(logits_NV, token_N)
 
 
 @partial(jax.jit, donate_argnames=("slots",))
-def admit(slots: Slots, prefilled: Prefilled, row_N, slot_N, token_N, settings: Settings, eos_E) -> Slots:
+def admit(slots: Slots, cache: KVCache, places: Places, seen_NV, slot_N, token_N, settings: Settings, eos_E) -> Slots:
     """Puts N answers with their first tokens into slots.
 
     Args:
-      row_N: prompt row of each answer; several answers may share one row (n samples of a prompt).
+      cache: of the rows that were read. places: where each answer's prompt lies there; several answers may share one (n samples).
       slot_N: slot of each answer; a number past the last slot drops the entry (padding).
     """
     ended_N = (token_N[:, None] == eos_E[None]).any(-1) & ~settings.ignore_eos
     put = lambda old, new: old.at[slot_N].set(new.astype(old.dtype), mode="drop")
-    T = prefilled.cache.places
-    put_cache = lambda old, new: old.at[:, slot_N, :T].set(new[:, row_N].astype(old.dtype), mode="drop")
+    T = min(cache.places, slots.cache.places)
+    # What follows the prompt in its row is copied too: the slot's index says that nothing there is valid.
+    place_NT = jnp.minimum(places.start[:, None] + jnp.arange(T)[None], cache.places - 1)
+    put_cache = lambda old, new: old.at[:, slot_N, :T].set(new[:, places.row[:, None], place_NT].astype(old.dtype), mode="drop")
     return Slots(
-        cache=KVCache(put_cache(slots.cache.keys, prefilled.cache.keys), put_cache(slots.cache.values, prefilled.cache.values)),
+        cache=KVCache(put_cache(slots.cache.keys, cache.keys), put_cache(slots.cache.values, cache.values)),
         token=put(slots.token, token_N),
-        index=put(slots.index, prefilled.length[row_N]),
-        position=put(slots.position, prefilled.position[row_N]),
-        count=put(slots.count, jnp.ones_like(row_N)),
+        index=put(slots.index, places.length),
+        position=put(slots.position, places.position),
+        count=put(slots.count, jnp.ones_like(slot_N)),
         active=put(slots.active, ~ended_N & (settings.limit > 1)),
-        seen=put(slots.seen, prefilled.seen[row_N].at[jnp.arange(token_N.shape[0]), token_N].set(True)),
+        seen=put(slots.seen, seen_NV.at[jnp.arange(token_N.shape[0]), token_N].set(True)),
         settings=jax.tree.map(put, slots.settings, settings),
     )
 

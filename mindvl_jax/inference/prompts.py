@@ -1,4 +1,4 @@
-"""Requests to encoded prompts, and prompts to the batch that a prefill reads: one prompt a row, padded at the end."""
+"""Requests to encoded prompts, and prompts to the batch that a prefill reads: as many to a row as fit, padded at the end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from mindvl_jax.batch import Batch, BatchShape
@@ -124,14 +125,35 @@ def read_picture(item: Any) -> Image.Image:
     return load_image(_media(item))
 
 
-def pack_bucket(prompts: Sequence[Prompt], bucket: Bucket, rows: int, vision: VisionConfig) -> Batch:
-    """A host batch with one prompt in each of the first rows; the rest is padding.
+def arrange(prompts: Sequence[Prompt], bucket: Bucket) -> list[list[int]]:
+    """Indexes of the prompts that share a row of the bucket's size: each goes into the first row that still holds it, larger ones first."""
+    rows: list[list[int]] = []
+    left: list[np.ndarray] = []
+    sizes = [np.array([prompt.tokens, prompt.patches, len(prompt.example.image_lengths), 1]) for prompt in prompts]
+    for index in sorted(range(len(prompts)), key=lambda index: tuple(-sizes[index])):
+        row = next((row for row, free in enumerate(left) if (sizes[index] <= free).all()), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            left.append(np.array([bucket.tokens, bucket.patches, bucket.images, _samples(bucket)]))
+        rows[row].append(index)
+        left[row] = left[row] - sizes[index]
+    return rows
+
+
+def _samples(bucket: Bucket) -> int:
+    """Most prompts of a row."""
+    return max(1, bucket.tokens // 16)
+
+
+def pack_bucket(rows_of_prompts: Sequence[Sequence[Prompt]], bucket: Bucket, rows: int, vision: VisionConfig) -> Batch:
+    """A host batch of `rows` rows: the given ones, then padding.
 
     Raises:
-      ValueError: a prompt larger than the bucket (a mistake of the caller).
+      ValueError: a row of prompts larger than the bucket (a mistake of the caller).
     """
     P = max(bucket.patches, vision.merge_unit)
     # A window holds one visual token at least, so there are never more windows than visual tokens.
-    shape = BatchShape(rows=rows, tokens=bucket.tokens, patches=P, samples=1, images=max(bucket.images, 1), windows=P // vision.merge_unit, patch_dim=vision.patch_dim)
-    padded = [[prompt.example] for prompt in prompts] + [[] for _ in range(rows - len(prompts))]
+    shape = BatchShape(rows=rows, tokens=bucket.tokens, patches=P, samples=_samples(bucket), images=max(bucket.images, 1), windows=P // vision.merge_unit, patch_dim=vision.patch_dim)
+    padded = [[prompt.example for prompt in row] for row in rows_of_prompts] + [[] for _ in range(rows - len(rows_of_prompts))]
     return collate(padded, shape, pad_id=0, vision=vision).batch

@@ -33,7 +33,7 @@ def _reference(opened, generator, request, steps):
     """Greedy tokens and log-probabilities without a cache: the whole row again for each token, by the training forward."""
     prompt = generator.encode(request)
     size = prompt.tokens + steps
-    batch = pack_bucket([prompt], prompt.bucket.__class__(tokens=size, patches=prompt.bucket.patches, images=prompt.bucket.images), 1, opened.model.config.vision)
+    batch = pack_bucket([[prompt]], prompt.bucket.__class__(tokens=size, patches=prompt.bucket.patches, images=prompt.bucket.images), 1, opened.model.config.vision)
     start = int(batch.positions[0].max()) + 1
     tokens, logprobs = [], []
     forward = jax.jit(lambda model, batch: model.logits(model(batch)))

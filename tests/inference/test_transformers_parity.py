@@ -11,7 +11,7 @@ import transformers
 from mindvl_jax.inference import Generator, Request, Sampling
 from mindvl_jax.weights import open_model
 
-PROMPTS = int(os.environ.get("MINDVL_PARITY_PROMPTS", "8"))
+PROMPTS = int(os.environ.get("MINDVL_PARITY_PROMPTS", "50"))
 WIDTHS = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
               bos_token_id=None, eos_token_id=None, pad_token_id=None)
 
