@@ -174,7 +174,7 @@ class DataConfig(Section):
     max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
     video_fps: PositiveFloat = 2.0
     video_max_frames: PositiveInt = 64
-    resample: Literal["bicubic", "nearest"] = "bicubic"
+    resample: Literal["bicubic", "nearest", "reduced"] = "bicubic"
     workers: NonNegativeInt = Field(0, description="Decoding processes; 0 decodes in a background thread.")
     prefetch: PositiveInt = Field(4, description="Batches prepared ahead of the step.")
     packing_buffer: PositiveInt = Field(256, description="Samples that the packer looks ahead.")

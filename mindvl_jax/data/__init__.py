@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+# No name here is a module's too (`collate`): which of the two one got would depend on what was imported before.
 _HOMES = {
     "batch_shape": "collate",
-    "collate": "collate",
     "pack_prompts": "collate",
     "shape_for": "collate",
     "encode_prompt": "example",

@@ -115,9 +115,11 @@ def _write_patches(place: np.ndarray, row: Sequence[Example], vision: VisionConf
 
 
 def write_pixels(place: np.ndarray, pixels: np.ndarray, vision: VisionConfig) -> None:
-    """Writes a medium's patches to their places, (P_i, patch_dim). A picture's one frame fills both frames of a patch."""
+    """Writes a medium's patches to their places, (P_i, patch_dim). A picture's one frame fills both frames of a patch, its one
+    channel all channels when it has no colour."""
     area = vision.patch_size**2
-    place.reshape(-1, vision.in_channels, vision.temporal_patch_size, area)[:] = pixels.reshape(len(pixels), vision.in_channels, -1, area)
+    channels = 1 if pixels.shape[1] == area else vision.in_channels
+    place.reshape(-1, vision.in_channels, vision.temporal_patch_size, area)[:] = pixels.reshape(len(pixels), channels, -1, area)
 
 
 def pack_prompts(

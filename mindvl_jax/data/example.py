@@ -104,11 +104,13 @@ class Example:
 
 
 def read_pixels(item: VisualItem, vision: VisionConfig, resample: str) -> np.ndarray:
-    """uint8 patches of a medium in window order: one frame's for a picture (see `image.frames_to_patches`)."""
+    """uint8 patches of a medium in window order: one frame's for a picture, one channel's without colour (see `image.frames_to_patches`)."""
     if item.kind == "video":
         frames = videos.read_frames(item.media, item.frames, item.layout.grid, vision, resample)
     else:
-        picture = images.load_image(item.media)
+        _, height, width = item.layout.grid
+        size = (height * vision.patch_size, width * vision.patch_size)
+        picture = images.load_image(item.media, keep_grey=True, at_least=size if resample == "reduced" else None)
         frames = images.resize_to_grid(picture, item.layout.grid, vision, resample)[None]
     return images.frames_to_patches(frames, item.layout, vision)
 

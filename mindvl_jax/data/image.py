@@ -23,7 +23,8 @@ from mindvl_jax.data.sample import Media, SampleError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "ICO")
 LARGEST_PIXELS = 100_000_000  # 300 MB as RGB: more is a decompression bomb or belongs into tiles
 LARGEST_ASPECT = 200
-RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "nearest": Image.Resampling.NEAREST}
+# "reduced" lets a JPEG decode at a half, a quarter or an eighth of its size where that is still no smaller than the target.
+RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "nearest": Image.Resampling.NEAREST, "reduced": Image.Resampling.BICUBIC}
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
@@ -113,11 +114,13 @@ def image_size(media: Media) -> tuple[int, int]:
     return (width, height) if _orientation(image, data) >= 5 else (height, width)
 
 
-def load_image(source: bytes | str | Media | Image.Image) -> Image.Image:
+def load_image(source: bytes | str | Media | Image.Image, *, keep_grey: bool = False, at_least: tuple[int, int] | None = None) -> Image.Image:
     """A decoded RGB picture, upright (EXIF), its first frame when animated, transparency over white, 16 bits scaled to 8.
 
     Args:
       source: encoded bytes, a path (not confined to a root), a Media, or a Pillow picture.
+      keep_grey: leave a picture without colour in one channel ("L"): a third of the work that follows, the same values.
+      at_least: (height, width) that will do: a JPEG may come smaller, by its transform, but no smaller than this.
     Raises SampleError with the reason for what cannot be decoded.
     """
     if isinstance(source, str):
@@ -128,29 +131,31 @@ def load_image(source: bytes | str | Media | Image.Image) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            turned = _orientation(image, data) != 1
+            orientation = _orientation(image, data)
+            if at_least is not None and image.format == "JPEG":
+                image.draft(None, at_least[::1 if orientation >= 5 else -1])
             image.load()
-            if turned:  # asked before loading, which may drop the tag; turned after it
+            if orientation != 1:  # asked before loading, which may drop the tag; turned after it
                 image = ImageOps.exif_transpose(image)
-            return _to_rgb(image)
+            return _to_rgb(image, keep_grey)
     except Exception as error:  # as above: damaged data raises anything from OSError to struct.error
         raise SampleError("undecodable", f"{media_files.name(source)} starts like a {image.format} but does not decode: {_first_line(error)}") from None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
+def _to_rgb(image: Image.Image, keep_grey: bool) -> Image.Image:
+    if image.mode == "RGB" or (image.mode == "L" and keep_grey and "transparency" not in image.info):
         return image
     if image.mode.startswith("I") or image.mode == "F":
         # 16-bit grey: Pillow's own conversion clips at 255 and would give a white page.
         values = np.asarray(image).astype(np.float32)
         top = float(values.max(initial=0.0))
         scale = 255.0 if image.mode == "F" and top <= 1.0 else 255.0 / 65535.0 if top > 255.0 or ";16" in image.mode else 1.0
-        return Image.fromarray(np.clip(np.nan_to_num(values) * scale + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = Image.fromarray(np.clip(np.nan_to_num(values) * scale + 0.5, 0, 255).astype(np.uint8))
+    elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(ground, image).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(ground, image)
+    return image.convert("L" if keep_grey and image.mode in ("1", "L") else "RGB")
 
 
 # --- layout in window order ------------------------------------------------------------------------------------------
@@ -230,7 +235,8 @@ def frames_to_patches(frames: np.ndarray, layout: VisualLayout, vision: VisionCo
     """Patches of resized frames.
 
     Args:
-      frames: (frames, height, width, channels) uint8; the frame count is 1 or a multiple of the temporal patch size.
+      frames: (frames, height, width, channels) uint8; the frame count is 1 or a multiple of the temporal patch size. A single
+        frame may have one channel, which stands for all.
     Returns:
       (P, channels * f * patch * patch) uint8 in window order, (channel, frame, row, column) inside a patch, where f is
       the temporal patch size, or 1 for a single frame: a picture's frames are equal, so one is kept until the batch.
@@ -244,9 +250,10 @@ def frames_to_patches(frames: np.ndarray, layout: VisualLayout, vision: VisionCo
 
 
 def resize_to_grid(image: Image.Image, grid: tuple[int, int, int], vision: VisionConfig, resample: str = "bicubic") -> np.ndarray:
-    """(height, width, channels) uint8 pixels of a picture at the size of its grid."""
+    """(height, width, channels) uint8 pixels of a picture at the size of its grid; one channel for mode "L", else three."""
     size = (grid[2] * vision.patch_size, grid[1] * vision.patch_size)
-    return np.asarray(image if image.size == size else image.resize(size, RESAMPLE[resample]))
+    pixels = np.asarray(image if image.size == size else image.resize(size, RESAMPLE[resample]))
+    return pixels.reshape(*pixels.shape[:2], -1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

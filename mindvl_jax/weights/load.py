@@ -27,8 +27,9 @@ from mindvl_jax.weights.families import Slot, slots
 from mindvl_jax.weights.folder import Reader, WeightsFolder
 from mindvl_jax.weights.hf_config import WeightsError, read_config
 
-_BLOCK_BYTES = 1 << 19  # rows read at once: a block that stays in the second-level cache while it is turned
-_LEAST_ROWS = 64  # of such a block: fewer would fill cache lines of the turned matrix in several goes
+_BLOCK_ROWS = 512  # rows of a published matrix turned at once: runs of a kilobyte in the turned one, and one line of each fits the first-level cache
+_TILE_BYTES = 1024  # of each of these rows at a time: together they stay in the second-level cache
+_BLOCK_BYTES = 1 << 20  # read at once of what is not turned
 _JOB_BYTES = 1 << 24  # what one thread takes at a time
 _LARGE_PAGE = 1 << 21
 _ALIGNMENT = 64  # of host memory that a CPU device takes over without a copy
@@ -122,7 +123,7 @@ def _equal(reader: Reader, files: WeightsFolder, one: str, other: str) -> bool:
     a, b = files.entries[one], files.entries[other]
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    step = _rows_of_block(a.row_bytes)
+    step = max(1, _BLOCK_BYTES // a.row_bytes)
     bits = lambda name, start: reader.rows(name, start, min(start + step, a.shape[0])).view(np.uint8)
     return all(np.array_equal(bits(one, start), bits(other, start)) for start in range(0, a.shape[0], step))
 
@@ -131,10 +132,6 @@ def _stored_dtype(files: WeightsFolder, pieces: list[tuple[Slot, slice]]):
     kinds = {jnp.dtype(files.entries[slot.name].dtype) for slot, _ in pieces}
     widest = kinds.pop() if len(kinds) == 1 else jnp.result_type(*kinds)
     return jnp.dtype("float32") if widest == jnp.dtype("float64") else widest  # JAX computes in 32 bits
-
-
-def _rows_of_block(row_bytes: int) -> int:
-    return max(_LEAST_ROWS, _BLOCK_BYTES // max(row_bytes, 1) // _LEAST_ROWS * _LEAST_ROWS)
 
 
 def _place(reader: Reader, pieces: list[tuple[Slot, slice]], shape: tuple[int, ...], dtype, sharding, pool) -> jax.Array:
@@ -174,31 +171,13 @@ def _aligned_empty(shape: tuple[int, ...], dtype) -> np.ndarray:
     return raw[offset : offset + size].view(dtype).reshape(shape)
 
 
-def _scratch_of(size: int) -> np.ndarray:
-    """This thread's memory, kept from job to job."""
-    if getattr(_scratch, "memory", None) is None or len(_scratch.memory) < size:
-        _scratch.memory = _aligned_empty((size,), np.dtype(np.uint8))
-    return _scratch.memory[:size]
-
-
-def _read_rows(reader: Reader, name: str, start: int, stop: int, turned: bool) -> np.ndarray:
-    """Rows of a tensor in this thread's memory, (rows, ...), as a matrix when they will be turned.
-
-    Turning walks down the columns: rows at a distance of large powers of two would all fall into the same few lines of the
-    first-level cache. They are set a line apart, which more than doubles the speed.
-    """
-    entry = reader.entry(name)
-    rows, width = stop - start, entry.row_bytes
-    apart = width + _ALIGNMENT if turned and width % 1024 == 0 else 0
-    memory = _scratch_of(rows * (width + apart))
-    read = memory[rows * apart :]
-    reader.into(read, name, start)
-    if apart:
-        spread = memory[: rows * apart].reshape(rows, apart)[:, :width]
-        np.copyto(spread, read.reshape(rows, width))
-        return spread.view(jnp.dtype(entry.dtype))
-    read = read.view(jnp.dtype(entry.dtype))
-    return read.reshape(rows, -1) if turned else read.reshape(rows, *entry.shape[1:])
+def _scratch_of(use: str, size: int) -> np.ndarray:
+    """This thread's memory for one use, kept from job to job."""
+    memory = getattr(_scratch, use, None)
+    if memory is None or len(memory) < size:
+        memory = _aligned_empty((size,), np.dtype(np.uint8))
+        setattr(_scratch, use, memory)
+    return memory[:size]
 
 
 def _copies(reader: Reader, slot: Slot, rows: slice, targets) -> list[Callable[[], None]]:
@@ -215,13 +194,16 @@ def _copies(reader: Reader, slot: Slot, rows: slice, targets) -> list[Callable[[
     low = min(bounds[axis][0] for bounds, _ in targets)
     high = max(bounds[axis][1] for bounds, _ in targets)
     whole = [(0, size) for size in entry.shape]
+    step = _BLOCK_ROWS if turned else max(1, _BLOCK_BYTES // max(entry.row_bytes, 1))
 
     def copy(start: int, stop: int) -> None:
         if not turned and len(targets) == 1 and targets[0][1].dtype == stored and list(targets[0][0][1:]) == whole[1:]:
             bounds, memory = targets[0]
             reader.into(memory[start - bounds[0][0] : stop - bounds[0][0]], slot.name, rows.start + start)
             return
-        block = _read_rows(reader, slot.name, rows.start + start, rows.start + stop, turned)
+        block = _scratch_of("block", (stop - start) * entry.row_bytes).view(stored)
+        block = block.reshape(stop - start, -1) if turned else block.reshape(stop - start, *entry.shape[1:])
+        reader.into(block, slot.name, rows.start + start)
         for bounds, memory in targets:
             first, last = max(start, bounds[axis][0]), min(stop, bounds[axis][1])
             if first >= last:
@@ -233,9 +215,10 @@ def _copies(reader: Reader, slot: Slot, rows: slice, targets) -> list[Callable[[
             if source.dtype == place.dtype:  # as plain integers: numpy copies them faster than bfloat16
                 bits = np.dtype(f"u{place.dtype.itemsize}")
                 source, place = source.view(bits), place.view(bits)
-            np.copyto(place, source.T if turned else source, casting="unsafe")
-
-    step = _rows_of_block(entry.row_bytes)
+            if turned:
+                _turn(place, source)
+            else:
+                np.copyto(place, source, casting="unsafe")
 
     def job(start: int, stop: int) -> None:
         for block in range(start, stop, step):
@@ -243,3 +226,20 @@ def _copies(reader: Reader, slot: Slot, rows: slice, targets) -> list[Callable[[
 
     stride = max(_JOB_BYTES // max(entry.row_bytes, 1) // step, 1) * step
     return [lambda start=start: job(start, min(start + stride, high)) for start in range(low, high, stride)]
+
+
+def _turn(place: np.ndarray, source: np.ndarray) -> None:
+    """place = source.T for a block of rows, tile by tile.
+
+    Turning walks down the columns. Rows at a distance of large powers of two would all fall into the same few lines of the
+    first-level cache, so a tile is first copied with its rows a line apart: that doubles the speed.
+    """
+    count = len(source)
+    width = _TILE_BYTES // source.itemsize
+    stride = _TILE_BYTES + _ALIGNMENT
+    tile = _scratch_of("tile", count * stride).view(source.dtype).reshape(count, -1)
+    for start in range(0, source.shape[1], width):
+        part = source[:, start : start + width]
+        spread = tile[:, : part.shape[1]]
+        np.copyto(spread, part)
+        np.copyto(place[start : start + width], spread.T, casting="unsafe")

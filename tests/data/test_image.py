@@ -14,6 +14,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from mindvl_jax.data import image as images
+from mindvl_jax.data.collate import write_pixels
+from mindvl_jax.data.example import VisualItem, read_pixels
 from mindvl_jax.data.sample import Media, SampleError
 
 VISION = model_config().vision
@@ -168,3 +170,51 @@ def test_a_picture_in_memory_is_taken_as_it_is():
     file = io.BytesIO()
     source.save(file, "BMP")
     np.testing.assert_array_equal(np.asarray(images.load_image(file.getvalue())), np.asarray(source))
+
+
+# --- pictures without colour, and JPEG files decoded smaller ---
+
+
+def batch_patches(media, resample="bicubic", min_pixels=3136, max_pixels=200704):
+    """Patches of a picture as they lie in a batch, (P, patch_dim) uint8: the whole way from bytes."""
+    height, width = images.image_size(media)
+    layout = images.visual_layout(images.image_grid(height, width, VISION, min_pixels=min_pixels, max_pixels=max_pixels), VISION)
+    pixels = read_pixels(VisualItem(media, "image", layout), VISION, resample)
+    place = np.zeros((layout.patches, VISION.patch_dim), np.uint8)
+    write_pixels(place, pixels, VISION)
+    return place, pixels
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "I;16"])
+def test_a_picture_without_colour_keeps_one_channel_until_the_batch_and_gives_the_published_values(mode):
+    grey = picture(2, 170, 230).convert("L")
+    source = grey if mode == "L" else grey.convert("1") if mode == "1" else Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    place, pixels = batch_patches(Media(data=encoded(source)))
+    assert pixels.shape[1] == 196, "three equal channels would be three times the work"
+    wanted = images.patchify(images.load_image(Media(data=encoded(source))), VISION, 3136, 200704)
+    np.testing.assert_array_equal(place, wanted.patches)
+    if mode == "L":  # the witness takes 16 bits another way and does not resize bits
+        theirs = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=200704, do_rescale=False, do_normalize=False)(source.convert("RGB"), return_tensors="np")["pixel_values"]
+        order = wanted.layout.merged_order
+        np.testing.assert_array_equal(place, theirs.reshape(-1, 4, VISION.patch_dim)[order].reshape(place.shape))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_reduced_decoding_never_goes_below_the_target_and_stays_close_to_bicubic(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    smooth = picture(4, 12, 16).resize((1600, 1200), Image.Resampling.BICUBIC)
+    media = Media(data=encoded(smooth, "JPEG", exif=exif, quality=95))
+    upright = images.image_size(media)
+    assert upright == ((1200, 1600) if orientation == 1 else (1600, 1200))
+    small = images.load_image(media, at_least=(upright[0] // 3, upright[1] // 3))
+    assert small.size == (upright[1] // 2, upright[0] // 2), "a half is the smallest that is no smaller than a third"
+    exact, reduced = (batch_patches(media, resample)[0].astype(int) for resample in ("bicubic", "reduced"))
+    assert exact.shape == reduced.shape
+    difference = np.abs(exact - reduced).mean()
+    assert 0 < difference < 1.0, f"mean difference {difference:.2f} of 255"
+
+
+def test_what_is_no_larger_than_twice_the_target_is_the_same_reduced_or_not():
+    media = Media(data=encoded(picture(4, 300, 400), "JPEG"))
+    np.testing.assert_array_equal(batch_patches(media)[0], batch_patches(media, "reduced")[0])
