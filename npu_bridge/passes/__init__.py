@@ -5,6 +5,7 @@ from __future__ import annotations
 from npu_bridge.ir import Program
 from npu_bridge.passes.collectives import fuse_collectives, widen_reductions
 from npu_bridge.passes.kernels import merge_kernel_parts
+from npu_bridge.passes.pieces import take_pieces
 from npu_bridge.passes.simplify import remove_unread, share_equal_operations
 
 
@@ -15,5 +16,6 @@ def run(program: Program, *, reduce_in_float32: bool = False) -> None:
     fuse_collectives(program)
     if reduce_in_float32:
         widen_reductions(program)
+    take_pieces(program.body)
     share_equal_operations(program.body)
     remove_unread(program.body)

@@ -1,0 +1,56 @@
+"""Rewrites that make programs cheaper: what is written, and that it still equals XLA."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import npu_bridge
+
+R = np.random.RandomState(0)
+
+
+def both(fn, *args):
+    """The written program, after its results were found equal to XLA's."""
+    jitted = npu_bridge.jit(fn)
+    for a, b in zip(jax.tree.leaves(jax.jit(fn)(*args)), jax.tree.leaves(jitted(*args)), strict=True):
+        difference = np.abs(np.asarray(a, np.float64) - np.asarray(b)).max()
+        assert difference <= 1e-5, f"largest difference {difference:.2e}"  # float32, sums of tens of terms
+    return jitted.lower(*args).as_text()
+
+
+def f32(*shape):
+    return R.uniform(-1, 1, shape).astype(np.float32)
+
+
+def test_an_unrolled_scan_stacks_nothing_but_the_gradients_of_its_parameters():
+    layer = lambda x, w: (jnp.tanh(x @ w), None)
+    loss = lambda ws, x: lax.scan(layer, x, ws, unroll=True)[0].sum()
+    text = both(jax.value_and_grad(loss), f32(4, 8, 8), f32(3, 8))
+    assert text.count("torch.cat(") == 1 and "pad(" not in text, text
+
+
+def test_slices_reach_through_slices_and_into_the_piece_that_holds_them():
+    def fn(a, b):
+        whole = jnp.concatenate([a, b])[1:]
+        return whole[4:6, 1:] * 2, whole[0:2] + 1, whole[2:5]
+
+    text = both(fn, f32(4, 3), f32(5, 3))
+    assert text.count("torch.cat(") == 1, "only the slice over the border needs the whole\n" + text
+
+
+def test_a_slice_with_steps_keeps_its_concatenation():
+    assert "torch.cat(" in both(lambda a, b: jnp.concatenate([a, b])[::2], f32(4), f32(4))
+
+
+def test_padded_pieces_become_a_concatenation_only_where_they_cover_the_whole_side_by_side():
+    pad = lambda x, low, high: lax.pad(x, np.float32(0), [(low, high, 0), (0, 0, 0)])
+    a, b, c = f32(2, 3), f32(1, 3), f32(3, 3)
+    assert "pad(" not in both(lambda a, b, c: pad(b, 2, 3) + (pad(c, 3, 0) + pad(a, 0, 4)), a, b, c)
+    for other in (lambda a, b: pad(a, 0, 2) + pad(b, 3, 0), lambda a, b: pad(a, 1, 0) + pad(b, 2, 0), lambda a, b: pad(a, 0, 1) + pad(b, 0, 2)):
+        assert "pad(" in both(other, a, b)
+
+
+def test_a_padding_with_another_number_is_no_piece():
+    pad = lambda x, low, high: lax.pad(x, np.float32(1), [(low, high, 0)])
+    assert "pad(" in both(lambda a, b: pad(a, 0, 2) + pad(b, 2, 0), f32(2), f32(2))
