@@ -105,9 +105,12 @@ class Compiled:
         source = lowered.source
         self.runtime = Runtime(lowered.mesh, device, source.axes_used)
         kernels = list(dict.fromkeys(k["name"] for k in source.kernels))
-        program = LoadedProgram(source.text, source.constants, kernels, self.runtime, lowered.name)
+        program = LoadedProgram(source.text, source.constants, kernels, self.runtime, lowered.name, source.host_arguments)
         donated = [lowered.traced.donated[i] for i in lowered.traced.kept]
         why_not = "the program reads the device inside a step (allow_host_sync)" if lowered.host_sync else "" if capture else "capture is off"
+        if source.host_arguments and device == "npu":
+            # What a kernel read on the host stays in a captured graph, while every batch brings numbers of its own.
+            why_not = why_not or "fused attention reads the segment lengths of every batch on the host; pass no lengths to capture the step"
         self.program = GraphedProgram(program, device, donated, why_not=why_not)
 
     @property
@@ -120,11 +123,12 @@ class Compiled:
         from npu_bridge.array import Array
 
         traced, low = self.lowered.traced, self.lowered
+        host = {n: self._on_host(flat[traced.kept[n]], traced.kept[n], low.arg_layouts[n]) for n in low.source.host_arguments}
         local = [self._place(flat[i], i, low.arg_layouts[n]) for n, i in enumerate(traced.kept)]
         for i, donated in enumerate(traced.donated):
             if donated and isinstance(flat[i], Array) and not flat[i].is_deleted():
                 flat[i].donate(low.name)  # an argument the program never reads is donated all the same
-        results = self.program(local)
+        results = self.program(local, host)
         out = []
         for tensor, aval, layout in zip(results, traced.out_avals, low.result_layouts):
             if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
@@ -134,8 +138,17 @@ class Compiled:
                 out.append(Array(tensor, aval.shape, aval.dtype, layout, self.runtime))
         return out
 
+    def _on_host(self, x: Any, number: int, layout: Layout) -> Any:
+        """This rank's shard of an argument in host memory; one that lives on the device is fetched, which waits for it."""
+        from npu_bridge.array import Array
+        from npu_bridge.runtime.program import shard
+
+        if isinstance(x, Array):
+            return (shard(x.local, layout, self.runtime) if x.is_fully_replicated else x.local).cpu()
+        return self._shard(x, number, layout).cpu()
+
     def _place(self, x: Any, number: int, layout: Layout) -> Any:
-        from npu_bridge.array import Array, held_shard, to_torch
+        from npu_bridge.array import Array
         from npu_bridge.runtime.program import shard
 
         aval, donated = self.lowered.traced.in_avals[number], self.lowered.traced.donated[number]
@@ -153,19 +166,27 @@ class Compiled:
                 )
             local = shard(x.donate(self.lowered.name) if donated else x.local, layout, self.runtime)
             return local.contiguous()
+        local = self._shard(x, number, layout)
+        moved = local.to(self.runtime.device).contiguous()
+        # A donated array is overwritten: never in memory that JAX or numpy still hold.
+        return moved.clone() if donated and moved.data_ptr() == local.data_ptr() else moved
+
+    def _shard(self, x: Any, number: int, layout: Layout) -> Any:
+        """This rank's part of a host array, where it lies."""
+        from npu_bridge.array import held_shard, to_torch
+        from npu_bridge.runtime.program import shard
+
+        dtype = self.lowered.traced.in_avals[number].dtype
+        key = jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
         held = None if key or not isinstance(x, jax.Array) else held_shard(x, layout, self.runtime)
         if held is not None:
-            local = to_torch(held, aval.dtype)
-        elif isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return to_torch(held, dtype)
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
             raise PlacementError(
                 f"npu_bridge: argument {number} is a JAX array of sharding {x.sharding}, of which this process holds another part than {layout} gives "
                 "it; place it as in_shardings says, with process r of the job as device r of the mesh"
             )
-        else:
-            local = shard(to_torch(x, np.uint32 if key else aval.dtype), layout, self.runtime)
-        moved = local.to(self.runtime.device).contiguous()
-        # A donated array is overwritten: never in memory that JAX or numpy still hold.
-        return moved.clone() if donated and moved.data_ptr() == local.data_ptr() else moved
+        return shard(to_torch(x, np.uint32 if key else dtype), layout, self.runtime)
 
 
 def _full(x: Any, layout: Layout | None = None) -> Layout:

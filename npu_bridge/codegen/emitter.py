@@ -42,6 +42,8 @@ class Emitter:
         self.groups: set[tuple[str, ...]] = set()  # axes over which one call exchanges
         self.problems: list[str] = []
         self.operations: dict[str, int] = {}  # how often each operation was written
+        self.arguments: dict[str, int] = {}  # the program's own arguments, by name
+        self.host_arguments: set[int] = set()  # those of which kernels read the host's copy
         self.location = Location()
         self._count = 0
         self._trips = 1  # how often the code being written runs in one step
@@ -55,6 +57,7 @@ class Emitter:
         params = []
         for i, p in enumerate(body.params):
             params.append(f"a{i}")
+            self.arguments[f"a{i}"] = i
             self.env[p] = Tensor(params[-1], p.type)
         self.block(body)
         results = [self.tensor(self.env[r]).name for r in body.results]
@@ -140,6 +143,11 @@ class Emitter:
             return f"({operand.code})"
         code = literal_code(operand.value, operand.type.dtype)
         return f"({code})" if code.startswith("-") else code
+
+    def host_argument(self, name: str) -> str:
+        """Code of the host's copy of an argument, for a kernel that reads numbers there: no synchronisation."""
+        self.host_arguments.add(self.arguments[name])
+        return f"rt.host[{self.arguments[name]}]"
 
     def constant(self, array, dims: Sequence[Sequence[str]]) -> str:
         """Code that names a constant array, put on the device once when the program is loaded."""

@@ -86,9 +86,13 @@ def kernel(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
     types = [r.type for r in op.results]
     tail = "[0]" if len(types) == 1 else ""
     names = [x.name for x in xs]
+    for i in op.attrs.get("host_operands", ()):
+        if xs[i].name in e.arguments:
+            names[i] = e.host_argument(xs[i].name)
+    xs = [x for x, n in zip(xs, names) if x.name == n]
     if name.startswith("math."):
         return list(e.emit_many(f"T.{identifier}({', '.join([*names, *words])}){tail}", xs, types, kind="kernel"))
-    e.kernels.append({"name": op.attrs["name"], "operands": [str(x.type) for x in xs], "results": [str(t) for t in types], "params": params,
+    e.kernels.append({"name": op.attrs["name"], "operands": [str(v.type) for v in op.operands], "results": [str(t) for t in types], "params": params,
                       "times": e._trips, "location": str(op.location)})  # fmt: skip
     overwritten = op.attrs.get("inplace", {})
     call = f"rt.kernel.{identifier}({', '.join([*names, *words])}"

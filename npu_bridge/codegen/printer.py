@@ -24,6 +24,7 @@ class Source:
     statements: int
     axes_used: list[tuple[str, ...]]
     operations: dict[str, int]
+    host_arguments: list[int]  # arguments of which kernels read the host's copy
 
 
 def _scope(location: Location) -> str:
@@ -45,7 +46,7 @@ def generate(program: Program, *, allow_host_sync: bool = False) -> Source:
     lines = [
         f'"""One step of `{program.name}` on one device of {mesh}. Written by npu_bridge; the text is the same on every rank.',
         "",
-        "rt: this rank's runtime (collectives, kernels, device). K: constants on the device. args: local shards; the list is emptied",
+        "rt: this rank's runtime (collectives, kernels, device, host copies of arguments). K: constants on the device. args: local shards; the list is emptied",
         'so that donated arrays die at their last use."""',
         "import torch",
         "from npu_bridge.runtime import tensor_ops as T",
@@ -76,5 +77,5 @@ def generate(program: Program, *, allow_host_sync: bool = False) -> Source:
     }
     return Source(
         "\n".join(lines) + "\n", emitter.constants, emitter.kernels, emitter.collectives, memory, sum(1 for _ in walk(items)), sorted(emitter.groups),
-        emitter.operations,
+        emitter.operations, sorted(emitter.host_arguments),
     )

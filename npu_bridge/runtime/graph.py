@@ -14,7 +14,7 @@ torch.npu.NPUGraph); the CPU tests cover the bookkeeping with a stand-in for the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,12 +78,12 @@ class GraphedProgram:
             self.status, self._wanted = "eager: warming up", True
 
     @torch.inference_mode()
-    def __call__(self, args: list[torch.Tensor]) -> list[torch.Tensor]:
+    def __call__(self, args: list[torch.Tensor], host: Mapping[int, torch.Tensor] | None = None) -> list[torch.Tensor]:
         self._calls += 1
         if not self._wanted or self._calls == 1:
-            return self.program(args)
+            return self.program(args, host)
         if self._graph is None and not self._capture(args):
-            return self.program(args)
+            return self.program(args, host)
         return self._replay(args)
 
     def _capture(self, args: list[torch.Tensor]) -> bool:

@@ -7,7 +7,7 @@ import datetime
 import math
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,6 +106,7 @@ class Runtime:
         self.coordinates = dict(zip(self.sizes, map(int, np.unravel_index(self.place, tuple(self.sizes.values()) or (1,)))))
         self._members: dict[tuple[str, ...], tuple[Any, list[int]]] = {}
         self._calls = 0
+        self.host: Mapping[int, torch.Tensor] = {}  # the running program's arguments that kernels read on the host, by number
         for axes in axes_used:
             self._join(tuple(axes))
         from npu_bridge.runtime.kernel_table import KernelTable

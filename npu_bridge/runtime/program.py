@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import linecache
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,8 @@ def shard(x: torch.Tensor, layout: Any, runtime: Runtime) -> torch.Tensor:
 class LoadedProgram:
     """Callable on a list of local tensors (emptied on the way in); returns the list of local results."""
 
-    def __init__(self, text: str, constants: list[tuple], kernels: list[str], runtime: Runtime, name: str):
-        self.runtime = runtime
+    def __init__(self, text: str, constants: list[tuple], kernels: list[str], runtime: Runtime, name: str, host_arguments: Sequence[int] = ()):
+        self.runtime, self.host_arguments = runtime, tuple(host_arguments)
         self.digest = hashlib.sha256(text.encode()).hexdigest()
         self._agree(name)
         runtime.kernel.bind(kernels)
@@ -61,6 +62,8 @@ class LoadedProgram:
                 + ". Shapes, static arguments, jax versions or configs differ between the processes; compare `.as_text()` of two of them"
             )
 
-    def __call__(self, args: list[torch.Tensor]) -> list[torch.Tensor]:
+    def __call__(self, args: list[torch.Tensor], host: Mapping[int, torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """`host`: arguments that kernels read on the host, as they were before they went to the device; fetched from it when not given."""
+        self.runtime.host = {n: args[n].cpu() for n in self.host_arguments} if host is None else host
         with torch.inference_mode():
             return self.main(self.runtime, self.constants, args)

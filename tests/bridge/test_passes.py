@@ -6,6 +6,7 @@ import numpy as np
 from jax import lax
 
 import npu_bridge
+from npu_bridge import ops
 
 R = np.random.RandomState(0)
 
@@ -21,6 +22,18 @@ def both(fn, *args):
 
 def f32(*shape):
     return R.uniform(-1, 1, shape).astype(np.float32)
+
+
+def test_a_kernel_that_reads_lengths_on_the_host_gets_the_hosts_copy_while_others_read_the_devices():
+    segments, lengths = np.ones((2, 6), np.int32), np.array([[4, 2], [6, -1]], np.int32)
+
+    def fn(q, segments, lengths):
+        one = ops.attention(q, q, q, causal=True, segment_ids_q=segments, lengths=lengths)
+        return ops.attention(one, q, q, causal=True, segment_ids_q=segments, lengths=lengths), (lengths > 0).sum()
+
+    text = both(fn, f32(2, 6, 2, 4), segments, lengths)
+    assert text.count("rt.host[2]") == 2 and "a2 > 0" in text, text
+    assert npu_bridge.jit(fn).lower(f32(2, 6, 2, 4), segments, lengths).source.host_arguments == [2]
 
 
 def test_an_unrolled_scan_stacks_nothing_but_the_gradients_of_its_parameters():
