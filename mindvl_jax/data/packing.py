@@ -121,6 +121,28 @@ def plan_rows(sizes: np.ndarray, loads: np.ndarray, budgets: Budgets, rows: int)
     return [sorted(chosen[row]) for row in order]
 
 
+def plan_units(units: Sequence[Sequence[int]], sizes: np.ndarray, loads: np.ndarray, budgets: Budgets, rows: int) -> list[list[int]]:
+    """`plan_rows` for samples that must share a row: the two answers of a preference pair, whose losses are compared there.
+
+    A unit is packed as one step of the sum of its samples, so every property of `plan_rows` holds for units.
+
+    Args:
+      units: indices of the samples of each unit, oldest unit first; every sample in one unit. A whole unit fits a row alone.
+    Returns:
+      For each row the indices of its samples; those of a unit are neighbours, in the unit's order.
+
+    Raises ValueError for a unit that no row holds, or a sample in two units or in none.
+    """
+    members = [list(unit) for unit in units]
+    if sorted(index for unit in members for index in unit) != list(range(len(sizes))):
+        raise ValueError(f"{len(members)} units do not hold each of the {len(sizes)} samples once")
+    summed = np.array([sizes[unit].sum(0) for unit in members], np.int64).reshape(-1, len(budgets.array()))
+    if len(large := np.flatnonzero((summed > budgets.array()).any(1))):
+        raise ValueError(f"unit {large[0]} needs {summed[large[0]].tolist()} (tokens, patches, samples, images, windows) in one row, the budgets are {budgets.array().tolist()}")
+    work = np.array([loads[unit].sum(0) for unit in members]).reshape(-1, 2)
+    return [[index for unit in row for index in members[unit]] for row in plan_rows(summed, work, budgets, rows)]
+
+
 def _points(sizes: np.ndarray, loads: np.ndarray, caps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Each sample as a step (tokens, patches, language work, vision work), scaled to a row; and the target of a row.
 

@@ -117,7 +117,7 @@ class Source:
         self.name = name
         self.identity = f"{name}:{config.model_dump_json()}"
         self._config = config
-        paths = find_files(name, config)
+        paths = find_files(config, f"data.sources.{name}")
         self._files = [_records(path, _kind(path, config.format)) for path in paths]
         self._ends = np.cumsum([len(records) for records in self._files]).tolist()
         self._length = min(self._ends[-1], config.max_samples or self._ends[-1])
@@ -152,20 +152,20 @@ class Source:
             raise
 
 
-def find_files(name: str, config: SourceConfig) -> list[str]:
-    """Files of a source in a fixed order. Raises UserError when there is none."""
+def find_files(config: SourceConfig, where: str) -> list[str]:
+    """Files of a source in a fixed order. Raises UserError, which names the place `where` in the configuration, when there is none."""
     path = os.path.expanduser(config.path)
     if os.path.isdir(path):
         found = sorted(entry.path for entry in os.scandir(path) if os.path.splitext(entry.name)[1] in SUFFIXES and entry.is_file())
         kinds = {_kind(file, config.format) for file in found}
         if len(kinds) > 1:
-            raise UserError(f"data.sources.{name}: the folder {path} mixes {', '.join(sorted(kinds))} files; give a glob that names one kind, such as {os.path.join(path, '*.parquet')}")
+            raise UserError(f"{where}: the folder {path} mixes {', '.join(sorted(kinds))} files; give a glob that names one kind, such as {os.path.join(path, '*.parquet')}")
     elif os.path.exists(path):
         found = [path]
     else:
         found = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
     if not found:
-        raise UserError(f"data.sources.{name}: nothing to read at {config.path!r} (working directory {os.getcwd()}); expected a file, a folder or a glob with {', '.join(SUFFIXES)} files")
+        raise UserError(f"{where}: nothing to read at {config.path!r} (working directory {os.getcwd()}); expected a file, a folder or a glob with {', '.join(SUFFIXES)} files")
     return found
 
 

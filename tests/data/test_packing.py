@@ -12,7 +12,7 @@ from benchmarks.packing import in_order_first_fit, measure
 from mindvl_jax.config import PhaseConfig
 from mindvl_jax.data.collate import budgets_of, collate, pack_prompts, shape_for, size_of
 from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
-from mindvl_jax.data.packing import Budgets, WorkModel, balanced_order, plan_rows
+from mindvl_jax.data.packing import Budgets, WorkModel, balanced_order, plan_rows, plan_units
 from mindvl_jax.data.sample import Media, Message, Sample
 
 MODEL = model_config()
@@ -37,6 +37,31 @@ def test_rows_hold_every_budget_and_use_each_sample_once(drawn, rows):
     # The oldest start a row each: no sample waits longer than the samples before it over the rows.
     assert set(range(min(rows, len(sizes)))) <= set(used)
     assert plan == plan_rows(sizes, loads, BUDGETS, rows), "the same samples must give the same plan"
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(2, 120), st.integers(2, 120), st.integers(0, 40), st.integers(0, 3)), min_size=0, max_size=50), st.integers(1, 6))
+def test_both_answers_of_a_preference_pair_lie_side_by_side_in_one_row(drawn, rows):
+    """A pair asks the same question of the same pictures twice."""
+    sizes = np.array([(tokens, 4 * groups if images else 0, 1, images, 2 * images) for *both, groups, images in drawn for tokens in both], np.int64).reshape(-1, 5)
+    work = WorkModel.of(MODEL)
+    loads = np.array([work.loads(size[0], np.array([size[1]])) for size in sizes]).reshape(-1, 2)
+    pairs = [(2 * number, 2 * number + 1) for number in range(len(drawn))]
+    plan = plan_units(pairs, sizes, loads, BUDGETS, rows)
+    used = [index for row in plan for index in row]
+    assert len(plan) == rows and len(set(used)) == len(used)
+    for row in plan:
+        assert (sizes[row].sum(0) <= BUDGETS.array()).all()
+        assert [tuple(row[at : at + 2]) for at in range(0, len(row), 2)] == [pairs[row[at] // 2] for at in range(0, len(row), 2)]
+    assert {index for pair in pairs[: min(rows, len(pairs))] for index in pair} <= set(used), "the oldest pairs start a row each"
+
+
+def test_units_that_fit_no_row_or_overlap_are_refused():
+    sizes, loads = np.array([[200, 0, 1, 0, 0]] * 2), np.ones((2, 2))
+    with pytest.raises(ValueError, match="unit 0 needs .400, 0, 2, 0, 0."):
+        plan_units([(0, 1)], sizes, loads, BUDGETS, 1)
+    with pytest.raises(ValueError, match="do not hold each of the 2 samples once"):
+        plan_units([(0, 1), (1,)], sizes, loads, BUDGETS, 1)
 
 
 @pytest.mark.parametrize("mix", ["LLaVA-like", "document-like", "video-like"])

@@ -85,31 +85,32 @@ PHASE = {
 }  # fmt: skip
 
 
+def configuration(assets, run_dir, *phases, **sections):
+    """A whole configuration as plain data, for the files that `write_tokenizer` and `write_data` put into `assets`."""
+    mapping = {
+        "run": {"dir": str(run_dir), "seed": 3},
+        "model": {
+            "vision": {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "window_size": 56, "fullatt_block_indexes": [0, 1]},
+            "text": {
+                "family": "qwen3", "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 4,
+                "num_kv_heads": 2, "head_dim": 16, "rope_theta": 1e4, "tie_word_embeddings": True, "rope": "mrope", "mrope_section": [2, 3, 3],
+            },
+            "image_token_id": 261, "video_token_id": 262, "vision_start_token_id": 259, "vision_end_token_id": 260, "compute_dtype": "float32",
+        },
+        "tokenizer": {"path": str(assets / "tokenizer.json")},
+        "data": {"sources": {"squares": {"path": str(assets / "squares.parquet")}}, "packing_buffer": 8, "prefetch": 2, "cache_examples": True},
+        "training": {"phases": [{**PHASE, "name": f"phase{index}", **phase} for index, phase in enumerate(phases or ({},))]},
+        "logging": {"tensorboard": False},
+    }  # fmt: skip
+    for section, changes in sections.items():
+        merge(mapping.setdefault(section, {}), changes)
+    return copy.deepcopy(mapping)
+
+
 @pytest.fixture
 def run_mapping(assets, tmp_path):
     """A whole configuration as plain data: tests change it and validate it."""
-
-    def build(*phases, name="run", **sections):
-        mapping = {
-            "run": {"dir": str(tmp_path / name), "seed": 3},
-            "model": {
-                "vision": {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "window_size": 56, "fullatt_block_indexes": [0, 1]},
-                "text": {
-                    "family": "qwen3", "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 4,
-                    "num_kv_heads": 2, "head_dim": 16, "rope_theta": 1e4, "tie_word_embeddings": True, "rope": "mrope", "mrope_section": [2, 3, 3],
-                },
-                "image_token_id": 261, "video_token_id": 262, "vision_start_token_id": 259, "vision_end_token_id": 260, "compute_dtype": "float32",
-            },
-            "tokenizer": {"path": str(assets / "tokenizer.json")},
-            "data": {"sources": {"squares": {"path": str(assets / "squares.parquet")}}, "packing_buffer": 8, "prefetch": 2, "cache_examples": True},
-            "training": {"phases": [{**PHASE, "name": f"phase{index}", **phase} for index, phase in enumerate(phases or ({},))]},
-            "logging": {"tensorboard": False},
-        }  # fmt: skip
-        for section, changes in sections.items():
-            merge(mapping.setdefault(section, {}), changes)
-        return copy.deepcopy(mapping)
-
-    return build
+    return lambda *phases, name="run", **sections: configuration(assets, tmp_path / name, *phases, **sections)
 
 
 def merge(target, changes):
