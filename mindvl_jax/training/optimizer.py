@@ -94,7 +94,7 @@ def adamw(
     new_trained, new_mu, new_nu = {}, {}, {}
     for path, value in trained.items():
         rule = rules[path]
-        updated = ops.fused_adamw(
+        new_trained[path], new_mu[path], new_nu[path] = ops.fused_adamw(
             value,
             gradients[path],
             mu[path],
@@ -105,9 +105,6 @@ def adamw(
             b2=config.b2,
             eps=config.eps,
             weight_decay=rule.weight_decay,
-        )
-        # A select, not a branch: it fuses into the update, stays in place under donation, and every backend can run it.
-        new_trained[path], new_mu[path], new_nu[path] = (
-            jnp.where(keep, new, old) for new, old in zip(updated, (value, mu[path], nu[path]), strict=True)
+            keep=keep,
         )
     return new_trained, new_mu, new_nu

@@ -133,7 +133,7 @@ CASES: dict[str, Case] = {
     "moe_unpermute": Case(moe.unpermute_forward, lambda r, _: [_normal(r, 26, 24), _route(r)[1], r.random((13, 2))]),
     "moe_unpermute_backward": Case(moe.unpermute_backward, lambda r, _: [_normal(r, 13, 24), _normal(r, 26, 24), _route(r)[1], r.random((13, 2))]),
     "adamw": Case(adamw_update,
-                  lambda r, _: [_normal(r, 7, 12), _normal(r, 7, 12), _normal(r, 7, 12) * 0.1, r.random((7, 12)), np.array(3.0), np.array(0.01)],
+                  lambda r, _: [_normal(r, 7, 12), _normal(r, 7, 12), _normal(r, 7, 12) * 0.1, r.random((7, 12)), np.array(3.0), np.array(0.01), np.array(True)],
                   _ADAM, wide=(0, 2, 3, 4, 5)),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""AdamW."""
+"""AdamW. `keep` is a bool scalar on the device: False leaves parameter and moments bitwise as they are."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import torch
 from npu_bridge.kernels.registry import register
 
 
-def _npu_adamw(param, grad, mu, nu, step, learning_rate, *, b1, b2, eps, weight_decay, inplace=False):
+def _npu_adamw(param, grad, mu, nu, step, learning_rate, keep, *, b1, b2, eps, weight_decay, inplace=False):
     if not (param.dtype == mu.dtype == nu.dtype == torch.float32):
-        return adamw(param, grad, mu, nu, step, learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, inplace=inplace)
+        return adamw(param, grad, mu, nu, step, learning_rate, keep, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, inplace=inplace)
     if not inplace:
         param, mu, nu = param.clone(), mu.clone(), nu.clone()
     # The kernel takes its learning rate from the host, ours lies on the device: let it write the plain update (rate 1, no decay)
     # into zeros and apply rate and decay afterwards. Reading the rate back would stop the queue at every parameter.
-    update = torch.zeros_like(param)
+    update, new_mu, new_nu = torch.zeros_like(param), mu.clone(), nu.clone()
     torch._fused_adamw_(
         [update],
         [grad.to(param.dtype)],
-        [mu],
-        [nu],
+        [new_mu],
+        [new_nu],
         [],
         [step.reshape(()).clone()],
         lr=1.0,
@@ -30,7 +30,33 @@ def _npu_adamw(param, grad, mu, nu, step, learning_rate, *, b1, b2, eps, weight_
         amsgrad=False,
         maximize=False,
     )
-    param.mul_(1 - learning_rate * weight_decay).addcmul_(update, learning_rate.expand_as(update))
+    rate = torch.where(keep, learning_rate, 0.0)
+    update = torch.where(keep, update, 0.0)  # what is not kept may be infinite, and 0 times infinity is not 0
+    param.mul_(1 - rate * weight_decay).addcmul_(update, rate.expand_as(update))
+    return param, mu.copy_(torch.where(keep, new_mu, mu)), nu.copy_(torch.where(keep, new_nu, nu))
+
+
+def _cpu_adamw(param, grad, mu, nu, step, learning_rate, keep, *, b1, b2, eps, weight_decay, inplace=False):
+    if not (param.dtype == mu.dtype == nu.dtype == torch.float32 and param.is_contiguous() and mu.is_contiguous() and nu.is_contiguous()):
+        return adamw(param, grad, mu, nu, step, learning_rate, keep, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, inplace=inplace)
+    if not inplace:
+        param, mu, nu = param.clone(), mu.clone(), nu.clone()
+    torch._fused_adamw_(
+        [param],
+        [grad.to(param.dtype).contiguous()],
+        [mu],
+        [nu],
+        [],
+        [step.reshape(())],
+        lr=learning_rate.reshape(()),
+        beta1=b1,
+        beta2=b2,
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+        found_inf=(~keep).to(torch.float32),  # the whole call is passed over where this is 1
+    )
     return param, mu, nu
 
 
@@ -39,14 +65,14 @@ def _npu_adamw(param, grad, mu, nu, step, learning_rate, *, b1, b2, eps, weight_
     family="adamw",
     call="torch._fused_adamw_([update], [grad], [mu], [nu], [], [step], lr=1.0, ...); param.mul_(...).addcmul_(...)",
     npu=_npu_adamw,
+    cpu=_cpu_adamw,
     note="aclnnApplyAdamWV2 on 910B (npu_apply_adam_w is a legacy operator there); float32 state, else the equivalent; in place when donated",
 )
-def adamw(param, grad, mu, nu, step, learning_rate, *, b1, b2, eps, weight_decay, inplace=False):
+def adamw(param, grad, mu, nu, step, learning_rate, keep, *, b1, b2, eps, weight_decay, inplace=False):
     g, m, v = grad.float(), mu.float(), nu.float()
     m = m * b1 + g * (1 - b1)
     v = v * b2 + g * g * (1 - b2)
     p = param.float() * (1 - learning_rate * weight_decay)
     p = p - learning_rate / (1 - b1**step) * m / (v.sqrt() / (1 - b2**step).sqrt() + eps)
-    if inplace:
-        return param.copy_(p), mu.copy_(m), nu.copy_(v)
-    return p.to(param.dtype), m.to(mu.dtype), v.to(nu.dtype)
+    p, m, v = (torch.where(keep, new.to(old.dtype), old) for new, old in ((p, param), (m, mu), (v, nu)))
+    return (param.copy_(p), mu.copy_(m), nu.copy_(v)) if inplace else (p, m, v)

@@ -7,12 +7,14 @@ from npu_bridge.jaxcompat import define_operator
 from npu_bridge.ops._common import accumulator, require
 
 
-def fused_adamw(param, grad, mu, nu, *, step, learning_rate, b1, b2, eps, weight_decay):
+def fused_adamw(param, grad, mu, nu, *, step, learning_rate, b1, b2, eps, weight_decay, keep=True):
     """One decoupled AdamW update of one array (Loshchilov & Hutter 2019), computed in float32.
 
     Args:
       param, grad, mu, nu: one shape; `mu` and `nu` are the running moments. step: number of this update, counted from 1 (a
         traced integer is fine). learning_rate: float or traced scalar. b1, b2, eps, weight_decay: static floats.
+
+      keep: bool or traced bool scalar; False leaves all three bitwise as they are, whatever grad holds, without asking the host.
 
     Returns:
       (param, mu, nu) updated, each in its own dtype.
@@ -25,11 +27,11 @@ def fused_adamw(param, grad, mu, nu, *, step, learning_rate, b1, b2, eps, weight
     dtype = accumulator(param.dtype)
     step = jnp.asarray(step).astype(dtype)
     learning_rate = jnp.asarray(learning_rate, dtype)
-    return _adamw(param, grad, mu, nu, step, learning_rate, b1=float(b1), b2=float(b2), eps=float(eps), weight_decay=float(weight_decay))
+    return _adamw(param, grad, mu, nu, step, learning_rate, jnp.asarray(keep, bool), b1=float(b1), b2=float(b2), eps=float(eps), weight_decay=float(weight_decay))
 
 
-def adamw_update(param, grad, mu, nu, step, learning_rate, *, b1, b2, eps, weight_decay):
-    """-> param, mu, nu; `step` and `learning_rate` are float32 scalars on the device."""
+def adamw_update(param, grad, mu, nu, step, learning_rate, keep, *, b1, b2, eps, weight_decay):
+    """-> param, mu, nu; `step` and `learning_rate` are float32 scalars on the device, `keep` a bool scalar there."""
     dtype = accumulator(param.dtype)
     p, g = param.astype(dtype), grad.astype(dtype)
     m = b1 * mu.astype(dtype) + (1 - b1) * g
@@ -38,10 +40,11 @@ def adamw_update(param, grad, mu, nu, step, learning_rate, *, b1, b2, eps, weigh
     p = p * (1 - learning_rate * weight_decay)
     denominator = jnp.sqrt(v) / jnp.sqrt(1 - b2**step) + eps
     p = p - learning_rate / (1 - b1**step) * m / denominator
-    return p.astype(param.dtype), m.astype(mu.dtype), v.astype(nu.dtype)
+    # A select, not a branch: it fuses into the update, stays in place under donation, and every back end can run it.
+    return tuple(jnp.where(keep, new.astype(old.dtype), old) for new, old in ((p, param), (m, mu), (v, nu)))
 
 
-_adamw = define_operator("adamw", reference=adamw_update, rule="..., ..., ..., ..., , -> ..., ..., ...", inplace={0: 0, 1: 2, 2: 3})
+_adamw = define_operator("adamw", reference=adamw_update, rule="..., ..., ..., ..., , , -> ..., ..., ...", inplace={0: 0, 1: 2, 2: 3})
 
 
 def global_norm(tree):

@@ -132,11 +132,26 @@ def test_a_shard_of_the_vocabulary_answers_for_its_own_rows_and_the_shards_add_u
     assert torch.equal(stacked, backward(g, numbers, rows=19)[0])
 
 
-def test_adamw_in_place_writes_the_tensors_it_was_given():
+ADAMW = [kernels.KERNELS["adamw"].equivalent, kernels.KERNELS["adamw"].cpu, kernels.KERNELS["adamw"].npu]
+
+
+@pytest.mark.parametrize("function", ADAMW, ids=["equivalent", "cpu", "npu"])
+def test_an_adamw_update_that_is_not_kept_changes_no_bit_whatever_the_gradient(function):
+    _, (param, grad, mu, nu, step, rate, _) = check.inputs("adamw", "float32")
+    grad = torch.full_like(grad, float("nan"))
+    grad[0] = float("inf")
+    before = [x.clone() for x in (param, mu, nu)]
+    for inplace in (False, True):
+        after = function(param, grad, mu, nu, step, rate, torch.tensor(False), **check.CASES["adamw"].params, inplace=inplace)
+        assert all(torch.equal(a, b) for a, b in zip(after, before))
+
+
+@pytest.mark.parametrize("function", ADAMW, ids=["equivalent", "cpu", "npu"])
+def test_adamw_in_place_writes_the_tensors_it_was_given(function):
     _, tensors = check.inputs("adamw", "float32")
     params = check.CASES["adamw"].params
-    fresh = kernels.KERNELS["adamw"].equivalent(*tensors, **params)
+    fresh = function(*tensors, **params)
     param, _, mu, nu = tensors[:4]
-    written = kernels.KERNELS["adamw"].equivalent(*tensors, **params, inplace=True)
+    written = function(*tensors, **params, inplace=True)
     assert [w.data_ptr() for w in written] == [x.data_ptr() for x in (param, mu, nu)]
     assert all(torch.equal(a, b) for a, b in zip(fresh, written))
