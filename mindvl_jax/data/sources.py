@@ -118,6 +118,7 @@ class Source:
         self.identity = f"{name}:{config.model_dump_json()}"
         self._config = config
         paths = find_files(config, f"data.sources.{name}")
+        self.paths = paths
         self._files = [_records(path, _kind(path, config.format)) for path in paths]
         self._ends = np.cumsum([len(records) for records in self._files]).tolist()
         self._length = min(self._ends[-1], config.max_samples or self._ends[-1])

@@ -124,6 +124,7 @@ class Trainer:
         self.totals: dict[str, float] = {"tokens": 0, "samples": 0, "seconds": 0.0}
 
     def run(self, stop_after: int | None) -> RunResult:
+        self._check_files()
         parts = [self._check(index) for index in range(len(self.config.training.phases))]
         plan = resume.plan(self.config, self.outline, self.mesh, parts)
         if plan.step == self.total_steps and (self.run_dir / "report.html").exists():
@@ -190,6 +191,22 @@ class Trainer:
         parameter_rules(trained, phase, self.config.training.optimizer, where)
         row_share(self.mesh, phase.rows, f"{where}.rows")
         return trained, frozen
+
+    def _check_files(self) -> None:
+        """Refuses files that are missing, of every phase and task: not hours later, when the phase begins or the run is scored."""
+        from mindvl_jax.data.sources import find_files
+
+        used = dict.fromkeys(name for phase in self.config.training.phases for name in phase.sources)
+        wanted = [(self.config.data.sources[name], f"data.sources.{name}") for name in used]
+        wanted += [(task.source, f"evaluation.tasks[{index}].source") for index, task in enumerate(self.config.evaluation.tasks)]
+        problems = []
+        for source, where in wanted:
+            try:
+                find_files(source, where)
+            except UserError as error:
+                problems.append(str(error))
+        if problems:
+            raise UserError("\n".join(problems))
 
     def _run_phase(
         self, index: int, state: TrainState, trained: list[str], frozen: list[str], step: int, begin: int, loader_state: dict | None,

@@ -287,6 +287,32 @@ def test_metrics_hold_the_loss_of_each_source(assets, run_config, read_metrics):
         assert low <= line["loss"] <= high and low < high
 
 
+def test_every_missing_file_is_named_before_the_first_step(assets, run_config):
+    late = {"path": str(assets / "no-such.parquet")}
+    config = run_config(
+        {}, {"mixture": [{"source": "late"}]}, data={"sources": {"late": late}}, evaluation={"tasks": [{"name": "held", "source": {"path": "gone.jsonl"}}]}
+    )
+    with pytest.raises(UserError) as refused:
+        train(config)
+    first, second = str(refused.value).splitlines()
+    assert first.startswith("data.sources.late: nothing to read at") and second.startswith("evaluation.tasks[0].source: nothing to read at 'gone.jsonl'")
+    assert not Path(config.run.dir, "metrics.jsonl").exists()
+
+
+def test_a_run_begins_with_the_weights_of_another(whole, run_config, say):
+    # A rate of zero leaves the parameters what they were at the start.
+    config = run_config({"learning_rate": 0.0, "steps": 1}, name="heir", run={"init_from": whole.run.dir})
+    train(config, console=say)
+    assert f"starting from the weights of {whole.run.dir}" in say.export_text()
+    assert bits(checkpoint.load_params(config.run.dir)[1]) == bits(checkpoint.load_params(whole.run.dir)[1])
+
+
+def test_weights_of_another_model_are_refused_with_what_differs(whole, run_config):
+    config = run_config({}, name="other", run={"init_from": whole.run.dir}, model={"text": {"intermediate_size": 48}})
+    with pytest.raises(UserError, match=r"(?s)run.init_from=.* does not fit .*language/.*shape \(2, 32, 64\) there, \(2, 32, 48\)"):
+        train(config)
+
+
 def test_sigterm_saves_and_exits_with_zero_and_nothing_loads_torch(run_mapping, tmp_path, compilation_cache):
     mapping = run_mapping(ALL | {"steps": 100000}, logging={"tensorboard": True})
     file = tmp_path / "config.yaml"
