@@ -146,7 +146,7 @@ def guesses(sample: dict[str, Any], item) -> bool:
     from mindvl_jax.evaluation.choices import mmmu_option
 
     options = item.extra.get("options")
-    return options is not None and mmmu_option(sample["resps"][0][0], options) == ""
+    return options is not None and mmmu_option(sample["resps"][0][0].strip(), options) == ""
 
 
 def totals(name: str, results: dict[str, Any], summary: dict[str, Any], count: int) -> list[tuple[str, float, float]]:
@@ -168,8 +168,8 @@ def totals(name: str, results: dict[str, Any], summary: dict[str, Any], count: i
     return []  # MMMU: theirs includes options drawn by chance
 
 
-def compare(data: Path, scratch: Path, rounds: int, weights: str | None = None) -> dict[str, Any]:
-    """Runs both and returns counts and every disagreement, by task."""
+def compare(data: Path, scratch: Path, rounds: int, weights: str | None = None, only: list[str] | None = None) -> dict[str, Any]:
+    """Runs both and returns counts and every disagreement, by task (all of TASKS unless `only` names some)."""
     from lmms_eval import evaluator
     from lmms_eval.tasks import TaskManager
     from lmms_eval.tasks.ocrbench import utils as ocrbench
@@ -179,8 +179,9 @@ def compare(data: Path, scratch: Path, rounds: int, weights: str | None = None) 
 
     write_tasks(data, scratch)
     manager = TaskManager(include_path=str(scratch), include_defaults=False)
-    items = {name: load_items(task.ours, data) for name, task in TASKS.items()}
-    report: dict[str, Any] = {name: {"samples": len(items[name]), "compared": 0, "right": 0.0, "guessed_by_theirs": 0, "different": []} for name in TASKS}
+    tasks = {name: TASKS[name] for name in only or TASKS}
+    items = {name: load_items(task.ours, data) for name, task in tasks.items()}
+    report: dict[str, Any] = {name: {"samples": len(items[name]), "compared": 0, "right": 0.0, "guessed_by_theirs": 0, "different": []} for name in tasks}
     for turn in range(1 if weights else rounds):
         if weights:
             from mindvl_jax.evaluation.lmms_plugin import MindVL
@@ -189,7 +190,7 @@ def compare(data: Path, scratch: Path, rounds: int, weights: str | None = None) 
             model.batch_size_per_gpu = 1
         else:
             model = scripted_model(items, turn)
-        for name, task in TASKS.items():
+        for name, task in tasks.items():
             ocrbench.OCRBench_score.update(dict.fromkeys(ocrbench.OCRBench_score, 0))  # it adds up over calls in one process
             settings = argparse.Namespace(output_path=str(scratch / "out"), process_with_media=False, log_samples=True)
             result = evaluator.simple_evaluate(model=model, tasks=[f"standin_{name}"], task_manager=manager, batch_size=1, bootstrap_iters=0, log_samples=True, cli_args=settings)
@@ -235,6 +236,7 @@ def compare(data: Path, scratch: Path, rounds: int, weights: str | None = None) 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--only", nargs="+", choices=list(TASKS), help="some of the tasks")
     parser.add_argument("--weights", help="a model's folder: it answers, through the plug-in")
     parser.add_argument("--data", type=Path, help="stand-ins that are already built; default: they are built anew")
     parser.add_argument("--out", type=Path, help="write the report as JSON")
@@ -245,7 +247,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         if options.data is None:
             build(Path(folder) / "standins")
-        report = compare(options.data or Path(folder) / "standins", Path(folder) / "lmms", options.rounds, options.weights)
+        report = compare(options.data or Path(folder) / "standins", Path(folder) / "lmms", options.rounds, options.weights, options.only)
     for name, entry in report.items():
         print(f"{name:9} {entry['samples']:3} samples, {entry['compared']:5} comparisons, mean {entry['right'] / max(1, entry['compared']):.3f}, {len(entry['different'])} differ"
               + (f", {entry['guessed_by_theirs']} drawn by chance there" if entry["guessed_by_theirs"] else ""))
