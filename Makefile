@@ -10,11 +10,22 @@ SET ?=
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: quickstart test conformance setup setup-test setup-npu clean
+.PHONY: quickstart average test conformance setup setup-test setup-npu clean
 
 quickstart: $(VENV)/.main
 	$(BIN)/python train.py --config configs/quickstart.yaml --set run.dir=$(RUN_DIR) $(SET)
 	@echo "Open $(RUN_DIR)/report.html"
+
+# Two continuations of the finished quickstart at two sequence lengths, their average, and the scores of all (configs/average-*.yaml).
+AVERAGE_TASKS := digits=data/quickstart/test/digits.parquet,words=data/quickstart/test/words.parquet,emoji=data/quickstart/test/emoji.parquet,easyvqa=data/quickstart/test/easyvqa.parquet
+average: $(VENV)/.main
+	$(BIN)/python train.py --config configs/average-short.yaml --set run.init_from=$(RUN_DIR) $(SET)
+	$(BIN)/python train.py --config configs/average-long.yaml --set run.init_from=$(RUN_DIR) $(SET)
+	rm -rf runs/average
+	$(BIN)/mindvl average --weights runs/average-short runs/average-long --out runs/average
+	for model in $(RUN_DIR) runs/average-short runs/average-long runs/average; do \
+		echo "$$model"; $(BIN)/mindvl evaluate --weights $$model --tasks $(AVERAGE_TASKS) --batch 64 --max-new-tokens 16 --no-language-only --out $$model/evaluation-average || exit 1; \
+	done
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest

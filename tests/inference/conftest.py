@@ -1,11 +1,12 @@
 """One tiny model and one byte-level tokenizer for all tests of generation."""
 
+import importlib.util
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-import tokenizers
 from flax import nnx
 from PIL import Image
 
@@ -13,17 +14,14 @@ from mindvl_jax.config import ModelConfig, TextConfig, TokenizerConfig, VisionCo
 from mindvl_jax.data.tokenizer import load_tokenizer
 from mindvl_jax.models import MindVL
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+_spec = importlib.util.spec_from_file_location("training_fixtures", Path(__file__).parents[1] / "training" / "conftest.py")
+_training = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_training)
 
 
 def byte_tokenizer(folder):
     """Every byte is a token: no text is unknown, and lengths are easy to say."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={piece: index for index, piece in enumerate(alphabet)}, merges=[]))
-    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = tokenizers.decoders.ByteLevel()
-    raw.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    raw.save(str(folder / "tokenizer.json"))
+    _training.write_tokenizer(folder)
     return load_tokenizer(TokenizerConfig(path=str(folder / "tokenizer.json")))
 
 
