@@ -178,6 +178,7 @@ class DataConfig(Section):
     workers: NonNegativeInt = Field(0, description="Decoding processes; 0 decodes in a background thread.")
     prefetch: PositiveInt = Field(4, description="Batches prepared ahead of the step.")
     packing_buffer: PositiveInt = Field(256, description="Samples that the packer looks ahead.")
+    length_index: str | None = Field(None, description="Folder of lengths written by `mindvl data index`: each host then encodes its own rows alone.")
     cache_examples: bool = Field(False, description="Keep decoded samples in memory between epochs (small data only).")
 
 

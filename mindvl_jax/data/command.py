@@ -1,4 +1,4 @@
-"""`mindvl data check` and `mindvl data convert`."""
+"""`mindvl data check`, `mindvl data convert` and `mindvl data index`."""
 
 from __future__ import annotations
 
@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--out", required=True, help="file to write")
     convert.add_argument("--media-prefix", default="", help="folder put before each media path, such as train2017 for COCO's pictures in LLaVA-Instruct")
     convert.add_argument("--overwrite", action="store_true")
+    index = actions.add_parser("index", help="write the lengths of all samples into data.length_index, so that hosts of a run need not encode each other's samples")
+    index.add_argument("--config", required=True, help="configuration whose data.length_index names the folder")
+    index.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the configuration")
 
 
 def _source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +50,28 @@ def _source_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return _check(args) if args.action == "check" else _convert(args)
+    return {"check": _check, "convert": _convert, "index": _index}[args.action](args)
+
+
+def _index(args: argparse.Namespace) -> int:
+    from mindvl_jax.config_loader import load
+    from mindvl_jax.data.collate import batch_shape, budgets_of
+    from mindvl_jax.data.encoding import encode_record
+    from mindvl_jax.data.example import ExampleEncoder
+    from mindvl_jax.data.lengths import index_phase
+    from mindvl_jax.data.loader import cached_tokenizer, training_limits
+
+    config = load(args.config, args.set)
+    if config.data.length_index is None:
+        raise UserError("data.length_index names no folder; add it to the configuration, or --set data.length_index=FOLDER")
+    console = Console()
+    for number, phase in enumerate(config.training.phases):
+        limits, budgets = training_limits(config, number), budgets_of(batch_shape(config, phase))
+        encoder = ExampleEncoder(config.model, cached_tokenizer(config.tokenizer), limits)
+        outcomes = lambda source: (encode_record(source, index, encoder, budgets) for index in range(len(source)))
+        for name, path, kept, refused in index_phase(config, phase.sources, limits, budgets, outcomes):
+            console.print(f"{phase.name}, {name}: " + ("there already" if kept < 0 else f"{kept} samples, {refused} refused") + f" ({path})", soft_wrap=True)
+    return 0
 
 
 def _source_config(args: argparse.Namespace) -> SourceConfig:

@@ -46,6 +46,9 @@ class InlineEncoder:
         reference = self._stream[position]
         return encode_record(self._stream.sources[reference.source], reference.index, self._encoder, self._budgets)
 
+    def encode_many(self, positions: Sequence[int]) -> list[Example | SampleError]:
+        return [self.encode(position) for position in positions]
+
     def close(self) -> None:
         pass
 

@@ -19,9 +19,11 @@ from mindvl_jax.data.cache import shared_cache
 from mindvl_jax.data.collate import batch_shape, budgets_of, collate
 from mindvl_jax.data.encoding import InlineDecoder, InlineEncoder
 from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
+from mindvl_jax.data.lengths import IndexedEncoder, LengthIndex, encoding_of, index_path
 from mindvl_jax.data.packing import WorkModel
 from mindvl_jax.data.planner import Planner, RecordEncoder
 from mindvl_jax.data.quarantine import Quarantine
+from mindvl_jax.data.sample import SampleError
 from mindvl_jax.data.sources import open_sources
 from mindvl_jax.data.stream import MixtureStream
 from mindvl_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -70,6 +72,9 @@ def make_loader(config: Config, phase_index: int, *, process_index: int = 0, pro
     else:
         encoder = InlineEncoder(stream, ExampleEncoder(config.model, tokenizer, limits), budgets_of(shape))
         decoder = InlineDecoder(config.model.vision, config.data.resample)
+    if config.data.length_index is not None:
+        kind = encoding_of(config, limits, budgets_of(shape))
+        encoder = IndexedEncoder(stream, [LengthIndex(index_path(config.data.length_index, source, kind), source) for source in sources], encoder)
     planner = Planner(
         stream,
         encoder,
@@ -217,28 +222,30 @@ class Loader:
         self._thread = None
 
     def _produce(self, ready: queue.Queue, stop: threading.Event) -> None:
-        under_way: collections.deque[tuple[Any, dict[str, Any], dict[str, Any]]] = collections.deque()
+        under_way: collections.deque[tuple[Any, list, dict[str, Any], dict[str, Any]]] = collections.deque()
         failure: BaseException | None = None
         try:
             while not stop.is_set():
                 while failure is None and len(under_way) < self._decoder.depth:
                     try:
-                        rows = self._planner.next_rows()[self._own]
-                        under_way.append((self._decoder.begin(rows), self._planner.state(), self._planner.counters()))
+                        rows, lost = self._planner.next_rows()[self._own], []
+                        if isinstance(self._encoder, IndexedEncoder):
+                            rows, lost = self._encoder.own(rows)
+                        under_way.append((self._decoder.begin(rows), lost, self._planner.state(), self._planner.counters()))
                     except BaseException as error:  # comes after the batches that were planned before it
                         failure = error
                 if not under_way:
                     ready.put(failure)
                     return
-                started, planned, counters = under_way.popleft()
-                ready.put(_Ready(self._finish(started), *self._snapshot(planned, counters)))
+                started, lost, planned, counters = under_way.popleft()
+                ready.put(_Ready(self._finish(started, lost), *self._snapshot(planned, counters)))
         except BaseException as error:  # handed to the consumer, who raises it where the run can end cleanly
             ready.put(error)
 
-    def _finish(self, started: Any) -> PackedBatch:
+    def _finish(self, started: Any, lost: list[tuple[int, SampleError]]) -> PackedBatch:
         """Collects a batch's pixels. What does not decode leaves a gap in its row: other processes have planned with it too."""
         decoded = self._decoder.finish(started)
-        for position, error in decoded.failures:
+        for position, error in [*lost, *decoded.failures]:
             self._quarantine.refuse(id=str(error.sample_id), where=self._planner.where(position), error=error, stage="decode")
         if any(decoded.rows):
             self._quarantine.decoded()

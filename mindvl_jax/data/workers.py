@@ -129,6 +129,16 @@ class PoolEncoder:
         except concurrent.futures.process.BrokenProcessPool as error:
             raise self._pool.broken() from error
 
+    def encode_many(self, positions: Sequence[int]) -> list[Example | SampleError]:
+        """Encodes samples from anywhere in the stream, in the pool, and waits for them."""
+        references = [self._stream[position] for position in positions]
+        pairs = [(reference.source, reference.index) for reference in references]
+        tasks = [self._pool.submit(_encode, pairs[start : start + CHUNK]) for start in range(0, len(pairs), CHUNK)]
+        try:
+            return [example for task in tasks for example in task.result()]
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise self._pool.broken() from error
+
     def close(self) -> None:
         self._chunks.clear()
         self._pool.close()

@@ -79,7 +79,7 @@ class Subject:
         from mindvl_jax.training.trainer import train
 
         jax.config.update("jax_compilation_cache_dir", self.cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
         report.write_report = lambda folder: (Path(folder) / "report.html").write_text("")
         train(config_loader.from_mapping(self.mapping))
@@ -92,16 +92,15 @@ class Subject:
         path = self.folder / "metrics.jsonl"
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
-    def where(self) -> str:
-        """What the run is at, as far as its folder shows."""
+    def where(self, before: int, begun: float) -> str:
+        """What a start at time `begun`, with `before` steps recorded, was at when it died, as far as the folder shows."""
         folder = self.folder / "checkpoints"
-        names = [child.name for child in folder.iterdir()] if folder.is_dir() else []
+        names = [child.name for child in folder.iterdir() if child.stat().st_mtime >= begun] if folder.is_dir() else []
         if any(not name.isdigit() for name in names):
             return "writing a checkpoint"
-        if not self.recorded():
-            return "before the first step"
-        last = json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])
-        return f"training, {last['phase']}"
+        if self.recorded() <= before:
+            return "before its first step"
+        return f"training, {json.loads((self.folder / 'metrics.jsonl').read_text().splitlines()[-1])['phase']}"
 
     def outcome(self) -> Outcome:
         steps = {}
@@ -149,7 +148,7 @@ def kill_again_and_again(mapping: dict, folder: Path, cache: str, *, kills: int,
     died = finished = 0
     startup = 3.0
     while True:
-        before, begun = subject.recorded(), time.monotonic()
+        before, begun, wall = subject.recorded(), time.monotonic(), time.time()
         child = subject.start()
         alive = True
         if died < kills:
@@ -168,8 +167,9 @@ def kill_again_and_again(mapping: dict, folder: Path, cache: str, *, kills: int,
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 died += 1
-                moments[subject.where()] += 1
-                say(f"kill {died}: {subject.where()}, {subject.recorded()} steps recorded")
+                moment = subject.where(before, wall)
+                moments[moment] += 1
+                say(f"kill {died}: {moment}, {subject.recorded()} steps recorded")
                 continue
         elif alive:
             require_success(child, subject.log)
@@ -200,6 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache", help="folder of compiled programs; default: one of its own")
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parent))
     from conftest import configuration, write_data, write_tokenizer
@@ -209,10 +210,10 @@ def main() -> None:
         write_tokenizer(folder)
         write_data(folder)
         mapping = configuration(folder, folder / "unused", *PHASES, checkpoint=CHECKPOINTS, data={"cache_examples": False})
-        print(kill_again_and_again(mapping, folder, str(folder / "xla"), kills=args.kills, seed=args.seed, say=lambda text: print(text, flush=True)))
+        print(kill_again_and_again(mapping, folder, args.cache or str(folder / "xla"), kills=args.kills, seed=args.seed, say=lambda text: print(text, flush=True)))
 
 
-PHASES = ({"train": ["projector/**"], "steps": 4}, {"steps": 10, "gradient_accumulation": 2, "schedule": "cosine"})
+PHASES = ({"train": ["projector/**"], "steps": 3}, {"steps": 7, "gradient_accumulation": 2, "schedule": "cosine"})  # those of test_run.py: compiled once for both
 CHECKPOINTS = {"every_steps": 2, "keep": 2, "asynchronous": True}
 
 if __name__ == "__main__":
