@@ -8,6 +8,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from npu_bridge import ops
@@ -77,3 +78,41 @@ def test_a_gradient_transposed_by_its_user_still_runs():
     # XLA folds a transpose into the product that feeds it, and then refuses bfloat16 operands with a float32 result.
     gradient = jax.jit(lambda x, w: jax.grad(lambda w: ops.linear(x, w).astype(jnp.float32).sum())(w).T)
     assert jnp.array_equal(gradient(X, W.astype(jnp.float32)), jnp.full((48, 32), 128.0))
+
+
+# --- float32 activations, bfloat16 products --------------------------------------------------------------------------
+
+
+def float32_twins(name):
+    function, arrays = PROGRAMS[name]
+    return function, tuple(array.astype(jnp.float32) for array in arrays)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear of one row", "banded attention", "cross entropy", "grouped matmul"])
+def test_under_bfloat16_precision_the_products_of_float32_arrays_stay_on_the_matrix_units_too(name, matrix_units):
+    function, arrays = float32_twins(name)
+
+    def both(*arrays):
+        value, pull = jax.vjp(function, *arrays)
+        return value, pull(jnp.ones_like(value))
+
+    with jax.default_matmul_precision("bfloat16"):
+        compiled, found, widened = products(both, *arrays)
+    assert len(found) >= 3 and not widened, f"{len(widened)} of {len(found)} products read widened operands: {widened}"
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(compiled(*arrays)))
+
+
+def test_under_bfloat16_precision_a_product_rounds_its_operands_and_nothing_else():
+    rng = np.random.default_rng(0)
+    x, w, g = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 64, 32), (32, 48), (2, 64, 48)))
+    with jax.default_matmul_precision("bfloat16"):
+        y, (dx, dw) = jax.jit(lambda x, w, g: (lambda y, pull: (y, pull(g)))(*jax.vjp(ops.linear, x, w)))(x, w, g)
+    rounded = lambda array: np.asarray(jnp.asarray(array).astype(jnp.bfloat16)).astype(np.float64)
+    rx, rw, rg = rounded(x), rounded(w), rounded(g)
+    expected = {"y": (y, rx @ rw), "dx": (dx, rg @ rw.T), "dw": (dw, np.einsum("btd,btf->df", rx, rg))}
+    for label, (got, want) in expected.items():
+        # Sums of at most 128 float32 terms of size about one: 128 * 2^-24 of the largest sum of magnitudes, some 100.
+        worst = np.abs(np.asarray(got, np.float64) - want).max()
+        assert worst < 1e-4, f"{label}: off its formula by {worst:.1e}"
+        # The rounding itself is a hundred times larger: the test would see products that are not rounded, or rounded twice.
+    assert np.abs(rx @ rw - x.astype(np.float64) @ w).max() > 1e-3

@@ -3,8 +3,8 @@
 import copy
 import io
 import json
+import os
 
-import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -51,24 +51,10 @@ def write_data(folder, count=48, seed=0, source="squares"):
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / f"{source}.parquet")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Runs of one configuration compile once in the whole session, in subprocesses too."""
-    if jax.config.jax_compilation_cache_dir is not None:
-        yield jax.config.jax_compilation_cache_dir
-        return
-    folder = str(tmp_path_factory.mktemp("xla"))
-    settings = {
-        "jax_compilation_cache_dir": folder,
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
+@pytest.fixture(scope="session")
+def compilation_cache():
+    """Where compiled programs are kept for this session, for subprocesses whose environment is written out."""
+    return os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
 @pytest.fixture(scope="session")
