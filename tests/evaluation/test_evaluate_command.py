@@ -14,7 +14,7 @@ from mindvl_jax.evaluation.store import read_jsonl
 @pytest.fixture(scope="module")
 def evaluated(model_folder, benchmark_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
-    assert cli.main(["evaluate", "--weights", str(model_folder), "--data", str(benchmark_folder), "--tasks", "docvqa_val,chartqa_test", "--out", str(out), "--batch", "8", "--max-new-tokens", "3"]) == 0
+    assert cli.main(["evaluate", "--weights", str(model_folder), "--data", str(benchmark_folder), "--tasks", "docvqa_val,chartqa_test", "--out", str(out), "--batch", "4", "--max-new-tokens", "3"]) == 0
     return out
 
 
@@ -38,7 +38,7 @@ def test_an_interrupted_evaluation_asks_only_what_is_missing(evaluated, model_fo
     asked = []
     generate = evaluation.Generator.generate
     monkeypatch.setattr(evaluation.Generator, "generate", lambda self, requests, **rest: asked.extend(request.id for request in requests) or generate(self, requests, **rest))
-    assert cli.main(["evaluate", "--weights", str(model_folder), "--data", str(benchmark_folder), "--tasks", "docvqa_val,chartqa_test", "--out", str(out), "--batch", "8", "--max-new-tokens", "3"]) == 0
+    assert cli.main(["evaluate", "--weights", str(model_folder), "--data", str(benchmark_folder), "--tasks", "docvqa_val,chartqa_test", "--out", str(out), "--batch", "4", "--max-new-tokens", "3"]) == 0
     assert len(asked) == 12 - 4
     key = lambda row: (row["id"], row["language_only"])
     assert sorted(read_jsonl(out / "chartqa_test.jsonl"), key=key) == sorted(read_jsonl(evaluated / "chartqa_test.jsonl"), key=key)
@@ -66,7 +66,7 @@ def test_search_compares_settings_and_saves_the_best_with_the_model(model_folder
     weights = tmp_path / "weights"
     shutil.copytree(model_folder, weights)
     numbers = samples_file("searched", count=10)
-    assert cli.main(["evaluate", "--weights", str(weights), "--tasks", f"numbers={numbers}", "--out", str(tmp_path / "out"), "--search", "min_pixels=12544", "--method", "grid", "--batch", "8", "--max-new-tokens", "2"]) == 0
+    assert cli.main(["evaluate", "--weights", str(weights), "--tasks", f"numbers={numbers}", "--out", str(tmp_path / "out"), "--search", "min_pixels=12544", "--method", "grid", "--batch", "4", "--max-new-tokens", "2"]) == 0
     found = json.loads((tmp_path / "out" / "search.json").read_text())
     assert len(found["numbers"]["trials"]) == 2 and found["numbers"]["held_out"]["n"] > 0
     low, high = found["numbers"]["held_out"]["gain_ci95"]

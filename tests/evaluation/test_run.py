@@ -21,7 +21,7 @@ def config(opened, samples_file, tokenizer):
     return Config.model_validate(dict(
         run={"dir": "unused"}, model=opened.model.config.model_dump(), tokenizer={"path": str(tokenizer._file)}, data={"sources": {"numbers": {"path": str(numbers)}}},
         training={"phases": [{"name": "warmup", **phase}, {"name": "sft", **phase}]},
-        evaluation={"tasks": [{"name": "numbers", "source": {"path": str(numbers)}, "max_new_tokens": 4}], "phase_samples": 10, "batch": 8, "after_phases": True},
+        evaluation={"tasks": [{"name": "numbers", "source": {"path": str(numbers)}, "max_new_tokens": 4}], "phase_samples": 10, "batch": 4, "after_phases": True},
     ))
 
 
