@@ -24,6 +24,7 @@ from rich.console import Console
 
 from benchmarks import machine, results
 from benchmarks.registry import CASES, SUITES, Case, Settings, load_cases
+from mindvl_jax.host_memory import TUNABLES
 
 HERE = Path(__file__).resolve().parent
 
@@ -80,6 +81,7 @@ def _run(console: Console, args: argparse.Namespace, chosen: list[Case]) -> int:
     settings = Settings.smallest() if args.dry else dataclasses.replace(Settings.quick() if args.quick else Settings(), threads=args.threads)
     record = dict(machine=machine.describe(settings.threads), suite=args.suite, settings=dataclasses.asdict(settings), cases={})
     environment = dict(os.environ)
+    environment.setdefault("GLIBC_TUNABLES", TUNABLES)  # as train.py sets it; every side of a comparison runs in one process and has it
     environment.pop("XLA_FLAGS", None)  # pretended devices would share the threads that a figure is for
     if args.suite != "gpu" or args.dry:
         environment["JAX_PLATFORMS"] = "cpu"

@@ -9,6 +9,7 @@ from typing import Sequence
 
 from mindvl_jax import __version__
 from mindvl_jax.errors import UserError
+from mindvl_jax.host_memory import relaunch_with_large_pages
 
 # name -> (module with add_arguments(parser) and run(args) -> exit code, help)
 COMMANDS = {
@@ -23,14 +24,19 @@ COMMANDS = {
     "compare": ("mindvl_jax.training.compare_command", "train two configurations from one seed and compare their losses"),
 }
 
+COMPUTING = ("generate", "evaluate", "score", "compare")  # these run models for longer than a relaunch takes
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand. Exit code 2 with one clear message for what the user can mend."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    from_shell = argv is None
+    argv = list(sys.argv[1:] if from_shell else argv)
     parser = argparse.ArgumentParser(prog="mindvl", description="MindVL: train, use and check native-resolution vision-language models.")
     parser.add_argument("--version", action="version", version=f"mindvl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = next((word for word in argv if not word.startswith("-")), None)
+    if from_shell and chosen in COMPUTING:
+        relaunch_with_large_pages()
     for name, (module, help_text) in COMMANDS.items():
         subparser = commands.add_parser(name, help=help_text, description=help_text.capitalize() + ".")
         if name == chosen:
