@@ -110,3 +110,33 @@ def test_assembling_on_a_mesh_gives_the_same_values(speaking):
     _, spread = assemble(speaking("qwen2.5-vl"), speaking("qwen3"), mesh=make_mesh(MeshConfig(fsdp=2, tensor=2)))
     for path, value in one.items():
         np.testing.assert_array_equal(jax.device_get(value), jax.device_get(spread[path]), err_msg=path)
+
+
+def test_a_question_about_pictures_becomes_the_ids_and_pixels_that_transformers_own_parts_give(speaking, tmp_path):
+    """The exported template and tokenizer, and the Pillow image processor; the processor that joins them wants torchvision, so
+    the one thing it adds is written out: a placeholder for every merged patch. docs/weights.md tells of the whole one."""
+    from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
+    from mindvl_jax.data.sample import Media, Message
+    from mindvl_jax.models.vision.tower import IMAGE_MEAN, IMAGE_STD
+
+    assert main(["export", "--run", str(speaking("qwen2.5-vl")), "--out", str(tmp_path / "out")]) == 0
+    random = np.random.default_rng(0)
+    pictures = [Image.fromarray(random.integers(0, 255, (*size, 3), np.uint8)) for size in ((60, 90), (31, 57), (200, 40))]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    values = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")(pictures, return_tensors="np")
+    turns = [{"role": "user", "content": [*({"type": "image"} for _ in pictures), {"type": "text", "text": "the cat?"}]}, {"role": "assistant", "content": "a"},
+             {"role": "user", "content": "and\n\nthe others"}]
+    head, *rest = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True).split("<|image_pad|>")
+    written = head + "".join("<|image_pad|>" * int(np.prod(grid) // 4) + text for grid, text in zip(values["image_grid_thw"], rest, strict=True))
+    opened = open_model(tmp_path / "out")
+    encoder = ExampleEncoder(opened.config, opened.tokenizer, EncodeLimits(min_pixels=opened.min_pixels, max_pixels=opened.max_pixels))
+    messages = [Message("user", "<image><image><image>the cat?"), Message("assistant", "a"), Message("user", "and\n\nthe others")]
+    ours = encoder.encode_prompt(messages, [Media(data=picture) for picture in pictures]).with_pixels(opened.config.vision, "bicubic")
+    assert ours.tokens.tolist() == tokenizer(written).input_ids
+    theirs = iter(np.split(values["pixel_values"], np.cumsum(values["image_grid_thw"].prod(-1))[:-1]))
+    for item, pixels, grid in zip(ours.visuals, ours.pixels, values["image_grid_thw"], strict=True):
+        assert item.layout.grid == tuple(grid)
+        groups = next(theirs).reshape(-1, 4, 3, 2, 196)[item.layout.merged_order]
+        normalised = (pixels.reshape(-1, 4, 3, 1, 196) / np.float32(255) - np.reshape(IMAGE_MEAN, (3, 1, 1))) / np.reshape(IMAGE_STD, (3, 1, 1))
+        difference = np.abs(groups - normalised).max()
+        assert difference < 1e-6, f"pixel values differ by up to {difference}"  # one unit in the last place of values up to 3
