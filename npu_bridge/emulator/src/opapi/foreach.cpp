@@ -37,7 +37,7 @@ ACLNN(ForeachZeroInplace, Tensors x) {
   };
 }
 ACLNN(ForeachNorm, Tensors x, Scalar ord, Outs out) {
-  return each(out, [=](size_t i) { return at::norm(x[i].to(at::kFloat), std::optional<Scalar>(ord)).reshape(out[i]->sizes()); });
+  return each(out, [=](size_t i) { return at::norm(x[i].to(at::kFloat), ord).reshape(out[i]->sizes()); });
 }
 
 // ---- a list and a number ---------------------------------------------------------------------------------------------------------------
