@@ -28,6 +28,7 @@ class Config:
     dtype: str = "float32"
     fused: bool = False  # npu_bridge.ops instead of jnp
     scan: bool = True
+    rows: str | tuple[str, ...] = "fsdp"  # mesh axes of the batch
 
 
 def init(c: Config, seed: int = 0):
@@ -100,19 +101,19 @@ def loss_fn(c: Config, params, data):
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     table = params["embed"].astype(dt)
     x = ops.embedding(table, data["tokens"]) if c.fused else table[data["tokens"]]
-    x = _hold(x, "fsdp", None, None)
+    x = _hold(x, c.rows, None, None)
 
     def block(x, p):
         with jax.named_scope("attention"):
             h = _norm(c, x, p["norm1"])
-            q, k, v = (_hold(jnp.einsum("btd,dnh->btnh", h, p[w].astype(dt)), "fsdp", None, "tensor", None) for w in ("wq", "wk", "wv"))
+            q, k, v = (_hold(jnp.einsum("btd,dnh->btnh", h, p[w].astype(dt)), c.rows, None, "tensor", None) for w in ("wq", "wk", "wv"))
             o = _attend(c, _rotary(c, q, cos, sin), _rotary(c, k, cos, sin), v, data["segments"])
-            x = x + _hold(jnp.einsum("btnh,nhd->btd", o, p["wo"].astype(dt)), "fsdp", None, None)
+            x = x + _hold(jnp.einsum("btnh,nhd->btd", o, p["wo"].astype(dt)), c.rows, None, None)
         with jax.named_scope("mlp"):
             h = _norm(c, x, p["norm2"])
-            g, u = (_hold(jnp.einsum("btd,df->btf", h, p[w].astype(dt)), "fsdp", None, "tensor") for w in ("wg", "wu"))
+            g, u = (_hold(jnp.einsum("btd,df->btf", h, p[w].astype(dt)), c.rows, None, "tensor") for w in ("wg", "wu"))
             a = ops.swiglu(g, u) if c.fused else jax.nn.silu(g) * u
-            return x + _hold(jnp.einsum("btf,fd->btd", a, p["wd"].astype(dt)), "fsdp", None, None), None
+            return x + _hold(jnp.einsum("btf,fd->btd", a, p["wd"].astype(dt)), c.rows, None, None), None
 
     if c.scan:
         x, _ = jax.lax.scan(jax.checkpoint(block), x, params["block"])
@@ -123,7 +124,7 @@ def loss_fn(c: Config, params, data):
     if c.fused:
         total = ops.cross_entropy(x, params["head"].astype(dt), data["targets"], data["weights"], chunk=32).sum()
     else:
-        logits = _hold(jnp.einsum("btd,dv->btv", x, params["head"].astype(dt)), "fsdp", None, "tensor").astype(jnp.float32)
+        logits = _hold(jnp.einsum("btd,dv->btv", x, params["head"].astype(dt)), c.rows, None, "tensor").astype(jnp.float32)
         hit = jax.nn.one_hot(data["targets"], c.vocab, dtype=jnp.float32)
         total = ((jax.nn.logsumexp(logits, -1) - (logits * hit).sum(-1)) * data["weights"]).sum()
     return total / data["weights"].sum()

@@ -119,6 +119,28 @@ def test_exchanges_of_a_step_are_those_of_hand_written_fsdp_and_tensor_paralleli
     assert len(inside) == 28, sorted((c["kind"], c["axes"]) for c in inside)
 
 
+def test_gradients_over_data_and_fsdp_are_scattered_first_and_summed_between_groups_on_the_shard(pool):
+    """Hierarchical: fsdp inside a machine sees whole gradients, data between machines only each device's shard of them."""
+    c = decoder.Config(fused=True, rows=("data", "fsdp"))
+    step, state = decoder.make(c)
+    rows = jax.tree.map(lambda _: P(("data", "fsdp")), decoder.batch(c))
+    only_fsdp = lambda spec: P(*(a if a == "fsdp" else None for a in spec))
+    specs = jax.tree.map(only_fsdp, decoder.specs(state), is_leaf=lambda x: isinstance(x, P))
+    fn = npu_bridge.jit(step, mesh={"data": 2, "fsdp": 2, "tensor": 1}, in_shardings=(specs, rows), out_shardings=(specs, P()), donate_argnums=0)
+    low = fn.lower(state, decoder.batch(c))
+    inside = [e for e in low.collectives() if e["times"] == c.layers]
+    scattered = [e for e in inside if e["kind"] == "reduce_scatter"]
+    assert len(scattered) == 7 and all(e["axes"] == ("fsdp",) for e in scattered), scattered
+    between = sorted(int(np.prod(e["shape"])) for e in inside if e["kind"] == "all_reduce" and e["axes"] == ("data",))
+    assert between == sorted(int(np.prod(e["shape"])) // 2 for e in scattered), (between, scattered)
+    both_axes = [e for e in inside if e["kind"] == "all_reduce" and set(e["axes"]) == {"data", "fsdp"}]
+    assert all(int(np.prod(e["shape"])) == c.width for e in both_axes), "only the norms' scales, which are whole everywhere"
+    want, _ = _xla(decoder.Config(fused=True), steps=3)
+    metrics, _ = pool.steps(low, state, _batches(c, 3))[0]
+    gap = _loss_gap([m[1] for m in metrics], want)
+    assert gap < 1e-5, f"loss differs by {gap:.2e} relative"
+
+
 def test_donated_state_is_updated_in_place_without_copies():
     step, state = decoder.make(decoder.Config(fused=True))
     fn = npu_bridge.jit(step, donate_argnums=0)

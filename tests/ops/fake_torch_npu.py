@@ -228,4 +228,19 @@ def npu_moe_gating_top_k(
     return y.to(x.dtype), experts.int(), scores.float()
 
 
+def _with_host_tensors(function, name):
+    """The third version of a call: run lengths are int64 tensors in host memory."""
+
+    def third(*args, actual_seq_qlen, actual_seq_kvlen, **rest):
+        for ends in (actual_seq_qlen, actual_seq_kvlen):
+            assert isinstance(ends, torch.Tensor) and ends.dtype == torch.int64 and ends.device.type == "cpu" and ends.ndim == 1
+        _note(name)
+        return function(*args, actual_seq_qlen=actual_seq_qlen.tolist(), actual_seq_kvlen=actual_seq_kvlen.tolist(), **rest)
+
+    return third
+
+
+npu_fusion_attention_v3 = _with_host_tensors(npu_fusion_attention, "npu_fusion_attention_v3")
+npu_fusion_attention_grad_v3 = _with_host_tensors(npu_fusion_attention_grad, "npu_fusion_attention_grad_v3")
+
 MODULE = SimpleNamespace(**{name: value for name, value in globals().items() if name.startswith("npu_")})

@@ -66,6 +66,23 @@ def test_attention_forward_and_backward_hold_together_in_every_form(form, causal
     assert modes == {0 if form == "_segments" else 4 if window else 3 if causal else 0}
 
 
+def test_inside_a_capture_lengths_go_to_the_third_version_as_host_tensors(monkeypatch):
+    monkeypatch.setattr(attention, "_capturing", lambda device: True)
+    generator = torch.Generator().manual_seed(1)
+    q, k, v, g = (torch.randn(2, 70, n, 16, generator=generator) for n in (4, 2, 2, 4))
+    segments = [torch.from_numpy(np.asarray(x)) for x in (*check._segments(), check._LENGTHS)]
+    params = dict(causal=True, window=None, scale=0.25, blocks=(0, 0, 0))
+    forward, backward = KERNELS["attention_packed"], KERNELS["attention_packed_backward"]
+    out, lse = forward.npu(q, k, v, *segments, **params)
+    grads = backward.npu(g, q, k, v, out, lse, *segments, **params)
+    assert [name for name, _ in fake_torch_npu.calls if name.endswith("_v3")] == ["npu_fusion_attention_v3", "npu_fusion_attention_grad_v3"]
+    wanted_out, wanted_lse = forward.equivalent(q, k, v, *segments, **params)
+    wanted = backward.equivalent(g, q, k, v, wanted_out, wanted_lse, *segments, **params)
+    for result, a, b in zip(("out", "dq", "dk", "dv"), (out, *grads), (wanted_out, *wanted)):
+        difference = check.difference(a, b.double().numpy())
+        assert difference <= 1e-5, f"{result}: largest relative difference {difference:.2e}"  # float32 on both sides
+
+
 def test_lengths_become_cumulative_ends_over_all_rows_with_padding_as_its_own_segment():
     lengths = torch.tensor([[3, 2, -1], [4, -1, -1], [2, 3, 1]])
     assert cumulative_lengths(lengths, 6) == [3, 5, 6, 10, 12, 14, 17, 18]
