@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mindvl_jax import config_loader
 from mindvl_jax.config import Config
 from mindvl_jax.errors import UserError
@@ -51,8 +53,9 @@ def run(args: argparse.Namespace) -> int:
     for side, config in configs.items():
         folder = out / side
         path = out / f"{side}.yaml"
-        path.write_text(config_loader.dump(shortened(config, steps=args.steps, start=str(start), folder=str(folder))), encoding="utf-8")
-        with _code_of(getattr(args, f"commit_{side}")) as root:
+        revision = getattr(args, f"commit_{side}")
+        path.write_text(written(shortened(config, steps=args.steps, start=str(start), folder=str(folder)), whole=revision is None), encoding="utf-8")
+        with code_of(revision) as root:
             train_apart(f"run {side}", path, root, out / f"{side}.log", devices=getattr(args, f"devices_{side}"), processes=getattr(args, f"processes_{side}"))
         losses[side] = read_losses(folder / "metrics.jsonl", args.steps)
     outcome = compare(losses["a"], losses["b"], args.tolerance, parameter_distance(out / "a", out / "b"))
@@ -60,6 +63,11 @@ def run(args: argparse.Namespace) -> int:
     _draw(outcome, out / "compare.png")
     _show(outcome, out)
     return 0 if outcome.passed else 1
+
+
+def written(config: Config, *, whole: bool) -> str:
+    """The configuration as YAML. For other code only what somebody set: that code may lack a key of today, and has its own defaults."""
+    return config_loader.dump(config) if whole else yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
 
 
 def shortened(config: Config, *, steps: int, start: str, folder: str) -> Config:
@@ -151,7 +159,7 @@ def fresh_weights(config: Config, folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _code_of(revision: str | None) -> Iterator[Path]:
+def code_of(revision: str | None) -> Iterator[Path]:
     """Root of the code: ours, or a temporary work tree of a revision."""
     home = Path(__file__).resolve().parents[2]
     if revision is None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -10,8 +12,9 @@ import yaml
 from mindvl_jax import config_loader
 from mindvl_jax.cli import main
 from mindvl_jax.errors import UserError
-from mindvl_jax.training.compare_command import compare, read_losses, shortened
+from mindvl_jax.training.compare_command import code_of, compare, read_losses, shortened, written
 
+ROOT = Path(__file__).parents[2]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 
 
@@ -79,6 +82,25 @@ def test_two_meshes_train_alike(path, tmp_path, capsys):
     found = json.loads((out / "compare.json").read_text())
     assert found["passed"] and len(found["a"]) == 4 and len(set(found["a"])) == 4
     assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_code_reads_what_was_set_and_nothing_that_it_may_not_know(path):
+    cut = shortened(config_loader.load(path, ["run.seed=5"]), steps=2, start="weights", folder="out")
+    told = yaml.safe_load(written(cut, whole=False))
+    assert told["run"] == {"dir": "out", "seed": 5, "init_from": "weights", "resume": "never"}
+    assert set(told["data"]) == {"sources"} and "optimizer" not in told["training"] and "bridge" not in told
+    assert config_loader.from_mapping(told) == cut == config_loader.from_mapping(yaml.safe_load(written(cut, whole=True)))
+
+
+def test_the_code_of_a_revision_lies_in_a_tree_of_its_own_that_goes_away():
+    if subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True).returncode:
+        pytest.skip("not a git checkout")
+    with code_of("HEAD") as tree:
+        assert tree != ROOT and (tree / "mindvl_jax" / "training" / "trainer.py").is_file()
+    assert not tree.exists() and str(tree) not in subprocess.run(["git", "-C", str(ROOT), "worktree", "list"], capture_output=True, text=True).stdout
+    with pytest.raises(UserError, match="revision 'no-such-revision' cannot be checked out"):
+        with code_of("no-such-revision"):
+            pass
 
 
 def test_a_used_folder_and_a_failing_run_are_reported(path, tmp_path, capsys):
