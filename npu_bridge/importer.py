@@ -87,6 +87,7 @@ class Importer:
         self.mesh = self._read_meshes()
         self._layouts: dict[Any, Layout] = {}
         self._locations: dict[Any, Location] = {}
+        self._types: dict[tuple[ir.Type, Layout | None], Type] = {}
 
     # -- meshes, types, layouts -------------------------------------------------------------------------------------
 
@@ -126,6 +127,16 @@ class Importer:
         return self._locations[key]
 
     def local(self, ir_type: ir.Type, layout: Layout | None, where: Location, what: str) -> Type:
+        """One device's share of a type. Kept, unless something is wrong with it, which is told at every place."""
+        key, found = (ir_type, layout), len(self.problems)
+        if key in self._types:
+            return self._types[key]
+        made = self._local(ir_type, layout, where, what)
+        if len(self.problems) == found:
+            self._types[key] = made
+        return made
+
+    def _local(self, ir_type: ir.Type, layout: Layout | None, where: Location, what: str) -> Type:
         tensor = ir.RankedTensorType(ir_type)
         dtype = str(tensor.element_type)
         if dtype not in ELEMENT_BYTES:

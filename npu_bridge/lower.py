@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,6 +69,19 @@ def _refused_by_arguments(eqn: Any) -> str | None:
     return None
 
 
+@functools.cache
+def _refused_dtype(dtype: Any, x64: bool) -> str | None:
+    """Why arrays of a dtype cannot be lowered. Cached: a deep program asks some hundred thousand times about five dtypes."""
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        return None
+    if np.issubdtype(dtype, np.complexfloating):
+        return "complex numbers are outside what the bridge lowers"
+    name = np.dtype(dtype).name
+    if name == "float64" and not x64:
+        return "float64 found while jax_enable_x64 is off"
+    return None if name in _DTYPES or name == "float0" else f"dtype {name} has no torch storage; use one of {', '.join(_DTYPES)}"
+
+
 def check(jaxpr: Any) -> list[str]:
     """Everything in a traced program that the bridge refuses, one line each."""
     problems: dict[str, None] = {}
@@ -90,14 +104,8 @@ def check(jaxpr: Any) -> list[str]:
             shape = getattr(var.aval, "shape", ())
             if not all(isinstance(n, (int, np.integer)) for n in shape):
                 add(eqn, f"dynamic shape {shape}; the bridge needs every size fixed at compile time")
-            if dtype is None or jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
-                continue
-            if np.issubdtype(dtype, np.complexfloating):
-                add(eqn, "complex numbers are outside what the bridge lowers")
-            elif np.dtype(dtype).name == "float64" and not jax.config.jax_enable_x64:
-                add(eqn, "float64 found while jax_enable_x64 is off")
-            elif np.dtype(dtype).name not in _DTYPES and np.dtype(dtype).name != "float0":
-                add(eqn, f"dtype {np.dtype(dtype).name} has no torch storage; use one of {', '.join(_DTYPES)}")
+            if dtype is not None and (reason := _refused_dtype(dtype, jax.config.jax_enable_x64)) is not None:
+                add(eqn, reason)
     return list(problems)
 
 

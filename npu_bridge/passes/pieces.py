@@ -113,6 +113,8 @@ def _join_padded(block: Block) -> None:
 
 
 def _concatenation(op: Op, count: dict[Value, int], inside: set[int]) -> Op | None:
+    if all(_padded_dim(v) is None for v in op.operands):  # a chain of sums begins or ends with a piece; most sums are none
+        return None
     terms = _leaves(op, count, inside)
     dims = {_padded_dim(t) for t in terms}
     if len(dims) != 1 or None in dims:
