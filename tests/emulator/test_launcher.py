@@ -192,3 +192,17 @@ def test_counters_outside_the_emulator_are_refused(monkeypatch):
     monkeypatch.delenv("NPU_EMULATOR_LIBRARIES", raising=False)
     with pytest.raises(EmulatorError, match="python -m npu_bridge.emulator"):
         counters()
+
+
+def test_the_page_of_conformance_shows_figures_failures_and_what_they_prove(tmp_path):
+    from npu_bridge.emulator.conformance import page, read
+
+    report = tmp_path / "report.xml"
+    report.write_text(
+        '<testsuites><testsuite><testcase classname="tests.emulator.device.test_kernels" name="test_a[x|y]" time="1.5"><properties><property name="error" value="1e-7"/>'
+        '</properties></testcase><testcase classname="tests.emulator.device.test_runtime" name="test_b" time="2"><failure message="AssertionError: 3 != 4&#10;more"/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    text = page(read(report), "torch 2.13.0", "x86_64", "2026-11-22", 12.0)
+    assert "**1 passed, 1 failed, 0 skipped in 4 s.**" in text and "It does not prove how CANN's kernels round" in text
+    assert "| a[x\\|y] | passed | error 1e-7 |" in text and "| b | failed | AssertionError: 3 != 4 |" in text

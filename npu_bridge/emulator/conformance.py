@@ -1,0 +1,92 @@
+"""``make conformance``: runs tests/emulator/device in the emulator and writes what they found to docs/conformance.md."""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+from npu_bridge.emulator.build import build
+from npu_bridge.emulator.environment import check
+from npu_bridge.emulator.errors import EmulatorError
+
+ROOT = Path(__file__).parents[2]
+TESTS, PAGE = ROOT / "tests" / "emulator" / "device", ROOT / "docs" / "conformance.md"
+
+HEAD = """# Conformance: the real torch_npu on an emulated CANN runtime
+
+Written by `make conformance`; do not edit by hand. {versions}; {machine}; {date}.
+
+A green line proves: the calls exist in this torch_npu with these arguments, its host code accepts them and allocates what is said, its autograd calls the gradient kernels shown, HCCL calls agree between ranks, a capture keeps the rules, and the
+mathematics made of these calls is right if the formula of each kernel is. It does not prove how CANN's kernels round, that a chip takes these shapes, or any speed: kernels are computed by torch on the CPU.
+
+**{passed} passed, {failed} failed, {skipped} skipped in {seconds:.0f} s.** Building the emulator before took {build_seconds:.0f} s (0 when it was in the cache).
+"""
+
+
+def read(path: Path) -> list[dict]:
+    """Test cases of a JUnit file: file, name, outcome, seconds, properties, message."""
+    cases = []
+    for case in ElementTree.parse(path).iter("testcase"):
+        bad = case.find("failure") if case.find("failure") is not None else case.find("error")
+        cases.append({
+            "file": case.get("classname", "").rpartition(".")[2],
+            "name": case.get("name", ""),
+            "outcome": "failed" if bad is not None else "skipped" if case.find("skipped") is not None else "passed",
+            "seconds": float(case.get("time", 0)),
+            "found": {p.get("name"): p.get("value") for p in case.iter("property")},
+            "message": (bad.get("message") or "").splitlines()[0][:300] if bad is not None else "",
+        })  # fmt: skip
+    return cases
+
+
+def page(cases: list[dict], versions: str, machine: str, date: str, build_seconds: float) -> str:
+    """The whole page."""
+    outcomes = collections.Counter(case["outcome"] for case in cases)
+    lines = [HEAD.format(versions=versions, machine=machine, date=date, passed=outcomes["passed"], failed=outcomes["failed"], skipped=outcomes["skipped"],
+                         seconds=sum(case["seconds"] for case in cases), build_seconds=build_seconds)]  # fmt: skip
+    files = collections.defaultdict(list)
+    for case in cases:
+        files[case["file"]].append(case)
+    cell = lambda text: text.replace("|", "\\|")
+    for file, group in files.items():
+        lines += [f"## {file.removeprefix('test_').replace('_', ' ').capitalize()}", "", "| Test | Outcome | Found |", "|---|---|---|"]
+        for case in group:
+            found = case["message"] or "; ".join(f"{name} {value}" for name, value in case["found"].items())
+            lines.append(f"| {cell(case['name'].removeprefix('test_').replace('_', ' '))} | {case['outcome']} | {cell(found)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        toolchain = check()
+        start = time.monotonic()
+        build(toolchain)
+    except EmulatorError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    build_seconds = time.monotonic() - start
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "npu_bridge.emulator", "--devices", "4", "--", "python", "-m", "pytest", str(TESTS), "--durations=10", f"--junitxml={report}", *arguments]
+        code = subprocess.run(command, cwd=ROOT).returncode
+        if not report.exists():
+            return code or 1
+        cases = read(report)
+    versions = ", ".join(f"{name} {version}" for name, version in toolchain.versions.items())
+    machine = f"Python {platform.python_version()}, {platform.machine()}, {toolchain.compiler_version}"
+    if not arguments:  # a selection is no result for the page
+        PAGE.write_text(page(cases, versions, machine, datetime.date.today().isoformat(), build_seconds))
+        print(f"{PAGE}: {len(cases)} tests")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
