@@ -249,6 +249,16 @@ class LoggingConfig(Section):
     every_steps: PositiveInt = 1
 
 
+class ProfileConfig(Section):
+    steps: tuple[PositiveInt, PositiveInt] | None = Field(None, description="First and last optimizer step to profile, counted over the whole run; see `mindvl profile`.")
+
+    @model_validator(mode="after")
+    def _in_order(self):
+        if self.steps is not None and self.steps[0] > self.steps[1]:
+            raise ValueError(f"steps {list(self.steps)}: the first step comes after the last")
+        return self
+
+
 class EvaluationTask(Section):
     name: str
     source: SourceConfig
@@ -283,9 +293,12 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")
     def _known_sources(self):
+        if self.profile.steps is not None and self.backend != "xla":
+            raise ValueError(f"profile.steps reads XLA's traces, which backend {self.backend} does not leave; set backend: xla or leave profile.steps out")
         for index, phase in enumerate(self.training.phases):
             for entry in phase.mixture:
                 if entry.source not in self.data.sources:

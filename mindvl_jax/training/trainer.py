@@ -26,9 +26,10 @@ from mindvl_jax.config import Config, PhaseConfig
 from mindvl_jax.errors import UserError
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import row_share
+from mindvl_jax.profiling import StepProfiler, profiler
 from mindvl_jax.training import ema, resume, state as states
 from mindvl_jax.training.backend import Backend, make_backend, use_compilation_cache
-from mindvl_jax.training.checkpoint import CheckpointWriter, Progress
+from mindvl_jax.training.checkpoint import CheckpointWriter, Progress, room_in
 from mindvl_jax.training.display import LiveLine, print_phase, print_startup
 from mindvl_jax.training.feed import Feed
 from mindvl_jax.training.flops import FlopCounter, known_peak
@@ -85,7 +86,7 @@ def train(config: Config, *, stop_after: int | None = None, console: Console | N
     use_compilation_cache()
     quiet = jax.process_index() != 0
     console = console or Console(quiet=quiet)
-    with _claim(Path(config.run.dir)), backend.precision():
+    with _claim(Path(config.run.dir)), backend.precision(), room_in(config.run.dir):
         return Trainer(config, backend, console).run(stop_after)
 
 
@@ -153,6 +154,9 @@ class Trainer:
                 stack.callback(self.log.close)
             self.live = LiveLine(self.console, self.total_steps)
             stack.callback(self.live.close)
+            self.profiler = StepProfiler(self.run_dir, self.config.profile, self.console.print) if self.is_main and self.config.backend == "xla" else None
+            if self.profiler is not None:
+                stack.callback(self.profiler.close)
 
             step = plan.step
             for index in range(plan.phase, len(parts)):
@@ -236,6 +240,8 @@ class Trainer:
             feed = Feed(loader, self.mesh, micro_steps=(phase.steps - begin) * phase.gradient_accumulation, accumulation=phase.gradient_accumulation)
             recorder = _Recorder(self, phase, shape, count_flops)
             for phase_step in range(begin, phase.steps):
+                if self.profiler is not None:
+                    self.profiler.before_step(step + 1, lambda: jax.block_until_ready(state.step))
                 done = self._step(programs, state, rates[phase_step], feed, phase.gradient_accumulation, step + 1, lambda: stop.requested(step + 1))
                 if done is None:  # asked to stop between micro-steps: the state is still that of the last step
                     self._save(state, step, index, phase_step, trained, loader_state, recorder)
@@ -244,6 +250,8 @@ class Trainer:
                 if self.ema is not None:
                     self.ema.update(state.params, dispatched.metrics["applied"])
                 step += 1
+                if self.profiler is not None:
+                    self.profiler.after_step(step, lambda: _ran(programs, state, shape, phase), lambda: jax.block_until_ready(state.step))
                 recorder.add(dataclasses.replace(dispatched, first_of_phase=phase_step == begin))
                 feed.refill()
                 recorder.drain(keep=self.backend.in_flight)
@@ -330,6 +338,15 @@ class Trainer:
 
             write_report(self.run_dir)
             self.console.print(f"done: {step} steps, {self.run_dir / 'report.html'}")
+
+
+def _ran(programs: StepPrograms, state: TrainState, shape: BatchShape, phase: PhaseConfig) -> profiler.Programs:
+    """The programs of one step of a phase, with arguments to lower them again."""
+    batch, rate = shape.empty(), np.float32(0)
+    if phase.gradient_accumulation == 1:
+        return {"train_step": (programs.train_step, (state, batch, rate))}
+    totals = jax.eval_shape(programs.zeros)
+    return {"accumulate": (programs.accumulate, (state, totals, batch)), "update": (programs.update, (state, totals, rate))}
 
 
 class _Recorder:

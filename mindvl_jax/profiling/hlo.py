@@ -1,0 +1,75 @@
+"""Which part of the model each operation of a compiled program belongs to, read from the program's text."""
+
+from __future__ import annotations
+
+import collections
+import re
+
+# "%name = type opcode(%operand, ...), calls=%computation, metadata={op_name="jit(f)/jvp(vision)/blocks/attention/dot_general"}"
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?:\([^=]*?\)|\S+) (?P<opcode>[a-z][\w\-]*)\((?P<operands>[^)]*)\)")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_CALLS = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+
+HOST = "host"
+COLLECTIVES = "collectives"
+OTHER = "other"
+_PARTS = ("vision", "projector", "language", "loss", "optimizer")
+_PIECES = ("patch_embed", "attention", "mlp")
+
+
+def block_of(path: str) -> str:
+    """The block of an `op_name` path, for example "language mlp, backward".
+
+    The first named part counts (`vision`, `projector`, `language`, `loss`, `optimizer`), then the piece of a layer inside of it.
+    JAX writes the backward pass of a scope as `transpose(jvp(scope))`.
+    """
+    words = re.findall(r"\w+", path)
+    part = next((word for word in words if word in _PARTS), None)
+    if part is None:
+        return OTHER
+    piece = next((word for word in words[words.index(part) + 1 :] if word in _PIECES), None)
+    name = part if piece is None else f"{part} {piece}"
+    if part == "optimizer":
+        return name
+    return f"{name}, backward" if "transpose(" in path else f"{name}, forward"
+
+
+def blocks_of_program(text: str) -> dict[str, str]:
+    """Block of each instruction of an optimised program (`compiled.as_text()`), by the instruction's name.
+
+    An instruction that the compiler made has no name of its own: then most of what is inside of it decides, or whom it feeds from.
+    """
+    opcode: dict[str, str] = {}
+    path: dict[str, str] = {}
+    calls: dict[str, str] = {}
+    operands: dict[str, list[str]] = {}
+    inside: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    computation = ""
+    for line in text.splitlines():
+        if (start := _COMPUTATION.match(line)) is not None:
+            computation = start["name"]
+            continue
+        if (found := _INSTRUCTION.match(line)) is None:
+            continue
+        name = found["name"]
+        opcode[name] = found["opcode"]
+        operands[name] = re.findall(r"%([\w.\-]+)", found["operands"])
+        if (op_name := _OP_NAME.search(line)) is not None and op_name[1]:
+            path[name] = op_name[1]
+            inside[computation][block_of(op_name[1])] += 1
+        if (called := _CALLS.search(line)) is not None:
+            calls[name] = called[1]
+
+    def resolve(name: str, depth: int = 0) -> str:
+        if opcode.get(name, "").startswith(_COLLECTIVES):
+            return COLLECTIVES
+        block = block_of(path.get(name, ""))
+        if block == OTHER and (within := inside.get(calls.get(name, ""))):
+            block = next((candidate for candidate, _ in within.most_common() if candidate != OTHER), OTHER)
+        if block == OTHER and depth < 4:
+            block = next((source for operand in operands.get(name, ()) if (source := resolve(operand, depth + 1)) != OTHER), OTHER)
+        return block
+
+    return {name: resolve(name) for name in opcode}

@@ -1,0 +1,163 @@
+"""Profiling inside a run: steps named beforehand, or asked for while it trains.
+
+Beforehand: `profile.steps: [a, b]` in the configuration. While it trains: `request(run_dir, steps)`, which leaves a file that the
+trainer looks for between steps (one `stat` a step). Either way RUN/profiles/STEP/ then holds
+
+  trace/         what jax.profiler wrote: open it with TensorBoard or Perfetto
+  blocks.json    time by block, seconds a step
+  profile.txt    the same as a table
+  memory.json    memory of the device, or of the process on a CPU, over time
+  profile.png    both as a picture
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mindvl_jax.config import ProfileConfig
+from mindvl_jax.errors import UserError
+
+REQUEST = "profile-request.json"
+FOLDER = "profiles"
+
+Programs = dict[str, tuple[Callable, tuple]]
+"""By name: a jitted function and arguments of the shapes that it ran with."""
+
+
+def request(run_dir: Path, steps: int) -> Path:
+    """Asks the run that trains in `run_dir` to profile its next `steps` steps; returns the file that says so.
+
+    Raises:
+      UserError: no run there, or an earlier request is not answered yet.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir} is no run folder: it holds no config.yaml")
+    path = run_dir / REQUEST
+    if path.exists():
+        raise UserError(f"{path} is not answered yet; is a run training in this folder? Delete the file to withdraw the request")
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(json.dumps({"steps": steps}), encoding="utf-8")
+    fresh.replace(path)
+    return path
+
+
+class StepProfiler:
+    """Traces the steps that are asked for; costs nothing else."""
+
+    def __init__(self, run_dir: Path, config: ProfileConfig, say: Callable[[str], None]):
+        self._run_dir, self._config, self._say = run_dir, config, say
+        self._running: _Capture | None = None
+
+    def before_step(self, step: int, wait: Callable[[], None]) -> None:
+        """Called before step `step` (from 1) is dispatched; `wait` returns when all earlier work is done."""
+        if self._running is not None:
+            return
+        steps = self._asked(step)
+        if steps:
+            wait()
+            self._running = _Capture(self._run_dir / FOLDER / f"{step:08d}", step, steps)
+
+    def after_step(self, step: int, programs: Callable[[], Programs], wait: Callable[[], None]) -> None:
+        """Called after step `step` was dispatched.
+
+        Args:
+          programs: what the step ran; called when the trace is complete.
+        """
+        capture = self._running
+        if capture is None or step < capture.first + capture.steps - 1:
+            return
+        wait()
+        self._running = None
+        self._say(capture.finish(programs()))
+
+    def close(self) -> None:
+        """Ends a trace that the run's end has cut."""
+        if self._running is not None:
+            self._running.abandon()
+            self._running = None
+
+    def _asked(self, step: int) -> int:
+        if self._config.steps is not None and step == self._config.steps[0]:
+            return self._config.steps[1] - self._config.steps[0] + 1
+        path = self._run_dir / REQUEST
+        if not path.exists():
+            return 0
+        try:
+            steps = int(json.loads(path.read_text(encoding="utf-8"))["steps"])
+        except (ValueError, KeyError, TypeError) as error:
+            self._say(f"{path}: not understood ({error}); expected {{\"steps\": N}}")
+            steps = 0
+        path.unlink()
+        return max(0, steps)
+
+
+class _Capture:
+    def __init__(self, folder: Path, first: int, steps: int):
+        self.folder, self.first, self.steps = folder, first, steps
+        folder.mkdir(parents=True, exist_ok=True)
+        self._memory = _MemoryWatch()
+        jax.profiler.start_trace(str(folder / "trace"))
+        self._start = time.perf_counter()
+
+    def finish(self, programs: Programs) -> str:
+        from mindvl_jax.profiling import report  # matplotlib loads slowly
+
+        seconds = time.perf_counter() - self._start
+        jax.profiler.stop_trace()
+        samples = self._memory.stop()
+        texts = {name: function.lower(*arguments).compile().as_text() for name, (function, arguments) in programs.items()}
+        return report.write(self.folder, texts, first=self.first, steps=self.steps, seconds=seconds, memory=samples)
+
+    def abandon(self) -> None:
+        jax.profiler.stop_trace()
+        self._memory.stop()
+
+
+@dataclasses.dataclass(frozen=True)
+class MemorySample:
+    """Seconds since the trace began, and bytes in use."""
+
+    seconds: float
+    bytes: int
+
+
+class _MemoryWatch:
+    """Samples memory every ten milliseconds: what the device reports, else what this process holds (Linux)."""
+
+    def __init__(self):
+        self._samples: list[MemorySample] = []
+        self._stop = threading.Event()
+        self._start = time.perf_counter()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="mindvl-memory")
+        self._thread.start()
+
+    def stop(self) -> list[MemorySample]:
+        self._stop.set()
+        self._thread.join()
+        return self._samples
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            used = _bytes_in_use()
+            if used is not None:
+                self._samples.append(MemorySample(time.perf_counter() - self._start, used))
+
+
+def _bytes_in_use() -> int | None:
+    statistics: dict[str, Any] | None = jax.local_devices()[0].memory_stats()
+    if statistics and "bytes_in_use" in statistics:
+        return statistics["bytes_in_use"]
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,86 @@
+"""Profiles of a running training: by block, asked for beforehand or while it trains."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from mindvl_jax import config_loader
+from mindvl_jax.errors import UserError
+from mindvl_jax.profiling import hlo, report, request
+from mindvl_jax.training.trainer import train
+
+PROGRAM = """
+HloModule jit_f
+
+%inside (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %m = f32[4]{0} multiply(%p, %p), metadata={op_name="jit(f)/jvp(language)/layers/closed_call/mlp/mul"}
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %dot.1 = f32[4]{0} dot(%a, %a), metadata={op_name="jit(f)/transpose(jvp(vision))/blocks/attention/dot_general"}
+  %made = f32[4]{0} fusion(%dot.1), kind=kLoop, calls=%inside
+  %copy.2 = f32[4]{0} copy(%dot.1)
+  %all-reduce.3 = f32[4]{0} all-reduce(%made), to_apply=%inside, metadata={op_name="jit(f)/jvp(loss)/add"}
+  %pair = (f32[4]{0}, f32[4]{0}) fusion(%a), kind=kLoop, metadata={op_name="jit(f)/optimizer/mul"}
+  ROOT %r = f32[4]{0} add(%a, %a)
+}
+"""
+
+
+def test_operations_belong_to_the_block_that_their_scopes_name():
+    blocks = hlo.blocks_of_program(PROGRAM)
+    assert blocks["dot.1"] == "vision attention, backward"
+    assert blocks["made"] == "language mlp, forward"  # by what is inside
+    assert blocks["copy.2"] == "vision attention, backward"  # by whom it copies
+    assert blocks["all-reduce.3"] == "collectives"
+    assert blocks["pair"] == "optimizer"
+    assert blocks["r"] == "other"
+
+
+def test_time_of_a_block_is_the_sum_of_its_operations():
+    operations = {("jit_f", "dot.1"): 2.0, ("jit_f", "copy.2"): 0.5, ("jit_f", "made"): 1.0, ("jit_g", "dot.1"): 4.0}
+    assert report.by_block(operations, {"f": PROGRAM}) == {"vision attention, backward": 2.5, "language mlp, forward": 1.0, "other": 4.0}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_profile_of_given_steps_adds_up_and_names_the_blocks(run_config, accumulation):
+    config = run_config({"steps": 4, "gradient_accumulation": accumulation}, profile={"steps": [3, 4]})
+    train(config)
+    (folder,) = Path(config.run.dir, "profiles").iterdir()
+    assert folder.name == "00000003"
+    record = json.loads((folder / "blocks.json").read_text())
+    assert record["steps"] == 2
+    # Shares of the wall by construction; what runs must be known by name but for a little.
+    assert sum(record["blocks"].values()) == pytest.approx(record["seconds_per_step"], rel=0.02)
+    for name in ("language mlp, forward", "language attention, backward", "vision attention, forward", "loss, forward", "optimizer"):
+        assert record["blocks"][name] > 0, record["blocks"]
+    named = sum(seconds for name, seconds in record["blocks"].items() if name not in ("other", "host"))
+    assert record["blocks"].get("other", 0.0) < 0.2 * named, record["blocks"]
+    assert re.search(r"steps 3 to 4: [\d.]+ ms a step", (folder / "profile.txt").read_text())
+    assert len(json.loads((folder / "memory.json").read_text())) > 0 and (folder / "profile.png").stat().st_size > 5000
+
+
+def test_a_run_profiles_when_it_is_asked_and_once_only(run_config):
+    config = run_config({"steps": 5})
+    Path(config.run.dir).mkdir(parents=True)
+    Path(config.run.dir, "config.yaml").write_text(config_loader.dump(config))
+    request(Path(config.run.dir), 1)
+    with pytest.raises(UserError, match="is not answered yet"):
+        request(Path(config.run.dir), 1)
+    train(config)
+    assert [folder.name for folder in Path(config.run.dir, "profiles").iterdir()] == ["00000001"]
+    assert not Path(config.run.dir, "profile-request.json").exists()
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is no run folder"):
+        request(tmp_path, 3)
+
+
+def test_steps_out_of_order_are_refused(run_mapping):
+    with pytest.raises(UserError, match="the first step comes after the last"):
+        config_loader.from_mapping(run_mapping({}, profile={"steps": [4, 3]}))
