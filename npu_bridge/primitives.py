@@ -74,10 +74,20 @@ def _sort(ctx: Any, *operands: ir.Value, dimension: int, is_stable: bool, num_ke
 
 
 def _threefry(ctx: Any, *operands: ir.Value):
-    rank = len(ctx.avals_out[0].shape)
-    full = _dims(rank)
-    rule = ", ".join(full if len(a.shape) == rank else "" for a in ctx.avals_in) + f" -> {full}, {full}"
-    return jaxcompat.custom_call_with_rule(ctx, "math.threefry2x32", operands, ctx.avals_out, rule, {})
+    shape = ctx.avals_out[0].shape
+    full = _dims(len(shape))
+    replicate: list[str] = []
+
+    def dims(number: int, operand: tuple[int, ...]) -> str:
+        if len(operand) != len(shape):
+            return ""
+        # A key a row (vmap) comes with dimensions of one, which spread over the counters.
+        names = [f"d{d}" if size == shape[d] else f"e{number}x{d}" for d, size in enumerate(operand)]
+        replicate.extend(name for name in names if name.startswith("e"))
+        return " ".join(names)
+
+    rule = ", ".join(dims(number, a.shape) for number, a in enumerate(ctx.avals_in)) + f" -> {full}, {full}"
+    return jaxcompat.custom_call_with_rule(ctx, "math.threefry2x32", operands, ctx.avals_out, rule, {}, replicate=replicate)
 
 
 def register() -> None:

@@ -16,6 +16,7 @@ from flax import nnx
 
 from mindvl_jax.errors import UserError
 from mindvl_jax.inference import programs
+from mindvl_jax.inference.programs import CHUNK, empty_slots
 from mindvl_jax.inference.buckets import Bucket, rows_for
 from mindvl_jax.inference.prompts import Prompt, arrange, pack_bucket, vision_of
 from mindvl_jax.inference.request import Sampling
@@ -45,16 +46,18 @@ class Engine:
       slots: answers that decode together.
       context: cache places of a slot: longest prompt plus answer.
       mesh: spreads the slots over its rows axes (data, fsdp) when their number divides; None: wherever the parameters are.
+      programs: who runs the device programs: the module of that name (XLA) or a `bridge.BridgePrograms`.
     """
 
-    def __init__(self, model, *, eos_ids: Sequence[int], slots: int, context: int, mesh=None):
+    def __init__(self, model, *, eos_ids: Sequence[int], slots: int, context: int, mesh=None, programs=programs):
+        self._programs = programs
         self.slots, self.context = slots, context
         self._graphdef, self._params = nnx.split(model)
         self._vision = vision_of(model)
         self._eos = jnp.asarray(list(eos_ids), jnp.int32)
         self._eos_set = frozenset(int(token) for token in eos_ids)
         self._mesh = mesh
-        self._state = place_rows(mesh, programs.empty_slots(model.language.config, slots, context, model.compute_dtype), slots)
+        self._state = place_rows(mesh, empty_slots(model.language.config, slots, context, model.compute_dtype), slots)
         self._waiting: collections.deque[_Running] = collections.deque()
         self._running: list[_Running | None] = [None] * slots
         self.decoded_tokens = 0
@@ -82,7 +85,7 @@ class Engine:
         for seed, watcher in zip(seeds, watchers, strict=True):
             self._waiting.append(_Running(prompt, sampling, seed, watcher))
 
-    def step(self, *, chunk: int = programs.CHUNK, eager: bool = True) -> None:
+    def step(self, *, chunk: int = CHUNK, eager: bool = True) -> None:
         """Admits what fits, then decodes up to `chunk` tokens a slot and hands them to the watchers.
 
         Args:
@@ -96,8 +99,8 @@ class Engine:
         wanted = sum(active)
         if self._waiting:
             wanted = 1 if eager else max(1, min(wanted, self.slots // 4))
-        self._state, tokens_CB, logprobs_CB, active_B = programs.decode(
-            self._graphdef, self._params, self._state, self._eos, np.int32(min(chunk, programs.CHUNK)), np.int32(wanted)
+        self._state, tokens_CB, logprobs_CB, active_B = self._programs.decode(
+            self._graphdef, self._params, self._state, self._eos, np.int32(min(chunk, CHUNK)), np.int32(wanted)
         )
         # The first tokens are fetched only now, so that admission and decoding are dispatched without waiting for each other.
         firsts = {slot: (int(token), float(logprob)) for slots, tokens, logprobs in admitted
@@ -129,7 +132,7 @@ class Engine:
         if stopped:
             keep = np.ones((self.slots,), bool)
             keep[stopped] = False
-            self._state = programs.release(self._state, keep)
+            self._state = self._programs.release(self._state, keep)
 
     def _admit(self, least_free: int) -> list[tuple[list[int], jax.Array, jax.Array]]:
         """Reads waiting prompts into free slots, one bucket after another."""
@@ -164,14 +167,14 @@ class Engine:
         rows = arrange(prompts, bucket)
         batch = pack_bucket([[prompts[index] for index in row] for row in rows], bucket, rows_for(len(rows), self.slots), self._vision)
         batch = place_rows(self._mesh, batch, batch.tokens.shape[0])
-        prefilled = programs.prefill(self._graphdef, self._params, batch, has_pictures=bool(bucket.patches))
+        prefilled = self._programs.prefill(self._graphdef, self._params, batch, has_pictures=bool(bucket.patches))
         pad = rows_for(len(group), self.slots) - len(group)
         places = _places(prompts, rows, prompt_of + [0] * pad)
         slot_N = np.asarray(slots + [self.slots] * pad, np.int32)
         settings = self._settings(group, pad)
-        logits, seen = programs.last_logits(self._graphdef, self._params, prefilled, places)
-        tokens, logprobs = programs.first_tokens(logits, seen, settings)
-        self._state = programs.admit(self._state, prefilled.cache, places, seen, slot_N, tokens, settings, self._eos)
+        logits, seen = self._programs.last_logits(self._graphdef, self._params, prefilled, places)
+        tokens, logprobs = self._programs.first_tokens(logits, seen, settings)
+        self._state = self._programs.admit(self._state, prefilled.cache, places, seen, slot_N, tokens, settings, self._eos)
         for running, slot in zip(group, slots):
             self._running[slot] = running
         return tokens, logprobs

@@ -186,6 +186,8 @@ def decode(graphdef, params, slots: Slots, eos_E, steps, wanted) -> tuple[Slots,
     model = nnx.merge(graphdef, params)
     B = slots.token.shape[0]
     at_start = jnp.sum(slots.active)
+    # Nobody asks for it mostly, and a table of all tokens of all slots costs a small model a fifth of its step.
+    penalises = jnp.any(slots.settings.penalty != 1)
 
     def go_on(carry):
         step, slots, _, _ = carry
@@ -200,8 +202,8 @@ def decode(graphdef, params, slots: Slots, eos_E, steps, wanted) -> tuple[Slots,
         logits_BV = model.logits(hidden_B1D[:, 0])
         settings = slots.settings
         token_B = sampling.choose(
-            sampling.apply_repetition_penalty(logits_BV, slots.seen, settings.penalty), keys_B2=settings.key, counts_B=slots.count,
-            temperature_B=settings.temperature, top_k_B=settings.top_k, top_p_B=settings.top_p,
+            jax.lax.cond(penalises, sampling.apply_repetition_penalty, lambda logits_BV, *_: logits_BV, logits_BV, slots.seen, settings.penalty),
+            keys_B2=settings.key, counts_B=slots.count, temperature_B=settings.temperature, top_k_B=settings.top_k, top_p_B=settings.top_p,
         )
         logprob_B = sampling.log_probability(logits_BV, token_B)
         active_B = slots.active
@@ -216,7 +218,7 @@ def decode(graphdef, params, slots: Slots, eos_E, steps, wanted) -> tuple[Slots,
             position=slots.position + grow_B,
             count=slots.count + grow_B,
             active=active_B & ~ended_B & (slots.count + 1 < settings.limit),
-            seen=slots.seen.at[jnp.arange(B), token_B].set(True),
+            seen=jax.lax.cond(penalises, lambda seen_BV: seen_BV.at[jnp.arange(B), token_B].set(True), lambda seen_BV: seen_BV, slots.seen),
             settings=settings,
         )
         return step + 1, slots, tokens_CB, logprobs_CB

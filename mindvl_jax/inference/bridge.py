@@ -1,0 +1,41 @@
+"""The device programs of generation compiled by npu_bridge: the same functions, run as torch programs on the bridge's device.
+
+    Generator(opened, programs=BridgePrograms("cpu"))
+
+`decode` loops until enough answers have ended, which only the device knows, so each round of its loop asks the device once
+(`allow_host_sync`); everything else runs without the host. One device, one process; a mesh is the business of the XLA programs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import npu_bridge
+from mindvl_jax.inference import programs
+
+
+class BridgePrograms:
+    """Has the functions of `mindvl_jax.inference.programs`, under their names and with their arguments.
+
+    Args:
+      device: "cpu", "cuda" or "npu", as for `npu_bridge.jit`.
+    """
+
+    def __init__(self, device: str = "cpu"):
+        compiled = lambda fn, **options: npu_bridge.jit(fn, device=device, allow_host_sync=True, **options)
+
+        def read_pictures(graphdef, params, batch):
+            return programs.prefill.__wrapped__(graphdef, params, batch, has_pictures=True)
+
+        def read_text(graphdef, params, batch):
+            return programs.prefill.__wrapped__(graphdef, params, batch, has_pictures=False)
+
+        self._read = {True: compiled(read_pictures, static_argnums=0), False: compiled(read_text, static_argnums=0)}
+        self.last_logits = compiled(programs.last_logits.__wrapped__, static_argnums=0)
+        self.first_tokens = compiled(programs.first_tokens.__wrapped__)
+        self.admit = compiled(programs.admit.__wrapped__, donate_argnums=0)
+        self.decode = compiled(programs.decode.__wrapped__, static_argnums=0, donate_argnums=2)
+        self.release = compiled(programs.release.__wrapped__, donate_argnums=0)
+
+    def prefill(self, graphdef, params, batch, *, has_pictures: bool) -> Any:
+        return self._read[has_pictures](graphdef, params, batch)
