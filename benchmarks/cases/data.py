@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Iterator
 
@@ -16,13 +17,13 @@ def images_case(settings: Settings) -> Iterator[Comparison]:
     """Decode, resize, patchify: pictures a second of one core beside transformers' Pillow processor."""
     from benchmarks import images
 
-    ours, theirs = images.sides()
-    for name, size, kind in images.CASES[-1:] if settings.dry else images.CASES:
-        data = images.picture(size, kind)
+    for name, size, kind, content, resample in images.CASES[-1:] if settings.dry else images.CASES:
+        ours, theirs = images.sides(resample)
+        data = images.picture(size, kind, content)
         made = ours(data), theirs(data)
         if made[0] != made[1]:
             raise AssertionError(f"{name}: ours makes {made[0]} patches, theirs {made[1]}")
-        sides = [Side("ours", lambda data=data: ours(data), {"pictures": 1.0}), Side("transformers, Pillow", lambda data=data: theirs(data), {"pictures": 1.0})]
+        sides = [Side("ours", functools.partial(ours, data), {"pictures": 1.0}), Side("transformers, Pillow", functools.partial(theirs, data), {"pictures": 1.0})]
         yield Comparison(name, sides, unit="pictures", checked={"patches": float(made[0])}, bars={"transformers, Pillow": 2.0}, clock="cpu")
 
 
