@@ -81,7 +81,8 @@ def _run(job: dict[str, Any], flat: list[np.ndarray]) -> Any:
 
     axes = {tuple(a) for layout in job["results"] for a in layout if a} | {tuple(a) for a in job["source"].axes_used}
     runtime = Runtime(job["mesh"], "cpu", sorted(axes))
-    program = LoadedProgram(job["source"].text, job["source"].constants, [k["name"] for k in job["source"].kernels], runtime, job["name"])
+    source = job["source"]
+    program = LoadedProgram(source.text, source.constants, [k["name"] for k in source.kernels], runtime, job["name"], source.host_arguments)
     local = [
         shard(to_torch(flat[i], _dtype(job["in_dtypes"][i])), layout, runtime).contiguous() for i, layout in zip(job["kept"], job["args"])
     ]

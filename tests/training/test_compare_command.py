@@ -103,6 +103,15 @@ def test_the_code_of_a_revision_lies_in_a_tree_of_its_own_that_goes_away():
             pass
 
 
+def test_two_back_ends_train_alike(path, tmp_path, capsys):
+    out = tmp_path / "equal"
+    code = main(["compare", "--a", str(path), "--steps", "2", "--devices-a", "1", "--set-b", "backend=npu_bridge", "--tolerance", "1e-5", "--out", str(out)])
+    assert code == 0, capsys.readouterr()
+    found = json.loads((out / "compare.json").read_text())
+    assert found["passed"] and 0 < found["parameters"] < 1e-4, f"parameters differ by {found['parameters']:.2e}"
+    assert "npu_bridge.ops as torch kernels on cpu" in (out / "b.log").read_text()
+
+
 def test_a_used_folder_and_a_failing_run_are_reported(path, tmp_path, capsys):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "x").write_text("")
