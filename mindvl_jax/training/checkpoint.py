@@ -7,10 +7,12 @@ checkpoint that reads without an error but with other values counts as damaged t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,36 @@ def has_checkpoints(run_dir: str | Path) -> bool:
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _lacks_room(error: BaseException | None) -> bool:
+    """Whether a failed write tells of a full disk, a quota or a limit of file sizes. TensorStore says so in its text alone."""
+    while error is not None:
+        if getattr(error, "errno", None) in _NO_ROOM or any(f"os_error_code='{code}'" in str(error) for code in _NO_ROOM):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextlib.contextmanager
+def room_in(run_dir: str | Path) -> Iterator[None]:
+    """Turns whatever a full disk raises inside into a UserError that says what is safe. A save in the background that failed is heard
+    of at a later call."""
+    try:
+        yield
+    except Exception as error:
+        if not _lacks_room(error):
+            raise
+        folder = Path(run_dir) / FOLDER
+        whole = sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit()) if folder.is_dir() else []
+        safe = f"the checkpoint of step {whole[-1]} is whole, and run.resume: auto continues from it" if whole else "there is no checkpoint yet, so the run will start anew"
+        raise UserError(
+            f"run.dir={run_dir}: no room left to write ({str(error).splitlines()[0][-200:]}). Make room (checkpoint.keep says how many checkpoints stay) "
+            f"and start the same command again: {safe}"
+        ) from error
 
 
 class CheckpointWriter:
