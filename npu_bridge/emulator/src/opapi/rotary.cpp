@@ -25,12 +25,17 @@ static void require_tables(const Tensor& x, const Tensor& cos, const Tensor& sin
     require(cos.size(d) == 1 || cos.size(d) == x.size(d), "dimension ", d, " of cos = ", describe(cos), " is neither 1 nor that of x = ", describe(x));
 }
 
-ACLNN(RotaryPositionEmbedding, Tensor x, Tensor cos, Tensor sin, int64_t mode, Out out) {
+static Work rotary(Tensor x, Tensor cos, Tensor sin, int64_t mode, Out out) {
   require_tables(x, cos, sin, mode);
   return [=] {
     Tensor wide = x.to(at::kFloat);
     out = wide * cos.to(at::kFloat) + turn(wide, mode) * sin.to(at::kFloat);
   };
+}
+ACLNN(RotaryPositionEmbedding, Tensor x, Tensor cos, Tensor sin, int64_t mode, Out out) { return rotary(x, cos, sin, mode, out); }
+ACLNN(RotaryPositionEmbeddingV2, Tensor x, Tensor cos, Tensor sin, int64_t mode, Tensor rotate, Out out) {
+  require_absent(rotate, "rotate");
+  return rotary(x, cos, sin, mode, out);
 }
 // The transpose of turn is -turn. x may be missing: then the tables get no gradient.
 ACLNN(RotaryPositionEmbeddingGrad, Tensor grad, Tensor cos, Tensor sin, Tensor x, int64_t mode, Out grad_x, Out grad_cos, Out grad_sin) {
