@@ -1,9 +1,17 @@
 """SIGKILL at random moments; a disk that fills. `MINDVL_KILLS=100` for as many as the project asks of itself."""
 
+import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
+
+import numpy as np
+
+from mindvl_jax import config_loader
+from mindvl_jax.training import checkpoint
+from mindvl_jax.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
 
@@ -15,3 +23,24 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_that_nobody_to
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert f"kill {kills}:" in done.stdout and "came to its end: equal" in done.stdout, done.stdout
+
+
+def test_a_disk_that_fills_during_a_save_ends_the_run_with_what_is_safe_and_room_lets_it_go_on(run_config, tmp_path, monkeypatch, compilation_cache):
+    """No file may grow beyond 20 KB: what a full disk looks like to a save. In a process of its own, for Orbax's threads complain to the end."""
+    monkeypatch.setattr("mindvl_jax.evaluation.report.write_report", lambda run_dir: Path(run_dir) / "report.html")
+    plan = {"steps": 3, "gradient_accumulation": 2}
+    saving = {"checkpoint": {"every_steps": 1, "keep": 9, "asynchronous": True}}
+    untouched, filled = run_config(plan, name="untouched", **saving), run_config(plan, name="filled", **saving)
+    train(untouched)
+    train(filled, stop_after=1)
+    (tmp_path / "config.yaml").write_text(config_loader.dump(filled))
+    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": compilation_cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    done = subprocess.run([sys.executable, "train.py", "--config", str(tmp_path / "config.yaml")], cwd=ROOT, env=environment, preexec_fn=small, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr[-3000:]
+    told = done.stderr[done.stderr.rindex("train.py: ") :]
+    assert "no room left to write" in told and "the checkpoint of step 1 is whole, and run.resume: auto continues from it" in told
+    assert train(filled).finished
+    bits = lambda config: {path: np.asarray(value).tobytes() for path, value in checkpoint.load_params(config.run.dir)[1].items()}
+    losses = lambda config: [json.loads(line)["loss"] for line in Path(config.run.dir, "metrics.jsonl").read_text().splitlines()]
+    assert losses(filled) == losses(untouched) and bits(filled) == bits(untouched)
