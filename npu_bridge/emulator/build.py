@@ -30,6 +30,7 @@ SOURCES = Path(__file__).parent / "src"
 FLAGS = ("-std=c++20", "-O1", "-fPIC", "-pthread", "-Wall", "-Wno-unused-function", "-D_GLIBCXX_USE_CXX11_ABI=1")
 PRECOMPILED = "opapi/operator.h"  # torch's headers, read once instead of once a file
 EMPTY = ("ge_runner", "graph", "acl_tdt_channel")  # linked by torch_npu, never called
+ALIASES = {"hcomm": "hccl"}  # CANN 9 looks for some functions of libhccl here
 _WORDS = 24  # arguments looked through for tensors when an unknown operator is called
 
 
@@ -175,6 +176,8 @@ class _Builder:
             self._link(library.name, objects[library.name], library.links, library.torch)
         for name in EMPTY:
             self._link(name, [self.work / "empty.cpp"], (), False)
+        for name, real in ALIASES.items():
+            self._link(name, [self.work / "empty.cpp"], (real, "ascendcl"), False)
 
     def _precompile(self) -> None:
         kept = self.header / (PRECOMPILED + ".gch")
