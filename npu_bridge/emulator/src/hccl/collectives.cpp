@@ -1,6 +1,7 @@
 // The collectives. Each is a task on its stream that waits for the other ranks; the calling thread never does.
 #include <algorithm>
 #include <cstring>
+#include <tuple>
 
 #include "hccl/communicator.h"
 #include "hccl/reduction.h"
@@ -221,11 +222,41 @@ static HcclResult point_to_point(Counter& counter, std::vector<HcclSendRecvItem>
     c.transport->move(messages, "point to point");
   });
 }
+// Between HcclGroupStart and HcclGroupEnd messages are collected and then move together, in whatever order makes progress.
+struct Group {
+  int depth = 0;
+  std::vector<std::tuple<HcclComm, aclrtStream, std::vector<HcclSendRecvItem>>> batches;
+};
+static thread_local Group group;
+
+static HcclResult now_or_with_the_group(Counter& counter, HcclSendRecvItem item, HcclComm comm, aclrtStream stream) {
+  if (group.depth == 0) return point_to_point(counter, {item}, comm, stream);
+  for (auto& [c, s, items] : group.batches)
+    if (c == comm && s == stream) {
+      items.push_back(item);
+      return HCCL_SUCCESS;
+    }
+  group.batches.push_back({comm, stream, {item}});
+  return HCCL_SUCCESS;
+}
+EMULATED HcclResult HcclGroupStart() {
+  group.depth++;
+  return HCCL_SUCCESS;
+}
+EMULATED HcclResult HcclGroupEnd() {
+  if (group.depth == 0 || --group.depth > 0) return HCCL_SUCCESS;
+  auto batches = std::move(group.batches);
+  group.batches.clear();
+  for (auto& [comm, stream, items] : batches)
+    if (HcclResult failed = point_to_point(HcclBatchSendRecv_counter, items, comm, stream)) return failed;
+  return HCCL_SUCCESS;
+}
+
 EMULATED HcclResult HcclSend(void* data, uint64_t count, HcclDataType type, uint32_t to, HcclComm comm, aclrtStream stream) {
-  return point_to_point(HcclSend_counter, {{HCCL_SEND, data, count, type, to}}, comm, stream);
+  return now_or_with_the_group(HcclSend_counter, {HCCL_SEND, data, count, type, to}, comm, stream);
 }
 EMULATED HcclResult HcclRecv(void* data, uint64_t count, HcclDataType type, uint32_t from, HcclComm comm, aclrtStream stream) {
-  return point_to_point(HcclRecv_counter, {{HCCL_RECV, data, count, type, from}}, comm, stream);
+  return now_or_with_the_group(HcclRecv_counter, {HCCL_RECV, data, count, type, from}, comm, stream);
 }
 EMULATED HcclResult HcclBatchSendRecv(HcclSendRecvItem* items, uint32_t count, HcclComm comm, aclrtStream stream) {
   return point_to_point(HcclBatchSendRecv_counter, {items, items + count}, comm, stream);
