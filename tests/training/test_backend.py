@@ -135,7 +135,7 @@ def test_a_mesh_larger_than_the_processes_is_refused(run_mapping, tmp_path):
 
 
 def test_processes_joined_in_the_way_of_xla_are_refused(run_config, monkeypatch):
-    config = run_config({"steps": 1}, backend="npu_bridge", distributed={"coordinator": "localhost:1", "processes": 1, "process_id": 0})
+    config = run_config({"steps": 1}, distributed={"coordinator": "localhost:1", "processes": 1, "process_id": 0}).model_copy(update={"backend": "npu_bridge"})
     with pytest.raises(UserError, match="npu_bridge.launch --nproc"):
         make_backend(config).join()
     monkeypatch.setenv("WORLD_SIZE", "many")
@@ -146,7 +146,7 @@ def test_processes_joined_in_the_way_of_xla_are_refused(run_config, monkeypatch)
 def test_products_in_bfloat16_are_torchs_own_setting_and_end_with_the_run(run_config):
     import torch
 
-    config = run_config({"steps": 1}, backend="npu_bridge", model={"matmul_precision": "bfloat16"})
+    config = run_config({"steps": 1}, model={"matmul_precision": "bfloat16"}).model_copy(update={"backend": "npu_bridge"})
     before = torch.get_float32_matmul_precision()
     with make_backend(config).precision():
         assert torch.get_float32_matmul_precision() == "medium"
