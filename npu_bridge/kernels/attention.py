@@ -188,7 +188,8 @@ def _npu_arguments(q, k, segments, *, causal, window):
     elif causal:
         arguments |= dict(atten_mask=_triangle(q.device), sparse_mode=3)  # the last query level with the last key
     if ends:
-        arguments |= dict(actual_seq_qlen=ends, actual_seq_kvlen=ends)
+        # Without softmax_layout the statistics of TND come as (N, length) blocks, one a sequence, in a tensor that says (T, N).
+        arguments |= dict(actual_seq_qlen=ends, actual_seq_kvlen=ends, softmax_layout="TND")
         return arguments, segments[0] == 0
     return arguments, None
 
@@ -213,10 +214,11 @@ def _npu_attention(q, k, v, *segments, causal, window, scale, blocks):
     out = out.reshape(*q.shape[:3], v.shape[-1])
     if dead is not None:
         out = out.masked_fill(dead[..., None, None], 0)
-    # The kernel repeats each statistic eight times. One number is enough: exp(x - max) / sum = exp(x - lse). In TND the order of
-    # the numbers is the kernel's own affair; they go back to it as they came.
-    lse = (peak[..., 0] + total[..., 0].log()).reshape(q.shape[0], q.shape[2], q.shape[1])
-    return out, lse if dead is None or arguments["input_layout"] == "TND" else lse.masked_fill(dead[:, None], 0)
+    # The kernel repeats each statistic eight times. One number is enough: exp(x - max) / sum = exp(x - lse).
+    lse = peak[..., 0] + total[..., 0].log()
+    if arguments["input_layout"] == "TND":
+        lse = lse.reshape(*q.shape[:3]).transpose(1, 2).contiguous()
+    return out, lse if dead is None else lse.masked_fill(dead[:, None], 0)
 
 
 def _npu_attention_backward(g, q, k, v, out, lse, *segments, causal, window, scale, blocks):
@@ -225,7 +227,9 @@ def _npu_attention_backward(g, q, k, v, out, lse, *segments, causal, window, sca
     if dead is not None:
         g = g.masked_fill(dead[..., None, None], 0)
     if arguments["input_layout"] == "TND":
-        lse = lse.reshape(-1, q.shape[2])
+        if dead is not None:  # places of padding are a sequence of their own: their probabilities must vanish, not overflow
+            lse = lse.masked_fill(dead[:, None], 1e30)
+        lse = lse.transpose(1, 2).reshape(-1, q.shape[2])
     peak = lse[..., None].expand(*lse.shape, 8).contiguous()
     layout = arguments["input_layout"]
     ql, kl, vl, gl, outl = _lay(layout, q, k, v, g, out)

@@ -110,7 +110,8 @@ def _logits(q, k, masked, scale):
 
 
 def npu_fusion_attention(q, k, v, head_num, input_layout, *, atten_mask=None, scale=1.0, keep_prob=1.0, pre_tockens=UNLIMITED, next_tockens=UNLIMITED,
-                         actual_seq_qlen=None, actual_seq_kvlen=None, sparse_mode=0):  # fmt: skip
+                         actual_seq_qlen=None, actual_seq_kvlen=None, sparse_mode=0, softmax_layout=""):  # fmt: skip
+    assert softmax_layout == ("TND" if input_layout == "TND" else ""), "statistics in the order of the input"
     assert q.dtype == k.dtype == v.dtype and head_num == q.shape[-2] and q.shape[-1] == k.shape[-1] >= v.shape[-1]
     _note(
         "npu_fusion_attention",
@@ -138,7 +139,8 @@ def npu_fusion_attention(q, k, v, head_num, input_layout, *, atten_mask=None, sc
 
 def npu_fusion_attention_grad(q, k, v, dy, head_num, input_layout, *, atten_mask=None, softmax_max=None, softmax_sum=None, softmax_in=None, attention_in=None,
                               scale_value=1.0, keep_prob=1.0, pre_tockens=UNLIMITED, next_tockens=UNLIMITED, actual_seq_qlen=None, actual_seq_kvlen=None,
-                              sparse_mode=0):  # fmt: skip
+                              sparse_mode=0, softmax_layout=""):  # fmt: skip
+    assert softmax_layout == ("TND" if input_layout == "TND" else ""), "statistics in the order of the input"
     assert attention_in.shape == dy.shape and softmax_max.shape == softmax_sum.shape and softmax_max.shape[-1] == 8
     _note("npu_fusion_attention_grad", layout=input_layout, sparse_mode=sparse_mode)
     dq, dk, dv = (torch.zeros_like(x, dtype=torch.float64) for x in (q, k, v))
