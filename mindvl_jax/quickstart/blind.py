@@ -45,7 +45,7 @@ def scores(folder: Path) -> dict[str, float]:
 
 def training_pairs(folder: Path, task: str) -> list[Pair]:
     if task == "easyvqa":
-        # Our training questions are balanced on purpose; who knows the published mix guesses better than they would allow.
+        # All of the published training questions: the file asks some of them, drawn anew for each pass over the pictures.
         return [pair for picture in assets.shape_pictures("train") for pair in picture.questions]
     return _pairs(folder / "train" / f"{task}.parquet")
 

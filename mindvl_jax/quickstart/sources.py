@@ -107,7 +107,7 @@ SOURCES: tuple[Source, ...] = (
     Source("train", "characters", (400, 12000, 30000), _simple(words.characters), "one or two letters, up to three printed digits"),
     Source("train", "emoji", (_SMOKE_DRAWINGS[0], _TRAIN_DRAWINGS, _TRAIN_DRAWINGS), _emoji, "550 things by five artists' sets", 110),
     Source("train", "easyvqa_open", (400, 8000, 16000), _shapes(shapes.open_questions), "colour and shape, which cannot be told blind"),
-    Source("train", "easyvqa", (400, 12000, 32000), _shapes(shapes.conversations), "every published wording, balanced, up to four questions a picture"),
+    Source("train", "easyvqa", (400, 12000, 32000), _shapes(shapes.conversations), "published questions of the training part, up to four a picture"),
     Source("train", "digits", (400, 16000, 48000), _simple(digits.digit_strings), "one to five handwritten digits"),
     Source("train", "words", (400, 16000, 48000), _simple(words.reading, "cells"), "one to five letters, one to a 28-pixel square"),
     Source("train", "typeset", (400, 12000, 36000), _simple(words.reading, "typeset"), "one to five letters in ordinary setting"),
