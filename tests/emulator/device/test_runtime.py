@@ -30,8 +30,8 @@ def test_arithmetic_and_copies_agree_with_the_cpu():
 
 def test_an_operator_nobody_wrote_is_named_with_shapes_and_python_line():
     x = on_npu(torch.randn(3, 4))
-    with pytest.raises(RuntimeError, match=r"aclnnInverse.*float32\[3, 3\].* has no emulation, at .*test_runtime.py:\d+ in "):
-        torch.linalg.inv(x[:, :3].contiguous())
+    with pytest.raises(RuntimeError, match=r"aclnnLinalgCross.*float32\[3, 3\].* has no emulation, at .*test_runtime.py:\d+ in "):
+        torch.linalg.cross(x[:, :3], x[:, :3])  # linalg.inv and its like never reach CANN: torch_npu computes them on the CPU
 
 
 def test_a_legacy_operator_is_refused_by_name():
@@ -131,18 +131,18 @@ side = torch.npu.Stream()
 x = torch.zeros(8, device='npu'); torch.npu.synchronize()
 def run(wait):
     x.zero_(); torch.npu.synchronize()
+    for _ in range(6): x.add_(0.0)  # each comes late, so that the other stream reads x long before it is filled
     x.fill_(1.0)
     if wait: side.wait_stream(torch.npu.current_stream())
     with torch.npu.stream(side): y = x * 2
     side.synchronize(); torch.npu.synchronize()
     return y.sum().item()
-import os
-print(run(True), min(run(False) for _ in range(5)))
+print(run(True), run(False))
 """
     done = fresh(script, "--asynchronous", "--delay", "0.05")
     right, wrong = map(float, done.stdout.split()[-2:])
     assert right == 16.0, done.stdout
-    assert wrong in (0.0, 16.0)
+    assert wrong == 0.0, done.stdout
 
 
 def test_a_child_without_the_environment_says_what_is_missing():
