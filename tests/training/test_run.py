@@ -204,10 +204,10 @@ def test_what_changed_since_the_checkpoint_is_said(whole, tmp_path, say):
     assert "changed since that checkpoint: training.phases[1].learning_rate: 0.003 -> 0.01" in text and "every_steps" not in text
 
 
-def test_only_the_newest_checkpoints_are_kept_and_a_finished_run_is_left_alone(run_config, monkeypatch, say):
+def test_only_the_newest_checkpoints_are_kept_and_a_finished_run_is_left_alone(assets, run_config, monkeypatch, say):
     calls = []
     monkeypatch.setattr("mindvl_jax.evaluation.run.evaluate_run", lambda config, model, step, phase, run_dir: calls.append((phase, step, type(model).__name__)))
-    task = {"name": "t", "source": {"path": "unused.parquet"}}
+    task = {"name": "t", "source": {"path": str(assets / "squares.parquet")}}
     config = run_config(*PHASES, checkpoint={"every_steps": 1, "keep": 2}, evaluation={"tasks": [task], "after_phases": True})
     train(config)
     assert sorted(int(p.name) for p in Path(config.run.dir, "checkpoints").iterdir() if p.name.isdigit()) == [9, 10]
