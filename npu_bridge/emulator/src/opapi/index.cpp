@@ -109,6 +109,16 @@ ACLNN(Cat, Tensors tensors, int64_t dim, Out out) {
   return [=] { out = at::cat(tensors, dim); };
 }
 ACLNN(Stack, Tensors tensors, int64_t dim, Out out) { return [=] { out = at::stack(tensors, dim); }; }
+// What FSDP2 packs gradients with: each tensor is cut into chunks along dim (the last one filled up with zeros), and the chunks of the
+// same number are laid side by side. The output may be of a wider dtype (reduction in float32).
+ACLNN(ChunkCat, Tensors tensors, int64_t dim, int64_t chunks, Out out) {
+  require(dim == 0, "dim ", dim, "; expected 0");
+  for (const Tensor& t : tensors) {
+    require_dtype(t, "tensors", {at::kFloat, at::kHalf, at::kBFloat16});
+    require(t.scalar_type() == tensors[0].scalar_type(), "tensors are of several dtypes");
+  }
+  return [=] { out = at::_chunk_cat(tensors, dim, chunks); };
+}
 ACLNN(SplitWithSize, Tensor self, Ints sizes, int64_t dim, Outs out) {
   return [=] {
     auto parts = at::split_with_sizes(self, sizes, dim);
