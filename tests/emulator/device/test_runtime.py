@@ -28,6 +28,14 @@ def test_arithmetic_and_copies_agree_with_the_cpu():
     assert torch.equal(on_npu(a).t().contiguous().cpu(), a.t())
 
 
+def test_chunks_of_uneven_tensors_are_laid_side_by_side_and_filled_with_zeros():
+    x, y = on_npu(torch.arange(10.0).view(5, 2)), on_npu(torch.arange(10.0, 14.0))
+    with emulator.count() as counts:
+        packed = torch._chunk_cat([x, y], 0, 2)
+    assert packed.cpu().tolist() == [[0, 1, 2, 3, 4, 5, 10, 11], [6, 7, 8, 9, 0, 0, 12, 13]]
+    assert counts.kernels == {"aclnnChunkCat": 1}
+
+
 def test_an_operator_nobody_wrote_is_named_with_shapes_and_python_line():
     x = on_npu(torch.randn(3, 4))
     with pytest.raises(RuntimeError, match=r"aclnnLinalgCross.*float32\[3, 3\].* has no emulation, at .*test_runtime.py:\d+ in "):
