@@ -136,10 +136,11 @@ def test_a_missing_event_is_a_wrong_result_when_streams_are_late():
     script = """
 import torch, torch_npu
 side = torch.npu.Stream()
-x = torch.zeros(8, device='npu'); torch.npu.synchronize()
+x = torch.zeros(8, device='npu')
+big = torch.ones(2048, 2048, device='npu'); torch.npu.synchronize()
 def run(wait):
     x.zero_(); torch.npu.synchronize()
-    for _ in range(6): x.add_(0.0)  # each comes late, so that the other stream reads x long before it is filled
+    for _ in range(4): big @ big  # long work in this stream's queue: the other stream reads x before it is filled
     x.fill_(1.0)
     if wait: side.wait_stream(torch.npu.current_stream())
     with torch.npu.stream(side): y = x * 2
