@@ -77,7 +77,7 @@ class StepProfiler:
             return
         wait()
         self._running = None
-        self._say(capture.finish(programs()))
+        self._say(capture.finish(programs))
 
     def close(self) -> None:
         """Ends a trace that the run's end has cut."""
@@ -108,13 +108,13 @@ class _Capture:
         jax.profiler.start_trace(str(folder / "trace"))
         self._start = time.perf_counter()
 
-    def finish(self, programs: Programs) -> str:
+    def finish(self, programs: Callable[[], Programs]) -> str:
         from mindvl_jax.profiling import report  # matplotlib loads slowly
 
         seconds = time.perf_counter() - self._start
         jax.profiler.stop_trace()
         samples = self._memory.stop()
-        texts = {name: function.lower(*arguments).compile().as_text() for name, (function, arguments) in programs.items()}
+        texts = {name: function.lower(*arguments).compile().as_text() for name, (function, arguments) in programs().items()}
         return report.write(self.folder, texts, first=self.first, steps=self.steps, seconds=seconds, memory=samples)
 
     def abandon(self) -> None:

@@ -13,7 +13,7 @@ _path = Path(__file__).parents[1] / "inference" / "conftest.py"
 _spec = importlib.util.spec_from_file_location("inference_fixtures", _path)
 _shared = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_shared)
-tokenizer, opened, draw_pictures, compilation_cache = _shared.tokenizer, _shared.opened, _shared.draw_pictures, _shared.compilation_cache
+tokenizer, opened, draw_pictures = _shared.tokenizer, _shared.opened, _shared.draw_pictures
 
 
 def png(text: str, size=(84, 56)) -> bytes:

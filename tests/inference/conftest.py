@@ -17,7 +17,6 @@ from mindvl_jax.models import MindVL
 _spec = importlib.util.spec_from_file_location("training_fixtures", Path(__file__).parents[1] / "training" / "conftest.py")
 _training = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_training)
-compilation_cache = _training.compilation_cache  # equal programs of different models and files compile once
 
 
 def byte_tokenizer(folder):

@@ -3,7 +3,6 @@
 import copy
 import io
 import json
-import os
 
 import numpy as np
 import pyarrow as pa
@@ -49,12 +48,6 @@ def write_data(folder, count=48, seed=0, source="squares"):
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
     schema = pa.schema([("id", pa.string()), ("images", pa.list_(image)), ("messages", pa.list_(message)), ("answers", pa.list_(pa.string()))])
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / f"{source}.parquet")
-
-
-@pytest.fixture(scope="session")
-def compilation_cache():
-    """Where compiled programs are kept for this session, for subprocesses whose environment is written out."""
-    return os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
 @pytest.fixture(scope="session")

@@ -16,16 +16,16 @@ from mindvl_jax.training.trainer import train
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_that_nobody_touched(compilation_cache):
+def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_that_nobody_touched():
     """In processes of its own: a fork of this one, whose devices are in use, would stop in a lock."""
     kills = os.environ.get("MINDVL_KILLS", "3")
-    command = [sys.executable, str(Path(__file__).with_name("killing.py")), "--kills", kills, "--cache", compilation_cache]
+    command = [sys.executable, str(Path(__file__).with_name("killing.py")), "--kills", kills, "--cache", os.environ["JAX_COMPILATION_CACHE_DIR"]]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert f"kill {kills}:" in done.stdout and "came to its end: equal" in done.stdout, done.stdout
 
 
-def test_a_disk_that_fills_during_a_save_ends_the_run_with_what_is_safe_and_room_lets_it_go_on(run_config, tmp_path, monkeypatch, compilation_cache):
+def test_a_disk_that_fills_during_a_save_ends_the_run_with_what_is_safe_and_room_lets_it_go_on(run_config, tmp_path, monkeypatch):
     """No file may grow beyond 20 KB: what a full disk looks like to a save. In a process of its own, for Orbax's threads complain to the end."""
     monkeypatch.setattr("mindvl_jax.evaluation.report.write_report", lambda run_dir: Path(run_dir) / "report.html")
     plan = {"steps": 3, "gradient_accumulation": 2}
@@ -35,8 +35,7 @@ def test_a_disk_that_fills_during_a_save_ends_the_run_with_what_is_safe_and_room
     train(filled, stop_after=1)
     (tmp_path / "config.yaml").write_text(config_loader.dump(filled))
     small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": compilation_cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-    done = subprocess.run([sys.executable, "train.py", "--config", str(tmp_path / "config.yaml")], cwd=ROOT, env=environment, preexec_fn=small, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "train.py", "--config", str(tmp_path / "config.yaml")], cwd=ROOT, preexec_fn=small, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr[-3000:]
     told = done.stderr[done.stderr.rindex("train.py: ") :]
     assert "no room left to write" in told and "the checkpoint of step 1 is whole, and run.resume: auto continues from it" in told

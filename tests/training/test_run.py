@@ -256,10 +256,8 @@ def test_a_handful_of_samples_is_learnt_by_heart(run_config, read_metrics):
 # --- other processes -------------------------------------------------------------------------------------------------
 
 
-def start(config_file, compilation_cache, *overrides, devices=8):
+def start(config_file, *overrides, devices=8):
     environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": compilation_cache,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
@@ -313,11 +311,11 @@ def test_weights_of_another_model_are_refused_with_what_differs(whole, run_confi
         train(config)
 
 
-def test_sigterm_saves_and_exits_with_zero_and_nothing_loads_torch(run_mapping, tmp_path, compilation_cache):
+def test_sigterm_saves_and_exits_with_zero_and_nothing_loads_torch(run_mapping, tmp_path):
     mapping = run_mapping(ALL | {"steps": 100000}, logging={"tensorboard": True})
     file = tmp_path / "config.yaml"
     file.write_text(config_loader.dump(config_loader.from_mapping(mapping)))
-    process = start(file, compilation_cache)
+    process = start(file)
     metrics = Path(mapping["run"]["dir"]) / "metrics.jsonl"
     deadline = time.monotonic() + 400
     while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 3) and process.poll() is None:
@@ -330,10 +328,10 @@ def test_sigterm_saves_and_exits_with_zero_and_nothing_loads_torch(run_mapping, 
     assert (Path(mapping["run"]["dir"]) / "checkpoints" / str(last)).is_dir()
 
 
-def test_a_bad_configuration_ends_with_one_message_and_exit_code_two(run_mapping, tmp_path, compilation_cache):
+def test_a_bad_configuration_ends_with_one_message_and_exit_code_two(run_mapping, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(config_loader.dump(config_loader.from_mapping(run_mapping())))
-    process = start(file, compilation_cache, "mesh.data=16")
+    process = start(file, "mesh.data=16")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2 and "train.py: mesh data 16 x fsdp 1 x tensor 1 needs 16 devices" in output and "Traceback" not in output, output
 
@@ -344,12 +342,12 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_two_processes_give_the_losses_of_one_and_one_process_opens_what_they_saved(whole, run_mapping, tmp_path, compilation_cache, read_metrics):
+def test_two_processes_give_the_losses_of_one_and_one_process_opens_what_they_saved(whole, run_mapping, tmp_path, read_metrics):
     config = config_loader.from_mapping(run_mapping(PHASES[0], name="pair"))
     file = tmp_path / "config.yaml"
     file.write_text(config_loader.dump(config))
     join = f"distributed.coordinator=localhost:{free_port()}", "distributed.processes=2", "mesh.fsdp=2"
-    processes = [start(file, compilation_cache, *join, f"distributed.process_id={index}", devices=1) for index in range(2)]
+    processes = [start(file, *join, f"distributed.process_id={index}", devices=1) for index in range(2)]
     outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     pair, one = [line["loss"] for line in read_metrics(config)], [line["loss"] for line in read_metrics(whole)][:3]

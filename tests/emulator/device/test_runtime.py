@@ -6,10 +6,9 @@ import sys
 
 import pytest
 import torch
+import torch_npu
 
 import npu_bridge.emulator as emulator
-
-torch_npu = pytest.importorskip("torch_npu")
 
 
 def on_npu(x):

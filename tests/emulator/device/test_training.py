@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import torch_npu
 from torch import nn
 
-torch_npu = pytest.importorskip("torch_npu")
 
 WIDTH, HEADS, KEY_HEADS, DIM, INNER, VOCABULARY, ROWS, TOKENS = 32, 4, 2, 8, 48, 61, 2, 12
 
