@@ -27,10 +27,12 @@ class Options:
 
     allow_host_sync: loops whose number of rounds is known only on the device may read it every round.
     reduce_in_float32: sums of 16-bit floats across devices are exchanged in float32.
+    overlap: gathers and scatters run beside the computation (`npu_bridge.passes.overlap`).
     """
 
     allow_host_sync: bool = False
     reduce_in_float32: bool = False
+    overlap: bool = True
 
 
 def as_mesh(mesh: MeshLike) -> tuple[AbstractMesh | None, tuple[int, ...] | None]:
@@ -319,7 +321,7 @@ class Jitted:
         with module.context:
             program = Importer(module).run(donated)
         program.name = self._name
-        passes.run(program, reduce_in_float32=self.options.reduce_in_float32)
+        passes.run(program, reduce_in_float32=self.options.reduce_in_float32, overlap=self.options.overlap)
         source = generate(program, allow_host_sync=self.options.allow_host_sync)
         body = program.body
         extra = {"args": [v.layout for v in body.params], "results": [v.layout for v in body.results], "mesh": program.mesh.axes,
@@ -352,6 +354,7 @@ def jit(
     device: str = "cpu",
     allow_host_sync: bool = False,
     reduce_in_float32: bool = False,
+    overlap: bool = True,
     capture: bool = True,
 ) -> Jitted:
     """Compiles a JAX function into a torch program for one device of a mesh.
@@ -367,6 +370,8 @@ def jit(
       device: "npu", "cuda" or "cpu".
       allow_host_sync: allow loops whose trip count is read from the device (one synchronisation a round).
       reduce_in_float32: exchange sums of 16-bit floats in float32.
+      overlap: start gathers ahead of the computation before their first use and wait for scatters behind what follows them; at most two of
+        each kind are under way, which is what it costs in memory. False waits for each exchange where it stands.
       capture: capture the whole step as a device graph where the device has graphs; False runs it operator by operator.
 
     Returns a callable; its results are `npu_bridge.Array`, its `.lower(*args)` gives `.as_text()`, `.collectives()`,
@@ -376,5 +381,5 @@ def jit(
     jaxcompat.require_tested_version()
     return Jitted(
         fn, mesh, in_shardings, out_shardings, as_tuple(donate_argnums), as_tuple(static_argnums),
-        None if state_argnums is None else as_tuple(state_argnums), device, Options(allow_host_sync, reduce_in_float32), capture,
+        None if state_argnums is None else as_tuple(state_argnums), device, Options(allow_host_sync, reduce_in_float32, overlap), capture,
     )  # fmt: skip

@@ -10,6 +10,8 @@ Operation names are StableHLO's without prefix (``add``, ``dot_general``). Colle
 ``all_gather``       attrs ``dims``: for each dimension the axes over which its shards are put together
 ``all_slice``        attrs ``dims``: for each dimension the axes over which this device keeps only its own shard (no exchange)
 ``reduce_scatter``   attrs ``dims``, ``kind``, and ``axes`` in the order of the dims
+``start_all_gather`` and ``start_reduce_scatter``: the same attrs; the result is an exchange under way, read by ``wait`` only
+``wait``             attrs ``of`` (the exchange's name) and ``dims``; operands: what was started, and what it was given
 ``all_to_all``       attrs ``axes``, ``source``, ``target``: the sharding moves from dimension source to dimension target
 ``permute``          attrs ``pairs``: (source, target) devices; a device that receives nothing gets zeros
 ``partition_id``     number of this device in the mesh

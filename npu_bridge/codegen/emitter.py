@@ -197,11 +197,12 @@ class Emitter:
         self.items.append(Function(name, params, lines, results))
         return name
 
-    def note_collective(self, op: Op, kind: str, dims: Sequence[Sequence[str]], type: Type, moved: int) -> None:
-        """Records an exchange: `moved` bytes leave this device in one execution. dims: axes of each call it takes."""
+    def note_collective(self, op: Op, kind: str, dims: Sequence[Sequence[str]], type: Type, moved: int, *, waits: bool = True) -> None:
+        """Records an exchange: `moved` bytes leave this device in one execution. dims: axes of each call it takes. waits: whether the
+        computation stands still for it, or goes on until its result is read."""
         self.groups.update(tuple(d) for d in dims if d)
         axes = tuple(a for d in dims for a in d)
         self.collectives.append(
             {"kind": kind, "axes": axes, "devices": self.mesh.size(axes), "shape": type.shape, "dtype": type.dtype,
-             "bytes": moved, "times": self._trips, "location": str(op.location)}
+             "bytes": moved, "times": self._trips, "waits": waits, "location": str(op.location)}
         )  # fmt: skip

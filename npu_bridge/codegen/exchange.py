@@ -50,6 +50,30 @@ def reduce_scatter(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     return e.emit(f"rt.reduce_scatter({x.name}, {dims}, {op.attrs['kind']!r})", [x], op.result.type, kind="collective")
 
 
+@lowering("start_all_gather")
+def start_all_gather(e: Emitter, op: Op, args: list[Operand]) -> Operand:
+    x, dims = e.tensor(args[0]), _dims(op)
+    e.note_collective(op, "all_gather", dims, op.result.type, op.result.type.bytes - x.type.bytes, waits=False)
+    return e.emit(f"rt.start_all_gather({x.name}, {dims})", [x], op.result.type, kind="collective")
+
+
+@lowering("start_reduce_scatter")
+def start_reduce_scatter(e: Emitter, op: Op, args: list[Operand]) -> Operand:
+    x, dims = e.tensor(args[0]), _dims(op)
+    n = e.mesh.size(tuple(op.attrs["axes"]))
+    e.note_collective(op, "reduce_scatter", dims, x.type, x.type.bytes * (n - 1) // n, waits=False)
+    return e.emit(f"rt.start_reduce_scatter({x.name}, {dims}, {op.attrs['kind']!r})", [x], op.result.type, kind="collective")
+
+
+@lowering("wait")
+def wait(e: Emitter, op: Op, args: list[Operand]) -> Operand:
+    """The result of an exchange under way. What it was given is read until here; shards put together along the first dimension are
+    a view of what arrived, others are moved into place."""
+    under_way, x = (e.tensor(a) for a in args)
+    view = op.attrs["of"] == "all_gather" and bool(op.attrs["dims"][0])
+    return e.emit(f"{under_way.name}.wait()", [under_way, x], op.result.type, alias=under_way if view else None, kind="collective")
+
+
 @lowering("all_to_all")
 def all_to_all(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     x, axes = e.tensor(args[0]), tuple(op.attrs["axes"])

@@ -5,11 +5,12 @@ from __future__ import annotations
 from npu_bridge.ir import Program
 from npu_bridge.passes.collectives import fuse_collectives, widen_reductions
 from npu_bridge.passes.kernels import merge_kernel_parts
+from npu_bridge.passes.overlap import overlap_exchanges
 from npu_bridge.passes.pieces import take_pieces
 from npu_bridge.passes.simplify import remove_unread, share_equal_operations
 
 
-def run(program: Program, *, reduce_in_float32: bool = False) -> None:
+def run(program: Program, *, reduce_in_float32: bool = False, overlap: bool = True) -> None:
     """Rewrites a program in place."""
     merge_kernel_parts(program)
     share_equal_operations(program.body)
@@ -19,3 +20,5 @@ def run(program: Program, *, reduce_in_float32: bool = False) -> None:
     take_pieces(program.body)
     share_equal_operations(program.body)
     remove_unread(program.body)
+    if overlap:
+        overlap_exchanges(program)

@@ -7,7 +7,7 @@ import datetime
 import math
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,6 +88,22 @@ def share_address() -> str:
             address[0] = f"{host}:{probe.getsockname()[1]}"
     dist.broadcast_object_list(address, src=0)
     return address[0]
+
+
+class UnderWay:
+    """An exchange that was started. On a device it runs on a stream of its own; `wait` makes the stream of the computation wait for it,
+    not the host, so that a captured graph holds both. On the CPU gloo's threads do it."""
+
+    def __init__(self, work: Any, named: Callable[[], Any], finish: Callable[[], torch.Tensor], held: tuple[torch.Tensor, ...]):
+        # `held`: the buffers of an exchange outlive it, whatever becomes of the variables of the program.
+        self._work, self._named, self._finish, self._held = work, named, finish, held
+
+    def wait(self) -> torch.Tensor:
+        if self._work is not None:  # None: it was done in the order of the program
+            with self._named():
+                self._work.wait()
+        self._held = ()
+        return self._finish()
 
 
 class Runtime:
@@ -174,16 +190,20 @@ class Runtime:
                 self._members[axes] = (_groups[key], row)
 
     @contextlib.contextmanager
-    def _named(self, what: str, x: torch.Tensor, axes: Sequence[str]):
+    def _named(self, what: str, number: int, x: torch.Tensor, axes: Sequence[str]):
         """Turns a failure or time-out of a collective into an error that names it."""
-        self._calls += 1
         try:
             yield
         except RuntimeError as error:
             raise CollectiveError(
-                f"rank {self.rank}: {what} number {self._calls} over {tuple(axes)} of {tuple(x.shape)} {x.dtype} failed or timed out after "
+                f"rank {self.rank}: {what} number {number} over {tuple(axes)} of {tuple(x.shape)} {x.dtype} failed or timed out after "
                 f"{timeout_seconds():.0f} s (NPU_BRIDGE_TIMEOUT); a peer died, hangs or runs another program: {error}"
             ) from error
+
+    def _counted(self, what: str, x: torch.Tensor, axes: Sequence[str]):
+        """`_named` for an exchange that is waited for where it stands."""
+        self._calls += 1
+        return self._named(what, self._calls, x, axes)
 
     def _carried(self, x: torch.Tensor) -> torch.Tensor:
         """A form the transport knows: bool and 8-bit floats travel as bytes."""
@@ -197,36 +217,51 @@ class Runtime:
         if len(members) == 1:
             return x
         y = self._carried(x)
-        with self._named("all_reduce", x, axes):
+        with self._counted("all_reduce", x, axes):
             dist.all_reduce(y, getattr(dist.ReduceOp, _SUM[kind]), group=group)
         return y.view(x.dtype)
 
-    def _gather(self, x: torch.Tensor, axes: tuple[str, ...]) -> torch.Tensor:
-        """(shards, *x.shape) in the order of the shards."""
+    def _gather(self, x: torch.Tensor, d: int, axes: tuple[str, ...], beside: bool) -> UnderWay:
+        """Starts putting the shards of dimension `d` together; `beside`: on a stream of its own."""
         group, members = self._members[axes]
         y = self._carried(x)
         out = torch.empty((len(members), *y.shape), dtype=y.dtype, device=y.device)
-        with self._named("all_gather", x, axes):
-            dist.all_gather_into_tensor(out.view(len(members) * y.shape[0], *y.shape[1:]) if y.dim() else out, y, group=group)
         ranks = sorted(members)
-        if members != ranks:
-            out = out[[ranks.index(m) for m in members]]
-        return out.view(x.dtype)
+
+        def finish() -> torch.Tensor:
+            shards = out if members == ranks else out[[ranks.index(m) for m in members]]
+            shards = shards.view(x.dtype)
+            return shards.flatten(0, 1) if d == 0 and x.dim() else shards.movedim(0, d).flatten(d, d + 1)
+
+        target = out.view(len(members) * y.shape[0], *y.shape[1:]) if y.dim() else out
+        begin = lambda: dist.all_gather_into_tensor(target, y, group=group, async_op=beside)
+        return self._start("all_gather", x, axes, begin, finish, (y, out))
+
+    def _one_dim(self, dims: Sequence[tuple[str, ...]]) -> tuple[int, tuple[str, ...]]:
+        ((d, axes),) = ((d, tuple(axes)) for d, axes in enumerate(dims) if axes and self.size(axes) > 1)
+        return d, axes
 
     def all_gather(self, x: torch.Tensor, dims: Sequence[tuple[str, ...]]) -> torch.Tensor:
         for d, axes in enumerate(dims):
             if axes and self.size(axes) > 1:
-                out = self._gather(x, tuple(axes))
-                x = out.flatten(0, 1) if d == 0 else out.movedim(0, d).flatten(d, d + 1)
+                x = self._gather(x, d, tuple(axes), False).wait()
         return x
+
+    def start_all_gather(self, x: torch.Tensor, dims: Sequence[tuple[str, ...]]) -> UnderWay:
+        """Of one dimension. `x` must stay as it is until the result is waited for."""
+        return self._gather(x, *self._one_dim(dims), True)
 
     def reduce_scatter(self, x: torch.Tensor, dims: Sequence[tuple[str, ...]], kind: str) -> torch.Tensor:
         for d, axes in enumerate(dims):
             if axes and self.size(axes) > 1:
-                x = self._scatter(x, d, tuple(axes), kind)
+                x = self._scatter(x, d, tuple(axes), kind, False).wait()
         return x
 
-    def _scatter(self, x: torch.Tensor, d: int, axes: tuple[str, ...], kind: str) -> torch.Tensor:
+    def start_reduce_scatter(self, x: torch.Tensor, dims: Sequence[tuple[str, ...]], kind: str) -> UnderWay:
+        """Over one dimension. `x` must stay as it is until the result is waited for."""
+        return self._scatter(x, *self._one_dim(dims), kind, True)
+
+    def _scatter(self, x: torch.Tensor, d: int, axes: tuple[str, ...], kind: str, beside: bool) -> UnderWay:
         group, members = self._members[axes]
         n = len(members)
         y = x.unflatten(d, (n, x.shape[d] // n)).movedim(d, 0)
@@ -235,11 +270,18 @@ class Runtime:
             y = y[[members.index(r) for r in ranks]]
         y = y.contiguous()
         out = torch.empty(y.shape[1:], dtype=x.dtype, device=x.device)
-        with self._named("reduce_scatter", x, axes):
-            dist.reduce_scatter_tensor(
-                out, y.view(n * y.shape[1], *y.shape[2:]) if y.dim() > 1 else y, getattr(dist.ReduceOp, _SUM[kind]), group=group
-            )
-        return out
+        source, how = y.view(n * y.shape[1], *y.shape[2:]) if y.dim() > 1 else y, getattr(dist.ReduceOp, _SUM[kind])
+        begin = lambda: dist.reduce_scatter_tensor(out, source, how, group=group, async_op=beside)
+        return self._start("reduce_scatter", x, axes, begin, lambda: out, (y, out))
+
+    def _start(
+        self, what: str, x: torch.Tensor, axes: tuple[str, ...], begin: Callable[[], Any], finish: Callable[[], torch.Tensor], held: tuple[torch.Tensor, ...]
+    ) -> UnderWay:
+        self._calls += 1
+        number = self._calls
+        with self._named(what, number, x, axes):
+            work = begin()
+        return UnderWay(work, lambda: self._named(what, number, x, axes), finish, held)
 
     def all_to_all(self, x: torch.Tensor, axes: tuple[str, ...], source: int, target: int) -> torch.Tensor:
         """The sharding over `axes` moves from dimension `source` to dimension `target`."""
@@ -251,7 +293,7 @@ class Runtime:
             y = y[[members.index(r) for r in ranks]]
         y = self._carried(y)
         out = torch.empty_like(y)
-        with self._named("all_to_all", x, axes):
+        with self._counted("all_to_all", x, axes):
             dist.all_to_all_single(out, y, group=group)
         out = out.view(x.dtype)
         if members != ranks:
@@ -269,7 +311,7 @@ class Runtime:
                 work.append(dist.P2POp(dist.isend, y, self.order[target]))
             if target == self.place:
                 work.append(dist.P2POp(dist.irecv, out, self.order[source]))
-        with self._named("permute", x, tuple(self.sizes)):
+        with self._counted("permute", x, tuple(self.sizes)):
             for request in dist.batch_isend_irecv(work) if work else []:
                 request.wait()
         return out.view(x.dtype)

@@ -46,6 +46,7 @@ COLLECTIVES = {
     "split moves to another dimension": (lambda a: a + 1, P("x"), P(None, "x")),
     "both axes on one dimension, other order": (lambda a: a + 1, P(("x", "y")), P(("y", "x"))),
     "sub-axes": (lambda a: a.reshape(2, 4, 8).sum(0), P(("x", "y")), P("x")),
+    "sum scattered over two dimensions": (lambda a: a.reshape(8, 2, 4).sum(0), P(("x", "y")), XY),
     "sum over a split dimension": (lambda a: (a.sum(0), a.max(1), (a > 3).any(0), a.prod(1) > 0), XY, P()),
     "transpose": (lambda a: a.T @ a, XY, XY),
     "replicated arithmetic": (lambda a: jnp.linspace(0, 1, 8) + a, P(), XY),
