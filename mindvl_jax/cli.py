@@ -21,8 +21,10 @@ COMMANDS = {
     "export": ("mindvl_jax.weights.export_command", "write a run as a Hugging Face folder"),
     "score": ("mindvl_jax.weights.score_command", "negative log-likelihood of answers, sample by sample"),
     "parity": ("mindvl_jax.weights.parity_command", "compare a folder's model with transformers"),
+    "plan": ("mindvl_jax.planning.command", "whether a run fits its devices, before it starts and on any machine"),
     "profile": ("mindvl_jax.profiling.command", "where the time of a training step goes, by block of the model"),
     "compare": ("mindvl_jax.training.compare_command", "train two configurations from one seed and compare their losses"),
+    "doctor": ("mindvl_jax.doctor.command", "is this machine fit to train through the bridge: host, network, operators, collectives, a golden training"),
 }
 
 COMPUTING = ("generate", "evaluate", "score", "compare", "profile")  # these run models for longer than a relaunch takes

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 import npu_bridge
-from mindvl_jax.config import Config
+from mindvl_jax.config import BridgeConfig, Config
 from mindvl_jax.errors import UserError
 from mindvl_jax.parallel import distributed
 from mindvl_jax.training.backend import launched_processes
@@ -63,13 +63,7 @@ class Bridge:
                 f"mesh {shape} has {mesh.devices.size} places, but {self._processes} process{'es run' if self._processes > 1 else ' runs'}: "
                 "backend npu_bridge wants one process a place (python -m npu_bridge.launch --nproc N train.py ...)"
             )
-        alone = mesh.devices.size == 1  # then no sharding says anything
-        jitted = npu_bridge.jit(
-            function, mesh=None if alone else mesh, in_shardings=None if alone else in_shardings, out_shardings=None if alone else out_shardings,
-            donate_argnums=donate_argnums, device=self._bridge.device, reduce_in_float32=self._bridge.reduce_gradients_in_float32,
-            capture=self._bridge.capture,
-        )  # fmt: skip
-        return _with_clear_errors(jitted)
+        return _with_clear_errors(program_of(self._bridge, function, mesh=mesh, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=donate_argnums))
 
     def as_jax(self, tree: Tree, shardings: Any) -> Tree:
         give = lambda x, sharding: x.to_jax(sharding) if isinstance(x, npu_bridge.Array) else x
@@ -94,6 +88,15 @@ class Bridge:
         from npu_bridge.runtime.mesh import device_name
 
         return device_name(self._bridge.device)
+
+
+def program_of(bridge: BridgeConfig, function: Callable, *, mesh: Mesh | AbstractMesh, in_shardings: Any, out_shardings: Any, donate_argnums: tuple[int, ...] = ()) -> Callable:
+    """`function` as the bridge's program for one place of `mesh`. Its `lower` needs neither devices nor other processes, so that a mesh may be abstract."""
+    alone = mesh.size == 1  # then no sharding says anything
+    return npu_bridge.jit(
+        function, mesh=None if alone else mesh, in_shardings=None if alone else in_shardings, out_shardings=None if alone else out_shardings,
+        donate_argnums=donate_argnums, device=bridge.device, reduce_in_float32=bridge.reduce_gradients_in_float32, capture=bridge.capture,
+    )  # fmt: skip
 
 
 def _with_clear_errors(jitted: Callable) -> Callable:

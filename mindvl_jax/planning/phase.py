@@ -1,0 +1,228 @@
+"""What one device holds in one phase: the state by exact arithmetic, the rest from a compiler's plan of the trainer's own step.
+
+Nothing is allocated: parameters are shapes, the mesh has no devices behind it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from mindvl_jax import data
+from mindvl_jax.batch import Batch, BatchShape
+from mindvl_jax.config import Config, MeshConfig
+from mindvl_jax.errors import UserError
+from mindvl_jax.parallel.mesh import AXES, ROW_AXES, mesh_shape
+from mindvl_jax.parallel.rules import row_sharding
+from mindvl_jax.training import ema, state as states
+from mindvl_jax.training.optimizer import learning_rates, parameter_rules
+from mindvl_jax.training.params import ModelOutline, outline_of
+from mindvl_jax.training.state import TrainState
+from mindvl_jax.training.step import StepPrograms, make_programs, program_key
+
+AnyMesh = Mesh | AbstractMesh
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramBytes:
+    """A compiler's plan for one program on one device: `peak` counts the `arguments` too."""
+
+    arguments: int
+    peak: int
+
+    @property
+    def temporaries(self) -> int:
+        return self.peak - self.arguments
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Programs of one step by name, and memory beside them that the runtime takes (`extra`, by what it is)."""
+
+    programs: Mapping[str, ProgramBytes]
+    extra: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class PhasePlan:
+    """Bytes on one device at the highest point of a phase.
+
+    Attributes:
+      parameters, trained: numbers in the whole model.
+      rows: name -> bytes, in the order in which they are shown; they add up to `total`.
+      fixed: of these, what follows from the configuration by arithmetic alone (no compiler asked).
+      highest: which moment the total is of: a program's name or "hand-over".
+      programs: what the compiler said.
+    """
+
+    name: str
+    parameters: int
+    trained: int
+    rows: Mapping[str, int]
+    fixed: int
+    highest: str
+    programs: Mapping[str, ProgramBytes]
+
+    @property
+    def total(self) -> int:
+        return sum(self.rows.values())
+
+
+PARAMETERS, FROZEN, MOMENTS, GRADIENTS = "parameters, trained", "parameters, frozen", "AdamW moments (float32)", "gradients (float32)"
+EMA, BATCH, ACTIVATIONS, OLD_MOMENTS = "moving average (float32)", "batches", "activations, temporaries", "moments of the phase before"
+
+
+def planned_mesh(config: MeshConfig, devices: int | None) -> MeshConfig:
+    """The mesh with every axis a number.
+
+    Raises:
+      UserError: an axis is -1 and nobody said how many devices there are, or they do not fit.
+    """
+    sizes = [getattr(config, axis) for axis in AXES]
+    if devices is None:
+        if -1 in sizes:
+            axis = AXES[sizes.index(-1)]
+            raise UserError(f"mesh.{axis}=-1 takes what is left of the devices: say how many there will be by --devices N, or --set mesh.{axis}=N")
+        devices = math.prod(sizes)
+    return MeshConfig(**dict(zip(AXES, mesh_shape(config, devices), strict=True)))
+
+
+def abstract_mesh(config: MeshConfig) -> AbstractMesh:
+    """The mesh of the run without devices; every axis must be a number."""
+    return AbstractMesh(tuple(getattr(config, axis) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def abstract_batch(shape: BatchShape, mesh: AnyMesh) -> Batch:
+    """Shapes, dtypes and shardings of a global batch; only one row is ever made."""
+    sharding = row_sharding(mesh)
+    row = dataclasses.replace(shape, rows=1).empty()
+    of = lambda x: jax.ShapeDtypeStruct((shape.rows, *x.shape[1:]), x.dtype, sharding=sharding)
+    return Batch(**{name: of(x) for name, x in row.fields().items()})
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes on one device of ShapeDtypeStructs (or arrays) with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a phase's programs are made of and called with."""
+
+    state: TrainState
+    batch: Batch
+    shape: BatchShape
+    trained: list[str]
+    frozen: list[str]
+    key: tuple
+
+
+class Planner:
+    """Plans the phases of one configuration whose mesh has no -1.
+
+    Args:
+      measure: (config, indexes of phases) -> what the programs of each need on one device, see `peak`.
+
+    Raises:
+      UserError: what the trainer would refuse when the run or a phase begins.
+    """
+
+    def __init__(self, config: Config, measure: Callable[[Config, Sequence[int]], list[Measured]]):
+        self.config, self._measure = config, measure
+        ema.require_possible(config)
+        self.mesh = abstract_mesh(config.mesh)
+        self.outline = outline_of(config.model)
+        self.parts = [parts_of(config, index, self.outline, self.mesh) for index in range(len(config.training.phases))]
+        self._measured: dict[tuple, Measured] = {}
+
+    def fixed_rows(self, index: int) -> dict[str, int]:
+        """What lies on a device through the whole phase, and its gradients: arithmetic, no compiler."""
+        parts, phase = self.parts[index], self.config.training.phases[index]
+        state = parts.state
+        gradients = local_bytes({p: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) for p, x in state.trained.items()})
+        rows = {PARAMETERS: local_bytes(state.trained), FROZEN: local_bytes(state.frozen), MOMENTS: local_bytes((state.mu, state.nu))}
+        # With accumulation the totals lie beside each micro-step's own gradients.
+        rows[GRADIENTS] = gradients * (1 if phase.gradient_accumulation == 1 else 2)
+        if self.config.training.ema_decay is not None:
+            rows[EMA] = local_bytes({p: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) for p, x in state.params.items()})
+        # The next batch is placed while a step runs; with the bridge it waits on the host.
+        rows[BATCH] = local_bytes(parts.batch) * (2 if self.config.backend == "xla" else 1)
+        return rows
+
+    def plan(self, indexes: Sequence[int] | None = None) -> list[PhasePlan]:
+        """Plans of these phases (default: all). Phases that run the same programs are measured once."""
+        indexes = range(len(self.parts)) if indexes is None else indexes
+        missing = {self.parts[index].key: index for index in indexes if self.parts[index].key not in self._measured}
+        if missing:
+            self._measured |= zip(missing, self._measure(self.config, list(missing.values())), strict=True)
+        return [self._plan(index, self._measured[self.parts[index].key]) for index in indexes]
+
+    def _plan(self, index: int, measured: Measured) -> PhasePlan:
+        parts, phase = self.parts[index], self.config.training.phases[index]
+        rows = self.fixed_rows(index)
+        gradients, batch = rows[GRADIENTS], local_bytes(parts.batch)
+        resident = sum(rows.values()) - gradients
+        totals = gradients // 2 if phase.gradient_accumulation > 1 else 0
+        # Arguments of a program are resident; what it needs beyond them comes on top. `gradients` are among that, or (totals) arguments.
+        heights = {name: resident + totals + program.temporaries for name, program in measured.programs.items()}
+        highest = max(heights, key=heights.get)
+        rows[ACTIVATIONS] = max(0, heights[highest] - resident - gradients)
+        # Where less than the gradients is above the arguments, they never exist together.
+        rows[GRADIENTS] = heights[highest] - resident - rows[ACTIVATIONS]
+        handed = self.hand_over(index)
+        if handed is not None and sum(handed.values()) > sum(rows.values()):
+            rows, highest = handed, "hand-over"
+        rows = rows | measured.extra
+        numbers = lambda paths: sum(self.outline.shapes[path].size for path in paths)
+        return PhasePlan(phase.name, numbers([*parts.trained, *parts.frozen]), numbers(parts.trained), {n: v for n, v in rows.items() if v}, self.least(index), highest, measured.programs)
+
+    def hand_over(self, index: int) -> dict[str, int] | None:
+        """Bytes while a phase takes over from the one before: fresh moments beside the old ones. None where that happens off the device or not at all."""
+        phase = self.config.training.phases[index]
+        if index == 0 or phase.keep_optimizer or self.config.backend != "xla":
+            return None
+        before = self.parts[index - 1].state
+        rows = {name: value for name, value in self.fixed_rows(index).items() if name not in (GRADIENTS, BATCH)}
+        return rows | {OLD_MOMENTS: local_bytes((before.mu, before.nu))}
+
+    def least(self, index: int) -> int:
+        """A lower bound of the total by arithmetic alone."""
+        rows = self.fixed_rows(index)
+        return sum(rows.values()) - rows[GRADIENTS]
+
+
+def parts_of(config: Config, index: int, outline: ModelOutline, mesh: AnyMesh) -> Parts:
+    """The state and batch of a phase as shapes, after the checks that the trainer makes before it starts."""
+    phase, where = config.training.phases[index], f"training.phases[{index}]"
+    trained, frozen = states.split_trained(list(outline.shapes), phase.train, f"{where}.train")
+    learning_rates(phase, where)
+    parameter_rules(trained, phase, config.training.optimizer, where)
+    groups = math.prod(mesh.shape[axis] for axis in ROW_AXES)
+    if phase.rows % groups:
+        raise UserError(f"{where}.rows={phase.rows} rows cannot be spread over mesh.data x mesh.fsdp = {groups}: use a multiple of {groups}, or a smaller mesh")
+    shape = data.batch_shape(config, phase)
+    key = (*program_key(phase, shape, trained), phase.gradient_accumulation > 1)
+    return Parts(states.abstract_state(outline, trained, frozen, mesh), abstract_batch(shape, mesh), shape, trained, frozen, key)
+
+
+def lowerings(config: Config, index: int, outline: ModelOutline, mesh: AnyMesh, compile: Callable[..., Callable]) -> Iterable[tuple[str, Any]]:
+    """(name, lowered) of each program that a step of the phase runs, as the trainer calls it."""
+    parts, phase = parts_of(config, index, outline, mesh), config.training.phases[index]
+    programs: StepPrograms = make_programs(
+        outline, phase=phase, optimizer=config.training.optimizer, shape=parts.shape, trained=parts.trained, frozen=parts.frozen, mesh=mesh,
+        loss_chunk=config.training.loss_chunk, where=f"training.phases[{index}]", compile=compile,
+    )  # fmt: skip
+    rate = jax.ShapeDtypeStruct((), jnp.float32)
+    if phase.gradient_accumulation == 1:
+        yield "train_step", programs.train_step.lower(parts.state, parts.batch, rate)
+        return
+    totals = jax.eval_shape(programs.zeros.__wrapped__)
+    yield "accumulate", programs.accumulate.lower(parts.state, totals, parts.batch)
+    yield "update", programs.update.lower(parts.state, totals, rate)
