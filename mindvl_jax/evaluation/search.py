@@ -106,7 +106,7 @@ def halving(grid: Sequence[Pixels], items: Sequence[Item], measure: Callable[[Pi
     alive, last, count = list(grid), {}, min(start, len(items))
     while True:
         part = [items[index] for index in order[:count]]
-        for pixels in alive:
+        for pixels in _largest_first(alive):
             last[pixels] = measure(pixels, part)
         if on_round:
             on_round([last[pixels] for pixels in alive])
@@ -119,9 +119,14 @@ def halving(grid: Sequence[Pixels], items: Sequence[Item], measure: Callable[[Pi
         count = min(2 * count, len(items)) if len(alive) > 2 else len(items)
 
 
+def _largest_first(settings: Sequence[Pixels]) -> list[Pixels]:
+    """What is compiled for the largest pictures serves the smaller ones too."""
+    return sorted(settings, key=lambda pixels: (pixels.min_pixels or 0, pixels.max_pixels or 0), reverse=True)
+
+
 def full_grid(grid: Sequence[Pixels], items: Sequence[Item], measure: Callable[[Pixels, Sequence[Item]], Trial], *, on_round=None) -> list[Trial]:
     """Every setting on every sample; best first, the cheaper one of equals."""
-    trials = [measure(pixels, items) for pixels in grid]
+    trials = [measure(pixels, items) for pixels in _largest_first(grid)]
     if on_round:
         on_round(trials)
     return sorted(trials, key=lambda trial: (-trial.score, trial.tokens))

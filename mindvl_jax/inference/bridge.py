@@ -34,7 +34,8 @@ class BridgePrograms:
         self.last_logits = compiled(programs.last_logits.__wrapped__, static_argnums=0)
         self.first_tokens = compiled(programs.first_tokens.__wrapped__)
         self.admit = compiled(programs.admit.__wrapped__, donate_argnums=0)
-        self.decode = compiled(programs.decode.__wrapped__, static_argnums=0, donate_argnums=2)
+        self.decode = compiled(programs.decode.__wrapped__, static_argnums=0, donate_argnums=3)
+        self.lay_out = lambda graphdef, params: None  # a slice is a view there, and costs nothing
         self.release = compiled(programs.release.__wrapped__, donate_argnums=0)
 
     def prefill(self, graphdef, params, batch, *, has_pictures: bool) -> Any:

@@ -41,9 +41,14 @@ def bucket_of(tokens: int, patches: int, images: int, *, halves: bool = False) -
     )
 
 
+def row_counts(most: int) -> tuple[int, ...]:
+    """Numbers of rows that programs are compiled for: 1, a quarter, a half, or all (few slots: always all)."""
+    return tuple(dict.fromkeys((1, -(-most // 4), -(-most // 2), most))) if most > 4 else (most,)
+
+
 def rows_for(count: int, most: int) -> int:
-    """Rows of a prefill that needs `count` of at most `most`: 1, a quarter, a half, or all (few slots: always all)."""
-    for rows in (1, -(-most // 4), -(-most // 2), most) if most > 4 else (most,):
+    """The fewest of `row_counts` that hold `count`."""
+    for rows in row_counts(most):
         if count <= rows:
             return rows
     raise ValueError(f"{count} prompts do not fit {most} rows")

@@ -18,9 +18,10 @@ from mindvl_jax.errors import UserError
 from mindvl_jax.inference import programs
 from mindvl_jax.inference.programs import CHUNK, empty_slots
 from mindvl_jax.inference.buckets import Bucket, rows_for
-from mindvl_jax.inference.prompts import Prompt, arrange, pack_bucket, vision_of
+from mindvl_jax.inference.prompts import Prompt, pack_bucket, vision_of
+from mindvl_jax.inference.reading import RowPlanner
 from mindvl_jax.inference.request import Sampling
-from mindvl_jax.inference.placement import place_rows
+from mindvl_jax.inference.placement import place_rows, row_groups
 
 Watcher = Callable[[list[int], list[float], str | None], bool]
 """Called with new tokens, their log-probabilities and how the answer ended (None: it goes on); True stops the answer."""
@@ -53,15 +54,24 @@ class Engine:
         self._programs = programs
         self.slots, self.context = slots, context
         self._graphdef, self._params = nnx.split(model)
+        self._laid = programs.lay_out(self._graphdef, self._params)
         self._vision = vision_of(model)
         self._eos = jnp.asarray(list(eos_ids), jnp.int32)
         self._eos_set = frozenset(int(token) for token in eos_ids)
         self._mesh = mesh
-        self._state = place_rows(mesh, empty_slots(model.language.config, slots, context, model.compute_dtype), slots)
+        self._planner = RowPlanner(model, slots, row_groups(mesh))
+        self._state = self._place(empty_slots(model.language.config, slots, context, model.compute_dtype, unrolled=self._laid is not None))
         self._waiting: collections.deque[_Running] = collections.deque()
         self._running: list[_Running | None] = [None] * slots
         self.decoded_tokens = 0
         self.decode_steps = 0
+
+    def _place(self, state: programs.Slots) -> programs.Slots:
+        """Free slots where the programs will leave them: a state that is bound to no device yet would have them compiled twice."""
+        if self._mesh is not None:
+            return place_rows(self._mesh, state, self.slots)
+        devices = jax.tree.leaves(self._params)[0].devices()
+        return jax.device_put(state, min(devices, key=lambda device: device.id))
 
     @property
     def busy(self) -> bool:
@@ -100,7 +110,7 @@ class Engine:
         if self._waiting:
             wanted = 1 if eager else max(1, min(wanted, self.slots // 4))
         self._state, tokens_CB, logprobs_CB, active_B = self._programs.decode(
-            self._graphdef, self._params, self._state, self._eos, np.int32(min(chunk, CHUNK)), np.int32(wanted)
+            self._graphdef, self._params, self._laid, self._state, self._eos, np.int32(min(chunk, CHUNK)), np.int32(wanted)
         )
         # The first tokens are fetched only now, so that admission and decoding are dispatched without waiting for each other.
         firsts = {slot: (int(token), float(logprob)) for slots, tokens, logprobs in admitted
@@ -163,9 +173,8 @@ class Engine:
             if not prompts or prompts[-1] is not running.prompt:
                 prompts.append(running.prompt)
             prompt_of.append(len(prompts) - 1)
-        bucket = group[0].prompt.bucket
-        rows = arrange(prompts, bucket)
-        batch = pack_bucket([[prompts[index] for index in row] for row in rows], bucket, rows_for(len(rows), self.slots), self._vision)
+        bucket, count, rows = self._planner(prompts)
+        batch = pack_bucket([[prompts[index] for index in row] for row in rows], bucket, count, self._vision)
         batch = place_rows(self._mesh, batch, batch.tokens.shape[0])
         prefilled = self._programs.prefill(self._graphdef, self._params, batch, has_pictures=bool(bucket.patches))
         pad = rows_for(len(group), self.slots) - len(group)
@@ -174,7 +183,7 @@ class Engine:
         settings = self._settings(group, pad)
         logits, seen = self._programs.last_logits(self._graphdef, self._params, prefilled, places)
         tokens, logprobs = self._programs.first_tokens(logits, seen, settings)
-        self._state = self._programs.admit(self._state, prefilled.cache, places, seen, slot_N, tokens, settings, self._eos)
+        self._state = self._programs.admit(self._state, prefilled.keys, prefilled.values, places, seen, slot_N, tokens, settings, self._eos)
         for running, slot in zip(group, slots):
             self._running[slot] = running
         return tokens, logprobs

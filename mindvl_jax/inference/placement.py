@@ -20,19 +20,25 @@ def mesh_of(model) -> Mesh | None:
     return None
 
 
+def row_groups(mesh: Mesh | None) -> int:
+    """Over how many groups of devices rows are spread."""
+    return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in ROW_AXES]))
+
+
 def place_rows(mesh, tree, rows: int):
-    """Puts a pytree whose leaves have `rows` as their leading dim (second in a KVCache) onto the mesh.
+    """Puts a pytree whose leaves have `rows` as their leading dim (second in a stacked KVCache; scalars have none) onto the mesh.
 
     Rows that do not divide over the mesh are kept whole on every device. Without a mesh nothing moves.
     """
     if mesh is None:
         return tree
-    groups = int(np.prod([mesh.shape[axis] for axis in ROW_AXES]))
-    axes = ROW_AXES if rows % groups == 0 else None
+    axes = ROW_AXES if rows % row_groups(mesh) == 0 else None
 
     def place(leaf):
-        if isinstance(leaf, KVCache):
+        if isinstance(leaf, KVCache) and not leaf.unrolled:
             return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(None, axes)))
-        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(axes)))
+        if isinstance(leaf, KVCache):
+            return jax.tree.map(place, leaf)
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(axes) if np.ndim(leaf) else PartitionSpec()))
 
     return jax.tree.map(place, tree, is_leaf=lambda leaf: isinstance(leaf, KVCache))

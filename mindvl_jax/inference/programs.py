@@ -44,9 +44,10 @@ class Slots:
     """All state of generation. A slot that is not active still computes; what it computes is overwritten or never read.
 
     Attributes:
-      cache: keys and values, (L, B, S, K, H).
+      cache: keys and values of prompts and answers.
+      place: int32 scalar, cache place that the next token of every slot takes.
       token: (B,) int32, newest token of each slot, not yet in the cache.
-      index: (B,) int32, cache place that `token` will take.
+      index: (B,) int32, tokens of each slot in the cache.
       position: (B,) int32, rotary position of `token` (all three rows of M-RoPE are equal for text).
       count: (B,) int32, tokens generated so far, `token` included.
       active: (B,) bool.
@@ -54,6 +55,7 @@ class Slots:
     """
 
     cache: KVCache
+    place: jax.Array
     token: jax.Array
     index: jax.Array
     position: jax.Array
@@ -63,11 +65,11 @@ class Slots:
     settings: Settings
 
 
-def empty_slots(config: TextConfig, slots: int, places: int, dtype) -> Slots:
-    """Free slots."""
+def empty_slots(config: TextConfig, slots: int, places: int, dtype, *, unrolled: bool) -> Slots:
+    """Free slots. With `unrolled` each layer has a cache of its own: for `decode` with parameters laid out."""
     zeros = lambda kind: jnp.zeros((slots,), kind)
     return Slots(
-        cache=KVCache.empty(config, slots, places, dtype),
+        cache=KVCache.empty(config, slots, places, dtype, unrolled=unrolled), place=jnp.int32(0),
         token=zeros(jnp.int32), index=zeros(jnp.int32), position=zeros(jnp.int32), count=zeros(jnp.int32), active=zeros(bool),
         seen=jnp.zeros((slots, config.vocab_size), bool),
         settings=Settings(
@@ -80,9 +82,10 @@ def empty_slots(config: TextConfig, slots: int, places: int, dtype) -> Slots:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefilled:
-    """What reading R rows of prompts leaves: cache (L, R, T, K, H), hidden states after the final norm (R, T, D), the tokens (R, T)."""
+    """What reading R rows of prompts leaves: keys and values (L, R, T, K, H), hidden states after the final norm (R, T, D), the tokens (R, T)."""
 
-    cache: KVCache
+    keys: jax.Array
+    values: jax.Array
     hidden: jax.Array
     tokens: jax.Array
 
@@ -101,6 +104,35 @@ class Places:
     position: jax.Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Laid:
+    """Parameters once more as `decode` reads them: layers: the state of each layer apart; head: the output matrix, (D, V)."""
+
+    layers: tuple[nnx.State, ...]
+    head: jax.Array
+
+
+LAID_BYTES = 2**30
+"""Language models up to this size are held a second time, laid out; larger ones, and those of more than LAID_LAYERS, are scanned."""
+LAID_LAYERS = 32
+
+
+def lay_out(graphdef, params) -> Laid | None:
+    """Cuts the stack of layers and turns the token table, once and not at every token: on a CPU both are copies, and for a small model
+    as much work as the rest of a step. None for a model that is too large to be held twice or too deep to be unrolled."""
+    language = nnx.merge(graphdef, params).language
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(language)))
+    return None if size > LAID_BYTES or language.config.num_layers > LAID_LAYERS else _lay_out(graphdef, params)
+
+
+@partial(jax.jit, static_argnames=("graphdef",))
+def _lay_out(graphdef, params) -> Laid:
+    model = nnx.merge(graphdef, params)
+    stack = nnx.state(model.language.layers)
+    return Laid(tuple(jax.tree.map(lambda leaf, number=number: leaf[number], stack) for number in range(model.language.config.num_layers)), model.head_kernel())
+
+
 @partial(jax.jit, static_argnames=("graphdef", "has_pictures"))
 def prefill(graphdef, params, batch: Batch, *, has_pictures: bool) -> Prefilled:
     """Reads R rows of prompts, padded at the end; each prompt attends to itself only.
@@ -113,13 +145,8 @@ def prefill(graphdef, params, batch: Batch, *, has_pictures: bool) -> Prefilled:
         inputs_RTD = model.embed(batch)
     else:
         inputs_RTD = model.language.embed(batch.tokens).astype(model.compute_dtype)
-    R, T = batch.tokens.shape
-    cache = KVCache.empty(model.language.config, R, T, inputs_RTD.dtype)
-    hidden_RTD, cache = model.language(
-        inputs_RTD, batch.positions, batch.segment_ids, segment_lengths=batch.segment_lengths,
-        cache=cache, cache_index_B=jnp.zeros((R,), jnp.int32), cache_is_empty=True,
-    )
-    return Prefilled(cache=cache, hidden=hidden_RTD, tokens=batch.tokens)
+    hidden_RTD, keys, values = model.language.read(inputs_RTD, batch.positions, batch.segment_ids, segment_lengths=batch.segment_lengths)
+    return Prefilled(keys=keys, values=values, hidden=hidden_RTD, tokens=batch.tokens)
 
 
 @partial(jax.jit, static_argnames=("graphdef",))
@@ -148,21 +175,23 @@ def first_tokens(logits_NV, seen_NV, settings: Settings) -> tuple[jax.Array, jax
 
 
 @partial(jax.jit, donate_argnames=("slots",))
-def admit(slots: Slots, cache: KVCache, places: Places, seen_NV, slot_N, token_N, settings: Settings, eos_E) -> Slots:
+def admit(slots: Slots, keys, values, places: Places, seen_NV, slot_N, token_N, settings: Settings, eos_E) -> Slots:
     """Puts N answers with their first tokens into slots.
 
     Args:
-      cache: of the rows that were read. places: where each answer's prompt lies there; several answers may share one (n samples).
+      keys, values: (L, R, T, K, H) of the rows that were read. places: where each answer's prompt lies there; several answers may share one (n samples).
       slot_N: slot of each answer; a number past the last slot drops the entry (padding).
     """
     ended_N = (token_N[:, None] == eos_E[None]).any(-1) & ~settings.ignore_eos
     put = lambda old, new: old.at[slot_N].set(new.astype(old.dtype), mode="drop")
-    T = min(cache.places, slots.cache.places)
-    # What follows the prompt in its row is copied too: the slot's index says that nothing there is valid.
-    place_NT = jnp.minimum(places.start[:, None] + jnp.arange(T)[None], cache.places - 1)
-    put_cache = lambda old, new: old.at[:, slot_N, :T].set(new[:, places.row[:, None], place_NT].astype(old.dtype), mode="drop")
+    # A prompt's last token goes to the place before the next one. What lies further back than the prompt is long is never read.
+    S, T = slots.cache.places, keys.shape[2]
+    ages_S = (slots.place - 1 - jnp.arange(S)) % S
+    place_NS = jnp.clip((places.start + places.length - 1)[:, None] - ages_S[None], 0, T - 1)
+    of_answers = lambda store: store[:, places.row[:, None], place_NS]
     return Slots(
-        cache=KVCache(put_cache(slots.cache.keys, cache.keys), put_cache(slots.cache.values, cache.values)),
+        cache=slots.cache.replace_rows(slot_N, of_answers(keys), of_answers(values)),
+        place=slots.place,
         token=put(slots.token, token_N),
         index=put(slots.index, places.length),
         position=put(slots.position, places.position),
@@ -174,16 +203,19 @@ def admit(slots: Slots, cache: KVCache, places: Places, seen_NV, slot_N, token_N
 
 
 @partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("slots",))
-def decode(graphdef, params, slots: Slots, eos_E, steps, wanted) -> tuple[Slots, jax.Array, jax.Array, jax.Array]:
+def decode(graphdef, params, laid: Laid | None, slots: Slots, eos_E, steps, wanted) -> tuple[Slots, jax.Array, jax.Array, jax.Array]:
     """Generates until `steps` tokens a slot, until `wanted` of the active slots have finished, or until none is active.
 
     Args:
+      laid: from `lay_out`; None for slots whose cache is a stack.
       eos_E: (E,) int32, tokens that end an answer. steps: int32 scalar, at most CHUNK. wanted: int32 scalar, at least 1.
 
     Returns:
       slots; tokens (CHUNK, B) int32, -1 where a slot gained none; log-probabilities (CHUNK, B) float32; active (B,).
     """
     model = nnx.merge(graphdef, params)
+    layer = nnx.graphdef(model.language.layers)
+    layers, head = (None, None) if laid is None else ([nnx.merge(layer, state) for state in laid.layers], laid.head)
     B = slots.token.shape[0]
     at_start = jnp.sum(slots.active)
     # Nobody asks for it mostly, and a table of all tokens of all slots costs a small model a fifth of its step.
@@ -198,8 +230,8 @@ def decode(graphdef, params, slots: Slots, eos_E, steps, wanted) -> tuple[Slots,
         step, slots, tokens_CB, logprobs_CB = carry
         inputs_B1D = model.language.embed(slots.token[:, None]).astype(model.compute_dtype)
         positions_B31 = jnp.broadcast_to(slots.position[:, None, None], (B, 3, 1))
-        hidden_B1D, cache = model.language(inputs_B1D, positions_B31, jnp.ones((B, 1), jnp.int32), cache=slots.cache, cache_index_B=slots.index)
-        logits_BV = model.logits(hidden_B1D[:, 0])
+        hidden_B1D, cache = model.language.extend(inputs_B1D, positions_B31, slots.cache, slots.place, slots.index + 1, layers=layers)
+        logits_BV = model.logits(hidden_B1D[:, 0], head)
         settings = slots.settings
         token_B = sampling.choose(
             jax.lax.cond(penalises, sampling.apply_repetition_penalty, lambda logits_BV, *_: logits_BV, logits_BV, slots.seen, settings.penalty),
@@ -213,6 +245,7 @@ def decode(graphdef, params, slots: Slots, eos_E, steps, wanted) -> tuple[Slots,
         grow_B = active_B.astype(jnp.int32)
         slots = Slots(
             cache=cache,
+            place=(slots.place + 1) % cache.places,
             token=jnp.where(active_B, token_B, slots.token),
             index=slots.index + grow_B,
             position=slots.position + grow_B,

@@ -48,12 +48,11 @@ class PromptEncoder:
     Args:
       model: the module; its configuration says how pictures become tokens.
       min_pixels, max_pixels: area of a resized picture where a request says nothing.
-      fine: a finer ladder of buckets: less padding, more compilations.
     """
 
     def __init__(self, model, tokenizer, *, min_pixels: int, max_pixels: int, resample: str = "bicubic", video_fps: float = 2.0,
-                 video_max_frames: int = 64, fine: bool = False):
-        self._model, self._tokenizer, self._fine, self._resample = prompt_config(model, tokenizer), tokenizer, fine, resample
+                 video_max_frames: int = 64):
+        self._model, self._tokenizer, self._resample = prompt_config(model, tokenizer), tokenizer, resample
         self._sees = isinstance(model.config, ModelConfig)
         self._limits = EncodeLimits(min_pixels=min_pixels, max_pixels=max_pixels, resample=resample, video_fps=video_fps, video_max_frames=video_max_frames)
         self._encoders: dict[tuple[int, int], ExampleEncoder] = {}
@@ -72,7 +71,7 @@ class PromptEncoder:
             example = example.with_pixels(self._model.vision, self._resample)
         except UserError as error:
             raise UserError(f"request {request.id}: {error}" if request.id else str(error)) from error
-        bucket = bucket_of(example.length, example.patches, len(example.image_lengths), halves=self._fine)
+        bucket = bucket_of(example.length, example.patches, len(example.image_lengths))
         return Prompt(id=request.id, example=example, bucket=bucket)
 
     def _encoder(self, request: Request) -> ExampleEncoder:
@@ -125,23 +124,7 @@ def read_picture(item: Any) -> Image.Image:
     return load_image(_media(item))
 
 
-def arrange(prompts: Sequence[Prompt], bucket: Bucket) -> list[list[int]]:
-    """Indexes of the prompts that share a row of the bucket's size: each goes into the first row that still holds it, larger ones first."""
-    rows: list[list[int]] = []
-    left: list[np.ndarray] = []
-    sizes = [np.array([prompt.tokens, prompt.patches, len(prompt.example.image_lengths), 1]) for prompt in prompts]
-    for index in sorted(range(len(prompts)), key=lambda index: tuple(-sizes[index])):
-        row = next((row for row, free in enumerate(left) if (sizes[index] <= free).all()), None)
-        if row is None:
-            row = len(rows)
-            rows.append([])
-            left.append(np.array([bucket.tokens, bucket.patches, bucket.images, _samples(bucket)]))
-        rows[row].append(index)
-        left[row] = left[row] - sizes[index]
-    return rows
-
-
-def _samples(bucket: Bucket) -> int:
+def samples_of(bucket: Bucket) -> int:
     """Most prompts of a row."""
     return max(1, bucket.tokens // 16)
 
@@ -154,6 +137,6 @@ def pack_bucket(rows_of_prompts: Sequence[Sequence[Prompt]], bucket: Bucket, row
     """
     P = max(bucket.patches, vision.merge_unit)
     # A window holds one visual token at least, so there are never more windows than visual tokens.
-    shape = BatchShape(rows=rows, tokens=bucket.tokens, patches=P, samples=_samples(bucket), images=max(bucket.images, 1), windows=P // vision.merge_unit, patch_dim=vision.patch_dim)
+    shape = BatchShape(rows=rows, tokens=bucket.tokens, patches=P, samples=samples_of(bucket), images=max(bucket.images, 1), windows=P // vision.merge_unit, patch_dim=vision.patch_dim)
     padded = [[prompt.example for prompt in row] for row in rows_of_prompts] + [[] for _ in range(rows - len(rows_of_prompts))]
     return collate(padded, shape, pad_id=0, vision=vision).batch

@@ -42,6 +42,19 @@ def restrict(logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> ja
     return jnp.where(logits_BV >= lowest_B1, logits_BV, NEGATIVE)
 
 
+def likeliest(logits_BV: jax.Array) -> jax.Array:
+    """The first token of the highest logit in each row, (B,) int32.
+
+    As a maximum and the smallest index that has it: XLA vectorises both on a CPU, and its argmax not (176 against 5 us for
+    16 rows of 2,300 tokens).
+    """
+    V = logits_BV.shape[-1]
+    highest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+    index_BV = jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, 1)
+    # The last token where no logit is a number, so that nothing reads past a table.
+    return jnp.min(jnp.where(logits_BV == highest_B1, index_BV, V - 1), axis=-1)
+
+
 def choose(
     logits_BV: jax.Array,
     *,
@@ -58,7 +71,7 @@ def choose(
       keys_B2: uint32 key of each request; the draw for its n-th token uses the key folded with n.
       counts_B: tokens that each request has generated so far.
     """
-    greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    greedy_B = likeliest(logits_BV)
 
     def draw(_):
         scaled_BV = logits_BV / jnp.maximum(temperature_B, 1e-6)[:, None]

@@ -45,9 +45,13 @@ class LanguageModel(nnx.Module):
         """(D, V) output matrix."""
         return self.language.head_kernel()
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """(.., D) hidden states -> (.., V) float32. For a few places at a time; training uses `token_losses`."""
-        return ops.linear(hidden, self.head_kernel()).astype(jnp.float32)
+    def logits(self, hidden: jax.Array, kernel: jax.Array | None = None) -> jax.Array:
+        """(.., D) hidden states -> (.., V) float32. For a few places at a time; training uses `token_losses`.
+
+        Args:
+          kernel: (D, V) the output matrix, where the caller has it at hand.
+        """
+        return ops.linear(hidden, self.head_kernel() if kernel is None else kernel).astype(jnp.float32)
 
     def token_losses(self, batch: Batch, *, chunk: int, max_sample_length: int | None = None, max_image_patches: int | None = None) -> jax.Array:
         """(B, T) float32: loss_weights times the negative log-likelihood of `targets`; full logits never exist.

@@ -35,7 +35,7 @@ def test_answers_do_not_depend_on_the_mesh(opened, requests, on_one_device, mesh
     spread = types.SimpleNamespace(**{**vars(opened), "model": fill(model, {path: jax.device_put(value, shardings[path]) for path, value in values.items()})})
     generator = Generator(spread, slots=8, context=128)
     answers = generator.generate(requests)
-    assert len(generator._engine._state.cache.keys.sharding.device_set) == mesh.size
+    assert len(generator._engine._state.cache.keys[0].sharding.device_set) == mesh.size
     assert [answer.tokens for answer in answers] == [answer.tokens for answer in on_one_device]
     difference = max(abs(a - b) for one, other in zip(answers, on_one_device) for a, b in zip(one.logprobs, other.logprobs))
     assert difference < 1e-3, f"max difference of log-probabilities {difference}"  # float32 sums in another order over devices

@@ -146,6 +146,13 @@ def test_an_answer_ends_where_the_context_is_full(opened, generator):
     assert long.tokens == answer.tokens
 
 
+def test_answers_are_the_same_wherever_in_the_ring_of_places_they_begin(opened):
+    small = Generator(opened, slots=2, context=64)
+    asked = Request.from_prompt("b" * 9, sampling=Sampling(max_new_tokens=40, ignore_eos=True))
+    answers = [small.generate([asked])[0].tokens for _ in range(4)]  # 39 places further each time
+    assert len(set(answers)) == 1
+
+
 def test_a_broken_picture_is_refused_by_name_or_answered_with_its_error(generator, draw_pictures):
     good, bad = Request.from_prompt("q", draw_pictures(1, largest=84), id="good"), Request.from_prompt("q", [b"no picture"], id="bad")
     with pytest.raises(UserError, match="request bad: "):

@@ -3,10 +3,11 @@
 import types
 
 import numpy as np
+import pytest
 
 from mindvl_jax.inference.buckets import Bucket, rows_for
 from mindvl_jax.inference.engine import _places
-from mindvl_jax.inference.prompts import arrange
+from mindvl_jax.inference.reading import RowPlanner, arrange
 
 
 def _prompt(tokens, patches=0, images=0):
@@ -30,6 +31,40 @@ def test_no_row_holds_more_than_its_bucket_and_every_prompt_lies_in_one():
 def test_small_prompts_fill_the_rows_that_large_ones_leave():
     prompts = [_prompt(20), _prompt(100), _prompt(10), _prompt(60), _prompt(60)]
     assert arrange(prompts, Bucket(patches=0, tokens=128, images=0)) == [[1, 0], [3, 4], [2]]
+
+
+@pytest.mark.parametrize("compilation, most_sizes, least_filled", [(0, 20, 0.7), (2e11, 3, 0.5)], ids=["compiling costs nothing", "compiling costs seconds"])
+def test_rows_hold_little_padding_and_a_small_model_hardly_compiles_for_it(opened, compilation, most_sizes, least_filled):
+    planner = RowPlanner(opened.model, slots=16)
+    planner._compilation = compilation
+    random = np.random.default_rng(0)
+    draw = lambda: [_prompt(int(random.integers(17, 60)), patches=64 * images, images=images) for images in random.integers(0, 3, 16)]
+    real = padded = 0
+    sizes = set()
+    for _ in range(20):
+        prompts = draw()
+        bucket, count, rows = planner(prompts)
+        assert sorted(index for row in rows for index in row) == list(range(16)) and len(rows) <= count
+        assert all(sum(prompts[index].tokens for index in row) <= bucket.tokens and sum(prompts[index].patches for index in row) <= bucket.patches for row in rows)
+        sizes.add((bucket, count))
+        real, padded = real + sum(prompt.tokens + prompt.patches for prompt in prompts), padded + count * (bucket.tokens + bucket.patches)
+    assert real / padded > least_filled, f"only {real / padded:.0%} of what is computed is a prompt"
+    assert len(sizes) <= most_sizes, f"{len(sizes)} compilations for 20 batches alike"
+
+
+def test_a_better_size_is_compiled_once_the_waste_would_have_paid_for_it(opened):
+    planner = RowPlanner(opened.model, slots=4)
+    large, small = [_prompt(200)] * 4, [_prompt(20)] * 4
+    first = planner(large)[0]
+    assert planner(small)[0] == first
+    planner._compilation = 2.5 * planner._wasted.popitem()[1]
+    assert [planner(small)[0] == first for _ in range(4)] == [True, True, False, False]
+    assert planner(large)[0] == first
+
+
+def test_on_a_mesh_rows_divide_over_its_groups(opened):
+    _, count, _ = RowPlanner(opened.model, slots=16, groups=4)([_prompt(40) for _ in range(16)])
+    assert count % 4 == 0
 
 
 def test_places_say_where_each_answers_prompt_begins_and_goes_on():

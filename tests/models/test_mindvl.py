@@ -8,6 +8,7 @@ from flax import nnx
 
 from mindvl_jax.config import MeshConfig
 from mindvl_jax.models import LOGICAL_AXES, KVCache, MindVL
+from mindvl_jax.models.language.qwen import Decoder
 from mindvl_jax.models.parameters import Linear
 from mindvl_jax.models.vision.placement import place_visual
 from mindvl_jax.models.vision.tower import IMAGE_MEAN, IMAGE_STD, normalize_patches, window_patches
@@ -108,40 +109,45 @@ def test_bfloat16_computes_in_bfloat16_and_stays_near(tiny, plain_losses, batch)
     assert abs(found - exact) / exact < 1e-2, f"{found} against {exact}"
 
 
-def test_cached_decoding_equals_reading_everything_at_once(tiny, batch):
-    graph, state = tiny()
-    model = nnx.merge(graph, state)
-    inputs = jax.random.normal(jax.random.key(0), (1, 24, 48))
-    positions, ids = batch.positions[:1], jnp.ones((1, 24), jnp.int32)
-    whole = jitted(model.language)(inputs, positions, ids)
-    cache = KVCache.empty(model.config.text, 1, 32, jnp.float32)
-    step = jax.jit(lambda *args, **kw: model.language(*args, **kw), static_argnames="cache_is_empty", compiler_options=QUICK)
-    # A prompt of 10 in a bucket of 16 whose last six are padding; a chunk of 5; then one by one.
-    first, cache = step(inputs[:, :16], positions[..., :16], (jnp.arange(16)[None] < 10).astype(jnp.int32), cache=cache, cache_index_B=jnp.array([0]), cache_is_empty=True)
-    chunk, cache = step(inputs[:, 10:15], positions[..., 10:15], ids[:, :5], cache=cache, cache_index_B=jnp.array([10]))
-    parts = [first[:, :10], chunk]
-    for t in range(15, 24):
-        one, cache = step(inputs[:, t : t + 1], positions[..., t : t + 1], ids[:, :1], cache=cache, cache_index_B=jnp.array([t]))
-        parts.append(one)
-    difference = float(jnp.abs(jnp.concatenate(parts, 1) - whole).max())
-    assert difference < 1e-5, f"max difference {difference:.1e}"
+@pytest.fixture(scope="module")
+def decoder(config):
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config.text, rngs=nnx.Rngs(0), dtype=jnp.float32)))
+    generator = np.random.default_rng(0)
+    return nnx.merge(graph, jax.tree.map(lambda leaf: jnp.asarray(generator.normal(0.1, 0.2, leaf.shape), jnp.float32), state))
 
 
-def test_rows_of_a_cache_advance_by_themselves(tiny, batch):
-    graph, state = tiny()
-    model = nnx.merge(graph, state)
-    inputs = jax.random.normal(jax.random.key(0), (2, 6, 48))
-    positions = jnp.broadcast_to(jnp.arange(6), (2, 3, 6))
-    whole = jitted(model.language)(inputs, positions, jnp.ones((2, 6), jnp.int32))
-    step = jax.jit(lambda *args, **kw: model.language(*args, **kw), static_argnames="cache_is_empty", compiler_options=QUICK)
-    cache = KVCache.empty(model.config.text, 2, 8, jnp.float32)
-    lengths = jnp.array([5, 3])
-    valid = (jnp.arange(5)[None] < lengths[:, None]).astype(jnp.int32)
-    _, cache = step(inputs[:, :5], positions[..., :5], valid, cache=cache, cache_index_B=jnp.array([0, 0]), cache_is_empty=True)
-    rows = jnp.arange(2)
-    one, _ = step(inputs[rows, lengths][:, None], positions[rows, :, lengths][..., None], jnp.ones((2, 1), jnp.int32), cache=cache, cache_index_B=lengths)
-    difference = float(jnp.abs(one[:, 0] - whole[rows, lengths]).max())
-    assert difference < 1e-5, f"max difference {difference:.1e}"
+def _filled(decoder, keys, values, lengths, places, place, unrolled):
+    """A cache of that many places whose rows hold the first tokens of what was read, the last of each before `place`."""
+    B = keys.shape[1]
+    turned = [np.zeros((keys.shape[0], B, places, *keys.shape[3:]), np.float32) for _ in range(2)]
+    for row, length in enumerate(lengths):
+        at = (place - length + np.arange(length)) % places
+        for store, read in zip(turned, (keys, values)):
+            store[:, row, at] = np.asarray(read)[:, row, :length]
+    return KVCache.empty(decoder.config, B, places, jnp.float32, unrolled=unrolled).replace_rows(jnp.arange(B), *map(jnp.asarray, turned))
+
+
+@pytest.mark.parametrize("unrolled, place", [(True, 9), (False, 5)])  # the answers run around the end of the ring; the second prompt too
+def test_extending_rows_of_different_lengths_token_by_token_equals_reading_them_at_once(decoder, unrolled, place):
+    inputs = jax.random.normal(jax.random.key(0), (2, 10, 48))
+    positions = jnp.broadcast_to(jnp.arange(10), (2, 3, 10))
+    whole = jitted(decoder)(inputs, positions, jnp.ones((2, 10), jnp.int32))
+    lengths = np.array([6, 3])
+    hidden, keys, values = jitted(decoder.read)(inputs[:, :6], positions[..., :6], (np.arange(6)[None] < lengths[:, None]).astype(np.int32))
+    rows, parts = np.arange(2), [(hidden[:, :3], whole[:, :3])]
+    cache = _filled(decoder, keys, values, lengths, 11, place, unrolled)
+    step = jax.jit(decoder.extend, compiler_options=QUICK)
+    for _ in range(4):
+        new, cache = step(inputs[rows, lengths][:, None], positions[rows, :, lengths][..., None], cache, place, lengths + 1)
+        parts.append((new[:, 0], whole[rows, lengths]))
+        place, lengths = (place + 1) % 11, lengths + 1
+    difference = max(float(jnp.abs(one - other).max()) for one, other in parts)
+    assert difference < 1e-5 * float(jnp.abs(whole).max()), f"max difference {difference:.1e}"  # float32 sums in another order
+
+
+def test_a_ring_knows_the_places_of_each_rows_newest_tokens():
+    ring = KVCache((jnp.zeros((3, 1, 1, 4)),), (jnp.zeros((3, 1, 4, 1)),))
+    assert ring.holds(1, jnp.array([1, 3, 9])).astype(int).tolist() == [[0, 1, 0, 0], [1, 1, 0, 1], [1, 1, 1, 1]]
 
 
 def test_visual_tokens_land_where_the_index_says_and_gradients_return():

@@ -7,6 +7,7 @@ L layers. The two families differ in the attention only: qwen2 has q/k/v biases,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from mindvl_jax.config import TextConfig
 from mindvl_jax.models.language.cache import KVCache
 from mindvl_jax.models.parameters import GatedMLP, Linear, RMSNorm, parameter
 from mindvl_jax.models.rope import text_tables
-from mindvl_jax.models.stack import keep, rematerialise, rematerialise_attention, scan_layers
+from mindvl_jax.models.stack import UNROLLED_LAYERS, keep, rematerialise, rematerialise_attention, scan_layers
 from npu_bridge import ops
 
 
@@ -102,36 +103,22 @@ class Decoder(nnx.Module):
         """(D, V): the output matrix, which is the token table when tied."""
         return transposed(self.embed.embedding[...]) if self.head is None else self.head.kernel[...]
 
-    def __call__(self, inputs_BTD, positions_B3T, segment_ids_BT, *, segment_lengths=None, max_sample_length: int | None = None,
-                 cache: KVCache | None = None, cache_index_B=None, cache_is_empty: bool = False):
-        """Hidden states after the final norm.
+    def __call__(self, inputs_BTD, positions_B3T, segment_ids_BT, *, segment_lengths=None, max_sample_length: int | None = None) -> jax.Array:
+        """Hidden states (B, T, D) after the final norm.
 
         Args:
           inputs_BTD: token (and visual) embeddings in the dtype of the computation.
           positions_B3T: (B, 3, T) rotary positions. segment_ids_BT: (B, T) sample of each place, 0 is padding.
           segment_lengths: (B, M) the samples as counts, -1 padded; for kernels that want lengths.
           max_sample_length: static promise that no sample is longer; lets attention compute a band.
-          cache: keys and values read so far. The T new places of each row are written from `cache_index_B` (B,) on and attend
-            causally to every place before them; padding at the end of a row is overwritten by the next call when the caller
-            advances the index by the real length only.
-          cache_is_empty: static promise that `cache_index_B` is 0: the new places attend among themselves, by segment.
-
-        Returns:
-          (B, T, D), and with a cache also the cache with the new places in it.
         """
-        config = self.config
-        rotary = text_tables(positions_B3T, config.head_dim, config.rope_theta, config.mrope_section if config.rope == "mrope" else None)
-
-        def among_new(q, k, v):
-            return ops.attention(q, k, v, segment_ids_q=segment_ids_BT, segment_ids_kv=segment_ids_BT, causal=True,
-                                 max_segment_length=max_sample_length, lengths=segment_lengths)
-
-        if cache is not None:
-            x, cache = self._with_cache(inputs_BTD, rotary, segment_ids_BT, cache, cache_index_B, among_new if cache_is_empty else None)
-            return self.norm(x), cache
+        rotary = self._rotary(positions_B3T)
 
         def layer_step(x, layer):
-            attend = lambda layer, x: layer.attention.finish(among_new(*layer.attention.project(layer.norm1(x), *rotary)))
+            def attend(layer, x):
+                q, k, v = layer.attention.project(layer.norm1(x), *rotary)
+                return layer.attention.finish(_among(q, k, v, segment_ids_BT, segment_lengths, max_sample_length))
+
             with jax.named_scope("attention"):
                 x = x + rematerialise_attention(attend, self.remat)(layer, x)
             return layer.feed_forward(x)
@@ -140,31 +127,57 @@ class Decoder(nnx.Module):
             x = scan_layers(rematerialise(layer_step, self.remat), inputs_BTD, self.layers)
         return self.norm(x)
 
-    def _with_cache(self, x, rotary, segment_ids_BT, cache: KVCache, index_B, among_new):
-        """Layers with keys and values kept. The cache rides in the carry, so that each layer's write happens in place."""
-        T, S = x.shape[1], cache.places
+    def read(self, inputs_BTD, positions_B3T, segment_ids_BT, *, segment_lengths=None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """As a call, and what a cache is filled with.
 
-        def over_cache(q, keys, values):
-            if T == 1:
-                seen_BS = (jnp.arange(S)[None] <= index_B[:, None]).astype(jnp.int32)
-                return ops.attention(q, keys, values, segment_ids_q=segment_ids_BT.astype(bool).astype(jnp.int32), segment_ids_kv=seen_BS, causal=False)
-            # Queries go to their true places, so that plain causality says what each may see.
-            rows, places = jnp.arange(q.shape[0])[:, None], index_B[:, None] + jnp.arange(T)[None]
-            valid_BT = segment_ids_BT.astype(bool).astype(jnp.int32)
-            placed = jnp.zeros((q.shape[0], S, *q.shape[2:]), q.dtype).at[rows, places].set(q, mode="drop")
-            ids_q = jnp.zeros((q.shape[0], S), jnp.int32).at[rows, places].set(valid_BT, mode="drop")
-            out = ops.attention(placed, keys, values, segment_ids_q=ids_q, segment_ids_kv=jnp.ones((q.shape[0], S), jnp.int32), causal=True)
-            return out.at[rows, places].get(mode="clip")
+        Returns:
+          hidden states (B, T, D) after the final norm, keys and values (L, B, T, K, H), the keys rotated.
+        """
+        rotary = self._rotary(positions_B3T)
+
+        def layer_step(x, layer):
+            q, k, v = layer.attention.project(layer.norm1(x), *rotary)
+            out = _among(q, k, v, segment_ids_BT, segment_lengths, None)
+            return layer.feed_forward(x + layer.attention.finish(out)), (k, v)
+
+        x, (keys, values) = jax.lax.scan(layer_step, inputs_BTD, self.layers, unroll=self.config.num_layers <= UNROLLED_LAYERS)
+        return self.norm(x), keys, values
+
+    def extend(self, inputs_B1D, positions_B31, cache: KVCache, place, lengths_B, *, layers: Sequence["DecoderLayer"] | None = None) -> tuple[jax.Array, KVCache]:
+        """One more token of every row, which attends to itself and to the row's tokens before it.
+
+        Args:
+          inputs_B1D: embeddings. positions_B31: rotary positions.
+          place: scalar, where the cache takes the tokens: the place after the one of the call before, around the ring.
+          lengths_B: tokens of each row, the new one counted.
+          layers: the layers one by one, where the caller has them: cut from their stack they are copied, at every call.
+
+        Returns:
+          hidden states (B, 1, D) after the final norm; the cache with the new tokens in it.
+        """
+        rotary = self._rotary(positions_B31)
+        seen_BS = cache.holds(place, lengths_B)
 
         def layer_step(carry, layer_and_number):
             (x, cache), (layer, number) = carry, layer_and_number
             q, k, v = layer.attention.project(layer.norm1(x), *rotary)
-            cache = cache.write(number, k, v, index_B)
-            if among_new is not None:
-                out = among_new(q, k, v)
-            else:
-                keys, values = cache.layer(number)
-                out = over_cache(q, keys.astype(q.dtype), values.astype(q.dtype))
-            return layer.feed_forward(x + layer.attention.finish(out)), cache
+            cache = cache.write(number, k[:, 0], v[:, 0], place)
+            out = cache.attend(number, q[:, 0], seen_BS)
+            return layer.feed_forward(x + layer.attention.finish(out[:, None])), cache
 
-        return scan_layers(layer_step, (x, cache), (self.layers, jnp.arange(self.config.num_layers)))
+        carry = inputs_B1D, cache
+        if cache.unrolled:
+            for number in range(self.config.num_layers):
+                carry = layer_step(carry, (layers[number] if layers else jax.tree.map(lambda leaf, number=number: leaf[number], self.layers), number))
+        else:
+            carry = scan_layers(layer_step, carry, (self.layers, jnp.arange(self.config.num_layers)))
+        return self.norm(carry[0]), carry[1]
+
+    def _rotary(self, positions_B3T):
+        config = self.config
+        return text_tables(positions_B3T, config.head_dim, config.rope_theta, config.mrope_section if config.rope == "mrope" else None)
+
+
+def _among(q, k, v, segment_ids_BT, segment_lengths, max_sample_length: int | None) -> jax.Array:
+    """Attention among the places of packed rows."""
+    return ops.attention(q, k, v, segment_ids_q=segment_ids_BT, segment_ids_kv=segment_ids_BT, causal=True, max_segment_length=max_sample_length, lengths=segment_lengths)
