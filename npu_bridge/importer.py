@@ -49,7 +49,7 @@ NOT_LOWERED = {
     "set_dimension_size real_dynamic_slice torch_index_select constant_like",
     "quantised types": "uniform_quantize uniform_dequantize",
     "not reproducible across devices": "rng replica_id",
-    "StableHLO that jax's lowering does not emit": "batch_norm_grad batch_norm_inference batch_norm_training broadcast collective_broadcast "
+    "StableHLO that jax's lowering does not emit": "batch_norm_grad batch_norm_inference batch_norm_training broadcast collective_broadcast collective_reduce "
     "composite cross-replica-sum dot einsum if map return unary_einsum",
     "CHLO and sort, which npu_bridge.primitives lowers in its own way": "square top_k sort scan ragged_dot",
     "CHLO that jax's lowering does not emit": "_asin_acos_kernel mulhi broadcast_add broadcast_and broadcast_atan2 broadcast_compare "

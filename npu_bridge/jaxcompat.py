@@ -1,6 +1,6 @@
 """Every private JAX interface the bridge uses, in one place and pinned by version. Nothing else imports ``jax._src``.
 
-Tested with the versions in `TESTED`; with another one `require_tested_version` refuses, because a private interface that
+Tested with the versions in `TESTED`, looked up in those in `READ`; with another one `require_tested_version` refuses, because a private interface that
 changed quietly is worse than one that is missing. No torch here: the XLA path imports this module.
 """
 
@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import inspect
+import io
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -22,7 +25,8 @@ from jaxlib.mlir import ir
 from npu_bridge.errors import VersionError
 from npu_bridge.sharding_rule import ShardingRule
 
-TESTED = ("0.10.2", "0.11")  # exact release, or a series
+TESTED = ("0.10.2",)  # the tests ran with these
+READ = ("0.11.2",)  # every name and signature used here was looked up in these; no test ran with them
 PLATFORM = "npu"
 CALL_PREFIX = "npu_bridge."
 
@@ -32,12 +36,19 @@ if PLATFORM not in mlir._platforms_with_donation:
     mlir._platforms_with_donation.append(PLATFORM)
 
 
+@functools.cache
 def require_tested_version(version: str | None = None) -> None:
-    """Raises VersionError unless the installed jax is one the private interfaces below were tested with."""
+    """Raises VersionError unless the installed jax is one the private interfaces below were tested or at least looked up with; the
+    latter is said once in a warning."""
     version = version or jax.__version__
-    if not any(version == t or version.startswith(t + ".") for t in TESTED):
+    if version in READ:
+        warnings.warn(
+            f"npu_bridge: jax {version} found. The private interfaces that the bridge uses were looked up in it, the tests ran with {', '.join(TESTED)} only",
+            stacklevel=3,
+        )
+    elif version not in TESTED:
         raise VersionError(
-            f"npu_bridge: jax {version} found, tested with {', '.join(t if t.count('.') > 1 else t + '.x' for t in TESTED)}. "
+            f"npu_bridge: jax {version} found, tested with {', '.join(TESTED)} and looked up in {', '.join(READ)}. "
             "The bridge uses private JAX interfaces (npu_bridge/jaxcompat.py) that may have changed. "
             "Install a tested version, or run tests/bridge and add yours to TESTED."
         )
@@ -154,7 +165,8 @@ def define_operator(
     """Makes a fused operator: reference mathematics on XLA, one custom call with a sharding rule on platform ``npu``.
 
     Returns ``op(*arrays, **params) -> tuple of arrays`` (always a tuple). It works under jit, scan, remat, vmap, shard_map and
-    eval_shape. It has no derivative of its own: wrap it in `jax.custom_vjp` with a gradient operator.
+    eval_shape. In a shard_map that checks varying axes, give operands that are whole on each device to `jax.lax.pcast` first, so that
+    their gradients are summed over the axes. It has no derivative of its own: wrap it in `jax.custom_vjp` with a gradient operator.
 
     Args:
       name: unique; the custom call and the kernel table entry are ``npu_bridge.<name>``.
@@ -185,11 +197,12 @@ def define_operator(
 
     def abstract_eval(*avals: core.ShapedArray, **params: Any) -> list[core.ShapedArray]:
         shapes = jax.eval_shape(partial(as_tuple, **params), *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
-        vma = frozenset().union(*(getattr(a, "vma", frozenset()) for a in avals))
-        try:  # inside shard_map a result varies over every mesh axis that an operand varies over
-            return [core.ShapedArray(s.shape, s.dtype, vma=vma) for s in shapes]
-        except TypeError:
-            return [core.ShapedArray(s.shape, s.dtype, manual_axis_type=core.ManualAxisType(varying=vma)) for s in shapes]
+        varying = frozenset().union(*(a.manual_axis_type.varying for a in avals))
+        if not varying:
+            return [core.ShapedArray(s.shape, s.dtype) for s in shapes]
+        # Inside a shard_map that checks it, a result varies over every manual axis that an operand varies over.
+        along = dict(manual_axis_type=core.ManualAxisType(varying=varying))
+        return [core.ShapedArray(s.shape, s.dtype, sharding=core.get_cur_mesh_sharding(jax.sharding.PartitionSpec(*[None] * len(s.shape))), **along) for s in shapes]
 
     primitive.def_abstract_eval(abstract_eval)
     mlir.register_lowering(primitive, mlir.lower_fun(as_tuple, multiple_results=True))
@@ -262,7 +275,9 @@ def module_of(lowered: jax.stages.Lowered) -> ir.Module:
     passes change it in place: without a copy every all_reduce would be there twice."""
     module = lowered.compiler_ir("stablehlo")
     with module.context, ir.Location.unknown():
-        return ir.Module.parse(module.operation.get_asm(binary=False, enable_debug_info=True))
+        copy = io.BytesIO()
+        module.operation.write_bytecode(copy)  # with locations; five times faster than text and back
+        return ir.Module.parse(copy.getvalue())
 
 
 def read_location(location: ir.Location) -> tuple[str, str, int]:

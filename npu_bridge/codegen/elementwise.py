@@ -9,7 +9,7 @@ import numpy as np
 
 from npu_bridge.codegen.emitter import Emitter, lowering
 from npu_bridge.codegen.operands import BIT_UNSIGNED, BITS, HostInt, Literal, Operand, Tensor, torch_dtype
-from npu_bridge.ir import FLOATS, Op, Type
+from npu_bridge.ir import FLOATS, UNSIGNED, Op, Type
 
 _NUMPY = {"i1": np.bool_, "i8": np.int8, "ui8": np.uint8, "i16": np.int16, "ui16": np.uint16, "i32": np.int32, "ui32": np.uint32,
           "i64": np.int64, "ui64": np.uint64, "f16": np.float16, "bf16": ml_dtypes.bfloat16, "f32": np.float32, "f64": np.float64}  # fmt: skip
@@ -65,10 +65,12 @@ def _fold(op: Op, args: list[Operand]) -> float | int | bool | None:
 
 _HOST = {"add": "{} + {}", "subtract": "{} - {}", "multiply": "{} * {}", "maximum": "max({}, {})", "minimum": "min({}, {})",
          "select": "{1} if {0} else {2}", "and": "{} and {}", "or": "{} or {}", "not": "not {}", "clamp": "min(max({0}, {1}), {2})",
-         "remainder": "rt.int_remainder({}, {})", "divide": "rt.int_quotient({}, {})", "negate": "-{}"}  # fmt: skip
+         "remainder": "rt.int_remainder({}, {})", "divide": "rt.int_quotient({}, {})", "negate": "-{}", "convert": "{}"}  # fmt: skip
+
+Bounds = tuple[int | None, int | None]
 
 
-def _bounds(a: Operand) -> tuple[int | None, int | None]:
+def _bounds(a: Operand) -> Bounds:
     return (int(a.value), int(a.value)) if isinstance(a, Literal) else (a.low, a.high)
 
 
@@ -83,39 +85,77 @@ def _decide(direction: str, x: Operand, y: Operand) -> bool | None:
     return True if yes else False if no else None
 
 
-def _move(op: Op, x: Operand, y: Operand) -> HostInt | None:
-    """Host integer plus or minus a number, with its bounds."""
-    if not isinstance(y, Literal) or not isinstance(x, HostInt):
-        if op.name != "add" or not isinstance(x, Literal) or not isinstance(y, HostInt):
-            return None
-        x, y = y, x
-    n = int(y.value) if op.name == "add" else -int(y.value)
-    if n == 0:
-        return x
-    shift = lambda b: None if b is None else b + n
-    return HostInt(f"({x.code}) {'+' if n > 0 else '-'} {abs(n)}", op.result.type, shift(x.low), shift(x.high))
+def _result_bounds(name: str, args: list[Operand]) -> Bounds:
+    """Between which numbers the exact result lies; (None, None) where that is not known."""
+    if name == "select":
+        args = args[1:]
+    bounds = [_bounds(a) for a in args]
+    if any(None in b for b in bounds):
+        return None, None
+    lows, highs = [b[0] for b in bounds], [b[1] for b in bounds]
+    if name == "select":
+        return min(lows), max(highs)
+    if name == "negate":
+        return -highs[0], -lows[0]
+    if name == "convert":
+        return bounds[0]
+    if name == "clamp":
+        return min(max(lows[0], lows[1]), lows[2]), min(max(highs[0], highs[1]), highs[2])
+    if name == "remainder":  # the sign of the dividend; x % 0 is x
+        most = max(max(map(abs, bounds[1])) - 1, 0) if lows[1] * highs[1] > 0 else max(map(abs, bounds[0]))
+        return (-most if lows[0] < 0 else 0), (most if highs[0] > 0 else 0)
+    if name == "divide":  # never farther from zero than the dividend, but for x / 0, which is -1
+        most = max(1, *map(abs, bounds[0]))
+        return -most, most
+    if name in ("maximum", "minimum"):
+        choose = max if name == "maximum" else min
+        return choose(lows), choose(highs)
+    if name == "subtract":
+        return lows[0] - highs[1], highs[0] - lows[1]
+    if name == "add":
+        return lows[0] + lows[1], highs[0] + highs[1]
+    corners = [x * y for x in bounds[0] for y in bounds[1]]  # multiply
+    return min(corners), max(corners)
+
+
+def _host_integer(code: str, type: Type, bounds: Bounds) -> HostInt:
+    """The result in the range of its type: Python's integers do not wrap, XLA's do."""
+    bits, unsigned = BITS[type.dtype], type.dtype in UNSIGNED
+    low, high = (0, (1 << bits) - 1) if unsigned else (-(1 << bits - 1), (1 << bits - 1) - 1)
+    if None not in bounds and low <= bounds[0] and bounds[1] <= high:
+        return HostInt(code, type, *bounds)
+    return HostInt(f"rt.wrap({code}, {bits}, {unsigned})", type, low, high)
+
+
+def _host_text(a: Operand) -> str:
+    """A host integer or literal by its value: an unsigned one is not written as signed bits here."""
+    if isinstance(a, HostInt):
+        return f"({a.code})"
+    value = bool(a.value) if a.type.dtype == "i1" else int(a.value)
+    return f"({value})" if value < 0 else str(value)
 
 
 def _on_host(e: Emitter, op: Op, args: list[Operand]) -> Operand | None:
     dtype = op.result.dtype
     if op.result.shape != () or dtype in FLOATS or any(isinstance(a, Tensor) or a.type.dtype in FLOATS for a in args):
         return None
-    if op.name in ("and", "or", "not") and dtype != "i1":
+    if op.name in ("and", "or", "not") and dtype != "i1" or op.name not in (*_HOST, "compare"):
         return None
-    text = [e.text(a) for a in args]
     if op.name == "compare" and (decided := _decide(op.attrs["comparison_direction"], *args)) is not None:
         return Literal(decided, op.result.type)
     if op.name == "select" and isinstance(args[0], Literal):
         return args[1] if args[0].value else args[2]
-    if op.name in ("add", "subtract") and (moved := _move(op, *args)) is not None:
-        return moved
-    if op.name == "convert" and args[0].type.dtype != "i1" and dtype != "i1":
-        low, high = _bounds(args[0])
-        return HostInt(text[0], op.result.type, low, high)
+    if op.name in ("add", "subtract") and isinstance(args[1], Literal) and args[1].value == 0:
+        return args[0]
+    text = [_host_text(a) for a in args]
     if op.name == "compare":
         return HostInt(f"{text[0]} {_COMPARE[op.attrs['comparison_direction']]} {text[1]}", op.result.type)
-    form = _HOST.get(op.name)
-    return HostInt(form.format(*text), op.result.type) if form else None
+    code = _HOST[op.name].format(*text)
+    if dtype == "i1" or any(a.type.dtype == "i1" for a in args if op.name == "convert"):
+        if op.name not in ("and", "or", "not", "select", "convert"):
+            return None
+        return HostInt(f"int({code})", op.result.type, 0, 1) if dtype != "i1" else HostInt(f"bool({code})" if op.name == "convert" else code, op.result.type)
+    return _host_integer(code, op.result.type, _result_bounds(op.name, args))
 
 
 def _known(e: Emitter, op: Op, args: list[Operand]) -> Operand | None:

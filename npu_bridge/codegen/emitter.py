@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 
-from npu_bridge.codegen.operands import HostInt, Literal, Operand, Tensor, literal_code, torch_dtype
+from npu_bridge.codegen.operands import BIT_UNSIGNED, BITS, HostInt, Literal, Operand, Tensor, literal_code, torch_dtype
 from npu_bridge.codegen.program import Function, Item, Stmt
 from npu_bridge.errors import UnsupportedError
 from npu_bridge.ir import Block, Location, MeshShape, Op, Program, Type, Value
@@ -128,6 +128,8 @@ class Emitter:
         shape, dtype = operand.type.shape, torch_dtype(operand.type.dtype)
         if isinstance(operand, HostInt):
             value = f"int({operand.code})" if operand.type.dtype != "i1" else f"bool({operand.code})"
+            if operand.type.dtype in BIT_UNSIGNED:
+                value = f"rt.wrap({operand.code}, {BITS[operand.type.dtype]}, False)"  # stored as signed bits
             return self.emit(f"torch.full({shape}, {value}, dtype={dtype}, device=rt.device)", [], operand.type, kind="fill")
         value = literal_code(operand.value, operand.type.dtype)
         if not operand.value and dtype.startswith("torch.float8"):

@@ -147,6 +147,12 @@ class Runtime:
         return self.mesh.size(tuple(axes))
 
     @staticmethod
+    def wrap(x: int, bits: int, unsigned: bool) -> int:
+        """What is left of `x` in an integer of `bits`."""
+        x &= (1 << bits) - 1
+        return x if unsigned or x < 1 << (bits - 1) else x - (1 << bits)
+
+    @staticmethod
     def int_quotient(x: int, y: int) -> int:
         """Rounds to zero, as StableHLO divides; Python rounds down."""
         return -1 if y == 0 else math.trunc(x / y) if abs(x) < 1 << 52 else (abs(x) // abs(y)) * (1 if (x < 0) == (y < 0) else -1)

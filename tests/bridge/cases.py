@@ -101,6 +101,19 @@ case("fp8 storage", lambda x: (x.astype(jnp.float8_e4m3fn).astype(jnp.float32), 
 case("bitcast", lambda x, i: (lax.bitcast_convert_type(x, jnp.int32), lax.bitcast_convert_type(i, jnp.float32), lax.bitcast_convert_type(x, jnp.uint8)), X, I, grad=False)  # fmt: skip
 case("booleans as numbers", lambda x: ((x > 0).astype(jnp.float32) + jnp.sum(x > 0, 1, keepdims=True), lax.bitwise_not(x > 0)), X, grad=False)
 
+def _numbers(x):
+    """Arithmetic on numbers alone, which is done while the program is written."""
+    a, b, i, j = lax.full((), 2.25), lax.full((), -0.75), lax.full((), 6, np.int32), lax.full((), -4, np.int32)
+    u = lax.full((), 3_000_000_000, np.uint32)
+    floats = [a + b, a - b, a * b, a / b, lax.max(a, b), lax.min(a, b), -a, lax.abs(b), lax.sqrt(a), lax.rsqrt(a), lax.log(a), lax.exp(b), lax.floor(b),
+              lax.pow(a, b), lax.square(b), lax.clamp(b, a, lax.full((), 1.0)), lax.select(a > b, b, a)]  # fmt: skip
+    whole = [i + j, i - j, i * j, i & j, i | j, i ^ j, ~i, -j, lax.abs(j), lax.max(i, j), lax.min(i, j), i << 3, lax.select(i < j, i, j), i.astype(jnp.uint8)]
+    whole += [u + u, u * u, u > u - 1, lax.eq(i, j), lax.ne(i, j), lax.ge(a, b), lax.le(i, j), lax.is_finite(a / lax.full((), 0.0)), u.astype(jnp.float32)]
+    return x * sum(floats), jnp.stack(floats), [w + 0 * (x[0, 0] > 9).astype(w.dtype) if w.dtype != bool else w & (x[0, 0] < 9) for w in whole]
+
+
+case("arithmetic on numbers", _numbers, X, rtol=1e-5)
+
 # ---- shapes ---------------------------------------------------------------------------------------------------------------
 case("reshape, transpose", lambda x: jnp.transpose(x.reshape(4, 2, 4), (2, 0, 1)) * 2, X)
 case("broadcast", lambda x: jnp.broadcast_to(x[:, None, :], (4, 3, 8)) + lax.broadcast_in_dim(x[:, 0], (2, 4), (1,)).sum(), X)
@@ -205,6 +218,8 @@ case("while on the device", lambda x: lax.while_loop(lambda c: c.sum() < 100, la
 case("cond", lambda x: lax.cond(x[0, 0] > 0, lambda a: a * 2, lambda a: jnp.sin(a), x), X)
 case("switch", lambda x, i: lax.switch(i[0, 0], [lambda a: a, lambda a: a * 2, lambda a: -a], x), X, I)
 case("cond on a loop index", lambda x: lax.fori_loop(0, 4, lambda i, c: lax.cond(i % 2 == 0, lambda a: a + 1, lambda a: a * 2, c), x), X)
+case("arithmetic on a loop index", lambda x: lax.fori_loop(0, 5, lambda i, c: c * 0.5 + x[jnp.clip(jnp.minimum(i, 3) - lax.div(i, 2) + lax.rem(i, 3) - jnp.where((i > 1) & ~(i == 3), 1, 0), 0, 3)] * (-i).astype(jnp.float32) + jnp.maximum(i * i - 4, 0), jnp.zeros(8)), X)  # fmt: skip
+case("loop index that wraps", lambda i: lax.fori_loop(0, 4, lambda n, c: c ^ (n * 1_000_000_007) + (n - 3).astype(jnp.uint32).astype(jnp.int32) + (n.astype(jnp.uint32) * np.uint32(2654435769)).astype(jnp.int32), i), I, grad=False)  # fmt: skip
 case("map", lambda x: lax.map(lambda r: jnp.tanh(r).sum(), x), X)
 case("associative_scan", lambda x: lax.associative_scan(jnp.add, x, axis=1), X)
 case("optimization_barrier", lambda x: lax.optimization_barrier((x * 2, x + 1)), X)
@@ -217,5 +232,9 @@ case("random bits", lambda k: (jax.random.bits(_key(k), (4, 8)), jax.random.bits
 case("random split, fold_in", lambda k: (jax.random.split(k, 3) if k.dtype != np.uint32 else jax.random.key_data(jax.random.split(_key(k), 3)), jax.random.key_data(jax.random.fold_in(_key(k), 5))), KEY, grad=False)  # fmt: skip
 case("random uniform, randint, bernoulli", lambda k: (jax.random.uniform(_key(k), (4, 8)), jax.random.randint(_key(k), (4, 8), 0, 1000), jax.random.bernoulli(_key(k), 0.3, (4, 8))), KEY, grad=False)  # fmt: skip
 case("random normal, permutation, categorical", lambda k, x: (jax.random.normal(_key(k), (4, 8)), jax.random.permutation(_key(k), 16), jax.random.categorical(_key(k), x)), KEY, X, grad=False, rtol=1e-4)  # fmt: skip
+KEYS = R.randint(0, 1 << 31, (4, 2)).astype(np.uint32)
+case("a random key a row", lambda k: (jax.vmap(lambda r: jax.random.uniform(_key(r), (8,)))(k), jax.vmap(lambda r: jax.random.bits(_key(r)))(k)), KEYS, grad=False)
+case("a random key a row in a product", lambda k, x: jnp.sin(x) * jax.vmap(lambda r: jax.random.normal(_key(r), (8,)))(k), KEYS, X, rtol=1e-4)
+case("a random key for each of a grid", lambda k: jax.vmap(jax.vmap(lambda r: jax.random.bits(_key(r), (4, 2)), in_axes=(0,)), in_axes=(0,))(k), KEYS.reshape(2, 2, 2), grad=False)
 case("dropout in a scan", lambda k, x: lax.scan(lambda c, kk: (c * jax.random.bernoulli(jax.random.wrap_key_data(kk), 0.5, (4, 8)), None), x, jax.random.key_data(jax.random.split(_key(k), 3)))[0], KEY, X, grad=False)  # fmt: skip
 case("rng_bit_generator", lambda k: lax.rng_bit_generator(k, (4, 8)), np.array([7, 123, 9, 4], np.uint32), grad=False)

@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import npu_bridge
+from npu_bridge import ops
 from tests.bridge.harness import assert_close
 
 SIZES = {"x": 2, "y": 2}
@@ -115,3 +116,22 @@ def test_sums_of_16_bit_floats_travel_in_float32_when_asked():
         low = npu_bridge.jit(fn, mesh=SIZES, in_shardings=(P("x"),), out_shardings=P(), reduce_in_float32=wide).lower(A)
         kinds[wide] = {c["dtype"] for c in low.collectives() if c["kind"] == "all_reduce"}
     assert kinds == {False: {"bf16"}, True: {"f32"}} or kinds[True] == {"f32"}, kinds
+
+
+def test_an_operator_in_a_shard_map_that_checks_it_varies_over_the_axes_of_its_operands(pool):
+    """A result that passed for replicated would be handed on unsummed. A replicated scale is made varying, so that its gradient is summed."""
+    scale = np.linspace(0.5, 1.5, 8).astype(np.float32)
+    norm = lambda a, g: ops.rms_norm(a, g, eps=1e-6)
+
+    def inside(a, g):
+        y = norm(a, lax.pcast(g, "x", to="varying"))
+        return lax.psum((y**2).sum(), "x")
+
+    def sharded(a, g):
+        return jax.shard_map(inside, mesh=jax.sharding.get_abstract_mesh(), in_specs=(P("x"), P()), out_specs=P(), check_vma=True)(a, g)
+
+    step = lambda f: jax.value_and_grad(f, argnums=(0, 1))
+    want = jax.jit(step(lambda a, g: (norm(a, g) ** 2).sum()))(A, scale)
+    low = npu_bridge.jit(step(sharded), mesh={"x": 4}, in_shardings=(P("x"), P()), out_shardings=(P(), (P("x"), P()))).lower(A, scale)
+    for got in pool.run(low, [A, scale]):
+        assert_close(want, got, 1e-5, 1e-5, "norm in a shard_map")  # float32, sums of 64 terms

@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import npu_bridge
 from npu_bridge.api import Compiled
@@ -40,3 +41,18 @@ def test_operation_equals_xla_on_a_mesh(name, pool):
     case = CASES[name]
     for rank, got in enumerate(pool.run(lowered(name, True), case.args)):
         assert_close(_expected(name), got, case.rtol, case.atol, f"{name}, rank {rank}")
+
+
+def test_every_fused_operator_equals_xla_on_a_mesh(pool):
+    """The step that uses all of them, run by four processes: values, gradients and moments of every parameter."""
+    from tests.ops import test_through_the_bridge as every
+
+    arguments = every.make_arguments()
+    low = npu_bridge.jit(every.step, mesh={"fsdp": 2, "tensor": 2}, in_shardings=(*[every.SPECS] * 3, P("fsdp"))).lower(*arguments)
+    want = jax.tree.leaves(jax.jit(every.step)(*arguments))
+    for rank, found in enumerate(pool.run(low, jax.tree.leaves(arguments))):
+        for n, (a, b) in enumerate(zip(want, found, strict=True)):
+            a, b = np.asarray(a), np.asarray(b)
+            difference = np.abs(a - b).max() / np.abs(a).max()
+            # Some fifty operators, each summing float32 in another order on the two sides, and over shards.
+            assert difference < 5e-5, f"rank {rank}, result {n}: largest relative difference {difference:.2e}"

@@ -121,9 +121,16 @@ def test_donating_a_jax_array_leaves_the_jax_array_alone():
 
 
 def test_another_jax_version_is_refused_by_name():
-    with pytest.raises(VersionError, match=r"jax 0\.12\.1 found, tested with 0\.10\.2, 0\.11\.x"):
+    with pytest.raises(VersionError, match=r"jax 0\.12\.1 found, tested with 0\.10\.2 and looked up in 0\.11\.2"):
         jaxcompat.require_tested_version("0.12.1")
-    jaxcompat.require_tested_version("0.11.2")
+    with pytest.raises(VersionError, match=r"0\.11\.1 found"):
+        jaxcompat.require_tested_version("0.11.1")
+
+
+def test_a_jax_version_that_was_only_looked_up_is_accepted_with_a_word():
+    jaxcompat.require_tested_version.cache_clear()
+    with pytest.warns(UserWarning, match=r"jax 0.11.2 found. .* the tests ran with 0.10.2 only"):
+        jaxcompat.require_tested_version("0.11.2")
 
 
 def test_a_missing_device_is_refused():

@@ -13,8 +13,7 @@ from npu_bridge import kernels, ops
 B, T, D, N, K, H, F, V, E = 4, 32, 32, 4, 2, 8, 48, 40, 4
 
 
-@pytest.fixture(scope="module")
-def arguments():
+def make_arguments():
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape) * 0.3, jnp.float32)
     params = dict(table=draw(V, D), norm=jnp.ones(D), scale=jnp.ones(D), bias=draw(D), query=draw(D, N * H), key=draw(D, K * H), value=draw(D, K * H),
@@ -24,6 +23,16 @@ def arguments():
     lengths = jnp.asarray([[10, 15, 5]] * B, jnp.int32)
     tokens, targets = (jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32) for _ in range(2))
     return params, zeros, zeros, dict(tokens=tokens, targets=targets, ids=ids, lengths=lengths, weights=(ids != 0).astype(jnp.float32))
+
+
+@pytest.fixture(scope="module")
+def arguments():
+    return make_arguments()
+
+
+_COLUMNS, _ROWS = P("fsdp", "tensor"), P("tensor", "fsdp")
+SPECS = dict(table=P("tensor", "fsdp"), norm=P(), scale=P(), bias=P(), query=_COLUMNS, key=_COLUMNS, value=_COLUMNS, value_bias=P("tensor"), out=_ROWS,
+             gate=_COLUMNS, up=_COLUMNS, down=_ROWS, router=P("fsdp"), experts=P(None, "fsdp", "tensor"))  # fmt: skip
 
 
 def loss(p, batch):
@@ -66,10 +75,7 @@ def test_a_step_of_every_operator_equals_xla(arguments):
 
 
 def test_a_sharded_step_keeps_every_operator_one_call(arguments):
-    columns, rows = P("fsdp", "tensor"), P("tensor", "fsdp")
-    specs = dict(table=P("tensor", "fsdp"), norm=P(), scale=P(), bias=P(), query=columns, key=columns, value=columns, value_bias=P("tensor"), out=rows,
-                 gate=columns, up=columns, down=rows, router=P("fsdp"), experts=P(None, "fsdp", "tensor"))  # fmt: skip
-    program = npu_bridge.jit(step, mesh={"fsdp": 2, "tensor": 2}, in_shardings=(specs, specs, specs, P("fsdp"))).lower(*arguments)
+    program = npu_bridge.jit(step, mesh={"fsdp": 2, "tensor": 2}, in_shardings=(SPECS, SPECS, SPECS, P("fsdp"))).lower(*arguments)
     called = {call["name"].removeprefix("npu_bridge.") for call in program.kernels()}
     # Gating with a bias is the one kernel this step has no use for; transposed products of experts come with the gradient.
     assert called == set(kernels.KERNELS) - {"moe_gating_biased"}, (
