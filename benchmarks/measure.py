@@ -123,12 +123,19 @@ def rate_ratio(ours: Sequence[float], theirs: Sequence[float], *, our_work: floa
     return Ratio(against, float(np.median(b) / np.median(a) * factor), float(low), float(high))
 
 
+def _times(other: float, own: float) -> float:
+    """other / own, where nothing against nothing is 1 (counts may be 0)."""
+    if own:
+        return other / own
+    return float("inf") if other else 1.0
+
+
 def measure(comparison: Comparison, *, seconds: float, least: int) -> dict[str, Any]:
     """The comparison's record: plain data, as it is stored."""
     first, *others = comparison.sides
     common = dict(name=comparison.name, unit=comparison.unit, clock=comparison.clock, checked=comparison.checked, note=comparison.note, of_sizes=comparison.of_sizes)
     if comparison.of_sizes:
-        ratios = [dict(against=other.name, value=other.size / first.size, low=None, high=None, bar=comparison.bars.get(other.name)) for other in others]
+        ratios = [dict(against=other.name, value=_times(other.size, first.size), low=None, high=None, bar=comparison.bars.get(other.name)) for other in others]
         return common | dict(rounds=1, sides=[dict(name=side.name, size=side.size, facts=side.facts) for side in comparison.sides], ratios=ratios)
     clock = {"wall": time.perf_counter, "cpu": time.process_time}[comparison.clock]
     times = interleave(comparison.sides, seconds=seconds, least=least, clock=clock)

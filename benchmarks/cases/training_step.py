@@ -21,6 +21,8 @@ def compare_steps(settings: Settings, model: str, workload, dtype: str, kinds: d
     import torch
 
     from benchmarks import ours, twin, workloads
+    from mindvl_jax.training.flops import FlopCounter
+    from mindvl_jax.training.step import batch_counts
 
     torch.set_num_threads(settings.threads)
     config = workloads.MODELS[model](dtype)
@@ -40,8 +42,10 @@ def compare_steps(settings: Settings, model: str, workload, dtype: str, kinds: d
         steps[name] = twin.trainer(other, inputs, optimizer, clip_norm=ours.OPTIMIZER.clip_norm, bfloat16=dtype == "bfloat16")
     checked = ours.agree(mine, steps, tolerance=TOLERANCE[dtype])
     parameters_count = sum(value.size for value in parameters.values())
+    flops = FlopCounter(config, mine.outline.shapes, list(mine.outline.shapes))({key: float(value) for key, value in batch_counts(packed.batch).items()})
+    work = packed.work | {"FLOP": flops.language + flops.vision}
     facts = {"compile s": mine.compile_seconds, "planned MiB": mine.planned_bytes / 2**20}
-    sides = [Side("ours, XLA", mine, packed.work, facts), *(Side(name, step, packed.work) for name, step in steps.items())]
+    sides = [Side("ours, XLA", mine, work, facts), *(Side(name, step, work) for name, step in steps.items())]
     filled = ", ".join(f"{share:.0%} of {what.removesuffix(' filled')}" for what, share in workloads.share_filled(packed).items())
     note = f"{parameters_count / 1e6:.1f} M parameters; {len(packed.samples)} samples in {workload.rows} rows of {workload.tokens} tokens and {workload.patches} patches ({filled} filled)"
     return Comparison(f"{model}, {workload.name}, {dtype}", sides, unit="tokens", checked=checked, bars={name: bar for name, bar in bars.items() if name in kinds}, note=note)
@@ -62,6 +66,44 @@ def training_step(settings: Settings) -> Iterator[Comparison]:
         return
     for dtype in ("float32", "bfloat16"):
         yield compare_steps(settings, "tiny", workloads.QUICKSTART, dtype, KINDS, {EAGER: 1.5, SDPA: 1.5})
+
+
+def share_of_peak(step: Side, dtype: str, dry: bool) -> Comparison:
+    """The step's floating-point operations a second beside those of square matrix products alone, in turns: the ratio is the share of the measured peak."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import torch
+
+    size, times = (64, 2) if dry else (2048, 8)
+    values = np.random.default_rng(0).standard_normal((size, size)).astype(np.float32)
+    x, tensor = jnp.asarray(values, dtype), torch.tensor(values).to(getattr(torch, dtype))
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+
+    def on_xla():
+        for _ in range(times):
+            product(x, x).block_until_ready()
+
+    def on_torch():
+        for _ in range(times):
+            tensor @ tensor
+
+    work = {"FLOP": 2.0 * size**3 * times}
+    sides = [Side(step.name, step.run, {"FLOP": step.work["FLOP"]}), Side("XLA, products alone", on_xla, work), Side("torch, products alone", on_torch, work)]
+    return Comparison(f"share of the matmul peak, {dtype}", sides, unit="FLOP", bars={side.name: 0.5 for side in sides[1:]},
+                      note=f"Counted is what the real tokens and patches need, no padding; products of {size} x {size} matrices. The larger rate of the two is the peak.")
+
+
+@case("training-step-small")
+def training_step_small(settings: Settings) -> Iterator[Comparison]:
+    """The step of the 60 M model beside transformers, and its share of this machine's measured matmul peak."""
+    from benchmarks import workloads
+
+    model, workload = ("dry", workloads.DRY) if settings.dry else ("small", workloads.QUICKSTART)
+    for dtype in ("float32",) if settings.dry else ("float32", "bfloat16"):
+        comparison = compare_steps(settings, model, workload, dtype, {SDPA: KINDS[SDPA]}, {SDPA: 1.5})
+        yield comparison
+        yield share_of_peak(comparison.sides[0], dtype, settings.dry)
 
 
 @case("training-step-llava")
