@@ -45,8 +45,8 @@ def restrict(logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> ja
 def likeliest(logits_BV: jax.Array) -> jax.Array:
     """The first token of the highest logit in each row, (B,) int32.
 
-    As a maximum and the smallest index that has it: XLA vectorises both on a CPU, and its argmax not (176 against 5 us for
-    16 rows of 2,300 tokens).
+    As a maximum and the smallest index that has it: XLA vectorises both on a CPU, and its argmax not (176 us for
+    16 rows of 2,300 tokens, the maximum 3).
     """
     V = logits_BV.shape[-1]
     highest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
