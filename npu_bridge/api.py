@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -98,27 +99,29 @@ class Lowered:
 class Compiled:
     """A program loaded on this rank; call it like the function."""
 
-    def __init__(self, lowered: Lowered, device: str, *, capture: bool = True):
+    def __init__(self, lowered: Lowered, device: str, *, capture: bool = True, compile: bool = False):
         from npu_bridge.runtime.graph import GraphedProgram
         from npu_bridge.runtime.mesh import Runtime
         from npu_bridge.runtime.program import LoadedProgram
 
-        self.lowered, self.device = lowered, device
+        self.lowered, self.device, self.compiled = lowered, device, compile
         source = lowered.source
         self.runtime = Runtime(lowered.mesh, device, source.axes_used)
         kernels = list(dict.fromkeys(k["name"] for k in source.kernels))
-        program = LoadedProgram(source.text, source.constants, kernels, self.runtime, lowered.name, source.host_arguments)
+        program = LoadedProgram(source.text, source.constants, kernels, self.runtime, lowered.name, source.host_arguments, compile=compile)
         donated = [lowered.traced.donated[i] for i in lowered.traced.kept]
         why_not = "the program reads the device inside a step (allow_host_sync)" if lowered.host_sync else "" if capture else "capture is off"
         if source.host_arguments and device == "npu":
             # What a kernel read on the host stays in a captured graph, while every batch brings numbers of its own.
             why_not = why_not or "fused attention reads the segment lengths of every batch on the host; pass no lengths to capture the step"
+        if compile:
+            why_not = why_not or "torch.compile"
         self.program = GraphedProgram(program, device, donated, why_not=why_not)
 
     @property
     def execution(self) -> str:
-        """How steps run: "eager: <reason>" or "one CUDA graph" / "one NPU graph"."""
-        return self.program.status
+        """How steps run: "eager: <reason>", "one CUDA graph", "one NPU graph" or "torch.compile"."""
+        return "torch.compile" if self.compiled else self.program.status
 
     def __call__(self, flat: Sequence[Any]) -> list[Any]:
         """Runs on flat arguments of the whole program (those jit dropped included) and returns flat Arrays."""
@@ -196,13 +199,30 @@ def _full(x: Any, layout: Layout | None = None) -> Layout:
     return layout or ((),) * x.ndim
 
 
+def _collector_paused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Lowering makes some hundred thousand objects and drops few: looking for cycles among them, and among everything that jax and torch
+    hold, again and again costs up to a fifth of it."""
+
+    @functools.wraps(function)
+    def paused(*args: Any) -> Any:
+        was_on = gc.isenabled()
+        gc.disable()
+        try:
+            return function(*args)
+        finally:
+            if was_on:
+                gc.enable()
+
+    return paused
+
+
 class Jitted:
     """The callable that `jit` returns."""
 
     def __init__(self, fn: Callable[..., Any], mesh: MeshLike, in_shardings: Any, out_shardings: Any, donate: tuple[int, ...],
-                 static: tuple[int, ...], state: tuple[int, ...] | None, device: str, options: Options, capture: bool):  # fmt: skip
+                 static: tuple[int, ...], state: tuple[int, ...] | None, device: str, options: Options, capture: bool, compile: bool):  # fmt: skip
         functools.update_wrapper(self, fn, updated=())
-        self.fn, self.device, self.options, self.capture = fn, device, options, capture
+        self.fn, self.device, self.options, self.capture, self.compile = fn, device, options, capture, compile
         self.mesh, self.order = as_mesh(mesh)
         self.in_shardings, self.out_shardings = in_shardings, out_shardings
         self.donate, self.static, self.state = donate, static, donate if state is None else state
@@ -271,6 +291,7 @@ class Jitted:
 
     # -- lowering ---------------------------------------------------------------------------------------------------
 
+    @_collector_paused
     def lower(self, *args: Any) -> Lowered:
         """Lowers for these arguments (arrays or ShapeDtypeStructs). Needs no device and no other process.
 
@@ -337,7 +358,7 @@ class Jitted:
         signature = (tree, fixed, tuple((np.shape(x), str(getattr(x, "dtype", type(x)))) for x in flat))
         if signature not in self._compiled:
             low = self.lower(*args)
-            self._compiled[signature] = (Compiled(low, self.device, capture=self.capture), low.traced.out_tree)
+            self._compiled[signature] = (Compiled(low, self.device, capture=self.capture, compile=self.compile), low.traced.out_tree)
         compiled, out_tree = self._compiled[signature]
         return jax.tree.unflatten(out_tree, compiled(flat))
 
@@ -356,6 +377,7 @@ def jit(
     reduce_in_float32: bool = False,
     overlap: bool = True,
     capture: bool = True,
+    compile: bool = False,
 ) -> Jitted:
     """Compiles a JAX function into a torch program for one device of a mesh.
 
@@ -373,13 +395,19 @@ def jit(
       overlap: start gathers ahead of the computation before their first use and wait for scatters behind what follows them; at most two of
         each kind are under way, which is what it costs in memory. False waits for each exchange where it stands.
       capture: capture the whole step as a device graph where the device has graphs; False runs it operator by operator.
+      compile: hand the written program to `torch.compile`, on cuda or cpu and in one process. The first step takes as long as that takes.
 
     Returns a callable; its results are `npu_bridge.Array`, its `.lower(*args)` gives `.as_text()`, `.collectives()`,
     `.kernels()` and `.memory()`.
     """
     as_tuple = lambda n: (n,) if isinstance(n, int) else tuple(n)
     jaxcompat.require_tested_version()
+    if compile:
+        from npu_bridge.runtime.compiled import require_compiler
+
+        abstract, _ = as_mesh(mesh)
+        require_compiler(device, 1 if abstract is None else abstract.size)
     return Jitted(
         fn, mesh, in_shardings, out_shardings, as_tuple(donate_argnums), as_tuple(static_argnums),
-        None if state_argnums is None else as_tuple(state_argnums), device, Options(allow_host_sync, reduce_in_float32, overlap), capture,
+        None if state_argnums is None else as_tuple(state_argnums), device, Options(allow_host_sync, reduce_in_float32, overlap), capture, compile,
     )  # fmt: skip

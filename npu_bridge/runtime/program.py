@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import linecache
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from npu_bridge.errors import CollectiveError
+from npu_bridge.runtime.compiled import compiled
 from npu_bridge.runtime.mesh import Runtime
 
 
@@ -35,7 +37,8 @@ def shard(x: torch.Tensor, layout: Any, runtime: Runtime) -> torch.Tensor:
 class LoadedProgram:
     """Callable on a list of local tensors (emptied on the way in); returns the list of local results."""
 
-    def __init__(self, text: str, constants: list[tuple], kernels: list[str], runtime: Runtime, name: str, host_arguments: Sequence[int] = ()):
+    def __init__(self, text: str, constants: list[tuple], kernels: list[str], runtime: Runtime, name: str, host_arguments: Sequence[int] = (),
+                 *, compile: bool = False):  # fmt: skip
         self.runtime, self.host_arguments = runtime, tuple(host_arguments)
         self.digest = hashlib.sha256(text.encode()).hexdigest()
         self._agree(name)
@@ -44,8 +47,8 @@ class LoadedProgram:
         # Known to linecache, so that a traceback shows the program's own lines.
         linecache.cache[filename] = (len(text), None, text.splitlines(True), filename)
         scope: dict[str, Any] = {}
-        exec(compile(text, filename, "exec"), scope)
-        self.main = scope["main"]
+        exec(builtins.compile(text, filename, "exec"), scope)
+        self.main = compiled(scope["main"]) if compile else scope["main"]
         self.constants = [place_constant(a, dims, runtime) for a, dims in constants]
 
     def _agree(self, name: str) -> None:
