@@ -15,6 +15,8 @@ Operation names are StableHLO's without prefix (``add``, ``dot_general``). Colle
 ``all_to_all``       attrs ``axes``, ``source``, ``target``: the sharding moves from dimension source to dimension target
 ``permute``          attrs ``pairs``: (source, target) devices; a device that receives nothing gets zeros
 ``partition_id``     number of this device in the mesh
+``pick``             of each row of operand 0 (along the last dimension) the element at its index, operand 1; attrs ``axes`` of the split
+``add_at``           attrs ``number``, added to that element; ``axes``
 ``kernel``           attrs ``name``, ``params``: a fused operator
 =================== ================================================================================================
 """

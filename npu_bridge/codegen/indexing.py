@@ -66,6 +66,23 @@ def scatter(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     )  # fmt: skip
 
 
+def _first(op: Op) -> str:
+    return f"rt.index({op.attrs['axes']}) * {op.operands[0].shape[-1]}" if op.attrs["axes"] else "0"
+
+
+@lowering("pick")
+def pick(e: Emitter, op: Op, args: list[Operand]) -> Operand:
+    x, index = (e.tensor(a) for a in args)
+    return e.emit(f"T.pick({x.name}, {index.name}, {_first(op)})", [x, index], op.result.type, kind="pick")
+
+
+@lowering("add_at")
+def add_at(e: Emitter, op: Op, args: list[Operand]) -> Operand:
+    x, index = (e.tensor(a) for a in args)
+    rest = f"{index.name}, {_first(op)}, {op.attrs['number']})"
+    return e.emit(f"T.add_at({x.name}.clone(), {rest}", [x, index], op.result.type, inplace=[(x, f"T.add_at({x.name}, {rest}")], kind="add_at")
+
+
 @lowering("rng_bit_generator")
 def rng_bit_generator(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
     state = e.tensor(args[0])

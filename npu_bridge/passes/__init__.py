@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from npu_bridge.ir import Program
 from npu_bridge.passes.collectives import fuse_collectives, widen_reductions
+from npu_bridge.passes.indices import index_instead_of_comparing
 from npu_bridge.passes.kernels import merge_kernel_parts
 from npu_bridge.passes.overlap import overlap_exchanges
 from npu_bridge.passes.pieces import take_pieces
@@ -18,6 +19,7 @@ def run(program: Program, *, reduce_in_float32: bool = False, overlap: bool = Tr
     if reduce_in_float32:
         widen_reductions(program)
     take_pieces(program.body)
+    index_instead_of_comparing(program.body)
     share_equal_operations(program.body)
     remove_unread(program.body)
     if overlap:

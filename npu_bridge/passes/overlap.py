@@ -81,6 +81,7 @@ class _Gathers:
                 self.loops_before.setdefault(v, loops)
         self.queue = list(self.loops_before)  # by first reader; a gather that nobody reads is not there
         self.under_way: dict[Value, Op] = {}  # gathered value -> its wait
+        self.arrived: set[Value] = set()
         self.loops = 0
 
     def write(self, op: Op) -> None:
@@ -89,12 +90,15 @@ class _Gathers:
             self.kept.append(op)
 
     def _chain(self, v: Value) -> list[Op] | None:
-        """Operations to write before `v` is there, in order; None when one of them may not be moved, or reads a gather."""
+        """Operations to write before `v` is there, in order; None when one of them may not be moved, or reads a gather that is
+        under way."""
         made = v.producer
+        if v in self.of:
+            return [] if v in self.arrived else None
         if made is None or id(made) not in self.inside or id(made) in self.written:
             return []
         scalar = not any(r.shape for r in made.results) and all(not o.shape for o in made.operands)
-        if made.regions or v in self.of or not (made.name in _CARRIED_ALONG or scalar):
+        if made.regions or not (made.name in _CARRIED_ALONG or scalar):
             return None
         found: list[Op] = []
         for operand in made.operands:
@@ -139,11 +143,11 @@ class _Gathers:
 
     def need(self, value: Value) -> None:
         """Somebody reads a gathered value now."""
+        if value in self.queue:  # could not start early
+            self.start(value)
         if value in self.under_way:
             self.kept.append(self.under_way.pop(value))
-        elif value in self.queue:  # could not start early
-            self.start(value)
-            self.kept.append(self.under_way.pop(value))
+            self.arrived.add(value)
 
 
 def _start_gathers_early(block: Block, program: Program) -> None:

@@ -79,6 +79,24 @@ def take(x: torch.Tensor, indices: torch.Tensor, dim: int, shards: Shards | None
     return torch.where(mine.reshape(*indices.shape, *[1] * (x.dim() - dim - 1)), y, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
+def _in_last(x: torch.Tensor, index: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(index into the last dimension of this shard, clamped; whether it was inside). `index` repeats itself along its last dimension."""
+    index = index[..., :1].long() - first
+    return index.clamp(0, x.shape[-1] - 1), (index >= 0) & (index < x.shape[-1])
+
+
+def pick(x: torch.Tensor, index: torch.Tensor, first: int) -> torch.Tensor:
+    """The element of each row at its index; 0 where the index is not in the row."""
+    index, inside = _in_last(x, index, first)
+    return torch.where(inside, x.gather(-1, index), 0).squeeze(-1)
+
+
+def add_at(x: torch.Tensor, index: torch.Tensor, first: int, number: float) -> torch.Tensor:
+    """Adds to the element of each row at its index, if it is in the row; overwrites `x` and returns it."""
+    index, inside = _in_last(x, index, first)
+    return x.scatter_add_(-1, index, torch.where(inside, number, 0.0).to(x.dtype))
+
+
 def _place(t: torch.Tensor, dims: Sequence[int], rank: int) -> torch.Tensor:
     """Spreads the dimensions of `t` to places `dims` of a tensor of `rank` dimensions."""
     shape = [1] * rank

@@ -200,6 +200,9 @@ case("scatter multiply, max, min", lambda x, y, r: (x.at[r].multiply(y, unique_i
 case("scatter out of range", lambda x, y, r: (x.at[r + 2].set(y, mode="drop"), x.at[r + 2].add(y, mode="drop")), X, Y, ROWS[:4], grad=False)
 case("scatter a window", lambda x, y, i: lax.scatter(x, i[:1, :1] * 0 + 1, y[None, :2], lax.ScatterDimensionNumbers((1, 2), (), (0,))), X, Y, I, grad=False)  # fmt: skip
 case("batched scatter", lambda x, i: jax.vmap(lambda a, b: a.at[b].add(1.0))(x, jnp.abs(i)[:, :3] % 8), X, I)
+_TARGETS = np.array([5, 0, -3, 9], np.int32)  # two of them outside
+_hits = lambda t: t[:, None] == lax.broadcasted_iota(jnp.int32, (1, 8), 1)
+case("element at an index by comparison", lambda x, t: (jax.nn.logsumexp(x, -1) - jnp.where(_hits(t), x, 0).sum(-1), jnp.exp(x) - _hits(t), _hits(t) + x * 2), X, _TARGETS)  # fmt: skip
 case("segment sum", lambda x, r: jax.ops.segment_sum(x, r, num_segments=4), X, ROWS[:4])
 case("one_hot", lambda i, x: jax.nn.one_hot(jnp.abs(i[:, 0]) % 8, 8) * x, I, X)
 case("bincount", lambda i: jnp.bincount(jnp.abs(i[0]), length=10), I, grad=False)

@@ -125,6 +125,19 @@ def test_a_gather_read_behind_a_loop_starts_behind_it():
     assert start > next(n for n, line in enumerate(lines) if "for " in line), low.as_text()
 
 
+def test_a_gather_of_what_another_gather_brings_waits_for_it(pool):
+    def fn(a):
+        rows = jax.lax.with_sharding_constraint(jnp.sin(a), P("x"))
+        columns = jax.lax.with_sharding_constraint(rows.astype(jnp.bfloat16).T, P("x")).astype(jnp.float32)
+        return jax.lax.with_sharding_constraint(columns, P()) @ a
+
+    a = f32(8, 8)
+    low = npu_bridge.jit(fn, mesh={"x": 2, "y": 2}, in_shardings=(P("x", "y"),), out_shardings=P("x", "y")).lower(a)
+    want = np.asarray(jax.jit(lambda a: jnp.sin(a).astype(jnp.bfloat16).T.astype(jnp.float32) @ a)(a))
+    for got in pool.run(low, [a]):
+        assert_close([want], got, 1e-5, 1e-5, "two gathers")
+
+
 def test_a_wait_that_fails_names_the_exchange():
     import torch
 

@@ -67,3 +67,23 @@ def test_padded_pieces_become_a_concatenation_only_where_they_cover_the_whole_si
 def test_a_padding_with_another_number_is_no_piece():
     pad = lambda x, low, high: lax.pad(x, np.float32(1), [(low, high, 0)])
     assert "pad(" in both(lambda a, b: pad(a, 0, 2) + pad(b, 2, 0), f32(2), f32(2))
+
+
+def test_an_integer_target_is_looked_up_not_compared_with_every_class():
+    targets = np.array([[1, 0], [4, -1]], np.int32)
+    hit = lambda t: t[..., None] == lax.broadcasted_iota(t.dtype, (1, 1, 5), 2)
+    x = f32(2, 2, 5)
+    text = both(lambda x, t: (jnp.where(hit(t), x, 0).sum(-1), jnp.sin(x) - hit(t)), x, targets)
+    assert "T.pick(" in text and "T.add_at(" in text and "==" not in text, text
+    x[0, 0, 0] = np.inf
+    assert "T.pick(" in both(lambda x, t: jnp.where(hit(t), x, 0).sum(-1)[0, 0], x, targets), "what is not picked is not touched either"
+
+
+def test_comparisons_that_are_no_index_stay_comparisons():
+    row = np.array([0, 3, 1, 3, 4], np.int32)
+    places = jnp.arange(5)
+    for fn in (lambda x, r: jnp.where(r == places, x, 0).sum(-1),  # another number in every place of the row
+               lambda x, r: jnp.where(r[0] == places, x, 1).sum(-1), lambda x, r: jnp.where(r[0] == places, x, 0).max(-1),
+               lambda x, r: jnp.where(r[0] <= places, x, 0).sum(-1), lambda x, r: jnp.where((r[:2, None] == places), x, 0).sum(0)):  # fmt: skip
+        text = both(fn, f32(2, 5), row)
+        assert "T.pick(" not in text and "T.add_at(" not in text, text
