@@ -167,8 +167,8 @@ def _search(args, console, generator, opened, tasks, out: Path, weights: str, se
         def measure(pixels, part):
             chosen = settings(benchmark)
             chosen = dataclasses.replace(chosen, min_pixels=pixels.min_pixels or chosen.min_pixels, max_pixels=pixels.max_pixels or chosen.max_pixels)
-            with Predictions(out / "search" / f"{name}.jsonl", chosen.fingerprint(weights)) as predictions:
-                rows = predict(generator, part, chosen, predictions, language_only=False)
+            with _progress(console) as show, Predictions(out / "search" / f"{name}.jsonl", chosen.fingerprint(weights)) as predictions:
+                rows = predict(generator, part, chosen, predictions, language_only=False, on_progress=lambda done: show(done, len(part), f"{name}, {pixels}"))
             scores = tuple(benchmark.score(item, row["prediction"])[benchmark.metric] for item, row in zip(part, rows, strict=True))
             return search.Trial(pixels, scores, tuple(row["prompt_tokens"] for row in rows))
 
@@ -189,6 +189,7 @@ def _search(args, console, generator, opened, tasks, out: Path, weights: str, se
                       f"(95 % interval {judged['gain_ci95'][0]:+.3f} to {judged['gain_ci95'][1]:+.3f}, n {judged['n']}), prompt tokens {judged['own_prompt_tokens']} -> {judged['best_prompt_tokens']}")
         results[name] = {"title": benchmark.title, "metric": benchmark.metric, "score": judged["best"], "ci95": list(search.bootstrap_interval(measure(best, held_out).scores)),
                          "n": judged["n"], "errors": 0, "settings": dataclasses.asdict(best), "search_gain": judged["gain"]}
+        write_json(out / "search.json", found)  # after each task: what is found outlives a search that is stopped
     whole = {pixels: scores for pixels, scores in totals.items() if len(scores) == len(tasks) and None not in scores}
     chosen = max(whole, key=lambda pixels: (float(np.mean(whole[pixels])), pixels == search.Pixels(None, None)))
     found["all"] = {"best": dataclasses.asdict(chosen), "mean_validation_score": round(float(np.mean(whole[chosen])), 4)}

@@ -111,7 +111,7 @@ def halving(grid: Sequence[Pixels], items: Sequence[Item], measure: Callable[[Pi
         if on_round:
             on_round([last[pixels] for pixels in alive])
         if count == len(items):
-            return sorted(last.values(), key=lambda trial: (-len(trial.scores), -trial.score, trial.tokens))
+            return sorted((last[pixels] for pixels in grid), key=lambda trial: (-len(trial.scores), -trial.score, trial.tokens))
         # Equal scores: the cheaper setting lives on.
         ranked = sorted(alive, key=lambda pixels: (-last[pixels].score, last[pixels].tokens))
         kept = ranked[: max(2, (len(ranked) + 1) // 2)]
@@ -125,8 +125,9 @@ def _largest_first(settings: Sequence[Pixels]) -> list[Pixels]:
 
 
 def full_grid(grid: Sequence[Pixels], items: Sequence[Item], measure: Callable[[Pixels, Sequence[Item]], Trial], *, on_round=None) -> list[Trial]:
-    """Every setting on every sample; best first, the cheaper one of equals."""
-    trials = [measure(pixels, items) for pixels in _largest_first(grid)]
+    """Every setting on every sample; best first, the cheaper one of equals, and the earlier one of the grid where they cost the same."""
+    measured = {pixels: measure(pixels, items) for pixels in _largest_first(grid)}
+    trials = [measured[pixels] for pixels in grid]
     if on_round:
         on_round(trials)
     return sorted(trials, key=lambda trial: (-trial.score, trial.tokens))

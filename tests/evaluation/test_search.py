@@ -50,6 +50,13 @@ def test_equal_scores_go_to_the_cheaper_setting():
     assert trials[0].pixels == Pixels(3136, None)
 
 
+@pytest.mark.parametrize("method", [search.full_grid, search.halving])
+def test_a_setting_that_changes_nothing_does_not_beat_the_models_own(method):
+    grid = [Pixels(None, None), Pixels(800, None), Pixels(1000, None)]
+    trials = method(grid, _items(5), lambda pixels, part: Trial(pixels, (1.0,) * len(part), (7,) * len(part)))
+    assert trials[0].pixels == Pixels(None, None)
+
+
 def test_the_halves_share_no_group_and_do_not_depend_on_order():
     items = _items(100)
     group = lambda item: str(int(item.id) // 4)
