@@ -28,7 +28,6 @@ from mindvl_jax.errors import UserError
 from mindvl_jax.parallel.mesh import AXES, make_mesh
 from mindvl_jax.planning.phase import Measured, ProgramBytes, abstract_mesh, lowerings
 from mindvl_jax.training.backend import Xla, compile_xla
-from mindvl_jax.training.params import outline_of
 
 # Each communicator of HCCL holds two buffers of HCCL_BUFFSIZE MB (default 200) outside torch's allocator (CANN's documentation of that variable).
 HCCL_BUFFER_MB = 200
@@ -53,7 +52,7 @@ def measure_bridge(config: Config, index: int) -> Measured:
     mesh = abstract_mesh(config.mesh)
     programs, groups = {}, set()
     try:
-        for name, lowered in lowerings(config, index, outline_of(config.model), mesh, functools.partial(program_of, config.bridge, mesh=mesh)):
+        for name, lowered in lowerings(config, index, mesh, functools.partial(program_of, config.bridge, mesh=mesh)):
             memory = lowered.memory()
             programs[name] = ProgramBytes(memory["argument_bytes"], memory["peak_bytes"])
             groups |= set(map(tuple, lowered.source.axes_used))
@@ -70,7 +69,7 @@ def measure_xla(config: Config, index: int) -> Measured:
     mesh = make_mesh(config.mesh)
     programs = {}
     with Xla(config).precision():
-        for name, lowered in lowerings(config, index, outline_of(config.model), mesh, compile_xla):
+        for name, lowered in lowerings(config, index, mesh, compile_xla):
             # LLVM's work does not move a buffer: they are assigned before it.
             analysis = lowered.compile({"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}).memory_analysis()
             beyond = analysis.output_size_in_bytes - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes

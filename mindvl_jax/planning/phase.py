@@ -6,6 +6,7 @@ Nothing is allocated: parameters are shapes, the mesh has no devices behind it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from mindvl_jax import data
 from mindvl_jax.batch import Batch, BatchShape
-from mindvl_jax.config import Config, MeshConfig
+from mindvl_jax.config import Config, MeshConfig, ModelConfig
 from mindvl_jax.errors import UserError
 from mindvl_jax.parallel.mesh import AXES, ROW_AXES, mesh_shape
 from mindvl_jax.parallel.rules import row_sharding
@@ -124,6 +125,12 @@ class Parts:
     key: tuple
 
 
+@functools.lru_cache(maxsize=8)
+def outline(model: ModelConfig) -> ModelOutline:
+    """`outline_of`, traced once for all plans of one model."""
+    return outline_of(model)
+
+
 class Planner:
     """Plans the phases of one configuration whose mesh has no -1.
 
@@ -138,8 +145,8 @@ class Planner:
         self.config, self._measure = config, measure
         ema.require_possible(config)
         self.mesh = abstract_mesh(config.mesh)
-        self.outline = outline_of(config.model)
-        self.parts = [parts_of(config, index, self.outline, self.mesh) for index in range(len(config.training.phases))]
+        self.outline = outline(config.model)
+        self.parts = [parts_of(config, index, self.mesh) for index in range(len(config.training.phases))]
         self._measured: dict[tuple, Measured] = {}
 
     def fixed_rows(self, index: int) -> dict[str, int]:
@@ -167,7 +174,7 @@ class Planner:
     def _plan(self, index: int, measured: Measured) -> PhasePlan:
         parts, phase = self.parts[index], self.config.training.phases[index]
         rows = self.fixed_rows(index)
-        gradients, batch = rows[GRADIENTS], local_bytes(parts.batch)
+        gradients = rows[GRADIENTS]
         resident = sum(rows.values()) - gradients
         totals = gradients // 2 if phase.gradient_accumulation > 1 else 0
         # Arguments of a program are resident; what it needs beyond them comes on top. `gradients` are among that, or (totals) arguments.
@@ -198,10 +205,10 @@ class Planner:
         return sum(rows.values()) - rows[GRADIENTS]
 
 
-def parts_of(config: Config, index: int, outline: ModelOutline, mesh: AnyMesh) -> Parts:
+def parts_of(config: Config, index: int, mesh: AnyMesh) -> Parts:
     """The state and batch of a phase as shapes, after the checks that the trainer makes before it starts."""
-    phase, where = config.training.phases[index], f"training.phases[{index}]"
-    trained, frozen = states.split_trained(list(outline.shapes), phase.train, f"{where}.train")
+    phase, where, model = config.training.phases[index], f"training.phases[{index}]", outline(config.model)
+    trained, frozen = states.split_trained(list(model.shapes), phase.train, f"{where}.train")
     learning_rates(phase, where)
     parameter_rules(trained, phase, config.training.optimizer, where)
     groups = math.prod(mesh.shape[axis] for axis in ROW_AXES)
@@ -209,14 +216,14 @@ def parts_of(config: Config, index: int, outline: ModelOutline, mesh: AnyMesh) -
         raise UserError(f"{where}.rows={phase.rows} rows cannot be spread over mesh.data x mesh.fsdp = {groups}: use a multiple of {groups}, or a smaller mesh")
     shape = data.batch_shape(config, phase)
     key = (*program_key(phase, shape, trained), phase.gradient_accumulation > 1)
-    return Parts(states.abstract_state(outline, trained, frozen, mesh), abstract_batch(shape, mesh), shape, trained, frozen, key)
+    return Parts(states.abstract_state(model, trained, frozen, mesh), abstract_batch(shape, mesh), shape, trained, frozen, key)
 
 
-def lowerings(config: Config, index: int, outline: ModelOutline, mesh: AnyMesh, compile: Callable[..., Callable]) -> Iterable[tuple[str, Any]]:
+def lowerings(config: Config, index: int, mesh: AnyMesh, compile: Callable[..., Callable]) -> Iterable[tuple[str, Any]]:
     """(name, lowered) of each program that a step of the phase runs, as the trainer calls it."""
-    parts, phase = parts_of(config, index, outline, mesh), config.training.phases[index]
+    parts, phase = parts_of(config, index, mesh), config.training.phases[index]
     programs: StepPrograms = make_programs(
-        outline, phase=phase, optimizer=config.training.optimizer, shape=parts.shape, trained=parts.trained, frozen=parts.frozen, mesh=mesh,
+        outline(config.model), phase=phase, optimizer=config.training.optimizer, shape=parts.shape, trained=parts.trained, frozen=parts.frozen, mesh=mesh,
         loss_chunk=config.training.loss_chunk, where=f"training.phases[{index}]", compile=compile,
     )  # fmt: skip
     rate = jax.ShapeDtypeStruct((), jnp.float32)

@@ -22,7 +22,7 @@ SOURCES = {
 
 
 def gib(count: int) -> str:
-    return f"{count / GIB:,.2f}" if count >= GIB / 100 else f"{count / GIB:.4f}"
+    return f"{count / GIB:,.2f}" if count >= GIB / 100 or count == 0 else f"{count / GIB:.4f}"
 
 
 def show(console: Console, config: Config, plans: Sequence[PhasePlan], limit: Limit | None) -> None:

@@ -109,7 +109,7 @@ def test_step_that_runs_on_the_bridge_has_the_plan_that_was_told(measured):
     config = load(*BRIDGE)
     mesh = make_mesh(config.mesh)
     compile = lambda function, **options: Bridge(config).compile(function, mesh=mesh, **options)
-    (_, lowered), = lowerings(config, 0, outline_of(config.model), mesh, compile)
+    (_, lowered), = lowerings(config, 0, mesh, compile)
     told = peak.measure_bridge(config, 0).programs["train_step"]
     assert (told.arguments, told.peak) == (lowered.memory()["argument_bytes"], lowered.memory()["peak_bytes"])
 
