@@ -7,6 +7,7 @@ NPU_VENV := .venv-npu
 NPU_BIN := $(NPU_VENV)/bin
 RUN_DIR ?= runs/quickstart
 SET ?=
+WORKERS ?= 2
 
 export JAX_PLATFORMS ?= cpu
 
@@ -27,8 +28,9 @@ average: $(VENV)/.main
 		echo "$$model"; $(BIN)/mindvl evaluate --weights $$model --tasks $(AVERAGE_TASKS) --batch 64 --max-new-tokens 16 --no-language-only --out $$model/evaluation-average || exit 1; \
 	done
 
+# A module's tests stay in one process, so that its fixtures are made once.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
 # torch_npu is never installed beside the other tests: without CANN it makes a plain `import torch` fail.
 conformance: $(NPU_VENV)/.npu
