@@ -29,7 +29,8 @@ class Step:
       compile_seconds: of tracing, lowering and XLA.
       state: after the last step; donated by the next.
       program: the compiled step. batch: on the device.
-      planned_bytes: arguments, results and temporaries of the program by the compiler's own plan.
+      planned_bytes: arguments, results and temporaries of the program by the compiler's own plan. planned_temporaries: of these, what
+        lies beyond the arguments.
     """
 
     def __init__(self, config: ModelConfig, workload: Workload, batch: Batch, parameters: Params | None = None, *, bridge: str | None = None):
@@ -50,10 +51,12 @@ class Step:
         if bridge is None:
             self.program = programs.train_step.lower(self.state, self.batch, np.float32(LEARNING_RATE)).compile()
             plan = self.program.memory_analysis()
-            self.planned_bytes = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes - plan.alias_size_in_bytes
+            self.planned_temporaries = plan.output_size_in_bytes + plan.temp_size_in_bytes - plan.alias_size_in_bytes
+            self.planned_bytes = plan.argument_size_in_bytes + self.planned_temporaries
         else:
             self.program = programs.train_step
-            self.planned_bytes = self.program.lower(self.state, self.batch, np.float32(LEARNING_RATE)).memory()["peak_bytes"]
+            plan = self.program.lower(self.state, self.batch, np.float32(LEARNING_RATE)).memory()
+            self.planned_bytes, self.planned_temporaries = plan["peak_bytes"], plan["peak_bytes"] - plan["argument_bytes"]
         self.compile_seconds = time.perf_counter() - start
 
     def __call__(self) -> tuple[float, float]:

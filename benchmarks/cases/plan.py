@@ -1,4 +1,4 @@
-"""What `mindvl plan` foretells of the step's memory, beside what a process then takes: each program alone in a process."""
+"""What `mindvl plan` foretells of a step's memory, beside what a process then takes: each program alone in a process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.registry import Settings, case
 
 
 def probe(backend: str, model: str, workload: str, threads: int, remat: str = "none", dtype: str = "float32") -> int:
-    """Growth in bytes from before the state is there to the highest point of two steps, after a first one."""
+    """Growth in bytes during a step, above what lies there between two steps (state and batch, whose size is arithmetic)."""
     from benchmarks.machine import use_threads
 
     use_threads(threads)
@@ -25,13 +25,12 @@ def probe(backend: str, model: str, workload: str, threads: int, remat: str = "n
     torch.set_num_threads(threads)
     config, mix = _chosen(model, workload, dtype, remat)
     batch = _batch(config, mix)
-    jax.devices()
-    before = memory.anonymous_bytes() - sum(array.nbytes for array in batch.fields().values())
     step = ours.Step(config, mix, batch, ours.initial(config), bridge=None if backend == "xla" else "cpu")
     step()
     gc.collect()
     jax.clear_caches()
     memory.trim()
+    before = memory.anonymous_bytes()
     with memory.Peak() as peak:
         step()
         step()
@@ -39,11 +38,11 @@ def probe(backend: str, model: str, workload: str, threads: int, remat: str = "n
 
 
 def planned(backend: str, model: str, workload: str, remat: str = "none", dtype: str = "float32") -> int:
-    """The program's highest point by the plan that `mindvl plan` reads."""
+    """What the program needs beyond its arguments, by the plan that `mindvl plan` reads."""
     from benchmarks import ours
 
     config, mix = _chosen(model, workload, dtype, remat)
-    return ours.Step(config, mix, _batch(config, mix), ours.initial(config), bridge=None if backend == "xla" else "cpu").planned_bytes
+    return ours.Step(config, mix, _batch(config, mix), ours.initial(config), bridge=None if backend == "xla" else "cpu").planned_temporaries
 
 
 def _chosen(model: str, workload: str, dtype: str, remat: str):
@@ -70,7 +69,7 @@ def _batch(config, mix):
 
 @case("plan")
 def plan_case(settings: Settings) -> Iterator[Comparison]:
-    """Memory that the plan foretells beside memory that the process takes, XLA and npu_bridge on torch CPU."""
+    """Activations and gradients that the plan foretells beside the growth of a process during a step, XLA and npu_bridge on torch CPU."""
     from benchmarks.memory import in_own_process
 
     chosen = (("dry", "DRY", "none", "float32"),) if settings.dry else (("tiny", "QUICKSTART", "none", "float32"), ("small", "QUICKSTART", "none", "float32"), ("small", "QUICKSTART", "full", "float32"), ("small", "QUICKSTART", "full", "bfloat16"))
@@ -79,4 +78,4 @@ def plan_case(settings: Settings) -> Iterator[Comparison]:
             common = dict(backend=backend, model=model, workload=workload, remat=remat, dtype=dtype)
             sizes = {"planned": in_own_process("benchmarks.cases.plan:planned", **common), "measured": in_own_process("benchmarks.cases.plan:probe", threads=settings.threads, **common)}
             yield Comparison(f"{backend}: {model}, {workload.lower()}, remat {remat}, {dtype}", [Side(name, size=size / 2**20) for name, size in sizes.items()], unit="MiB",
-                             note="The ratio is measured over planned. A process also holds compiled code, allocators' caches and threads' stacks.")
+                             note="The ratio is measured over planned. What an operator of torch takes inside is not in the bridge's plan.")
