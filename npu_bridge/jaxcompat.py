@@ -201,8 +201,9 @@ def define_operator(
         if not varying:
             return [core.ShapedArray(s.shape, s.dtype) for s in shapes]
         # Inside a shard_map that checks it, a result varies over every manual axis that an operand varies over.
-        along = dict(manual_axis_type=core.ManualAxisType(varying=varying))
-        return [core.ShapedArray(s.shape, s.dtype, sharding=core.get_cur_mesh_sharding(jax.sharding.PartitionSpec(*[None] * len(s.shape))), **along) for s in shapes]
+        axes = core.ManualAxisType(varying=varying)
+        whole = lambda s: core.get_cur_mesh_sharding(jax.sharding.PartitionSpec(*[None] * len(s.shape)))
+        return [core.ShapedArray(s.shape, s.dtype, sharding=whole(s), manual_axis_type=axes) for s in shapes]
 
     primitive.def_abstract_eval(abstract_eval)
     mlir.register_lowering(primitive, mlir.lower_fun(as_tuple, multiple_results=True))
