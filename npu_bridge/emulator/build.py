@@ -26,8 +26,10 @@ from npu_bridge.emulator.environment import Toolchain, check
 from npu_bridge.emulator.errors import EmulatorError
 
 SOURCES = Path(__file__).parent / "src"
-# -O1: the work is ATen's; time goes into compiling, not running. Warnings of the vendor's headers are not ours to mend.
-FLAGS = ("-std=c++20", "-O1", "-fPIC", "-pthread", "-Wall", "-Wno-unused-function", "-D_GLIBCXX_USE_CXX11_ABI=1")
+# Warnings of the vendor's headers are not ours to mend.
+FLAGS = ("-std=c++20", "-fPIC", "-pthread", "-Wall", "-Wno-unused-function", "-D_GLIBCXX_USE_CXX11_ABI=1")
+# Operators: the work is ATen's, and what is compiled here runs for microseconds a call, so their time goes into compiling.
+OPTIMISED, OPERATORS = ("-O1",), ("-O0",)
 PRECOMPILED = "opapi/operator.h"  # torch's headers, read once instead of once a file
 EMPTY = ("ge_runner", "graph", "acl_tdt_channel")  # linked by torch_npu, never called
 ALIASES = {"hcomm": "hccl"}  # CANN 9 looks for some functions of libhccl here
@@ -70,7 +72,7 @@ def _digest(*parts: str | bytes) -> str:
 
 def _base(toolchain: Toolchain) -> str:
     """What every object depends on, beside its sources."""
-    return _digest(*FLAGS, toolchain.compiler_version, str(toolchain.torch), *(f"{k}={v}" for k, v in sorted(toolchain.versions.items())))
+    return _digest(*FLAGS, *OPTIMISED, *OPERATORS, toolchain.compiler_version, str(toolchain.torch), *(f"{k}={v}" for k, v in sorted(toolchain.versions.items())))
 
 
 def key_of(toolchain: Toolchain) -> str:
@@ -122,21 +124,23 @@ class _Builder:
         # The folder of the precompiled header stands before the sources: g++ looks there first.
         self.objects = work.parent / "objects"
         headers = [p for p in source_files() if p.suffix == ".h"]
+        own = {p for p in headers if p.parent.name == "opapi"}  # no other folder reads these
         self.base = _digest(_base(toolchain), *(p.read_bytes() for p in headers))
+        self.plain_base = _digest(_base(toolchain), *(p.read_bytes() for p in headers if p not in own))
         self.header = self.objects / f"header.{self.base}"
         self.objects.mkdir(exist_ok=True)
         self.includes = [f"-I{self.header}", f"-I{SOURCES}", *(f"-isystem{path}" for path in system)]
 
-    def _compile(self, source: Path, target: Path, kept: Path) -> Path:
+    def _compile(self, source: Path, target: Path, kept: Path, level: tuple[str, ...]) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         if not kept.exists():
-            _run([self.toolchain.compiler, *FLAGS, *self.includes, "-c", str(source), "-o", str(target)], source.name)
+            _run([self.toolchain.compiler, *FLAGS, *level, *self.includes, "-c", str(source), "-o", str(target)], source.name)
             _keep(target, kept)
         shutil.copyfile(kept, target)
         return target
 
-    def _kept(self, source: Path) -> Path:
-        return self.objects / f"{source.stem}.{_digest(self.base, source.read_bytes())}.o"
+    def _kept(self, source: Path, torch: bool) -> Path:
+        return self.objects / f"{source.stem}.{_digest(self.base if torch else self.plain_base, source.read_bytes())}.o"
 
     def build(self, workers: int) -> None:
         names = operator_names(self.toolchain.torch_npu)
@@ -151,16 +155,16 @@ class _Builder:
                 sources.append(generated)
             objects[library.name] = [self.work / library.name / (p.stem + ".o") for p in sources]
             jobs += [(source, target, library.torch and source != generated) for source, target in zip(sources, objects[library.name])]
-        jobs = [(source, target, self._kept(source), torch) for source, target, torch in jobs]
+        jobs = [(source, target, self._kept(source, torch), torch) for source, target, torch in jobs]
         total, done = len(jobs), 0
         try:
             with concurrent.futures.ThreadPoolExecutor(workers) as pool:
                 missing = any(torch and not kept.exists() for _, _, kept, torch in jobs)
                 header = pool.submit(self._precompile) if missing else None
-                plain = [pool.submit(self._compile, s, t, k) for s, t, k, torch in jobs if not torch]
+                plain = [pool.submit(self._compile, s, t, k, OPTIMISED) for s, t, k, torch in jobs if not torch]
                 if header:
                     header.result()
-                late = [pool.submit(self._compile, s, t, k) for s, t, k, torch in jobs if torch]
+                late = [pool.submit(self._compile, s, t, k, OPERATORS) for s, t, k, torch in sorted(jobs, key=lambda job: -job[0].stat().st_size) if torch]
                 for future in concurrent.futures.as_completed([*plain, *late]):
                     try:
                         future.result()
@@ -184,7 +188,7 @@ class _Builder:
         if kept.exists():
             return
         target = self.work / "header.gch"
-        _run([self.toolchain.compiler, *FLAGS, *self.includes, "-x", "c++-header", str(SOURCES / PRECOMPILED), "-o", str(target)], PRECOMPILED)
+        _run([self.toolchain.compiler, *FLAGS, *OPERATORS, *self.includes, "-x", "c++-header", str(SOURCES / PRECOMPILED), "-o", str(target)], PRECOMPILED)
         _keep(target, kept)
 
     def _link(self, name: str, objects: list[Path], links: tuple[str, ...], torch: bool) -> None:

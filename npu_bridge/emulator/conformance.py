@@ -19,6 +19,8 @@ from npu_bridge.emulator.errors import EmulatorError
 ROOT = Path(__file__).parents[2]
 TESTS, PAGE = ROOT / "tests" / "emulator" / "device", ROOT / "docs" / "conformance.md"
 
+TABLE = "table:"  # a test's property of such a name is a table, shown below the list of its file
+
 HEAD = """# Conformance: the real torch_npu on an emulated CANN runtime
 
 Written by `make conformance`; do not edit by hand. {versions}; {machine}; {date}.
@@ -58,9 +60,14 @@ def page(cases: list[dict], versions: str, machine: str, date: str, build_second
     for file, group in files.items():
         lines += [f"## {file.removeprefix('test_').replace('_', ' ').capitalize()}", "", "| Test | Outcome | Found |", "|---|---|---|"]
         for case in group:
-            found = case["message"] or "; ".join(f"{name} {value}" for name, value in case["found"].items())
+            figures = {name: value for name, value in case["found"].items() if not name.startswith(TABLE)}
+            found = case["message"] or "; ".join(f"{name} {value}" for name, value in figures.items())
             lines.append(f"| {cell(case['name'].removeprefix('test_').replace('_', ' '))} | {case['outcome']} | {cell(found)} |")
         lines.append("")
+        for case in group:
+            for name, value in case["found"].items():
+                if name.startswith(TABLE):
+                    lines += [f"### {name.removeprefix(TABLE).strip().capitalize()}", "", value, ""]
     return "\n".join(lines)
 
 

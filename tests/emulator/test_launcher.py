@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +155,33 @@ def test_a_compiler_that_fails_is_named_with_its_command_and_words(tmp_path):
     with pytest.raises(EmulatorError, match="failed \\(exit code 1\\); the command was\n  false -std=c"):
         build.build(chain, cache=tmp_path / "cache", quiet=True)
     assert not list((tmp_path / "cache").glob("*/complete")), "half a build must not pass for a whole one"
+
+
+def test_a_changed_source_costs_its_own_compilation_and_a_changed_header_its_readers(tmp_path, monkeypatch):
+    """With a compiler that only writes down what it was asked."""
+    log, compiler = tmp_path / "log", tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\necho "$@" >> ' + str(log) + '\nfor word; do [ "$last" = -o ] && echo built > "$word"; last=$word; done\n')
+    compiler.chmod(0o755)
+    sources = tmp_path / "src"
+    shutil.copytree(build.SOURCES, sources)
+    monkeypatch.setattr(build, "SOURCES", sources)
+    (tmp_path / "torch_npu" / "lib").mkdir(parents=True)
+    (tmp_path / "torch_npu" / "lib" / "libtorch_npu.so").write_bytes(b"\0aclnnAddGetWorkspaceSize\0")
+    chain = Toolchain(tmp_path / "torch", tmp_path / "torch_npu", {}, str(compiler), "none")
+
+    def compiled():
+        log.unlink(missing_ok=True)
+        build.build(chain, cache=tmp_path / "cache", quiet=True)
+        words = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+        return sorted(Path(line[line.index("-c") + 1]).name for line in words if "-c" in line)
+
+    everything = compiled()
+    assert len(everything) > 25 and compiled() == [], "a finished build is used again"
+    (sources / "opapi" / "rotary.cpp").write_text((sources / "opapi" / "rotary.cpp").read_text() + "// changed\n")
+    assert compiled() == ["rotary.cpp"]
+    (sources / "opapi" / "operator.h").write_text((sources / "opapi" / "operator.h").read_text() + "// changed\n")
+    readers = {path.name for path in (sources / "opapi").glob("*.cpp")}
+    assert set(compiled()) == readers and readers < set(everything)
 
 
 def test_every_operator_of_the_wheel_gets_an_entry_that_refuses(tmp_path):

@@ -102,6 +102,17 @@ ACLNN(NonzeroV2, Tensor self, Out out) {
   return [=] { out.fit(at::nonzero(self).t().contiguous()); };
 }
 
+// dim 1000 stands for none: the flattened tensor.
+ACLNN(UniqueConsecutive, Tensor self, bool return_inverse, bool return_counts, int64_t dim, Out values, Out inverse, Out counts) {
+  require(settings().execute, "the size of the result depends on data, which --no-execute does not have");
+  return [=] {
+    auto [v, i, n] = at::unique_consecutive(self, return_inverse, return_counts, dim == 1000 ? std::nullopt : std::optional<int64_t>(dim));
+    values.fit(v);
+    if (return_inverse) inverse = i;
+    if (return_counts) counts.fit(n);
+  };
+}
+
 // ---- shapes ----------------------------------------------------------------------------------------------------------------------------
 
 // An empty vector takes no part, whatever the rank of the others.

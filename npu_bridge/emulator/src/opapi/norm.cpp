@@ -11,8 +11,9 @@ ACLNN(LayerNorm, Tensor input, Ints shape, Tensor weight, Tensor bias, double ep
     auto f32 = [](const Tensor& t) { return t.defined() ? std::optional<Tensor>(t.to(at::kFloat)) : std::nullopt; };
     auto [y, m, r] = at::native_layer_norm(wide, shape, f32(weight), f32(bias), eps);
     out = y;
-    mean = m;
-    rstd = r;
+    // Without rows torch_npu makes room for other empty shapes of the statistics.
+    if (mean) mean = m.reshape(mean->sizes());
+    if (rstd) rstd = r.reshape(rstd->sizes());
   };
 }
 ACLNN(LayerNormBackward, Tensor grad, Tensor input, Ints shape, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Bools wanted, Out grad_input,

@@ -219,12 +219,38 @@ void require_absent(const Tensors& all, const char* name) {
 
 // ---- calls -------------------------------------------------------------------------------------------------------------------------
 
-std::string CallText::next_name() {
-  size_t comma = names_.find(',', at_);
-  std::string declaration = names_.substr(at_, comma == std::string::npos ? comma : comma - at_);
-  at_ = comma == std::string::npos ? names_.size() : comma + 1;
-  size_t space = declaration.find_last_of(" *&");
-  return space == std::string::npos ? declaration : declaration.substr(space + 1);
+NPU_EMULATOR_TAKES(template)
+
+void collect_addresses(const Tensor& t, std::vector<const void*>& to) {
+  if (t.defined() && t.numel()) to.push_back(t.const_data_ptr());
+}
+void collect_addresses(const Out& o, std::vector<const void*>& to) { collect_addresses(*o, to); }
+void collect_addresses(const Tensors& all, std::vector<const void*>& to) {
+  for (const Tensor& t : all) collect_addresses(t, to);
+}
+void collect_addresses(const Outs& all, std::vector<const void*>& to) {
+  for (const Out& o : all) collect_addresses(o, to);
+}
+
+std::string Arguments::describe(const std::string& symbol, const std::string& parameters) const {
+  std::ostringstream out;
+  out << symbol << "(";
+  size_t at = 0;
+  for (size_t i = 0; i < held_.size(); i++) {
+    size_t comma = std::min(parameters.find(',', at), parameters.size());
+    std::string declaration = parameters.substr(at, comma - at);
+    at = std::min(comma + 1, parameters.size());
+    size_t space = declaration.find_last_of(" *&");
+    out << (i ? ", " : "") << (space == std::string::npos ? declaration : declaration.substr(space + 1)) << "=";
+    held_[i]->describe(out);
+  }
+  return out.str() + ")";
+}
+
+std::vector<const void*> Arguments::addresses() const {
+  std::vector<const void*> all;
+  for (auto& held : held_) held->addresses(all);
+  return all;
 }
 
 void on_plain_kernels(const std::function<void()>& body) {
@@ -238,10 +264,25 @@ void on_plain_kernels(const std::function<void()>& body) {
 
 static std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
 
-int first_phase_failed(const std::string& call, const std::exception& error) {
-  auto* refusal = dynamic_cast<const Refusal*>(&error);
-  set_recent_error(call + ": " + first_line(error.what()) + ", at " + python_line());
-  return refusal ? refusal->code : 561103;  // CANN's code for an inner error
+int first_phase(const Call& call, void (*take)(const void* values, Arguments&), const void* values, Work (*body)(Arguments&)) {
+  Stopwatch watch(call.counter.host_nanoseconds);
+  auto arguments = std::make_shared<Arguments>();
+  bool taken = false;
+  try {
+    take(values, *arguments);
+    taken = true;
+    auto made = std::make_unique<aclOpExecutor>(aclOpExecutor{&call.counter, {}, arguments, call.parameters, {}, {}});
+    on_plain_kernels([&] { made->work = body(*arguments); });
+    made->addresses = arguments->addresses();
+    *call.workspace = 0;
+    *call.executor = made.release();
+    return ACL_SUCCESS;
+  } catch (const std::exception& error) {
+    auto* refusal = dynamic_cast<const Refusal*>(&error);
+    std::string words = taken ? arguments->describe(call.counter.name, call.parameters) : call.counter.name;
+    set_recent_error(words + ": " + first_line(error.what()) + ", at " + python_line());
+    return refusal ? refusal->code : 561103;  // CANN's code for an inner error
+  }
 }
 
 int launch(aclOpExecutor* raw, aclrtStream handle) {

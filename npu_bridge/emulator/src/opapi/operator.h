@@ -30,8 +30,8 @@
 #pragma once
 
 #include <sstream>
-#include <tuple>
 #include <type_traits>
+#include <utility>
 
 #include "opapi/objects.h"
 
@@ -146,6 +146,67 @@ void require_absent(const Tensors& tensors, const char* name);
 
 // ---- the two phases ------------------------------------------------------------------------------------------------------------------
 
+// The arguments of one call, each behind its type: what has to be compiled for every operator is a line a parameter.
+struct Held {
+  virtual ~Held() = default;
+  virtual void describe(std::ostream& out) const = 0;
+  virtual void addresses(std::vector<const void*>&) const {}
+};
+template <class T>
+struct HeldAs final : Held {
+  explicit HeldAs(T given) : value(std::move(given)) {}
+  void describe(std::ostream& out) const override { Argument<T>::describe(out, value); }
+  void addresses(std::vector<const void*>& to) const override;
+  T value;
+};
+void collect_addresses(const Tensor&, std::vector<const void*>&);
+void collect_addresses(const Out&, std::vector<const void*>&);
+void collect_addresses(const Tensors&, std::vector<const void*>&);
+void collect_addresses(const Outs&, std::vector<const void*>&);
+template <class T>
+void collect_addresses(const T&, std::vector<const void*>&) {}
+template <class T>
+void HeldAs<T>::addresses(std::vector<const void*>& to) const {
+  collect_addresses(value, to);
+}
+
+class Arguments {
+ public:
+  template <class T>
+  void take(typename Argument<T>::C value) {
+    held_.push_back(std::make_unique<HeldAs<T>>(Argument<T>::take(value)));
+  }
+  template <class T>
+  T& get(size_t i) {
+    return static_cast<HeldAs<T>&>(*held_[i]).value;
+  }
+  // "aclnnSwiGlu(x=float32[2, 6], dim=1, y=float32[2, 3])"; the names are those of the parameter list.
+  std::string describe(const std::string& symbol, const std::string& parameters) const;
+  std::vector<const void*> addresses() const;
+
+ private:
+  std::vector<std::unique_ptr<Held>> held_;
+};
+
+// Compiled once, in objects.cpp.
+#define NPU_EMULATOR_TAKES(WORD)               \
+  WORD void Arguments::take<Tensor>(const aclTensor*);       \
+  WORD void Arguments::take<Out>(const aclTensor*);          \
+  WORD void Arguments::take<Tensors>(const aclTensorList*);  \
+  WORD void Arguments::take<Outs>(const aclTensorList*);     \
+  WORD void Arguments::take<Scalar>(const aclScalar*);       \
+  WORD void Arguments::take<MaybeScalar>(const aclScalar*);  \
+  WORD void Arguments::take<Scalars>(const aclScalarList*);  \
+  WORD void Arguments::take<Ints>(const aclIntArray*);       \
+  WORD void Arguments::take<Bools>(const aclBoolArray*);     \
+  WORD void Arguments::take<DType>(aclDataType);             \
+  WORD void Arguments::take<Text>(const char*);              \
+  WORD void Arguments::take<int64_t>(int64_t);               \
+  WORD void Arguments::take<int8_t>(int8_t);                 \
+  WORD void Arguments::take<double>(double);                 \
+  WORD void Arguments::take<bool>(bool);
+NPU_EMULATOR_TAKES(extern template)
+
 // Runs work on torch's plain CPU kernels: no autograd, no autocast, no tracing, no Python modes of the calling thread.
 void on_plain_kernels(const std::function<void()>& body);
 
@@ -154,51 +215,29 @@ void on_plain_kernels(const std::function<void()>& body);
 struct aclOpExecutor {
   emulator::Counter* counter;
   emulator::Work work;
-  std::function<std::string()> describe;  // "aclnnAdd(self=float32[2, 3], ...)"
+  std::shared_ptr<emulator::Arguments> arguments;
+  const char* parameters;
   std::vector<const void*> addresses;
   std::string line;  // the Python line, kept where the work runs later
+
+  std::string describe() const { return arguments->describe(counter->name, parameters); }
 };
 
 namespace emulator {
 
 // Second phase of every operator.
 int launch(aclOpExecutor* executor, aclrtStream stream);
-// Reports a refusal of the first phase.
-int first_phase_failed(const std::string& call, const std::exception& error);
 
-// "Tensor x, int64_t dim, Out y" and the values -> "aclnnSwiGlu(x=float32[2, 6], dim=1, y=float32[2, 3])"
-class CallText {
- public:
-  CallText(const std::string& symbol, const char* parameters) : names_(parameters) { out_ << symbol << "("; }
-  template <class T>
-  void add(const T& value) {
-    out_ << (count_++ ? ", " : "") << next_name() << "=";
-    Argument<T>::describe(out_, value);
-  }
-  std::string finish() { return out_.str() + ")"; }
-
- private:
-  std::string next_name();
-  std::string names_;
-  size_t at_ = 0;
-  int count_ = 0;
-  std::ostringstream out_;
+// First phase of every operator: `take` turns the C values into arguments, `body` looks at them and returns the work.
+struct Call {
+  Counter& counter;
+  const char* parameters;
+  uint64_t* workspace;
+  aclOpExecutor** executor;
 };
+int first_phase(const Call& call, void (*take)(const void* values, Arguments&), const void* values, Work (*body)(Arguments&));
 
-template <class T>
-void collect_addresses(const T&, std::vector<const void*>&) {}
-inline void collect_addresses(const Tensor& t, std::vector<const void*>& to) {
-  if (t.defined() && t.numel()) to.push_back(t.const_data_ptr());
-}
-inline void collect_addresses(const Out& o, std::vector<const void*>& to) { collect_addresses(*o, to); }
-inline void collect_addresses(const Tensors& all, std::vector<const void*>& to) {
-  for (const Tensor& t : all) collect_addresses(t, to);
-}
-inline void collect_addresses(const Outs& all, std::vector<const void*>& to) {
-  for (const Out& o : all) collect_addresses(o, to);
-}
-
-// The first phase of one operator, with its C signature derived from the body's.
+// The C signature of an operator, derived from its body's, and the little that its types need.
 template <auto Body>
 struct FirstPhase;
 
@@ -207,27 +246,15 @@ struct FirstPhase<Body> {
   using Function = int(typename Argument<T>::C..., uint64_t* workspace, aclOpExecutor** executor);
 
   static int run(Counter& counter, const char* parameters, typename Argument<T>::C... values, uint64_t* workspace, aclOpExecutor** executor) {
-    Stopwatch watch(counter.host_nanoseconds);
-    using All = std::tuple<std::decay_t<T>...>;
-    std::shared_ptr<All> all;
-    auto describe = [&counter, parameters](const All& arguments) {
-      CallText text(counter.name, parameters);
-      std::apply([&](const auto&... argument) { (text.add(argument), ...); }, arguments);
-      return text.finish();
-    };
-    try {
-      all = std::make_shared<All>(Argument<std::decay_t<T>>::take(values)...);
-      auto made = std::make_unique<aclOpExecutor>();
-      made->counter = &counter;
-      on_plain_kernels([&] { made->work = std::apply(Body, *all); });
-      made->describe = [all, describe] { return describe(*all); };
-      std::apply([&](const auto&... argument) { (collect_addresses(argument, made->addresses), ...); }, *all);
-      *workspace = 0;
-      *executor = made.release();
-      return ACL_SUCCESS;
-    } catch (const std::exception& error) {
-      return first_phase_failed(all ? describe(*all) : counter.name, error);
-    }
+    auto take = [&](Arguments& all) { (all.take<std::decay_t<T>>(values), ...); };
+    auto call = [](const void* f, Arguments& all) { (*static_cast<const decltype(take)*>(f))(all); };
+    return first_phase({counter, parameters, workspace, executor}, call, &take, [](Arguments& all) { return body(all, std::index_sequence_for<T...>{}); });
+  }
+
+ private:
+  template <size_t... I>
+  static Work body(Arguments& all, std::index_sequence<I...>) {
+    return Body(all.get<std::decay_t<T>>(I)...);
   }
 };
 

@@ -76,13 +76,19 @@ ACLNN(LogSoftmaxBackward, Tensor grad, Tensor result, int64_t dim, Out out) {
 
 // ---- order -----------------------------------------------------------------------------------------------------------------------------
 
-ACLNN(Topk, Tensor self, int64_t k, int64_t dim, bool largest, bool sorted, Out values, Out indices) {
+static Work topk(Tensor self, int64_t k, int64_t dim, bool largest, bool sorted, Out values, Out indices) {
   require(self.dim() == 0 || (k >= 0 && k <= self.size(dim)), "k = ", k, " of self = ", describe(self), " along ", dim);
   return [=] {
     auto [v, i] = at::topk(self, k, dim, largest, sorted);
     values = v;
     indices = i;
   };
+}
+ACLNN(Topk, Tensor self, int64_t k, int64_t dim, bool largest, bool sorted, Out values, Out indices) { return topk(self, k, dim, largest, sorted, values, indices); }
+// sort_policy chooses how the device sorts: 0 its default, 1 bitonic.
+ACLNN(TopkV2, Tensor self, int64_t k, int64_t dim, bool largest, bool sorted, int64_t sort_policy, Out values, Out indices) {
+  require(sort_policy == 0 || sort_policy == 1, "sort_policy ", sort_policy, "; expected 0 or 1");
+  return topk(self, k, dim, largest, sorted, values, indices);
 }
 ACLNN(Sort, Tensor self, bool stable, int64_t dim, bool descending, Out values, Out indices) {
   return [=] {
