@@ -48,12 +48,15 @@ def settle(product):
 def sum_over_rows(x, y, batch=0):
     """(batch.., rows.., X), (batch.., rows.., Y) -> (batch.., X, Y): the product of a weight gradient, in `accumulator(dtype)`.
 
-    XLA CPU runs a product that contracts a single leading dim on a path four times slower than one that contracts two (there it
-    transposes x first), so a lone row dim is cut in two. Give the smaller operand as x: it is the one that is transposed.
+    XLA CPU runs a narrow product that contracts a single leading dim on a path four times slower than one that contracts two
+    (there it transposes x first), so a lone row dim is cut in two. In float32 it is the other way round: one dim needs no
+    transposition at all. Give the smaller operand as x: it is the one that is transposed.
     """
     x, y = product_operands(x, y)
     rows = [size for size in x.shape[batch:-1] if size > 1]
-    if len(rows) == 1 and rows[0] % 2 == 0:
+    if x.dtype == jnp.float32:
+        x, y = (a.reshape(*a.shape[:batch], -1, a.shape[-1]) for a in (x, y))
+    elif len(rows) == 1 and rows[0] % 2 == 0:
         x = x.reshape(*x.shape[:batch], 2, rows[0] // 2, x.shape[-1])
         y = y.reshape(*y.shape[:batch], 2, rows[0] // 2, y.shape[-1])
     contract = tuple(range(batch, x.ndim - 1))
