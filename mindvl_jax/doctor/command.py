@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,10 +31,12 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--devices {args.devices}: expected at least 1")
     findings = []
     show = None if args.json else _Display()
-    for finding in examine(Host(), args.device, groups=args.only or GROUPS, count=args.devices, operators=args.operators):
-        findings.append(finding)
-        if show:
-            show.line(finding)
+    # torch_npu prints some of its warnings to standard output, where only the JSON may be.
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        for finding in examine(Host(), args.device, groups=args.only or GROUPS, count=args.devices, operators=args.operators):
+            findings.append(finding)
+            if show:
+                show.line(finding)
     if args.json:
         json.dump({"device": args.device, "outcome": verdict(findings).value, "findings": [finding.as_dict() for finding in findings]}, sys.stdout, indent=2)
         print()
