@@ -1,8 +1,8 @@
 """Builds the quickstart data: `python -m mindvl_jax.quickstart.build --out data/quickstart`.
 
 Into the folder go one parquet file a source and split (`train/digits.parquet` ...), `id_table.json` (the compact
-vocabulary), `manifest.json` (counts, what is held out, licences, blind scores, digests) and, in `contact/`, a sheet of
-pictures for each file, to look at. The same arguments give the same files; a second call with them does nothing.
+vocabulary), `standins/` (the stand-in benchmark sets, `mindvl_jax.standins`), `manifest.json` (counts, what is held out,
+licences, blind scores, digests) and, in `contact/`, a sheet of pictures for each file, to look at. The same arguments give the same files; a second call with them does nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -30,7 +31,7 @@ from mindvl_jax.errors import UserError
 from mindvl_jax.quickstart import assets, blind, contact, samples, vocabulary
 from mindvl_jax.quickstart.sources import SIZES, SOURCES, Piece, Source, make, pieces
 
-FORMAT = 1  # of the manifest
+FORMAT = 2  # of the manifest
 HELD_OUT = {
     "digits": "columns 80 to 99 of each class of the sheet (1,000 of 5,000 digits); writers are not known, so one may appear on both sides",
     "easyvqa": "the published test part, a fixed draw of its questions",
@@ -63,12 +64,13 @@ def build(out: Path, size: str = "standard", seed: int = 0, processes: int | Non
         (out / split).mkdir(parents=True, exist_ok=True)
     (out / "manifest.json").unlink(missing_ok=True)  # written last: its presence means that everything is there
 
-    table = vocabulary.id_table()
+    standins, questions = _write_standins(out)
+    table = vocabulary.id_table(questions)
     _write(out / "id_table.json", json.dumps(table))
     tokenizer = load_tokenizer(TokenizerConfig(path=vocabulary.TOKENIZER, id_table=str(out / "id_table.json")))
     console.print(f"{out}: id_table.json, {len(table):,} ids")
     files = _write_sources(out, size, seed, processes, tokenizer, console)
-    contact.write_sheets(out, 12 if size == "smoke" else 48)
+    contact.write_sheets(out, files, 12 if size == "smoke" else 48)
     manifest = {
         "format": FORMAT,
         "fingerprint": fingerprint,
@@ -76,6 +78,7 @@ def build(out: Path, size: str = "standard", seed: int = 0, processes: int | Non
         "seed": seed,
         "samples": sum(file["samples"] for file in files.values()),
         "files": files,
+        "standins": standins,
         "id_table": {"size": len(table), "tokenizer": vocabulary.TOKENIZER, **_describe(out / "id_table.json")},
         "held_out": HELD_OUT,
         "licences": "see ATTRIBUTIONS.md",
@@ -93,6 +96,18 @@ def prepare(config: QuickstartDataConfig) -> None:
     with open(out / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         build(out, config.size)
+
+
+def _write_standins(out: Path) -> tuple[dict[str, dict], list[str]]:
+    """Writes `standins/`; returns its files as the manifest names them, and every question as an evaluation asks it."""
+    # They read as an evaluation reads them, and that imports JAX, which the processes that draw do without.
+    from mindvl_jax.evaluation.benchmarks import load_items
+    from mindvl_jax.standins.build import build as build_standins
+
+    counts = build_standins(out / "standins")
+    questions = [message["content"] for task in counts for item in load_items(task, out / "standins") for message in item.messages]
+    paths = sorted((out / "standins").glob("*.parquet"))
+    return {str(path.relative_to(out)): {"about": "stand-in benchmark set", "samples": pq.read_metadata(path).num_rows, **_describe(path)} for path in paths}, questions
 
 
 def _write_sources(out: Path, size: str, seed: int, processes: int | None, tokenizer: Tokenizer, console: Console) -> dict[str, dict]:
@@ -154,7 +169,7 @@ def _finished(out: Path, fingerprint: str) -> dict | None:
         manifest = json.loads((out / "manifest.json").read_text())
         if manifest["fingerprint"] != fingerprint:
             return None
-        expected = {path: file["bytes"] for path, file in manifest["files"].items()} | {"id_table.json": manifest["id_table"]["bytes"]}
+        expected = {path: file["bytes"] for path, file in (manifest["files"] | manifest["standins"]).items()} | {"id_table.json": manifest["id_table"]["bytes"]}
         return manifest if all((out / path).stat().st_size == size for path, size in expected.items()) else None
     except (OSError, ValueError, KeyError):
         return None
@@ -168,9 +183,10 @@ def _fingerprint(size: str, seed: int) -> str:
             digest.update(f"{package} {importlib.metadata.version(package)}".encode())
         except importlib.metadata.PackageNotFoundError:
             raise UserError(f"building the quickstart data needs the package {package!r}: `pip install {package}`, or run `make quickstart`, which installs what it needs") from None
-    folder = Path(__file__).parent
-    for file in sorted([*folder.glob("*.py"), *(path for path in assets.FOLDER.rglob("*") if path.is_file())]):
-        digest.update(str(file.relative_to(folder)).encode() + hashlib.sha256(file.read_bytes()).digest())
+    package = Path(__file__).parents[1]
+    sources = [*(package / "quickstart").glob("*.py"), *(package / "standins").glob("*.py"), package / "evaluation" / "benchmarks.py"]
+    for file in sorted([*sources, *(path for path in assets.FOLDER.rglob("*") if path.is_file())]):
+        digest.update(str(file.relative_to(package)).encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
 

@@ -10,8 +10,8 @@ from mindvl_jax.quickstart.samples import Sample, png
 
 # The first wording of each is the one that the task itself uses and is scored with.
 WORDINGS = {
-    "digits": (digits.QUESTION, "What number is this?", "Which digits do you see?", "Type the digits."),
-    "word": (words.QUESTION, "Spell the word.", "What does it say?", "Which word is this?"),
+    "digits": (digits.QUESTION, "What number is this?", "Which digits do you see?", "Type the digits.", "what is the number in the image?"),
+    "word": (words.QUESTION, "Spell the word.", "What does it say?", "Which word is this?", "what is written in the image?"),
     "emoji": (emoji.QUESTION, "Name this.", "What do you see?", "What does the picture show?"),
 }
 FOLLOW_UPS = {
@@ -26,8 +26,12 @@ FOLLOW_UPS = {
         "What is the last letter?": lambda text: text[-1],
     },
 }
+# The instructions that benchmarks put behind their questions (`mindvl_jax.evaluation.benchmarks` asks with them).
+WORD_OR_PHRASE = "\nAnswer the question using a single word or phrase."
+LETTER_DIRECTLY = "\nAnswer with the option's letter from the given choices directly."
 TEMPLATES = {
     "choice": "What is this?\nA. {a}\nB. {b}\nC. {c}\nD. {d}\nAnswer A, B, C or D.",
+    "letter": f"What is this?\nA. {{a}}\nB. {{b}}\nC. {{c}}\nD. {{d}}{LETTER_DIRECTLY}",
     "called": "Is this called {name}?",
     "refusal": "There is no {thing}.",
 }
@@ -42,8 +46,13 @@ def conversations(rng: random.Random, split: assets.Split, pairs: list[tuple[str
         yield rng.choice(makers)(rng, split, pairs)
 
 
+def _instructed(rng: random.Random, question: str) -> str:
+    """The question, one time in three with the instruction that benchmarks add."""
+    return question + WORD_OR_PHRASE if rng.random() < 1 / 3 else question
+
+
 def _with_follow_ups(rng: random.Random, kind: str, text: str, answer: str) -> tuple[tuple[str, str], ...]:
-    turns = [(rng.choice(WORDINGS[kind]), answer)]
+    turns = [(_instructed(rng, rng.choice(WORDINGS[kind])), answer)]
     for question in rng.sample(sorted(FOLLOW_UPS[kind]), rng.randint(0, 2)):
         turns.append((question, FOLLOW_UPS[kind][question](text)))
     # Asked first, a follow-up must be answered from the picture; asked later, from the answer before it.
@@ -65,7 +74,7 @@ def _word(rng: random.Random, split: assets.Split, pairs: list[tuple[str, int]])
 def _emoji(rng: random.Random, split: assets.Split, pairs: list[tuple[str, int]]) -> Sample:
     artist, concept = rng.choice(pairs)
     name = assets.concepts()[concept]
-    turns = [(rng.choice(WORDINGS["emoji"]), name)]
+    turns = [(_instructed(rng, rng.choice(WORDINGS["emoji"])), name)]
     if rng.random() < 0.5:
         turns.append(_called_turn(rng, concept))
     return Sample("chat/emoji", png(emoji.vary(rng, artist, concept)), tuple(turns))
@@ -76,7 +85,7 @@ def _choice(rng: random.Random, split: assets.Split, pairs: list[tuple[str, int]
     others = rng.sample([number for number in range(len(assets.concepts())) if number != concept], 3)
     options = [concept, *others]
     rng.shuffle(options)
-    question = TEMPLATES["choice"].format(**{letter: assets.concepts()[option] for letter, option in zip("abcd", options)})
+    question = TEMPLATES[rng.choice(("choice", "letter"))].format(**{letter: assets.concepts()[option] for letter, option in zip("abcd", options)})
     return Sample("chat/choice", png(emoji.vary(rng, artist, concept)), ((question, "ABCD"[options.index(concept)]),))
 
 
@@ -106,7 +115,7 @@ def _shape_parts(rng: random.Random, split: assets.Split) -> tuple[bytes, tuple[
 def _chart(rng: random.Random, split: assets.Split, pairs: list[tuple[str, int]]) -> Sample:
     chart = charts.choose(rng, split)
     turns = dict(charts.question_about(rng, chart) for _ in range(rng.randint(2, 3)))
-    return Sample("chat/chart", png(charts.draw(rng, split, chart)), tuple(turns.items()))
+    return Sample("chat/chart", png(charts.draw(rng, split, chart)), tuple((_instructed(rng, question), answer) for question, answer in turns.items()))
 
 
 def _refusal(rng: random.Random, split: assets.Split, pairs: list[tuple[str, int]]) -> Sample:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow.parquet
@@ -15,11 +15,11 @@ ZOOM = 2
 CAPTION_LINES, LINE = 4, 12
 
 
-def write_sheets(folder: Path, pictures: int) -> None:
-    """One PNG of at most `pictures` pictures a parquet file that has any, into `folder/contact`."""
+def write_sheets(folder: Path, files: Iterable[str], pictures: int) -> None:
+    """One PNG of at most `pictures` pictures for each of the parquet files below `folder` that has any, into `folder/contact`."""
     target = folder / "contact"
     target.mkdir(exist_ok=True)
-    for path in sorted(folder.glob("*/*.parquet")):
+    for path in sorted(folder / file for file in files):
         rows = _spread(path, pictures)
         if any(row["images"] for row in rows):
             sheet(rows).save(target / f"{path.parent.name}-{path.stem}.png", compress_level=1)

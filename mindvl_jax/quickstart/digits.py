@@ -7,10 +7,10 @@ import random
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from mindvl_jax.quickstart import assets
-from mindvl_jax.quickstart.pictures import CELL, ink_and_paper, paint
+from mindvl_jax.quickstart.pictures import CELL, ink_and_paper, paint, warp
 from mindvl_jax.quickstart.samples import Sample, ask
 
 QUESTION = "Read the digits."
@@ -33,14 +33,24 @@ def draw(rng: random.Random, split: assets.Split, length: int) -> tuple[np.ndarr
 
 
 def _place(rng: random.Random, cell: np.ndarray, plain: bool) -> np.ndarray:
-    """One digit in its 28-pixel square; turned, stretched and shifted a little when it is for training."""
-    scale, angle, shear, dx, dy = 1.25, 0.0, 0.0, 0.0, 0.0
+    """One digit in its 28-pixel square; bent, turned, stretched, shifted, and of another pen, when it is for training."""
+    scale, angle, shear, dx, dy, wobble = 1.25, 0.0, 0.0, 0.0, 0.0, 0.0
+    digit = Image.fromarray(cell)
     if not plain:
-        scale, angle, shear = rng.uniform(1.05, 1.4), rng.uniform(-0.15, 0.15), rng.uniform(-0.15, 0.15)
-        dx, dy = rng.uniform(-2, 2), rng.uniform(-2, 2)
+        scale, angle, shear = rng.uniform(1.05, 1.4), rng.uniform(-0.2, 0.2), rng.uniform(-0.2, 0.2)
+        dx, dy, wobble = rng.uniform(-2, 2), rng.uniform(-2, 2), rng.uniform(0.0, 1.0)
+        digit = _another_pen(rng, digit)
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
     a, b, d, e = cos, sin + shear / scale, -sin, cos
     middle = CELL / 2
-    # PIL wants the map from the new picture to the old one.
-    matrix = (a, b, 10 - a * (middle + dx) - b * (middle + dy), d, e, 10 - d * (middle + dx) - e * (middle + dy))
-    return np.asarray(Image.fromarray(cell).transform((CELL, CELL), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR))
+    return np.asarray(warp(rng, digit, CELL, (a, b, 10 - a * (middle + dx) - b * (middle + dy), d, e, 10 - d * (middle + dx) - e * (middle + dy)), wobble, cells=3))
+
+
+def _another_pen(rng: random.Random, digit: Image.Image) -> Image.Image:
+    """Strokes somewhat broader or thinner, for half of the digits."""
+    kind = rng.random()
+    if kind < 0.25:
+        return Image.blend(digit, digit.filter(ImageFilter.MaxFilter(3)), rng.uniform(0.2, 0.6))
+    if kind < 0.5:
+        return Image.blend(digit, digit.filter(ImageFilter.MinFilter(3)), rng.uniform(0.1, 0.35))
+    return digit

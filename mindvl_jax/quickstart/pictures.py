@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import numpy as np
+from PIL import Image
 
 CELL = 28  # pixels of one visual token: 14-pixel patches, merged two by two
 
@@ -39,3 +40,23 @@ def paint(coverage: np.ndarray, ink: tuple[int, int, int], paper: tuple[int, int
     ink_, paper_ = np.float32(ink[:1] if grey else ink), np.float32(paper[:1] if grey else paper)
     mixed = np.rint(paper_ + share * (ink_ - paper_)).astype(np.uint8)
     return mixed[..., 0] if grey else mixed
+
+
+def warp(rng: random.Random, picture: Image.Image, side: int, affine: tuple[float, ...], wobble: float, cells: int = 4) -> Image.Image:
+    """The picture seen through a map from a square of `side` pixels to its own, bent a little.
+
+    Args:
+      affine: (a, b, c, d, e, f), from a place (x, y) of the result to (a x + b y + c, d x + e y + f) of `picture`, as PIL wants it.
+      wobble: standard deviation, in pixels of `picture`, by which each corner of a grid of `cells` x `cells` is moved besides;
+        between corners the map is bilinear, so it stays continuous. 0 is the affine map alone.
+    """
+    a, b, c, d, e, f = affine
+    if wobble == 0:
+        return picture.transform((side, side), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
+    places = [round(number * side / cells) for number in range(cells + 1)]
+    corner = {(x, y): (a * x + b * y + c + rng.gauss(0, wobble), d * x + e * y + f + rng.gauss(0, wobble)) for x in places for y in places}
+    mesh = [
+        ((left, top, right, bottom), (*corner[left, top], *corner[left, bottom], *corner[right, bottom], *corner[right, top]))
+        for left, right in zip(places, places[1:]) for top, bottom in zip(places, places[1:])
+    ]
+    return picture.transform((side, side), Image.Transform.MESH, mesh, Image.Resampling.BILINEAR)

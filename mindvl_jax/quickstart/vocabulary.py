@@ -2,7 +2,7 @@
 
 The table is derived from the closed lists that the generators draw from, not from samples: a table cut from training
 text alone could not write questions about unseen tables. The builder encodes every text with it and fails on the first
-that does not fit.
+that does not fit. The stand-in benchmark sets are always the same questions, and enter as they are asked.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
 TEMPLATE = ("system", "user", "assistant", "tool", "\n", "\n\n", "You are a helpful assistant.", "Picture 1: ", "Video 1: ", "Yes", "No", "yes", "no")
 
 
-def id_table() -> list[int]:
-    """Real ids in compact order: control tokens, then all others by rising id."""
+def id_table(further: Iterable[str] = ()) -> list[int]:
+    """Real ids in compact order: control tokens, then all others by rising id. `further` texts can be written as well."""
     tokenizer = load_tokenizer(TokenizerConfig(path=TOKENIZER))
     control = [tokenizer.token_id(token) for token in CONTROL]
     found = set(_single_bytes(tokenizer))
-    for phrase in closed_texts():
+    for phrase in itertools.chain(closed_texts(), further):
         found.update(tokenizer.encode(phrase))
     return control + sorted(found - set(control))
 
@@ -59,7 +59,7 @@ def _templates() -> Iterator[str]:
         templates += wordings
     for questions in chat.FOLLOW_UPS.values():
         templates += questions
-    for template in templates:
+    for template in [*templates, *(template + chat.WORD_OR_PHRASE for template in templates)]:
         yield re.sub(r"\{\w+\}", "x", template)  # a letter stands for what is filled in, so that its neighbours split as they will
 
 

@@ -3,15 +3,20 @@
 import hashlib
 import io
 import json
+from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+import yaml
 from PIL import Image
 
 from mindvl_jax.config import TokenizerConfig
 from mindvl_jax.data.tokenizer import load_tokenizer
 from mindvl_jax.errors import UserError
-from mindvl_jax.quickstart import assets, build, sources, vocabulary
+from mindvl_jax.evaluation import benchmarks
+from mindvl_jax.evaluation.benchmarks import load_items
+from mindvl_jax.quickstart import assets, build, chat, sources, vocabulary
+from mindvl_jax.standins.sets import STANDINS
 
 TRAIN = {"text", "digit", "characters", "emoji", "easyvqa_open", "easyvqa", "digits", "words", "typeset", "charts", "captions", "chat"}
 TEST = {"digits", "easyvqa", "emoji", "words", "typeset", "charts"}
@@ -22,7 +27,8 @@ def _rows(folder, path):
 
 
 def _all_rows(folder):
-    return [(path.parent.name, path.stem, row) for path in sorted(folder.glob("*/*.parquet")) for row in _rows(folder, path.relative_to(folder))]
+    paths = (path for split in ("train", "validation", "test") for path in sorted((folder / split).glob("*.parquet")))
+    return [(path.parent.name, path.stem, row) for path in paths for row in _rows(folder, path.relative_to(folder))]
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +39,11 @@ def rows(quickstart):
 def test_the_files_are_those_of_the_manifest(quickstart):
     manifest = json.loads((quickstart / "manifest.json").read_text())
     found = {str(path.relative_to(quickstart)) for path in quickstart.glob("*/*.parquet")}
-    assert found == set(manifest["files"])
+    assert found == set(manifest["files"]) | set(manifest["standins"])
     assert {path.removeprefix("train/").removesuffix(".parquet") for path in found if path.startswith("train/")} == TRAIN
     for split in ("validation", "test"):
         assert {path.removeprefix(split + "/").removesuffix(".parquet") for path in found if path.startswith(split + "/")} == TEST
-    for path, described in manifest["files"].items():
+    for path, described in (manifest["files"] | manifest["standins"]).items():
         assert pyarrow.parquet.read_metadata(quickstart / path).num_rows == described["samples"] > 0, path
         assert hashlib.sha256((quickstart / path).read_bytes()).hexdigest() == described["sha256"], path
     assert set(manifest["blind"]) == set(manifest["held_out"]) == TEST
@@ -85,8 +91,20 @@ def test_the_compact_vocabulary_has_every_byte_and_every_letter_with_and_without
     assert {token for letter in letters for token in (*full.encode(letter), *full.encode(" " + letter))} <= table
 
 
-def test_the_compact_vocabulary_does_not_depend_on_the_size(quickstart):
-    assert json.loads((quickstart / "id_table.json").read_text()) == vocabulary.id_table()
+def test_the_compact_vocabulary_is_of_closed_texts_and_stand_ins_whatever_the_size(quickstart):
+    questions = [message["content"] for task in STANDINS for item in load_items(task.task, quickstart / "standins") for message in item.messages]
+    table = json.loads((quickstart / "id_table.json").read_text())
+    assert table == vocabulary.id_table(questions)
+    tokenizer = load_tokenizer(TokenizerConfig(path="qwen3", id_table=str(quickstart / "id_table.json")))
+    for question in questions:
+        assert tokenizer.decode(tokenizer.encode(question)) == question
+    vocab_size = yaml.safe_load(Path("configs/quickstart.yaml").read_text())["model"]["text"]["vocab_size"]
+    assert len(table) <= vocab_size, f"configs/quickstart.yaml has room for {vocab_size} of {len(table)} ids"
+
+
+def test_training_uses_the_instructions_that_benchmarks_are_asked_with():
+    assert chat.WORD_OR_PHRASE == benchmarks.WORD_OR_PHRASE
+    assert chat.LETTER_DIRECTLY == "\n" + benchmarks.LETTER_DIRECTLY
 
 
 def test_a_second_build_touches_nothing(quickstart):
@@ -100,7 +118,7 @@ def test_a_build_counts_as_finished_only_when_its_files_are_whole(quickstart, tm
     fingerprint = manifest["fingerprint"]
     assert build._finished(quickstart, fingerprint) == manifest
     assert build._finished(quickstart, "of another seed") is None
-    for path in (*manifest["files"], "id_table.json", "manifest.json"):
+    for path in (*manifest["files"], *manifest["standins"], "id_table.json", "manifest.json"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes((quickstart / path).read_bytes())
     assert build._finished(tmp_path, fingerprint) == manifest
