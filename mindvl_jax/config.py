@@ -6,6 +6,7 @@ Defaults are given only for what no checkpoint defines: model sizes have none an
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -267,8 +268,34 @@ class EvaluationTask(Section):
     max_new_tokens: PositiveInt = 32
 
 
+BENCHMARK_NAMES = (
+    "docvqa_val", "infovqa_val", "chartqa_test", "ocrbench", "mme", "mmbench_dev_en", "ai2d_test", "mmmu_dev_val", "textvqa_val", "realworldqa",
+)  # fmt: skip
+"""What `evaluation.benchmarks.tasks` and `mindvl evaluate --tasks` can name; `mindvl_jax.evaluation.benchmarks` knows how each asks and scores."""
+
+
+class BenchmarksConfig(Section):
+    """Benchmarks scored once, at the end of the run, with their published prompts and metrics."""
+
+    folder: str = Field(description="Folder with their files: lmms-eval's parquet or VLMEvalKit's TSV. Files marked as stand-ins are reported as such.")
+    tasks: tuple[str, ...] = Field(min_length=1)
+    max_samples: PositiveInt | None = Field(None, description="Only the first samples of each.")
+    max_new_tokens: PositiveInt | None = Field(None, description="Longest answer in tokens, where a benchmark allows more.")
+
+    @model_validator(mode="after")
+    def _known_names(self):
+        for name in self.tasks:
+            if name not in BENCHMARK_NAMES:
+                near = difflib.get_close_matches(name, BENCHMARK_NAMES, n=1, cutoff=0.3)
+                raise ValueError(f"there is no benchmark {name!r}{f'; did you mean {near[0]!r}?' if near else ''} Known are {', '.join(BENCHMARK_NAMES)}")
+        if repeated := sorted({name for name in self.tasks if self.tasks.count(name) > 1}):
+            raise ValueError(f"tasks names {', '.join(repeated)} more than once")
+        return self
+
+
 class EvaluationConfig(Section):
     tasks: tuple[EvaluationTask, ...] = ()
+    benchmarks: BenchmarksConfig | None = Field(None, description="Benchmark files to score at the end of the run, beside `tasks`.")
     after_phases: bool = Field(False, description="Also score at the end of each phase, so that each phase's gain is known.")
     phase_samples: PositiveInt | None = Field(None, description="Samples a task in those in-between evaluations.")
     language_only: bool = Field(True, description="Also score with the pictures taken away: what the language alone gives.")
@@ -297,8 +324,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _known_sources(self):
-        if self.profile.steps is not None and self.backend != "xla":
-            raise ValueError(f"profile.steps reads XLA's traces, which backend {self.backend} does not leave; set backend: xla or leave profile.steps out")
         for index, phase in enumerate(self.training.phases):
             for entry in phase.mixture:
                 if entry.source not in self.data.sources:

@@ -275,6 +275,12 @@ def find_file(name: str, folder: Path) -> Path:
     raise UserError(f"{name}: no file of {benchmark.title} in {folder} ({held or 'empty'}); expected one of {wanted}, or a folder {benchmark.files[0]}/ with parquet parts")
 
 
+def find_files(name: str, folder: Path) -> list[Path]:
+    """The benchmark's file, or the parts of its folder in order. Raises UserError as `find_file`."""
+    path = find_file(name, folder)
+    return sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+
+
 def load_items(name: str, folder: Path) -> list[Item]:
     """All items of a benchmark.
 
@@ -282,9 +288,8 @@ def load_items(name: str, folder: Path) -> list[Item]:
       UserError: unknown task, no file, missing columns, rows that cannot be read, or two rows with one id.
     """
     benchmark, path = find_benchmark(name), find_file(name, folder)
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     items: list[Item] = []
-    for file in files:
+    for file in find_files(name, folder):
         for row in read_rows(file, benchmark.columns):
             try:
                 items.append(benchmark.read(row, len(items)))

@@ -33,7 +33,7 @@ def write_task_page(out: Path, name: str, benchmark: Benchmark, items: Sequence[
     if step > 1:
         notes.append(f"Every {step}th of {len(items)} samples is shown; all predictions stand in {name}.jsonl.")
     page = render(
-        "predictions.html.jinja", title=benchmark.title, subtitle=_subtitle(result), notes=notes, tasks=[_line(result, None)], plots=[], rows=shown,
+        "predictions.html.jinja", title=benchmark.title, subtitle=_subtitle(result), notes=notes, tasks=[score_line(result)], plots=[], rows=shown,
         categories=sorted({item.category for item in items if item.category}),
     )
     write_text(out / f"{name}.html", page)
@@ -44,14 +44,15 @@ def write_index(out: Path, results: dict[str, dict[str, Any]], figures: Sequence
     """Writes OUT/index.html: the table of all tasks, linked to their pages, and pictures of a search."""
     page = render(
         "predictions.html.jinja", title="Evaluation", subtitle=_subtitle(next(iter(results.values()))), notes=list(notes),
-        tasks=[_line(result, f"{name}.html" if (out / f"{name}.html").is_file() else None) for name, result in results.items()],
+        tasks=[score_line(result, f"{name}.html" if (out / f"{name}.html").is_file() else None) for name, result in results.items()],
         plots=[{"name": name, "data": data_uri(figure)} for name, figure in figures], rows=[], categories=[],
     )
     write_text(out / "index.html", page)
     return out / "index.html"
 
 
-def _line(result: dict[str, Any], page: str | None) -> dict[str, Any]:
+def score_line(result: dict[str, Any], page: str | None = None) -> dict[str, Any]:
+    """A task's line of the table, linked to `page`."""
     known = ("relaxed_accuracy_swapped", "circular_accuracy", "mme_perception", "mme_cognition")
     more = [f"{key.replace('_', ' ')} {result[key]}" for key in known if key in result]
     if len(result.get("by_category", {})) <= 4:

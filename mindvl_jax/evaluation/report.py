@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from mindvl_jax.errors import UserError
+from mindvl_jax.evaluation.browse import score_line
 from mindvl_jax.evaluation.pages import picture_uri, render
 from mindvl_jax.evaluation.plots import data_uri, training_curves
 from mindvl_jax.evaluation.store import read_json, read_jsonl, write_text
@@ -33,7 +34,7 @@ def write_report(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     metrics = read_jsonl(run_dir / "metrics.jsonl")
     scores = read_json(run_dir / "scores.json", {"tasks": {}})
-    if not metrics and not scores["tasks"]:
+    if not metrics and not scores["tasks"] and "benchmarks" not in scores:
         raise UserError(f"{run_dir} has neither metrics.jsonl nor scores.json: it is no run folder, or the run has not taken a step")
     config = run_dir / "config.yaml"
     phases = list(dict.fromkeys(row.get("phase", "") for row in metrics))
@@ -45,7 +46,8 @@ def write_report(run_dir: str | Path) -> Path:
         notes=_notes(metrics, scores),
         plots=[{"name": "training curves", "data": data_uri(_curves(metrics))}] if len(metrics) > 1 else [],
         phase_rows=_phase_rows(metrics),
-        samples=_samples(run_dir, scores),
+        samples=_samples(run_dir / "predictions" / scores.get("phase", ""), scores["tasks"]),
+        benchmarks=_benchmarks(run_dir / "predictions" / scores.get("phase", "") / "benchmarks", scores.get("benchmarks")),
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
         machine=_machine(),
         **_score_table(scores),
@@ -91,7 +93,7 @@ def _notes(metrics: list[dict], scores: dict) -> list[str]:
     skipped = int(metrics[-1].get("skipped_steps") or 0) if metrics else 0
     if skipped:
         notes.append(f"{skipped} steps had a loss or gradient that is not finite and were skipped.")
-    for name, task in scores["tasks"].items():
+    for name, task in {**scores["tasks"], **scores.get("benchmarks", {}).get("tasks", {})}.items():
         if task.get("errors"):
             notes.append(f"{task['errors']} of {task['n']} samples of {name} could not be read and count as wrong.")
     return notes
@@ -140,10 +142,18 @@ def _score_table(scores: dict) -> dict[str, Any]:
     }
 
 
-def _samples(run_dir: Path, scores: dict) -> list[dict[str, Any]]:
+def _benchmarks(folder: Path, found: dict | None) -> dict[str, Any] | None:
+    """What the page says of benchmark files; of stand-ins, that they are none."""
+    if not found:
+        return None
+    tasks = found["tasks"]
+    groups = [{**group, "task": tasks[group["task"]]["title"]} for group in _samples(folder, tasks)]
+    return {"heading": "Benchmarks" if found["standins"] is None else "Stand-in benchmark sets", "note": found["standins"], "tasks": [score_line(task) for task in tasks.values()], "samples": groups}
+
+
+def _samples(folder: Path, tasks: dict) -> list[dict[str, Any]]:
     groups = []
-    folder = run_dir / "predictions" / scores.get("phase", "")
-    for name in scores["tasks"]:
+    for name in tasks:
         rows = [row for row in read_jsonl(folder / f"{name}.jsonl") if "shown" in row]
         shown = []
         for row in rows:

@@ -4,6 +4,7 @@ Writes into the run folder:
   scores.json                         the table, newest evaluation on top, each phase's below
   predictions/PHASE/TASK.jsonl        every answer beside what was expected
   predictions/PHASE/TASK/NNN.png      pictures of the samples that the report shows
+  predictions/PHASE/benchmarks/       the same of the benchmarks (`run_benchmarks.py`)
 """
 
 from __future__ import annotations
@@ -18,18 +19,17 @@ import jax
 import numpy as np
 
 from mindvl_jax.config import Config, EvaluationTask, SourceConfig, TokenizerConfig
-from mindvl_jax.data.image import load_image
 from mindvl_jax.data.sources import Source
 from mindvl_jax.data.tokenizer import load_tokenizer
 from mindvl_jax.errors import UserError
 from mindvl_jax.evaluation.items import Item, item_from_sample
+from mindvl_jax.evaluation.run_benchmarks import evaluate_benchmarks
 from mindvl_jax.evaluation.scorers import exact_match
+from mindvl_jax.evaluation.shown import keep_pictures
 from mindvl_jax.evaluation.statistics import bootstrap_interval
 from mindvl_jax.evaluation.store import read_json, write_json, write_jsonl
 from mindvl_jax.inference import Generator, Sampling
 from mindvl_jax.inference.prompts import without_media
-
-SHOWN = 12  # samples a task whose pictures are kept for the report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,8 @@ class LiveModel:
 
 
 def evaluate_run(config: Config, model, step: int, phase: str, run_dir: str | Path) -> dict[str, Any]:
-    """Scores the model on `config.evaluation.tasks`, updates scores.json and returns its content.
+    """Scores the model on `config.evaluation.tasks`, after the last phase on `config.evaluation.benchmarks` too, updates scores.json
+    and returns its content.
 
     Args:
       model: a live MindVL module. Its parameters may be spread over a mesh of any shape.
@@ -73,8 +74,10 @@ def evaluate_run(config: Config, model, step: int, phase: str, run_dir: str | Pa
         by_phase[phase] = {key: result[key] for key in ("exact_match", "ci95", "n", "step")}
         scores["tasks"][task.name] = {**result, "by_phase": by_phase}
         if jax.process_index() == 0:
-            _keep_pictures(items, rows, run_dir / "predictions" / phase / task.name)
+            keep_pictures(items, rows, run_dir / "predictions" / phase / task.name)
             write_jsonl(run_dir / "predictions" / phase / f"{task.name}.jsonl", rows)
+    if settings.benchmarks is not None and final:
+        scores["benchmarks"] = evaluate_benchmarks(generator, settings.benchmarks, run_dir / "predictions" / phase / "benchmarks", language_only=settings.language_only)
     scores |= {"step": step, "phase": phase, "metric": "exact_match"}
     if jax.process_index() == 0:
         write_json(run_dir / "scores.json", scores)
@@ -149,26 +152,3 @@ def _blind_majority(task: EvaluationTask) -> float | None:
                 return None
             return blind.get(path.stem)
     return None
-
-
-def _keep_pictures(items: list[Item], rows: list[dict], folder: Path) -> None:
-    """Saves the pictures of a few samples, right and wrong ones, and notes them in their rows."""
-    generator = np.random.default_rng(1)
-    order = generator.permutation(len(rows))
-    right = [index for index in order if rows[index]["score"] == 1]
-    wrong = [index for index in order if rows[index]["score"] < 1]
-    half = max(SHOWN // 2, SHOWN - len(wrong))
-    shown = right[:half]
-    for index in shown + wrong[: SHOWN - len(shown)]:
-        names = []
-        for number, media in enumerate(items[index].images):
-            name = f"{index:06d}-{number}.png"
-            try:
-                picture = load_image(media)
-            except UserError:  # its row says why it could not be read
-                continue
-            folder.mkdir(parents=True, exist_ok=True)
-            picture.thumbnail((512, 512))
-            picture.save(folder / name)
-            names.append(f"{folder.name}/{name}")
-        rows[index]["shown"] = names

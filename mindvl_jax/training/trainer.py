@@ -154,7 +154,8 @@ class Trainer:
                 stack.callback(self.log.close)
             self.live = LiveLine(self.console, self.total_steps)
             stack.callback(self.live.close)
-            self.profiler = StepProfiler(self.run_dir, self.config.profile, self.console.print) if self.is_main and self.config.backend == "xla" else None
+            tracer = functools.partial(profiler.make_tracer, self.config)
+            self.profiler = StepProfiler(self.run_dir, self.config.profile, self.console.print, tracer) if self.is_main else None
             if self.profiler is not None:
                 stack.callback(self.profiler.close)
 
@@ -207,6 +208,13 @@ class Trainer:
         for source, where in wanted:
             try:
                 find_files(source, where)
+            except UserError as error:
+                problems.append(str(error))
+        if self.config.evaluation.benchmarks is not None:
+            from mindvl_jax.evaluation.run_benchmarks import check_benchmarks
+
+            try:
+                check_benchmarks(self.config.evaluation.benchmarks)
             except UserError as error:
                 problems.append(str(error))
         if problems:
@@ -316,7 +324,8 @@ class Trainer:
     # --- after the steps ---------------------------------------------------------------------------------------------
 
     def _evaluate(self, state: TrainState, step: int, phase: str) -> None:
-        if not self.config.evaluation.tasks:
+        settings = self.config.evaluation
+        if not settings.tasks and settings.benchmarks is None:
             return
         if jax.process_count() > 1:
             self.console.print(f"evaluation after {phase} is left out with several processes; score the run folder with `mindvl evaluate`")
@@ -325,7 +334,7 @@ class Trainer:
 
         self.console.print(f"scoring held-out tasks after {phase}")
         # Decoding runs on XLA whatever trained: with npu_bridge on JAX's host devices.
-        if self.config.evaluation.ema:
+        if settings.ema:
             params = {path: value.astype(self.outline.shapes[path].dtype) for path, value in self.ema.params.items()}
         else:
             params = self._as_jax(state).params
@@ -340,7 +349,7 @@ class Trainer:
             self.console.print(f"done: {step} steps, {self.run_dir / 'report.html'}")
 
 
-def _ran(programs: StepPrograms, state: TrainState, shape: BatchShape, phase: PhaseConfig) -> profiler.Programs:
+def _ran(programs: StepPrograms, state: TrainState, shape: BatchShape, phase: PhaseConfig) -> dict[str, tuple[Callable, tuple]]:
     """The programs of one step of a phase, with arguments to lower them again."""
     batch, rate = shape.empty(), np.float32(0)
     if phase.gradient_accumulation == 1:

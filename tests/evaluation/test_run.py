@@ -10,6 +10,7 @@ from mindvl_jax.errors import UserError
 from mindvl_jax.evaluation import run as evaluation_run
 from mindvl_jax.evaluation.report import write_report
 from mindvl_jax.evaluation.run import evaluate_run
+from mindvl_jax.evaluation.shown import SHOWN
 from mindvl_jax.evaluation.store import read_jsonl
 
 
@@ -61,7 +62,7 @@ def test_predictions_stand_beside_question_and_answers_with_pictures_of_some(run
     rows = read_jsonl(run_dir / "predictions" / "sft" / "numbers.jsonl")
     assert len(rows) == 24 and {"id", "question", "answers", "prediction", "score", "language_only_prediction"} <= set(rows[0])
     shown = [row for row in rows if row.get("shown")]
-    assert 0 < len(shown) <= evaluation_run.SHOWN
+    assert 0 < len(shown) <= SHOWN
     assert all((run_dir / "predictions" / "sft" / picture).is_file() for row in shown for picture in row["shown"])
 
 

@@ -288,11 +288,13 @@ def test_metrics_hold_the_loss_of_each_source(assets, run_config, read_metrics):
 def test_every_missing_file_is_named_before_the_first_step(assets, run_config):
     late = {"path": str(assets / "no-such.parquet")}
     config = run_config(
-        {}, {"mixture": [{"source": "late"}]}, data={"sources": {"late": late}}, evaluation={"tasks": [{"name": "held", "source": {"path": "gone.jsonl"}}]}
+        {}, {"mixture": [{"source": "late"}]}, data={"sources": {"late": late}},
+        evaluation={"tasks": [{"name": "held", "source": {"path": "gone.jsonl"}}], "benchmarks": {"folder": str(assets), "tasks": ["mme"]}},
     )
     with pytest.raises(UserError) as refused:
         train(config)
-    first, second = str(refused.value).splitlines()
+    first, second, third = str(refused.value).splitlines()
+    assert third.startswith("evaluation.benchmarks: mme: no file of MME in")
     assert first.startswith("data.sources.late: nothing to read at") and second.startswith("evaluation.tasks[0].source: nothing to read at 'gone.jsonl'")
     assert not Path(config.run.dir, "metrics.jsonl").exists()
 
