@@ -34,7 +34,13 @@ def test_a_missing_compiler_is_named_before_anything_runs(monkeypatch, tmp_path,
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch's compiler writes C++ for the CPU, and there is no g++")
 def test_a_compiled_step_equals_xla_and_updates_its_state_in_place(monkeypatch, tmp_path):
+    from torch._inductor import config
+
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    # Two thirds of a first compilation go into headers compiled ahead and into trying out vector instructions, once a cache.
+    monkeypatch.setattr(config, "cpp_cache_precompile_headers", False)
+    monkeypatch.setattr(config, "compile_threads", 1)
+    monkeypatch.setattr(config.cpp, "vec_isa_ok", True)
 
     def step(w, x):
         loss = lambda w: (jax.nn.softmax(jnp.tanh(x @ w)) ** 2).sum()
