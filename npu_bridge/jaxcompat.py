@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax._src import core, dispatch
+from jax._src import core, dispatch, sharding_impls
 from jax._src import xla_bridge
 from jax._src.interpreters import batching, mlir
 from jaxlib.mlir import ir
@@ -148,6 +148,54 @@ def _named_factors(names: Sequence[str], present: Mapping[str, int]) -> list[str
     return leading + [f for f in names if f in present]
 
 
+def _result_types(function: Callable[..., tuple[jax.Array, ...]], *avals: core.ShapedArray, **params: Any) -> list[core.ShapedArray]:
+    shapes = jax.eval_shape(partial(function, **params), *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
+    varying = frozenset().union(*(a.manual_axis_type.varying for a in avals))
+    if not varying:
+        return [core.ShapedArray(s.shape, s.dtype) for s in shapes]
+    # Inside a shard_map that checks it, a result varies over every manual axis that an operand varies over.
+    axes = core.ManualAxisType(varying=varying)
+    whole = lambda s: core.get_cur_mesh_sharding(jax.sharding.PartitionSpec(*[None] * len(s.shape)))
+    return [core.ShapedArray(s.shape, s.dtype, sharding=whole(s), manual_axis_type=axes) for s in shapes]
+
+
+def alone_function(
+    name: str, anywhere: Callable[..., tuple[jax.Array, ...]], alone: Callable[..., tuple[jax.Array, ...]]
+) -> Callable[..., tuple[jax.Array, ...]]:
+    """A function that XLA programs for a single device compute in another way: what depends on data (sorting, loops of unknown
+    length) is cheap there, while over several devices it would exchange data, and through the bridge wait for the host.
+
+    Args:
+      anywhere: ``(*arrays, **params) -> tuple``: programs over several devices, inside a shard_map, and platform ``npu``.
+      alone: the same results from the same arguments, for programs of one device.
+
+    Returns ``function(*arrays, **params) -> tuple``, without a derivative: use it inside a `jax.custom_vjp`.
+    """
+    primitive = core.Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(partial(dispatch.apply_primitive, primitive))
+    primitive.def_abstract_eval(partial(_result_types, anywhere))
+
+    def lower(ctx: Any, *operands: ir.Value, **params: Any) -> Sequence[ir.Value]:
+        where = ctx.module_context.axis_context
+        single = isinstance(where, sharding_impls.ShardingContext) and where.num_devices == 1
+        return mlir.lower_fun(alone if single else anywhere, multiple_results=True)(ctx, *operands, **params)
+
+    mlir.register_lowering(primitive, lower)
+    register_platform_lowering(primitive, lower_with(anywhere))
+
+    def batching_rule(args: Sequence[jax.Array], dims: Sequence[int | None], **params: Any):
+        results = jax.vmap(partial(anywhere, **params), in_axes=tuple(dims))(*args)
+        return results, (0,) * len(results)
+
+    batching.primitive_batchers[primitive] = batching_rule
+    return partial(_bind_all, primitive)
+
+
+def _bind_all(primitive: core.Primitive, *args: jax.Array, **params: Any) -> tuple[jax.Array, ...]:
+    return tuple(primitive.bind(*args, **params))
+
+
 def define_operator(
     name: str,
     *,
@@ -195,17 +243,7 @@ def define_operator(
         out = reference(*args, **params)
         return tuple(out) if isinstance(out, (tuple, list)) else (out,)
 
-    def abstract_eval(*avals: core.ShapedArray, **params: Any) -> list[core.ShapedArray]:
-        shapes = jax.eval_shape(partial(as_tuple, **params), *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
-        varying = frozenset().union(*(a.manual_axis_type.varying for a in avals))
-        if not varying:
-            return [core.ShapedArray(s.shape, s.dtype) for s in shapes]
-        # Inside a shard_map that checks it, a result varies over every manual axis that an operand varies over.
-        axes = core.ManualAxisType(varying=varying)
-        whole = lambda s: core.get_cur_mesh_sharding(jax.sharding.PartitionSpec(*[None] * len(s.shape)))
-        return [core.ShapedArray(s.shape, s.dtype, sharding=whole(s), manual_axis_type=axes) for s in shapes]
-
-    primitive.def_abstract_eval(abstract_eval)
+    primitive.def_abstract_eval(partial(_result_types, as_tuple))
     mlir.register_lowering(primitive, mlir.lower_fun(as_tuple, multiple_results=True))
 
     static = {

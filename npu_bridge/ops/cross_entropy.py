@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from npu_bridge.jaxcompat import alone_function
 from npu_bridge.ops._common import accumulator, einsum, require, require_float, sum_over_rows, zero_cotangent
+from npu_bridge.ops._labelled import labelled_backward, labelled_forward
 
 
 def cross_entropy(hidden, head, targets, weights, *, chunk: int):
@@ -74,7 +76,7 @@ def hit(targets, vocabulary):
 
 
 def cross_entropy_forward(hidden, head, targets, weights, *, chunk):
-    """-> nll (B, T) unweighted and 0 at dead places, lse (B, T), both float32."""
+    """-> nll (B, T) unweighted and 0 at dead places, lse (B, T) that means nothing there, both float32."""
     head = head.astype(hidden.dtype)
     vocabulary = head.shape[1]
 
@@ -109,20 +111,25 @@ def cross_entropy_backward(g, hidden, head, targets, weights, lse, *, chunk):
     return join_chunks(dhidden, hidden.shape[1]), dhead
 
 
+# Over several devices rows of one would have to move to another, and the NPU's host would have to wait for their number.
+_forward = alone_function("npu_bridge.cross_entropy_forward", cross_entropy_forward, labelled_forward)
+_backward = alone_function("npu_bridge.cross_entropy_backward", cross_entropy_backward, labelled_backward)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _cross_entropy(hidden, head, targets, weights, chunk):
-    nll, _ = cross_entropy_forward(hidden, head, targets, weights, chunk=chunk)
+    nll, _ = _forward(hidden, head, targets, weights, chunk=chunk)
     return nll * weights.astype(nll.dtype)
 
 
 def _cross_entropy_fwd(hidden, head, targets, weights, chunk):
-    nll, lse = cross_entropy_forward(hidden, head, targets, weights, chunk=chunk)
+    nll, lse = _forward(hidden, head, targets, weights, chunk=chunk)
     return nll * weights.astype(nll.dtype), (hidden, head, targets, weights, nll, lse)
 
 
 def _cross_entropy_bwd(chunk, res, g):
     hidden, head, targets, weights, nll, lse = res
-    dhidden, dhead = cross_entropy_backward(g, hidden, head, targets, weights, lse, chunk=chunk)
+    dhidden, dhead = _backward(g, hidden, head, targets, weights, lse, chunk=chunk)
     return dhidden, dhead.astype(head.dtype), zero_cotangent(targets), (g * nll).astype(weights.dtype)
 
 
