@@ -13,6 +13,7 @@ _PUBLIC = {
     "BridgeError": "npu_bridge.errors",
     "UnsupportedError": "npu_bridge.errors",
     "VersionError": "npu_bridge.errors",
+    "record_scopes": "npu_bridge.scopes",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -87,6 +87,7 @@ class Importer:
         self.mesh = self._read_meshes()
         self._layouts: dict[Any, Layout] = {}
         self._locations: dict[Any, Location] = {}
+        self._caller = ""  # scope of the call whose function is being read
         self._types: dict[tuple[ir.Type, Layout | None], Type] = {}
 
     # -- meshes, types, layouts -------------------------------------------------------------------------------------
@@ -121,9 +122,10 @@ class Importer:
         return self._layouts[attr]
 
     def location(self, op: ir.Operation) -> Location:
-        key = op.location
+        key = self._caller, op.location
         if key not in self._locations:
-            self._locations[key] = Location(*jaxcompat.read_location(key))
+            scope, *place = jaxcompat.read_location(op.location)
+            self._locations[key] = Location(jaxcompat.scope_in_call(self._caller, scope), *place)
         return self._locations[key]
 
     def local(self, ir_type: ir.Type, layout: Layout | None, where: Location, what: str) -> Type:
@@ -275,7 +277,11 @@ class Importer:
         else:
             block = op.regions[0].blocks[0]
         inner = dict(zip(block.arguments, (env[o] for o in op.operands)))
-        return self.block(block, inner, out, manual)
+        before, self._caller = self._caller, self.location(op).scope
+        try:
+            return self.block(block, inner, out, manual)
+        finally:
+            self._caller = before
 
     def _manual(self, op: ir.Operation, env: dict[Any, Value], out: Block, manual: dict[str, None]) -> list[Value]:
         axes = dict(manual)

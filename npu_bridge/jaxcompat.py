@@ -349,6 +349,18 @@ def equations(jaxpr: core.Jaxpr) -> Any:
                     yield from equations(inner)
 
 
+def scope_in_call(caller: str, scope: str) -> str:
+    """The whole path of an operation that says `scope`, in a function that is called at `caller`.
+
+    JAX names what is inside of a function from its own beginning (one function serves several calls); ``caller`` ends with the name
+    of the call itself, which gives way.
+    """
+    outer = caller.rpartition("/")[0]
+    if not outer or scope.split("/")[0] == caller.split("/")[0]:
+        return scope
+    return f"{outer}/{scope or 'call'}"
+
+
 def source_line(eqn: core.JaxprEqn) -> str:
     """``file:line (function)`` of the user's program that made an equation."""
     from jax._src import source_info_util

@@ -5,35 +5,14 @@ from __future__ import annotations
 import collections
 import re
 
+from mindvl_jax.profiling.blocks import COLLECTIVES, OTHER, block_of
+
 # "%name = type opcode(%operand, ...), calls=%computation, metadata={op_name="jit(f)/jvp(vision)/blocks/attention/dot_general"}"
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?:\([^=]*?\)|\S+) (?P<opcode>[a-z][\w\-]*)\((?P<operands>[^)]*)\)")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLS = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-
-HOST = "host"
-COLLECTIVES = "collectives"
-OTHER = "other"
-_PARTS = ("vision", "projector", "language", "loss", "optimizer")
-_PIECES = ("patch_embed", "attention", "mlp")
-
-
-def block_of(path: str) -> str:
-    """The block of an `op_name` path, for example "language mlp, backward".
-
-    The first named part counts (`vision`, `projector`, `language`, `loss`, `optimizer`), then the piece of a layer inside of it.
-    JAX writes the backward pass of a scope as `transpose(jvp(scope))`.
-    """
-    words = re.findall(r"\w+", path)
-    part = next((word for word in words if word in _PARTS), None)
-    if part is None:
-        return OTHER
-    piece = next((word for word in words[words.index(part) + 1 :] if word in _PIECES), None)
-    name = part if piece is None else f"{part} {piece}"
-    if part == "optimizer":
-        return name
-    return f"{name}, backward" if "transpose(" in path else f"{name}, forward"
 
 
 def blocks_of_program(text: str) -> dict[str, str]:

@@ -3,7 +3,7 @@
 Beforehand: `profile.steps: [a, b]` in the configuration. While it trains: `request(run_dir, steps)`, which leaves a file that the
 trainer looks for between steps (one `stat` a step). Either way RUN/profiles/STEP/ then holds
 
-  trace/         what jax.profiler wrote: open it with TensorBoard or Perfetto
+  trace/         what the back end's profiler wrote (jax.profiler, torch.profiler, torch_npu.profiler): TensorBoard, Perfetto
   blocks.json    time by block, seconds a step
   profile.txt    the same as a table
   memory.json    memory of the device, or of the process on a CPU, over time
@@ -19,18 +19,40 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import jax
-
-from mindvl_jax.config import ProfileConfig
+from mindvl_jax.config import Config, ProfileConfig
 from mindvl_jax.errors import UserError
+from mindvl_jax.profiling.blocks import BlockTimes
 
 REQUEST = "profile-request.json"
 FOLDER = "profiles"
 
-Programs = dict[str, tuple[Callable, tuple]]
-"""By name: a jitted function and arguments of the shapes that it ran with."""
+
+class Tracer(Protocol):
+    """What a back end knows of the steps that ran between `start` and `stop`."""
+
+    def start(self, folder: Path) -> None:
+        """Begins; the trace goes into `folder`. All earlier work is done."""
+
+    def stop(self) -> None:
+        """Ends; waits for what still runs."""
+
+    def times(self, programs: Callable[[], Any]) -> BlockTimes:
+        """Times by block of what ran; `programs` says the step's functions with arguments to lower them again, by name."""
+
+    def bytes_in_use(self) -> int | None:
+        """Of this process's first device; None where the device is the host. Called from another thread."""
+
+
+def make_tracer(config: Config) -> Tracer:
+    if config.backend == "xla":
+        from mindvl_jax.profiling.xla import XlaTracer
+
+        return XlaTracer()
+    from mindvl_jax.profiling.bridge import BridgeTracer
+
+    return BridgeTracer(config.bridge.device)
 
 
 def request(run_dir: Path, steps: int) -> Path:
@@ -53,8 +75,8 @@ def request(run_dir: Path, steps: int) -> Path:
 class StepProfiler:
     """Traces the steps that are asked for; costs nothing else."""
 
-    def __init__(self, run_dir: Path, config: ProfileConfig, say: Callable[[str], None]):
-        self._run_dir, self._config, self._say = run_dir, config, say
+    def __init__(self, run_dir: Path, config: ProfileConfig, say: Callable[[str], None], make_tracer: Callable[[], Tracer]):
+        self._run_dir, self._config, self._say, self._make_tracer = run_dir, config, say, make_tracer
         self._running: _Capture | None = None
 
     def before_step(self, step: int, wait: Callable[[], None]) -> None:
@@ -64,9 +86,9 @@ class StepProfiler:
         steps = self._asked(step)
         if steps:
             wait()
-            self._running = _Capture(self._run_dir / FOLDER / f"{step:08d}", step, steps)
+            self._running = _Capture(self._run_dir / FOLDER / f"{step:08d}", step, steps, self._make_tracer())
 
-    def after_step(self, step: int, programs: Callable[[], Programs], wait: Callable[[], None]) -> None:
+    def after_step(self, step: int, programs: Callable[[], Any], wait: Callable[[], None]) -> None:
         """Called after step `step` was dispatched.
 
         Args:
@@ -101,24 +123,23 @@ class StepProfiler:
 
 
 class _Capture:
-    def __init__(self, folder: Path, first: int, steps: int):
-        self.folder, self.first, self.steps = folder, first, steps
+    def __init__(self, folder: Path, first: int, steps: int, tracer: Tracer):
+        self.folder, self.first, self.steps, self._tracer = folder, first, steps, tracer
         folder.mkdir(parents=True, exist_ok=True)
-        self._memory = _MemoryWatch()
-        jax.profiler.start_trace(str(folder / "trace"))
+        self._memory = _MemoryWatch(tracer.bytes_in_use)
+        tracer.start(folder / "trace")
         self._start = time.perf_counter()
 
-    def finish(self, programs: Callable[[], Programs]) -> str:
+    def finish(self, programs: Callable[[], Any]) -> str:
         from mindvl_jax.profiling import report  # matplotlib loads slowly
 
         seconds = time.perf_counter() - self._start
-        jax.profiler.stop_trace()
+        self._tracer.stop()
         samples = self._memory.stop()
-        texts = {name: function.lower(*arguments).compile().as_text() for name, (function, arguments) in programs().items()}
-        return report.write(self.folder, texts, first=self.first, steps=self.steps, seconds=seconds, memory=samples)
+        return report.write(self.folder, self._tracer.times(programs), first=self.first, steps=self.steps, seconds=seconds, memory=samples)
 
     def abandon(self) -> None:
-        jax.profiler.stop_trace()
+        self._tracer.stop()
         self._memory.stop()
 
 
@@ -133,7 +154,8 @@ class MemorySample:
 class _MemoryWatch:
     """Samples memory every ten milliseconds: what the device reports, else what this process holds (Linux)."""
 
-    def __init__(self):
+    def __init__(self, of_device: Callable[[], int | None]):
+        self._of_device = of_device
         self._samples: list[MemorySample] = []
         self._stop = threading.Event()
         self._start = time.perf_counter()
@@ -147,15 +169,14 @@ class _MemoryWatch:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.01):
-            used = _bytes_in_use()
+            used = self._of_device()
+            if used is None:
+                used = _resident_bytes()
             if used is not None:
                 self._samples.append(MemorySample(time.perf_counter() - self._start, used))
 
 
-def _bytes_in_use() -> int | None:
-    statistics: dict[str, Any] | None = jax.local_devices()[0].memory_stats()
-    if statistics and "bytes_in_use" in statistics:
-        return statistics["bytes_in_use"]
+def _resident_bytes() -> int | None:
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -11,41 +10,28 @@ from typing import Any
 
 import matplotlib
 
-from mindvl_jax.profiling import hlo, trace
+from mindvl_jax.profiling.blocks import HOST, BlockTimes
 
 ROWS = 20
 
 
-def write(folder: Path, texts: dict[str, str], *, first: int, steps: int, seconds: float, memory: Sequence[Any]) -> str:
+def write(folder: Path, times: BlockTimes, *, first: int, steps: int, seconds: float, memory: Sequence[Any]) -> str:
     """Writes blocks.json, profile.txt, memory.json and profile.png into `folder`; returns the table.
 
     Args:
-      texts: optimised programs by name; the trace calls a program `jit_NAME`.
-      seconds: wall time of all traced steps. memory: samples of `seconds` and `bytes`.
+      seconds: wall time of all profiled steps. memory: samples of `seconds` and `bytes`.
     """
-    times = trace.read(folder / "trace")
-    blocks = by_block(times.operations, texts)
-    # Several threads or devices work at once: their shares are of the time in which anything ran, so that all lines add up to the wall.
-    scale = times.busy / sum(blocks.values()) / steps
-    per_step = {name: value * scale for name, value in blocks.items()}
-    per_step[hlo.HOST] = max(0.0, seconds - times.busy) / steps
+    seconds -= times.aside
+    per_step = {name: value / steps for name, value in times.seconds.items()}
+    per_step[HOST] = max(0.0, seconds - times.busy) / steps
     lines = sorted(per_step.items(), key=lambda item: -item[1])
-    record = {"first_step": first, "steps": steps, "seconds_per_step": seconds / steps, "blocks": dict(lines)}
+    record = {"first_step": first, "steps": steps, "seconds_per_step": seconds / steps, "blocks": dict(lines), "notes": list(times.notes)}
     (folder / "blocks.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     (folder / "memory.json").write_text(json.dumps([dataclasses.asdict(sample) for sample in memory]), encoding="utf-8")
-    text = table(lines, first, steps, seconds)
+    text = "\n".join([table(lines, first, steps, seconds), *times.notes])
     (folder / "profile.txt").write_text(text + "\n", encoding="utf-8")
     _picture(folder / "profile.png", lines, memory)
     return f"{text}\n{folder / 'profile.png'}"
-
-
-def by_block(operations: dict[tuple[str, str], float], texts: dict[str, str]) -> dict[str, float]:
-    """Seconds by block; operations of programs without a text are `other`."""
-    known = {f"jit_{name}": hlo.blocks_of_program(text) for name, text in texts.items()}
-    total: collections.Counter[str] = collections.Counter()
-    for (program, operation), seconds in operations.items():
-        total[known.get(program, {}).get(operation, hlo.OTHER)] += seconds
-    return dict(total)
 
 
 def table(lines: Sequence[tuple[str, float]], first: int, steps: int, seconds: float) -> str:

@@ -1,0 +1,108 @@
+"""Time by named_scope: where marks stand in a written program, what they leave of its results, what torch's profiler shows of them."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import npu_bridge
+from npu_bridge import scopes
+
+TEXT = '''"""One step of `f`."""
+import torch
+
+
+def main(rt, K, args):
+    [a0] = args
+    # lower.py:135
+    v0 = K[0]  # f32[2]
+    # jvp(mlp)/up  model.py:3
+    v1 = torch.mm(a0, v0)  # f32[2]
+    del a0
+    v2 = rt.start_all_gather(v1, [('fsdp',)])  # f32[4]
+    v3 = v1.mul_(2.0)  # f32[2]
+    c0 = v3
+    for i0 in range(3):
+        v4 = c0.add_(v0)  # f32[2]
+        # loop/inner  model.py:9
+        v5 = v4.neg_()  # f32[2]
+        c0 = v5
+    v6 = c0.sum()  # f32[]
+    v7 = v2.wait()  # f32[4]
+    return [v6, v7]
+'''
+
+
+def test_marks_stand_where_the_scope_or_the_depth_changes_and_exchanges_have_their_own():
+    text, names = scopes.with_marks(TEXT)
+    assert names == ["", "jvp(mlp)/up", "collectives", "loop/inner"]
+    marked = [line.strip() for line in text.splitlines() if "mark(" in line or " = " in line and "  # " in line]
+    assert [line.split(" =")[0] for line in marked] == [
+        "mark(0)", "v0", "mark(1)", "v1", "mark(2)", "v2", "mark(1)", "v3", "mark(1)", "v4", "mark(3)", "v5", "mark(3)", "v6", "mark(2)", "v7",
+    ]  # fmt: skip
+    # Nothing else has changed, and a round of the loop begins with a mark of its own.
+    assert "\n".join(line for line in text.splitlines() if "mark(" not in line) + "\n" == TEXT
+    assert "    for i0 in range(3):\n        mark(1)\n" in text
+
+
+def model(x, w):
+    with jax.named_scope("first"):
+        x = jnp.tanh(x @ w)
+    with jax.named_scope("second"):
+        for _ in range(4):
+            x = x @ w
+    return x
+
+
+@pytest.fixture(scope="module")
+def program():
+    values = np.random.default_rng(0)
+    x, w = (values.standard_normal((768, 768)).astype(np.float32) / 30 for _ in range(2))
+    step = npu_bridge.jit(model)
+    return step, x, w, np.asarray(step(x, w))
+
+
+def test_recording_changes_no_result_and_its_times_add_up_to_the_step(program):
+    step, x, w, before = program
+    start = time.perf_counter()
+    with npu_bridge.record_scopes("cpu") as times:
+        got = np.asarray(step(x, w))
+    wall = time.perf_counter() - start
+    assert np.array_equal(got, before), f"largest difference {np.abs(got - before).max()}"
+    assert times.calls == {"model": 1} and set(times.seconds) == {("model", "first"), ("model", "second")}
+    assert sum(times.seconds.values()) + times.preparing < wall
+    # Four products against one and a tanh of as many numbers: far above what anything else on the machine can turn round.
+    assert times.seconds["model", "second"] > times.seconds["model", "first"]
+    assert np.array_equal(np.asarray(step(x, w)), before) and times.calls == {"model": 1}, "recorded after its end"
+
+
+def test_torchs_profiler_shows_the_scopes_with_the_same_times(program):
+    step, x, w, _ = program
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler, npu_bridge.record_scopes("cpu") as times:
+        step(x, w)
+    shown = {event.key: event for event in profiler.key_averages()}
+    for name in ("first", "second"):
+        ours, theirs = times.seconds["model", name], shown[name].cpu_time_total / 1e6
+        # Its clock reads inside of ours; half a millisecond of slack for a turn of another process between the two.
+        assert theirs <= ours + 1e-4 and ours - theirs < 0.05 * ours + 5e-4, f"{name}: {ours:.6f} s here, {theirs:.6f} s in the profiler"
+    assert shown["aten::mm"].count == 5
+
+
+def test_a_second_recording_at_the_same_time_is_refused(program):
+    with npu_bridge.record_scopes("cpu"), pytest.raises(RuntimeError, match="recorded already"), npu_bridge.record_scopes("cpu"):
+        pass
+    with npu_bridge.record_scopes("cpu"):
+        pass
+
+
+def test_a_step_that_fails_leaves_no_range_open(program):
+    step, x, w, _ = program
+    with npu_bridge.record_scopes("cpu") as times:
+        step(x, w)
+        compiled = next(iter(step._compiled.values()))[0]
+        with pytest.raises(TypeError):
+            times.program(compiled)([None, None], {})
+        assert times._open is None
