@@ -126,6 +126,7 @@ class Compiled:
     def __call__(self, flat: Sequence[Any]) -> list[Any]:
         """Runs on flat arguments of the whole program (those jit dropped included) and returns flat Arrays."""
         from npu_bridge.array import Array
+        from npu_bridge.scopes import program_to_run
 
         traced, low = self.lowered.traced, self.lowered
         host = {n: self._on_host(flat[traced.kept[n]], traced.kept[n], low.arg_layouts[n]) for n in low.source.host_arguments}
@@ -133,7 +134,7 @@ class Compiled:
         for i, donated in enumerate(traced.donated):
             if donated and isinstance(flat[i], Array) and not flat[i].is_deleted():
                 flat[i].donate(low.name)  # an argument the program never reads is donated all the same
-        results = self.program(local, host)
+        results = program_to_run(self)(local, host)
         out = []
         for tensor, aval, layout in zip(results, traced.out_avals, low.result_layouts):
             if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
