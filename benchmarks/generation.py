@@ -106,8 +106,7 @@ def main() -> None:
         sides = {"ours": lambda: generator.generate(requests), "transformers": lambda: answer_by_transformers(model, rows, requests, pictures, image_token)}
         mine, their = [list(answer.tokens) for answer in generator.generate(requests)], sides["transformers"]()
         different = [index for index, pair in enumerate(zip(mine, their, strict=True)) if pair[0] != pair[1]]
-        # A near tie may fall either way after sums in another order: one answer may part so, not more.
-        if len(different) > 1:
+        if different:
             raise AssertionError(f"the greedy answers {different} are not transformers': the sides do not do the same work")
         wall, processor = {name: [] for name in sides}, {name: [] for name in sides}
         for _ in range(args.repeats):  # in turns, so that a busy machine slows both
@@ -119,7 +118,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     compare = lambda times: rate_ratio(times["ours"], times["transformers"], our_work=tokens, their_work=tokens, against="transformers")
     print(json.dumps({
-        "requests": args.requests, "generated_tokens": tokens, "repeats": args.repeats, "one_core": args.one_core, "different_answers": len(different),
+        "requests": args.requests, "generated_tokens": tokens, "repeats": args.repeats, "one_core": args.one_core,
         "tokens_per_second": {name: round(tokens / statistics.median(times), 1) for name, times in wall.items()},
         "tokens_per_processor_second": {name: round(tokens / statistics.median(times), 1) for name, times in processor.items()},
         "ratio": dataclasses.asdict(compare(wall)), "ratio_of_processor_time": dataclasses.asdict(compare(processor)), "load": os.getloadavg()[0], "cores": os.cpu_count(),
