@@ -26,11 +26,13 @@ MeshLike = Mesh | AbstractMesh | dict[str, int] | None
 class Options:
     """What changes the written program besides the function itself.
 
+    device: npu gets the forms of torch_npu's fused calls (`npu_bridge.passes.fused_calls`).
     allow_host_sync: loops whose number of rounds is known only on the device may read it every round.
     reduce_in_float32: sums of 16-bit floats across devices are exchanged in float32.
     overlap: gathers and scatters run beside the computation (`npu_bridge.passes.overlap`).
     """
 
+    device: str = "cpu"
     allow_host_sync: bool = False
     reduce_in_float32: bool = False
     overlap: bool = True
@@ -104,24 +106,21 @@ class Compiled:
         from npu_bridge.runtime.mesh import Runtime
         from npu_bridge.runtime.program import LoadedProgram
 
-        self.lowered, self.device, self.compiled = lowered, device, compile
+        self.lowered, self.device = lowered, device
         source = lowered.source
         self.runtime = Runtime(lowered.mesh, device, source.axes_used)
         kernels = list(dict.fromkeys(k["name"] for k in source.kernels))
         program = LoadedProgram(source.text, source.constants, kernels, self.runtime, lowered.name, source.host_arguments, compile=compile)
         donated = [lowered.traced.donated[i] for i in lowered.traced.kept]
-        why_not = "the program reads the device inside a step (allow_host_sync)" if lowered.host_sync else "" if capture else "capture is off"
-        if source.host_arguments and device == "npu":
-            # What a kernel read on the host stays in a captured graph, while every batch brings numbers of its own.
-            why_not = why_not or "fused attention reads the segment lengths of every batch on the host; pass no lengths to capture the step"
-        if compile:
-            why_not = why_not or "torch.compile"
-        self.program = GraphedProgram(program, device, donated, why_not=why_not)
+        instead = "torch.compile" if compile else "" if capture else "eager: capture is off"
+        if lowered.host_sync:
+            instead = instead or "eager: the program reads the device inside a step (allow_host_sync)"
+        self.program = GraphedProgram(program, device, donated, instead=instead)
 
     @property
     def execution(self) -> str:
         """How steps run: "eager: <reason>", "one CUDA graph", "one NPU graph" or "torch.compile"."""
-        return "torch.compile" if self.compiled else self.program.status
+        return self.program.status
 
     def __call__(self, flat: Sequence[Any]) -> list[Any]:
         """Runs on flat arguments of the whole program (those jit dropped included) and returns flat Arrays."""
@@ -173,6 +172,9 @@ class Compiled:
             local = shard(x.donate(self.lowered.name) if donated else x.local, layout, self.runtime)
             return local.contiguous()
         local = self._shard(x, number, layout)
+        if local.device.type == "cpu" != self.runtime.device.type:
+            # From pinned memory the copy is queued; from any other the host would wait until all that was queued before has run.
+            return local.pin_memory().to(self.runtime.device, non_blocking=True)
         moved = local.to(self.runtime.device).contiguous()
         # A donated array is overwritten: never in memory that JAX or numpy still hold.
         return moved.clone() if donated and moved.data_ptr() == local.data_ptr() else moved
@@ -343,7 +345,7 @@ class Jitted:
         with module.context:
             program = Importer(module).run(donated)
         program.name = self._name
-        passes.run(program, reduce_in_float32=self.options.reduce_in_float32, overlap=self.options.overlap)
+        passes.run(program, device=self.device, reduce_in_float32=self.options.reduce_in_float32, overlap=self.options.overlap)
         source = generate(program, allow_host_sync=self.options.allow_host_sync)
         body = program.body
         extra = {"args": [v.layout for v in body.params], "results": [v.layout for v in body.results], "mesh": program.mesh.axes,
@@ -410,5 +412,5 @@ def jit(
         require_compiler(device, 1 if abstract is None else abstract.size)
     return Jitted(
         fn, mesh, in_shardings, out_shardings, as_tuple(donate_argnums), as_tuple(static_argnums),
-        None if state_argnums is None else as_tuple(state_argnums), device, Options(allow_host_sync, reduce_in_float32, overlap), capture, compile,
+        None if state_argnums is None else as_tuple(state_argnums), device, Options(device, allow_host_sync, reduce_in_float32, overlap), capture, compile,
     )  # fmt: skip

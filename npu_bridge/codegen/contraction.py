@@ -11,8 +11,8 @@ from npu_bridge.ir import FLOATS, Op, Type, body_kind
 
 @lowering("dot_general")
 def dot_general(e: Emitter, op: Op, args: list[Operand]) -> Operand:
-    """Any dot_general as one ``mm`` or ``bmm`` over permuted views."""
-    x, y = (e.tensor(a) for a in args)
+    """Any dot_general as one ``mm`` or ``bmm`` over permuted views; with a third operand, a bias of the last dim, as one ``addmm``."""
+    x, y, *bias = (e.tensor(a) for a in args)
     lb, rb, lc, rc = (list(op.attrs[f"{s}_{k}_dimensions"]) for k in ("batching", "contracting") for s in ("lhs", "rhs"))
     order = sorted(range(len(lc)), key=lambda i: lc[i])  # contracting dims in memory order of the left operand
     lc, rc = [lc[i] for i in order], [rc[i] for i in order]
@@ -33,13 +33,15 @@ def dot_general(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     else:
         left, right, made = arrange(x, lf + lc, (m, k)), arrange(y, rc + rf, (k, n)), (m, n)
     product = "bmm" if lb else "mm"
-    if x.type.dtype == y.type.dtype == op.result.dtype and op.result.dtype in FLOATS:
+    if bias:
+        code = f"torch.addmm({bias[0].name}, {left}, {right})"
+    elif x.type.dtype == y.type.dtype == op.result.dtype and op.result.dtype in FLOATS:
         code = f"torch.{product}({left}, {right})"
     else:  # a wider result type is the accumulator's: products of the narrow type are summed in the wide one
         code = f"T.{product}({left}, {right}, {torch_dtype(op.result.dtype)})"
     if made != op.result.shape:
         code += f".view({op.result.shape})"
-    return e.emit(code, [x, y], op.result.type, kind="dot_general")
+    return e.emit(code, [x, y, *bias], op.result.type, kind="dot_general")
 
 
 MOST_SPATIAL_DIMS = 3  # torch.nn.functional.conv3d

@@ -86,12 +86,19 @@ def rotary_backward(g, cos, sin, *, mode):
 
 
 def _npu_swiglu(gate, up):
-    return (torch_npu().npu_swiglu(torch.cat((gate, up), -1), dim=-1),)
+    return _npu_swiglu_joined(torch.cat((gate, up), -1))
 
 
 def _npu_swiglu_backward(g, gate, up):
-    both = torch_npu().npu_swiglu_backward(g, torch.cat((gate, up), -1), dim=-1)
-    return tuple(part.contiguous() for part in both.chunk(2, -1))
+    return _npu_swiglu_joined_backward(g, torch.cat((gate, up), -1))[0].chunk(2, -1)
+
+
+def _npu_swiglu_joined(both):
+    return (torch_npu().npu_swiglu(both, dim=-1),)
+
+
+def _npu_swiglu_joined_backward(g, both):
+    return (torch_npu().npu_swiglu_backward(g, both, dim=-1),)
 
 
 @register("swiglu", family="swiglu", call="torch_npu.npu_swiglu(cat(gate, up), dim=-1)", npu=_npu_swiglu, note="gate first")
@@ -104,6 +111,22 @@ def swiglu_backward(g, gate, up):
     g, wide = g.float(), gate.float()
     dgate = torch.ops.aten.silu_backward(g * up.float(), wide)
     return dgate.to(gate.dtype), F.silu(wide).mul_(g).to(up.dtype)
+
+
+@register(
+    "swiglu_joined",
+    family="swiglu",
+    call="torch_npu.npu_swiglu(both, dim=-1)",
+    npu=_npu_swiglu_joined,
+    note="both: gate and up side by side; on npu a pass writes it for `swiglu`, so that forward and backward share one concatenation",
+)
+def swiglu_joined(both):
+    return swiglu(*both.chunk(2, -1))
+
+
+@register("swiglu_joined_backward", family="swiglu", call="torch_npu.npu_swiglu_backward(g, both, dim=-1)", npu=_npu_swiglu_joined_backward)
+def swiglu_joined_backward(g, both):
+    return (torch.cat(swiglu_backward(g, *both.chunk(2, -1)), -1),)
 
 
 def _approximation(approximate):

@@ -6,6 +6,7 @@ B rows, I blocks, C query places of a block, S key places it reaches, N query he
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 
@@ -141,6 +142,7 @@ def attention_backward(g, q, k, v, out, lse, *segments, causal, window, scale, b
 
 COMPRESSED = 2048  # side of the triangle that stands for a causal or band mask of any size
 MOST_LENGTHS = 1024  # variable-length attention takes no longer list of lengths
+STATISTICS = 8  # copies of each softmax statistic that the kernel hands from the forward to the backward pass
 
 
 @functools.lru_cache(maxsize=None)
@@ -168,12 +170,30 @@ def cumulative_lengths(lengths, places):
     return ends
 
 
-def _capturing(device):
-    return torch.npu.is_current_stream_capturing() if hasattr(torch, "npu") and device.type == "npu" else False
+_recorders: list[list[tuple[torch.Tensor, int]]] = []
 
 
-def _npu_arguments(q, k, segments, *, causal, window):
-    """-> layout arguments of npu_fusion_attention, and a (B, T) bool of queries that attend nothing (or None)."""
+@contextlib.contextmanager
+def recording_lengths():
+    """Collects, for each call captured inside whose lengths can be exchanged before a replay, the (B, M) run lengths that it read and the
+    places of a row: in the order of the calls, which is that of torch_npu's own records of them."""
+    _recorders.append([])
+    try:
+        yield _recorders[-1]
+    finally:
+        _recorders.pop()
+
+
+def replay_lengths(lengths, places):
+    """What a captured call is told before a replay, as keywords of `NPUGraph.update`; None when it takes no list that long."""
+    ends = cumulative_lengths(lengths, places)
+    if len(ends) > MOST_LENGTHS:
+        return None
+    return dict.fromkeys(_LENGTH_ARGUMENTS, torch.tensor(ends, dtype=torch.int64))
+
+
+def _npu_arguments(q, k, segments, *, causal, window, padding):
+    """-> layout arguments of npu_fusion_attention, and a (B, T) bool of queries whose result is to be cleared (or None)."""
     unlimited = 2147483647
     banded = dict(pre_tockens=window - 1 if window else unlimited, next_tockens=0 if causal or not window else window - 1)
     ends = cumulative_lengths(segments[2], q.shape[1]) if len(segments) == 3 else None
@@ -190,7 +210,7 @@ def _npu_arguments(q, k, segments, *, causal, window):
     if ends:
         # Without softmax_layout the statistics of TND come as (N, length) blocks, one a sequence, in a tensor that says (T, N).
         arguments |= dict(actual_seq_qlen=ends, actual_seq_kvlen=ends, softmax_layout="TND")
-        return arguments, segments[0] == 0
+        return arguments, segments[0] == 0 if padding == "zeros" else None
     return arguments, None
 
 
@@ -198,43 +218,56 @@ def _lay(layout, *tensors):
     return tuple(x.flatten(0, 1) if layout == "TND" else x for x in tensors)
 
 
-def _version(q, arguments):
-    """("", arguments), or ("_v3", ...) with lengths as host tensors, which a captured graph can update before a replay."""
-    if arguments["input_layout"] == "TND" and _capturing(q.device):
-        as_tensor = {name: torch.tensor(arguments[name], dtype=torch.int64) for name in ("actual_seq_qlen", "actual_seq_kvlen")}
-        return "_v3", arguments | as_tensor
+_LENGTH_ARGUMENTS = ("actual_seq_qlen", "actual_seq_kvlen")
+
+
+def _version(q, arguments, segments):
+    """("", arguments), or ("_v3", ...) with lengths as host tensors while a graph is captured that exchanges them before a replay."""
+    if arguments["input_layout"] == "TND" and _recorders:
+        _recorders[-1].append((segments[2], q.shape[1]))
+        return "_v3", arguments | {name: torch.tensor(arguments[name], dtype=torch.int64) for name in _LENGTH_ARGUMENTS}
     return "", arguments
 
 
-def _npu_attention(q, k, v, *segments, causal, window, scale, blocks):
-    arguments, dead = _npu_arguments(q, k, segments, causal=causal, window=window)
-    suffix, arguments = _version(q, arguments)
+def _npu_attention(q, k, v, *segments, causal, window, scale, blocks, padding="zeros", statistics=False):
+    arguments, dead = _npu_arguments(q, k, segments, causal=causal, window=window, padding=padding)
+    suffix, arguments = _version(q, arguments, segments)
     call = getattr(torch_npu(), "npu_fusion_attention" + suffix)
+    tnd = arguments["input_layout"] == "TND"
     out, peak, total = call(*_lay(arguments["input_layout"], q, k, v), q.shape[2], scale=scale, **arguments)[:3]
     out = out.reshape(*q.shape[:3], v.shape[-1])
     if dead is not None:
-        out = out.masked_fill(dead[..., None, None], 0)
+        out = out.masked_fill_(dead[..., None, None], 0)
+    if statistics:
+        if dead is not None and not tnd:  # with TND padding attends itself
+            peak, total = peak.masked_fill_(dead[:, None, :, None], 0), total.masked_fill_(dead[:, None, :, None], 1)
+        shape = (q.shape[0], q.shape[2], q.shape[1], STATISTICS)
+        return out, peak.view(shape), total.view(shape)
     # The kernel repeats each statistic eight times. One number is enough: exp(x - max) / sum = exp(x - lse).
     lse = peak[..., 0] + total[..., 0].log()
-    if arguments["input_layout"] == "TND":
+    if tnd:
         lse = lse.reshape(*q.shape[:3]).transpose(1, 2).contiguous()
-    return out, lse if dead is None else lse.masked_fill(dead[:, None], 0)
+    return out, lse if dead is None else lse.masked_fill_(dead[:, None], 0)
 
 
-def _npu_attention_backward(g, q, k, v, out, lse, *segments, causal, window, scale, blocks):
-    arguments, dead = _npu_arguments(q, k, segments, causal=causal, window=window)
-    suffix, arguments = _version(q, arguments)
+def _npu_attention_backward(g, q, k, v, out, *rest, causal, window, scale, blocks, padding="zeros", statistics=False):
+    segments = rest[2:] if statistics else rest[1:]
+    arguments, dead = _npu_arguments(q, k, segments, causal=causal, window=window, padding=padding)
+    suffix, arguments = _version(q, arguments, segments)
+    layout = arguments["input_layout"]
     if dead is not None:
         g = g.masked_fill(dead[..., None, None], 0)
-    if arguments["input_layout"] == "TND":
-        if dead is not None:  # places of padding are a sequence of their own: their probabilities must vanish, not overflow
-            lse = lse.masked_fill(dead[:, None], 1e30)
-        lse = lse.transpose(1, 2).reshape(-1, q.shape[2])
-    peak = lse[..., None].expand(*lse.shape, 8).contiguous()
-    layout = arguments["input_layout"]
+    if statistics:
+        peak, total = (x.view(-1, q.shape[2], STATISTICS) if layout == "TND" else x for x in rest[:2])
+    else:
+        lse = rest[0]
+        if layout == "TND":
+            if dead is not None:  # places of padding are a sequence of their own: their probabilities must vanish, not overflow
+                lse = lse.masked_fill(dead[:, None], 1e30)
+            lse = lse.transpose(1, 2).reshape(-1, q.shape[2])
+        peak = lse[..., None].expand(*lse.shape, STATISTICS).contiguous()
+        total = torch.ones_like(peak)
     ql, kl, vl, gl, outl = _lay(layout, q, k, v, g, out)
     call = getattr(torch_npu(), "npu_fusion_attention_grad" + suffix)
-    dq, dk, dv = call(
-        ql, kl, vl, gl, q.shape[2], softmax_max=peak, softmax_sum=torch.ones_like(peak), attention_in=outl, scale_value=scale, **arguments
-    )[:3]
+    dq, dk, dv = call(ql, kl, vl, gl, q.shape[2], softmax_max=peak, softmax_sum=total, attention_in=outl, scale_value=scale, **arguments)[:3]
     return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)

@@ -2,9 +2,41 @@
 
 from __future__ import annotations
 
-from npu_bridge.kernels.attention import _npu_attention, _npu_attention_backward, attention, attention_backward
+import functools
+
+import torch
+
+from npu_bridge.kernels.attention import STATISTICS, _npu_attention, _npu_attention_backward, attention, attention_backward
 from npu_bridge.kernels.attention_cpu import flash, flash_backward
 from npu_bridge.kernels.registry import register
+
+
+def _handing_over(forward):
+    """`forward` with what the table's parameters add: `padding` ("unread" asks for less than it gives), and with `statistics` the
+    largest logit and the sum of exponentials, (B, N, T, 8) float32 each, in place of the log-sum-exp."""
+
+    @functools.wraps(forward)
+    def run(q, k, v, *segments, padding="zeros", statistics=False, **params):
+        out, lse = forward(q, k, v, *segments, **params)
+        if not statistics:
+            return out, lse
+        peak = lse[..., None].expand(*lse.shape, STATISTICS).contiguous()
+        return out, peak, torch.ones_like(peak)
+
+    return run
+
+
+def _taking_over(backward):
+    """The gradient beside `_handing_over`."""
+
+    @functools.wraps(backward)
+    def run(g, q, k, v, out, *rest, padding="zeros", statistics=False, **params):
+        if statistics:
+            rest = (rest[0][..., 0] + rest[1][..., 0].log(), *rest[2:])
+        return backward(g, q, k, v, out, *rest, **params)
+
+    return run
+
 
 _FORMS = {  # suffix -> (arguments, note)
     "": (
@@ -17,14 +49,14 @@ _FORMS = {  # suffix -> (arguments, note)
     ),
     "_packed": (
         '"TND", actual_seq_qlen=ends, actual_seq_kvlen=ends, sparse_mode=0 | 3 | 4',
-        "ends: cumulative, host, no leading 0, at most 1024; v3 with host tensors inside a captured graph",
+        "ends: cumulative, host, no leading 0, at most 1024; v3 inside a captured graph, which is told new ends before each replay",
     ),
 }
 
 for _suffix, (_arguments, _note) in _FORMS.items():
     _call = f"torch_npu.npu_fusion_attention(q, k, v, N, {_arguments})"
-    register("attention" + _suffix, family="attention", call=_call, npu=_npu_attention, cpu=flash, inside=True, note=_note)(attention)
-    _call = f"torch_npu.npu_fusion_attention_grad(q, k, v, g, N, {_arguments}, softmax_max=lse, softmax_sum=1, attention_in=out)"
-    register(f"attention{_suffix}_backward", family="attention", call=_call, npu=_npu_attention_backward, cpu=flash_backward, inside=True)(
-        attention_backward
+    register("attention" + _suffix, family="attention", call=_call, npu=_npu_attention, cpu=_handing_over(flash), inside=True, note=_note)(_handing_over(attention))
+    _call = f"torch_npu.npu_fusion_attention_grad(q, k, v, g, N, {_arguments}, softmax_max=max, softmax_sum=sum, attention_in=out)"
+    register(f"attention{_suffix}_backward", family="attention", call=_call, npu=_npu_attention_backward, cpu=_taking_over(flash_backward), inside=True)(
+        _taking_over(attention_backward)
     )

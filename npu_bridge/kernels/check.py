@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 
@@ -112,6 +113,9 @@ CASES: dict[str, Case] = {
     "rotary_backward": Case(rotary_backward, lambda r, _: [_normal(r, 2, 9, 3, 32), *_tables(r)], {"mode": "interleaved"}, wide=(1, 2)),
     "swiglu": Case(swiglu_forward, lambda r, _: [_normal(r, 5, 64) * 3, _normal(r, 5, 64)]),
     "swiglu_backward": Case(swiglu_backward, lambda r, _: [_normal(r, 5, 64), _normal(r, 5, 64) * 3, _normal(r, 5, 64)]),
+    "swiglu_joined": Case(lambda both: swiglu_forward(*jnp.split(both, 2, -1)), lambda r, _: [_normal(r, 5, 128) * 3]),
+    "swiglu_joined_backward": Case(lambda g, both: jnp.concatenate(swiglu_backward(g, *jnp.split(both, 2, -1)), -1),
+                                   lambda r, _: [_normal(r, 5, 64), _normal(r, 5, 128) * 3]),
     "gelu": Case(gelu_forward, lambda r, _: [_normal(r, 5, 64) * 3], {"approximate": True}),
     "gelu_backward": Case(gelu_backward, lambda r, _: [_normal(r, 5, 64), _normal(r, 5, 64) * 3], {"approximate": False}),
     "attention": _attention([], False, _CAUSAL),

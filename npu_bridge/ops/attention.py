@@ -26,6 +26,7 @@ def attention(
     scale=None,
     max_segment_length=None,
     lengths=None,
+    padding="zeros",
     implementation=None,
 ):
     """Grouped-query softmax attention inside equal segment ids.
@@ -35,7 +36,7 @@ def attention(
       - `causal`: s <= t + (S - T), the last query being level with the last key;
       - `window`: at most window - 1 places lie between them (t + (S - T) - s < window, and when not causal
         s - t - (S - T) < window as well).
-    A query that may attend nothing yields zeros and passes no gradient.
+    A query that may attend nothing yields zeros and passes no gradient, unless `padding` says that nobody looks.
 
     Args:
       q: (B, T, N, H). k: (B, S, K, H). v: (B, S, K, J). K divides N; query head n reads key head n // (N // K). One dtype.
@@ -45,6 +46,8 @@ def attention(
         computation skip what can only be masked; it changes no result, but a broken promise gives wrong results.
       lengths: (B, M) int32, -1 padded: lengths of the same segments in order from the start of the row, for variable-length
         kernels; only self-attention has them. Places past their sum are padding. The reference ignores it.
+      padding: static. "zeros", or "unread": a promise that nobody reads what queries of id 0 yield and that their gradients are
+        zero. Variable-length kernels then let padding attend itself, which yields some finite number and saves clearing it.
       implementation: None (whichever is cheaper), "dense" or "banded" (needs max_segment_length or window); for tests and timings.
 
     Returns:
@@ -73,7 +76,8 @@ def attention(
         "attention",
         "lengths describe the segments of self-attention; pass segment_ids_q as well, and as many keys as queries",
     )
-    return _attention(q, k, v, segment_ids_q, segment_ids_kv, lengths, plan, scale)
+    require(padding in ("zeros", "unread"), "attention", f"padding is {padding!r}; expected 'zeros' or 'unread'")
+    return _attention(q, k, v, segment_ids_q, segment_ids_kv, lengths, plan, scale, padding)
 
 
 def _check(q, k, v, segment_ids_q, segment_ids_kv, window, max_segment_length, lengths):
@@ -98,13 +102,13 @@ def _check(q, k, v, segment_ids_q, segment_ids_kv, window, max_segment_length, l
     )
 
 
-def attention_forward(q, k, v, *segments, causal, window, scale, blocks):
+def attention_forward(q, k, v, *segments, causal, window, scale, blocks, padding="zeros"):
     """-> out (B, T, N, J), lse (B, N, T) float32. `segments` is empty, or ids of queries and keys, or those and run lengths."""
     ids_q, ids_kv = segments[:2] or (None, None)
     return blocked_forward(q, k, v, ids_q, ids_kv, plan=Plan(causal, window, *blocks), scale=scale)
 
 
-def attention_backward(g, q, k, v, out, lse, *segments, causal, window, scale, blocks):
+def attention_backward(g, q, k, v, out, lse, *segments, causal, window, scale, blocks, padding="zeros"):
     """-> dq, dk, dv."""
     ids_q, ids_kv = segments[:2] or (None, None)
     return blocked_backward(g, q, k, v, ids_q, ids_kv, out, lse, plan=Plan(causal, window, *blocks), scale=scale)
@@ -142,25 +146,25 @@ def _define(suffix, segments, host):
 _OPERATORS = [_define("", (), False), _define("_segments", ("b t", "b s"), False), _define("_packed", ("b t", "b s", "b m"), True)]
 
 
-def _bind(which, arrays, ids_q, ids_kv, lengths, plan, scale):
+def _bind(which, arrays, ids_q, ids_kv, lengths, plan, scale, padding):
     segments = () if ids_q is None else (ids_q, ids_kv) if lengths is None else (ids_q, ids_kv, lengths)
     operator = _OPERATORS[(0, None, 1, 2)[len(segments)]][which]
-    return operator(*arrays, *segments, causal=plan.causal, window=plan.window, scale=scale, blocks=tuple(plan[2:]))
+    return operator(*arrays, *segments, causal=plan.causal, window=plan.window, scale=scale, blocks=tuple(plan[2:]), padding=padding)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _attention(q, k, v, ids_q, ids_kv, lengths, plan, scale):
-    return _bind(0, (q, k, v), ids_q, ids_kv, lengths, plan, scale)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _attention(q, k, v, ids_q, ids_kv, lengths, plan, scale, padding):
+    return _bind(0, (q, k, v), ids_q, ids_kv, lengths, plan, scale, padding)[0]
 
 
-def _attention_fwd(q, k, v, ids_q, ids_kv, lengths, plan, scale):
-    out, lse = _bind(0, (q, k, v), ids_q, ids_kv, lengths, plan, scale)
+def _attention_fwd(q, k, v, ids_q, ids_kv, lengths, plan, scale, padding):
+    out, lse = _bind(0, (q, k, v), ids_q, ids_kv, lengths, plan, scale, padding)
     return out, (q, k, v, ids_q, ids_kv, lengths, out, lse)
 
 
-def _attention_bwd(plan, scale, res, g):
+def _attention_bwd(plan, scale, padding, res, g):
     q, k, v, *segments, out, lse = res
-    grads = _bind(1, (g, q, k, v, out, lse), *segments, plan, scale)
+    grads = _bind(1, (g, q, k, v, out, lse), *segments, plan, scale, padding)
     return (*grads, *(None if ids is None else zero_cotangent(ids) for ids in segments))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from npu_bridge.ir import Program
 from npu_bridge.passes.collectives import fuse_collectives, widen_reductions
+from npu_bridge.passes.fused_calls import fit_fused_calls
+from npu_bridge.passes.hoist import hoist_invariants
 from npu_bridge.passes.indices import index_instead_of_comparing
 from npu_bridge.passes.kernels import merge_kernel_parts
 from npu_bridge.passes.overlap import overlap_exchanges
@@ -11,8 +13,8 @@ from npu_bridge.passes.pieces import take_pieces
 from npu_bridge.passes.simplify import remove_unread, share_equal_operations
 
 
-def run(program: Program, *, reduce_in_float32: bool = False, overlap: bool = True) -> None:
-    """Rewrites a program in place."""
+def run(program: Program, *, device: str = "cpu", reduce_in_float32: bool = False, overlap: bool = True) -> None:
+    """Rewrites a program for a kind of device in place."""
     merge_kernel_parts(program)
     share_equal_operations(program.body)
     fuse_collectives(program)
@@ -20,6 +22,10 @@ def run(program: Program, *, reduce_in_float32: bool = False, overlap: bool = Tr
         widen_reductions(program)
     take_pieces(program.body)
     index_instead_of_comparing(program.body)
+    if device == "npu":
+        remove_unread(program.body)  # what stacks residuals reads them too
+        fit_fused_calls(program.body)
+        hoist_invariants(program.body)
     share_equal_operations(program.body)
     remove_unread(program.body)
     if overlap:

@@ -2,6 +2,7 @@
 
 * a slice inside one piece of a concatenation is a slice of that piece (residuals of the layers, stacked and unstacked);
 * a slice of a slice is one slice; empty pieces of a concatenation go;
+* a reshape of a reshape is one reshape, or none (a residual on its way into the stack and out of it);
 * a sum of zero-padded pieces that lie side by side is their concatenation (gradients of stacked parameters).
 
 Views cost next to nothing on torch, but a concatenation copies what was there already, and each padded piece is as large as the whole.
@@ -34,11 +35,21 @@ def _forward_slices(block: Block) -> None:
             _look_through(op)
         elif op.name == "concatenate":
             op.operands = [v for v in op.operands if v.type.size] or op.operands[:1]
+        elif _keeps_order(op):
+            if _keeps_order(op.operands[0].producer):
+                op.name, op.operands, op.attrs = "reshape", list(op.operands[0].producer.operands), {}
         else:
             continue
         if len(op.operands) == 1 and op.result.type == op.operands[0].type and op.result.layout == op.operands[0].layout:
             replacement[op.result] = op.operands[0]
     substitute(block, replacement)
+
+
+def _keeps_order(op: Op | None) -> bool:
+    """Whether an operation gives its operand another shape and nothing else."""
+    if op is None or op.name not in ("reshape", "broadcast_in_dim") or op.result.type.size != op.operands[0].type.size:
+        return False
+    return op.name == "reshape" or list(op.attrs["broadcast_dimensions"]) == sorted(op.attrs["broadcast_dimensions"])
 
 
 def _look_through(op: Op) -> None:

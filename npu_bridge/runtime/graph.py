@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from npu_bridge.kernels.attention import recording_lengths, replay_lengths
 from npu_bridge.runtime.program import LoadedProgram
 
 _NAMES = {"cuda": "one CUDA graph", "npu": "one NPU graph"}
@@ -50,19 +51,31 @@ class _DeviceGraph:
         self.module = torch.cuda if kind == "cuda" else torch.npu
         self.graph = torch.cuda.CUDAGraph() if kind == "cuda" else torch.npu.NPUGraph()
 
-    def capture(self, function: Callable[[], Any]) -> Any:
+    def capture(self, function: Callable[[], Any]) -> tuple[Any, list[tuple[torch.Tensor, int]]]:
+        """What the function returns, and what its calls that can be told new lengths read: (run lengths, places of a row) each."""
         self.module.synchronize()
-        with self.module.graph(self.graph):
-            return function()
+        if self.module is torch.cuda:
+            with self.module.graph(self.graph):
+                return function(), []
+        with self.module.graph(self.graph, auto_dispatch_capture=True), recording_lengths() as lengths:
+            made = function()
+        if len(self.graph.graph_dispatch_mode.graph_dispatch_records) != len(lengths):
+            raise RuntimeError("segment lengths of captured attention cannot be exchanged here; CANN 9.1 or newer can")
+        return made, lengths
 
-    def replay(self) -> None:
+    def replay(self, lengths: list[dict[str, torch.Tensor]]) -> None:
+        """Replays; `lengths`: keywords for each call that is told new ones, in order of the capture."""
+        if lengths:
+            # The update must not reach the device before the last replay has read what it replaces.
+            self.graph.graph_dispatch_mode.update_stream.wait_stream(self.module.current_stream())
+            self.graph.update(cpu_update_input=lengths)
         self.graph.replay()
 
 
 class GraphedProgram:
-    """Callable like `LoadedProgram`; captures on the second call where the device has graphs, unless `why_not` gives a reason."""
+    """Callable like `LoadedProgram`; captures on the second call where the device has graphs, unless `instead` says how it runs."""
 
-    def __init__(self, program: LoadedProgram, kind: str, donated: Sequence[bool], *, why_not: str = "", make_graph: Callable[[str], Any] | None = None):
+    def __init__(self, program: LoadedProgram, kind: str, donated: Sequence[bool], *, instead: str = "", make_graph: Callable[[str], Any] | None = None):
         self.program, self.kind, self.donated = program, kind, list(donated)
         self._make_graph = make_graph or _DeviceGraph
         self._calls = 0
@@ -70,10 +83,11 @@ class GraphedProgram:
         self._buffers: list[torch.Tensor] = []
         self._outs: list[torch.Tensor] = []
         self._pairs: dict[int, int] = {}
-        if kind not in _NAMES and make_graph is None:
+        self._lengths: list[tuple[int, int]] = []  # argument and places of a row, for each captured call that is told them
+        if instead:
+            self.status, self._wanted = instead, False
+        elif kind not in _NAMES and make_graph is None:
             self.status, self._wanted = f"eager: {kind} has no graphs", False
-        elif why_not:
-            self.status, self._wanted = f"eager: {why_not}", False
         else:
             self.status, self._wanted = "eager: warming up", True
 
@@ -82,15 +96,18 @@ class GraphedProgram:
         self._calls += 1
         if not self._wanted or self._calls == 1:
             return self.program(args, host)
-        if self._graph is None and not self._capture(args):
+        if self._graph is None and not self._capture(args, host or {}):
             return self.program(args, host)
-        return self._replay(args)
+        told = {key: replay_lengths(host[key[0]], key[1]) for key in dict.fromkeys(self._lengths)}
+        if None in told.values():
+            return self.program(args, host)
+        return self._replay(args, [told[key] for key in self._lengths])
 
-    def _capture(self, args: list[torch.Tensor]) -> bool:
+    def _capture(self, args: list[torch.Tensor], host: Mapping[int, torch.Tensor]) -> bool:
         self._buffers = [a if d else a.clone() for a, d in zip(args, self.donated)]
 
         def step() -> tuple[list[torch.Tensor], dict[int, int]]:
-            results = self.program(list(self._buffers))
+            results = self.program(list(self._buffers), host)
             pairs = pair_donated(self._buffers, self.donated, results)
             for j, i in pairs.items():
                 if results[j].data_ptr() != self._buffers[i].data_ptr():
@@ -99,20 +116,22 @@ class GraphedProgram:
 
         try:
             graph = self._make_graph(self.kind)
-            self._outs, self._pairs = graph.capture(step)
+            (self._outs, self._pairs), lengths = graph.capture(step)
         except RuntimeError as error:
             # Nothing ran during a capture, so the arguments are as they were.
             self._wanted, self.status = False, f"eager: capture failed ({str(error).splitlines()[0]})"
             warnings.warn(f"npu_bridge: {self.status}; steps run operator by operator", stacklevel=3)
             self._buffers = []
             return False
+        number = {id(tensor): n for n, tensor in host.items()}
+        self._lengths = [(number[id(tensor)], places) for tensor, places in lengths]
         self._graph, self.status = graph, _NAMES.get(self.kind, "one graph")
         return True
 
-    def _replay(self, args: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _replay(self, args: list[torch.Tensor], lengths: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
         for buffer, given in zip(self._buffers, args):
             if buffer.data_ptr() != given.data_ptr():
                 buffer.copy_(given)
         args.clear()
-        self._graph.replay()
+        self._graph.replay(lengths)
         return [self._buffers[self._pairs[j]] if j in self._pairs else out.clone() for j, out in enumerate(self._outs)]

@@ -23,9 +23,9 @@ class Again:
         self.outs, self.pairs = function()
         for t, s in zip(self.watch, state):
             t.copy_(s)  # a capture does not run
-        return self.outs, self.pairs
+        return (self.outs, self.pairs), []
 
-    def replay(self):
+    def replay(self, lengths):
         self.replays += 1
         outs, _ = self.function()
         for mine, new in zip(self.outs, outs):

@@ -66,19 +66,48 @@ def test_attention_forward_and_backward_hold_together_in_every_form(form, causal
     assert modes == {0 if form == "_segments" else 4 if window else 3 if causal else 0}
 
 
-def test_inside_a_capture_lengths_go_to_the_third_version_as_host_tensors(monkeypatch):
-    monkeypatch.setattr(attention, "_capturing", lambda device: True)
+def test_inside_a_capture_lengths_go_to_the_third_version_as_host_tensors():
     generator = torch.Generator().manual_seed(1)
     q, k, v, g = (torch.randn(2, 70, n, 16, generator=generator) for n in (4, 2, 2, 4))
     segments = [torch.from_numpy(np.asarray(x)) for x in (*check._segments(), check._LENGTHS)]
     params = dict(causal=True, window=None, scale=0.25, blocks=(0, 0, 0))
     forward, backward = KERNELS["attention_packed"], KERNELS["attention_packed_backward"]
-    out, lse = forward.npu(q, k, v, *segments, **params)
-    grads = backward.npu(g, q, k, v, out, lse, *segments, **params)
+    with attention.recording_lengths() as recorded:
+        out, lse = forward.npu(q, k, v, *segments, **params)
+        grads = backward.npu(g, q, k, v, out, lse, *segments, **params)
+    assert [places for _, places in recorded] == [70, 70] and all(lengths is segments[2] for lengths, _ in recorded)
+    told = attention.replay_lengths(*recorded[0])
+    assert told["actual_seq_qlen"].tolist() == [20, 51, 64, 70, 77, 117, 140], "ends over both rows, what is left of a row a segment"
+    assert attention.replay_lengths(torch.ones(2, 600, dtype=torch.int32), 600) is None, "more segments than a call takes"
     assert [name for name, _ in fake_torch_npu.calls if name.endswith("_v3")] == ["npu_fusion_attention_v3", "npu_fusion_attention_grad_v3"]
     wanted_out, wanted_lse = forward.equivalent(q, k, v, *segments, **params)
     wanted = backward.equivalent(g, q, k, v, wanted_out, wanted_lse, *segments, **params)
     for result, a, b in zip(("out", "dq", "dk", "dv"), (out, *grads), (wanted_out, *wanted)):
+        difference = check.difference(a, b.double().numpy())
+        assert difference <= 1e-5, f"{result}: largest relative difference {difference:.2e}"  # float32 on both sides
+
+
+@pytest.mark.parametrize("padding", ["zeros", "unread"])
+@pytest.mark.parametrize("form", ["", "_segments", "_packed"])
+def test_attention_hands_its_statistics_on_as_the_kernel_made_them(form, padding):
+    """Forward and gradient by the fused calls against those of the equivalents, and padding that nobody reads left to itself."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, g = (torch.randn(2, 70, n, 16, generator=generator) for n in (4, 2, 2, 4))
+    segments = {"": [], "_segments": check._segments(), "_packed": [*check._segments(), check._LENGTHS]}[form]
+    segments = [torch.from_numpy(np.asarray(x)) for x in segments]
+    if segments and padding == "unread":
+        g = g.masked_fill((segments[0] == 0)[..., None, None], 0)  # what the promise says
+    params = dict(causal=True, window=None, scale=0.25, blocks=(0, 0, 0), padding=padding, statistics=True)
+
+    def both(which):
+        forward, backward = (getattr(KERNELS["attention" + form + tail], which) for tail in ("", "_backward"))
+        out, peak, total = forward(q, k, v, *segments, **params)
+        assert peak.shape == total.shape == (2, 4, 70, 8) and peak.is_contiguous() and total.is_contiguous()
+        grads = backward(g, q, k, v, out, peak, total, *segments, **params)
+        read = out if padding == "zeros" or not segments else out.masked_fill((segments[0] == 0)[..., None, None], 0)
+        return read, *grads
+
+    for result, a, b in zip(("out", "dq", "dk", "dv"), both("npu"), both("equivalent")):
         difference = check.difference(a, b.double().numpy())
         assert difference <= 1e-5, f"{result}: largest relative difference {difference:.2e}"  # float32 on both sides
 

@@ -179,5 +179,6 @@ class Decoder(nnx.Module):
 
 
 def _among(q, k, v, segment_ids_BT, segment_lengths, max_sample_length: int | None) -> jax.Array:
-    """Attention among the places of packed rows."""
-    return ops.attention(q, k, v, segment_ids_q=segment_ids_BT, segment_ids_kv=segment_ids_BT, causal=True, max_segment_length=max_sample_length, lengths=segment_lengths)
+    """Attention among the places of packed rows. Padding bears no loss and no place of a sample attends it: nobody reads what it yields."""
+    return ops.attention(q, k, v, segment_ids_q=segment_ids_BT, segment_ids_kv=segment_ids_BT, causal=True, max_segment_length=max_sample_length, lengths=segment_lengths,
+                         padding="unread")

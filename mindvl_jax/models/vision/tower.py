@@ -64,7 +64,7 @@ class VisionAttention(nnx.Module):
         q_BPNH = ops.rotary(heads(self.query), cos_BPH, sin_BPH)
         k_BPNH = ops.rotary(heads(self.key), cos_BPH, sin_BPH)
         out_BPNH = ops.attention(q_BPNH, k_BPNH, heads(self.value), segment_ids_q=ids_BP, segment_ids_kv=ids_BP, causal=False,
-                                 max_segment_length=longest, lengths=lengths_BM)
+                                 max_segment_length=longest, lengths=lengths_BM, padding="unread")
         return self.output(keep(out_BPNH.reshape(B, P, -1)))
 
 

@@ -471,4 +471,14 @@ ACLNN(FlashAttentionUnpaddingScoreGradV5, Tensor query, Tensor query_rope, Tenso
                             dy, softmax_max, softmax_sum, attention_in, dq, dk, dv, dpse, dsink);
 }
 
+// ---- in a captured graph -----------------------------------------------------------------------------------------------------------------
+
+// The largest workspace that any lengths may ask for: what a captured call holds on to, because its lengths change between replays. The
+// arguments are those of the first phase; no operator of the emulation needs a workspace.
+#define LARGEST_WORKSPACE(NAME)                                                           \
+  extern "C" __attribute__((ifunc("npu_emulator_resolve_" #NAME), visibility("default"))) \
+      ::emulator::FirstPhase<NAME##_body>::Function aclnn##NAME##GetMaxWorkspaceSize;
+LARGEST_WORKSPACE(FlashAttentionVarLenScoreV5)
+LARGEST_WORKSPACE(FlashAttentionUnpaddingScoreGradV5)
+
 }  // namespace emulator
