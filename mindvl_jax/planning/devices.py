@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-import re
 
 from mindvl_jax.errors import UserError
+from npu_bridge.emulator.settings import parse_bytes
 
 GIB = 2**30
 
@@ -38,8 +38,6 @@ KNOWN_MEMORY_MIB: dict[str, int] = {
     "Ascend910_93": 64 * 1024,
 }
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": GIB, "G": GIB, "M": 2**20}
-
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
@@ -56,10 +54,13 @@ class Limit:
 
 def parse_memory(text: str) -> int:
     """`64GiB`, `80GB`, `24576MiB` -> bytes. UserError for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if found is None or found[2].upper() not in UNITS or float(found[1]) <= 0:
+    try:
+        size = parse_bytes(text)
+    except ValueError:
+        size = 0
+    if size <= 0:
         raise UserError(f"--memory {text!r}; expected a size of one device's memory such as 64GiB or 80GB")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    return size
 
 
 def known_memory(device_kind: str) -> int:

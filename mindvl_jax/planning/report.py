@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,9 +28,7 @@ def gib(count: int) -> str:
 
 def show(console: Console, config: Config, plans: Sequence[PhasePlan], limit: Limit | None) -> None:
     mesh = " x ".join(f"{axis} {getattr(config.mesh, axis)}" for axis in AXES)
-    devices = 1
-    for axis in AXES:
-        devices *= getattr(config.mesh, axis)
+    devices = math.prod(getattr(config.mesh, axis) for axis in AXES)
     console.print(f"{devices} device{'s' if devices > 1 else ''} ({mesh}), backend {config.backend}{f' on {config.bridge.device}' if config.backend == 'npu_bridge' else ''}, "
                   f"remat {config.model.remat}, compute {config.model.compute_dtype}; GiB on one device at the highest point of each phase", highlight=False)
     table = Table(box=None, padding=(0, 2), header_style="bold")

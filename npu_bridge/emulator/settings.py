@@ -13,15 +13,16 @@ from npu_bridge.emulator.errors import EmulatorError
 PREFIX = "NPU_EMULATOR_"
 # What chooses code inside torch_npu. Others would take paths that nobody looked at.
 SOCS = ("Ascend910B1", "Ascend910B2", "Ascend910B3", "Ascend910B4", "Ascend910_9391", "Ascend910_9392", "Ascend950PR_957b")
-_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "M": 1 << 20, "G": 1 << 30}
 
 
 def parse_bytes(text: str) -> int:
-    """`64GiB` -> bytes. Raises ValueError with the units known."""
+    """`64GiB`, `80 GB`, `24576mib` -> bytes. Raises ValueError with the units known."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2] not in _UNITS:
+    unit = match and next((size for name, size in _UNITS.items() if name.lower() == match[2].lower()), None)
+    if not unit:
         raise ValueError(f"{text!r} is not an amount of memory; write a number and one of {', '.join(u for u in _UNITS if u)}, such as 64GiB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return int(float(match[1]) * unit)
 
 
 @dataclasses.dataclass(frozen=True)
