@@ -1,7 +1,7 @@
 """Measures this project beside what one would use instead.
 
     python -m benchmarks list
-    python -m benchmarks run [--suite cpu|gpu|npu-emulated] [--quick] [--only CASE,...] [--out DIR]
+    python -m benchmarks run [--suite cpu|gpu|npu-emulated] [--quick] [--one-core] [--only CASE,...] [--out DIR]
     python -m benchmarks compare A.json B.json
 
 Each case runs in a process of its own with a fixed number of threads for every side. A run prints one table and leaves a dated
@@ -39,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--quick", action="store_true", help="fewer rounds")
     run.add_argument("--dry", action="store_true", help="smallest shapes: does it start? The figures mean nothing")
     run.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of every side (default: %(default)s)")
+    run.add_argument("--one-core", action="store_true", help="one thread a side, by processor time: for a machine that others use too")
     run.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON file and the page")
     compare = commands.add_parser("compare", help="two results beside each other")
     compare.add_argument("before", type=Path)
@@ -78,7 +79,9 @@ def _choose(suite: str, only: str | None) -> list[Case]:
 
 
 def _run(console: Console, args: argparse.Namespace, chosen: list[Case]) -> int:
-    settings = Settings.smallest() if args.dry else dataclasses.replace(Settings.quick() if args.quick else Settings(), threads=args.threads)
+    settings = Settings.smallest() if args.dry else dataclasses.replace(
+        Settings.quick() if args.quick else Settings(), threads=1 if args.one_core else args.threads, one_core=args.one_core
+    )  # fmt: skip
     record = dict(machine=machine.describe(settings.threads), suite=args.suite, settings=dataclasses.asdict(settings), cases={})
     environment = dict(os.environ)
     environment.setdefault("GLIBC_TUNABLES", TUNABLES)  # as train.py sets it; every side of a comparison runs in one process and has it
@@ -111,6 +114,8 @@ def _case(name: str, settings: Settings, out: Path) -> int:
     entry = load_cases()[name]
     with out.open("w") as file:
         for comparison in entry.build(settings):
+            if settings.one_core:
+                comparison.clock = "cpu"
             file.write(json.dumps(measure(comparison, seconds=settings.seconds, least=settings.least)) + "\n")
             file.flush()
     return 0

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
 
 @dataclasses.dataclass
 class Side:
@@ -137,7 +139,7 @@ def measure(comparison: Comparison, *, seconds: float, least: int) -> dict[str, 
     if comparison.of_sizes:
         ratios = [dict(against=other.name, value=_times(other.size, first.size), low=None, high=None, bar=comparison.bars.get(other.name)) for other in others]
         return common | dict(rounds=1, sides=[dict(name=side.name, size=side.size, facts=side.facts) for side in comparison.sides], ratios=ratios)
-    clock = {"wall": time.perf_counter, "cpu": time.process_time}[comparison.clock]
+    clock = CLOCKS[comparison.clock]
     times = interleave(comparison.sides, seconds=seconds, least=least, clock=clock)
     sides = []
     for side in comparison.sides:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 from benchmarks.measure import Comparison
 
@@ -20,6 +21,7 @@ class Settings:
       seconds: wanted measuring time of one side of one comparison.
       least: fewest rounds of a comparison.
       threads: of every side, XLA's and torch's alike.
+      one_core: processor time of one thread in place of the clock: on a machine that others use too, its ratios say more (`--one-core`).
       brief: only what matters most in long cases (`--quick`).
       dry: smallest shapes; proves that a case starts, its figures mean nothing.
     """
@@ -27,8 +29,13 @@ class Settings:
     seconds: float = 4.0
     least: int = 7
     threads: int = 2
+    one_core: bool = False
     brief: bool = False
     dry: bool = False
+
+    @property
+    def clock(self) -> Literal["wall", "cpu"]:
+        return "cpu" if self.one_core else "wall"
 
     @classmethod
     def quick(cls, **rest) -> "Settings":

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.measure import Comparison, Side
+from benchmarks.measure import CLOCKS, Comparison, Side
 from benchmarks.registry import Settings, case
 
 
@@ -87,19 +87,30 @@ def _stall(settings: Settings, folder: Path, config, twin, workloads, ours, run,
     steps = 2 if settings.dry else 4
     writer = CheckpointWriter(folder / "stall", CheckpointConfig(keep=1, asynchronous=True))
     numbers = itertools.count(1)
+    clock = CLOCKS[settings.clock]
+    seconds: dict[str, list[float]] = {"with": [], "without": [], "call": []}
     facts: dict[str, float | str] = {}
 
     def with_save():
-        start = time.perf_counter()
+        start = clock()
         writer.save(step.state, progress(next(numbers)), run)
-        facts["the step loop waits s (last)"] = time.perf_counter() - start
-        without_save()
-        # In a run hundreds of steps hide this; it is counted here, so that writing is never free.
-        start = time.perf_counter()
-        writer.wait()
-        facts["still writing after the steps s (last)"] = time.perf_counter() - start
+        seconds["call"].append(clock() - start)
+        run_steps()
+        writer.wait()  # in a run hundreds of steps hide this; it is counted here, so that writing is never free
+        seconds["with"].append(clock() - start)
+        if seconds["without"]:
+            each = statistics.median(seconds["without"]) / steps
+            lost = max(0.0, statistics.median(seconds["with"]) - each * steps)
+            every = CheckpointConfig().every_steps
+            facts.update({"the step loop waits s": statistics.median(seconds["call"]), "a save costs s": lost, f"lost at a save every {every} steps": lost / (lost + every * each),
+                          "steps between saves for 5 % lost": lost / each * 19})
 
     def without_save():
+        start = clock()
+        run_steps()
+        seconds["without"].append(clock() - start)
+
+    def run_steps():
         for _ in range(steps):
             step()
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from benchmarks.measure import Comparison, Side
+from benchmarks.measure import CLOCKS, Comparison, Side
 from benchmarks.registry import Settings, case
 
 
@@ -194,13 +193,14 @@ def _routing(s, rng, normal, jax, jnp, torch, ops) -> Iterator[Operator]:
     yield Operator("moe_permute, moe_unpermute", (normal(tokens, s.D), weights, experts), ours, naive, theirs, flops=0, traffic=4.0 * tokens * s.D * (2 + 4 * k))
 
 
-def machine_peaks(dry: bool) -> tuple[float, float]:
+def machine_peaks(settings: Settings) -> tuple[float, float]:
     """Measured matmul peak in FLOP/s (float32, the better of XLA and torch) and copy bandwidth in bytes/s (read and written)."""
     import jax
     import jax.numpy as jnp
     import torch
 
-    n, copied = (128, 1 << 18) if dry else (1536, 1 << 26)
+    n, copied = (128, 1 << 18) if settings.dry else (1536, 1 << 26)
+    clock = CLOCKS[settings.clock]
     a = np.random.default_rng(0).standard_normal((n, n)).astype(np.float32)
     x, t = jnp.asarray(a), torch.tensor(a)
     product = jax.jit(jnp.matmul)
@@ -210,10 +210,10 @@ def machine_peaks(dry: bool) -> tuple[float, float]:
     def best(function: Callable) -> float:
         function()
         times = []
-        for _ in range(2 if dry else 8):
-            start = time.perf_counter()
+        for _ in range(2 if settings.dry else 8):
+            start = clock()
             function()
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
         return min(times)
 
     flops = 2 * n**3 / min(best(lambda: product(x, x).block_until_ready()), best(lambda: t @ t))
@@ -275,9 +275,8 @@ def operator_case(settings: Settings) -> Iterator[Comparison]:
     import torch
 
     torch.set_num_threads(settings.threads)
-    peaks = machine_peaks(settings.dry)
-    for number, operator in enumerate(operators(DRY if settings.dry else Sizes())):
+    for operator in operators(DRY if settings.dry else Sizes()):
+        peaks = machine_peaks(settings)  # anew: others may use the machine at one operator and not at the next
         comparison = compare(operator, peaks)
-        if number == 0:
-            comparison.note += f" Measured peaks: {peaks[0] / 1e9:.0f} GFLOP/s, {peaks[1] / 1e9:.1f} GB/s copied."
+        comparison.note += f" Peaks just before: {peaks[0] / 1e9:.0f} GFLOP/s, {peaks[1] / 1e9:.1f} GB/s copied."
         yield comparison

@@ -8,13 +8,14 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import __main__ as command
 from benchmarks import memory, ours, twin, workloads
-from benchmarks.measure import measure
-from benchmarks.registry import CASES, Settings, load_cases
+from benchmarks.measure import Comparison, Side, measure
+from benchmarks.registry import CASES, Case, Settings, load_cases
 
 ROOT = Path(__file__).resolve().parents[2]
 load_cases()
@@ -95,6 +96,36 @@ def test_small_model_has_about_sixty_million_parameters_and_tiny_about_three():
 
     count = lambda config: sum(shape.size for shape in outline_of(config).shapes.values()) / 1e6
     assert 50 < count(workloads.small_config("float32")) < 70 and 2 < count(workloads.tiny_config("float32")) < 4
+
+
+def test_the_batch_of_the_emulated_suite_is_full_and_its_lengths_are_those_of_its_segments():
+    from benchmarks import npu
+
+    model = npu.slice_of(1, 1)
+    _, batch = npu.batch_of(model)
+    for ids, lengths in ((batch.segment_ids, batch.segment_lengths), (batch.patch_segment_ids, batch.image_lengths), (batch.patch_window_ids, batch.window_lengths)):
+        counts = np.bincount(ids[0])
+        assert counts[0] == 0 and np.array_equal(counts[1:], lengths[0][lengths[0] >= 0])
+    assert model.text.num_layers == 1 and model.vision.depth == 1 and model.vision.fullatt_block_indexes == (0,)
+
+
+def test_the_emulated_suite_says_how_its_environment_is_made(monkeypatch, tmp_path):
+    from benchmarks.cases import npu
+
+    monkeypatch.setattr(npu, "ENVIRONMENT", tmp_path / ".venv-npu")
+    with pytest.raises(SystemExit, match="make setup-npu"):
+        npu.in_emulator("hand", 1, 1)
+
+
+@pytest.mark.parametrize("one_core, clock", [(True, "cpu"), (False, "wall")])
+def test_one_core_measures_processor_time(one_core, clock, monkeypatch, tmp_path):
+    comparison = Comparison("both wait", [Side(name, lambda: time.sleep(0.02), {"items": 1.0}) for name in "ab"], unit="items")
+    monkeypatch.setattr(command, "load_cases", lambda: {"x": Case("x", "cpu", "", lambda settings: iter([comparison]))})
+    monkeypatch.setattr(command.machine, "use_threads", lambda count: None)
+    assert command._case("x", Settings(seconds=0.0, least=2, one_core=one_core), tmp_path / "out") == 0
+    (measured,) = map(json.loads, (tmp_path / "out").read_text().splitlines())
+    # Waiting takes no processor time.
+    assert measured["clock"] == clock and (measured["sides"][0]["median"] < 0.015) == one_core, measured["sides"][0]
 
 
 def test_peak_memory_is_seen():
