@@ -32,7 +32,7 @@ FLAGS = ("-std=c++20", "-fPIC", "-pthread", "-Wall", "-Wno-unused-function", "-D
 OPTIMISED, OPERATORS = ("-O1",), ("-O0",)
 PRECOMPILED = "opapi/operator.h"  # torch's headers, read once instead of once a file
 EMPTY = ("ge_runner", "graph", "acl_tdt_channel")  # linked by torch_npu, never called
-ALIASES = {"hcomm": "hccl"}  # CANN 9 looks for some functions of libhccl here
+ALIASES = {"hcomm": "hccl", "nnopbase": "opapi"}  # torch_npu looks for some functions of the latter there
 _WORDS = 24  # arguments looked through for tensors when an unknown operator is called
 
 
