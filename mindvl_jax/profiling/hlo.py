@@ -15,6 +15,10 @@ _CALLS = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
 
+SPANS = "(spans others)"
+"""In the place of a block: the time of such an operation is the time of others, which the trace tells as well."""
+
+
 def blocks_of_program(text: str) -> dict[str, str]:
     """Block of each instruction of an optimised program (`compiled.as_text()`), by the instruction's name.
 
@@ -51,4 +55,5 @@ def blocks_of_program(text: str) -> dict[str, str]:
             block = next((source for operand in operands.get(name, ()) if (source := resolve(operand, depth + 1)) != OTHER), OTHER)
         return block
 
-    return {name: resolve(name) for name in opcode}
+    # A loop's own event spans those of what runs inside of it.
+    return {name: SPANS if opcode[name] in ("while", "conditional") else resolve(name) for name in opcode}

@@ -50,4 +50,5 @@ def by_block(operations: Mapping[tuple[str, str], float], texts: Mapping[str, st
     total: collections.Counter[str] = collections.Counter()
     for (program, operation), seconds in operations.items():
         total[known.get(program, {}).get(operation, OTHER)] += seconds
+    total.pop(hlo.SPANS, None)
     return dict(total)

@@ -28,6 +28,7 @@ ENTRY %main (a: f32[4]) -> f32[4] {
   %copy.2 = f32[4]{0} copy(%dot.1)
   %all-reduce.3 = f32[4]{0} all-reduce(%made), to_apply=%inside, metadata={op_name="jit(f)/jvp(loss)/add"}
   %pair = (f32[4]{0}, f32[4]{0}) fusion(%a), kind=kLoop, metadata={op_name="jit(f)/optimizer/mul"}
+  %loop.4 = (f32[4]{0}) while(%pair), condition=%when, body=%inside, metadata={op_name="jit(f)/jvp(loss)/while"}
   ROOT %r = f32[4]{0} add(%a, %a)
 }
 """
@@ -45,6 +46,7 @@ def test_operations_belong_to_the_block_that_their_scopes_name():
 
 def test_time_of_a_block_is_the_sum_of_its_operations():
     operations = {("jit_f", "dot.1"): 2.0, ("jit_f", "copy.2"): 0.5, ("jit_f", "made"): 1.0, ("jit_g", "dot.1"): 4.0}
+    operations["jit_f", "loop.4"] = 8.0  # the time of what is inside of it, once more
     assert xla.by_block(operations, {"f": PROGRAM}) == {"vision attention, backward": 2.5, "language mlp, forward": 1.0, "other": 4.0}
 
 
