@@ -104,10 +104,15 @@ def _logits(q, k, mask, group, scale):
     return logits
 
 
-def attention(q, k, v, *segments, causal, window, scale, blocks):
+def _forbidden_or(mask, q, k, segments, **limits):
+    """`forbidden`, read from a mask to be added to logits (B * I, 1, C, S) when there is one."""
+    return forbidden(q, k, segments, **limits) if mask is None else (mask[:, 0] != 0).unflatten(0, (q.shape[0], -1))
+
+
+def attention(q, k, v, *segments, causal, window, scale, blocks, mask=None):
     """-> out (B, T, N, J), lse (B, N, T) float32."""
     key_heads, group, places = k.shape[2], q.shape[2] // k.shape[2], q.shape[1]
-    mask = forbidden(q, k, segments, causal=causal, window=window, blocks=blocks)
+    mask = _forbidden_or(mask, q, k, segments, causal=causal, window=window, blocks=blocks)
     qb = _by_key_head(_own(q, blocks[0]), key_heads)
     kb, vb = (_reached(x, blocks).transpose(2, 3) for x in (k, v))
     logits = _logits(qb, kb, mask, group, scale)
@@ -121,10 +126,10 @@ def attention(q, k, v, *segments, causal, window, scale, blocks):
     return _by_place(out, group, places).contiguous(), lse.contiguous()
 
 
-def attention_backward(g, q, k, v, out, lse, *segments, causal, window, scale, blocks):
+def attention_backward(g, q, k, v, out, lse, *segments, causal, window, scale, blocks, mask=None):
     """-> dq, dk, dv."""
     key_heads, group, places, keys = k.shape[2], q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
-    mask = forbidden(q, k, segments, causal=causal, window=window, blocks=blocks)
+    mask = _forbidden_or(mask, q, k, segments, causal=causal, window=window, blocks=blocks)
     per_head = lambda x: _by_key_head(_own(x, blocks[0]), key_heads)
     delta, lse = per_head((g.float() * out.float()).sum(-1, keepdim=True)), per_head(lse.transpose(1, 2)[..., None])
     qb, gb = per_head(q), per_head(g)

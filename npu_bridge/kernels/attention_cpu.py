@@ -28,8 +28,10 @@ def _join(x, batch, places):
     return x.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)[:, :places].contiguous()
 
 
-def _mask(q, k, segments, *, causal, window, blocks):
-    """(B * I, 1, C, S) to be added to the logits, or None."""
+def _mask(q, k, segments, given, *, causal, window, blocks):
+    """(B * I, 1, C, S) to be added to the logits, or None; what was given instead of making one."""
+    if given is not None:
+        return given
     mask = forbidden(q, k, segments, causal=causal, window=window, blocks=blocks)
     if mask is None:
         return None
@@ -42,22 +44,22 @@ def _operands(q, k, v, blocks):
     return _lay(_own(q, blocks[0])), _lay(_reached(k, blocks)), _lay(_reached(v, blocks))
 
 
-def flash(q, k, v, *segments, causal, window, scale, blocks):
-    """-> out (B, T, N, J), lse (B, N, T) float32."""
+def flash(q, k, v, *segments, causal, window, scale, blocks, mask=None):
+    """-> out (B, T, N, J), lse (B, N, T) float32. `mask`: (B * I, 1, C, S), what the segments forbid, when it was made before."""
     if not _fits(q, v):
-        return attention(q, k, v, *segments, causal=causal, window=window, scale=scale, blocks=blocks)
+        return attention(q, k, v, *segments, causal=causal, window=window, scale=scale, blocks=blocks, mask=mask)
     batch, places = q.shape[:2]
-    mask = _mask(q, k, segments, causal=causal, window=window, blocks=blocks)
+    mask = _mask(q, k, segments, mask, causal=causal, window=window, blocks=blocks)
     out, lse = _FORWARD(*_operands(q, k, v, blocks), 0.0, False, attn_mask=mask, scale=scale)
     return _join(out, batch, places), _join(lse[..., None], batch, places)[..., 0].transpose(1, 2).contiguous()
 
 
-def flash_backward(g, q, k, v, out, lse, *segments, causal, window, scale, blocks):
+def flash_backward(g, q, k, v, out, lse, *segments, causal, window, scale, blocks, mask=None):
     """-> dq, dk, dv."""
     if not _fits(q, v):
-        return attention_backward(g, q, k, v, out, lse, *segments, causal=causal, window=window, scale=scale, blocks=blocks)
+        return attention_backward(g, q, k, v, out, lse, *segments, causal=causal, window=window, scale=scale, blocks=blocks, mask=mask)
     batch, places, keys = q.shape[0], q.shape[1], k.shape[1]
-    mask = _mask(q, k, segments, causal=causal, window=window, blocks=blocks)
+    mask = _mask(q, k, segments, mask, causal=causal, window=window, blocks=blocks)
     per_block = lambda x: _lay(_own(x, blocks[0]))
     statistics = per_block(lse.transpose(1, 2)[..., None])[..., 0].contiguous()
     dq, dk, dv = _BACKWARD(per_block(g), *_operands(q, k, v, blocks), per_block(out), statistics, 0.0, False, attn_mask=mask, scale=scale)

@@ -12,11 +12,13 @@ from npu_bridge.kernels.registry import register
 
 
 def _handing_over(forward):
-    """`forward` with what the table's parameters add: `padding` ("unread" asks for less than it gives), and with `statistics` the
-    largest logit and the sum of exponentials, (B, N, T, 8) float32 each, in place of the log-sum-exp."""
+    """`forward` with what the table's parameters add: `padding` ("unread" asks for less than it gives); with `statistics` the largest
+    logit and the sum of exponentials, (B, N, T, 8) float32 each, in place of the log-sum-exp; with `masked` a mask as last operand."""
 
     @functools.wraps(forward)
-    def run(q, k, v, *segments, padding="zeros", statistics=False, **params):
+    def run(q, k, v, *segments, padding="zeros", statistics=False, masked=False, **params):
+        if masked:
+            *segments, params["mask"] = segments
         out, lse = forward(q, k, v, *segments, **params)
         if not statistics:
             return out, lse
@@ -30,7 +32,9 @@ def _taking_over(backward):
     """The gradient beside `_handing_over`."""
 
     @functools.wraps(backward)
-    def run(g, q, k, v, out, *rest, padding="zeros", statistics=False, **params):
+    def run(g, q, k, v, out, *rest, padding="zeros", statistics=False, masked=False, **params):
+        if masked:
+            *rest, params["mask"] = rest
         if statistics:
             rest = (rest[0][..., 0] + rest[1][..., 0].log(), *rest[2:])
         return backward(g, q, k, v, out, *rest, **params)

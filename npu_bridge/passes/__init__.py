@@ -8,6 +8,7 @@ from npu_bridge.passes.fused_calls import fit_fused_calls
 from npu_bridge.passes.hoist import hoist_invariants
 from npu_bridge.passes.indices import index_instead_of_comparing
 from npu_bridge.passes.kernels import merge_kernel_parts
+from npu_bridge.passes.masks import share_masks
 from npu_bridge.passes.overlap import overlap_exchanges
 from npu_bridge.passes.pieces import take_pieces
 from npu_bridge.passes.simplify import remove_unread, share_equal_operations
@@ -26,6 +27,8 @@ def run(program: Program, *, device: str = "cpu", reduce_in_float32: bool = Fals
         remove_unread(program.body)  # what stacks residuals reads them too
         fit_fused_calls(program.body)
         hoist_invariants(program.body)
+    if device == "cpu":
+        share_masks(program.body)
     share_equal_operations(program.body)
     remove_unread(program.body)
     if overlap:

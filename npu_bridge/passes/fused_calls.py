@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 from npu_bridge.ir import FLOATS, Block, Op, Type, Value
 from npu_bridge.jaxcompat import CALL_PREFIX as PREFIX
-from npu_bridge.passes.simplify import uses
+from npu_bridge.passes.simplify import behind_barriers, uses
 
 STATISTICS = 8  # copies of each softmax statistic
 
@@ -73,17 +73,10 @@ def _turned(sin: Value, mode: str, at: Op) -> list[Op]:
     return [*swapped, _made("negate", [swapped[-1].result], sin, sin.shape, at)]
 
 
-def _behind_barriers(v: Value) -> Value:
-    """A recomputed layer's tables are those of the first computation."""
-    while v.producer is not None and v.producer.name == "optimization_barrier":
-        v = v.producer.operands[v.producer.results.index(v)]
-    return v
-
-
 def _rotary_backward(op: Op, count: dict[Value, int]) -> list[Op]:
     g, cos, sin = op.operands
     mode = op.attrs["params"]["mode"]
-    turned = _turned(_behind_barriers(sin), mode, op)
+    turned = _turned(behind_barriers(sin), mode, op)
     return [*turned, _kernel("rotary", op, [g, cos, turned[-1].result], op.results, mode=mode)]
 
 

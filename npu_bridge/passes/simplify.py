@@ -65,3 +65,10 @@ def uses(block: Block) -> dict[Value, int]:
 
     visit(block)
     return count
+
+
+def behind_barriers(v: Value) -> Value:
+    """What a recomputed layer's barriers were given: for values that need not be made again with the layer."""
+    while v.producer is not None and v.producer.name == "optimization_barrier":
+        v = v.producer.operands[v.producer.results.index(v)]
+    return v

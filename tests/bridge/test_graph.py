@@ -83,6 +83,36 @@ def test_a_failed_capture_falls_back_to_eager_and_says_why():
     assert np.allclose(w.numpy(), 1.75) and graphed.status.startswith("eager: capture failed")
 
 
+def test_a_captured_step_is_told_the_lengths_of_each_batch_and_one_with_too_many_runs_eagerly():
+    eager, told = [], []
+
+    def program(args, host):
+        eager.append(host[3])
+        return [args[0] + 1]
+
+    class Records:
+        """Two captured calls read the lengths of rows of 8 places, one of 6."""
+
+        def __init__(self, kind):
+            pass
+
+        def capture(self, function):
+            results = function()
+            return results, [(eager[-1], 8), (eager[-1], 6), (eager[-1], 8)]
+
+        def replay(self, lengths):
+            told.append([call["actual_seq_qlen"].tolist() for call in lengths])
+
+    graphed = GraphedProgram(program, "npu", [False], make_graph=Records)
+    batches = [torch.tensor(rows, dtype=torch.int32) for rows in ([[4, 2], [6, -1]], [[1, 5], [3, 2]], [[6, -1], [2, 2]])]
+    for lengths in batches:
+        graphed([torch.ones(2)], {3: lengths})
+    assert told == [[[1, 6, 8, 11, 13, 16], [1, 6, 9, 11, 12], [1, 6, 8, 11, 13, 16]], [[6, 8, 10, 12, 16], [6, 8, 10, 12], [6, 8, 10, 12, 16]]]
+    assert len(eager) == 2, "the first call, and the capture"
+    graphed([torch.ones(2)], {3: torch.ones(300, 5, dtype=torch.int32)})
+    assert len(eager) == 3 and len(told) == 2, "1,500 segments: no captured call takes them"
+
+
 def test_results_are_paired_with_donated_arguments_by_storage_then_by_shape():
     a, b, c = torch.ones(3), torch.ones(3), torch.ones(2)
     assert pair_donated([a, b, c], [True, True, False], [b, torch.ones(3), torch.ones(2)]) == {0: 1, 1: 0}

@@ -87,3 +87,35 @@ def test_comparisons_that_are_no_index_stay_comparisons():
                lambda x, r: jnp.where(r[0] <= places, x, 0).sum(-1), lambda x, r: jnp.where((r[:2, None] == places), x, 0).sum(0)):  # fmt: skip
         text = both(fn, f32(2, 5), row)
         assert "T.pick(" not in text and "T.add_at(" not in text, text
+
+
+def _attending(layers, heads, segments, **options):
+    def loss(q):
+        x = q
+        for _ in range(layers):
+            x = ops.attention(x, x, x, segment_ids_q=segments, **options)
+        return (x * (segments > 0)[..., None, None]).mean()
+
+    return jax.value_and_grad(loss), f32(2, 24, heads, 8)
+
+
+SEGMENTS = np.array([[1] * 9 + [2] * 8 + [0] * 7, [1] * 24], np.int32)
+
+
+def test_layers_that_attend_within_equal_segments_share_one_mask_forward_and_backward():
+    text = both(*_attending(3, 2, SEGMENTS, causal=True))
+    assert text.count("T.math_attention_mask(") == 1 and text.count("masked=True") == 6, text
+
+
+def test_attention_in_blocks_and_with_lengths_shares_masks_of_its_own_kind():
+    def fn(q, lengths):
+        packed = lambda x, window: ops.attention(x, x, x, causal=False, window=window, segment_ids_q=SEGMENTS, lengths=lengths, max_segment_length=24, implementation="banded")
+        return packed(packed(packed(q, 5), 9), 5)
+
+    text = both(fn, f32(2, 24, 16, 8), np.array([[9, 8], [24, -1]], np.int32))
+    assert text.count("T.math_attention_mask(") == 2 and text.count("masked=True") == 3, text
+
+
+def test_a_mask_that_would_be_much_larger_than_the_queries_is_not_kept():
+    q, segments = f32(1, 96, 1, 8), np.ones((1, 96), np.int32)  # 96 keys beside 8 numbers a query
+    assert "math_attention_mask" not in both(lambda q, s: ops.attention(q, q, q, segment_ids_q=s, causal=True), q, segments)
