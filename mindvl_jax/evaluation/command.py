@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         write_task_page(out, name, benchmark, items, rows, blind, result)
         results[name] = result
         console.print(_summary_line(name, result))
+    if len(results) > 1:
+        console.print(f"mean of {len(results)} tasks: {sum(result['score'] for result in results.values()) / len(results):.4f}")
     write_json(out / "scores.json", results)
     console.print(f"predictions and scores: {out}, page: {write_index(out, results)}", soft_wrap=True)
     return 0

@@ -89,6 +89,9 @@ def test_an_empty_file_and_repeated_ids_are_refused(tmp_path):
     (tmp_path / "DocVQA_VAL.tsv").write_text("index\timage\tquestion\tanswer\n")
     with pytest.raises(UserError, match="no rows"):
         load_items("docvqa_val", tmp_path)
+    pq.write_table(pa.table({name: pa.array([], pa.string()) for name in ("question", "answer", "category")}), tmp_path / "mme.parquet")
+    with pytest.raises(UserError, match="mme.parquet has no rows"):
+        load_items("mme", tmp_path)
     (tmp_path / "InfoVQA_VAL.tsv").write_text("index\timage\tquestion\tanswer\n1\tAAAA\tq\ta\n1\tAAAA\tr\tb\n")
     with pytest.raises(UserError, match="1 ids occur more than once"):
         load_items("infovqa_val", tmp_path)

@@ -1,5 +1,7 @@
 """`mindvl evaluate` and `mindvl generate` as one calls them, on a tiny model saved as a Hugging Face folder."""
 
+import contextlib
+import io
 import json
 import re
 import shutil
@@ -14,7 +16,9 @@ from mindvl_jax.evaluation.store import read_jsonl
 @pytest.fixture(scope="module")
 def evaluated(model_folder, benchmark_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
-    assert cli.main(["evaluate", "--weights", str(model_folder), "--data", str(benchmark_folder), "--tasks", "docvqa_val,chartqa_test", "--out", str(out), "--batch", "4", "--max-new-tokens", "3"]) == 0
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert cli.main(["evaluate", "--weights", str(model_folder), "--data", str(benchmark_folder), "--tasks", "docvqa_val,chartqa_test", "--out", str(out), "--batch", "4", "--max-new-tokens", "3"]) == 0
+    (out / "printed.txt").write_text(printed.getvalue())
     return out
 
 
@@ -26,6 +30,8 @@ def test_evaluation_writes_predictions_scores_and_pages(evaluated):
     assert len(rows) == 12 and sum(row["language_only"] for row in rows) == 6
     page = (evaluated / "docvqa_val.html").read_text()
     assert page.count("data:image/png;base64") == 6 and "which number 3?" in page
+    mean = sum(result["score"] for result in scores.values()) / 2
+    assert f"mean of 2 tasks: {mean:.4f}" in (evaluated / "printed.txt").read_text()
     index = (evaluated / "index.html").read_text()
     assert 'href="docvqa_val.html"' in index and not re.search(r'src="(?!data:)', index)
 
@@ -43,6 +49,22 @@ def test_an_interrupted_evaluation_asks_only_what_is_missing(evaluated, model_fo
     key = lambda row: (row["id"], row["language_only"])
     assert sorted(read_jsonl(out / "chartqa_test.jsonl"), key=key) == sorted(read_jsonl(evaluated / "chartqa_test.jsonl"), key=key)
     assert json.loads((out / "scores.json").read_text()) == json.loads((evaluated / "scores.json").read_text())
+
+
+def test_a_broken_picture_inside_a_benchmark_counts_as_wrong_and_is_told_while_the_others_are_answered(model_folder, draw_text, tmp_path, capsys):
+    import base64
+
+    whole = base64.b64encode(draw_text("7")).decode()
+    pictures = [whole, "not base64!", base64.b64encode(b"no picture").decode(), whole[:80]]
+    rows = "".join(f"{index}\t{picture}\twhich number {index}?\t7\n" for index, picture in enumerate(pictures))
+    (tmp_path / "DocVQA_VAL.tsv").write_text("index\timage\tquestion\tanswer\n" + rows)
+    assert cli.main(["evaluate", "--weights", str(model_folder), "--data", str(tmp_path), "--tasks", "docvqa_val", "--out", str(tmp_path / "out"), "--batch", "4", "--max-new-tokens", "3",
+                     "--no-language-only"]) == 0
+    assert "3 unreadable" in capsys.readouterr().out
+    rows = {row["id"]: row for row in read_jsonl(tmp_path / "out" / "docvqa_val.jsonl")}
+    assert rows["0"]["tokens"] > 0 and "error" not in rows["0"]
+    assert all(rows[index]["prediction"] == "" and f"request {index}: " in rows[index]["error"] for index in "123")
+    assert "3 samples could not be read and count as wrong" in (tmp_path / "out" / "docvqa_val.html").read_text()
 
 
 def test_predictions_of_other_settings_are_not_used():
@@ -100,6 +122,7 @@ def test_generate_prints_an_answer_and_a_file_of_answers(model_folder, draw_text
 @pytest.mark.parametrize("arguments, message", [
     (["evaluate", "--weights", "{model}", "--tasks", "docvq_val"], "did you mean 'docvqa_val'"),
     (["evaluate", "--weights", "{model}"], "no held-out tasks of their own"),
+    (["evaluate", "--weights", "{data}", "--tasks", "docvqa_val", "--data", "{data}"], "config.json"),
     (["evaluate", "--weights", "nowhere", "--tasks", "docvqa_val", "--data", "{data}"], "no such folder"),
     (["evaluate", "--weights", "{model}", "--tasks", "docvqa_val", "--data", "{data}", "--search", "max_tokens=3"], "'max_tokens' cannot be searched"),
     (["evaluate", "--weights", "{model}", "--tasks", "docvqa_val", "--data", "{data}", "--limit", "0"], "--limit is 0"),
