@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
 from mindvl_jax.quickstart import assets
-from mindvl_jax.quickstart.pictures import warp
 from mindvl_jax.quickstart.samples import Sample, ask
 
 QUESTION = "What is this?"
@@ -50,40 +49,22 @@ def plain(artist: str, concept: int, paper: tuple[int, int, int] = (255, 255, 25
 
 
 def vary(rng: random.Random, artist: str, concept: int) -> Image.Image:
-    """The drawing bent, turned, stretched, shifted, recoloured, lined or covered in part: what an artist is free to choose says
-    little about the thing."""
+    """The drawing turned, stretched, shifted and recoloured: what an artist is free to choose says little about the thing."""
     drawn = assets.drawing(artist, concept)
-    if rng.random() < 0.2:
-        drawn = _flattened(rng, drawn)
-    if rng.random() < 0.3:
-        drawn = _outline(rng, drawn)
+    if rng.random() < 0.15:
+        drawn = _outline(drawn)
     drawn = _recolour(rng, drawn)
     side = drawn.width
-    scale, aspect, angle = rng.uniform(0.75, 1.1) * SIDE / side, rng.uniform(0.85, 1.15), math.radians(rng.uniform(-15, 15))
+    scale, aspect, angle = rng.uniform(0.78, 1.08) * SIDE / side, rng.uniform(0.9, 1.1), math.radians(rng.uniform(-12, 12))
     mirror = -1 if rng.random() < 0.4 and not _HANDED.search(assets.concepts()[concept]) else 1
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
     a, b, d, e = mirror * cos * aspect, sin * aspect, -mirror * sin / aspect, cos / aspect
     x, y = SIDE / 2 + rng.uniform(-3, 3), SIDE / 2 + rng.uniform(-3, 3)
-    placed = warp(rng, drawn, SIDE, (a, b, side / 2 - a * x - b * y, d, e, side / 2 - d * x - e * y), rng.uniform(0.0, 2.0))
+    matrix = (a, b, side / 2 - a * x - b * y, d, e, side / 2 - d * x - e * y)
+    placed = drawn.transform((SIDE, SIDE), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
     canvas = Image.new("RGB", (SIDE, SIDE), _paper(rng))
     canvas.paste(placed, (0, 0), placed)
-    if rng.random() < 0.25:
-        _cover(rng, canvas)
     return canvas
-
-
-def _cover(rng: random.Random, canvas: Image.Image) -> None:
-    """A grey square over a part: no single feature may decide."""
-    side, shade = rng.randint(10, 20), rng.randint(0, 255)
-    left, top = rng.randint(0, SIDE - side), rng.randint(0, SIDE - side)
-    canvas.paste((shade, shade, shade), (left, top, left + side, top + side))
-
-
-def _flattened(rng: random.Random, drawn: Image.Image) -> Image.Image:
-    """Few colours, no gradients: some artists shade, some do not."""
-    flat = drawn.convert("RGB").quantize(rng.randint(3, 8), dither=Image.Dither.NONE).convert("RGB")
-    flat.putalpha(drawn.getchannel("A"))
-    return flat
 
 
 def _paper(rng: random.Random) -> tuple[int, int, int]:
@@ -94,13 +75,12 @@ def _paper(rng: random.Random) -> tuple[int, int, int]:
     return tuple(rng.randint(low, 255) for _ in range(3))
 
 
-def _outline(rng: random.Random, drawn: Image.Image) -> Image.Image:
+def _outline(drawn: Image.Image) -> Image.Image:
     """Dark lines along the borders of areas: some artists draw contours, some only areas."""
-    width = rng.choice((3, 3, 5))
     grey = drawn.convert("L")
-    edges = ImageChops.subtract(grey.filter(ImageFilter.MaxFilter(width)), grey.filter(ImageFilter.MinFilter(width)))
+    edges = ImageChops.subtract(grey.filter(ImageFilter.MaxFilter(3)), grey.filter(ImageFilter.MinFilter(3)))
     alpha = drawn.getchannel("A")
-    border = ImageChops.subtract(alpha.filter(ImageFilter.MaxFilter(width)), alpha.filter(ImageFilter.MinFilter(width)))
+    border = ImageChops.subtract(alpha.filter(ImageFilter.MaxFilter(3)), alpha.filter(ImageFilter.MinFilter(3)))
     lines = ImageChops.lighter(edges.point(lambda value: min(255, max(0, value - 48) * 4)), border)
     lined = drawn.copy()
     lined.paste((20, 20, 20, 255), (0, 0), lines)
@@ -110,12 +90,12 @@ def _outline(rng: random.Random, drawn: Image.Image) -> Image.Image:
 def _recolour(rng: random.Random, drawn: Image.Image) -> Image.Image:
     """Random saturation, hue (a rotation about the grey axis), brightness and contrast; alpha is kept."""
     pixels = np.asarray(drawn).astype(np.float32)
-    saturation = 0.0 if rng.random() < 0.1 else rng.uniform(0.5, 1.5)
-    hue = math.radians(rng.gauss(0, 15))
+    saturation = 0.0 if rng.random() < 0.08 else rng.uniform(0.6, 1.4)
+    hue = math.radians(rng.gauss(0, 10))
     cos, sin = math.cos(hue), math.sin(hue) / math.sqrt(3)
     third = (1 - cos) / 3
     rotation = np.float32([[cos + third, third - sin, third + sin], [third + sin, cos + third, third - sin], [third - sin, third + sin, cos + third]])
     colour = saturation * rotation + (1 - saturation) * np.full((3, 3), 1 / 3, np.float32)
-    gain, offset = rng.uniform(0.75, 1.2), rng.uniform(-25, 25)
+    gain, offset = rng.uniform(0.8, 1.15), rng.uniform(-20, 20)
     changed = (pixels[..., :3] @ colour.T - 128) * gain + 128 + offset
     return Image.fromarray(np.concatenate([np.clip(changed, 0, 255), pixels[..., 3:]], axis=-1).astype(np.uint8), "RGBA")
