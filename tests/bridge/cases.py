@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from npu_bridge import ops
+
 R = np.random.RandomState(0)
 
 
@@ -227,6 +229,10 @@ case("map", lambda x: lax.map(lambda r: jnp.tanh(r).sum(), x), X)
 case("associative_scan", lambda x: lax.associative_scan(jnp.add, x, axis=1), X)
 case("optimization_barrier", lambda x: lax.optimization_barrier((x * 2, x + 1)), X)
 case("custom_jvp and custom_vjp", lambda x: jax.nn.relu(x) + jax.nn.silu(x) + jax.nn.gelu(x) + jax.nn.gelu(x, approximate=False), X)
+
+# The one fused operator of which a CPU's programs make a part with a helper; the others are in test_every_fused_operator_equals_xla_on_a_mesh.
+SEGMENTS = np.array([[1] * 5 + [2] * 3, [1] * 4 + [2] * 2 + [0] * 2] * 2, np.int32)
+case("attention inside segments", lambda x, ids: ops.attention(x, x, x, segment_ids_q=ids, causal=True), f32(4, 8, 2, 8), SEGMENTS)
 
 # ---- random bits -------------------------------------------------------------------------------------------------------------------
 KEY = np.array([7, 1234567], np.uint32)

@@ -43,7 +43,7 @@ state = abstract_state(outline, list(outline.shapes), [], mesh)
 start = time.process_time()
 lowered = programs.train_step.lower(state, batch, np.float32(1e-5))
 lowering = time.process_time() - start
-compiled = Compiled(lowered, "npu")
+compiled = Compiled(lowered, "npu", capture=False)  # what host and allocator do for each operator
 on_device = lambda leaf: Array(torch.empty(leaf.shape, dtype=storage_dtype(leaf.dtype), device="npu"), tuple(leaf.shape), leaf.dtype, ((),) * len(leaf.shape), compiled.runtime)
 held = [on_device(leaf) for leaf in jax.tree.leaves(state)]
 rest = [*jax.tree.leaves(batch), np.float32(1e-5)]
