@@ -160,7 +160,11 @@ def _result_types(function: Callable[..., tuple[jax.Array, ...]], *avals: core.S
 
 
 def alone_function(
-    name: str, anywhere: Callable[..., tuple[jax.Array, ...]], alone: Callable[..., tuple[jax.Array, ...]]
+    name: str,
+    anywhere: Callable[..., tuple[jax.Array, ...]],
+    alone: Callable[..., tuple[jax.Array, ...]],
+    *,
+    platforms: Sequence[str] | None = None,
 ) -> Callable[..., tuple[jax.Array, ...]]:
     """A function that XLA programs for a single device compute in another way: what depends on data (sorting, loops of unknown
     length) is cheap there, while over several devices it would exchange data, and through the bridge wait for the host.
@@ -168,6 +172,7 @@ def alone_function(
     Args:
       anywhere: ``(*arrays, **params) -> tuple``: programs over several devices, inside a shard_map, and platform ``npu``.
       alone: the same results from the same arguments, for programs of one device.
+      platforms: of that device; None for every platform of XLA.
 
     Returns ``function(*arrays, **params) -> tuple``, without a derivative: use it inside a `jax.custom_vjp`.
     """
@@ -181,7 +186,10 @@ def alone_function(
         single = isinstance(where, sharding_impls.ShardingContext) and where.num_devices == 1
         return mlir.lower_fun(alone if single else anywhere, multiple_results=True)(ctx, *operands, **params)
 
-    mlir.register_lowering(primitive, lower)
+    for platform in platforms or (None,):
+        mlir.register_lowering(primitive, lower, platform=platform)
+    if platforms:
+        mlir.register_lowering(primitive, lower_with(anywhere))
     register_platform_lowering(primitive, lower_with(anywhere))
 
     def batching_rule(args: Sequence[jax.Array], dims: Sequence[int | None], **params: Any):

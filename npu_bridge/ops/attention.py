@@ -48,7 +48,8 @@ def attention(
         kernels; only self-attention has them. Places past their sum are padding. The reference ignores it.
       padding: static. "zeros", or "unread": a promise that nobody reads what queries of id 0 yield and that their gradients are
         zero. Variable-length kernels then let padding attend itself, which yields some finite number and saves clearing it.
-      implementation: None (whichever is cheaper), "dense" or "banded" (needs max_segment_length or window); for tests and timings.
+      implementation: None (whichever is cheaper), "dense" (no band) or "banded" (needs max_segment_length or window); for tests and
+        timings. XLA's program for one CPU leaves out tiles of long rows that ids and causality mask entirely, whatever stands here.
 
     Returns:
       (B, T, N, J) in q's dtype; softmax in float32, products accumulated in float32.
