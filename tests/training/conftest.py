@@ -1,4 +1,4 @@
-"""A tiny model, a byte-level tokenizer and coloured squares: a whole run takes seconds."""
+"""A tiny model, a byte-level tokenizer and coloured squares: a whole run takes seconds, and equal runs of a session share what they compiled."""
 
 import copy
 import io
@@ -12,6 +12,9 @@ import tokenizers
 from PIL import Image
 
 from mindvl_jax import config_loader
+from mindvl_jax.training import trainer
+from mindvl_jax.training.backend import Xla
+from mindvl_jax.training.step import program_key
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 40, 220), "white": (245, 245, 245)}
@@ -56,6 +59,38 @@ def assets(tmp_path_factory):
     write_tokenizer(folder)
     write_data(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def equal_runs_trace_and_compile_once():
+    """Tests train the same tiny model again and again; two thirds of each run would be tracing and compiling the same step.
+
+    Only what runs one after another in this process shares programs; the processes that tests start compile for themselves.
+    """
+    make, outline_of, programs, outlines = trainer.make_programs, trainer.outline_of, {}, {}
+
+    def shared_outline(config):
+        key = config.model_dump_json()
+        if key not in outlines:
+            outlines[key] = outline_of(config)
+        return outlines[key]
+
+    def shared_programs(outline, *, compile, **options):
+        backend = compile.func.__self__
+        if not isinstance(backend, Xla):
+            return make(outline, compile=compile, **options)
+        key = (
+            id(outline), program_key(options["phase"], options["shape"], options["trained"]), tuple(options["frozen"]), options["mesh"], options["loss_chunk"],
+            options["optimizer"].model_dump_json(),
+        )  # fmt: skip
+        if key not in programs:
+            programs[key] = make(outline, compile=compile, **options)
+        return programs[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "make_programs", shared_programs)
+        patch.setattr(trainer, "outline_of", shared_outline)
+        yield
 
 
 PHASE = {
