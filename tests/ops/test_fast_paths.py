@@ -33,6 +33,8 @@ PROGRAMS = {
     "dense attention": (attention(causal=True), (HEADS,)),
     "banded attention": (attention(causal=True, max_segment_length=32), (HEADS,)),
     "window attention": (attention(causal=False, max_segment_length=16), (HEADS,)),
+    "attention in tiles": (lambda q: ops.attention(q, q[:, :, :2], q[:, :, :2], segment_ids_q=jnp.ones((4, 256), jnp.int32), causal=True),
+                           (jnp.ones((4, 256, 4, 32), jnp.bfloat16),)),
     "multi-head attention": (lambda q: ops.attention(q, q, q, causal=True), (HEADS,)),
     "cross entropy": (lambda h, w: ops.cross_entropy(h, w, jnp.ones((2, 64), jnp.int32), jnp.ones((2, 64)), chunk=16), (X, W)),
     "grouped matmul": (lambda x, w: ops.grouped_matmul(x[0], w, jnp.array([40, 24])), (X, jnp.ones((2, 32, 48), jnp.bfloat16))),
@@ -88,7 +90,7 @@ def float32_twins(name):
     return function, tuple(array.astype(jnp.float32) for array in arrays)
 
 
-@pytest.mark.parametrize("name", ["linear", "linear of one row", "banded attention", "cross entropy", "grouped matmul"])
+@pytest.mark.parametrize("name", ["linear", "linear of one row", "banded attention", "attention in tiles", "cross entropy", "grouped matmul"])
 def test_under_bfloat16_precision_the_products_of_float32_arrays_stay_on_the_matrix_units_too(name, matrix_units):
     function, arrays = float32_twins(name)
 
