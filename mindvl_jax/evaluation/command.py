@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
                                                 language_only=not args.no_language_only, on_progress=show)
         write_task_page(out, name, benchmark, items, rows, blind, result)
         results[name] = result
-        console.print(_summary_line(name, result))
+        console.print(_summary_line(name, result), soft_wrap=True)
     if len(results) > 1:
         console.print(f"mean of {len(results)} tasks: {sum(result['score'] for result in results.values()) / len(results):.4f}")
     write_json(out / "scores.json", results)
