@@ -28,12 +28,14 @@ from npu_bridge.emulator.errors import EmulatorError
 SOURCES = Path(__file__).parent / "src"
 # Warnings of the vendor's headers are not ours to mend.
 FLAGS = ("-std=c++20", "-fPIC", "-pthread", "-Wall", "-Wno-unused-function", "-D_GLIBCXX_USE_CXX11_ABI=1")
-# Operators: the work is ATen's, and what is compiled here runs for microseconds a call, so their time goes into compiling.
-OPTIMISED, OPERATORS = ("-O1",), ("-O0",)
-PRECOMPILED = "opapi/operator.h"  # torch's headers, read once instead of once a file
+# The header that every file of a library begins with, read once instead of once a file, and how the file is optimised. Operators: the
+# work is ATen's, and what is compiled here runs for microseconds a call, so their time goes into compiling.
+RUNTIME, OPERATORS = "runtime/runtime.h", "opapi/operator.h"
+LEVELS = {RUNTIME: ("-O1",), OPERATORS: ("-O0",)}
+FIRST = "first.h"  # includes that header; g++ finds what it was compiled to beside it
+LIGHT = "opapi/light"  # empty stand-ins of headers of torch, found before them
 EMPTY = ("ge_runner", "graph", "acl_tdt_channel")  # linked by torch_npu, never called
 ALIASES = {"hcomm": "hccl", "nnopbase": "opapi"}  # torch_npu looks for some functions of the latter there
-_WORDS = 24  # arguments looked through for tensors when an unknown operator is called
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +45,14 @@ class Library:
     name: str
     folders: tuple[str, ...]
     links: tuple[str, ...] = ()
-    torch: bool = False
+    header: str = RUNTIME
 
 
 LIBRARIES = (
     Library("ascendcl", ("runtime", "ascendcl")),
     Library("acl_op_compiler", ("compiler",), ("ascendcl",)),
     Library("hccl", ("hccl",), ("ascendcl",)),
-    Library("opapi", ("opapi",), ("ascendcl", "hccl"), torch=True),
+    Library("opapi", ("opapi",), ("ascendcl", "hccl"), OPERATORS),
 )
 
 
@@ -72,7 +74,7 @@ def _digest(*parts: str | bytes) -> str:
 
 def _base(toolchain: Toolchain) -> str:
     """What every object depends on, beside its sources."""
-    return _digest(*FLAGS, *OPTIMISED, *OPERATORS, toolchain.compiler_version, str(toolchain.torch), *(f"{k}={v}" for k, v in sorted(toolchain.versions.items())))
+    return _digest(*FLAGS, *LEVELS[RUNTIME], *LEVELS[OPERATORS], toolchain.compiler_version, str(toolchain.torch), *(f"{k}={v}" for k, v in sorted(toolchain.versions.items())))
 
 
 def key_of(toolchain: Toolchain) -> str:
@@ -94,16 +96,40 @@ def operator_names(torch_npu: Path) -> list[str]:
 
 
 def unknown_source(names: list[str]) -> str:
-    """Weak entries for every operator: those nobody wrote refuse, and say which tensors they were given."""
-    words = ", ".join(f"const void* a{i}" for i in range(_WORDS))
-    body = ", ".join(f"a{i}" for i in range(_WORDS))
+    """Weak entries for every operator, in assembly (a second of C++ for a hundred of them): those nobody wrote refuse.
+
+    An entry hands its name on, with the addresses of the words in registers and on the stack (the calling convention of x86-64), for
+    its argument list is not known: npu_emulator_refuse_unknown looks the words through for tensors.
+    """
     lines = [
-        "// Generated. The argument list of an operator nobody wrote is not known; its first words are looked through for tensors.",
-        "namespace emulator { int refuse_unknown(const char* symbol, const void* const* words, int count); }",
-        f"#define UNKNOWN(NAME) extern \"C\" __attribute__((weak, visibility(\"default\"))) int NAME##GetWorkspaceSize({words}) {{ \\",
-        f"  const void* words[] = {{{body}}}; return emulator::refuse_unknown(#NAME, words, {_WORDS}); }} \\",
-        "  extern \"C\" __attribute__((weak, visibility(\"default\"))) int NAME(void*, unsigned long, void*, void*) { return 161001; }",
-        *(f"UNKNOWN({name})" for name in names),
+        "# Generated.",
+        ".text",
+        "refuse:",  # the six words in registers, then the return address, then the words on the stack
+        *(f"  push %{register}" for register in ("r9", "r8", "rcx", "rdx", "rsi", "rdi")),
+        "  mov %rax, %rdi",
+        "  mov %rsp, %rsi",
+        "  lea 56(%rsp), %rdx",
+        "  sub $8, %rsp",  # the stack is a multiple of 16 at a call
+        "  call npu_emulator_refuse_unknown@PLT",
+        "  add $56, %rsp",
+        "  ret",
+        ".macro unknown name",
+        ".weak \\name\\()GetWorkspaceSize",
+        ".type \\name\\()GetWorkspaceSize, @function",
+        "\\name\\()GetWorkspaceSize:",
+        "  lea 9f(%rip), %rax",
+        "  jmp refuse",
+        ".weak \\name",
+        ".type \\name, @function",
+        "\\name:",
+        "  mov $161001, %eax",
+        "  ret",
+        '.pushsection .rodata',
+        '9: .asciz "\\name"',
+        ".popsection",
+        ".endm",
+        *(f"unknown {name}" for name in names),
+        '.section .note.GNU-stack, "", @progbits',
     ]
     return "\n".join(lines) + "\n"
 
@@ -121,74 +147,78 @@ class _Builder:
         self.toolchain, self.work, self.report = toolchain, work, report
         npu, torch = toolchain.torch_npu / "include", toolchain.torch / "include"
         system = (npu / "third_party/acl/inc", npu / "third_party/hccl/inc", npu, torch, torch / "torch/csrc/api/include")
-        # The folder of the precompiled header stands before the sources: g++ looks there first.
         self.objects = work.parent / "objects"
         headers = [p for p in source_files() if p.suffix == ".h"]
-        own = {p for p in headers if p.parent.name == "opapi"}  # no other folder reads these
-        self.base = _digest(_base(toolchain), *(p.read_bytes() for p in headers))
-        self.plain_base = _digest(_base(toolchain), *(p.read_bytes() for p in headers if p not in own))
-        self.header = self.objects / f"header.{self.base}"
+        plain = [p for p in headers if p.relative_to(SOURCES).parts[0] != "opapi"]  # no other folder reads those of opapi
+        self.bases = {header: _digest(_base(toolchain), *(p.read_bytes() for p in read)) for header, read in ((RUNTIME, plain), (OPERATORS, headers))}
         self.objects.mkdir(exist_ok=True)
-        self.includes = [f"-I{self.header}", f"-I{SOURCES}", *(f"-isystem{path}" for path in system)]
+        # Of this build alone, unless they are to be kept: another build would remove them at its end.
+        place = self.objects if os.environ.get("NPU_EMULATOR_KEEP_HEADER") == "1" else work
+        self.folders = {header: place / f"header.{base}" for header, base in self.bases.items()}
+        self.includes = [f"-I{SOURCES}", f"-I{SOURCES / LIGHT}", *(f"-isystem{path}" for path in system)]
 
-    def _compile(self, source: Path, target: Path, kept: Path, level: tuple[str, ...]) -> Path:
+    def _command(self, header: str) -> list[str]:
+        return [self.toolchain.compiler, *FLAGS, *LEVELS[header], *self.includes]
+
+    def _compile(self, source: Path, target: Path, kept: Path, header: str, precompiled) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if not kept.exists():
-            _run([self.toolchain.compiler, *FLAGS, *level, *self.includes, "-c", str(source), "-o", str(target)], source.name)
+            if precompiled:
+                precompiled.result()
+            # Named here, it comes before everything else a file includes; otherwise g++ does not use it.
+            first = ["-include", str(self.folders[header] / FIRST)] if precompiled else []
+            _run([*self._command(header), *first, "-c", str(source), "-o", str(target)], source.name)
             _keep(target, kept)
         shutil.copyfile(kept, target)
-        return target
 
-    def _kept(self, source: Path, torch: bool) -> Path:
-        return self.objects / f"{source.stem}.{_digest(self.base if torch else self.plain_base, source.read_bytes())}.o"
+    def _kept(self, source: Path, header: str) -> Path:
+        base = self.bases[header] if source.suffix == ".cpp" else ""
+        return self.objects / f"{source.stem}.{_digest(base, source.read_bytes())}.o"
 
     def build(self, workers: int) -> None:
-        names = operator_names(self.toolchain.torch_npu)
-        generated = self.work / "unknown.cpp"
-        generated.write_text(unknown_source(names))
+        generated = self.work / "unknown.s"
+        generated.write_text(unknown_source(operator_names(self.toolchain.torch_npu)))
         (self.work / "empty.cpp").write_text("// nothing of this library is ever called\n")
         objects: dict[str, list[Path]] = {}
-        jobs: list[tuple[Path, Path, bool]] = []
+        jobs: list[tuple[Path, Path, Path, str]] = []
         for library in LIBRARIES:
             sources = [p for folder in library.folders for p in sorted((SOURCES / folder).glob("*.cpp"))]
-            if library.name == "opapi":
+            if library.header == OPERATORS:
                 sources.append(generated)
             objects[library.name] = [self.work / library.name / (p.stem + ".o") for p in sources]
-            jobs += [(source, target, library.torch and source != generated) for source, target in zip(sources, objects[library.name])]
-        jobs = [(source, target, self._kept(source, torch), torch) for source, target, torch in jobs]
+            jobs += [(source, target, self._kept(source, library.header), library.header) for source, target in zip(sources, objects[library.name])]
+        # Operators last and the longest first: while torch's headers are read, the other processor has the rest to do.
+        jobs.sort(key=lambda job: (job[3] == OPERATORS, -job[0].stat().st_size))
+        missing = {header for source, _, kept, header in jobs if source.suffix == ".cpp" and not kept.exists()}
         total, done = len(jobs), 0
-        try:
-            with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-                missing = any(torch and not kept.exists() for _, _, kept, torch in jobs)
-                header = pool.submit(self._precompile) if missing else None
-                plain = [pool.submit(self._compile, s, t, k, OPTIMISED) for s, t, k, torch in jobs if not torch]
-                if header:
-                    header.result()
-                late = [pool.submit(self._compile, s, t, k, OPERATORS) for s, t, k, torch in sorted(jobs, key=lambda job: -job[0].stat().st_size) if torch]
-                for future in concurrent.futures.as_completed([*plain, *late]):
-                    try:
-                        future.result()
-                    except EmulatorError:
-                        pool.shutdown(cancel_futures=True)
-                        raise
-                    done += 1
-                    self.report(done, total)
-        finally:
-            if os.environ.get("NPU_EMULATOR_KEEP_HEADER") != "1":
-                shutil.rmtree(self.header, ignore_errors=True)
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            # Both are taken up before any file, so a file that waits for its header never waits for nobody.
+            headers = {header: pool.submit(self._precompile, header) for header in (OPERATORS, RUNTIME) if header in missing}
+            files = [pool.submit(self._compile, *job, headers.get(job[3])) for job in jobs]
+            for future in concurrent.futures.as_completed(files):
+                try:
+                    future.result()
+                except EmulatorError:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+                done += 1
+                self.report(done, total)
         for library in LIBRARIES:
-            self._link(library.name, objects[library.name], library.links, library.torch)
+            self._link(library.name, objects[library.name], library.links, library.header == OPERATORS)
         for name in EMPTY:
             self._link(name, [self.work / "empty.cpp"], (), False)
         for name, real in ALIASES.items():
             self._link(name, [self.work / "empty.cpp"], (real, "ascendcl"), False)
 
-    def _precompile(self) -> None:
-        kept = self.header / (PRECOMPILED + ".gch")
+    def _precompile(self, header: str) -> None:
+        first = self.folders[header] / FIRST
+        kept = first.with_name(FIRST + ".gch")
         if kept.exists():
             return
-        target = self.work / "header.gch"
-        _run([self.toolchain.compiler, *FLAGS, *OPERATORS, *self.includes, "-x", "c++-header", str(SOURCES / PRECOMPILED), "-o", str(target)], PRECOMPILED)
+        first.parent.mkdir(exist_ok=True)
+        first.write_text(f'#include "{header}"\n')
+        target = self.work / (Path(header).stem + ".gch")
+        _run([*self._command(header), "-x", "c++-header", str(first), "-o", str(target)], header)
         _keep(target, kept)
 
     def _link(self, name: str, objects: list[Path], links: tuple[str, ...], torch: bool) -> None:

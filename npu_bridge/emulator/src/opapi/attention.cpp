@@ -6,28 +6,11 @@
 // The rules of sparse modes and shapes are those of the operator's document.
 #include <cmath>
 
-#include "opapi/operator.h"
+#include "opapi/attention.h"
 
 namespace emulator {
 
-namespace {
-
-constexpr int64_t kCompressed = 2048;  // side of the triangle that stands for a mask of any size in modes 2, 3, 4
-
-struct Options {
-  double scale, keep;
-  int64_t pre, next, heads, inner_precise, mode;
-  Text layout;
-  Ints prefix, ends_q, ends_k;
-  bool stats_as_input = false;  // TND only: statistics (T, N, 8) in the order of the input instead of (N, S, 8) a sequence
-};
-struct Inputs {
-  Tensor q, k, v, pse, drop, mask, sink;
-};
-
-bool is_tnd(const Options& o) { return o.layout == "TND"; }
-
-// ---- layouts -------------------------------------------------------------------------------------------------------------------------
+// ---- shared with attention for inference (attention.h) -------------------------------------------------------------------------------
 
 // (B, N, S, D), from the layout given. `heads` splits the joined dimension of BSH and SBH.
 Tensor to_bnsd(const Tensor& x, const Text& layout, int64_t heads) {
@@ -44,6 +27,32 @@ void write_from_bnsd(const Out& out, const Tensor& x, const Text& layout) {
   if (layout == "BSH") out = x.transpose(1, 2).flatten(2);
   if (layout == "SBH") out = x.permute({2, 0, 1, 3}).flatten(2);
 }
+Tensor repeat_heads(const Tensor& x, int64_t heads) { return x.size(1) == heads ? x : x.repeat_interleave(heads / x.size(1), 1); }
+
+// What the kernel reads of a compressed mask: a wrong one must not pass.
+void check_compressed(const Tensor& mask, int64_t mode) {
+  Tensor triangle = mask.reshape({-1, kCompressed}).to(at::kBool);
+  for (int64_t row : {int64_t{0}, int64_t{1023}, kCompressed - 1})
+    TORCH_CHECK(triangle[row].equal(at::arange(kCompressed) > row), "atten_mask is not the upper triangle (true above the diagonal) that sparse_mode ", mode, " wants");
+  if (mode != kCompressedPrefix) return;
+  for (int64_t row : {kCompressed, kCompressed + kCompressed / 2 - 1})
+    TORCH_CHECK(triangle[row].equal(at::arange(kCompressed) >= kCompressed / 2), "the lower 1024 rows of atten_mask in sparse_mode 6 must be false in their left half and true in the right");
+}
+
+namespace {
+
+struct Options {
+  double scale, keep;
+  int64_t pre, next, heads, inner_precise, mode;
+  Text layout;
+  Ints prefix, ends_q, ends_k;
+  bool stats_as_input = false;  // TND only: statistics (T, N, 8) in the order of the input instead of (N, S, 8) a sequence
+};
+struct Inputs {
+  Tensor q, k, v, pse, drop, mask, sink;
+};
+
+bool is_tnd(const Options& o) { return o.layout == "TND"; }
 
 int64_t key_heads(const Inputs& in, const Options& o) {
   if (o.layout == "BNSD") return in.k.size(1);
@@ -65,18 +74,73 @@ void require_lengths(const Ints& ends, const char* name, int64_t places) {
   require(before <= places, name, " ends at ", before, ", the tensor has ", places, " places");
 }
 
+// Calls body(number, query places, key places) for each sequence of TND; those without query places take no part.
+template <class Body>
+void each_length(const Options& o, Body body) {
+  int64_t q = 0, k = 0;
+  for (size_t i = 0; i < o.ends_q.size(); i++) {
+    if (o.ends_q[i] > q) body(i, o.ends_q[i] - q, o.ends_k[i] - k);
+    q = std::max(q, o.ends_q[i]);
+    k = std::max(k, o.ends_k[i]);
+  }
+}
+
+// The sequence that was cut: the last one in mode 7, the first one in mode 8. It is a band, the others are triangles.
+size_t cut_sequence(const Options& o) {
+  size_t found = o.ends_q.size();
+  each_length(o, [&](size_t i, int64_t, int64_t) {
+    if (o.mode == kLastIsBand || found == o.ends_q.size()) found = i;
+  });
+  return found;
+}
+
+// Modes 5 and 6: keys before prefix[row] are seen by every query, the others as in mode 3.
+void require_prefix(const Options& o, int64_t rows, int64_t queries, int64_t keys) {
+  require(o.prefix.given && static_cast<int64_t>(o.prefix.size()) == rows, "sparse_mode ", o.mode, " with ", o.prefix.size(), " numbers in prefix; expected one for each of ", rows, " rows");
+  auto fits = [&](size_t i, int64_t q, int64_t k) {
+    int64_t low = std::max<int64_t>(0, k - q);
+    require(o.prefix[i] >= low && o.prefix[i] <= k, "prefix[", i, "] = ", o.prefix[i], " for ", q, " queries and ", k, " keys; expected ", low, " to ", k);
+  };
+  if (is_tnd(o)) return each_length(o, fits);
+  for (int64_t i = 0; i < rows; i++) fits(i, queries, keys);
+}
+
+// Modes 7 and 8: a batch of sequences, one of which was cut for other devices. Band limits count from the lower right corner.
+void require_cut(const Inputs& in, const Options& o) {
+  require(is_tnd(o), "sparse_mode ", o.mode, " is for layout TND, the layout is ", o.layout);
+  require(o.pre + o.next >= 0, "pre_tokens ", o.pre, " and next_tokens ", o.next, " leave no band");
+  size_t cut = cut_sequence(o), others = 0;
+  each_length(o, [&](size_t i, int64_t, int64_t) { others += i != cut; });
+  each_length(o, [&](size_t i, int64_t q, int64_t k) {
+    if (i != cut) return require(o.mode == kFirstIsBand || q <= k, "sequence ", i, " has ", q, " queries and ", k, " keys; in sparse_mode 7 all but the last have as many keys or more");
+    if (!others) return;  // a band alone: any limits that overlap
+    require(o.pre >= k, "pre_tokens ", o.pre, " in sparse_mode ", o.mode, "; expected at least the ", k, " keys of the sequence that was cut");
+    require(o.next >= q - k && (o.mode == kFirstIsBand || o.next <= 0), "next_tokens ", o.next, " in sparse_mode ", o.mode, "; expected ", q - k,
+            o.mode == kLastIsBand ? " to 0" : " or more", " for a cut sequence of ", q, " queries and ", k, " keys");
+  });
+}
+
 void require_mask(const Inputs& in, const Options& o, int64_t rows, int64_t queries, int64_t keys) {
   require(o.mode >= 0 && o.mode <= 8, "sparse_mode ", o.mode, "; expected 0 to 8");
-  require(o.mode <= 4, "sparse_mode ", o.mode, " has no emulation; 0 to 4 have");
   if (!in.mask.defined()) {
     require(o.mode == 0, "sparse_mode ", o.mode, " without atten_mask: the kernel would compute full attention without a word; pass the mask");
     return;
   }
   require_dtype(in.mask, "atten_mask", {at::kBool, at::kByte});
   auto shape = in.mask.sizes();
+  if (o.mode == kPrefix) {
+    require(!is_tnd(o), "sparse_mode 5 with sequences of their own lengths (TND); the compressed prefix, sparse_mode 6, is for them");
+    require_prefix(o, rows, queries, keys);
+    require(in.mask.dim() == 4 && shape[0] == rows && (shape[1] == 1 || shape[1] == o.heads) && shape[2] == queries && shape[3] == keys, "atten_mask = ", describe(in.mask),
+            " in sparse_mode 5; expected [B, 1, Sq, Skv] or [B, N, Sq, Skv]");
+    return;
+  }
   if (o.mode >= 2) {
-    bool square = in.mask.dim() >= 2 && shape.end()[-1] == kCompressed && shape.end()[-2] == kCompressed && in.mask.numel() == kCompressed * kCompressed;
-    require(square, "atten_mask = ", describe(in.mask), " in sparse_mode ", o.mode, "; expected the compressed triangle [2048, 2048]");
+    int64_t height = o.mode == kCompressedPrefix ? kCompressed + kCompressed / 2 : kCompressed;
+    bool fits = in.mask.dim() >= 2 && shape.end()[-1] == kCompressed && shape.end()[-2] == height && in.mask.numel() == height * kCompressed;
+    require(fits, "atten_mask = ", describe(in.mask), " in sparse_mode ", o.mode, "; expected the compressed triangle [", height, ", 2048]");
+    if (o.mode == kCompressedPrefix) require_prefix(o, rows, queries, keys);
+    if (o.mode >= kLastIsBand) require_cut(in, o);
     return;
   }
   bool fits;
@@ -127,7 +191,7 @@ void require_all(const Inputs& in, Options& o) {
     require_lengths(o.ends_k, "actual_seq_kvlen", in.k.size(0));
     require(in.k.size(2) == in.q.size(2) && in.v.size(2) <= in.k.size(2) && in.k.size(2) <= 768, "head dims of query, key and value");
     require(in.v.size(0) == in.k.size(0) && in.v.size(1) == kv, "key = ", describe(in.k), " and value = ", describe(in.v));
-    require_mask(in, o, 1, longest(o.ends_q), longest(o.ends_k));
+    require_mask(in, o, o.ends_q.size(), longest(o.ends_q), longest(o.ends_k));
     return;
   }
   Tensor q = to_bnsd(in.q, o.layout, o.heads), k = to_bnsd(in.k, o.layout, kv), v = to_bnsd(in.v, o.layout, kv);
@@ -144,16 +208,18 @@ void require_all(const Inputs& in, Options& o) {
 
 // ---- one batch of equally long sequences, (B, N, S, D) in float32 ------------------------------------------------------------------------
 
-// Where nothing is attended, or an undefined tensor when all is. Modes 3 and 4 count from the lower right corner.
+// Where nothing is attended, or an undefined tensor when all is. Modes 3 to 6 count from the lower right corner.
 Tensor forbidden(const Inputs& in, const Options& o, int64_t queries, int64_t keys) {
   if (!in.mask.defined()) return {};
   Tensor ahead = at::arange(keys).unsqueeze(0) - at::arange(queries).unsqueeze(1);  // key place - query place
   int64_t corner = keys - queries;
-  if (o.mode >= 2) {
-    // What the kernel reads of the triangle: a wrong one must not pass.
-    Tensor triangle = in.mask.reshape({kCompressed, kCompressed});
-    for (int64_t row : {int64_t{0}, int64_t{1023}, kCompressed - 1})
-      TORCH_CHECK(triangle[row].to(at::kBool).equal(at::arange(kCompressed) > row), "atten_mask is not the upper triangle (true above the diagonal) that sparse_mode ", o.mode, " wants");
+  if (o.mode >= 2 && o.mode != kPrefix) check_compressed(in.mask, o.mode);
+  if (o.mode == kPrefix || o.mode == kCompressedPrefix) {
+    Tensor before = at::tensor(at::ArrayRef<int64_t>(o.prefix)).view({-1, 1, 1, 1});  // (B, 1, 1, 1)
+    Tensor banned = (ahead > corner).logical_and(at::arange(keys) >= before);
+    if (o.mode == kPrefix)
+      TORCH_CHECK(in.mask.to(at::kBool).equal(banned.expand(in.mask.sizes())), "atten_mask in sparse_mode 5 is not the triangle from the lower right corner with prefix columns open");
+    return banned;
   }
   switch (o.mode) {
     case 2: return ahead > 0;
@@ -171,7 +237,6 @@ struct Piece {
   Tensor kept;            // dropout factor, or undefined
 };
 
-Tensor repeat_heads(const Tensor& x, int64_t heads) { return x.size(1) == heads ? x : x.repeat_interleave(heads / x.size(1), 1); }
 Tensor add_groups(const Tensor& x, int64_t key_heads) { return x.unflatten(1, {key_heads, x.size(1) / key_heads}).sum(2); }
 
 // Bits of the dropout mask, lowest first.
@@ -244,13 +309,18 @@ Gradients backward(const Piece& p, const Inputs& in, const Options& o, const Ten
 
 // ---- all sequences -----------------------------------------------------------------------------------------------------------------------
 
-// Calls body(start and end of the query places, start and end of the key places, elements of the dropout mask before) for each.
+// Calls body(options of this one, start and end of the query places, start and end of the key places, elements of the dropout mask
+// before) for each.
 template <class Body>
-void each_sequence(const Options& o, Body body) {
+void each_sequence(const Options& all, Body body) {
+  Options o = all;
+  size_t cut = all.mode >= kLastIsBand ? cut_sequence(all) : 0;
   int64_t q = 0, k = 0, dropped = 0;
   for (size_t i = 0; i < o.ends_q.size(); i++) {
     if (i > 0 && o.ends_q[i] == 0) break;
-    if (o.ends_q[i] > q) body(q, o.ends_q[i], k, o.ends_k[i], dropped);
+    if (all.mode == kCompressedPrefix) o.prefix.assign(1, all.prefix[i]);
+    if (all.mode >= kLastIsBand) o.mode = i == cut ? 4 : all.mode == kLastIsBand ? 3 : 2;
+    if (o.ends_q[i] > q) body(o, q, o.ends_q[i], k, o.ends_k[i], dropped);
     dropped += o.heads * (o.ends_q[i] - q) * (o.ends_k[i] - k);
     q = o.ends_q[i];
     k = o.ends_k[i];
@@ -275,7 +345,7 @@ Work attention(Inputs in, Options o, Out peak, Out total, Out out) {
       total = r.total.expand(total->sizes());
     };
   return [=] {
-    each_sequence(o, [&](int64_t q0, int64_t q1, int64_t k0, int64_t k1, int64_t dropped) {
+    each_sequence(o, [&](const Options& o, int64_t q0, int64_t q1, int64_t k0, int64_t k1, int64_t dropped) {
       auto part = [&](const Tensor& x, int64_t a, int64_t b) { return to_bnsd(x.slice(0, a, b), o.layout, 0); };
       Result r = forward(prepare(in, o, part(in.q, q0, q1), part(in.k, k0, k1), part(in.v, k0, k1), dropped), in, o);
       out->slice(0, q0, q1).copy_(r.out[0].transpose(0, 1));
@@ -309,7 +379,7 @@ Work attention_gradient(Inputs in, Options o, Tensor grad, Tensor peak, Tensor t
   return [=] {
     for (const Out& d : {dq, dk, dv}) d->zero_();  // places in no sequence
     if (dsink && dsink->numel()) dsink->zero_();
-    each_sequence(o, [&](int64_t q0, int64_t q1, int64_t k0, int64_t k1, int64_t dropped) {
+    each_sequence(o, [&](const Options& o, int64_t q0, int64_t q1, int64_t k0, int64_t k1, int64_t dropped) {
       auto part = [&](const Tensor& x, int64_t a, int64_t b) { return to_bnsd(x.slice(0, a, b), o.layout, 0); };
       Piece p = prepare(in, o, part(in.q, q0, q1), part(in.k, k0, k1), part(in.v, k0, k1), dropped);
       Tensor m = statistics(peak, o, q0, q1).slice(-1, 0, 1), t = statistics(total, o, q0, q1).slice(-1, 0, 1);

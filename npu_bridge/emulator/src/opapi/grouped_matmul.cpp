@@ -2,6 +2,8 @@
 //
 // group_type -1: lists of separate products; 0: rows of x are split (forward, gradient of x); 2: the inner dimension is split
 // (gradient of the weights). group_list_type 0: ends of the groups, 1: their sizes.
+#include <ATen/core/Formatting.h>
+
 #include <cmath>
 
 #include "opapi/operator.h"

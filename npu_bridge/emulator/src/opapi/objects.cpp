@@ -1,5 +1,7 @@
 #include "opapi/objects.h"
 
+#include <ATen/core/Formatting.h>
+
 #include <set>
 #include <sstream>
 
@@ -290,7 +292,7 @@ int launch(aclOpExecutor* raw, aclrtStream handle) {
   Stream* stream = nullptr;
   int code = guarded(executor->counter->name.c_str(), [&] { stream = &stream_of(handle); });
   if (code) return code;
-  bool later = settings().asynchronous || stream->capture;
+  bool later = settings().asynchronous || stream->capture || executor->work.waits_for_others;
   if (later) executor->line = python_line();
   auto run = [executor] {
     if (!settings().execute) return;
@@ -302,7 +304,7 @@ int launch(aclOpExecutor* raw, aclrtStream handle) {
     }
   };
   try {
-    stream->submit({executor->counter, run, false, executor->addresses});
+    stream->submit({executor->counter, run, executor->work.waits_for_others, executor->addresses});
     return ACL_SUCCESS;
   } catch (const std::exception& error) {
     auto* refusal = dynamic_cast<const Refusal*>(&error);
@@ -311,21 +313,22 @@ int launch(aclOpExecutor* raw, aclrtStream handle) {
   }
 }
 
-// Called by the generated entries of operators nobody wrote (unknown.cpp of the build).
-int refuse_unknown(const char* symbol, const void* const* words, int count) {
+}  // namespace emulator
+
+using namespace emulator;
+
+// Called by the generated entries of operators nobody wrote (unknown.s of the build). Their argument lists are not known: the words
+// of a call are looked through for tensors, those in registers and the first on the stack.
+extern "C" int npu_emulator_refuse_unknown(const char* symbol, const void* const* registers, const void* const* stack) {
   std::string shapes;
-  for (int i = 0; i < count; i++) {
-    std::string text = describe_handle(words[i]);
+  for (int i = 0; i < 24; i++) {
+    std::string text = describe_handle(i < 6 ? registers[i] : stack[i - 6]);
     if (!text.empty()) shapes += (shapes.empty() ? "" : ", ") + text;
   }
   set_recent_error(std::string(symbol) + "(" + shapes + ") has no emulation, at " + python_line() +
                    ". docs/emulator.md lists what there is and how an operator is added");
   return 161001;
 }
-
-}  // namespace emulator
-
-using namespace emulator;
 
 EMULATED aclTensor* aclCreateTensor(const int64_t* dims, uint64_t count, aclDataType type, const int64_t* strides, int64_t offset, aclFormat format,
                                     const int64_t*, uint64_t, void* data) {

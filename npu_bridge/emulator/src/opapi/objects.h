@@ -1,7 +1,7 @@
 // The handles of aclnn: what aclCreateTensor and its kin make.
 #pragma once
 
-#include <ATen/ATen.h>
+#include "opapi/aten.h"
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <acl/acl_base.h>

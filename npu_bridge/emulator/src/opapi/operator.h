@@ -26,7 +26,7 @@
 //   Text                    char*           copied: the caller frees it after the first phase
 //   int64_t, double, ...    by value
 //
-// Operators not written this way are refused by name with their shapes (unknown.cpp).
+// Operators not written this way are refused by name with their shapes (unknown.s of the build).
 #pragma once
 
 #include <sstream>
@@ -39,7 +39,15 @@ namespace emulator {
 
 using at::Scalar;
 using at::Tensor;
-using Work = std::function<void()>;
+// What a call does. One that waits for other processes (see `exchanging`) never holds up the calling thread.
+struct Work : std::function<void()> {
+  using std::function<void()>::function;
+  bool waits_for_others = false;
+};
+inline Work exchanging(Work work) {
+  work.waits_for_others = true;
+  return work;
+}
 
 // ---- argument types ------------------------------------------------------------------------------------------------------------------
 

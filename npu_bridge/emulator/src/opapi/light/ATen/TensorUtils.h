@@ -1,0 +1,2 @@
+// Stands before torch's ATen/TensorUtils.h, which every header of an operator includes and none of their declarations uses.
+#pragma once
