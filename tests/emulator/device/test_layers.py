@@ -54,7 +54,7 @@ def both(text_layers, vision_blocks):
 @pytest.fixture(scope="module")
 def counted():
     small = both(2, 2)
-    return {name: [large - own for large, own in zip(both(*sizes), small)] for name, sizes in (("a layer of the language model", (3, 2)), ("a block of the vision tower", (2, 3)))}
+    return {name: [large - own for large, own in zip(both(*sizes), small)] for name, sizes in zip(PARTS, ((3, 2), (2, 3)))}
 
 
 def table(bridge, hand):
@@ -63,19 +63,13 @@ def table(bridge, hand):
     return "\n".join([*lines, f"| **all** | **{bridge.total()}** | **{hand.total()}** |"])
 
 
-# What the bridge takes more than by hand, at most. The aim is 0; each line is what a pass would still have to remove.
-#   8 padding that attends nothing: two comparisons, four fills, a fill of ones and the copy of statistics in attention and its gradient
-#   4 tables of the rotary gradient, negated and swapped anew in every layer
-#   3 one concatenation and two copies of SwiGLU's gradient; by hand the forward's concatenation is kept
-#   8 statistics handed on as one number (logarithm, sum), copies of operands that are views
-#   7 biases of the vision tower, added beside the product that could take them
-MORE = {"a layer of the language model": 23, "a block of the vision tower": 30}
+PARTS = ("a layer of the language model", "a block of the vision tower")
 
 
-@pytest.mark.parametrize("part", MORE)
-def test_a_layer_takes_no_more_kernels_than_by_hand_and_what_is_known(part, counted, record_property):
+@pytest.mark.parametrize("part", PARTS)
+def test_a_layer_takes_no_more_kernels_than_by_hand(part, counted, record_property):
     bridge, hand = counted[part]
     record_property("bridge", bridge.total())
     record_property("by hand", hand.total())
     record_property(f"table: {part}", table(bridge, hand))
-    assert bridge.total() <= hand.total() + MORE[part], f"{part}: {bridge.total()} kernels through the bridge, {hand.total()} by hand; {table(bridge, hand)}"
+    assert bridge.total() <= hand.total(), f"{part}: {bridge.total()} kernels through the bridge, {hand.total()} by hand; {table(bridge, hand)}"
