@@ -92,7 +92,7 @@ def test_the_compact_vocabulary_has_every_byte_and_every_letter_with_and_without
 
 
 def test_the_compact_vocabulary_is_of_closed_texts_and_stand_ins_whatever_the_size(quickstart):
-    questions = [message["content"] for task in STANDINS for item in load_items(task.task, quickstart / "standins") for message in item.messages]
+    questions = [message["content"].replace("<image>", "") for task in STANDINS for item in load_items(task.task, quickstart / "standins") for message in item.messages]
     table = json.loads((quickstart / "id_table.json").read_text())
     assert table == vocabulary.id_table(questions)
     tokenizer = load_tokenizer(TokenizerConfig(path="qwen3", id_table=str(quickstart / "id_table.json")))
