@@ -18,7 +18,7 @@ from npu_bridge.ir import FLOATS, Block, Op, Type, Value
 from npu_bridge.jaxcompat import CALL_PREFIX as PREFIX
 from npu_bridge.passes.simplify import behind_barriers, uses
 
-STATISTICS = 8  # copies of each softmax statistic
+STATISTICS = 8  # copies of each softmax statistic, as in npu_bridge.kernels.attention (which needs torch)
 
 
 def fit_fused_calls(block: Block) -> None:
