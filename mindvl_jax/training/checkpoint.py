@@ -166,7 +166,10 @@ class CheckpointWriter:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep, enable_async_checkpointing=config.asynchronous, cleanup_tmp_directories=True
         )
-        self._manager = ocp.CheckpointManager((Path(run_dir) / FOLDER).absolute(), options=options)
+        # Compression takes five times the processor time of everything else in the background, beside the steps on a CPU, and saves 8 % of the disk.
+        handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ("params", "optimizer", "ema")}
+        handlers |= {name: ocp.JsonCheckpointHandler() for name in ("progress", "config")}
+        self._manager = ocp.CheckpointManager((Path(run_dir) / FOLDER).absolute(), options=options, item_handlers=handlers)
 
     def save(self, state: TrainState, progress: Progress, config: Config, ema: Mapping[str, jax.Array] | None = None) -> bool:
         """Takes a copy of the state (and of the moving average), then writes it; returns False when this step is saved already.
@@ -177,12 +180,12 @@ class CheckpointWriter:
             return False
         record = dataclasses.asdict(progress)
         record["fingerprints"] = {**fingerprints(state.params), **fingerprints(_moment_arrays(state)), **fingerprints(_ema_arrays(ema or {}))}
-        average = {} if ema is None else {"ema": ocp.args.StandardSave(_nest(ema))}
+        average = {} if ema is None else {"ema": ocp.args.PyTreeSave(_nest(ema))}
         return self._manager.save(
             progress.step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(_nest(state.params)),
-                optimizer=ocp.args.StandardSave(_optimizer_item(state)),
+                params=ocp.args.PyTreeSave(_nest(state.params)),
+                optimizer=ocp.args.PyTreeSave(_optimizer_item(state)),
                 progress=ocp.args.JsonSave(record),
                 config=ocp.args.JsonSave(config.model_dump(mode="json")),
                 **average,

@@ -106,3 +106,18 @@ def test_a_step_that_fails_leaves_no_range_open(program):
         with pytest.raises(TypeError):
             times.program(compiled)([None, None], {})
         assert times._open is None
+
+
+def test_scopes_inside_of_a_scan_carry_the_path_of_what_calls_it():
+    def block(x, w):
+        with jax.named_scope("mlp"):
+            return jnp.tanh(x @ w), None
+
+    def loss(w, x):
+        with jax.named_scope("layers"):
+            return jnp.sum(jax.lax.scan(jax.checkpoint(block), x, w)[0])
+
+    text = npu_bridge.jit(jax.grad(loss)).lower(np.ones((3, 8, 8), np.float32), np.ones((4, 8), np.float32)).as_text()
+    names = scopes.with_marks(text)[1]
+    assert "jvp(layers)/while/body/mlp" in names and "transpose(jvp(layers))/while/body/checkpoint/mlp" in names, names
+    assert not [name for name in names if name and "layers" not in name], names

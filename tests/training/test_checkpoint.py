@@ -1,0 +1,64 @@
+"""What a checkpoint costs and what it opens: arrays written as they are, and those that were written compressed."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from mindvl_jax.config import CheckpointConfig, MeshConfig
+from mindvl_jax.parallel.mesh import make_mesh
+from mindvl_jax.training import checkpoint
+from mindvl_jax.training.params import outline_of
+from mindvl_jax.training.state import abstract_state, initial_params, start_phase
+
+
+@pytest.fixture
+def trained(run_config):
+    """(config, state, what it is restored onto, progress); zeros in the moments can be made as small as one likes."""
+    config = run_config()
+    outline, mesh = outline_of(config.model), make_mesh(MeshConfig(), jax.devices()[:1])
+    paths = list(outline.shapes)
+    state = start_phase(initial_params(outline, mesh, seed=0), paths, [], mesh)
+    progress = checkpoint.Progress(step=3, phase=0, phase_name="phase0", phase_step=3, trained=tuple(paths), loader=None, totals={})
+    return config, state, abstract_state(outline, paths, [], mesh), progress
+
+
+def restored(folder, target):
+    with checkpoint.CheckpointReader(folder) as reader:
+        progress, prints, _ = reader.progress(3)
+        return progress, reader.state(3, target, prints)
+
+
+def assert_same(got, state):
+    for part in ("trained", "mu", "nu"):
+        for path, value in getattr(state, part).items():
+            assert np.array_equal(getattr(got, part)[path], value), f"{part}/{path}"
+
+
+def test_arrays_are_written_as_they_are_without_time_spent_on_compression(trained, tmp_path):
+    config, state, target, progress = trained
+    with checkpoint.CheckpointWriter(tmp_path, CheckpointConfig(asynchronous=True)) as writer:
+        assert writer.save(state, progress, config)
+        writer.wait()
+    held = sum(value.nbytes for part in ("trained", "mu", "nu") for value in getattr(state, part).values())
+    written = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    # Two thirds are zeros, which any compressor would take away.
+    assert held <= written < 1.5 * held, f"{held} bytes held, {written} written"
+    again, got = restored(tmp_path, target)
+    assert again == progress
+    assert_same(got, state)
+
+
+def test_a_compressed_checkpoint_is_opened_too(trained, tmp_path):
+    """As runs wrote them before: Orbax's standard items with zstd."""
+    config, state, target, progress = trained
+    record = dataclasses.asdict(progress) | {"fingerprints": {**checkpoint.fingerprints(state.params), **checkpoint.fingerprints(checkpoint._moment_arrays(state))}}
+    with ocp.CheckpointManager(tmp_path / checkpoint.FOLDER) as manager:
+        manager.save(3, args=ocp.args.Composite(
+            params=ocp.args.StandardSave(checkpoint._nest(state.params)), optimizer=ocp.args.StandardSave(checkpoint._optimizer_item(state)),
+            progress=ocp.args.JsonSave(record), config=ocp.args.JsonSave(config.model_dump(mode="json")),
+        ))  # fmt: skip
+        manager.wait_until_finished()
+    assert_same(restored(tmp_path, target)[1], state)
