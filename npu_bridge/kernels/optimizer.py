@@ -6,18 +6,32 @@ import torch
 
 from npu_bridge.kernels.registry import register
 
+LARGEST_PIECE = 2**26
+"""Elements that torch_npu's call updates at one time: it needs several arrays of their size in between, and a token table has ten times as many."""
+
 
 def _npu_adamw(param, grad, mu, nu, step, learning_rate, keep, *, b1, b2, eps, weight_decay, inplace=False):
     if not (param.dtype == mu.dtype == nu.dtype == torch.float32):
         return adamw(param, grad, mu, nu, step, learning_rate, keep, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, inplace=inplace)
     if not inplace:
         param, mu, nu = param.clone(), mu.clone(), nu.clone()
+    rate = torch.where(keep, learning_rate, 0.0)
+    whole = param, grad.to(param.dtype), mu, nu
+    pieces = [whole]
+    if param.numel() > LARGEST_PIECE and all(x.is_contiguous() for x in (param, mu, nu)):
+        pieces = zip(*(x.reshape(-1).split(LARGEST_PIECE) for x in whole))
+    for piece in pieces:
+        _update_piece(*piece, step, rate, keep, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    return param, mu, nu
+
+
+def _update_piece(param, grad, mu, nu, step, rate, keep, *, b1, b2, eps, weight_decay):
     # The kernel takes its learning rate from the host, ours lies on the device: let it write the plain update (rate 1, no decay)
     # into zeros and apply rate and decay afterwards. Reading the rate back would stop the queue at every parameter.
     update, new_mu, new_nu = torch.zeros_like(param), mu.clone(), nu.clone()
     torch._fused_adamw_(
         [update],
-        [grad.to(param.dtype)],
+        [grad],
         [new_mu],
         [new_nu],
         [],
@@ -30,10 +44,10 @@ def _npu_adamw(param, grad, mu, nu, step, learning_rate, keep, *, b1, b2, eps, w
         amsgrad=False,
         maximize=False,
     )
-    rate = torch.where(keep, learning_rate, 0.0)
     update = torch.where(keep, update, 0.0)  # what is not kept may be infinite, and 0 times infinity is not 0
     param.mul_(1 - rate * weight_decay).addcmul_(update, rate.expand_as(update))
-    return param, mu.copy_(torch.where(keep, new_mu, mu)), nu.copy_(torch.where(keep, new_nu, nu))
+    mu.copy_(torch.where(keep, new_mu, mu))
+    nu.copy_(torch.where(keep, new_nu, nu))
 
 
 def _cpu_adamw(param, grad, mu, nu, step, learning_rate, keep, *, b1, b2, eps, weight_decay, inplace=False):

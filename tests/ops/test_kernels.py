@@ -154,3 +154,17 @@ def test_adamw_in_place_writes_the_tensors_it_was_given(function):
     written = function(*tensors, **params, inplace=True)
     assert [w.data_ptr() for w in written] == [x.data_ptr() for x in (param, mu, nu)]
     assert all(torch.equal(a, b) for a, b in zip(fresh, written))
+
+
+def test_a_large_parameter_is_updated_piece_by_piece_on_npu(monkeypatch):
+    _, tensors = check.inputs("adamw", "float32")
+    params = check.CASES["adamw"].params
+    want = kernels.KERNELS["adamw"].equivalent(*tensors, **params)
+    calls, update = [], torch._fused_adamw_
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda parameters, *rest, **options: calls.append(parameters[0].numel()) or update(parameters, *rest, **options))
+    size = tensors[0].numel()
+    monkeypatch.setattr("npu_bridge.kernels.optimizer.LARGEST_PIECE", size // 3 + 1)
+    got = kernels.KERNELS["adamw"].npu(*tensors, **params, inplace=True)
+    assert len(calls) == 3 and sum(calls) == size and [x.data_ptr() for x in got] == [tensors[i].data_ptr() for i in (0, 2, 3)]
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)  # the same formula in another order
