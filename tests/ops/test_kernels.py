@@ -45,7 +45,9 @@ def test_the_fused_form_of_a_cpu_is_in_force_wherever_torch_has_it():
 
 def test_every_operator_has_a_kernel_and_every_kernel_an_operator_and_a_check():
     defined = {name.removeprefix("npu_bridge.") for name in jaxcompat.OPERATORS}
-    assert set(kernels.KERNELS) <= defined, f"kernels nobody calls: {sorted(set(kernels.KERNELS) - defined)}"
+    # What a pass writes in place of operators, for npu alone; tests/bridge/test_fused_calls.py sees it called.
+    of_passes = {"swiglu_joined", "swiglu_joined_backward"}
+    assert set(kernels.KERNELS) - of_passes <= defined, f"kernels nobody calls: {sorted(set(kernels.KERNELS) - of_passes - defined)}"
     assert set(kernels.KERNELS) == set(check.CASES), f"checks and kernels differ: {sorted(set(kernels.KERNELS) ^ set(check.CASES))}"
     called = set()
     for program in programs_of_every_operator():
