@@ -100,7 +100,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model, _, opened, image_token = build(Path(folder))
         requests, pictures = requests_of(args.requests, args.new_tokens)
-        generator = Generator(opened, slots=16, patience=0)  # as an engine is that has lived for a while: programs for fewer slots are compiled
+        generator = Generator(opened, slots=16)
         tokens = sum(request.sampling.max_new_tokens for request in requests)
         rows = [generator.encode(request).example.tokens.tolist() for request in requests]
         sides = {"ours": lambda: generator.generate(requests), "transformers": lambda: answer_by_transformers(model, rows, requests, pictures, image_token)}

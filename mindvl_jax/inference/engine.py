@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -19,7 +18,6 @@ from mindvl_jax.errors import UserError
 from mindvl_jax.inference import programs
 from mindvl_jax.inference.programs import CHUNK, empty_slots
 from mindvl_jax.inference.buckets import Bucket, rows_for
-from mindvl_jax.inference.fitting import COMPILATION, SlotSizes
 from mindvl_jax.inference.prompts import Prompt, pack_bucket, vision_of
 from mindvl_jax.inference.reading import RowPlanner
 from mindvl_jax.inference.request import Sampling
@@ -50,10 +48,9 @@ class Engine:
       context: cache places of a slot: longest prompt plus answer.
       mesh: spreads the slots over its rows axes (data, fsdp) when their number divides; None: wherever the parameters are.
       programs: who runs the device programs: the module of that name (XLA) or a `bridge.BridgePrograms`.
-      patience: see `fitting.SlotSizes`.
     """
 
-    def __init__(self, model, *, eos_ids: Sequence[int], slots: int, context: int, mesh=None, programs=programs, patience: float = COMPILATION):
+    def __init__(self, model, *, eos_ids: Sequence[int], slots: int, context: int, mesh=None, programs=programs):
         self._programs = programs
         self.slots, self.context = slots, context
         self._graphdef, self._params = nnx.split(model)
@@ -66,8 +63,6 @@ class Engine:
         self._state = self._place(empty_slots(model.language.config, slots, context, model.compute_dtype, unrolled=self._laid is not None))
         self._waiting: collections.deque[_Running] = collections.deque()
         self._running: list[_Running | None] = [None] * slots
-        # A large model's step costs reading its weights, however few the slots, and on a mesh rows would have to move.
-        self._sizes = SlotSizes(slots, patience) if self._laid is not None and mesh is None else None
         self.decoded_tokens = 0
         self.decode_steps = 0
 
@@ -107,41 +102,20 @@ class Engine:
           eager: admit as soon as any slot is free; False waits until a quarter of the slots is free, which wastes less on
             prefill when nobody watches.
         """
-        self._fit()
         admitted = self._admit(1 if eager else max(1, self.slots // 4))
-        active = sum(running is not None for running in self._running)
-        if not active:
+        active = [running is not None for running in self._running]
+        if not any(active):
             return
-        wanted = active
+        wanted = sum(active)
         if self._waiting:
             wanted = 1 if eager else max(1, min(wanted, self.slots // 4))
-        elif self._sizes is not None and (smaller := self._sizes.below(len(self._running))) is not None and smaller < active:
-            wanted = active - smaller
-        started = time.perf_counter()
         self._state, tokens_CB, logprobs_CB, active_B = self._programs.decode(
             self._graphdef, self._params, self._laid, self._state, self._eos, np.int32(min(chunk, CHUNK)), np.int32(wanted)
         )
         # The first tokens are fetched only now, so that admission and decoding are dispatched without waiting for each other.
         firsts = {slot: (int(token), float(logprob)) for slots, tokens, logprobs in admitted
                   for slot, token, logprob in zip(slots, np.asarray(tokens), np.asarray(logprobs))}
-        tokens_CB = np.asarray(tokens_CB)
-        if self._sizes is not None and not self._waiting:
-            at_steps = (tokens_CB >= 0).sum(1)
-            self._sizes.decoded(len(self._running), at_steps[at_steps > 0].tolist(), time.perf_counter() - started)
-        self._deliver(firsts, tokens_CB, np.asarray(logprobs_CB), np.asarray(active_B))
-
-    def _fit(self) -> None:
-        """Fewer slots in the program when the others have ended for good, all of them when somebody waits."""
-        if self._sizes is None:
-            return
-        taken = [slot for slot, running in enumerate(self._running) if running is not None]
-        now = len(self._running)
-        size = self._sizes.all if self._waiting else self._sizes.fitting(now, len(taken))
-        if size == now or not (taken or self._waiting):
-            return
-        rows = taken + [0] * (size - len(taken))  # what else lies there is not active and never read
-        self._state = self._programs.rearrange(self._state, np.asarray(rows, np.int32), np.arange(size) < len(taken))
-        self._running = [self._running[slot] for slot in taken] + [None] * (size - len(taken))
+        self._deliver(firsts, np.asarray(tokens_CB), np.asarray(logprobs_CB), np.asarray(active_B))
 
     def _deliver(self, firsts: dict[int, tuple[int, float]], tokens_CB, logprobs_CB, active_B) -> None:
         stopped = []
@@ -166,7 +140,7 @@ class Engine:
             if ended or slot in stopped:
                 self._running[slot] = None
         if stopped:
-            keep = np.ones((len(self._running),), bool)
+            keep = np.ones((self.slots,), bool)
             keep[stopped] = False
             self._state = self._programs.release(self._state, keep)
 

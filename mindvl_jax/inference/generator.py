@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from mindvl_jax.errors import UserError
 from mindvl_jax.inference.buckets import next_size
 from mindvl_jax.inference.engine import Engine
-from mindvl_jax.inference.fitting import COMPILATION
 from mindvl_jax.inference.placement import mesh_of
 from mindvl_jax.inference.prompts import Prompt, PromptEncoder
 from mindvl_jax.inference.request import Answer, Request
@@ -39,17 +38,16 @@ class Generator:
       context: longest prompt plus answer in tokens; None sizes it by the requests at hand (and grows when longer ones come).
       mesh: devices to spread the slots over; None: those that hold the model's parameters.
       programs: who runs the device programs; None is XLA, `bridge.BridgePrograms(device)` is npu_bridge.
-      patience: seconds of work in vain before a program for fewer slots is compiled (`fitting.SlotSizes`).
     """
 
     def __init__(self, opened, *, slots: int = 16, context: int | None = None, mesh=None, programs=None, resample: str = "bicubic",
-                 video_fps: float = 2.0, video_max_frames: int = 64, patience: float = COMPILATION):
+                 video_fps: float = 2.0, video_max_frames: int = 64):
         self.model, self.tokenizer = opened.model, opened.tokenizer
         self.slots, self._fixed_context, self._mesh = slots, context, mesh or mesh_of(self.model)
         self.encode = PromptEncoder(self.model, self.tokenizer, min_pixels=opened.min_pixels, max_pixels=opened.max_pixels, resample=resample,
                                     video_fps=video_fps, video_max_frames=video_max_frames)
         self._engine: Engine | None = None
-        self._options = {"patience": patience} | ({} if programs is None else {"programs": programs})
+        self._programs = {} if programs is None else {"programs": programs}
         # A base model ends documents with <|endoftext|>, a chat model turns with <|im_end|>: both end an answer.
         self.eos_ids = tuple(dict.fromkeys((self.tokenizer.eos_id, self.tokenizer.pad_id)))
 
@@ -114,7 +112,7 @@ class Generator:
         needed = max((prompt.tokens + request.sampling.max_new_tokens - 1 for prompt, request in zip(prompts, requests)), default=1)
         context = self._fixed_context or next_size(needed, 64, halves=True)
         if self._engine is None or (self._fixed_context is None and self._engine.context < context):
-            self._engine = Engine(self.model, eos_ids=self.eos_ids, slots=self.slots, context=context, mesh=self._mesh, **self._options)
+            self._engine = Engine(self.model, eos_ids=self.eos_ids, slots=self.slots, context=context, mesh=self._mesh, **self._programs)
         return self._engine
 
     def _submit(self, engine: Engine, number: int, request: Request, prompt: Prompt, pieces: list[Piece]) -> None:

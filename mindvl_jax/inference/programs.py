@@ -261,14 +261,6 @@ def decode(graphdef, params, laid: Laid | None, slots: Slots, eos_E, steps, want
     return slots, tokens_CB, logprobs_CB, slots.active
 
 
-@jax.jit
-def rearrange(slots: Slots, row_N, keep_N) -> Slots:
-    """N slots with what lies in rows `row_N`, active only where `keep_N`: fewer slots once many have ended, all of them again when
-    prompts come. For slots whose layers have a cache each."""
-    taken = jax.tree.map(lambda leaf: leaf[row_N] if leaf.ndim else leaf, slots)
-    return dataclasses.replace(taken, active=taken.active & keep_N)
-
-
 @partial(jax.jit, donate_argnames=("slots",))
 def release(slots: Slots, keep_B) -> Slots:
     """Stops the slots where `keep_B` is False: the host has seen a stop string, or the request was withdrawn."""

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from mindvl_jax.errors import UserError
-from mindvl_jax.inference import Generator, Request, Sampling, programs
-from mindvl_jax.inference.fitting import SlotSizes
+from mindvl_jax.inference import Generator, Request, Sampling
 from mindvl_jax.inference.prompts import pack_bucket
 
 
@@ -151,43 +150,6 @@ def test_answers_are_the_same_wherever_in_the_ring_of_places_they_begin(generato
     asked = Request.from_prompt("b" * 9, sampling=Sampling(max_new_tokens=90, ignore_eos=True))
     answers = [generator.generate([asked])[0].tokens for _ in range(4)]  # 89 of 256 places further each time
     assert len(set(answers)) == 1
-
-
-def test_fewer_slots_decode_once_half_have_ended_and_all_again_for_those_who_come(opened, requests, answers, monkeypatch):
-    sizes = []
-    original = programs.decode
-    monkeypatch.setattr(programs, "decode", lambda graphdef, params, laid, slots, *rest: sizes.append(slots.token.shape[0]) or original(graphdef, params, laid, slots, *rest))
-    eager = Generator(opened, slots=8, context=256, patience=0)
-    assert [answer.tokens for answer in eager.generate(requests[:8])] == [answer.tokens for answer in answers[:8]]
-    assert sizes[0] == 8 and sizes[-1] == 4, sizes
-    # Two go on alone in a state for four; eight that come then need all places, and both sides end as they would alone.
-    first, second = eager._engine, len(sizes)
-    together = [eager.encode(request) for request in requests[:8]]
-    got: dict[int, list[int]] = {}
-    watch = lambda number: lambda tokens, logprobs, ended: bool(got.setdefault(number, []).extend(tokens))
-    for number in (5, 6):
-        first.submit(together[number], requests[number].sampling, [0], [watch(number)])
-    first.step(chunk=1)
-    first.step(chunk=1)
-    for number in (0, 1, 2, 3, 4, 7):
-        first.submit(together[number], requests[number].sampling, [0], [watch(number)])
-    while first.busy:
-        first.step(chunk=2)
-    assert {number: tuple(tokens) for number, tokens in got.items()} == {number: answers[number].tokens for number in range(8)}
-    assert sizes[second:][:3] == [8, 4, 8], sizes[second:]
-
-
-def test_a_smaller_program_is_compiled_once_the_work_in_vain_would_have_paid_for_it():
-    sizes = SlotSizes(16, patience=1.0)
-    assert sizes.fitting(16, 3) == 16 and sizes.below(16) is None
-    sizes.decoded(16, [8] * 10, 100.0)  # the first call compiles
-    sizes.decoded(16, [16] * 10, 100.0)  # nobody had ended
-    assert sizes.below(16) is None
-    sizes.decoded(16, [16] * 5 + [8] * 5, 6.0)
-    assert sizes.below(16) == 8 and sizes.fitting(16, 9) == 16
-    assert sizes.fitting(16, 3) == 8, "a quarter has not been paid for"
-    assert [SlotSizes(16, 0).fitting(16, active) for active in (9, 8, 5, 4, 1)] == [16, 8, 8, 4, 4]
-    assert SlotSizes(6, 0).fitting(6, 1) == 6, "fewer than four save nothing"
 
 
 def test_a_broken_picture_is_refused_by_name_or_answered_with_its_error(generator, draw_pictures):
