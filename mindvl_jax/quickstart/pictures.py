@@ -42,7 +42,7 @@ def paint(coverage: np.ndarray, ink: tuple[int, int, int], paper: tuple[int, int
     return mixed[..., 0] if grey else mixed
 
 
-def warp(rng: random.Random, picture: Image.Image, side: int, affine: tuple[float, ...], wobble: float, cells: int = 4) -> Image.Image:
+def warp(rng: random.Random, picture: Image.Image, side: int, affine: tuple[float, ...], wobble: float, cells: int) -> Image.Image:
     """The picture seen through a map from a square of `side` pixels to its own, bent a little.
 
     Args:
