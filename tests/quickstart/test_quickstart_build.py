@@ -18,7 +18,7 @@ from mindvl_jax.evaluation.benchmarks import load_items
 from mindvl_jax.quickstart import assets, build, chat, sources, vocabulary
 from mindvl_jax.standins.sets import STANDINS
 
-TRAIN = {"text", "digit", "characters", "emoji", "easyvqa_open", "easyvqa", "digits", "words", "typeset", "charts", "captions", "chat"}
+TRAIN = {"text", "digit", "characters", "emoji", "easyvqa_open", "easyvqa", "digits", "words", "typeset", "charts", "captions", "chat", "contours"}
 TEST = {"digits", "easyvqa", "emoji", "words", "typeset", "charts"}
 
 
