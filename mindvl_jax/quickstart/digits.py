@@ -17,29 +17,31 @@ QUESTION = "Read the digits."
 LONGEST = 5
 
 
-def digit_strings(rng: random.Random, split: assets.Split, count: int, longest: int = LONGEST) -> Iterator[Sample]:
+def digit_strings(rng: random.Random, split: assets.Split, count: int, longest: int = LONGEST, bent: bool = True) -> Iterator[Sample]:
+    """Strings of up to `longest` digits; those for training are bent and of several pens, unless the learner is a beginner."""
     for _ in range(count):
-        picture, text = draw(rng, split, rng.randint(1, longest))
+        picture, text = draw(rng, split, rng.randint(1, longest), bent)
         yield ask("digits", picture, QUESTION, text)
 
 
-def draw(rng: random.Random, split: assets.Split, length: int) -> tuple[np.ndarray, str]:
+def draw(rng: random.Random, split: assets.Split, length: int, bent: bool = True) -> tuple[np.ndarray, str]:
     """A picture 28 pixels high and 28 wide for each of `length` digits, and what it says."""
     cells, labels = assets.digit_cells(split)
     chosen = [rng.randrange(len(cells)) for _ in range(length)]
-    coverage = np.concatenate([_place(rng, cells[index], plain=split != "train") for index in chosen], axis=1)
+    coverage = np.concatenate([_place(rng, cells[index], plain=split != "train", bent=bent) for index in chosen], axis=1)
     picture = paint(coverage, *ink_and_paper(rng, coloured=rng.random() < 0.4))
     return picture, "".join(str(labels[index]) for index in chosen)
 
 
-def _place(rng: random.Random, cell: np.ndarray, plain: bool) -> np.ndarray:
-    """One digit in its 28-pixel square; bent, turned, stretched, shifted, and of another pen, when it is for training."""
+def _place(rng: random.Random, cell: np.ndarray, plain: bool, bent: bool) -> np.ndarray:
+    """One digit in its 28-pixel square; turned, stretched and shifted when it is for training, and if so asked bent and of another pen."""
     scale, angle, shear, dx, dy, wobble = 1.25, 0.0, 0.0, 0.0, 0.0, 0.0
     digit = Image.fromarray(cell)
     if not plain:
         scale, angle, shear = rng.uniform(1.05, 1.4), rng.uniform(-0.2, 0.2), rng.uniform(-0.2, 0.2)
-        dx, dy, wobble = rng.uniform(-2, 2), rng.uniform(-2, 2), rng.uniform(0.0, 1.0)
-        digit = _another_pen(rng, digit)
+        dx, dy = rng.uniform(-2, 2), rng.uniform(-2, 2)
+        if bent:
+            wobble, digit = rng.uniform(0.0, 1.0), _another_pen(rng, digit)
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
     a, b, d, e = cos, sin + shear / scale, -sin, cos
     middle = CELL / 2
