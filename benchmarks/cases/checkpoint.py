@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from benchmarks.measure import CLOCKS, Comparison, Side
 from benchmarks.registry import Settings, case
@@ -20,7 +20,7 @@ def checkpoint_case(settings: Settings) -> Iterator[Comparison]:
     import numpy as np
     from safetensors.numpy import load_file, save_file
 
-    from benchmarks import ours, twin, workloads
+    from benchmarks import ours, workloads
     from mindvl_jax import config_loader
     from mindvl_jax.config import CheckpointConfig, MeshConfig
     from mindvl_jax.parallel.mesh import make_mesh
@@ -71,52 +71,71 @@ def checkpoint_case(settings: Settings) -> Iterator[Comparison]:
             raise AssertionError(f"restored parameters differ from the saved ones: {different[:3]}")
         yield Comparison("restore", [Side("ours (Orbax, fingerprints checked)", restore, work), Side("safetensors", lambda: jax.block_until_ready(jax.device_put(load_file(plain))), work)], unit="MB",
                          checked={"arrays that differ": float(len(different))})
-        yield _stall(settings, folder, config, twin, workloads, ours, run, progress)
+        for model, workload, steps in (("dry", workloads.DRY, 2),) if settings.dry else (
+            ("tiny", workloads.QUICKSTART, 8),  # what the quickstart saves, beside its own step
+            ("small", dataclasses.replace(workloads.QUICKSTART, rows=2), 8),  # few rows: 700 MB beside short steps are a harder case than a run's
+        ):  # fmt: skip
+            yield _stall(settings, folder / model, model, workload, steps, progress)
 
 
-def _stall(settings: Settings, folder: Path, config, twin, workloads, ours, run, progress) -> Comparison:
-    """A block of steps with one asynchronous save in it, against the same block without."""
+def _stall(settings: Settings, folder: Path, model: str, workload, steps: int, progress: Callable[[int], Any]) -> Comparison:
+    """What an asynchronous save costs a run that saves as often as the configuration's default.
+
+    Blocks of `steps` steps with a save at their start and blocks without take turns. Lost is the difference of a pair of blocks: the call, in which the
+    loop stands still, what the steps beside the writer take longer, and the wait for a writer that the block did not outlast. What follows a block is
+    like the block without, so a run of hundreds of steps loses no more.
+    """
+    import numpy as np
+
+    from benchmarks import ours, twin, workloads
+    from mindvl_jax import config_loader
     from mindvl_jax.config import CheckpointConfig
     from mindvl_jax.training.checkpoint import CheckpointWriter
 
-    # Few rows: steps of 0.7 s beside 700 MB to write are a harder case than a run's.
-    workload = workloads.DRY if settings.dry else dataclasses.replace(workloads.QUICKSTART, rows=2)
+    config = workloads.MODELS[model]("float32")
     parameters = ours.initial(config)
     packed = workloads.build(workload, config, twin.make(config, parameters))
     step = ours.Step(config, workload, packed.batch, parameters)
-    steps = 2 if settings.dry else 4
-    writer = CheckpointWriter(folder / "stall", CheckpointConfig(keep=1, asynchronous=True))
-    numbers = itertools.count(1)
-    clock = CLOCKS[settings.clock]
-    seconds: dict[str, list[float]] = {"with": [], "without": [], "call": []}
-    facts: dict[str, float | str] = {}
+    del parameters
+    run = config_loader.from_mapping(_run_mapping(config))
+    clock, numbers = CLOCKS[settings.clock], itertools.count(1)
 
-    def with_save():
+    def block() -> float:
         start = clock()
-        writer.save(step.state, progress(next(numbers)), run)
-        seconds["call"].append(clock() - start)
-        run_steps()
-        writer.wait()  # in a run hundreds of steps hide this; it is counted here, so that writing is never free
-        seconds["with"].append(clock() - start)
-        if seconds["without"]:
-            each = statistics.median(seconds["without"]) / steps
-            lost = max(0.0, statistics.median(seconds["with"]) - each * steps)
-            every = CheckpointConfig().every_steps
-            facts.update({"the step loop waits s": statistics.median(seconds["call"]), "a save costs s": lost, f"lost at a save every {every} steps": lost / (lost + every * each),
-                          "steps between saves for 5 % lost": lost / each * 19})
-
-    def without_save():
-        start = clock()
-        run_steps()
-        seconds["without"].append(clock() - start)
-
-    def run_steps():
         for _ in range(steps):
             step()
+        return clock() - start
 
-    work = {"steps": float(steps)}
-    return Comparison("steps with an asynchronous save", [Side(f"{steps} steps and one save, until it is on disk", with_save, work, facts), Side(f"{steps} steps", without_save, work)], unit="steps",
-                      note="On a CPU the writing threads take cores from the step; on an accelerator only the copy to the host does.")
+    def saving_block() -> tuple[float, float, float]:
+        start = clock()
+        writer.save(step.state, progress(next(numbers)), run)
+        called = clock() - start
+        ran, start = block(), clock()
+        writer.wait()
+        return called, ran, clock() - start
+
+    rounds = []
+    with CheckpointWriter(folder, CheckpointConfig(keep=1, asynchronous=True)) as writer:
+        for number in range(1 + settings.least):
+            if number % 2:
+                (called, ran, waited), alone = saving_block(), block()
+            else:
+                alone, (called, ran, waited) = block(), saving_block()
+            rounds.append((called, ran - alone, waited, alone))
+    # The first round compiles the fingerprints.
+    called, slower, waited, alone = np.array(rounds[1:]).T
+    losses = called + slower + waited
+    lost, each, every = float(np.median(losses)), float(np.median(alone)) / steps, CheckpointConfig().every_steps
+    facts = {
+        "the loop waits in the call s": float(np.median(called)), "steps beside the writer take longer by s": float(np.median(slower)), "the writer outlasts them by s": float(np.median(waited)),
+        "lost to a save s": lost, "largest loss s": float(losses.max()), "a step s": each, f"share lost at a save every {every} steps": lost / (every * each),
+    }  # fmt: skip
+    megabytes = sum(value.nbytes for part in (step.state.trained, step.state.mu, step.state.nu) for value in part.values()) / 1e6
+    run_of = f"{every} steps"
+    sides = [Side(f"{run_of} and an asynchronous save", size=every * each + lost, facts=facts), Side(run_of, size=every * each)]
+    return Comparison(f"lost to a save, {model}, {megabytes:.0f} MB", sides, unit="s", bars={run_of: 0.95},
+                      note=f"Measured on {len(losses)} pairs of blocks of {steps} steps, told for {every}: after its block a run goes on as without a save. "
+                           "On a CPU the writing threads take cores from the step; on an accelerator only the copy to the host does.")  # fmt: skip
 
 
 def _run_mapping(config) -> dict:
