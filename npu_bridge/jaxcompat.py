@@ -11,6 +11,7 @@ import contextlib
 import functools
 import inspect
 import io
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,6 +19,7 @@ from typing import Any
 
 import jax
 from jax._src import core, dispatch, sharding_impls
+from jax._src import util as jax_util
 from jax._src import xla_bridge
 from jax._src.interpreters import batching, mlir
 from jaxlib.mlir import ir
@@ -62,9 +64,11 @@ def make_context() -> ir.Context:
     return mlir.make_ir_context()
 
 
+_TAKES_CONTEXT = len(inspect.signature(mlir.aval_to_ir_type).parameters) > 1  # an argument that 0.10 added
+
+
 def _ir_type(ctx: Any, aval: core.AbstractValue) -> ir.Type:
-    takes_context = len(inspect.signature(mlir.aval_to_ir_type).parameters) > 1  # an argument that 0.10 added
-    return mlir.aval_to_ir_type(ctx.module_context, aval) if takes_context else mlir.aval_to_ir_type(aval)
+    return mlir.aval_to_ir_type(ctx.module_context, aval) if _TAKES_CONTEXT else mlir.aval_to_ir_type(aval)
 
 
 def kept_arguments(lowered: jax.stages.Lowered) -> list[int]:
@@ -82,7 +86,7 @@ def custom_call_with_rule(
     name: str,
     operands: Sequence[ir.Value],
     result_avals: Sequence[core.AbstractValue],
-    rule: str,
+    rule: str | ShardingRule,
     params: Mapping[str, Any],
     *,
     reduces: Mapping[int, Sequence[str]] | None = None,
@@ -96,7 +100,7 @@ def custom_call_with_rule(
     with different reductions become several custom calls on the same operands, each a *part*; the importer merges the parts
     back into one kernel call.
     """
-    fitted = ShardingRule.fit(rule, [ir.ShapedType(o.type).shape for o in operands], [a.shape for a in result_avals], sizes)
+    fitted = rule if isinstance(rule, ShardingRule) else ShardingRule.fit(rule, [ir.ShapedType(o.type).shape for o in operands], [a.shape for a in result_avals], sizes)
     unknown = [f for f in (*replicate, *permutation, *(f for fs in (reduces or {}).values() for f in fs)) if f not in fitted.sizes]
     if unknown:
         raise ValueError(f"operator {name!r}: factors {unknown} are not in its rule {rule!r}")
@@ -129,13 +133,24 @@ def lower_with(function: Callable[..., Any]) -> Callable[..., Any]:
 # ---- operators ----------------------------------------------------------------------------------------------------------
 
 
+def _is_literal(value: Any) -> bool:
+    """Whether Python reads back from the text of `value` what it is."""
+    if type(value) in (int, str, bool, type(None)):
+        return True
+    if type(value) is float:
+        return math.isfinite(value)
+    if type(value) is tuple:
+        return all(map(_is_literal, value))
+    try:
+        hash(value)  # JAX keeps what it traced by its parameters: a list is none
+        return bool(ast.literal_eval(repr(value)) == value)
+    except (TypeError, ValueError, SyntaxError):
+        return False
+
+
 def _check_static(name: str, params: Mapping[str, Any]) -> None:
     for key, value in params.items():
-        try:
-            same = ast.literal_eval(repr(value)) == value
-        except (ValueError, SyntaxError):
-            same = False
-        if not same:
+        if not _is_literal(value):
             raise TypeError(
                 f"operator {name!r}: parameter {key!r} is {value!r} ({type(value).__name__}); static parameters must be plain "
                 "Python literals (int, float, str, bool, None and tuples of them), arrays go in as operands"
@@ -148,8 +163,17 @@ def _named_factors(names: Sequence[str], present: Mapping[str, int]) -> list[str
     return leading + [f for f in names if f in present]
 
 
-def _result_types(function: Callable[..., tuple[jax.Array, ...]], *avals: core.ShapedArray, **params: Any) -> list[core.ShapedArray]:
-    shapes = jax.eval_shape(partial(function, **params), *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
+@jax_util.cache(trace_context_in_key=lambda: jax.config.jax_enable_x64)
+def result_shapes(function: Callable[..., tuple[jax.Array, ...]], operands: tuple[tuple[Any, Any], ...], params: tuple[tuple[str, Any], ...]):
+    """Tracing the reference mathematics takes ten milliseconds, and JAX asks again at each of its own passes over a program
+    (linearisation, remat, transposition). `jax.clear_caches` empties this cache as well. Of JAX's settings only x64 changes a shape or a dtype."""
+    return jax.eval_shape(partial(function, **dict(params)), *(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in operands))
+
+
+def _result_types(
+    function: Callable[..., tuple[jax.Array, ...]], told: Callable[..., Sequence[Any]] | None, *avals: core.ShapedArray, **params: Any
+) -> list[core.ShapedArray]:
+    shapes = result_shapes(function, tuple((a.shape, a.dtype) for a in avals), tuple(params.items())) if told is None else told(*avals, **params)
     varying = frozenset().union(*(a.manual_axis_type.varying for a in avals))
     if not varying:
         return [core.ShapedArray(s.shape, s.dtype) for s in shapes]
@@ -165,6 +189,7 @@ def alone_function(
     alone: Callable[..., tuple[jax.Array, ...]],
     *,
     platforms: Sequence[str] | None = None,
+    results: Callable[..., Sequence[Any]] | None = None,
 ) -> Callable[..., tuple[jax.Array, ...]]:
     """A function that XLA programs for a single device compute in another way: what depends on data (sorting, loops of unknown
     length) is cheap there, while over several devices it would exchange data, and through the bridge wait for the host.
@@ -173,13 +198,14 @@ def alone_function(
       anywhere: ``(*arrays, **params) -> tuple``: programs over several devices, inside a shard_map, and platform ``npu``.
       alone: the same results from the same arguments, for programs of one device.
       platforms: of that device; None for every platform of XLA.
+      results: as for `define_operator`.
 
     Returns ``function(*arrays, **params) -> tuple``, without a derivative: use it inside a `jax.custom_vjp`.
     """
     primitive = core.Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(partial(dispatch.apply_primitive, primitive))
-    primitive.def_abstract_eval(partial(_result_types, anywhere))
+    primitive.def_abstract_eval(partial(_result_types, anywhere, results))
 
     def lower(ctx: Any, *operands: ir.Value, **params: Any) -> Sequence[ir.Value]:
         where = ctx.module_context.axis_context
@@ -209,6 +235,7 @@ def define_operator(
     *,
     reference: Callable[..., Any],
     rule: str | Callable[..., str],
+    results: Callable[..., Sequence[Any]] | None = None,
     reduces: Mapping[int, Sequence[str]] | None = None,
     replicate: Sequence[str] = (),
     sizes: Mapping[str, int] | Callable[..., Mapping[str, int]] | None = None,
@@ -229,6 +256,8 @@ def define_operator(
       reference: JAX function ``(*arrays, **params)`` returning an array or a tuple of arrays.
       rule: einsum-like sharding rule (see `npu_bridge.sharding_rule`), or a function
         ``(operand_avals, result_avals, **params) -> str`` when it depends on ranks or parameters.
+      results: function ``(*operands, **params)`` of anything with a shape and a dtype that returns such things, one a result. Without
+        it the reference is traced to find out, which takes ten milliseconds for each new set of shapes.
       reduces: for a result number, the factors whose shards are summed into it (a weight gradient sums over rows);
         ``"..."`` stands for all leading factors of the rule.
       replicate: factors that must not be sharded.
@@ -251,7 +280,7 @@ def define_operator(
         out = reference(*args, **params)
         return tuple(out) if isinstance(out, (tuple, list)) else (out,)
 
-    primitive.def_abstract_eval(partial(_result_types, as_tuple))
+    primitive.def_abstract_eval(partial(_result_types, as_tuple, results))
     mlir.register_lowering(primitive, mlir.lower_fun(as_tuple, multiple_results=True))
 
     static = {
@@ -259,23 +288,23 @@ def define_operator(
         "local_sizes": dict(local_sizes or {}),
         "host_operands": tuple(host_operands),
         "inplace": dict(inplace or {}),
+        "results": results,
     }
     OPERATORS[CALL_PREFIX + name] = static
 
     def lower_npu(ctx: Any, *operands: ir.Value, **params: Any) -> list[ir.Value]:
         text = rule if isinstance(rule, str) else rule(ctx.avals_in, ctx.avals_out, **params)
         factor_sizes = sizes(ctx.avals_in, ctx.avals_out, **params) if callable(sizes) else sizes
-        present = ShardingRule.fit(text, [a.shape for a in ctx.avals_in], [a.shape for a in ctx.avals_out], factor_sizes).sizes
+        fitted = ShardingRule.fit(text, [a.shape for a in ctx.avals_in], [a.shape for a in ctx.avals_out], factor_sizes)
         return custom_call_with_rule(
             ctx,
             name,
             operands,
             ctx.avals_out,
-            text,
+            fitted,
             params,
-            reduces={i: _named_factors(fs, present) for i, fs in (reduces or {}).items()},
-            replicate=_named_factors(replicate, present),
-            sizes=factor_sizes,
+            reduces={i: _named_factors(fs, fitted.sizes) for i, fs in (reduces or {}).items()},
+            replicate=_named_factors(replicate, fitted.sizes),
         )
 
     register_platform_lowering(primitive, lower_npu)

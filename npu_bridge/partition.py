@@ -203,8 +203,10 @@ def _strict_rules(module: ir.Module) -> None:
 
 
 def _run(module: ir.Module, pipeline: str) -> None:
+    passes = passmanager.PassManager.parse(f"builtin.module({pipeline})")
+    passes.enable_verifier(False)  # after each of three dozen passes it takes more time than they do; `partition` verifies once
     try:
-        passmanager.PassManager.parse(f"builtin.module({pipeline})").run(module.operation)
+        passes.run(module.operation)
     except ir.MLIRError as error:
         raise UnsupportedError([f"Shardy pass {pipeline!r}: {error}"]) from error
 
@@ -227,4 +229,8 @@ def partition(module: ir.Module, state: Sequence[bool] = ()) -> ir.Module:
         _run(module, "func.func(sdy-reshard-to-collectives)")
         # Again at the end: propagation makes equal constants and reshards; before it, barriers of remat kept things apart.
         _run(module, "cse,symbol-dce")
+        try:
+            module.operation.verify()
+        except ir.MLIRError as error:
+            raise UnsupportedError([f"Shardy's passes left a program that is not valid: {error}"]) from error
     return module

@@ -21,7 +21,7 @@ def platform_function(name, default, on_npu):
     primitive.def_impl(lambda *args, **params: jax.jit(partial(default, **params))(*args))
 
     def abstract(*avals, **params):
-        out = jax.eval_shape(partial(default, **params), *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
+        out = jaxcompat.result_shapes(default, tuple((a.shape, a.dtype) for a in avals), tuple(params.items()))
         return avals[0].update(shape=out.shape, dtype=out.dtype, sharding=None, weak_type=False)
 
     def batch(args, dims, **params):

@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from npu_bridge.ops._common import require, require_float, zero_cotangent
+from npu_bridge.ops._common import accumulator, require, require_float, zero_cotangent
 from npu_bridge.jaxcompat import define_operator
 from npu_bridge.ops._blocked import Plan, blocked_backward, blocked_forward, plan_blocks
 
@@ -119,6 +119,14 @@ _Q, _K, _V, _OUT, _LSE = "b t (n g) h", "b s n h", "b s n j", "b t (n g) j", "b 
 _REPLICATE = ("t", "s", "g", "h", "j", "m")  # rows and key heads may be sharded
 
 
+def _forward_results(q, k, v, *segments, **plan):
+    batch, places, heads, _ = q.shape
+    return [
+        jax.ShapeDtypeStruct((batch, places, heads, v.shape[-1]), q.dtype),
+        jax.ShapeDtypeStruct((batch, heads, places), accumulator(q.dtype)),
+    ]
+
+
 def _define(suffix, segments, host):
     def heads_a_group(operands, results, **params):
         q, k = (operands[0], operands[1]) if len(operands) < 6 + len(segments) else (operands[1], operands[2])
@@ -131,6 +139,7 @@ def _define(suffix, segments, host):
         sizes=heads_a_group,
         rule=f"{', '.join((_Q, _K, _V, *segments))} -> {_OUT}, {_LSE}",
         host_operands=(5,) if host else (),
+        results=_forward_results,
     )
     backward = define_operator(
         "attention" + suffix + "_backward",
@@ -139,6 +148,7 @@ def _define(suffix, segments, host):
         sizes=heads_a_group,
         rule=f"{', '.join((_OUT, _Q, _K, _V, _OUT, _LSE, *segments))} -> {_Q}, {_K}, {_V}",
         host_operands=(8,) if host else (),
+        results=lambda g, q, k, v, *others, **plan: [q, k, v],
     )
     return forward, backward
 

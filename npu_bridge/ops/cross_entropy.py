@@ -112,8 +112,18 @@ def cross_entropy_backward(g, hidden, head, targets, weights, lse, *, chunk):
 
 
 # Over several devices rows of one would have to move to another, and the NPU's host would have to wait for their number.
-_forward = alone_function("npu_bridge.cross_entropy_forward", cross_entropy_forward, labelled_forward)
-_backward = alone_function("npu_bridge.cross_entropy_backward", cross_entropy_backward, labelled_backward)
+_forward = alone_function(
+    "npu_bridge.cross_entropy_forward",
+    cross_entropy_forward,
+    labelled_forward,
+    results=lambda hidden, head, targets, weights, chunk: [jax.ShapeDtypeStruct(targets.shape, accumulator(hidden.dtype))] * 2,
+)
+_backward = alone_function(
+    "npu_bridge.cross_entropy_backward",
+    cross_entropy_backward,
+    labelled_backward,
+    results=lambda g, hidden, head, *others, chunk: [hidden, jax.ShapeDtypeStruct(head.shape, accumulator(hidden.dtype))],
+)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -42,7 +42,12 @@ def embedding_backward(g, ids, *, rows):
 
 # The vocabulary is a reduction: each shard answers for its own rows (`first` is the number of the first) and the answers add up.
 _forward = define_operator(
-    "embedding", reference=embedding_forward, rule="v d, ... -> ... d", reduces={0: ("v",)}, shard_starts={"first": ("operand", 0, 0)}
+    "embedding",
+    reference=embedding_forward,
+    rule="v d, ... -> ... d",
+    reduces={0: ("v",)},
+    shard_starts={"first": ("operand", 0, 0)},
+    results=lambda table, ids: [jax.ShapeDtypeStruct((*ids.shape, table.shape[1]), table.dtype)],
 )
 _backward = define_operator(
     "embedding_backward",
@@ -51,6 +56,7 @@ _backward = define_operator(
     reduces={0: ("...",)},
     shard_starts={"first": ("result", 0, 0)},
     local_sizes={"rows": ("result", 0, 0)},
+    results=lambda g, ids, rows: [jax.ShapeDtypeStruct((rows, g.shape[-1]), accumulator(g.dtype))],
 )
 
 

@@ -44,9 +44,24 @@ def rms_norm_backward(g, x, scale, rstd):
     return dx.astype(x.dtype), jnp.sum(g * normed, tuple(range(x.ndim - 1)))
 
 
-_forward = define_operator("rms_norm", reference=rms_norm_forward, rule="... d, d -> ... d, ... u", replicate=("d", "u"))
+def _statistic(x):
+    return jax.ShapeDtypeStruct((*x.shape[:-1], 1), accumulator(x.dtype))
+
+
+def _gradient(x, statistic, vectors):
+    return [x, *[jax.ShapeDtypeStruct(x.shape[-1:], statistic.dtype)] * vectors]
+
+
+_forward = define_operator(
+    "rms_norm", reference=rms_norm_forward, rule="... d, d -> ... d, ... u", replicate=("d", "u"), results=lambda x, scale, eps: [x, _statistic(x)]
+)
 _backward = define_operator(
-    "rms_norm_backward", reference=rms_norm_backward, rule="... d, ... d, d, ... u -> ... d, d", reduces={1: ("...",)}, replicate=("d", "u")
+    "rms_norm_backward",
+    reference=rms_norm_backward,
+    rule="... d, ... d, d, ... u -> ... d, d",
+    reduces={1: ("...",)},
+    replicate=("d", "u"),
+    results=lambda g, x, scale, rstd: _gradient(x, rstd, 1),
 )
 
 
@@ -109,7 +124,11 @@ def layer_norm_backward(g, x, scale, mean, rstd):
 
 
 _layer_forward = define_operator(
-    "layer_norm", reference=layer_norm_forward, rule="... d, d, d -> ... d, ... u, ... u", replicate=("d", "u")
+    "layer_norm",
+    reference=layer_norm_forward,
+    rule="... d, d, d -> ... d, ... u, ... u",
+    replicate=("d", "u"),
+    results=lambda x, scale, bias, eps: [x, _statistic(x), _statistic(x)],
 )
 _layer_backward = define_operator(
     "layer_norm_backward",
@@ -117,6 +136,7 @@ _layer_backward = define_operator(
     rule="... d, ... d, d, ... u, ... u -> ... d, d, d",
     reduces={1: ("...",), 2: ("...",)},
     replicate=("d", "u"),
+    results=lambda g, x, scale, mean, rstd: _gradient(x, rstd, 2),
 )
 
 

@@ -44,7 +44,13 @@ def adamw_update(param, grad, mu, nu, step, learning_rate, keep, *, b1, b2, eps,
     return tuple(jnp.where(keep, new.astype(old.dtype), old) for new, old in ((p, param), (m, mu), (v, nu)))
 
 
-_adamw = define_operator("adamw", reference=adamw_update, rule="..., ..., ..., ..., , , -> ..., ..., ...", inplace={0: 0, 1: 2, 2: 3})
+_adamw = define_operator(
+    "adamw",
+    reference=adamw_update,
+    rule="..., ..., ..., ..., , , -> ..., ..., ...",
+    inplace={0: 0, 1: 2, 2: 3},
+    results=lambda param, grad, mu, nu, *scalars, **settings: [param, mu, nu],
+)
 
 
 def global_norm(tree):

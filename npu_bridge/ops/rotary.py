@@ -67,8 +67,9 @@ def rotary_backward(g, cos, sin, *, mode):
 
 
 _RULE = "b t n h, b t r, b t r -> b t n h"
-_forward = define_operator("rotary", reference=rotary_forward, rule=_RULE, replicate=("h", "r"))
-_backward = define_operator("rotary_backward", reference=rotary_backward, rule=_RULE, replicate=("h", "r"))
+_like_first = lambda x, cos, sin, mode: [x]
+_forward = define_operator("rotary", reference=rotary_forward, rule=_RULE, replicate=("h", "r"), results=_like_first)
+_backward = define_operator("rotary_backward", reference=rotary_backward, rule=_RULE, replicate=("h", "r"), results=_like_first)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -8,10 +8,29 @@ _EFFECTS = frozenset({"rng"})
 
 
 def _key(op: Op) -> tuple | None:
+    """What equal operations have in common besides their attributes."""
     if op.regions or op.name in _EFFECTS or "array" in op.attrs:
         return None
-    layouts = tuple(r.layout for r in op.results)
-    return op.name, tuple(id(v) for v in op.operands), repr(sorted(op.attrs.items(), key=lambda kv: kv[0])), tuple(r.type for r in op.results), layouts
+    return op.name, tuple(map(id, op.operands)), tuple(r.type for r in op.results), tuple(r.layout for r in op.results)
+
+
+def _attributes(op: Op) -> str:
+    return repr(sorted(op.attrs.items(), key=lambda kv: kv[0]))
+
+
+class _Seen:
+    """The operations of one key. Attributes are written out when a second one comes, which is seldom."""
+
+    def __init__(self, first: Op):
+        self.first = first
+        self.by_attributes: dict[str, Op] = {}
+
+    def equal(self, op: Op) -> Op | None:
+        """An equal operation that came before; None makes `op` one that is known."""
+        if not self.by_attributes:
+            self.by_attributes[_attributes(self.first)] = self.first
+        known = self.by_attributes.setdefault(_attributes(op), op)
+        return None if known is op else known
 
 
 def share_equal_operations(block: Block) -> None:
@@ -19,17 +38,19 @@ def share_equal_operations(block: Block) -> None:
     for op in block.ops:
         for region in op.regions:
             share_equal_operations(region)
-    seen: dict[tuple, Op] = {}
+    seen: dict[tuple, _Seen] = {}
     replacement: dict[Value, Value] = {}
     kept = []
     for op in block.ops:
         op.operands = [replacement.get(v, v) for v in op.operands]
         key = _key(op)
         if key is not None and key in seen:
-            replacement.update(zip(op.results, seen[key].results))
-            continue
-        if key is not None:
-            seen[key] = op
+            known = seen[key].equal(op)
+            if known is not None:
+                replacement.update(zip(op.results, known.results))
+                continue
+        elif key is not None:
+            seen[key] = _Seen(op)
         kept.append(op)
     block.ops = kept
     substitute(block, replacement)
