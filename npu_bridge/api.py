@@ -133,14 +133,15 @@ class Compiled:
         for i, donated in enumerate(traced.donated):
             if donated and isinstance(flat[i], Array) and not flat[i].is_deleted():
                 flat[i].donate(low.name)  # an argument the program never reads is donated all the same
-        results = program_to_run(self)(local, host)
+        others = {_memory(x) for x, donated in zip(local, (traced.donated[i] for i in traced.kept)) if not donated}
+        results = _apart(program_to_run(self)(local, host), others)
         out = []
         for tensor, aval, layout in zip(results, traced.out_avals, low.result_layouts):
             if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
                 data = Array(tensor, (*aval.shape, *tensor.shape[len(aval.shape) :]), np.uint32, layout, self.runtime)
                 out.append(jax.random.wrap_key_data(np.asarray(data), impl=jax.random.key_impl(aval)))
             else:
-                out.append(Array(tensor, aval.shape, aval.dtype, layout, self.runtime))
+                out.append(Array(tensor, aval.shape, aval.dtype, layout, self.runtime, weak_type=aval.weak_type))
         return out
 
     def _on_host(self, x: Any, number: int, layout: Layout) -> Any:
@@ -197,6 +198,24 @@ class Compiled:
         return shard(to_torch(x, np.uint32 if key else dtype), layout, self.runtime)
 
 
+def _memory(x: Any) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _apart(results: Sequence[Any], others: set[int]) -> list[Any]:
+    """Results with memory of their own, each of which may be donated and overwritten: those that lie in memory of `others` (arguments
+    that the caller keeps) or of a result before them, or show an element twice, are copied."""
+    taken, out = set(others), []
+    for x in results:
+        repeats = any(step == 0 and n > 1 for step, n in zip(x.stride(), x.shape))
+        own = x
+        if x.numel() and (repeats or _memory(x) in taken):
+            own = x.contiguous() if repeats else x.clone()
+        taken.add(_memory(own))
+        out.append(own)
+    return out
+
+
 def _full(x: Any, layout: Layout | None = None) -> Layout:
     layout = x.layout if layout is None else layout
     return layout or ((),) * x.ndim
@@ -207,16 +226,26 @@ def _collector_paused(function: Callable[..., Any]) -> Callable[..., Any]:
     hold, again and again costs up to a fifth of it."""
 
     @functools.wraps(function)
-    def paused(*args: Any) -> Any:
+    def paused(*args: Any, **named: Any) -> Any:
         was_on = gc.isenabled()
         gc.disable()
         try:
-            return function(*args)
+            return function(*args, **named)
         finally:
             if was_on:
                 gc.enable()
 
     return paused
+
+
+def _counted(numbers: Sequence[int], count: int) -> list[int]:
+    """Argument numbers of a call with `count` arguments: negative ones count from the end, those of defaults that were left out go."""
+    return [n % count for n in numbers if -count <= n < count]
+
+
+def _is_weak(x: Any) -> bool:
+    """Whether JAX lets the dtype of `x` give way to that of what it is combined with, as it does for Python's numbers."""
+    return bool(getattr(x, "weak_type", type(x) in (int, float)))
 
 
 class Jitted:
@@ -233,8 +262,12 @@ class Jitted:
 
     # -- arguments --------------------------------------------------------------------------------------------------
 
+    def _dynamic(self, args: Sequence[Any]) -> list[Any]:
+        static = _counted(self.static, len(args))
+        return [a for i, a in enumerate(args) if i not in static]
+
     def _specs(self, args: Sequence[Any]) -> list[Any]:
-        dynamic = [a for i, a in enumerate(args) if i not in self.static]
+        dynamic = self._dynamic(args)
         given = self.in_shardings
         if given is None:
             return [jax.tree.map(lambda _: None, a, is_leaf=lambda x: x is None) for a in dynamic]
@@ -244,13 +277,16 @@ class Jitted:
             raise PlacementError(f"npu_bridge: in_shardings has {len(given)} entries, {len(dynamic)} arguments were passed")
         return [jax.tree.broadcast(g, a, is_leaf=_is_spec) for g, a in zip(given, dynamic)]
 
-    def _abstract(self, args: Sequence[Any]) -> list[Any]:
+    def _abstract(self, args: Sequence[Any], named: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Arguments as ShapeDtypeStructs with shardings. Gathers everything that does not fit and raises once."""
-        specs = iter(self._specs(args))
+        if named and self.in_shardings is not None:
+            raise PlacementError(f"npu_bridge: {self._name} has in_shardings and was given {', '.join(named)} by name; pass these arguments by position")
+        specs, static = iter(self._specs(args)), _counted(self.static, len(args))
         problems: list[str] = []
 
-        def one(path: Any, x: Any, spec: Any, number: int) -> Any:
+        def one(path: Any, x: Any, spec: Any, number: int | str) -> Any:
             where = f"argument {number}{jax.tree_util.keystr(path)}"
+            weak = _is_weak(x)
             if isinstance(x, jax.ShapeDtypeStruct) or hasattr(x, "shape") and hasattr(x, "dtype"):
                 shape, dtype = tuple(x.shape), x.dtype
                 if type(x).__module__.split(".")[0] == "torch":
@@ -262,8 +298,13 @@ class Jitted:
                 return jax.ShapeDtypeStruct((), np.float32)
             if not jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) and np.dtype(dtype).name in ("float64", "int64", "uint64") and not jax.config.jax_enable_x64:
                 problems.append(f"{where}: {np.dtype(dtype).name} while jax_enable_x64 is off; convert it to 32 bits, or enable x64")
+            elif (reason := lower.refused_dtype(dtype, jax.config.jax_enable_x64)) is not None:
+                problems.append(f"{where}: {reason}")
+                return jax.ShapeDtypeStruct(shape, np.float32)
             if self.mesh is None:
-                return jax.ShapeDtypeStruct(shape, dtype)
+                if spec is not None and any(_spec(spec)):
+                    problems.append(f"{where}: sharding {_spec(spec)} without a mesh; pass mesh={{axis: size}} or a jax.sharding.Mesh to npu_bridge.jit")
+                return jax.ShapeDtypeStruct(shape, dtype, weak_type=weak)
             if spec is None and getattr(x, "layout", None):
                 spec = PartitionSpec(*(tuple(a) or None for a in x.layout))
             spec, found = _spec(spec), len(problems)
@@ -274,19 +315,22 @@ class Jitted:
                     problems.append(f"{where}: axes {unknown} are not in the mesh {sizes}")
                     continue
                 shards = int(np.prod([sizes[a] for a in axes], dtype=np.int64))
-                if d >= len(shape) or shape[d] % shards:
+                if d >= len(shape):
+                    problems.append(f"{where}: sharding {spec} names dimension {d}, the array has shape {shape}")
+                elif shape[d] % shards:
                     problems.append(f"{where}: dimension {d} of {shape} cannot be split evenly over {axes}, {shards} shards; pad it")
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=None if len(problems) > found else NamedSharding(self.mesh, spec))
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=None if len(problems) > found else NamedSharding(self.mesh, spec), weak_type=weak)
 
         made = []
         for number, a in enumerate(args):
-            if number in self.static:
+            if number in static:
                 made.append(a)
             else:
                 made.append(jax.tree_util.tree_map_with_path(functools.partial(one, number=number), a, next(specs)))
+        by_name = {name: jax.tree_util.tree_map_with_path(lambda path, x: one(path, x, None, name), a) for name, a in named.items()}
         if problems:
             raise UnsupportedError(problems, f"{self._name} with these arguments")
-        return made
+        return made, by_name
 
     @property
     def _name(self) -> str:
@@ -295,7 +339,7 @@ class Jitted:
     # -- lowering ---------------------------------------------------------------------------------------------------
 
     @_collector_paused
-    def lower(self, *args: Any) -> Lowered:
+    def lower(self, *args: Any, **named: Any) -> Lowered:
         """Lowers for these arguments (arrays or ShapeDtypeStructs). Needs no device and no other process.
 
         Raises UnsupportedError listing everything the bridge refuses, VersionError, PlacementError.
@@ -306,20 +350,26 @@ class Jitted:
         out = self.out_shardings
         if self.mesh is not None and out is not None:
             out = jax.tree.map(lambda s: None if s is None else NamedSharding(self.mesh, _spec(s)), out, is_leaf=_is_spec)
+        abstract, by_name = self._abstract(args, named)
         traced = lower.lower(
-            self.fn, self._abstract(args), mesh=self.mesh, donate_argnums=self.donate, static_argnums=self.static,
-            out_shardings=out if self.mesh is not None else None, name=self._name,
+            self.fn, abstract, named=by_name, mesh=self.mesh, donate_argnums=[n + len(args) if n < 0 else n for n in self.donate],
+            static_argnums=self.static, out_shardings=out if self.mesh is not None else None, name=self._name,
         )  # fmt: skip
         lowered_at = time.perf_counter()
-        state = self._state_arguments(args)
+        state = self._state_arguments(args) + [False] * len(jax.tree.leaves(named))
         state = [state[i] for i in traced.kept]
         donated = [traced.donated[i] for i in traced.kept]
-        text = str(traced.module)
-        name = cache.key(text, state=state, donated=donated, order=self.order, **dataclasses.asdict(self.options))
-        found = cache.load(name)
+        name = found = None
+        if cache.directory() is not None:
+            name = cache.key(str(traced.module), state=state, donated=donated, order=self.order, **dataclasses.asdict(self.options))
+            found = cache.load(name)
         if found is None:
-            found = self._write(traced, state, donated)
-            cache.store(name, *found)
+            try:
+                found = self._write(traced, state, donated)
+            except UnsupportedError as error:
+                raise UnsupportedError(error.problems, self._name) from error
+            if name is not None:
+                cache.store(name, *found)
         source, extra = found
         mesh = MeshShape(tuple((a, n) for a, n in extra["mesh"]), tuple(extra["devices"]) if extra["devices"] else None)
         if self.mesh is not None and not mesh.axes:  # no sharding mentioned the mesh
@@ -331,9 +381,10 @@ class Jitted:
 
     def _state_arguments(self, args: Sequence[Any]) -> list[bool]:
         flags: list[bool] = []
+        static, state = _counted(self.static, len(args)), _counted(self.state, len(args))
         for i, a in enumerate(args):
-            if i not in self.static:
-                flags += [i in self.state] * len(jax.tree.leaves(a))
+            if i not in static:
+                flags += [i in state] * len(jax.tree.leaves(a))
         return flags
 
     def _write(self, traced: lower.Traced, state: list[bool], donated: list[bool]) -> tuple[Source, dict[str, Any]]:
@@ -354,13 +405,17 @@ class Jitted:
 
     # -- running ----------------------------------------------------------------------------------------------------
 
-    def __call__(self, *args: Any) -> Any:
-        dynamic = [a for i, a in enumerate(args) if i not in self.static]
-        flat, tree = jax.tree.flatten(dynamic)
-        fixed = tuple(args[i] for i in self.static)
-        signature = (tree, fixed, tuple((np.shape(x), str(getattr(x, "dtype", type(x)))) for x in flat))
-        if signature not in self._compiled:
-            low = self.lower(*args)
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        flat, tree = jax.tree.flatten((self._dynamic(args), named))
+        # With their types: 1, 1.0 and True are equal, and other programs.
+        fixed = tuple((type(args[i]), args[i]) for i in _counted(self.static, len(args)))
+        signature = (tree, fixed, tuple((np.shape(x), str(getattr(x, "dtype", type(x))), _is_weak(x)) for x in flat))
+        try:
+            known = signature in self._compiled
+        except TypeError as error:
+            raise TypeError(f"npu_bridge: a static argument of {self._name} cannot be hashed ({error}); static arguments are compiled in and must be hashable") from None
+        if not known:
+            low = self.lower(*args, **named)
             self._compiled[signature] = (Compiled(low, self.device, capture=self.capture, compile=self.compile), low.traced.out_tree)
         compiled, out_tree = self._compiled[signature]
         return jax.tree.unflatten(out_tree, compiled(flat))

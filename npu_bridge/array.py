@@ -98,10 +98,12 @@ class Array:
     """One array of a bridge program: this device's shard, and how the whole is split.
 
     shape, dtype: of the whole array. local: the shard, a torch tensor on the device. layout: mesh axes of each dimension.
+    weak_type: as JAX has it for the same result.
     """
 
-    def __init__(self, local: torch.Tensor, shape: tuple[int, ...], dtype: Any, layout: Layout, runtime: Runtime):
+    def __init__(self, local: torch.Tensor, shape: tuple[int, ...], dtype: Any, layout: Layout, runtime: Runtime, *, weak_type: bool = False):
         self._local: torch.Tensor | None = local
+        self.weak_type = weak_type
         self.shape, self.dtype, self.layout, self.runtime = tuple(shape), np.dtype(dtype), layout, runtime
         self.donated_to = ""
 
@@ -165,7 +167,10 @@ class Array:
         return jax.make_array_from_single_device_arrays(self.shape, sharding, [jax.device_put(host, d) for d in mine])
 
     def __dlpack__(self, **options: Any):
-        return self.local.__dlpack__(**options)
+        """The shard's own memory, without a copy: a step that the array is donated to overwrites it."""
+        # Unsigned integers are kept as the bits of signed ones: whoever takes the memory must see the array's own dtype.
+        own = getattr(torch, self.dtype.name) if self.dtype.kind == "u" else self.local.dtype
+        return self.local.view(own).__dlpack__(**options)
 
     def __dlpack_device__(self):
         return self.local.__dlpack_device__()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -70,7 +70,7 @@ def _refused_by_arguments(eqn: Any) -> str | None:
 
 
 @functools.cache
-def _refused_dtype(dtype: Any, x64: bool) -> str | None:
+def refused_dtype(dtype: Any, x64: bool) -> str | None:
     """Why arrays of a dtype cannot be lowered. Cached: a deep program asks some hundred thousand times about five dtypes."""
     if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
         return None
@@ -104,7 +104,7 @@ def check(jaxpr: Any) -> list[str]:
             shape = getattr(var.aval, "shape", ())
             if not all(isinstance(n, (int, np.integer)) for n in shape):
                 add(eqn, f"dynamic shape {shape}; the bridge needs every size fixed at compile time")
-            if dtype is not None and (reason := _refused_dtype(dtype, jax.config.jax_enable_x64)) is not None:
+            if dtype is not None and (reason := refused_dtype(dtype, jax.config.jax_enable_x64)) is not None:
                 add(eqn, reason)
     return list(problems)
 
@@ -113,13 +113,14 @@ def lower(
     fn: Callable[..., Any],
     args: Sequence[Any],
     *,
+    named: Mapping[str, Any] | None = None,
     mesh: jax.sharding.AbstractMesh | None,
     donate_argnums: Sequence[int] = (),
     static_argnums: Sequence[int] = (),
     out_shardings: Any = None,
     name: str = "this program",
 ) -> Traced:
-    """Traces `fn` on abstract `args` (pytrees of ShapeDtypeStruct with shardings) and lowers it.
+    """Traces `fn` on abstract `args`, and `named` ones, (pytrees of ShapeDtypeStruct with shardings) and lowers it.
 
     Raises UnsupportedError with every problem of the traced program at once, VersionError for an untested jax.
     """
@@ -128,12 +129,12 @@ def lower(
     options = {} if out_shardings is None else {"out_shardings": out_shardings}
     with jaxcompat.abstract_mesh(mesh):
         jitted = jax.jit(fn, donate_argnums=tuple(donate_argnums), static_argnums=tuple(static_argnums), **options)
-        traced = jitted.trace(*args)
+        traced = jitted.trace(*args, **(named or {}))
         problems = check(traced.jaxpr.jaxpr)
         if problems:
             raise UnsupportedError(problems, name)
         lowered = traced.lower(lowering_platforms=(jaxcompat.PLATFORM,))
-    flat_out, out_tree = jax.tree.flatten(lowered.out_info)
+    flat_out, out_tree = jax.tree.flatten(traced.out_info)  # with weak types, which lowered.out_info has not
     flat_in, in_tree = jax.tree.flatten(lowered.args_info)
     return Traced(
         module=jaxcompat.module_of(lowered),
@@ -142,7 +143,7 @@ def lower(
         in_tree=in_tree,
         out_tree=out_tree,
         in_avals=[jax.ShapeDtypeStruct(i.shape, i.dtype) for i in flat_in],
-        out_avals=[jax.ShapeDtypeStruct(o.shape, o.dtype) for o in flat_out],
+        out_avals=[jax.ShapeDtypeStruct(o.shape, o.dtype, weak_type=o.weak_type) for o in flat_out],
     )
 
 
