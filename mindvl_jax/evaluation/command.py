@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from mindvl_jax.errors import UserError
+from mindvl_jax.inference.bridge import add_backend_arguments, chosen_programs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N samples of each task")
     parser.add_argument("--batch", type=int, default=16, help="answers that decode together")
     parser.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,tensor=4; default: one")
+    add_backend_arguments(parser)
     parser.add_argument("--max-new-tokens", type=int, help="longest answer; default: each benchmark's own")
     parser.add_argument("--min-pixels", type=int, help="smallest picture area after resizing; default: the model's own setting")
     parser.add_argument("--max-pixels", type=int, help="largest picture area after resizing")
@@ -43,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("batch", "limit", "max_new_tokens", "min_pixels", "max_pixels"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+    programs = chosen_programs(args)
     wanted = named_tasks(args)  # before the weights are opened: a typo should not cost minutes
     opened = open_for_inference(args.weights, mesh=args.mesh)
     tasks = wanted if wanted is not None else _own_tasks(opened)
@@ -51,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     folder, ema = named_folder(args.weights)
     out = Path(args.out) if args.out else folder / ("evaluation-ema" if ema else "evaluation")
     console = Console(highlight=False)
-    generator = Generator(opened, slots=args.batch)
+    generator = Generator(opened, slots=args.batch, programs=programs)
     weights = weights_identity(folder) + EMA * ema
     settings = lambda benchmark: Settings(max_new_tokens=args.max_new_tokens or benchmark.max_new_tokens, min_pixels=args.min_pixels or opened.min_pixels,
                                           max_pixels=args.max_pixels or opened.max_pixels, prompts=args.prompts)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from mindvl_jax.errors import UserError
+from mindvl_jax.inference.bridge import add_backend_arguments, chosen_programs
 
 DEFAULTS = dict(max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, n=1)
 
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument("--max-pixels", type=int, help="largest picture area after resizing; default: the model's own setting")
     sizes.add_argument("--batch", type=int, default=16, help="answers that decode together")
     sizes.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,tensor=4; default: one")
+    add_backend_arguments(sizes)
     sizes.add_argument("--context", type=int, help="longest prompt plus answer; default: what the requests need")
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="JSONL", help="write answers with tokens' log-probabilities to a file")
@@ -49,8 +51,9 @@ def run(args: argparse.Namespace) -> int:
     requests = _requests(args)
     if args.batch < 1:
         raise UserError(f"--batch is {args.batch}, expected at least 1")
+    programs = chosen_programs(args)
     opened = open_for_inference(args.weights, mesh=args.mesh)
-    generator = Generator(opened, slots=min(args.batch, sum(request.sampling.n for request in requests)), context=args.context)
+    generator = Generator(opened, slots=min(args.batch, sum(request.sampling.n for request in requests)), context=args.context, programs=programs)
     single = args.prompt is not None and args.n == 1
     if single and not args.no_stream and not args.out:
         answers = []
@@ -69,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{len(answers)} answers, {tokens} tokens in {seconds:.1f} s (compilation included) -> {args.out}")
         else:
             for answer in answers:
-                label = answer.id + (f" [{answer.sample}]" if args.n > 1 else "")
+                label = (answer.id + (f" [{answer.sample}]" if args.n > 1 else "")).strip()
                 print((f"{label}: " if label else "") + (f"error: {answer.error}" if answer.error else answer.text))
     if args.logprobs:
         for answer in answers:

@@ -11,6 +11,7 @@ import pytest
 from mindvl_jax import cli
 from mindvl_jax.evaluation import evaluate as evaluation
 from mindvl_jax.evaluation.store import read_jsonl
+from mindvl_jax.inference import bridge, programs
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +120,27 @@ def test_generate_prints_an_answer_and_a_file_of_answers(model_folder, draw_text
     assert row["id"] == "x" and row["text"].strip() == streamed.strip() and len(row["logprobs"]) == len(row["tokens"])
 
 
+def test_the_chosen_backend_and_device_run_the_programs(model_folder, monkeypatch, capsys):
+    # Which tokens the bridge's programs give is tested in tests/inference/test_bridge.py; compiling them once more would take half a minute.
+    opened_on, decoded = [], []
+
+    class Recorded:
+        def __init__(self, device):
+            opened_on.append(device)
+
+        def __getattr__(self, name):
+            decoded.append(name)
+            return getattr(programs, name)
+
+    monkeypatch.setattr(bridge, "BridgePrograms", Recorded)
+    asked = ["generate", "--weights", str(model_folder), "--prompt", "Go", "--n", "2", "--temperature", "1", "--seed", "3", "--max-new-tokens", "3"]
+    assert cli.main([*asked, "--backend", "npu_bridge", "--device", "cuda"]) == 0
+    through_bridge = capsys.readouterr().out
+    assert opened_on == ["cuda"] and "decode" in decoded
+    assert cli.main(asked) == 0 and capsys.readouterr().out == through_bridge and len(opened_on) == 1
+    assert through_bridge.startswith("[0]: ") and "\n[1]: " in through_bridge
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["evaluate", "--weights", "{model}", "--tasks", "docvq_val"], "did you mean 'docvqa_val'"),
     (["evaluate", "--weights", "{model}"], "no held-out tasks of their own"),
@@ -131,6 +153,8 @@ def test_generate_prints_an_answer_and_a_file_of_answers(model_folder, draw_text
     (["generate", "--weights", "{model}"], "either --prompt TEXT"),
     (["generate", "--weights", "{model}", "--prompt", "x", "--temperature", "-1"], "temperature is -1"),
     (["generate", "--weights", "{model}", "--prompt", "x", "--mesh", "rows=2"], "axes are data, fsdp, tensor"),
+    (["generate", "--weights", "{model}", "--prompt", "x", "--device", "npu"], "add --backend npu_bridge"),
+    (["evaluate", "--weights", "{model}", "--backend", "npu_bridge", "--mesh", "data=2"], "runs on one device"),
 ])
 def test_bad_input_is_refused_with_one_clear_message(model_folder, benchmark_folder, capsys, arguments, message):
     filled = [argument.format(model=model_folder, data=benchmark_folder) for argument in arguments]
