@@ -1,5 +1,5 @@
 # make quickstart: set up, make the data, train, evaluate, write the report.   make test: set up, run the whole suite.
-# make conformance: the real torch_npu on an emulated CANN runtime, in an environment of its own; writes docs/conformance.md.
+# make conformance: the real torch_npu on an emulated CANN runtime, in an environment of its own; writes docs/conformance.md (CONFORMANCE_PAGE).
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,13 +28,14 @@ average: $(VENV)/.main
 		echo "$$model"; $(BIN)/mindvl evaluate --weights $$model --tasks $(AVERAGE_TASKS) --batch 64 --max-new-tokens 16 --no-language-only --out $$model/evaluation-average || exit 1; \
 	done
 
-# A module's tests stay in one process, so that its fixtures are made once.
+# A module's tests stay in one process, so that its fixtures are made once; modules begin in the order of tests/conftest.py.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 # torch_npu is never installed beside the other tests: without CANN it makes a plain `import torch` fail.
+CONFORMANCE_PAGE ?= docs/conformance.md
 conformance: $(NPU_VENV)/.npu
-	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(NPU_BIN)/python -m npu_bridge.emulator.conformance
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(NPU_BIN)/python -m npu_bridge.emulator.conformance --page $(CONFORMANCE_PAGE) --processes $(WORKERS)
 
 setup: $(VENV)/.main
 setup-test: $(VENV)/.test
@@ -53,11 +54,15 @@ $(VENV)/.test: $(VENV)/.main requirements/test.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/test.txt
 	touch $@
 
-$(NPU_VENV)/.npu: requirements/main.txt requirements/test.txt requirements/npu.txt pyproject.toml
-	$(PYTHON) -m venv $(NPU_VENV)
-	$(NPU_BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/main.txt -r requirements/test.txt -r requirements/npu.txt
+# A thin environment: what $(VENV) holds is seen from here through main.pth (a pip of its own is not needed either), so that only
+# torch_npu is installed, in seconds, and both compare with the same torch.
+$(NPU_VENV)/.npu: $(VENV)/.test requirements/npu.txt
+	$(PYTHON) -m venv --without-pip $(NPU_VENV)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> $$($(NPU_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth
+	$(NPU_BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/npu.txt
 	$(NPU_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(NPU_VENV) build *.egg-info

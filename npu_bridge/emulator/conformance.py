@@ -1,9 +1,14 @@
-"""``make conformance``: runs tests/emulator/device in the emulator and writes what they found to docs/conformance.md."""
+"""``make conformance``: runs tests/emulator/device in the emulator and writes what they found to docs/conformance.md.
+
+`python -m npu_bridge.emulator.conformance [--page FILE] [options of pytest]`
+"""
 
 from __future__ import annotations
 
+import argparse
 import collections
 import datetime
+import os
 import platform
 import subprocess
 import sys
@@ -33,7 +38,7 @@ mathematics made of these calls is right if the formula of each kernel is. It do
 
 
 def read(path: Path) -> list[dict]:
-    """Test cases of a JUnit file: file, name, outcome, seconds, properties, message."""
+    """Test cases of a JUnit file: file, name, outcome, properties, message."""
     cases = []
     for case in ElementTree.parse(path).iter("testcase"):
         bad = case.find("failure") if case.find("failure") is not None else case.find("error")
@@ -41,23 +46,22 @@ def read(path: Path) -> list[dict]:
             "file": case.get("classname", "").rpartition(".")[2],
             "name": case.get("name", ""),
             "outcome": "failed" if bad is not None else "skipped" if case.find("skipped") is not None else "passed",
-            "seconds": float(case.get("time", 0)),
             "found": {p.get("name"): p.get("value") for p in case.iter("property")},
             "message": (bad.get("message") or "").splitlines()[0][:300] if bad is not None else "",
         })  # fmt: skip
     return cases
 
 
-def page(cases: list[dict], versions: str, machine: str, date: str, build_seconds: float) -> str:
-    """The whole page."""
+def page(cases: list[dict], versions: str, machine: str, date: str, seconds: float, build_seconds: float) -> str:
+    """The whole page; `seconds` by the clock."""
     outcomes = collections.Counter(case["outcome"] for case in cases)
     lines = [HEAD.format(versions=versions, machine=machine, date=date, passed=outcomes["passed"], failed=outcomes["failed"], skipped=outcomes["skipped"],
-                         seconds=sum(case["seconds"] for case in cases), build_seconds=build_seconds)]  # fmt: skip
+                         seconds=seconds, build_seconds=build_seconds)]  # fmt: skip
     files = collections.defaultdict(list)
     for case in cases:
         files[case["file"]].append(case)
     cell = lambda text: text.replace("|", "\\|")
-    for file, group in files.items():
+    for file, group in sorted(files.items()):  # several processes end in any order
         lines += [f"## {file.removeprefix('test_').replace('_', ' ').capitalize()}", "", "| Test | Outcome | Found |", "|---|---|---|"]
         for case in group:
             figures = {name: value for name, value in case["found"].items() if not name.startswith(TABLE)}
@@ -72,6 +76,10 @@ def page(cases: list[dict], versions: str, machine: str, date: str, build_second
 
 
 def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m npu_bridge.emulator.conformance", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="where the results are written (default docs/conformance.md)")
+    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 2), metavar="N", help="processes that share the tests (default %(default)s)")
+    given, selection = parser.parse_known_args(arguments)
     try:
         toolchain = check()
         start = time.monotonic()
@@ -84,16 +92,21 @@ def main(arguments: list[str]) -> int:
         report = Path(folder) / "report.xml"
         # Figures of a test are properties of its case, which the newer of pytest's two forms of the report does not know.
         form = ["-o", "junit_family=xunit1", f"--junitxml={report}"]
-        command = [sys.executable, "-m", "npu_bridge.emulator", "--devices", "4", "--", "python", "-m", "pytest", str(TESTS), "--durations=10", *form, *arguments]
-        code = subprocess.run(command, cwd=ROOT).returncode
+        shared = ["-n", str(given.processes), "--dist", "loadscope", "--no-loadscope-reorder"]
+        command = [sys.executable, "-m", "npu_bridge.emulator", "--devices", "4", "--", "python", "-m", "pytest", str(TESTS), "--durations=10", *shared, *form, *selection]
+        start = time.monotonic()
+        # Each of the processes, and each of those that tests start, keeps to one core.
+        code = subprocess.run(command, cwd=ROOT, env={"OMP_NUM_THREADS": "1"} | os.environ).returncode
+        seconds = time.monotonic() - start
         if not report.exists():
             return code or 1
         cases = read(report)
     versions = ", ".join(f"{name} {version}" for name, version in toolchain.versions.items())
     machine = f"Python {platform.python_version()}, {platform.machine()}, {toolchain.compiler_version}"
-    if not arguments:  # a selection is no result for the page
-        PAGE.write_text(page(cases, versions, machine, datetime.date.today().isoformat(), build_seconds))
-        print(f"{PAGE}: {len(cases)} tests")
+    if not selection:  # a selection is no result for the page
+        given.page.parent.mkdir(parents=True, exist_ok=True)
+        given.page.write_text(page(cases, versions, machine, datetime.date.today().isoformat(), seconds, build_seconds))
+        print(f"{given.page}: {len(cases)} tests")
     return code
 
 

@@ -232,7 +232,7 @@ def test_the_page_of_conformance_shows_figures_failures_and_what_they_prove(tmp_
         '</properties></testcase><testcase classname="tests.emulator.device.test_runtime" name="test_b" time="2"><failure message="AssertionError: 3 != 4&#10;more"/></testcase>'
         "</testsuite></testsuites>"
     )
-    text = page(read(report), "torch 2.13.0", "x86_64", "2026-11-22", 12.0)
+    text = page(read(report), "torch 2.13.0", "x86_64", "2026-11-22", 4.0, 12.0)
     assert "**1 passed, 1 failed, 0 skipped in 4 s.**" in text and "It does not prove how CANN's kernels round" in text
     assert "| a[x\\|y] | passed | error 1e-7 |" in text and "| b | failed | AssertionError: 3 != 4 |" in text
 
@@ -244,7 +244,7 @@ def test_conformance_asks_for_a_report_that_may_hold_figures(tmp_path, monkeypat
     (tmp_path / "test_figure.py").write_text("def test_a_figure(record_property):\n    record_property('error', '1e-7')\n")
     seen = {}
 
-    def run(command, cwd):
+    def run(command, cwd, env):
         seen["report"] = command[command.index("-o") : command.index("-o") + 3]
         plain = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "error", *seen["report"], str(tmp_path / "test_figure.py")]
         done = subprocess_run(plain, cwd=tmp_path, capture_output=True, text=True)

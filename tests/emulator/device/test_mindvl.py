@@ -39,7 +39,7 @@ def launched(folder, mapping, name, processes, *overrides):
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(own))
     command = [sys.executable, "-m", "npu_bridge.emulator", "--devices", str(processes), "--trace", str(folder / f"{name}.json"), "--", "python", "-m", "npu_bridge.launch",
                "--nproc", str(processes), str(ROOT / "train.py"), "--config", str(folder / f"{name}.yaml"), "--set", *overrides]  # fmt: skip
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return losses(folder / name)
