@@ -1,8 +1,9 @@
-import os
-
 import pytest
 
-os.environ.setdefault("NPU_BRIDGE_CACHE", "off")
+
+@pytest.fixture(autouse=True)
+def every_program_is_written_anew(monkeypatch):
+    monkeypatch.setenv("NPU_BRIDGE_CACHE", "off")
 
 
 @pytest.fixture(scope="session")

@@ -131,7 +131,9 @@ class Pool:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
+        # Forked from one that has imported what a rank needs, and done nothing else: three of four times those seconds are saved.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["npu_bridge.array", "npu_bridge.runtime.program", __name__])
         self.count = count
         self.jobs = [context.Queue() for _ in range(count)]
         self.answers = context.Queue()

@@ -114,10 +114,10 @@ def test_step_that_runs_on_the_bridge_has_the_plan_that_was_told(measured):
     assert (told.arguments, told.peak) == (lowered.memory()["argument_bytes"], lowered.memory()["peak_bytes"])
 
 
-def test_xla_plan_of_another_process_is_that_of_this_one():
-    config = load("mesh.fsdp=2")
+def test_xla_plan_of_another_process_is_that_of_this_one(measured):
+    config, here = measured["xla"]
     apart, = peak.measure_xla_apart(config, [0])
-    assert apart.programs == peak.measure_xla(config, 0).programs
+    assert apart.programs == here.programs
 
 
 def test_phase_that_starts_beside_the_old_moments_is_counted_at_its_hand_over():

@@ -259,7 +259,7 @@ def test_a_handful_of_samples_is_learnt_by_heart(run_config, read_metrics):
 def start(config_file, *overrides, devices=8):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
     }
     # train.py itself, and a last line that tells which modules it loaded.
     code = (
