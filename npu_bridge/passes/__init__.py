@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from npu_bridge.ir import Program
+from npu_bridge.passes.biases import add_biases_before_rounding
 from npu_bridge.passes.collectives import fuse_collectives, widen_reductions
 from npu_bridge.passes.fused_calls import fit_fused_calls
 from npu_bridge.passes.hoist import hoist_invariants
@@ -29,6 +30,7 @@ def run(program: Program, *, device: str = "cpu", reduce_in_float32: bool = Fals
         hoist_invariants(program.body)
     if device == "cpu":
         share_masks(program.body)
+        add_biases_before_rounding(program.body)
     share_equal_operations(program.body)
     remove_unread(program.body)
     if overlap:

@@ -134,7 +134,7 @@ def _keep_statistics(block: Block) -> None:
 # ---- products with a bias ----------------------------------------------------------------------------------------------------------
 
 
-def _spread(v: Value, width: int) -> Value | None:
+def spread(v: Value, width: int) -> Value | None:
     """The vector, (.., 1, width), that a value repeats along its last dim; None when it is anything else."""
     while v.type.size != width:
         made = v.producer
@@ -157,7 +157,7 @@ def _with_bias(op: Op, count: dict[Value, int]) -> list[Op] | None:
         x, y = made.operands
         free = [d for d in range(len(y.shape)) if d not in made.attrs["rhs_contracting_dimensions"]]
         width = op.result.shape[-1] if op.result.shape else 0
-        bias = _spread(other, width) if width > 1 and len(free) == 1 and not made.attrs["lhs_batching_dimensions"] else None
+        bias = spread(other, width) if width > 1 and len(free) == 1 and not made.attrs["lhs_batching_dimensions"] else None
         if bias is None or not x.dtype == y.dtype == op.result.dtype == bias.dtype:
             continue
         vector = Op("reshape", [bias], [Value(Type((width,), bias.dtype), bias.layout[-1:])], location=op.location)
