@@ -39,7 +39,7 @@ class Totals:
       gradients: of the loss numerator, by path, in float32.
       numerator, denominator: of the loss (see `losses.loss_terms`), float32.
       counts: what the batches held, float32 each (see `batch_counts`).
-      sources: (K, 2) float32, sums of losses and of weights by source of the mixture; for display.
+      sources: (K, 2) float32, sums of losses and of weights by source of the mixture, for display; rows past the last source are 0.
     """
 
     gradients: Params
@@ -92,11 +92,16 @@ class StepPrograms:
     shardings: TrainState
 
 
+def _source_rows(phase: PhaseConfig) -> int:
+    """K: the phase's sources, rounded up to eights, so that phases of other mixtures run the same programs."""
+    return -(-len(phase.sources) // 8) * 8
+
+
 def program_key(phase: PhaseConfig, shape: BatchShape, trained: Sequence[str]) -> tuple:
     """What of a phase stands in its programs: phases with equal keys run the same compiled code."""
     return (
         shape,
-        len(phase.sources),
+        _source_rows(phase),
         tuple(trained),
         phase.loss_reduction,
         phase.weight_decay,
@@ -121,13 +126,13 @@ def make_programs(
 ) -> StepPrograms:
     """Builds the programs of a phase; nothing is compiled before its first call.
 
-    The learning rate is an argument, so that phases which differ in schedule alone share their programs (see `program_key`).
+    The learning rate is an argument, so that phases which differ in schedule or mixture alone share their programs (see `program_key`).
 
     Raises:
       UserError: a multiplier does not fit the phase.
     """
     rules = parameter_rules(trained, phase, optimizer, where)
-    sources = len(phase.sources)
+    sources = _source_rows(phase)
     # Promises for banded attention; a bound that equals the row promises nothing.
     bounds = {"max_sample_length": phase.max_sample_length, "max_image_patches": phase.max_image_patches}
     bounds = {name: bound for name, bound in bounds.items() if bound is not None}

@@ -377,7 +377,7 @@ class _Recorder:
             fetched = jax.device_get(done.metrics)
             by_source = fetched.pop("sources").tolist()
             values = {name: value.item() for name, value in fetched.items()}
-            values["losses"] = {f"loss/{name}": total / weight for name, (total, weight) in zip(self._phase.sources, by_source, strict=True) if weight > 0}
+            values["losses"] = {f"loss/{name}": total / weight for name, (total, weight) in zip(self._phase.sources, by_source) if weight > 0}
             values |= {name: int(values[name]) for name in ("tokens", "label_tokens", "samples", "patches")}
             now = time.perf_counter()
             self._write(done, values, now - self._last)

@@ -209,6 +209,17 @@ def test_a_step_without_any_label_changes_nothing_and_is_not_called_bad(outline,
     assert harness.bits() == before
 
 
+def test_phases_of_one_shape_share_their_programs_whatever_their_mixture_and_schedule():
+    def key(sources=("a",), **changes):
+        mixture = tuple({"source": name} for name in sources)
+        common = {"name": "p", "steps": 5, "mixture": mixture, "rows": 4, "sequence_length": 10, "patches_per_row": 8, "learning_rate": 0.1}
+        return program_key(PhaseConfig(**(common | changes)), SHAPE, ["w"])
+
+    assert key() == key(sources=tuple("abcdefgh"), name="q", steps=9, learning_rate=0.2, schedule="cosine", warmup_steps=2)
+    different = [key(sources=tuple("abcdefghi")), key(weight_decay=0.1), key(loss_reduction="sample"), key(learning_rate_multipliers={"w": 0.5})]
+    assert len({key(), *different}) == 5
+
+
 def test_moments_start_anew_with_a_phase_unless_they_are_kept(outline, mesh):
     harness = Harness(outline, mesh)
     harness.step(make_batch(9))
