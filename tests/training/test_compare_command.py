@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import yaml
 from mindvl_jax import config_loader
 from mindvl_jax.cli import main
 from mindvl_jax.errors import UserError
+from mindvl_jax.training import compare_command
 from mindvl_jax.training.compare_command import code_of, compare, read_losses, shortened, written
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +44,28 @@ def path(tmp_path_factory):
     )
     (folder / "config.yaml").write_text(yaml.safe_dump(content))
     return folder / "config.yaml"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def equal_sides_train_once(tmp_path_factory):
+    """A side that was trained before (configuration, devices, processes, code; fresh weights of one seed) is taken from there."""
+    train, done = compare_command.train_apart, {}
+
+    def train_or_copy(name, config, root, log, **options):
+        plain = yaml.safe_load(config.read_text())
+        folder = Path(plain["run"].pop("dir"))
+        fresh = Path(plain["run"].pop("init_from")) == folder.parent / "start"
+        key = json.dumps([plain, str(root), options], sort_keys=True)
+        if fresh and key in done:
+            shutil.copytree(done[key], folder)
+            return
+        train(name, config, root, log, **options)
+        if fresh:
+            done[key] = shutil.copytree(folder, tmp_path_factory.mktemp("side") / "run")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare_command, "train_apart", train_or_copy)
+        yield
 
 
 def test_a_configuration_is_cut_through_its_phases(path):
@@ -105,7 +129,7 @@ def test_the_code_of_a_revision_lies_in_a_tree_of_its_own_that_goes_away():
 
 def test_two_back_ends_train_alike(path, tmp_path, capsys):
     out = tmp_path / "equal"
-    code = main(["compare", "--a", str(path), "--steps", "2", "--devices-a", "1", "--set-b", "backend=npu_bridge", "--tolerance", "1e-5", "--out", str(out)])
+    code = main(["compare", "--a", str(path), "--steps", "3", "--devices-a", "1", "--set-b", "backend=npu_bridge", "--tolerance", "1e-5", "--out", str(out)])
     assert code == 0, capsys.readouterr()
     found = json.loads((out / "compare.json").read_text())
     assert found["passed"] and 0 < found["parameters"] < 1e-4, f"parameters differ by {found['parameters']:.2e}"
