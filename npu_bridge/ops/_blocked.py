@@ -214,13 +214,15 @@ _forward = alone_function("npu_bridge.attention_tiles", _masked_forward, _skippi
 _backward = alone_function("npu_bridge.attention_tiles_backward", _masked_backward, _skipping_backward, platforms=("cpu",))
 
 NARROW_BAND = 256
-"""A band whose halos are narrower than this is taken as it is: tiles would reach nearly as far."""
+"""A band whose halos are narrower than this is taken in the smaller tiles."""
 
 
 def _tiles(plan, q, k, ids_q):
     """Tiles of the computation that skips what is masked, where this may gain anything."""
-    useful = q.shape[1] == k.shape[1] and (ids_q is not None or plan.causal) and (not plan.size or plan.left + plan.right >= NARROW_BAND)
-    return tiles_of(q.shape[0], q.shape[1], q.shape[2]) if useful else None
+    if q.shape[1] != k.shape[1] or (ids_q is None and not plan.causal):
+        return None
+    narrow = plan.size and plan.left + plan.right < NARROW_BAND
+    return tiles_of(q.shape[0], q.shape[1], q.shape[2], band=plan.left + plan.size + plan.right if narrow else None)
 
 
 def blocked_forward(q, k, v, ids_q, ids_kv, *, plan, scale):

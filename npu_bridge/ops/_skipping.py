@@ -26,11 +26,14 @@ class Tiles(NamedTuple):
 LEAST_LOGITS = 2**20
 """Below, the loops and their compilation cost as much as they save."""
 
+def tiles_of(batch, places, heads, band=None):
+    """Tiles such that the logits of a piece stay in a core's cache; None where so little is to be computed that nothing is gained.
 
-def tiles_of(batch, places, heads):
-    """Tiles such that the logits of a piece stay in a core's cache; None where so little is to be computed that nothing is gained."""
-    size = 32 if places < 1024 else 64
-    if batch * heads * places**2 < LEAST_LOGITS or places < 4 * size:
+    Args:
+      band: keys that a block of queries reaches at most, where that is a narrow stretch of the row.
+    """
+    size = 32 if places < 1024 or band is not None else 64
+    if batch * heads * places * (band or places) < LEAST_LOGITS or places < 4 * size:
         return None
     return Tiles(size, 2 * size, max(1, min(2**18 // (heads * size * 2 * size), batch * (places // size))))
 
