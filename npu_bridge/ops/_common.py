@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from npu_bridge.ops._platform import platform_function
+
 
 def accumulator(dtype):
     """float32 for all narrower floats, float64 for float64."""
@@ -50,18 +52,29 @@ def sum_over_rows(x, y, batch=0):
 
     XLA CPU runs a narrow product that contracts a single leading dim on a path four times slower than one that contracts two
     (there it transposes x first), so a lone row dim is cut in two. In float32 it is the other way round: one dim needs no
-    transposition at all. Give the smaller operand as x: it is the one that is transposed.
+    transposition at all. Under `batch`, give the smaller operand as x: it is the one that is transposed; without, the float32
+    product is turned around where y is the smaller, a third faster for 512 and 192 columns.
     """
     x, y = product_operands(x, y)
     rows = [size for size in x.shape[batch:-1] if size > 1]
     if x.dtype == jnp.float32:
         x, y = (a.reshape(*a.shape[:batch], -1, a.shape[-1]) for a in (x, y))
+        if not batch and x.shape[-1] > y.shape[-1]:
+            return _turned(x, y)
     elif len(rows) == 1 and rows[0] % 2 == 0:
         x = x.reshape(*x.shape[:batch], 2, rows[0] // 2, x.shape[-1])
         y = y.reshape(*y.shape[:batch], 2, rows[0] // 2, y.shape[-1])
     contract = tuple(range(batch, x.ndim - 1))
     leading = tuple(range(batch))
     return settle(lax.dot_general(x, y, ((contract, contract), (leading, leading)), preferred_element_type=accumulator(x.dtype)))
+
+
+def _product_over_rows(x, y):
+    return settle(lax.dot_general(x, y, (((0,), (0,)), ((), ()))))
+
+
+# Not on the NPU: its matrix unit takes operands as they come, and the gradient would lie transposed.
+_turned = platform_function("npu_bridge.sum_over_rows", lambda x, y: _product_over_rows(y, x).T, _product_over_rows)
 
 
 def dot(x, y, contract):

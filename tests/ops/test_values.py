@@ -47,7 +47,7 @@ def agree(function, formula, arrays, dtype, wide=()):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_and_its_gradients_equal_the_formula(dtype):
     agree(ops.linear, formulas.linear, numbers(0, (2, 6, 16), (16, 24), (24,)), dtype)
-    agree(ops.linear, formulas.linear, numbers(1, (1, 7, 16), (16, 24)), dtype)
+    agree(ops.linear, formulas.linear, numbers(1, (1, 7, 24), (24, 16)), dtype)  # fewer columns behind than before: the weight gradient is turned around
 
 
 def test_linear_keeps_the_weight_gradient_of_float32_weights_in_float32():
