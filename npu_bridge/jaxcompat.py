@@ -12,13 +12,15 @@ import functools
 import inspect
 import io
 import math
+import os
+import pathlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
-from jax._src import core, dispatch, sharding_impls
+from jax._src import core, dispatch, sharding_impls, source_info_util
 from jax._src import util as jax_util
 from jax._src import xla_bridge
 from jax._src.interpreters import batching, mlir
@@ -31,6 +33,10 @@ TESTED = ("0.10.2",)  # the tests ran with these
 READ = ("0.11.2",)  # every name and signature used here was looked up in these; no test ran with them
 PLATFORM = "npu"
 CALL_PREFIX = "npu_bridge."
+
+# What an operator does inside stands at the line of the program that calls it.
+for _path in (__file__, str(pathlib.Path(__file__).parent / "ops") + os.sep):
+    source_info_util.register_exclusion(_path)
 
 # The platform needs a name for `lower(lowering_platforms=("npu",))`; it never makes a backend.
 xla_bridge.register_backend_factory(PLATFORM, lambda: None, priority=-1000, fail_quietly=True)
@@ -400,8 +406,6 @@ def scope_in_call(caller: str, scope: str) -> str:
 
 def source_line(eqn: core.JaxprEqn) -> str:
     """``file:line (function)`` of the user's program that made an equation."""
-    from jax._src import source_info_util
-
     return source_info_util.summarize(eqn.source_info)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import npu_bridge
+import npu_bridge.ops
 from npu_bridge import scopes
 
 TEXT = '''"""One step of `f`."""
@@ -121,3 +122,13 @@ def test_scopes_inside_of_a_scan_carry_the_path_of_what_calls_it():
     names = scopes.with_marks(text)[1]
     assert "jvp(layers)/while/body/mlp" in names and "transpose(jvp(layers))/while/body/checkpoint/mlp" in names, names
     assert not [name for name in names if name and "layers" not in name], names
+
+
+def test_operators_forward_and_backward_stand_at_the_line_that_calls_them():
+    def loss(x, scale):
+        return jnp.sum(npu_bridge.ops.linear(npu_bridge.ops.rms_norm(x, scale, eps=1e-6), jnp.ones((8, 4))))
+
+    low = npu_bridge.jit(jax.value_and_grad(loss)).lower(np.ones((4, 8), np.float32), np.ones(8, np.float32))
+    here = f"test_scopes.py:{loss.__code__.co_firstlineno + 1} "
+    assert len(low.kernels()) == 2 and all(here in kernel["location"] for kernel in low.kernels()), low.kernels()
+    assert "norms.py" not in low.as_text() and "linear.py" not in low.as_text() and "jaxcompat.py" not in low.as_text()
