@@ -17,18 +17,22 @@ def keep(x: jax.Array) -> jax.Array:
     return checkpoint_name(x, SAVED_PRODUCT)
 
 
-def rematerialise(body: Callable, policy: str) -> Callable:
+def rematerialise(body: Callable, policy: str, *, looped: bool) -> Callable:
     """Wrap a layer by the config's `remat`: none, full (keep layer inputs), dots (keep products).
 
     `attention` is the business of the layers themselves: see `rematerialise_attention`.
+
+    Args:
+      looped: the layer is the body of a loop. Forward and backward pass are two loops then, which no compiler merges, and barriers
+        against that would only be in its way.
     """
     if policy in ("none", "attention"):
         return body
     if policy == "full":
-        return jax.checkpoint(body, prevent_cse=False)
+        return jax.checkpoint(body, prevent_cse=not looped)
     if policy == "dots":
         # By name, not by primitive: products sit inside operators, which a policy over dot_general would not see on every platform.
-        return jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(SAVED_PRODUCT))
+        return jax.checkpoint(body, prevent_cse=not looped, policy=jax.checkpoint_policies.save_only_these_names(SAVED_PRODUCT))
     raise ValueError(f"remat is {policy!r}; expected none, full, dots or attention")
 
 
@@ -38,16 +42,42 @@ def rematerialise_attention(function: Callable, policy: str) -> Callable:
 
 
 UNROLLED_LAYERS = 8
-"""Stacks up to this deep are unrolled: a loop copies what it keeps for the backward pass, which cost a four-layer model on a CPU a
-third of its step (benchmarks/LOG.md); deeper stacks compile one body, whatever their depth."""
+"""Stacks up to this deep are unrolled where nothing is recomputed: a loop copies what it keeps for the backward pass, which cost a
+four-layer model on a CPU a third of its step (benchmarks/LOG.md); deeper stacks compile one body, whatever their depth."""
 
 
-def scan_layers(body: Callable[[jax.Array, Any], jax.Array], x: jax.Array, stack: Any) -> jax.Array:
+def scan_layers(body: Callable[[jax.Array, Any], jax.Array], x: jax.Array, stack: Any, *, remat: str = "none") -> jax.Array:
     """`x = body(x, layer)` over the leading axis of `stack`, one compiled body for all layers of a deep stack."""
-    depth = jax.tree.leaves(stack)[0].shape[0]
-    if depth == 1:
+    return _scan(rematerialise(body, remat, looped=_depth(stack) > 1), x, stack, remat)
+
+
+PIECES = 8
+
+
+def in_pieces(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """`function` of (B, P, ..), which treats every place alike, an eighth of the places at a time; the backward pass has x alone to keep.
+
+    A loop for the reason that a rematerialised layer is one. Rows whose places cannot be split go through as they are.
+    """
+    B, P, *rest = x.shape
+    if P % PIECES:
+        return jax.checkpoint(function)(x)
+    pieces = x.reshape(B, PIECES, P // PIECES, *rest).swapaxes(0, 1)
+    out = jax.lax.map(jax.checkpoint(function, prevent_cse=False), pieces).swapaxes(0, 1)
+    return out.reshape(B, P, *out.shape[3:])
+
+
+def _depth(stack: Any) -> int:
+    return jax.tree.leaves(stack)[0].shape[0]
+
+
+def _scan(body: Callable, x: jax.Array, stack: Any, remat: str) -> jax.Array:
+    """With a remat policy a stack is a loop however shallow it is. Unrolled, a layer that is computed again stands beside the first time it
+    was computed, and XLA makes one of the two: on a CPU it drops the barriers against that before it looks for equal operations."""
+    if _depth(stack) == 1:
         return body(x, jax.tree.map(lambda leaf: leaf[0], stack))
-    return jax.lax.scan(lambda carry, layer: (body(carry, layer), None), x, stack, unroll=depth <= UNROLLED_LAYERS)[0]
+    unroll = remat == "none" and _depth(stack) <= UNROLLED_LAYERS
+    return jax.lax.scan(lambda carry, layer: (body(carry, layer), None), x, stack, unroll=unroll)[0]
 
 
 def alternation(depth: int, special: tuple[int, ...]) -> tuple[int, list[tuple[bool, int]]]:
@@ -77,7 +107,9 @@ def alternation(depth: int, special: tuple[int, ...]) -> tuple[int, list[tuple[b
     return depth // period, runs
 
 
-def scan_alternating(ordinary: Callable, special: Callable, x: jax.Array, stack: Any, depth: int, special_indexes: tuple[int, ...]) -> jax.Array:
+def scan_alternating(
+    ordinary: Callable, special: Callable, x: jax.Array, stack: Any, depth: int, special_indexes: tuple[int, ...], *, remat: str = "none"
+) -> jax.Array:
     """`scan_layers` for a stack whose special layers run another body.
 
     Both kinds share one parameter stack in layer order, so checkpoints and sharding know nothing of the pattern.
@@ -89,8 +121,8 @@ def scan_alternating(ordinary: Callable, special: Callable, x: jax.Array, stack:
         start = 0
         for is_special, count in runs:
             run = jax.tree.map(lambda leaf: leaf[start : start + count], layers)
-            x = scan_layers(special if is_special else ordinary, x, run)
+            x = scan_layers(special if is_special else ordinary, x, run, remat=remat)
             start += count
         return x
 
-    return scan_layers(one_period, x, jax.tree.map(lambda leaf: leaf.reshape(repeats, period, *leaf.shape[1:]), stack))
+    return _scan(one_period, x, jax.tree.map(lambda leaf: leaf.reshape(repeats, period, *leaf.shape[1:]), stack), remat)

@@ -17,7 +17,7 @@ from mindvl_jax.config import TextConfig
 from mindvl_jax.models.language.cache import KVCache
 from mindvl_jax.models.parameters import GatedMLP, Linear, RMSNorm, parameter
 from mindvl_jax.models.rope import text_tables
-from mindvl_jax.models.stack import UNROLLED_LAYERS, keep, rematerialise, rematerialise_attention, scan_layers
+from mindvl_jax.models.stack import UNROLLED_LAYERS, keep, rematerialise_attention, scan_layers
 from npu_bridge import ops
 
 
@@ -124,7 +124,7 @@ class Decoder(nnx.Module):
             return layer.feed_forward(x)
 
         with jax.named_scope("layers"):
-            x = scan_layers(rematerialise(layer_step, self.remat), inputs_BTD, self.layers)
+            x = scan_layers(layer_step, inputs_BTD, self.layers, remat=self.remat)
         return self.norm(x)
 
     def read(self, inputs_BTD, positions_B3T, segment_ids_BT, *, segment_lengths=None) -> tuple[jax.Array, jax.Array, jax.Array]:

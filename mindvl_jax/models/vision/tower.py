@@ -16,7 +16,7 @@ from flax import nnx
 from mindvl_jax.config import VisionConfig
 from mindvl_jax.models.parameters import GatedMLP, Linear, RMSNorm
 from mindvl_jax.models.rope import vision_tables
-from mindvl_jax.models.stack import keep, rematerialise, rematerialise_attention, scan_alternating
+from mindvl_jax.models.stack import in_pieces, keep, rematerialise_attention, scan_alternating
 from npu_bridge import ops
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -117,13 +117,15 @@ class VisionTower(nnx.Module):
         """
         config = self.config
         with jax.named_scope("patch_embed"):
-            x_BPD = self.patch_embed(normalize_patches(patches, config, dtype))
+            embed = lambda patches: self.patch_embed(normalize_patches(patches, config, dtype))
+            # The product's gradient wants its input: bytes as they came, or four times as much in float32 for the whole step.
+            x_BPD = in_pieces(embed, patches) if self.remat == "full" else embed(patches)
         cos, sin = vision_tables(positions_BP2, config.hidden_size // config.num_heads, config.rope_theta)
 
         def run(ids, lengths, longest):
-            return rematerialise(lambda x, block: block(x, cos, sin, ids, lengths, longest, self.remat), self.remat)
+            return lambda x, block: block(x, cos, sin, ids, lengths, longest, self.remat)
 
         inside_window = run(window_ids_BP, window_lengths, window_patches(config))
         whole_image = run(segment_ids_BP, image_lengths, max_image_patches)
         with jax.named_scope("blocks"):
-            return scan_alternating(inside_window, whole_image, x_BPD, self.blocks, config.depth, config.fullatt_block_indexes)
+            return scan_alternating(inside_window, whole_image, x_BPD, self.blocks, config.depth, config.fullatt_block_indexes, remat=self.remat)
