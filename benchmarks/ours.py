@@ -14,6 +14,7 @@ from mindvl_jax.batch import Batch, BatchShape
 from mindvl_jax.config import MeshConfig, ModelConfig, OptimizerConfig, PhaseConfig
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import row_sharding
+from mindvl_jax.training.backend import compile_xla, compiler_options
 from mindvl_jax.training.params import Params, outline_of
 from mindvl_jax.training.state import initial_params, start_phase
 from mindvl_jax.training.step import make_programs
@@ -45,7 +46,8 @@ class Step:
         phase = PhaseConfig(name="benchmark", steps=1, mixture=(), rows=shape.rows, sequence_length=shape.tokens, patches_per_row=shape.patches, learning_rate=LEARNING_RATE,
                             weight_decay=WEIGHT_DECAY, max_sample_length=workload.longest_sample, max_image_patches=workload.longest_image)
         programs = make_programs(self.outline, phase=phase, optimizer=OPTIMIZER, shape=shape, trained=list(self.outline.shapes), frozen=[], mesh=mesh,
-                                 loss_chunk=workload.loss_chunk, **({} if bridge is None else {"compile": functools.partial(_through_bridge, device=bridge)}))
+                                 loss_chunk=workload.loss_chunk,
+                                 compile=functools.partial(compile_xla, options=compiler_options(config, mesh)) if bridge is None else functools.partial(_through_bridge, device=bridge))
         self.batch = jax.device_put(batch, row_sharding(mesh))
         start = time.perf_counter()
         if bridge is None:

@@ -27,7 +27,7 @@ from mindvl_jax.config import Config
 from mindvl_jax.errors import UserError
 from mindvl_jax.parallel.mesh import AXES, make_mesh
 from mindvl_jax.planning.phase import Measured, ProgramBytes, abstract_mesh, lowerings
-from mindvl_jax.training.backend import Xla, compile_xla
+from mindvl_jax.training.backend import Xla, compile_xla, compiler_options
 
 # Each communicator of HCCL holds two buffers of HCCL_BUFFSIZE MB (default 200) outside torch's allocator (CANN's documentation of that variable).
 HCCL_BUFFER_MB = 200
@@ -69,7 +69,7 @@ def measure_xla(config: Config, index: int) -> Measured:
     mesh = make_mesh(config.mesh)
     programs = {}
     with Xla(config).precision():
-        for name, lowered in lowerings(config, index, mesh, compile_xla):
+        for name, lowered in lowerings(config, index, mesh, functools.partial(compile_xla, options=compiler_options(config.model, mesh))):
             # LLVM's work does not move a buffer: they are assigned before it.
             analysis = lowered.compile({"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}).memory_analysis()
             beyond = analysis.output_size_in_bytes - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes

@@ -8,15 +8,16 @@ network: into torch at the first step of a phase, back into JAX for a checkpoint
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import jax
 from jax.sharding import Mesh
 
-from mindvl_jax.config import Config
+from mindvl_jax.config import Config, ModelConfig
 from mindvl_jax.errors import UserError
 from mindvl_jax.parallel import distributed
 
@@ -74,7 +75,8 @@ class Xla:
         return None
 
     def compile(self, function: Callable, *, mesh: Mesh, in_shardings: Any, out_shardings: Any, donate_argnums: tuple[int, ...] = ()) -> Callable:
-        return compile_xla(function, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=donate_argnums)
+        options = compiler_options(self._config.model, mesh)
+        return compile_xla(function, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=donate_argnums, options=options)
 
     def as_jax(self, tree: Tree, shardings: Any) -> Tree:
         return tree
@@ -87,8 +89,38 @@ class Xla:
         return mesh.devices.flat[0].device_kind
 
 
-def compile_xla(function: Callable, *, in_shardings: Any, out_shardings: Any, donate_argnums: tuple[int, ...] = ()) -> Callable:
-    return jax.jit(function, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=donate_argnums)
+def compile_xla(
+    function: Callable, *, in_shardings: Any, out_shardings: Any, donate_argnums: tuple[int, ...] = (), options: Mapping[str, str] | None = None
+) -> Callable:
+    """jax.jit; `options` are of XLA, for this program alone (see `compiler_options`)."""
+    return jax.jit(function, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=donate_argnums, compiler_options=dict(options or {}) or None)
+
+
+def compiler_options(model: ModelConfig, mesh: Mesh) -> dict[str, str]:
+    """XLA's options for a training step on a CPU; {} elsewhere, and where this jaxlib does not know them.
+
+    Float32 products are Eigen's: jaxlib 0.10 hands them to YNNPACK, which takes a third longer for those of a layer. It keeps the sums
+    along rows, which without it are made in windows one after another, and products of bfloat16, for which it knows the processor's
+    matrix units. Who recomputes wants memory, so operations then run in the order that needs least of it, not in the widest one
+    (figures: benchmarks/LOG.md).
+    """
+    options = {}
+    if mesh.devices.flat[0].platform == "cpu":
+        if model.compute_dtype == "float32" and model.matmul_precision == "default":
+            options["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_REDUCE"
+        if model.remat != "none":
+            options["xla_cpu_scheduler_type"] = "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+    return {name: value for name, value in options.items() if _known(name, value)}
+
+
+@functools.cache
+def _known(name: str, value: str) -> bool:
+    """Whether this jaxlib has the option: it refuses to compile anything with one that it does not know."""
+    try:
+        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+    except Exception:  # jaxlib's own error, of a class that is not public
+        return False
+    return True
 
 
 def launched_processes() -> int:

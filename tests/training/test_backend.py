@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import yaml
 
-from mindvl_jax import config_loader
+from mindvl_jax import config_loader, presets
+from mindvl_jax.config import MeshConfig
 from mindvl_jax.errors import UserError
+from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.training import checkpoint
-from mindvl_jax.training.backend import launched_processes, make_backend
+from mindvl_jax.training.backend import compiler_options, launched_processes, make_backend
 from mindvl_jax.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +74,14 @@ def relative_distance(a, b):
     return (sum(np.sum((a[p] - b[p]) ** 2) for p in a) / sum(np.sum(b[p] ** 2) for p in b)) ** 0.5
 
 
+@pytest.mark.parametrize("changed, eigen", [({"compute_dtype": "float32"}, True), ({"compute_dtype": "bfloat16"}, False), ({"compute_dtype": "float32", "matmul_precision": "bfloat16"}, False)])
+def test_float32_products_on_a_cpu_are_eigens_and_those_of_bfloat16_are_not(changed, eigen):
+    options = compiler_options(presets.get("mindvl-tiny").model_copy(update=changed), make_mesh(MeshConfig(), jax.devices()[:1]))
+    x = jax.ShapeDtypeStruct((256, 128), changed["compute_dtype"]), jax.ShapeDtypeStruct((128, 256), changed["compute_dtype"])
+    product = jax.jit(lambda x, y: jax.lax.dot(x, y, preferred_element_type="float32"), compiler_options=options or None)
+    assert ("ynn" not in product.lower(*x).compile().as_text()) == eigen
+
+
 def test_a_run_through_the_bridge_writes_the_metrics_and_checkpoints_of_xla(xla_run, run_mapping, tmp_path, read_metrics):
     mapping, on_xla = xla_run(run_mapping)
     on_bridge = on(mapping, tmp_path / "bridge", "npu_bridge")
@@ -110,7 +120,7 @@ def launch(tmp_path, mapping, processes, *overrides):
     path.write_text(yaml.safe_dump(mapping))
     command = [sys.executable, "-m", "npu_bridge.launch", "--nproc", str(processes), str(ROOT / "train.py"), "--config", str(path), "--set", *overrides]
     cache = jax.config.jax_compilation_cache_dir or str(tmp_path / "cache")
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"OMP_NUM_THREADS": "1", "JAX_COMPILATION_CACHE_DIR": cache, "NPU_BRIDGE_TIMEOUT": "240"}
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1", "OMP_NUM_THREADS": "1", "JAX_COMPILATION_CACHE_DIR": cache, "NPU_BRIDGE_TIMEOUT": "240"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580)
 
 
