@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 
 def anonymous_bytes() -> int:
@@ -51,11 +52,11 @@ class Peak:
         self.peak = max(self.peak, anonymous_bytes())
 
 
-def in_own_process(probe: str, **arguments) -> int:
-    """Bytes that `probe` says, run in a fresh process.
+def in_own_process(probe: str, **arguments) -> Any:
+    """What `probe` returns, run in a fresh process.
 
     Args:
-      probe: "module:function"; the function takes `arguments` (plain data) and returns bytes.
+      probe: "module:function"; the function takes `arguments` and returns plain data.
 
     Raises:
       RuntimeError: with the process's last words.
@@ -65,4 +66,4 @@ def in_own_process(probe: str, **arguments) -> int:
     done = subprocess.run([sys.executable, "-c", code, probe, json.dumps(arguments)], env=dict(os.environ), cwd=root, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{probe} {arguments}: {' / '.join(done.stderr.strip().splitlines()[-3:])}")
-    return int(json.loads(done.stdout.strip().splitlines()[-1]))
+    return json.loads(done.stdout.strip().splitlines()[-1])

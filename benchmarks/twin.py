@@ -49,10 +49,14 @@ class Twin(ComposedMindVL):
 def make(config: ModelConfig, parameters: Mapping[str, jax.Array]) -> Twin:
     """The twin with our parameters, through a folder in the published layout."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        save_parameters(folder, config, parameters)
-        twin = Twin(read_json(folder / "config.json"))
-        twin.load_state_dict(load_reference(folder).state_dict())
+        save_parameters(Path(scratch), config, parameters)
+        return load(Path(scratch), config)
+
+
+def load(folder: Path, config: ModelConfig) -> Twin:
+    """The twin with the parameters of a folder that `save_parameters` wrote."""
+    twin = Twin(read_json(folder / "config.json"))
+    twin.load_state_dict(load_reference(folder).state_dict())
     if config.text.tie_word_embeddings:
         twin.lm_head.weight = twin.model.embed_tokens.weight
     return twin
