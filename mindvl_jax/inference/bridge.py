@@ -11,9 +11,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import jax
+
 import npu_bridge
 from mindvl_jax.errors import UserError
 from mindvl_jax.inference import programs
+from npu_bridge.errors import BridgeError
 
 
 def add_backend_arguments(parser) -> None:
@@ -26,7 +29,7 @@ def chosen_programs(args: argparse.Namespace) -> BridgePrograms | None:
     """What `Generator(programs=...)` takes for a command's arguments: None is XLA.
 
     Raises:
-      UserError: arguments of which one leaves the other without a meaning.
+      UserError: arguments of which one leaves the other without a meaning; a device that is not here.
     """
     if args.backend == "xla":
         if args.device is not None:
@@ -34,6 +37,8 @@ def chosen_programs(args: argparse.Namespace) -> BridgePrograms | None:
         return None
     if args.mesh:
         raise UserError(f"--mesh {args.mesh}: generation through npu_bridge runs on one device; leave --mesh out, or use --backend xla")
+    # JAX opens the weights and traces on the host; the accelerator's memory is torch's alone.
+    jax.config.update("jax_platforms", "cpu")
     return BridgePrograms(args.device or "cpu")
 
 
@@ -42,9 +47,18 @@ class BridgePrograms:
 
     Args:
       device: "cpu", "cuda" or "npu", as for `npu_bridge.jit`.
+
+    Raises:
+      UserError: torch sees no such device, or lacks the package for it.
     """
 
     def __init__(self, device: str = "cpu"):
+        from npu_bridge.runtime.mesh import default_device  # torch, which whoever generates on XLA need not have
+
+        try:
+            default_device(device)
+        except BridgeError as error:
+            raise UserError(str(error)) from error
         compiled = lambda fn, **options: npu_bridge.jit(fn, device=device, allow_host_sync=True, **options)
 
         def read_pictures(graphdef, params, batch):

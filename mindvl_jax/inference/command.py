@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -48,9 +47,10 @@ def run(args: argparse.Namespace) -> int:
     from mindvl_jax.inference.generator import Generator
     from mindvl_jax.inference.opening import open_for_inference
 
+    for name in ("batch", "context", "min_pixels", "max_pixels"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
     requests = _requests(args)
-    if args.batch < 1:
-        raise UserError(f"--batch is {args.batch}, expected at least 1")
     programs = chosen_programs(args)
     opened = open_for_inference(args.weights, mesh=args.mesh)
     generator = Generator(opened, slots=min(args.batch, sum(request.sampling.n for request in requests)), context=args.context, programs=programs)
@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _requests(args: argparse.Namespace):
     from mindvl_jax.inference.request import Request, Sampling
+    from mindvl_jax.inference.requests_file import read_requests
 
     common = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
                   repetition_penalty=args.repetition_penalty, stop=tuple(args.stop), seed=args.seed, n=args.n)
@@ -99,47 +100,6 @@ def _requests(args: argparse.Namespace):
     if args.image or args.video or args.system:
         raise UserError("--image, --video and --system go with --prompt; in a file of requests each line names its own")
     return read_requests(args.requests, common, pixels)
-
-
-def read_requests(path: str, common: dict, pixels: dict) -> list:
-    """Requests of a JSONL file; a line's own settings come before the common ones.
-
-    Raises:
-      UserError: unreadable file, or lines of another form; all of them are named.
-    """
-    from mindvl_jax.inference.request import Request, Sampling
-
-    if path != "-" and not Path(path).is_file():
-        raise UserError(f"there is no file {path!r}; --requests wants a JSONL file, one request a line")
-    lines = (sys.stdin if path == "-" else open(path, encoding="utf-8")).read().splitlines()
-    root = Path(path).parent
-    requests, problems = [], []
-    known = {"id", "prompt", "messages", "images", "videos", "min_pixels", "max_pixels", *Sampling.__dataclass_fields__}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise UserError(f"expected an object, found {type(row).__name__}")
-            unknown = sorted(set(row) - known)
-            if unknown:
-                raise UserError(f"unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-            if ("prompt" in row) == ("messages" in row):
-                raise UserError("expected either `prompt` or `messages`")
-            sampling = Sampling(**{**common, **{key: row[key] for key in Sampling.__dataclass_fields__ if key in row}})
-            locate = lambda names: tuple(str(root / name) for name in names)
-            rest = dict(sampling=sampling, id=str(row.get("id", number)), videos=locate(row.get("videos", ())),
-                        **{key: row.get(key, value) for key, value in pixels.items()})
-            images = locate(row.get("images", ()))
-            requests.append(Request.from_prompt(row["prompt"], images, **rest) if "prompt" in row else Request(messages=row["messages"], images=images, **rest))
-        except (ValueError, TypeError) as error:
-            problems.append(f"  line {number}: {error}")
-    if problems:
-        raise UserError(f"{len(problems)} lines of {path} are no requests:\n" + "\n".join(problems[:10]) + ("\n  ..." if len(problems) > 10 else ""))
-    if not requests:
-        raise UserError(f"{path} holds no request")
-    return requests
 
 
 def _write(path: Path, requests, answers) -> None:

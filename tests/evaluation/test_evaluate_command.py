@@ -141,6 +141,12 @@ def test_the_chosen_backend_and_device_run_the_programs(model_folder, monkeypatc
     assert through_bridge.startswith("[0]: ") and "\n[1]: " in through_bridge
 
 
+def test_a_device_that_is_not_here_is_refused_before_the_weights_are_opened(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert cli.main(["generate", "--weights", "nowhere", "--prompt", "x", "--backend", "npu_bridge", "--device", "cuda"]) == 2
+    assert "device 'cuda' asked for, torch sees none" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["evaluate", "--weights", "{model}", "--tasks", "docvq_val"], "did you mean 'docvqa_val'"),
     (["evaluate", "--weights", "{model}"], "no held-out tasks of their own"),
@@ -153,6 +159,7 @@ def test_the_chosen_backend_and_device_run_the_programs(model_folder, monkeypatc
     (["generate", "--weights", "{model}"], "either --prompt TEXT"),
     (["generate", "--weights", "{model}", "--prompt", "x", "--temperature", "-1"], "temperature is -1"),
     (["generate", "--weights", "{model}", "--prompt", "x", "--mesh", "rows=2"], "axes are data, fsdp, tensor"),
+    (["generate", "--weights", "{model}", "--prompt", "x", "--min-pixels", "0"], "--min-pixels is 0"),
     (["generate", "--weights", "{model}", "--prompt", "x", "--device", "npu"], "add --backend npu_bridge"),
     (["evaluate", "--weights", "{model}", "--backend", "npu_bridge", "--mesh", "data=2"], "runs on one device"),
 ])

@@ -1,0 +1,103 @@
+"""A file of requests: one JSON object a line, checked before any weights are opened."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mindvl_jax.errors import UserError
+from mindvl_jax.inference.request import Request, Sampling
+
+SHOWN = 10  # problems of a file that are printed
+
+
+class _Form(BaseModel):
+    # Strict: "5" is not 5. JSON tells numbers from text, so a mix-up is a mistake of whoever wrote the file.
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Turn(_Form):
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+
+
+class _Line(_Form):
+    """`prompt` or `messages`, and as wanted what pictures go with it and the settings of `request.Sampling`."""
+
+    id: str | int | None = None
+    prompt: str | None = None
+    messages: Annotated[list[_Turn], Field(min_length=1)] | None = None
+    images: list[str] = []
+    videos: list[str] = []
+    min_pixels: Annotated[int, Field(ge=1)] | None = None
+    max_pixels: Annotated[int, Field(ge=1)] | None = None
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    n: int | None = None
+    ignore_eos: bool | None = None
+
+    @model_validator(mode="after")
+    def _asks_once(self) -> "_Line":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("expected either `prompt` or `messages`")
+        return self
+
+    def request(self, number: int, root: Path, common: Mapping[str, Any], pixels: Mapping[str, int | None]) -> Request:
+        given = self.model_dump(exclude_none=True)
+        sampling = Sampling(**{**common, **{key: given[key] for key in Sampling.__dataclass_fields__ if key in given}})
+        images, videos = (tuple(str(root / name) for name in names) for names in (self.images, self.videos))
+        rest = dict(sampling=sampling, id=str(number if self.id is None else self.id), videos=videos, **{key: given.get(key, value) for key, value in pixels.items()})
+        if self.prompt is not None:
+            return Request.from_prompt(self.prompt, images, **rest)
+        return Request(messages=[turn.model_dump() for turn in self.messages], images=images, **rest)
+
+
+def read_requests(path: str, common: Mapping[str, Any], pixels: Mapping[str, int | None]) -> list[Request]:
+    """Requests of a JSONL file ("-": standard input); a line's own settings come before the common ones.
+
+    Args:
+      common: sampling settings of the lines that say nothing. pixels: min_pixels and max_pixels likewise.
+
+    Raises:
+      UserError: unreadable file, or lines of another form; all of them are named.
+    """
+    if path != "-" and not Path(path).is_file():
+        raise UserError(f"there is no file {path!r}; --requests wants a JSONL file, one request a line")
+    try:
+        # Not splitlines: a JSON string may hold U+2028 and other separators as they are.
+        lines = (sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")).split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8: {error}") from None
+    requests, problems = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            requests.append(_Line.model_validate_json(line).request(number, Path(path).parent, common, pixels))
+        except ValidationError as error:
+            problems.append(f"  line {number}: {'; '.join(_told(one) for one in error.errors())}")
+        except UserError as error:
+            problems.append(f"  line {number}: {error}")
+    if problems:
+        what = f"1 line of {path} is no request" if len(problems) == 1 else f"{len(problems)} lines of {path} are no requests"
+        raise UserError(f"{what}:\n" + "\n".join(problems[:SHOWN]) + ("\n  ..." if len(problems) > SHOWN else ""))
+    if not requests:
+        raise UserError(f"{path} holds no request")
+    return requests
+
+
+def _told(error: Mapping[str, Any]) -> str:
+    place = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"unknown `{place}`; known are {', '.join((_Turn if '.' in place else _Line).model_fields)}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"`{place}`: {message}" if place else message
