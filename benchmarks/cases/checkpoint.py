@@ -73,7 +73,7 @@ def checkpoint_case(settings: Settings) -> Iterator[Comparison]:
                          checked={"arrays that differ": float(len(different))})
         for model, workload, steps in (("dry", workloads.DRY, 2),) if settings.dry else (
             ("tiny", workloads.QUICKSTART, 8),  # what the quickstart saves, beside its own step
-            ("small", dataclasses.replace(workloads.QUICKSTART, rows=2), 8),  # few rows: 700 MB beside short steps are a harder case than a run's
+            ("small", dataclasses.replace(workloads.QUICKSTART, rows=2), 6),  # few rows: 700 MB beside short steps are a harder case than a run's
         ):  # fmt: skip
             yield _stall(settings, folder / model, model, workload, steps, progress)
 

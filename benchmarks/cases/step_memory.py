@@ -92,10 +92,8 @@ def step_memory(settings: Settings) -> Iterator[Comparison]:
     against, bar = "transformers SDPA, padded, checkpointing", 1 / 0.7
     for model, workload in (("dry", "DRY"),) if settings.dry else (("tiny", "LLAVA"), ("small", "QUICKSTART")):
         sides = {"ours, remat full": dict(side="ours", remat="full"), against: dict(side=against)}
-        if not settings.dry:
-            sides |= {"ours": dict(side="ours")}
-        if not (settings.dry or settings.brief):  # the other ways of transformers have no bar
-            sides |= {name: dict(side=name) for name in KINDS}
+        if not (settings.dry or settings.brief):  # what is not recomputed, and the other ways of transformers, have no bar
+            sides |= {"ours": dict(side="ours")} | {name: dict(side=name) for name in KINDS}
         with tempfile.TemporaryDirectory() as folder:
             common = dict(folder=folder, model=model, workload=workload)
             in_own_process("benchmarks.cases.step_memory:prepare", **common)

@@ -100,7 +100,7 @@ def training_step_small(settings: Settings) -> Iterator[Comparison]:
     from benchmarks import workloads
 
     model, workload = ("dry", workloads.DRY) if settings.dry else ("small", workloads.QUICKSTART)
-    for dtype in ("float32",) if settings.dry else ("float32", "bfloat16"):
+    for dtype in ("float32",) if settings.dry or settings.brief else ("float32", "bfloat16"):
         comparison = compare_steps(settings, model, workload, dtype, {SDPA: KINDS[SDPA]}, {SDPA: 1.5})
         yield comparison
         yield share_of_peak(comparison.sides[0], dtype, settings.dry)
