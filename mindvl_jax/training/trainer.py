@@ -27,7 +27,7 @@ from mindvl_jax.errors import UserError
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import row_share
 from mindvl_jax.profiling import StepProfiler, profiler
-from mindvl_jax.training import ema, resume, state as states
+from mindvl_jax.training import ema, resume, state as states, vocabulary
 from mindvl_jax.training.backend import Backend, make_backend, use_compilation_cache
 from mindvl_jax.training.checkpoint import CheckpointWriter, Progress, room_in
 from mindvl_jax.training.display import LiveLine, print_phase, print_startup
@@ -135,6 +135,7 @@ class Trainer:
         for line in plan.notes:
             self.console.print(line)
         self.totals.update(plan.totals)
+        vocabulary.keep(self.run_dir, self.config.tokenizer, resumed=plan.step > 0, write=self.is_main)
         if self.is_main:
             (self.run_dir / "config.yaml").write_text(config_loader.dump(self.config), encoding="utf-8")
 

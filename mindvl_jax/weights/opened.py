@@ -83,9 +83,11 @@ def open_model(folder: str | Path, mesh: Mesh | None = None, dtype=None) -> Open
 
 
 def _open_run(folder: Path, mesh: Mesh | None, dtype, ema: bool) -> OpenedModel:
-    from mindvl_jax.training.checkpoint import load_weights  # weights know nothing of training otherwise
+    from mindvl_jax.training import vocabulary  # weights know nothing of training otherwise
+    from mindvl_jax.training.checkpoint import load_weights, locate
 
     config, state = load_weights(folder, mesh, ema=ema)
+    config = config.model_copy(update=dict(tokenizer=vocabulary.of_run(locate(folder)[0], config.tokenizer)))
     if dtype is not None:
         name = jnp.dtype(dtype).name
         config = config.model_copy(update=dict(model=config.model.model_copy(update=dict(compute_dtype=name, param_dtype=name))))
