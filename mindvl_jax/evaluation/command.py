@@ -179,7 +179,7 @@ def _search(args, console, generator, opened, tasks, out: Path, weights: str, se
 
         def tell(trials):
             best = max(trials, key=lambda trial: trial.score)
-            console.print(f"  {name}: {len(trials)} settings on {len(best.scores)} samples, best so far {best.score:.3f} ({best.pixels})")
+            console.print(f"  {name}: {len(trials)} settings on {len(best.scores)} samples, best so far {best.score:.3f} ({best.pixels})", soft_wrap=True)
 
         method = search.halving if args.method == "halving" else search.full_grid
         trials = method(grid, validation, measure, on_round=tell)
@@ -191,7 +191,7 @@ def _search(args, console, generator, opened, tasks, out: Path, weights: str, se
                        "trials": [{**dataclasses.asdict(trial.pixels), "score": round(trial.score, 4), "prompt_tokens": round(trial.tokens, 1), "n": len(trial.scores)} for trial in trials]}
         figures.append((name, search.picture(trials, own, benchmark.title)))
         console.print(f"{name}: best {best}: held out {judged['own']:.3f} -> {judged['best']:.3f}, gain {judged['gain']:+.3f} "
-                      f"(95 % interval {judged['gain_ci95'][0]:+.3f} to {judged['gain_ci95'][1]:+.3f}, n {judged['n']}), prompt tokens {judged['own_prompt_tokens']} -> {judged['best_prompt_tokens']}")
+                      f"(95 % interval {judged['gain_ci95'][0]:+.3f} to {judged['gain_ci95'][1]:+.3f}, n {judged['n']}), prompt tokens {judged['own_prompt_tokens']} -> {judged['best_prompt_tokens']}", soft_wrap=True)
         results[name] = {"title": benchmark.title, "metric": benchmark.metric, "score": judged["best"], "ci95": list(search.bootstrap_interval(measure(best, held_out).scores)),
                          "n": judged["n"], "errors": 0, "settings": dataclasses.asdict(best), "search_gain": judged["gain"]}
         write_json(out / "search.json", found)  # after each task: what is found outlives a search that is stopped
