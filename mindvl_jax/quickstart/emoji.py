@@ -34,10 +34,10 @@ def drawings(split: assets.Split, concepts: int) -> list[tuple[str, int]]:
     return [(assets.TRAIN_ARTISTS[number], concept) for number, concept in pairs if withheld(number, concept) == (split == "validation")]
 
 
-def naming(rng: random.Random, split: assets.Split, pairs: list[tuple[str, int]], variants: int, contours: bool = False) -> Iterator[Sample]:
+def naming(rng: random.Random, split: assets.Split, pairs: list[tuple[str, int]], variants: int) -> Iterator[Sample]:
     for artist, concept in pairs:
         for _ in range(variants):
-            picture = vary(rng, artist, concept, contours) if split == "train" else plain(artist, concept)
+            picture = vary(rng, artist, concept) if split == "train" else plain(artist, concept)
             yield ask("emoji", picture, QUESTION, assets.concepts()[concept])
 
 
@@ -48,19 +48,14 @@ def plain(artist: str, concept: int, paper: tuple[int, int, int] = (255, 255, 25
     return canvas
 
 
-def vary(rng: random.Random, artist: str, concept: int, contours: bool = False) -> Image.Image:
-    """The drawing turned, stretched, shifted and recoloured: what an artist is free to choose says little about the thing.
-
-    With `contours` it is first redrawn as flat areas within dark lines, and may be smaller on its paper.
-    """
+def vary(rng: random.Random, artist: str, concept: int) -> Image.Image:
+    """The drawing turned, stretched, shifted and recoloured: what an artist is free to choose says little about the thing."""
     drawn = assets.drawing(artist, concept)
-    if contours:
-        drawn = _contours(rng, drawn)
-    elif rng.random() < 0.15:
+    if rng.random() < 0.15:
         drawn = _outline(drawn)
     drawn = _recolour(rng, drawn)
     side = drawn.width
-    scale, aspect, angle = rng.uniform(0.6 if contours else 0.78, 1.08) * SIDE / side, rng.uniform(0.9, 1.1), math.radians(rng.uniform(-12, 12))
+    scale, aspect, angle = rng.uniform(0.78, 1.08) * SIDE / side, rng.uniform(0.9, 1.1), math.radians(rng.uniform(-12, 12))
     mirror = -1 if rng.random() < 0.4 and not _HANDED.search(assets.concepts()[concept]) else 1
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
     a, b, d, e = mirror * cos * aspect, sin * aspect, -mirror * sin / aspect, cos / aspect
@@ -90,26 +85,6 @@ def _outline(drawn: Image.Image) -> Image.Image:
     lined = drawn.copy()
     lined.paste((20, 20, 20, 255), (0, 0), lines)
     return lined
-
-
-def _contours(rng: random.Random, drawn: Image.Image) -> Image.Image:
-    """Few flat colours, some of them left white, and dark lines of one or two pixels where they meet: a drawing with a pen."""
-    alpha = drawn.getchannel("A")
-    paper = Image.new("RGB", drawn.size, (255, 255, 255))
-    paper.paste(drawn, (0, 0), drawn)
-    areas = paper.filter(ImageFilter.MedianFilter(3)).quantize(rng.randint(4, 9), Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    labels = Image.fromarray(np.asarray(areas) * 16)
-    borders = ImageChops.subtract(labels.filter(ImageFilter.MaxFilter(3)), labels.filter(ImageFilter.MinFilter(3))) if rng.random() < 0.7 else Image.new("L", drawn.size)
-    thick = 5 if rng.random() < 0.3 else 3
-    rim = ImageChops.subtract(alpha.filter(ImageFilter.MaxFilter(thick)), alpha.filter(ImageFilter.MinFilter(3)))
-    flat = areas.convert("RGB")
-    if rng.random() < 0.2:
-        flat = Image.blend(flat, paper.point(lambda value: 255), rng.uniform(0.4, 1.0))
-    lines = ImageChops.lighter(borders.point(lambda value: 255 if value else 0), rim)
-    dark = rng.randint(0, 50)
-    flat.paste((dark, dark, dark), (0, 0), lines)
-    flat.putalpha(ImageChops.lighter(alpha, rim))
-    return flat
 
 
 def _recolour(rng: random.Random, drawn: Image.Image) -> Image.Image:

@@ -26,7 +26,7 @@ class Source:
     """One parquet file, `split/name.parquet`.
 
     Attributes:
-      counts: items at each of SIZES: samples, or emoji drawings (each gives `VARIANTS` samples). 0: no such file at that size.
+      counts: items at each of SIZES: samples, or emoji drawings (each gives `VARIANTS` samples).
       make: (rng, split, start, count, size) -> samples of the items from `start` on.
       piece: items made at one time.
       about: one line for the manifest.
@@ -66,13 +66,9 @@ def _some_pairs(rng: random.Random, split: assets.Split, size: str) -> list[tupl
     return rng.sample(pairs, min(PAIRS_OF_A_PIECE, len(pairs)))
 
 
-def _emoji(rng, split, start, count, size, contours=False):
+def _emoji(rng, split, start, count, size):
     pairs = emoji.drawings(split, _concepts(size))[start : start + count]
-    return emoji.naming(rng, split, pairs, VARIANTS[size] if split == "train" else 1, contours)
-
-
-def _contours(rng, split, start, count, size):
-    return _emoji(rng, split, start, count, size, contours=True)
+    return emoji.naming(rng, split, pairs, VARIANTS[size] if split == "train" else 1)
 
 
 def _captions(rng, split, start, count, size):
@@ -118,7 +114,6 @@ SOURCES: tuple[Source, ...] = (
     Source("train", "charts", (400, 9000, 36000), _simple(charts.questions), "bar charts of 11 tables"),
     Source("train", "captions", (400, 8000, 16000), _captions, "one line about a picture"),
     Source("train", "chat", (400, 8000, 24000), _chat, "other wordings, choices, yes or no, several turns, refusals"),
-    Source("train", "contours", (_SMOKE_DRAWINGS[0], 0, _TRAIN_DRAWINGS), _contours, "the five artists' drawings as flat areas within dark lines", 110),
     *_held_out("digits", _simple(digits.digit_strings), (60, 300, 300), (60, 1000, 1000), "Handwriting of other columns of each class"),
     *_held_out("easyvqa", _published, (60, 500, 500), (60, 1500, 1500), "Published questions about other pictures"),
     *_held_out("emoji", _emoji, (_SMOKE_DRAWINGS[1], _VALIDATION_DRAWINGS, _VALIDATION_DRAWINGS), (_SMOKE_DRAWINGS[2], _TEST_DRAWINGS, _TEST_DRAWINGS), "The same 550 things by other artists", 110),

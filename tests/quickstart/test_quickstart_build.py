@@ -18,7 +18,7 @@ from mindvl_jax.evaluation.benchmarks import load_items
 from mindvl_jax.quickstart import assets, build, chat, sources, vocabulary
 from mindvl_jax.standins.sets import STANDINS
 
-TRAIN = {"text", "digit", "characters", "emoji", "easyvqa_open", "easyvqa", "digits", "words", "typeset", "charts", "captions", "chat", "contours"}
+TRAIN = {"text", "digit", "characters", "emoji", "easyvqa_open", "easyvqa", "digits", "words", "typeset", "charts", "captions", "chat"}
 TEST = {"digits", "easyvqa", "emoji", "words", "typeset", "charts"}
 
 

@@ -50,9 +50,8 @@ def test_no_artist_of_the_test_drew_for_training_and_withheld_drawings_stay_away
     assert {concept for _, concept in parts["train"]} == {concept for _, concept in parts["test"]} == set(range(550))
     assert {split: len(pairs) for split, pairs in parts.items()} == {"train": 2640, "validation": 110, "test": 1100}
     for source in sources.SOURCES:
-        if source.name in ("emoji", "contours"):
-            assert source.count("long") == len(parts[source.split])
-            assert source.count("standard") == (len(parts[source.split]) if source.name == "emoji" else 0)
+        if source.name == "emoji":
+            assert source.count("standard") == len(parts[source.split])
             assert source.count("smoke") == len(emoji.drawings(source.split, sources.SMOKE_CONCEPTS))
 
 

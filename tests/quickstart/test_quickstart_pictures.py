@@ -153,26 +153,6 @@ def test_training_drawings_vary_and_scored_ones_do_not():
     assert np.array_equal(np.asarray(emoji.plain("noto", 3)), np.asarray(emoji.plain("noto", 3)))
 
 
-def test_a_drawing_with_contours_has_few_flat_colours_and_dark_lines():
-    dark = lambda picture: np.asarray(picture)[..., :3].max(-1)[np.asarray(picture)[..., 3] > 128] < 60
-    rng = random.Random(2)
-    for artist in assets.TRAIN_ARTISTS:
-        before, after, flat = [], [], []
-        for concept in range(0, 550, 55):
-            drawn = assets.drawing(artist, concept)
-            redrawn = emoji._contours(rng, drawn)
-            opaque = np.asarray(redrawn)[np.asarray(redrawn)[..., 3] > 0][:, :3]
-            counts = np.sort(np.unique(opaque, axis=0, return_counts=True)[1])[::-1]
-            assert redrawn.size == drawn.size
-            flat.append(counts[:10].sum() / len(opaque))  # nine areas and the line; smooth rims are mixtures
-            before.append(dark(drawn).mean())
-            after.append(dark(redrawn).mean())
-        assert np.mean(flat) > 0.85, (artist, flat)
-        assert np.mean(after) > np.mean(before) + 0.1, (artist, np.mean(before), np.mean(after))
-    first, second = (np.asarray(emoji.vary(rng, "noto", 3, contours=True)) for _ in range(2))
-    assert first.shape == (emoji.SIDE, emoji.SIDE, 3) and np.abs(first.astype(int) - second).mean() > 3
-
-
 def test_drawings_fill_their_picture():
     for artist in (*assets.TRAIN_ARTISTS, *assets.TEST_ARTISTS):
         for concept in (0, 137, 400):
@@ -206,6 +186,6 @@ def test_blind_scores_of_a_build_are_low_where_only_the_picture_tells(quickstart
 
 def test_contact_sheets_can_be_opened(quickstart):
     sheets = sorted((quickstart / "contact").glob("*.png"))
-    assert len(sheets) == 24  # every file but the text
+    assert len(sheets) == 23  # every file but the text
     for sheet in sheets:
         assert min(Image.open(io.BytesIO(sheet.read_bytes())).size) > 60
