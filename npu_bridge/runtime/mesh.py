@@ -19,6 +19,9 @@ from npu_bridge.ir import MeshShape, axis_parts
 
 _BACKEND = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 _SUM = {"add": "SUM", "multiply": "PRODUCT", "maximum": "MAX", "minimum": "MIN", "or": "MAX", "and": "MIN"}
+# Named so since torch 2.13, which warns of the older names at every call.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _groups: dict[tuple[int, ...], Any] = {}  # process groups by members: torch's groups are never collected, so share them
 
 
@@ -240,7 +243,7 @@ class Runtime:
             return shards.flatten(0, 1) if d == 0 and x.dim() else shards.movedim(0, d).flatten(d, d + 1)
 
         target = out.view(len(members) * y.shape[0], *y.shape[1:]) if y.dim() else out
-        begin = lambda: dist.all_gather_into_tensor(target, y, group=group, async_op=beside)
+        begin = lambda: _all_gather(target, y, group=group, async_op=beside)
         return self._start("all_gather", x, axes, begin, finish, (y, out))
 
     def _one_dim(self, dims: Sequence[tuple[str, ...]]) -> tuple[int, tuple[str, ...]]:
@@ -277,7 +280,7 @@ class Runtime:
         y = y.contiguous()
         out = torch.empty(y.shape[1:], dtype=x.dtype, device=x.device)
         source, how = y.view(n * y.shape[1], *y.shape[2:]) if y.dim() > 1 else y, getattr(dist.ReduceOp, _SUM[kind])
-        begin = lambda: dist.reduce_scatter_tensor(out, source, how, group=group, async_op=beside)
+        begin = lambda: _reduce_scatter(out, source, how, group=group, async_op=beside)
         return self._start("reduce_scatter", x, axes, begin, lambda: out, (y, out))
 
     def _start(
