@@ -28,9 +28,13 @@ FOLDER = Path(__file__).parent / "assets"
 # digits.png: 50 rows of 100 cells, 500 cells a class; within a class five rows, so a column is 5 pictures of it.
 VALIDATION_COLUMNS = range(76, 80)
 TEST_COLUMNS = range(80, 100)
+# share_alike/digits-more.png: 5,000 digits more, all for training, in the order of their classes.
+_MORE_DIGITS = (501, 627, 491, 532, 480, 363, 514, 570, 444, 478)
 
-# Five drawings of each concept by three houses (two of them in two generations) against two artists never seen.
-TRAIN_ARTISTS = ("noto", "noto-v1", "twemoji", "emojione", "share_alike/emojione-v1")
+# Five drawings of each concept by three houses (two of them in two generations), and two artists who drew some of the concepts
+# (513 and 282), against two artists never seen.
+COMPLETE_ARTISTS = ("noto", "noto-v1", "twemoji", "emojione", "share_alike/emojione-v1")
+TRAIN_ARTISTS = (*COMPLETE_ARTISTS, "fxemoji", "streamline-emojis")
 TEST_ARTISTS = ("fluent-emoji-flat", "share_alike/openmoji")
 
 VALIDATION_WORDS, TEST_WORDS = 200, 600
@@ -51,20 +55,33 @@ def digit_cells(split: Split) -> tuple[np.ndarray, np.ndarray]:
         chosen = (columns >= VALIDATION_COLUMNS.start) & (columns < VALIDATION_COLUMNS.stop)
     else:
         chosen = columns < VALIDATION_COLUMNS.start
+        more = _cells("share_alike/digits-more.png")
+        return np.concatenate([pixels[chosen], more]), np.concatenate([labels[chosen], np.repeat(np.arange(10), _MORE_DIGITS)])
     return pixels[chosen], labels[chosen]
 
 
 @functools.cache
 def _all_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    sheet = np.asarray(Image.open(FOLDER / "digits.png").convert("L"))
-    cells = sheet.reshape(50, 20, 100, 20).transpose(0, 2, 1, 3).reshape(5000, 20, 20)
-    return cells, np.repeat(np.arange(10), 500), np.tile(np.arange(100), 50)
+    return _cells("digits.png"), np.repeat(np.arange(10), 500), np.tile(np.arange(100), 50)
+
+
+def _cells(file: str) -> np.ndarray:
+    """(5000, 20, 20) uint8 of a sheet of 50 rows of 100."""
+    sheet = np.asarray(Image.open(FOLDER / file).convert("L"))
+    return sheet.reshape(50, 20, 100, 20).transpose(0, 2, 1, 3).reshape(5000, 20, 20)
 
 
 @functools.cache
 def concepts() -> tuple[str, ...]:
-    """Names of the 550 things that every artist drew, as the data writes them."""
+    """Names of the 550 things to be named, as the data writes them."""
     return tuple(name.replace("-", " ") for name in _drawings(TRAIN_ARTISTS[0])["bodies"])
+
+
+@functools.cache
+def drawn_by(artist: str) -> frozenset[int]:
+    """The concepts that an artist drew: all of them, but for two."""
+    bodies = _drawings(artist)["bodies"]
+    return frozenset(number for number, name in enumerate(concepts()) if name.replace(" ", "-") in bodies)
 
 
 @functools.cache

@@ -98,14 +98,14 @@ def _held_out(name: str, make: Maker, validation: tuple[int, int, int], test: tu
     ]
 
 
-_TRAIN_DRAWINGS, _VALIDATION_DRAWINGS, _TEST_DRAWINGS = 5 * 550 - 110, 110, 1100
-_SMOKE_DRAWINGS = (5 * SMOKE_CONCEPTS - 5, 5, 2 * SMOKE_CONCEPTS)
+_TRAIN_DRAWINGS, _VALIDATION_DRAWINGS, _TEST_DRAWINGS = 5 * 550 - 110 + 513 + 282, 110, 1100
+_SMOKE_DRAWINGS = (5 * SMOKE_CONCEPTS - 5 + 20 + 15, 5, 2 * SMOKE_CONCEPTS)
 
 SOURCES: tuple[Source, ...] = (
     Source("train", "text", (400, 10000, 30000), _simple(text.texts), "answer formats of every task as text, no pictures"),
     Source("train", "digit", (400, 8000, 20000), _simple(digits.digit_strings, 1, False), "one handwritten digit"),
     Source("train", "characters", (400, 12000, 30000), _simple(words.characters), "one or two letters, up to three printed digits"),
-    Source("train", "emoji", (_SMOKE_DRAWINGS[0], _TRAIN_DRAWINGS, _TRAIN_DRAWINGS), _emoji, "550 things by five artists' sets", 110),
+    Source("train", "emoji", (_SMOKE_DRAWINGS[0], _TRAIN_DRAWINGS, _TRAIN_DRAWINGS), _emoji, "550 things by five artists' sets, and what two more drew of them", 110),
     Source("train", "easyvqa_open", (400, 8000, 16000), _shapes(shapes.open_questions), "colour and shape, which cannot be told blind"),
     Source("train", "easyvqa", (400, 12000, 32000), _shapes(shapes.conversations), "published questions of the training part, up to four a picture"),
     Source("train", "digits", (400, 16000, 48000), _simple(digits.digit_strings), "one to five handwritten digits"),
