@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 
-from mindvl_jax.errors import UserError
+from mindvl_jax.errors import UserError, at_least_one
 from npu_bridge.doctor import Finding, Host, Outcome
 
 GROUPS = ("host", "network", "operators", "collectives", "training")
@@ -27,8 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.devices is not None and args.devices < 1:
-        raise UserError(f"--devices {args.devices}: expected at least 1")
+    at_least_one(args, "devices")
     findings = []
     show = None if args.json else _Display()
     # torch_npu prints some of its warnings to standard output, where only the JSON may be.

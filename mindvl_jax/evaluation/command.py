@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from mindvl_jax.errors import UserError
+from mindvl_jax.errors import UserError, at_least_one
 from mindvl_jax.inference.bridge import add_backend_arguments, chosen_programs
 
 
@@ -42,9 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from mindvl_jax.inference.opening import open_for_inference
     from mindvl_jax.weights.opened import EMA, named_folder
 
-    for name in ("batch", "limit", "max_new_tokens", "min_pixels", "max_pixels"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+    at_least_one(args, "batch", "limit", "max_new_tokens", "min_pixels", "max_pixels")
     programs = chosen_programs(args)
     wanted = named_tasks(args)  # before the weights are opened: a typo should not cost minutes
     opened = open_for_inference(args.weights, mesh=args.mesh)

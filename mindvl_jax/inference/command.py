@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from mindvl_jax.errors import UserError
+from mindvl_jax.errors import UserError, at_least_one
 from mindvl_jax.inference.bridge import add_backend_arguments, chosen_programs
 
 DEFAULTS = dict(max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, n=1)
@@ -47,9 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from mindvl_jax.inference.generator import Generator
     from mindvl_jax.inference.opening import open_for_inference
 
-    for name in ("batch", "context", "min_pixels", "max_pixels"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+    at_least_one(args, "batch", "context", "min_pixels", "max_pixels")
     requests = _requests(args)
     programs = chosen_programs(args)
     opened = open_for_inference(args.weights, mesh=args.mesh)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from mindvl_jax.errors import UserError
 from mindvl_jax.inference.request import Request, Sampling
@@ -25,7 +25,13 @@ class _Turn(_Form):
     content: str
 
 
-class _Line(_Form):
+# Every setting of Sampling, and None for what a line leaves to the command line. One stop may stand without brackets.
+_Settings = create_model("_Settings", __base__=_Form, **{
+    name: (str | list[str] | None if name == "stop" else kind | None, None) for name, kind in get_type_hints(Sampling).items()
+})  # fmt: skip
+
+
+class _Line(_Settings):
     """`prompt` or `messages`, and as wanted what pictures go with it and the settings of `request.Sampling`."""
 
     id: str | int | None = None
@@ -35,15 +41,6 @@ class _Line(_Form):
     videos: list[str] = []
     min_pixels: Annotated[int, Field(ge=1)] | None = None
     max_pixels: Annotated[int, Field(ge=1)] | None = None
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    n: int | None = None
-    ignore_eos: bool | None = None
 
     @model_validator(mode="after")
     def _asks_once(self) -> "_Line":

@@ -19,7 +19,7 @@ import yaml
 
 from mindvl_jax import config_loader
 from mindvl_jax.config import Config
-from mindvl_jax.errors import UserError
+from mindvl_jax.errors import UserError, at_least_one
 
 # What a child process runs: the trainer of whichever tree PYTHONPATH names, on a resolved configuration.
 _CHILD = "import sys; from mindvl_jax.config_loader import load; from mindvl_jax.training.trainer import train; train(load(sys.argv[1]))\n"
@@ -44,8 +44,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out).absolute()
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} is not empty; name another folder, or remove it")
-    if args.steps < 1:
-        raise UserError(f"--steps is {args.steps}, expected at least 1")
+    at_least_one(args, "steps")
     configs = {side: config_loader.load(path, [*args.set, *own]) for side, path, own in (("a", args.a, args.set_a), ("b", args.b or args.a, args.set_b))}
     out.mkdir(parents=True, exist_ok=True)
     start = args.start or configs["a"].run.init_from or fresh_weights(configs["a"], out / "start")

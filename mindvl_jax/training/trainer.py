@@ -135,7 +135,7 @@ class Trainer:
         for line in plan.notes:
             self.console.print(line)
         self.totals.update(plan.totals)
-        vocabulary.keep(self.run_dir, self.config.tokenizer, resumed=plan.step > 0, write=self.is_main)
+        vocabulary.keep(self.config.run, self.config.tokenizer, resumed=plan.step > 0, write=self.is_main)
         if self.is_main:
             (self.run_dir / "config.yaml").write_text(config_loader.dump(self.config), encoding="utf-8")
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mindvl_jax.errors import UserError
+from mindvl_jax.errors import UserError, at_least_one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.batch < 1:
-        raise UserError(f"--batch is {args.batch}, expected at least 1")
+    at_least_one(args, "batch", "max_samples", "min_pixels", "max_pixels")
     if not Path(args.data).expanduser().exists():
         raise UserError(f"--data {args.data}: no such file")
     from mindvl_jax.config import SourceConfig

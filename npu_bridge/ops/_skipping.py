@@ -26,6 +26,7 @@ class Tiles(NamedTuple):
 LEAST_LOGITS = 2**20
 """Below, the loops and their compilation cost as much as they save."""
 
+
 def tiles_of(batch, places, heads, band=None):
     """Tiles such that the logits of a piece stay in a core's cache; None where so little is to be computed that nothing is gained.
 

@@ -8,7 +8,7 @@ before it was cast, and the result is rounded once. On npu the product takes its
 from __future__ import annotations
 
 from npu_bridge.ir import Block, Op, Type, Value
-from npu_bridge.passes.fused_calls import spread
+from npu_bridge.passes.fused_calls import product_and_bias
 from npu_bridge.passes.simplify import uses
 
 _NARROW = frozenset({"bf16", "f16"})
@@ -26,15 +26,9 @@ def add_biases_before_rounding(block: Block) -> None:
 
 
 def _widened(op: Op, count: dict[Value, int]) -> list[Op] | None:
-    if op.name != "add" or op.result.dtype not in _NARROW or not op.result.shape or op.result.shape[-1] == 1:
+    if op.name != "add" or op.result.dtype not in _NARROW:
         return None
-    for product, other in (op.operands, op.operands[::-1]):
-        made = product.producer
-        if made is None or made.name != "dot_general" or count[product] != 1 or any(v.dtype != op.result.dtype for v in made.operands):
-            continue
-        bias = spread(other, op.result.shape[-1])
-        if bias is None:
-            continue
+    for made, bias in product_and_bias(op, count):
         bias = _before_rounding(bias)
         whole = lambda shape, layout: Value(Type(shape, "f32"), layout)
         vector = Op("reshape", [bias], [Value(Type(op.result.shape[-1:], bias.dtype), bias.layout[-1:])], location=op.location)

@@ -12,7 +12,7 @@ Done on npu only: every kernel is a launch there, and these leave a layer no mor
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from npu_bridge.ir import FLOATS, Block, Op, Type, Value
 from npu_bridge.jaxcompat import CALL_PREFIX as PREFIX
@@ -149,19 +149,25 @@ def spread(v: Value, width: int) -> Value | None:
     return v
 
 
-def _with_bias(op: Op, count: dict[Value, int]) -> list[Op] | None:
+def product_and_bias(op: Op, count: dict[Value, int]) -> Iterator[tuple[Op, Value]]:
+    """(dot_general, vector) where an addition takes a product that nobody else reads and a vector spread over its rows, in either order."""
+    width = op.result.shape[-1] if op.result.shape else 0
     for product, other in (op.operands, op.operands[::-1]):
         made = product.producer
-        if made is None or made.name != "dot_general" or len(made.operands) != 2 or count[product] != 1 or op.result.dtype not in FLOATS:
+        if width < 2 or made is None or made.name != "dot_general" or count[product] != 1 or any(v.dtype != op.result.dtype for v in made.operands):
             continue
-        x, y = made.operands
-        free = [d for d in range(len(y.shape)) if d not in made.attrs["rhs_contracting_dimensions"]]
-        width = op.result.shape[-1] if op.result.shape else 0
-        bias = spread(other, width) if width > 1 and len(free) == 1 and not made.attrs["lhs_batching_dimensions"] else None
-        if bias is None or not x.dtype == y.dtype == op.result.dtype == bias.dtype:
+        bias = spread(other, width)
+        if bias is not None:
+            yield made, bias
+
+
+def _with_bias(op: Op, count: dict[Value, int]) -> list[Op] | None:
+    for made, bias in product_and_bias(op, count):
+        free = [d for d in range(len(made.operands[1].shape)) if d not in made.attrs["rhs_contracting_dimensions"]]
+        if op.result.dtype not in FLOATS or len(made.operands) != 2 or len(free) != 1 or made.attrs["lhs_batching_dimensions"] or bias.dtype != op.result.dtype:
             continue
-        vector = Op("reshape", [bias], [Value(Type((width,), bias.dtype), bias.layout[-1:])], location=op.location)
-        return [vector, Op("dot_general", [x, y, vector.result], op.results, made.attrs, location=made.location)]
+        vector = Op("reshape", [bias], [Value(Type(op.result.shape[-1:], bias.dtype), bias.layout[-1:])], location=op.location)
+        return [vector, Op("dot_general", [*made.operands, vector.result], op.results, made.attrs, location=made.location)]
     return None
 
 

@@ -19,6 +19,7 @@ def evaluate(model_folder, benchmark_folder):
 
 
 def test_begun_on_one_device_killed_and_finished_on_eight_it_predicts_what_one_device_does(evaluate, tmp_path, monkeypatch):
+    """Two devices against one: tests/inference/test_devices.py."""
     assert evaluate(tmp_path / "one") == 0
     add, added = evaluation.Predictions.add, []
 

@@ -24,8 +24,9 @@ def on_one_device(opened, requests):
     return Generator(opened, slots=8, context=128).generate(requests)
 
 
-def test_answers_do_not_depend_on_the_mesh(opened, requests, on_one_device):
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))  # every axis that answers may be spread over
+@pytest.mark.parametrize("axes", [dict(data=2), dict(data=2, fsdp=2, tensor=2)], ids=["2 devices", "8 devices"])
+def test_answers_do_not_depend_on_the_mesh(opened, requests, on_one_device, axes):
+    mesh = make_mesh(MeshConfig(**axes))
     config = opened.model.config
     model, variables = outline(config)
     names = {path: variable.get_metadata().get("out_sharding") for path, variable in variables.items()}
