@@ -25,14 +25,8 @@ class _Turn(_Form):
     content: str
 
 
-# Every setting of Sampling, and None for what a line leaves to the command line. One stop may stand without brackets.
-_Settings = create_model("_Settings", __base__=_Form, **{
-    name: (str | list[str] | None if name == "stop" else kind | None, None) for name, kind in get_type_hints(Sampling).items()
-})  # fmt: skip
-
-
-class _Line(_Settings):
-    """`prompt` or `messages`, and as wanted what pictures go with it and the settings of `request.Sampling`."""
+class _Question(_Form):
+    """`prompt` or `messages`, and as wanted what pictures go with it."""
 
     id: str | int | None = None
     prompt: str | None = None
@@ -43,7 +37,7 @@ class _Line(_Settings):
     max_pixels: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
-    def _asks_once(self) -> "_Line":
+    def _asks_once(self) -> "_Question":
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("expected either `prompt` or `messages`")
         return self
@@ -56,6 +50,12 @@ class _Line(_Settings):
         if self.prompt is not None:
             return Request.from_prompt(self.prompt, images, **rest)
         return Request(messages=[turn.model_dump() for turn in self.messages], images=images, **rest)
+
+
+# Every setting of Sampling, and None for what a line leaves to the command line. One stop may stand without brackets.
+_Line = create_model("_Line", __base__=_Question, **{
+    name: (str | list[str] | None if name == "stop" else kind | None, None) for name, kind in get_type_hints(Sampling).items()
+})  # fmt: skip
 
 
 def read_requests(path: str, common: Mapping[str, Any], pixels: Mapping[str, int | None]) -> list[Request]:
