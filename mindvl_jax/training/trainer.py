@@ -27,7 +27,7 @@ from mindvl_jax.errors import UserError
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import row_share
 from mindvl_jax.profiling import StepProfiler, profiler
-from mindvl_jax.training import ema, resume, state as states, vocabulary
+from mindvl_jax.training import ema, resume, scoring, state as states, vocabulary
 from mindvl_jax.training.backend import Backend, make_backend, use_compilation_cache
 from mindvl_jax.training.checkpoint import CheckpointWriter, Progress, room_in
 from mindvl_jax.training.display import LiveLine, print_phase, print_startup
@@ -328,9 +328,6 @@ class Trainer:
         settings = self.config.evaluation
         if not settings.tasks and settings.benchmarks is None:
             return
-        if jax.process_count() > 1:
-            self.console.print(f"evaluation after {phase} is left out with several processes; score the run folder with `mindvl evaluate`")
-            return
         from mindvl_jax.evaluation.run import evaluate_run
 
         self.console.print(f"scoring held-out tasks after {phase}")
@@ -339,7 +336,8 @@ class Trainer:
             params = {path: value.astype(self.outline.shapes[path].dtype) for path, value in self.ema.params.items()}
         else:
             params = self._as_jax(state).params
-        evaluate_run(self.config, self.outline.merge(params), step, phase, self.run_dir)
+        params = scoring.for_scoring(params, self.outline)
+        scoring.in_main_process(lambda: evaluate_run(self.config, self.outline.merge(params), step, phase, self.run_dir))
 
     def _finish(self, state: TrainState, step: int) -> None:
         self._evaluate(state, step, self.config.training.phases[-1].name)

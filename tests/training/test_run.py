@@ -18,8 +18,10 @@ from rich.console import Console
 
 from mindvl_jax import config_loader, data
 from mindvl_jax.errors import UserError
+from mindvl_jax.evaluation.run import evaluate_run
 from mindvl_jax.training import checkpoint
 from mindvl_jax.training.trainer import TrainingDiverged, train
+from mindvl_jax.weights import open_model
 from tests.training.conftest import write_data
 
 ROOT = Path(__file__).parents[2]
@@ -344,8 +346,9 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_two_processes_give_the_losses_of_one_and_one_process_opens_what_they_saved(whole, run_mapping, tmp_path, read_metrics):
-    config = config_loader.from_mapping(run_mapping(PHASES[0], name="pair"))
+def test_two_processes_give_the_losses_and_scores_of_one_and_one_process_opens_what_they_saved(whole, run_mapping, assets, tmp_path, read_metrics):
+    task = {"name": "squares", "source": {"path": str(assets / "squares.parquet")}, "max_samples": 8, "max_new_tokens": 4}
+    config = config_loader.from_mapping(run_mapping(PHASES[0], name="pair", evaluation={"tasks": [task]}))
     file = tmp_path / "config.yaml"
     file.write_text(config_loader.dump(config))
     join = f"distributed.coordinator=localhost:{free_port()}", "distributed.processes=2", "mesh.fsdp=2"
@@ -359,3 +362,7 @@ def test_two_processes_give_the_losses_of_one_and_one_process_opens_what_they_sa
     # Adam divides by the gradient's size: differences of summation order reach a small part of the three steps' 0.009.
     worst = max(float(np.abs(np.asarray(theirs[path]) - np.asarray(ours[path])).max()) for path in ours)
     assert worst < 1e-4, f"largest difference of a parameter {worst:.2e}"
+    # The same weights scored here, by one process.
+    evaluate_run(config, open_model(config.run.dir).model, 3, "phase0", tmp_path / "alone")
+    rows = [Path(folder, "predictions/phase0/squares.jsonl").read_text() for folder in (config.run.dir, tmp_path / "alone")]
+    assert rows[0] == rows[1] and rows[0].count("\n") == 8
