@@ -17,16 +17,19 @@ QUESTION = "Read the digits."
 LONGEST = 5
 
 
-def digit_strings(rng: random.Random, split: assets.Split, count: int, longest: int = LONGEST, bent: bool = True) -> Iterator[Sample]:
-    """Strings of up to `longest` digits; those for training are bent and of several pens, unless the learner is a beginner."""
+def digit_strings(rng: random.Random, split: assets.Split, count: int, longest: int = LONGEST, bent: bool = True, more: bool = False) -> Iterator[Sample]:
+    """Strings of up to `longest` digits; those for training are bent and of several pens, unless the learner is a beginner.
+
+    more: from more handwriting (`assets.digit_cells`).
+    """
     for _ in range(count):
-        picture, text = draw(rng, split, rng.randint(1, longest), bent)
+        picture, text = draw(rng, split, rng.randint(1, longest), bent, more)
         yield ask("digits", picture, QUESTION, text)
 
 
-def draw(rng: random.Random, split: assets.Split, length: int, bent: bool = True) -> tuple[np.ndarray, str]:
+def draw(rng: random.Random, split: assets.Split, length: int, bent: bool = True, more: bool = False) -> tuple[np.ndarray, str]:
     """A picture 28 pixels high and 28 wide for each of `length` digits, and what it says."""
-    cells, labels = assets.digit_cells(split)
+    cells, labels = assets.digit_cells(split, more)
     chosen = [rng.randrange(len(cells)) for _ in range(length)]
     coverage = np.concatenate([_place(rng, cells[index], plain=split != "train", bent=bent) for index in chosen], axis=1)
     picture = paint(coverage, *ink_and_paper(rng, coloured=rng.random() < 0.4))

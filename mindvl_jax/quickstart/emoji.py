@@ -23,15 +23,18 @@ _HANDED = re.compile(r"\b(left|right|quarter|crescent|gibbous|oclock|thirty|flag
 
 def withheld(artist: int, concept: int) -> bool:
     """Whether this drawing is kept from training, for validation."""
-    return concept % ONE_WITHHELD_OF == 0 and (concept // ONE_WITHHELD_OF) % len(assets.COMPLETE_ARTISTS) == artist
+    return concept % ONE_WITHHELD_OF == 0 and (concept // ONE_WITHHELD_OF) % len(assets.TRAIN_ARTISTS) == artist
 
 
-def drawings(split: assets.Split, concepts: int) -> list[tuple[str, int]]:
-    """(artist, concept) pairs of a split, over the first `concepts` concepts."""
+def drawings(split: assets.Split, concepts: int, more: bool = False) -> list[tuple[str, int]]:
+    """(artist, concept) pairs of a split, over the first `concepts` concepts; with `more` those of the further artists too."""
     if split == "test":
         return [(artist, concept) for artist in assets.TEST_ARTISTS for concept in range(concepts)]
-    pairs = [(number, concept) for number, artist in enumerate(assets.TRAIN_ARTISTS) for concept in range(concepts) if concept in assets.drawn_by(artist)]
-    return [(assets.TRAIN_ARTISTS[number], concept) for number, concept in pairs if withheld(number, concept) == (split == "validation")]
+    pairs = [(number, concept) for number in range(len(assets.TRAIN_ARTISTS)) for concept in range(concepts)]
+    chosen = [(assets.TRAIN_ARTISTS[number], concept) for number, concept in pairs if withheld(number, concept) == (split == "validation")]
+    if more and split == "train":
+        chosen += [(artist, concept) for artist in assets.MORE_ARTISTS for concept in range(concepts) if concept in assets.drawn_by(artist)]
+    return chosen
 
 
 def naming(rng: random.Random, split: assets.Split, pairs: list[tuple[str, int]], variants: int) -> Iterator[Sample]:

@@ -23,10 +23,10 @@ def _disjoint(of):
 
 
 def test_no_digit_is_on_two_sides():
-    parts = _disjoint(lambda split: [hashlib.sha256(cell.tobytes()).hexdigest() for cell in assets.digit_cells(split)[0]])
+    parts = _disjoint(lambda split: [hashlib.sha256(cell.tobytes()).hexdigest() for cell in assets.digit_cells(split, more=True)[0]])
     assert sum(map(len, parts.values())) >= 4990  # a few cells of the sheet may repeat within a side
     assert len(assets.digit_cells("test")[1]) == 1000
-    for split in ("validation", "test"):
+    for split in SPLITS:
         assert len(set(np.bincount(assets.digit_cells(split)[1]))) == 1, "every class has as many"
 
 
@@ -38,7 +38,7 @@ def test_the_further_digits_for_training_are_none_of_the_sheet_that_holds_the_sc
     squares = np.square(sheet).sum(1)[:, None] + np.square(more).sum(1) - 2 * sheet @ more.T
     nearest = float(np.sqrt(squares.min() / 400))
     assert nearest > 4, nearest
-    assert len(assets.digit_cells("train")[1]) == 3800 + 5000
+    assert len(assets.digit_cells("train", more=True)[1]) == len(assets.digit_cells("train")[1]) + 5000 == 8800
 
 
 def test_no_font_family_word_or_table_is_on_two_sides():
@@ -56,21 +56,21 @@ def test_no_published_picture_is_on_two_sides():
 
 
 def test_no_artist_of_the_test_drew_for_training_and_withheld_drawings_stay_away():
-    parts = _disjoint(lambda split: emoji.drawings(split, 550))
+    parts = _disjoint(lambda split: emoji.drawings(split, 550, more=True))
     assert {artist for artist, _ in parts["train"]}.isdisjoint({artist for artist, _ in parts["test"]})
     assert {concept for _, concept in parts["train"]} == {concept for _, concept in parts["test"]} == set(range(550))
     assert {split: len(pairs) for split, pairs in parts.items()} == {"train": 2640 + 513 + 282, "validation": 110, "test": 1100}
     for source in sources.SOURCES:
         if source.name == "emoji":
-            assert source.count("standard") == len(parts[source.split])
+            assert source.count("standard") == len(emoji.drawings(source.split, 550)) and source.count("long") == len(parts[source.split])
             assert source.count("smoke") == len(emoji.drawings(source.split, sources.SMOKE_CONCEPTS))
 
 
 def test_the_550_names_are_distinct_and_in_every_set():
     assert len(set(assets.concepts())) == len(assets.concepts()) == 550
-    for artist in (*assets.COMPLETE_ARTISTS, *assets.TEST_ARTISTS):
+    for artist in (*assets.TRAIN_ARTISTS, *assets.TEST_ARTISTS):
         assert tuple(name.replace("-", " ") for name in assets._drawings(artist)["bodies"]) == assets.concepts(), artist
-    for artist in set(assets.TRAIN_ARTISTS) - set(assets.COMPLETE_ARTISTS):
+    for artist in assets.MORE_ARTISTS:
         drawn = {name.replace("-", " ") for name in assets._drawings(artist)["bodies"]}
         assert drawn < set(assets.concepts()) and len(drawn) == len(assets.drawn_by(artist)), artist
 

@@ -154,7 +154,7 @@ def test_training_drawings_vary_and_scored_ones_do_not():
 
 
 def test_drawings_fill_their_picture():
-    for artist in (*assets.TRAIN_ARTISTS, *assets.TEST_ARTISTS):
+    for artist in (*assets.TRAIN_ARTISTS, *assets.MORE_ARTISTS, *assets.TEST_ARTISTS):
         for concept in {0, 137, 400} & assets.drawn_by(artist):
             pixels = np.asarray(emoji.plain(artist, concept)).astype(int)
             inked = (np.abs(pixels - 255).sum(-1) > 30).mean()
