@@ -20,7 +20,8 @@ LONGEST = 5
 def digit_strings(rng: random.Random, split: assets.Split, count: int, longest: int = LONGEST, bent: bool = True, more: bool = False) -> Iterator[Sample]:
     """Strings of up to `longest` digits; those for training are bent and of several pens, unless the learner is a beginner.
 
-    more: from more handwriting (`assets.digit_cells`).
+    Args:
+      bent: False for what a beginner sees. more: draw from more handwriting, as `assets.digit_cells`.
     """
     for _ in range(count):
         picture, text = draw(rng, split, rng.randint(1, longest), bent, more)
