@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from mindvl_jax import config_loader
-from mindvl_jax.errors import UserError
-from mindvl_jax.host_memory import relaunch_with_large_pages
+from mindvl_jax.config import loader as config_loader
+from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.host_memory import relaunch_with_large_pages
 
 
 def main() -> int:
@@ -16,7 +16,7 @@ def main() -> int:
     try:
         config = config_loader.load(args.config, args.set)
         if config.data.quickstart:
-            from mindvl_jax.quickstart.build import prepare
+            from examples.quickstart.build import prepare
 
             prepare(config.data.quickstart)
         from mindvl_jax.training.trainer import train  # after the configuration is known to be good: this loads jax

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from benchmarks import machine, results
 from benchmarks.registry import CASES, SUITES, Case, Settings, load_cases
-from mindvl_jax.host_memory import TUNABLES
+from mindvl_jax.core.host_memory import TUNABLES
 
 HERE = Path(__file__).resolve().parent
 

@@ -16,8 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mindvl_jax import config_loader
-from mindvl_jax.training.compare_command import fresh_weights, parameter_distance, read_losses, shortened, train_apart
+from mindvl_jax.config import loader as config_loader
+from mindvl_jax.cli.compare import fresh_weights, parameter_distance, read_losses, shortened, train_apart
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLIT = ("mesh.fsdp=2", "mesh.tensor=2")

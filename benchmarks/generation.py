@@ -6,7 +6,7 @@ Both sides are warmed up, read the same pictures and prompts of mixed length, an
 tokens ignored); that their tokens are the same is checked before anything is timed. Tokens a second counts the tokens asked for
 over the whole call, reading of prompts included. The figure of interest is the ratio, measured in turns in one run. On a machine
 that others use too, the ratio of processor times says more: with --one-core both sides get one core and one thread, so that no
-thread burns time while it waits for another. Both sides run under glibc's settings for large pages (`mindvl_jax/host_memory.py`).
+thread burns time while it waits for another. Both sides run under glibc's settings for large pages (`mindvl_jax/core/host_memory.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import transformers
 from PIL import Image
 
 from benchmarks.measure import rate_ratio
-from mindvl_jax.host_memory import relaunch_with_large_pages
+from mindvl_jax.core.host_memory import relaunch_with_large_pages
 from mindvl_jax.inference import Generator, Request, Sampling
 from mindvl_jax.weights import open_model
 
@@ -39,8 +39,8 @@ PIXELS = (28 * 28, 28 * 28 * 16)
 
 def build(folder: Path):
     """A random Qwen2.5-VL of about 3 M parameters with the published vocabulary's control tokens, saved with a tokenizer."""
-    from mindvl_jax.config import TokenizerConfig
-    from mindvl_jax.data.tokenizer import load_tokenizer
+    from mindvl_jax.config.schema import TokenizerConfig
+    from mindvl_jax.data.text.tokenizer import load_tokenizer
 
     full = load_tokenizer(TokenizerConfig(path="qwen2.5"))
     texts = ["user\n", "assistant\n", *WORDS.split(), *(f" {word}" for word in WORDS.split()), *(f"user\n{word}" for word in WORDS.split())]

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mindvl_jax.batch import Batch
-from mindvl_jax.config import ModelConfig, OptimizerConfig, VisionConfig
-from mindvl_jax.models.vision.tower import IMAGE_MEAN, IMAGE_STD
+from mindvl_jax.data.batch import Batch
+from mindvl_jax.config.schema import ModelConfig, OptimizerConfig, VisionConfig
+from mindvl_jax.models.mindvl.vision import IMAGE_MEAN, IMAGE_STD
 
 Tensors = dict[str, torch.Tensor]
 

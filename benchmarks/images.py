@@ -19,9 +19,9 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mindvl_jax import presets
+from mindvl_jax.config import presets
 from mindvl_jax.data.example import VisualItem, read_pixels
-from mindvl_jax.data.image import image_grid, image_size, visual_layout
+from mindvl_jax.data.media.image import image_grid, image_size, visual_layout
 from mindvl_jax.data.sample import Media
 
 # name, (height, width), file format, content, data.resample

@@ -24,7 +24,7 @@ Facts = Callable[[], dict[str, Any]]
 
 def slice_of(layers: int, blocks: int, full_every: int = 8):
     """MindVL-8B with fewer layers and a tied head, so that masters, moments and gradients fit 64 GiB."""
-    from mindvl_jax import presets
+    from mindvl_jax.config import presets
 
     model = presets.get("mindvl-8b")
     full = tuple(range(min(blocks, full_every) - 1, blocks, full_every))
@@ -35,7 +35,7 @@ def slice_of(layers: int, blocks: int, full_every: int = 8):
 
 def batch_of(model):
     """Eight samples of 512 tokens and one picture of 1,024 patches each, in windows of 64."""
-    from mindvl_jax.data.collate import shape_for
+    from mindvl_jax.data.packing.collate import shape_for
 
     shape = shape_for(model.vision, rows=1, tokens=TOKENS, patches=PATCHES, samples=SAMPLES, min_pixels=56 * 56)
     batch = shape.empty()
@@ -55,13 +55,13 @@ def through_bridge(model) -> tuple[Callable[[], Any], Facts]:
     import torch
 
     import npu_bridge
-    from mindvl_jax.config import MeshConfig, OptimizerConfig, PhaseConfig
+    from mindvl_jax.config.schema import MeshConfig, OptimizerConfig, PhaseConfig
     from mindvl_jax.parallel.mesh import make_mesh
     from mindvl_jax.training.params import outline_of
     from mindvl_jax.training.state import abstract_state
     from mindvl_jax.training.step import make_programs
-    from npu_bridge.api import Compiled
-    from npu_bridge.array import Array, storage_dtype
+    from npu_bridge.runtime.api import Compiled
+    from npu_bridge.runtime.array import Array, storage_dtype
 
     mesh, outline = make_mesh(MeshConfig(), jax.devices()[:1]), outline_of(model)
     shape, batch = batch_of(model)

@@ -17,9 +17,9 @@ import time
 
 import numpy as np
 
-from mindvl_jax.data.image import smart_resize
-from mindvl_jax.data.planner import AHEAD
-from mindvl_jax.data.packing import PATCHES, TOKENS, Budgets, WorkModel, plan_rows
+from mindvl_jax.data.media.image import smart_resize
+from mindvl_jax.data.packing.planner import AHEAD
+from mindvl_jax.data.packing.rows import PATCHES, TOKENS, Budgets, WorkModel, plan_rows
 
 # Multiply-adds of Qwen2.5-VL-7B (its published sizes): what decides which rows are heavy.
 WORK = WorkModel(token=28 * 233_046_016 / 1.0 + 3584 * 152064, token_pair=28 * 3584, patch=32 * (4 * 1280**2 + 3 * 1280 * 3420) + 28 * 2 * 1280 * 64, patch_pair=4 * 2 * 1280)

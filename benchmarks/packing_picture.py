@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.packing import document_like, in_order_first_fit, table
-from mindvl_jax.data.packing import LANGUAGE, PATCHES, TOKENS, Budgets, plan_rows
+from mindvl_jax.data.packing.rows import LANGUAGE, PATCHES, TOKENS, Budgets, plan_rows
 
 ROWS, T = 8, 8192
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from benchmarks.workloads import Packed, normalised
-from mindvl_jax.config import ModelConfig, OptimizerConfig
+from mindvl_jax.config.schema import ModelConfig, OptimizerConfig
 from mindvl_jax.weights.hf_config import read_json
-from mindvl_jax.weights.parity.reference import ComposedMindVL, load_reference, rope_index
-from mindvl_jax.weights.parity.samples import ParitySample, reference_inputs
+from mindvl_jax.parity.reference import ComposedMindVL, load_reference, rope_index
+from mindvl_jax.parity.samples import ParitySample, reference_inputs
 from mindvl_jax.weights.save import save_parameters
 
 Inputs = dict[str, torch.Tensor]

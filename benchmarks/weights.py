@@ -65,7 +65,7 @@ def write_folder(folder: Path, preset: str, layers: int | None, shard_bytes: int
     import numpy as np
     from safetensors.numpy import save_file
 
-    from mindvl_jax import presets
+    from mindvl_jax.config import presets
     from mindvl_jax.weights.families import slots
     from mindvl_jax.weights.hf_config import write_config
     from mindvl_jax.weights.load import outline
@@ -102,7 +102,7 @@ def measure(mode: str, folder: Path) -> dict[str, float]:
     import numpy as np
     from safetensors import safe_open
 
-    from mindvl_jax.config import MeshConfig
+    from mindvl_jax.config.schema import MeshConfig
     from mindvl_jax.parallel.mesh import make_mesh
     from mindvl_jax.weights.load import load_parameters
 

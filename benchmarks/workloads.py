@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from benchmarks.packing import llava_like
-from mindvl_jax import presets
-from mindvl_jax.batch import Batch
-from mindvl_jax.config import ModelConfig
-from mindvl_jax.data.packing import Budgets, WorkModel, plan_rows
-from mindvl_jax.models.vision.tower import IMAGE_MEAN, IMAGE_STD
-from mindvl_jax.weights.parity.samples import ParitySample, pack, random_sample
+from mindvl_jax.config import presets
+from mindvl_jax.data.batch import Batch
+from mindvl_jax.config.schema import ModelConfig
+from mindvl_jax.data.packing.rows import Budgets, WorkModel, plan_rows
+from mindvl_jax.models.mindvl.vision import IMAGE_MEAN, IMAGE_STD
+from mindvl_jax.parity.samples import ParitySample, pack, random_sample
 
 Draw = Callable[[np.random.Generator], tuple[int, int, list[tuple[int, int]]]]
 """Length of question and answer in tokens, and the grids of the pictures in patches."""

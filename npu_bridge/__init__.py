@@ -7,13 +7,13 @@ only calls `npu_bridge.ops` on XLA stays free of torch.
 import importlib
 
 _PUBLIC = {
-    "jit": "npu_bridge.api",
-    "Lowered": "npu_bridge.api",
-    "Array": "npu_bridge.array",
+    "jit": "npu_bridge.runtime.api",
+    "Lowered": "npu_bridge.runtime.api",
+    "Array": "npu_bridge.runtime.array",
     "BridgeError": "npu_bridge.errors",
     "UnsupportedError": "npu_bridge.errors",
     "VersionError": "npu_bridge.errors",
-    "record_scopes": "npu_bridge.scopes",
+    "record_scopes": "npu_bridge.runtime.scopes",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -37,11 +37,11 @@ def loader_case(settings: Settings) -> Iterator[Comparison]:
     from transformers import PreTrainedTokenizerFast
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from mindvl_jax import presets
-    from mindvl_jax.config import TokenizerConfig
+    from mindvl_jax.config import presets
+    from mindvl_jax.config.schema import TokenizerConfig
     from mindvl_jax.data import EncodeLimits, ExampleEncoder, Media, Message, Sample, load_tokenizer
-    from mindvl_jax.data.collate import budgets_of, collate, shape_for, size_of
-    from mindvl_jax.data.packing import WorkModel, plan_rows
+    from mindvl_jax.data.packing.collate import budgets_of, collate, shape_for, size_of
+    from mindvl_jax.data.packing.rows import WorkModel, plan_rows
 
     model = presets.get("mindvl-8b")
     tokenizer = load_tokenizer(TokenizerConfig(path="qwen3"))

@@ -22,7 +22,7 @@ def _lowering(layers: int, scan: bool, most: float) -> Comparison:
 
     import npu_bridge
     from npu_bridge import jaxcompat
-    from npu_bridge.api import as_mesh
+    from npu_bridge.runtime.api import as_mesh
     from tests.bridge import decoder
 
     config = decoder.Config(layers=layers, scan=scan, fused=True)

@@ -31,8 +31,8 @@ def write_model(folder: Path, name: str) -> None:
     import numpy as np
 
     from benchmarks import workloads
-    from mindvl_jax.config import TokenizerConfig
-    from mindvl_jax.data.tokenizer import load_tokenizer
+    from mindvl_jax.config.schema import TokenizerConfig
+    from mindvl_jax.data.text.tokenizer import load_tokenizer
     from mindvl_jax.training.params import outline_of
     from mindvl_jax.weights.save import save_parameters
 

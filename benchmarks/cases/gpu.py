@@ -14,7 +14,7 @@ from benchmarks.registry import Settings, case
 
 
 def slice_of(preset: str, *, text_layers: int, vision_layers: int, full: tuple[int, ...], tied: bool):
-    from mindvl_jax import presets
+    from mindvl_jax.config import presets
 
     config = presets.get(preset)
     text = config.text.model_copy(update=dict(num_layers=text_layers, tie_word_embeddings=tied))

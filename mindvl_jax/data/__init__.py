@@ -10,9 +10,9 @@ from typing import Any
 
 # No name here is a module's too (`collate`): which of the two one got would depend on what was imported before.
 _HOMES = {
-    "batch_shape": "collate",
-    "pack_prompts": "collate",
-    "shape_for": "collate",
+    "batch_shape": "packing.collate",
+    "pack_prompts": "packing.collate",
+    "shape_for": "packing.collate",
     "encode_prompt": "example",
     "encode_sample": "example",
     "EncodeLimits": "example",
@@ -25,8 +25,8 @@ _HOMES = {
     "Message": "sample",
     "Sample": "sample",
     "SampleError": "sample",
-    "Source": "sources",
-    "load_tokenizer": "tokenizer",
+    "Source": "sources.readers",
+    "load_tokenizer": "text.tokenizer",
 }
 __all__ = sorted(_HOMES)
 

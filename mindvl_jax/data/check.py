@@ -9,11 +9,11 @@ from typing import Callable, Sequence
 
 import numpy as np
 
-from mindvl_jax.config import VisionConfig
+from mindvl_jax.config.schema import VisionConfig
 from mindvl_jax.data.example import Example, ExampleEncoder
-from mindvl_jax.data.media import read_bytes
+from mindvl_jax.data.media.files import read_bytes
 from mindvl_jax.data.sample import Sample, SampleError
-from mindvl_jax.data.sources import Source
+from mindvl_jax.data.sources.readers import Source
 
 SHOWN = 24  # samples of the contact sheet
 LISTED = 200  # skipped samples and duplicates written out

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from mindvl_jax.data.check import SourceFindings
-from mindvl_jax.data.image import load_image
+from mindvl_jax.data.media.image import load_image
 from mindvl_jax.data.sample import Media, SampleError
 
 THUMBNAIL = 160

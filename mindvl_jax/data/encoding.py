@@ -7,13 +7,13 @@ from typing import Sequence
 
 import numpy as np
 
-from mindvl_jax.config import VisionConfig
-from mindvl_jax.data.collate import size_of, write_pixels
+from mindvl_jax.config.schema import VisionConfig
+from mindvl_jax.data.packing.collate import size_of, write_pixels
 from mindvl_jax.data.example import Example, ExampleEncoder, read_pixels
-from mindvl_jax.data.packing import Budgets
+from mindvl_jax.data.packing.rows import Budgets
 from mindvl_jax.data.sample import SampleError
-from mindvl_jax.data.sources import Source
-from mindvl_jax.data.stream import MixtureStream
+from mindvl_jax.data.sources.readers import Source
+from mindvl_jax.data.sources.mixture import MixtureStream
 
 Planned = tuple[int, Example]  # stream position, example
 

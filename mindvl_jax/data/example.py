@@ -11,10 +11,10 @@ from typing import Any, Sequence
 
 import numpy as np
 
-from mindvl_jax.config import ModelConfig, VisionConfig
-from mindvl_jax.data import image as images
-from mindvl_jax.data import video as videos
-from mindvl_jax.data.chat import ChatEncoder, TextTokenizer, Turn, check_turn_order
+from mindvl_jax.config.schema import ModelConfig, VisionConfig
+from mindvl_jax.data.media import image as images
+from mindvl_jax.data.media import video as videos
+from mindvl_jax.data.text.chat import ChatEncoder, TextTokenizer, Turn, check_turn_order
 from mindvl_jax.data.positions import rotary_positions
 from mindvl_jax.data.sample import IMAGE, PLACEHOLDER, Media, Message, Sample, SampleError
 

@@ -13,22 +13,22 @@ from typing import Any, Callable, Iterator
 
 import numpy as np
 
-from mindvl_jax.batch import PackedBatch
-from mindvl_jax.config import Config, TokenizerConfig
+from mindvl_jax.data.batch import PackedBatch
+from mindvl_jax.config.schema import Config, TokenizerConfig
 from mindvl_jax.data.cache import shared_cache
-from mindvl_jax.data.collate import batch_shape, budgets_of, collate
+from mindvl_jax.data.packing.collate import batch_shape, budgets_of, collate
 from mindvl_jax.data.encoding import InlineDecoder, InlineEncoder
 from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
-from mindvl_jax.data.lengths import IndexedEncoder, LengthIndex, encoding_of, index_path
-from mindvl_jax.data.packing import WorkModel
-from mindvl_jax.data.planner import Planner, RecordEncoder
+from mindvl_jax.data.packing.lengths import IndexedEncoder, LengthIndex, encoding_of, index_path
+from mindvl_jax.data.packing.rows import WorkModel
+from mindvl_jax.data.packing.planner import Planner, RecordEncoder
 from mindvl_jax.data.quarantine import Quarantine
 from mindvl_jax.data.sample import SampleError
-from mindvl_jax.data.sources import open_sources
-from mindvl_jax.data.stream import MixtureStream
-from mindvl_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mindvl_jax.data.sources.readers import open_sources
+from mindvl_jax.data.sources.mixture import MixtureStream
+from mindvl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from mindvl_jax.data.workers import Job, PoolDecoder, PoolEncoder, WorkerPool
-from mindvl_jax.errors import UserError
+from mindvl_jax.core.errors import UserError
 
 STATE_FORMAT = 1
 

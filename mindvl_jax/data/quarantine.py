@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from mindvl_jax.data.sample import SampleError
-from mindvl_jax.errors import UserError
+from mindvl_jax.core.errors import UserError
 
 # Samples seen before a rate of errors says anything.
 ENOUGH = 200

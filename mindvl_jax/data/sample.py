@@ -7,8 +7,8 @@ import functools
 import re
 from typing import Any
 
-from mindvl_jax.config import ColumnMapping
-from mindvl_jax.errors import UserError
+from mindvl_jax.config.schema import ColumnMapping
+from mindvl_jax.core.errors import UserError
 
 IMAGE, VIDEO = "<image>", "<video>"
 PLACEHOLDER = re.compile(f"({IMAGE}|{VIDEO})")

@@ -17,15 +17,15 @@ from typing import Any, Sequence
 
 import numpy as np
 
-from mindvl_jax.config import Config
+from mindvl_jax.config.schema import Config
 from mindvl_jax.data.encoding import DecodedRows, Planned, encode_record, fill_row
 from mindvl_jax.data.example import EncodeLimits, Example, ExampleEncoder
-from mindvl_jax.data.packing import Budgets
+from mindvl_jax.data.packing.rows import Budgets
 from mindvl_jax.data.sample import SampleError
-from mindvl_jax.data.sources import Source
-from mindvl_jax.data.stream import MixtureStream
-from mindvl_jax.data.tokenizer import load_tokenizer
-from mindvl_jax.errors import UserError
+from mindvl_jax.data.sources.readers import Source
+from mindvl_jax.data.sources.mixture import MixtureStream
+from mindvl_jax.data.text.tokenizer import load_tokenizer
+from mindvl_jax.core.errors import UserError
 
 CHUNK = 16  # records a task: enough to pay for the hand-over, few enough not to wait for
 CHUNKS_AHEAD = 3  # chunks under way for each process

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mindvl_jax.errors import UserError
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.evaluation import choices, scorers
 from mindvl_jax.evaluation.items import Item
 from mindvl_jax.evaluation.readers import Picture64, Row, read_rows
@@ -229,7 +229,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 STANDINS_MARK = "standins.json"
-"""In a folder of files that only look like the benchmarks' (`mindvl_jax.standins`): their scores must never be taken for the benchmarks'."""
+"""In a folder of files that only look like the benchmarks' (`examples.quickstart.standins`): their scores must never be taken for the benchmarks'."""
 
 
 def open_task(name: str, folder: Path) -> tuple[Benchmark, list[Item]]:

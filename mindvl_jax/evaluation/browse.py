@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mindvl_jax.errors import UserError
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.evaluation.benchmarks import Benchmark
 from mindvl_jax.evaluation.items import Item
 from mindvl_jax.evaluation.pages import picture_uri, render
 from mindvl_jax.evaluation.plots import data_uri
-from mindvl_jax.evaluation.store import write_text
+from mindvl_jax.core.files import write_text
 from mindvl_jax.inference.prompts import read_picture
 
 MOST = 600  # samples on a task's page: enough to look through, small enough to open

@@ -23,7 +23,7 @@ import numpy as np
 from mindvl_jax.evaluation.benchmarks import Benchmark
 from mindvl_jax.evaluation.items import Item
 from mindvl_jax.evaluation.statistics import bootstrap_interval
-from mindvl_jax.evaluation.store import read_jsonl, write_json
+from mindvl_jax.core.files import read_jsonl, write_json
 from mindvl_jax.inference import Answer, Generator, Sampling
 from mindvl_jax.inference.prompts import without_media
 

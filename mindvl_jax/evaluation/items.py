@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from mindvl_jax.data.sample import Message, Sample
-from mindvl_jax.errors import UserError
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.inference import Request, Sampling
 
 

@@ -12,9 +12,9 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
-from mindvl_jax.errors import UserError
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.inference import Generator, Request, Sampling
-from mindvl_jax.inference.opening import open_for_inference
+from mindvl_jax.inference.loading import open_for_inference
 
 
 class MindVL(lmms):

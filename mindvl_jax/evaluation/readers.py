@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mindvl_jax.errors import UserError
+from mindvl_jax.core.errors import UserError
 
 
 class Picture64:

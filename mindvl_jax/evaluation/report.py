@@ -12,11 +12,11 @@ from typing import Any
 
 from PIL import Image
 
-from mindvl_jax.errors import UserError
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.evaluation.browse import score_line
 from mindvl_jax.evaluation.pages import picture_uri, render
 from mindvl_jax.evaluation.plots import data_uri, training_curves
-from mindvl_jax.evaluation.store import read_json, read_jsonl, write_text
+from mindvl_jax.core.files import read_json, read_jsonl, write_text
 
 CURVES = ("loss", "grad_norm", "learning_rate", "tokens_per_second")
 TASK_PREFIX = "loss/"  # metrics keys of single tasks' losses

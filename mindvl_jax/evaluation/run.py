@@ -18,16 +18,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from mindvl_jax.config import Config, EvaluationTask, SourceConfig, TokenizerConfig
-from mindvl_jax.data.sources import Source
-from mindvl_jax.data.tokenizer import load_tokenizer
-from mindvl_jax.errors import UserError
+from mindvl_jax.config.schema import Config, EvaluationTask, SourceConfig, TokenizerConfig
+from mindvl_jax.data.sources.readers import Source
+from mindvl_jax.data.text.tokenizer import load_tokenizer
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.evaluation.items import Item, item_from_sample
 from mindvl_jax.evaluation.run_benchmarks import evaluate_benchmarks
 from mindvl_jax.evaluation.scorers import exact_match
-from mindvl_jax.evaluation.shown import keep_pictures
+from mindvl_jax.evaluation.images import keep_pictures
 from mindvl_jax.evaluation.statistics import bootstrap_interval
-from mindvl_jax.evaluation.store import read_json, write_json, write_jsonl
+from mindvl_jax.core.files import read_json, write_json, write_jsonl
 from mindvl_jax.inference import Generator, Sampling
 from mindvl_jax.inference.prompts import without_media
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import jax
 
-from mindvl_jax.config import BenchmarksConfig
-from mindvl_jax.errors import UserError
+from mindvl_jax.config.schema import BenchmarksConfig
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.evaluation.benchmarks import STANDINS_MARK, Benchmark, find_benchmark, find_files, open_task
 from mindvl_jax.evaluation.evaluate import summarise
 from mindvl_jax.evaluation.items import Item
 from mindvl_jax.evaluation.readers import read_rows
-from mindvl_jax.evaluation.shown import keep_pictures
-from mindvl_jax.evaluation.store import read_json, write_jsonl
+from mindvl_jax.evaluation.images import keep_pictures
+from mindvl_jax.core.files import read_json, write_jsonl
 from mindvl_jax.inference import Answer, Generator, Sampling
 from mindvl_jax.inference.prompts import without_media
 

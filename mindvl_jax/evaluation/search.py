@@ -16,7 +16,7 @@ import matplotlib.ticker
 import numpy as np
 from matplotlib.figure import Figure
 
-from mindvl_jax.errors import UserError
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.evaluation.items import Item
 from mindvl_jax.evaluation.plots import PALETTE, STYLE
 from mindvl_jax.evaluation.statistics import bootstrap_interval, paired_interval

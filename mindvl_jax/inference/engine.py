@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mindvl_jax.errors import UserError
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.inference import programs
 from mindvl_jax.inference.programs import CHUNK, empty_slots
 from mindvl_jax.inference.buckets import Bucket, rows_for
 from mindvl_jax.inference.prompts import Prompt, pack_bucket, vision_of
-from mindvl_jax.inference.reading import RowPlanner
+from mindvl_jax.inference.prefill import RowPlanner
 from mindvl_jax.inference.request import Sampling
 from mindvl_jax.inference.placement import place_rows, row_groups
 

@@ -6,7 +6,7 @@ import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
-from mindvl_jax.errors import UserError
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.inference.buckets import next_size
 from mindvl_jax.inference.engine import Engine
 from mindvl_jax.inference.placement import mesh_of

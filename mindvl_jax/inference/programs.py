@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mindvl_jax.batch import Batch
-from mindvl_jax.config import TextConfig
+from mindvl_jax.data.batch import Batch
+from mindvl_jax.config.schema import TextConfig
 from mindvl_jax.inference import sampling
 from mindvl_jax.models import KVCache
 

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mindvl_jax.batch import Batch, BatchShape
-from mindvl_jax.config import ModelConfig, VisionConfig
-from mindvl_jax.data.collate import collate
+from mindvl_jax.data.batch import Batch, BatchShape
+from mindvl_jax.config.schema import ModelConfig, VisionConfig
+from mindvl_jax.data.packing.collate import collate
 from mindvl_jax.data.example import EncodeLimits, Example, ExampleEncoder
-from mindvl_jax.data.image import load_image
-from mindvl_jax.data.media import named_file
+from mindvl_jax.data.media.image import load_image
+from mindvl_jax.data.media.files import named_file
 from mindvl_jax.data.sample import IMAGE, VIDEO, Media, Message
-from mindvl_jax.errors import UserError
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.inference.buckets import Bucket, bucket_of
 from mindvl_jax.inference.request import Request
 

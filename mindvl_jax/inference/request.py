@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Sequence
 
-from mindvl_jax.errors import UserError
+from mindvl_jax.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

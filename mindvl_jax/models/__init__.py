@@ -2,10 +2,10 @@
 
 import jax
 
-from mindvl_jax.batch import Batch
-from mindvl_jax.models.language.cache import KVCache
-from mindvl_jax.models.mindvl import LanguageModel, MindVL
-from mindvl_jax.models.parameters import LOGICAL_AXES
+from mindvl_jax.data.batch import Batch
+from mindvl_jax.models.layers.cache import KVCache
+from mindvl_jax.models.mindvl.model import LanguageModel, MindVL
+from mindvl_jax.models.layers.linear import LOGICAL_AXES
 
 __all__ = ["LOGICAL_AXES", "Batch", "KVCache", "LanguageModel", "MindVL"]
 

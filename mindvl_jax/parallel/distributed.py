@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 from jax.experimental import multihost_utils
 
-from mindvl_jax.config import DistributedConfig
-from mindvl_jax.errors import UserError
+from mindvl_jax.config.schema import DistributedConfig
+from mindvl_jax.core.errors import UserError
 
 
 def initialize(config: DistributedConfig) -> None:

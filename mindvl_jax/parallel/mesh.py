@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from mindvl_jax.config import MeshConfig
-from mindvl_jax.errors import UserError
+from mindvl_jax.config.schema import MeshConfig
+from mindvl_jax.core.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 ROW_AXES = ("data", "fsdp")

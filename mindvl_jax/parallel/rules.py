@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mindvl_jax.errors import UserError
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.mesh import ROW_AXES
 
 # First rule that fits wins. Names that stand in no rule stay whole on every device.

@@ -6,8 +6,8 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from mindvl_jax.config import Config
-from mindvl_jax.errors import UserError
+from mindvl_jax.config.schema import Config
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.planning.phase import PhasePlan, Planner
 
 

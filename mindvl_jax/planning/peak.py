@@ -1,6 +1,6 @@
 """What a compiler plans for the trainer's own programs on one device.
 
-backend npu_bridge: the memory plan of the torch program that would run, statement by statement (`npu_bridge.memory`). It is lowered
+backend npu_bridge: the memory plan of the torch program that would run, statement by statement (`npu_bridge.compiler.memory`). It is lowered
 for a mesh without devices, so it takes seconds for any number of them.
 
 backend xla: XLA's buffer assignment (`memory_analysis`) of the program compiled for as many pretended CPU devices, in a process of
@@ -22,9 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mindvl_jax import config_loader
-from mindvl_jax.config import Config
-from mindvl_jax.errors import UserError
+from mindvl_jax.config import loader as config_loader
+from mindvl_jax.config.schema import Config
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.mesh import AXES, make_mesh
 from mindvl_jax.planning.phase import Measured, ProgramBytes, abstract_mesh, lowerings
 from mindvl_jax.training.backend import Xla, compile_xla, compiler_options

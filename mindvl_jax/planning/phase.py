@@ -17,9 +17,9 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from mindvl_jax import data
-from mindvl_jax.batch import Batch, BatchShape
-from mindvl_jax.config import Config, MeshConfig, ModelConfig
-from mindvl_jax.errors import UserError
+from mindvl_jax.data.batch import Batch, BatchShape
+from mindvl_jax.config.schema import Config, MeshConfig, ModelConfig
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.mesh import AXES, ROW_AXES, mesh_shape
 from mindvl_jax.parallel.rules import row_sharding
 from mindvl_jax.training import ema, state as states

@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mindvl_jax.config import Config
+from mindvl_jax.config.schema import Config
 from mindvl_jax.parallel.mesh import AXES
 from mindvl_jax.planning.alternatives import Tried
-from mindvl_jax.planning.devices import GIB, Limit
+from mindvl_jax.core.devices import GIB, Limit
 from mindvl_jax.planning.phase import PhasePlan
 from mindvl_jax.training.display import human
 

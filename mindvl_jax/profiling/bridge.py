@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mindvl_jax.profiling.blocks import COLLECTIVES, BlockTimes, block_of
-from npu_bridge import scopes
+from npu_bridge.runtime import scopes
 
 ROWS = 20
 

@@ -21,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from mindvl_jax.config import Config, ProfileConfig
-from mindvl_jax.errors import UserError
+from mindvl_jax.config.schema import Config, ProfileConfig
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.profiling.blocks import BlockTimes
 
 REQUEST = "profile-request.json"

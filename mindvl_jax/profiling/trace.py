@@ -6,7 +6,7 @@ import collections
 import dataclasses
 from pathlib import Path
 
-from mindvl_jax.errors import UserError
+from mindvl_jax.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import Any, Protocol, TypeVar
 import jax
 from jax.sharding import Mesh
 
-from mindvl_jax.config import Config, ModelConfig
-from mindvl_jax.errors import UserError
+from mindvl_jax.config.schema import Config, ModelConfig
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel import distributed
 
 Tree = TypeVar("Tree")

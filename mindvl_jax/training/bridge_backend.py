@@ -10,8 +10,8 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 import npu_bridge
-from mindvl_jax.config import BridgeConfig, Config
-from mindvl_jax.errors import UserError
+from mindvl_jax.config.schema import BridgeConfig, Config
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel import distributed
 from mindvl_jax.training.backend import launched_processes
 from npu_bridge.errors import BridgeError

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from mindvl_jax.config import Config, PhaseConfig
-from mindvl_jax.batch import BatchShape
+from mindvl_jax.config.schema import Config, PhaseConfig
+from mindvl_jax.data.batch import BatchShape
 from mindvl_jax.parallel.mesh import describe_mesh
 from mindvl_jax.training.params import ModelOutline
 

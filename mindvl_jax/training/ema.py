@@ -13,8 +13,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from mindvl_jax.config import Config
-from mindvl_jax.errors import UserError
+from mindvl_jax.config.schema import Config
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.training.params import Params
 
 

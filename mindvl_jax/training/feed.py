@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh
 
-from mindvl_jax.batch import Batch, PackedBatch
-from mindvl_jax.errors import UserError
+from mindvl_jax.data.batch import Batch, PackedBatch
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.rules import row_sharding
 
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 
 import jax
 
-from mindvl_jax.config import ModelConfig
+from mindvl_jax.config.schema import ModelConfig
 
 # Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets, by device_kind as JAX reports it.
 KNOWN_PEAKS: dict[str, float] = {

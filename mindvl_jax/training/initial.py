@@ -7,9 +7,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from mindvl_jax.config import Config
-from mindvl_jax.errors import UserError
-from mindvl_jax.training.checkpoint import abstract_params
+from mindvl_jax.config.schema import Config
+from mindvl_jax.core.errors import UserError
+from mindvl_jax.checkpoints.checkpoint import abstract_params
 from mindvl_jax.training.params import ModelOutline, Params, flatten
 from mindvl_jax.training.state import initial_params
 

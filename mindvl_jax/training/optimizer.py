@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mindvl_jax.config import OptimizerConfig, PhaseConfig
-from mindvl_jax.errors import UserError
+from mindvl_jax.config.schema import OptimizerConfig, PhaseConfig
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.training.params import Params, matches, matches_any, require_matches
 from npu_bridge import ops
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from mindvl_jax.errors import UserError
+from mindvl_jax.core.errors import UserError
 
 Params = dict[str, jax.Array]
 

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mindvl_jax.config import Config
-from mindvl_jax.errors import UserError
-from mindvl_jax.training import checkpoint, metrics
-from mindvl_jax.training.checkpoint import CheckpointReader, DamagedCheckpoint, Progress
+from mindvl_jax.config.schema import Config
+from mindvl_jax.core.errors import UserError
+from mindvl_jax.training import metrics
+from mindvl_jax.checkpoints import checkpoint
+from mindvl_jax.checkpoints.checkpoint import CheckpointReader, DamagedCheckpoint, Progress
 from mindvl_jax.training.params import ModelOutline, Params
 from mindvl_jax.training.state import TrainState, abstract_state
 

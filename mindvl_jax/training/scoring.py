@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
-from mindvl_jax.errors import UserError
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.mesh import AXES
 from mindvl_jax.parallel.rules import parameter_shardings
 from mindvl_jax.training.params import ModelOutline, Params

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from mindvl_jax.errors import UserError
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.rules import parameter_shardings, replicated
 from mindvl_jax.training.optimizer import zero_moments
 from mindvl_jax.training.params import ModelOutline, Params, matches_any, require_matches

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mindvl_jax.batch import Batch, BatchShape
-from mindvl_jax.config import OptimizerConfig, PhaseConfig
+from mindvl_jax.data.batch import Batch, BatchShape
+from mindvl_jax.config.schema import OptimizerConfig, PhaseConfig
 from mindvl_jax.parallel.rules import replicated, row_sharding
 from mindvl_jax.training import losses
 from mindvl_jax.training.backend import compile_xla

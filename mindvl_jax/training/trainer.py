@@ -20,16 +20,17 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from mindvl_jax import config_loader
-from mindvl_jax.batch import BatchShape
-from mindvl_jax.config import Config, PhaseConfig
-from mindvl_jax.errors import UserError
+from mindvl_jax.config import loader as config_loader
+from mindvl_jax.data.batch import BatchShape
+from mindvl_jax.config.schema import Config, PhaseConfig
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import row_share
 from mindvl_jax.profiling import StepProfiler, profiler
-from mindvl_jax.training import ema, resume, scoring, state as states, vocabulary
+from mindvl_jax.training import ema, resume, scoring, state as states
+from mindvl_jax.checkpoints import id_table as vocabulary
 from mindvl_jax.training.backend import Backend, make_backend, use_compilation_cache
-from mindvl_jax.training.checkpoint import CheckpointWriter, Progress, room_in
+from mindvl_jax.checkpoints.checkpoint import CheckpointWriter, Progress, room_in
 from mindvl_jax.training.display import LiveLine, print_phase, print_startup
 from mindvl_jax.training.feed import Feed
 from mindvl_jax.training.flops import FlopCounter, known_peak
@@ -200,7 +201,7 @@ class Trainer:
 
     def _check_files(self) -> None:
         """Refuses files that are missing, of every phase and task: not hours later, when the phase begins or the run is scored."""
-        from mindvl_jax.data.sources import find_files
+        from mindvl_jax.data.sources.readers import find_files
 
         used = dict.fromkeys(name for phase in self.config.training.phases for name in phase.sources)
         wanted = [(self.config.data.sources[name], f"data.sources.{name}") for name in used]

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from mindvl_jax.config import ModelConfig, TextConfig
-from mindvl_jax.models.projector import Projector
+from mindvl_jax.config.schema import ModelConfig, TextConfig
+from mindvl_jax.models.layers.projector import Projector
 from mindvl_jax.parallel.rules import parameter_shardings
 from mindvl_jax.weights.hf_config import WeightsError, read_config
 from mindvl_jax.weights.load import load_parameters

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from mindvl_jax.errors import UserError
+from mindvl_jax.core.errors import UserError
 
 Parameters = Mapping[str, jax.Array]
 
@@ -122,7 +122,7 @@ def expand(paths: Sequence[str]) -> Iterator[str]:
         if which != "all" or not folder:
             yield path
             continue
-        from mindvl_jax.training.checkpoint import CheckpointReader, locate
+        from mindvl_jax.checkpoints.checkpoint import CheckpointReader, locate
 
         with CheckpointReader(folder) as reader:
             steps = sorted(reader.candidates)

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mindvl_jax.config import ModelConfig, TextConfig
-from mindvl_jax.data.tokenizer import Tokenizer
-from mindvl_jax.models.vision.tower import IMAGE_MEAN, IMAGE_STD
-from mindvl_jax.weights.opened import ID_TABLE
+from mindvl_jax.config.schema import ModelConfig, TextConfig
+from mindvl_jax.data.text.tokenizer import Tokenizer
+from mindvl_jax.models.mindvl.vision import IMAGE_MEAN, IMAGE_STD
+from mindvl_jax.weights.resolve import ID_TABLE
 
 CHAT_TEMPLATE = """\
 {%- for message in messages %}

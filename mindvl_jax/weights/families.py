@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from mindvl_jax.config import ModelConfig, TextConfig, VisionConfig
+from mindvl_jax.config.schema import ModelConfig, TextConfig, VisionConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pydantic
 
-from mindvl_jax.config import ModelConfig, TextConfig, VisionConfig
-from mindvl_jax.errors import UserError
+from mindvl_jax.config.schema import ModelConfig, TextConfig, VisionConfig
+from mindvl_jax.core.errors import UserError
 
 SUPPORTED = {"qwen2_5_vl": "Qwen2.5-VL", "qwen3": "Qwen3", "qwen2": "Qwen2.5", "mindvl": "MindVL"}
 _TOKEN_DEFAULTS = {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653}

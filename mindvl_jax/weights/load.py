@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from mindvl_jax.config import ModelConfig, TextConfig
+from mindvl_jax.config.schema import ModelConfig, TextConfig
 from mindvl_jax.models import LanguageModel, MindVL
 from mindvl_jax.parallel.rules import parameter_shardings
 from mindvl_jax.weights.families import Slot, slots

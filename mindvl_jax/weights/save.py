@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from mindvl_jax.config import ModelConfig, TextConfig
-from mindvl_jax.errors import UserError
+from mindvl_jax.config.schema import ModelConfig, TextConfig
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.weights.families import Slot, slots, to_published
 from mindvl_jax.weights.folder import INDEX, SINGLE
 from mindvl_jax.weights.hf_config import write_config

@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     import torch
 
-    from npu_bridge.ir import MeshShape
+    from npu_bridge.compiler.ir import MeshShape
     from npu_bridge.runtime.mesh import Runtime
 
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

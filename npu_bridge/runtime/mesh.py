@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from npu_bridge.errors import BridgeError, CollectiveError
-from npu_bridge.ir import MeshShape, axis_parts
+from npu_bridge.compiler.ir import MeshShape, axis_parts
 
 _BACKEND = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 _SUM = {"add": "SUM", "multiply": "PRODUCT", "maximum": "MAX", "minimum": "MIN", "or": "MAX", "and": "MIN"}

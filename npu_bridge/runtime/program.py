@@ -19,7 +19,7 @@ from npu_bridge.runtime.mesh import Runtime
 
 def place_constant(array: np.ndarray, dims: list[tuple[str, ...]], runtime: Runtime) -> torch.Tensor:
     """This rank's shard of a constant, on the device."""
-    from npu_bridge.array import to_torch
+    from npu_bridge.runtime.array import to_torch
 
     t = to_torch(np.array(array), array.dtype)
     return shard(t, dims, runtime).to(runtime.device)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 import npu_bridge
-from npu_bridge.api import Lowered
+from npu_bridge.runtime.api import Lowered
 
 MESH = {"x": 2, "y": 2}
 
@@ -75,7 +75,7 @@ def _dtype(name: str):
 
 
 def _run(job: dict[str, Any], flat: list[np.ndarray]) -> Any:
-    from npu_bridge.array import Array, to_torch
+    from npu_bridge.runtime.array import Array, to_torch
     from npu_bridge.runtime.mesh import Runtime
     from npu_bridge.runtime.program import LoadedProgram, shard
 
@@ -94,7 +94,7 @@ def _run(job: dict[str, Any], flat: list[np.ndarray]) -> Any:
 
 def _steps(job, program, local, runtime):
     """Several steps of ``state, batch -> state, metrics``: the state stays local. Returns metrics of each step and the last state."""
-    from npu_bridge.array import Array, to_torch
+    from npu_bridge.runtime.array import Array, to_torch
     from npu_bridge.runtime.program import shard
 
     count = job["state"]
@@ -133,7 +133,7 @@ class Pool:
             port = s.getsockname()[1]
         # Forked from one that has imported what a rank needs, and done nothing else: three of four times those seconds are saved.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["npu_bridge.array", "npu_bridge.runtime.program", __name__])
+        context.set_forkserver_preload(["npu_bridge.runtime.array", "npu_bridge.runtime.program", __name__])
         self.count = count
         self.jobs = [context.Queue() for _ in range(count)]
         self.answers = context.Queue()

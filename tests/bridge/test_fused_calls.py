@@ -10,7 +10,7 @@ from jax import lax
 
 import npu_bridge
 from npu_bridge import ops
-from npu_bridge.api import Compiled
+from npu_bridge.runtime.api import Compiled
 
 R = np.random.RandomState(0)
 B, T, N, H, F = 2, 12, 2, 8, 24

@@ -8,7 +8,7 @@ import npu_bridge
 from npu_bridge.runtime.graph import GraphedProgram, pair_donated
 from npu_bridge.runtime.mesh import Runtime
 from npu_bridge.runtime.program import LoadedProgram
-from npu_bridge.ir import MeshShape
+from npu_bridge.compiler.ir import MeshShape
 
 
 class Again:

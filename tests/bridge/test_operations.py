@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import npu_bridge
-from npu_bridge.api import Compiled
+from npu_bridge.runtime.api import Compiled
 from tests.bridge.cases import CASES
 from tests.bridge.harness import assert_close, lower_sharded, value_and_gradient
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import npu_bridge
-from npu_bridge.passes.overlap import AHEAD
+from npu_bridge.compiler.passes.overlap import AHEAD
 from tests.bridge import decoder
 from tests.bridge.harness import assert_close
 from tests.bridge.test_training import STEPS, _batches, _loss_gap, _xla
@@ -142,7 +142,7 @@ def test_a_wait_that_fails_names_the_exchange():
     import torch
 
     from npu_bridge.errors import CollectiveError
-    from npu_bridge.ir import MeshShape
+    from npu_bridge.compiler.ir import MeshShape
     from npu_bridge.runtime.mesh import Runtime
 
     class Dead:

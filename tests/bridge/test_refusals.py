@@ -141,8 +141,8 @@ def test_a_missing_device_is_refused():
 def test_reading_a_split_array_on_one_rank_says_how_to_gather_it():
     import torch
 
-    from npu_bridge.array import Array
-    from npu_bridge.ir import MeshShape
+    from npu_bridge.runtime.array import Array
+    from npu_bridge.compiler.ir import MeshShape
     from npu_bridge.runtime.mesh import Runtime
 
     runtime = Runtime(MeshShape())

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import npu_bridge
-from npu_bridge.codegen import printer  # noqa: F401  (fills the registry)
-from npu_bridge.codegen.emitter import LOWERINGS, lowering
-from npu_bridge.importer import NOT_LOWERED, Importer
+from npu_bridge.compiler.codegen import printer  # noqa: F401  (fills the registry)
+from npu_bridge.compiler.codegen.emitter import LOWERINGS, lowering
+from npu_bridge.compiler.importer import NOT_LOWERED, Importer
 from npu_bridge.runtime import tensor_ops
 from tests.bridge.cases import CASES
 from tests.bridge.harness import lower_sharded

@@ -10,7 +10,7 @@ import torch
 
 import npu_bridge
 import npu_bridge.ops
-from npu_bridge import scopes
+from npu_bridge.runtime import scopes
 
 TEXT = '''"""One step of `f`."""
 import torch

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mindvl_jax import cli, config_loader
-from mindvl_jax.config_loader import ConfigError
+from mindvl_jax.cli import main as cli
+from mindvl_jax.config import loader as config_loader
+from mindvl_jax.config.loader import ConfigError
 
 MINIMAL = """
 run: {dir: runs/x}
@@ -133,7 +134,7 @@ def test_the_command_answers_a_typo_without_a_traceback(write, capsys):
 
 
 def test_reading_a_configuration_does_not_import_jax():
-    code = "import sys, mindvl_jax.config_loader; sys.exit('jax' in sys.modules or 'torch' in sys.modules)"
+    code = "import sys, mindvl_jax.config.loader; sys.exit('jax' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

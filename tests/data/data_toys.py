@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mindvl_jax.config import Config, ModelConfig, TokenizerConfig
-from mindvl_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mindvl_jax.config.schema import Config, ModelConfig, TokenizerConfig
+from mindvl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 
 VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "fullatt_block_indexes": [1]}
 TEXT = {

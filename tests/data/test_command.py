@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from data_toys import encoded, picture, record
 
-from mindvl_jax.cli import main
-from mindvl_jax.config import SourceConfig
-from mindvl_jax.data.image import load_image
-from mindvl_jax.data.sources import Source
+from mindvl_jax.cli.main import main
+from mindvl_jax.config.schema import SourceConfig
+from mindvl_jax.data.media.image import load_image
+from mindvl_jax.data.sources.readers import Source
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from data_toys import encoded, picture
 
-from mindvl_jax.config import ColumnMapping, SourceConfig
-from mindvl_jax.data.image import load_image
+from mindvl_jax.config.schema import ColumnMapping, SourceConfig
+from mindvl_jax.data.media.image import load_image
 from mindvl_jax.data.sample import Media, Message, SampleError, sample_from_record
-from mindvl_jax.data.sources import Source
-from mindvl_jax.errors import UserError
+from mindvl_jax.data.sources.readers import Source
+from mindvl_jax.core.errors import UserError
 
 QUESTION, ANSWER = "<image>\nWhat is it?", "A ship."
 MESSAGES = (Message("user", QUESTION), Message("assistant", ANSWER))

@@ -14,8 +14,8 @@ import pytest
 from data_toys import encoded, model_config, picture, record, tokenizer
 from PIL import Image
 
-from mindvl_jax.config import ColumnMapping
-from mindvl_jax.data.collate import collate, shape_for
+from mindvl_jax.config.schema import ColumnMapping
+from mindvl_jax.data.packing.collate import collate, shape_for
 from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
 from mindvl_jax.data.sample import Media, SampleError, sample_from_record
 
@@ -129,8 +129,8 @@ def test_mutated_pictures_are_decoded_or_refused_with_a_reason(encoder):
 
 
 def test_mutated_lines_of_a_file_are_read_or_refused(tmp_path):
-    from mindvl_jax.config import SourceConfig
-    from mindvl_jax.data.sources import Source
+    from mindvl_jax.config.schema import SourceConfig
+    from mindvl_jax.data.sources.readers import Source
 
     rng = np.random.default_rng(0)
     lines = []
@@ -157,7 +157,7 @@ def test_a_picture_that_is_a_bomb_when_opened_does_not_take_memory():
     import resource
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    from mindvl_jax.data.image import load_image
+    from mindvl_jax.data.media.image import load_image
 
     with pytest.raises(SampleError) as caught:
         load_image(Media(data=b"P5 40000 40000 255\n" + b"\0" * 64))

@@ -13,8 +13,8 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize as published_resize
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from mindvl_jax.data import image as images
-from mindvl_jax.data.collate import write_pixels
+from mindvl_jax.data.media import image as images
+from mindvl_jax.data.packing.collate import write_pixels
 from mindvl_jax.data.example import VisualItem, read_pixels
 from mindvl_jax.data.sample import Media, SampleError
 

@@ -11,8 +11,8 @@ import pytest
 from data_toys import config, encoded, picture, record, write_mllm
 
 from mindvl_jax.data.loader import make_loader
-from mindvl_jax.data.sources import Source
-from mindvl_jax.errors import UserError
+from mindvl_jax.data.sources.readers import Source
+from mindvl_jax.core.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +289,7 @@ def test_missing_files_of_all_sources_are_named_at_once(tmp_path):
 
 
 def test_a_symlink_out_of_the_data_root_is_refused(tmp_path):
-    from mindvl_jax.data.image import image_size
+    from mindvl_jax.data.media.image import image_size
     from mindvl_jax.data.sample import SampleError
 
     (tmp_path / "data").mkdir()

@@ -10,8 +10,8 @@ import numpy as np
 from data_toys import MODEL, TEXT, encoded, picture, tokenizer
 from flax import nnx
 
-from mindvl_jax.config import ModelConfig
-from mindvl_jax.data.collate import collate, shape_for
+from mindvl_jax.config.schema import ModelConfig
+from mindvl_jax.data.packing.collate import collate, shape_for
 from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
 from mindvl_jax.data.sample import Media, Message, Sample
 from mindvl_jax.models import MindVL

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.packing import in_order_first_fit, measure
-from mindvl_jax.config import PhaseConfig
-from mindvl_jax.data.collate import budgets_of, collate, pack_prompts, shape_for, size_of
+from mindvl_jax.config.schema import PhaseConfig
+from mindvl_jax.data.packing.collate import budgets_of, collate, pack_prompts, shape_for, size_of
 from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
-from mindvl_jax.data.packing import Budgets, WorkModel, balanced_order, plan_rows, plan_units
+from mindvl_jax.data.packing.rows import Budgets, WorkModel, balanced_order, plan_rows, plan_units
 from mindvl_jax.data.sample import Media, Message, Sample
 
 MODEL = model_config()
@@ -147,7 +147,7 @@ def test_a_row_over_its_budget_is_an_error_with_the_sample_ids():
 @pytest.mark.parametrize("min_pixels", [784, 3136, 12544, 50176])
 def test_image_and_window_counts_of_a_shape_hold_whatever_fits_its_patches(min_pixels):
     shape = shape_for(MODEL.vision, rows=1, tokens=10**6, patches=4096, samples=64, min_pixels=min_pixels)
-    from mindvl_jax.data.image import image_grid, visual_layout
+    from mindvl_jax.data.media.image import image_grid, visual_layout
 
     for height, width in [(28, 28), (1, 200), (140, 140), (30, 3000), (500, 700), (145, 142), (900, 28), (113, 113)]:
         layout = visual_layout(image_grid(height, width, MODEL.vision, min_pixels=min_pixels, max_pixels=802816), MODEL.vision)

@@ -6,8 +6,9 @@ import textwrap
 
 import pytest
 
-from mindvl_jax.cli import main
-from mindvl_jax.doctor import command, golden
+from mindvl_jax.cli.main import main
+from mindvl_jax.cli import doctor as command
+from mindvl_jax.golden import steps as golden
 from npu_bridge.doctor import Host, Outcome, collectives, operators, training
 from npu_bridge.doctor.training import Golden
 

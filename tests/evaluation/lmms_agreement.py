@@ -242,7 +242,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the report as JSON")
     options = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    from mindvl_jax.standins.build import build
+    from examples.quickstart.standins.build import build
 
     with tempfile.TemporaryDirectory() as folder:
         if options.data is None:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from mindvl_jax import cli
+from mindvl_jax.cli import main as cli
 from mindvl_jax.weights import OpenedModel, open_model, save_parameters
 from mindvl_jax.weights.companions import write_companions
 

@@ -2,7 +2,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mindvl_jax.errors import UserError
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.evaluation import benchmarks
 from mindvl_jax.evaluation.benchmarks import BENCHMARKS, load_items
 from mindvl_jax.evaluation.evaluate import summarise

@@ -8,10 +8,11 @@ import shutil
 
 import pytest
 
-from mindvl_jax import cli
+from mindvl_jax.cli import main as cli
 from mindvl_jax.evaluation import evaluate as evaluation
-from mindvl_jax.evaluation.store import read_jsonl
-from mindvl_jax.inference import bridge, programs
+from mindvl_jax.core.files import read_jsonl
+from mindvl_jax.inference import programs
+from mindvl_jax.inference import backends as bridge
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def test_search_compares_settings_and_saves_the_best_with_the_model(model_folder
 
 
 def test_generate_uses_the_saved_picture_sizes(model_folder, tmp_path):
-    from mindvl_jax.inference.opening import open_for_inference
+    from mindvl_jax.inference.loading import open_for_inference
 
     weights = tmp_path / "weights"
     shutil.copytree(model_folder, weights)

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from mindvl_jax import cli
+from mindvl_jax.cli import main as cli
 from mindvl_jax.evaluation import evaluate as evaluation
-from mindvl_jax.evaluation.store import read_jsonl
+from mindvl_jax.core.files import read_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from mindvl_jax.evaluation.items import Item
 
 @pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval 0.7.3 is not installed here; docs/evaluation.md says how to install it beside this project")
 def test_lmms_evals_own_task_code_scores_every_sample_of_the_stand_ins_as_we_do(tmp_path):
-    from mindvl_jax.standins.build import build
+    from examples.quickstart.standins.build import build
 
     spec = importlib.util.spec_from_file_location("lmms_agreement", Path(__file__).with_name("lmms_agreement.py"))
     agreement = importlib.util.module_from_spec(spec)

@@ -5,13 +5,13 @@ import re
 import pytest
 import yaml
 
-from mindvl_jax.config import Config
-from mindvl_jax.errors import UserError
+from mindvl_jax.config.schema import Config
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.evaluation import run as evaluation_run
 from mindvl_jax.evaluation.report import write_report
 from mindvl_jax.evaluation.run import evaluate_run
-from mindvl_jax.evaluation.shown import SHOWN
-from mindvl_jax.evaluation.store import read_jsonl
+from mindvl_jax.evaluation.images import SHOWN
+from mindvl_jax.core.files import read_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mindvl_jax.errors import UserError
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.evaluation import search
 from mindvl_jax.evaluation.items import Item
 from mindvl_jax.evaluation.search import Pixels, Trial

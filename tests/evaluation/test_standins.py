@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mindvl_jax import cli
-from mindvl_jax.errors import UserError
+from mindvl_jax.cli import main as cli
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.evaluation.benchmarks import load_items, open_task, question_alone
-from mindvl_jax.standins import pictures
-from mindvl_jax.standins.build import build
-from mindvl_jax.standins.sets import OCR_KINDS, STANDINS
+from examples.quickstart.standins import pictures
+from examples.quickstart.standins.build import build
+from examples.quickstart.standins.sets import OCR_KINDS, STANDINS
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_the_same_call_gives_the_same_files(folder, tmp_path):
 
 
 def test_only_the_held_out_side_of_the_material_is_asked_for(monkeypatch, tmp_path):
-    from mindvl_jax.quickstart import assets
+    from examples.quickstart import assets
 
     asked = set()
     for name in ("digit_cells", "faces", "columns", "shape_pictures"):

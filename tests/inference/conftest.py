@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from mindvl_jax.config import ModelConfig, TextConfig, TokenizerConfig, VisionConfig
-from mindvl_jax.data.tokenizer import load_tokenizer
+from mindvl_jax.config.schema import ModelConfig, TextConfig, TokenizerConfig, VisionConfig
+from mindvl_jax.data.text.tokenizer import load_tokenizer
 from mindvl_jax.models import MindVL
 
 _spec = importlib.util.spec_from_file_location("training_fixtures", Path(__file__).parents[1] / "training" / "conftest.py")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mindvl_jax.inference import Generator, Request, Sampling
-from mindvl_jax.inference.bridge import BridgePrograms
+from mindvl_jax.inference.backends import BridgePrograms
 
 
 @pytest.fixture(scope="module")

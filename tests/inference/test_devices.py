@@ -6,7 +6,7 @@ import jax
 import pytest
 from flax import nnx
 
-from mindvl_jax.config import MeshConfig
+from mindvl_jax.config.schema import MeshConfig
 from mindvl_jax.inference import Generator, Request, Sampling
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import parameter_shardings

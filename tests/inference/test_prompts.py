@@ -7,7 +7,7 @@ import pytest
 
 from mindvl_jax.inference.buckets import Bucket, rows_for
 from mindvl_jax.inference.engine import _places
-from mindvl_jax.inference.reading import RowPlanner, arrange
+from mindvl_jax.inference.prefill import RowPlanner, arrange
 
 
 def _prompt(tokens, patches=0, images=0):

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from mindvl_jax.errors import UserError
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.inference.requests_file import read_requests
 
 PIXELS = dict(min_pixels=None, max_pixels=None)

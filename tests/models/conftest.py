@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mindvl_jax.batch import BatchShape
-from mindvl_jax.config import ModelConfig, TextConfig, VisionConfig
+from mindvl_jax.data.batch import BatchShape
+from mindvl_jax.config.schema import ModelConfig, TextConfig, VisionConfig
 from mindvl_jax.models import MindVL
 
 

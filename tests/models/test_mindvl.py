@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mindvl_jax.config import MeshConfig
+from mindvl_jax.config.schema import MeshConfig
 from mindvl_jax.models import LOGICAL_AXES, KVCache, MindVL
-from mindvl_jax.models.language.qwen import Decoder
-from mindvl_jax.models.parameters import Linear
-from mindvl_jax.models.vision.placement import place_visual
-from mindvl_jax.models.vision.tower import IMAGE_MEAN, IMAGE_STD, normalize_patches, window_patches
+from mindvl_jax.models.layers.decoder import Decoder
+from mindvl_jax.models.layers.linear import Linear
+from mindvl_jax.models.layers.visual_tokens import place_visual
+from mindvl_jax.models.mindvl.vision import IMAGE_MEAN, IMAGE_STD, normalize_patches, window_patches
 from mindvl_jax.parallel.mesh import make_mesh
 
 

@@ -4,7 +4,7 @@ import jax
 import pytest
 from flax import nnx
 
-from mindvl_jax import presets
+from mindvl_jax.config import presets
 from mindvl_jax.weights.load import outline
 
 
@@ -73,7 +73,7 @@ def test_presets_need_no_jax():
     import subprocess
     import sys
 
-    code = "import sys; import mindvl_jax.presets as p; p.get('mindvl-8b'); assert 'jax' not in sys.modules and 'torch' not in sys.modules"
+    code = "import sys; import mindvl_jax.config.presets as p; p.get('mindvl-8b'); assert 'jax' not in sys.modules and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mindvl_jax.models.stack import alternation, in_pieces, rematerialise, scan_alternating, scan_layers
+from mindvl_jax.models.layers.stack import alternation, in_pieces, rematerialise, scan_alternating, scan_layers
 
 
 def test_the_published_pattern_gives_two_bodies():

@@ -12,7 +12,7 @@ from flax import nnx
 
 from mindvl_jax.weights import hf_config
 from mindvl_jax.weights.load import fill, load_parameters, outline
-from mindvl_jax.weights.parity.reference import ComposedMindVL, load_reference
+from mindvl_jax.parity.reference import ComposedMindVL, load_reference
 
 torch.set_num_threads(1)
 TOKENS = dict(image_token_id=192, video_token_id=193, vision_start_token_id=190, vision_end_token_id=191)

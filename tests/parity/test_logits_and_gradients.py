@@ -8,7 +8,7 @@ import torch
 from flax import nnx
 
 from mindvl_jax.weights.families import slots, to_ours
-from mindvl_jax.weights.parity.samples import pack, random_sample, reference_inputs
+from mindvl_jax.parity.samples import pack, random_sample, reference_inputs
 from npu_bridge import ops
 
 TEXT = ["qwen3", "qwen2.5"]

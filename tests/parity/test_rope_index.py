@@ -9,8 +9,8 @@ import torch
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
-from mindvl_jax.config import ModelConfig, TextConfig, VisionConfig
-from mindvl_jax.data.collate import collate, shape_for
+from mindvl_jax.config.schema import ModelConfig, TextConfig, VisionConfig
+from mindvl_jax.data.packing.collate import collate, shape_for
 from mindvl_jax.data.example import Example
 from mindvl_jax.data.positions import rotary_positions
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
 
-from mindvl_jax.models.rope import text_tables, vision_tables
-from mindvl_jax.weights.parity.probe import compare_parts
-from mindvl_jax.weights.parity.samples import random_sample
+from mindvl_jax.models.layers.rope import text_tables, vision_tables
+from mindvl_jax.parity.probe import compare_parts
+from mindvl_jax.parity.samples import random_sample
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen3"])
@@ -68,8 +68,8 @@ def test_bfloat16_is_no_farther_from_float32_than_that_of_transformers(family, n
     from flax import nnx
 
     from mindvl_jax.weights.load import fill, load_parameters, outline
-    from mindvl_jax.weights.parity.reference import load_reference
-    from mindvl_jax.weights.parity.samples import pack, reference_inputs
+    from mindvl_jax.parity.reference import load_reference
+    from mindvl_jax.parity.samples import pack, reference_inputs
 
     made = family(name)
     text_only = made.config is made.text

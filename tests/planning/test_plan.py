@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mindvl_jax import config_loader, data
-from mindvl_jax.errors import UserError
+from mindvl_jax import data
+from mindvl_jax.config import loader as config_loader
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import row_sharding
-from mindvl_jax.planning import alternatives, command, peak, phase
+from mindvl_jax.planning import alternatives, peak, phase
+from mindvl_jax.cli import plan as command
 from mindvl_jax.planning.alternatives import Change
-from mindvl_jax.planning.devices import known_memory, limit_of, parse_memory
+from mindvl_jax.core.devices import known_memory, limit_of, parse_memory
 from mindvl_jax.planning.phase import BATCH, EMA, FROZEN, GRADIENTS, MOMENTS, OLD_MOMENTS, PARAMETERS, Measured, Planner, ProgramBytes
 from mindvl_jax.training.params import outline_of
 from mindvl_jax.training.state import initial_params, split_trained, start_phase

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mindvl_jax.quickstart import build
+from examples.quickstart import build
 
 
 @pytest.fixture(scope="session")

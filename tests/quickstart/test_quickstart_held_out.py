@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 
-from mindvl_jax.quickstart import assets, emoji, sources
+from examples.quickstart import assets, emoji, sources
 
 SPLITS = ("train", "validation", "test")
 

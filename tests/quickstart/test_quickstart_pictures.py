@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mindvl_jax.quickstart import assets, blind, charts, digits, emoji, shapes, text, words
-from mindvl_jax.quickstart.pictures import CELL, NAMED_COLOURS, ink_and_paper
+from examples.quickstart import assets, blind, charts, digits, emoji, shapes, text, words
+from examples.quickstart.pictures import CELL, NAMED_COLOURS, ink_and_paper
 
 
 def test_digit_labels_fit_the_handwriting():

@@ -7,10 +7,10 @@ import unicodedata
 import pytest
 import regex
 
-from mindvl_jax.config import TokenizerConfig
-from mindvl_jax.data import qwen_tokenizer
-from mindvl_jax.data.tokenizer import TokenizerError, load_tokenizer
-from mindvl_jax.errors import UserError
+from mindvl_jax.config.schema import TokenizerConfig
+from mindvl_jax.data.text import qwen_tokenizer
+from mindvl_jax.data.text.tokenizer import TokenizerError, load_tokenizer
+from mindvl_jax.core.errors import UserError
 
 # Digests of the published Qwen3 tokenizer.json: its merges, one "left right" a line, and its vocabulary, one "id token" a line.
 PUBLISHED_MERGES = "bbeef245f0b03a9613753068e5799c2496290005594c68f09eed68feedbe6d1f"

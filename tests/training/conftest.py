@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from PIL import Image
 
-from mindvl_jax import config_loader
+from mindvl_jax.config import loader as config_loader
 from mindvl_jax.training import trainer
 from mindvl_jax.training.backend import Xla
 from mindvl_jax.training.step import program_key

@@ -74,7 +74,7 @@ class Subject:
     def _train(self) -> None:
         import jax
 
-        from mindvl_jax import config_loader
+        from mindvl_jax.config import loader as config_loader
         from mindvl_jax.evaluation import report
         from mindvl_jax.training.trainer import train
 
@@ -114,7 +114,7 @@ class Subject:
         def digest() -> None:
             import numpy as np
 
-            from mindvl_jax.training import checkpoint
+            from mindvl_jax.checkpoints import checkpoint
 
             hashed = hashlib.sha256()
             for path, value in sorted(checkpoint.load_params(str(self.folder))[1].items()):

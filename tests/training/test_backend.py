@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import yaml
 
-from mindvl_jax import config_loader, presets
-from mindvl_jax.config import MeshConfig
-from mindvl_jax.errors import UserError
+from mindvl_jax.config import loader as config_loader
+from mindvl_jax.config import presets
+from mindvl_jax.config.schema import MeshConfig
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.mesh import make_mesh
-from mindvl_jax.training import checkpoint
+from mindvl_jax.checkpoints import checkpoint
 from mindvl_jax.training.backend import compiler_options, launched_processes, make_backend
 from mindvl_jax.training.trainer import train
 

@@ -10,11 +10,11 @@ import pytest
 import tokenizers
 import yaml
 
-from mindvl_jax import config_loader
-from mindvl_jax.cli import main
-from mindvl_jax.errors import UserError
-from mindvl_jax.training import compare_command
-from mindvl_jax.training.compare_command import code_of, compare, read_losses, shortened, written
+from mindvl_jax.config import loader as config_loader
+from mindvl_jax.cli.main import main
+from mindvl_jax.core.errors import UserError
+from mindvl_jax.cli import compare as compare_command
+from mindvl_jax.cli.compare import code_of, compare, read_losses, shortened, written
 
 ROOT = Path(__file__).parents[2]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mindvl_jax.errors import UserError
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.mesh import make_mesh
-from mindvl_jax.training import checkpoint, ema
+from mindvl_jax.training import ema
+from mindvl_jax.checkpoints import checkpoint
 from mindvl_jax.training.params import outline_of
 from mindvl_jax.training.state import initial_params
 from mindvl_jax.training.trainer import train
@@ -82,7 +83,7 @@ def test_a_run_without_an_average_says_so_when_asked_for_it(run_config):
     (dict(training={"ema_decay": 0.9}, backend="npu_bridge"), "works with backend: xla"),
 ])
 def test_an_average_that_cannot_be_kept_is_refused_before_training(run_mapping, sections, message):
-    from mindvl_jax import config_loader
+    from mindvl_jax.config import loader as config_loader
 
     mapping = run_mapping({"steps": 1}, **{name: value for name, value in sections.items() if isinstance(value, dict)})
     mapping |= {name: value for name, value in sections.items() if not isinstance(value, dict)}

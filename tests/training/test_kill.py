@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mindvl_jax import config_loader
-from mindvl_jax.training import checkpoint
+from mindvl_jax.config import loader as config_loader
+from mindvl_jax.checkpoints import checkpoint
 from mindvl_jax.training.trainer import train
 
 ROOT = Path(__file__).parents[2]

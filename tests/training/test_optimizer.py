@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from mindvl_jax.config import OptimizerConfig, PhaseConfig
-from mindvl_jax.errors import UserError
+from mindvl_jax.config.schema import OptimizerConfig, PhaseConfig
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.training.optimizer import adamw, learning_rates, parameter_rules, zero_moments
 
 

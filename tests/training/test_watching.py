@@ -6,7 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
-from mindvl_jax.config import ModelConfig
+from mindvl_jax.config.schema import ModelConfig
 from mindvl_jax.training.display import LiveLine, duration, human
 from mindvl_jax.training.flops import FlopCounter, known_peak
 from mindvl_jax.training.metrics import FILE, MetricsLog, cut_metrics

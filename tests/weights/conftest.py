@@ -67,7 +67,7 @@ def tokenizer_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def speaking(tmp_path_factory, tokenizer_file):
     """speaking(family) -> a folder whose model and tokenizer belong together, written by transformers."""
-    from mindvl_jax.data.tokenizer import Tokenizer
+    from mindvl_jax.data.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(tokenizer_file)
     ids = {key: tokenizer.token_id(token) for key, token in dict(image_token_id="<|image_pad|>", video_token_id="<|video_pad|>", vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>").items()}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mindvl_jax.errors import UserError
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.weights import average
 
 

@@ -8,9 +8,9 @@ import pytest
 import transformers
 from PIL import Image
 
-from mindvl_jax.cli import main
-from mindvl_jax.config import ModelConfig
-from mindvl_jax.data.tokenizer import Tokenizer
+from mindvl_jax.cli.main import main
+from mindvl_jax.config.schema import ModelConfig
+from mindvl_jax.data.text.tokenizer import Tokenizer
 from mindvl_jax.weights import load_parameters, open_model
 from mindvl_jax.weights.companions import write_companions
 
@@ -102,7 +102,7 @@ def test_a_pairing_with_the_wrong_folders_is_refused(speaking, tmp_path, capsys)
 
 
 def test_assembling_on_a_mesh_gives_the_same_values(speaking):
-    from mindvl_jax.config import MeshConfig
+    from mindvl_jax.config.schema import MeshConfig
     from mindvl_jax.parallel.mesh import make_mesh
     from mindvl_jax.weights.assemble import assemble
 
@@ -117,7 +117,7 @@ def test_a_question_about_pictures_becomes_the_ids_and_pixels_that_transformers_
     the one thing it adds is written out: a placeholder for every merged patch. docs/weights.md tells of the whole one."""
     from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
     from mindvl_jax.data.sample import Media, Message
-    from mindvl_jax.models.vision.tower import IMAGE_MEAN, IMAGE_STD
+    from mindvl_jax.models.mindvl.vision import IMAGE_MEAN, IMAGE_STD
 
     assert main(["export", "--run", str(speaking("qwen2.5-vl")), "--out", str(tmp_path / "out")]) == 0
     random = np.random.default_rng(0)

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from mindvl_jax.cli import main
-from mindvl_jax.weights.parity import check as checking
+from mindvl_jax.cli.main import main
+from mindvl_jax.parity import check as checking
 
 
 def test_a_sound_folder_passes_with_table_and_picture(published, tmp_path, capsys):

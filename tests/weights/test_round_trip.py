@@ -6,7 +6,7 @@ import pytest
 import transformers
 from safetensors import safe_open
 
-from mindvl_jax.config import MeshConfig
+from mindvl_jax.config.schema import MeshConfig
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.weights import load_parameters, save_parameters
 from mindvl_jax.weights.hf_config import read_config

@@ -9,8 +9,8 @@ import torch
 import transformers
 from PIL import Image
 
-from mindvl_jax.cli import main
-from mindvl_jax.data.tokenizer import Tokenizer
+from mindvl_jax.cli.main import main
+from mindvl_jax.data.text.tokenizer import Tokenizer
 
 
 def picture(seed):

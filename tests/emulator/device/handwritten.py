@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 import torch_npu
 
-from mindvl_jax.models.vision.tower import IMAGE_MEAN, IMAGE_STD
+from mindvl_jax.models.mindvl.vision import IMAGE_MEAN, IMAGE_STD
 from npu_bridge.kernels.attention import COMPRESSED, cumulative_lengths
 
 

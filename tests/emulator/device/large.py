@@ -14,16 +14,16 @@ import torch_npu  # noqa: F401
 
 import npu_bridge
 import npu_bridge.emulator as emulator
-from mindvl_jax import presets
-from mindvl_jax.config import OptimizerConfig, PhaseConfig
-from mindvl_jax.data.collate import shape_for
+from mindvl_jax.config import presets
+from mindvl_jax.config.schema import OptimizerConfig, PhaseConfig
+from mindvl_jax.data.packing.collate import shape_for
 from mindvl_jax.parallel.mesh import make_mesh
-from mindvl_jax.config import MeshConfig
+from mindvl_jax.config.schema import MeshConfig
 from mindvl_jax.training.params import outline_of
 from mindvl_jax.training.state import abstract_state
 from mindvl_jax.training.step import make_programs
-from npu_bridge.api import Compiled
-from npu_bridge.array import Array, storage_dtype
+from npu_bridge.runtime.api import Compiled
+from npu_bridge.runtime.array import Array, storage_dtype
 
 TOKENS, PATCHES, SAMPLES = 4096, 8192, 8
 layers, blocks = (int(text) for text in sys.argv[1:])

@@ -10,7 +10,7 @@ import torch_npu  # noqa: F401  (a broken installation fails here; nothing is sk
 
 import npu_bridge
 import npu_bridge.emulator as emulator
-from mindvl_jax.doctor import golden
+from mindvl_jax.golden import steps as golden
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.training import losses
 from mindvl_jax.training.params import outline_of

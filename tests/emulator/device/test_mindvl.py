@@ -11,7 +11,7 @@ import pytest
 import torch_npu  # noqa: F401  (a broken installation fails here; nothing is skipped)
 import yaml
 
-from mindvl_jax import config_loader
+from mindvl_jax.config import loader as config_loader
 from mindvl_jax.training.trainer import train
 from tests.training.conftest import configuration, write_data, write_tokenizer
 

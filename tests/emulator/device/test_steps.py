@@ -7,7 +7,7 @@ import torch_npu  # noqa: F401  (a broken installation fails here; nothing is sk
 
 import npu_bridge
 import npu_bridge.emulator as emulator
-from mindvl_jax.doctor import golden
+from mindvl_jax.golden import steps as golden
 from npu_bridge import ops
 
 STEPS = 100

@@ -1,0 +1,1 @@
+"""Demonstrations built on the product."""

@@ -1,0 +1,359 @@
+"""Checkpoints by Orbax: asynchronous, atomic, the newest N kept, restored onto any mesh.
+
+A checkpoint is `checkpoints/<step>/` with four items: `params` (nested by path), `optimizer` (moments and counters), `progress` (JSON:
+phase, loader state, fingerprints) and `config` (JSON: the resolved configuration); a run with `training.ema_decay` adds `ema`. Every array carries a fingerprint of its bits, so a
+checkpoint that reads without an error but with other values counts as damaged too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx, traverse_util
+from jax.sharding import Mesh
+
+from mindvl_jax.config.schema import CheckpointConfig, Config, MeshConfig
+from mindvl_jax.core.errors import UserError
+from mindvl_jax.parallel.mesh import make_mesh
+from mindvl_jax.parallel.rules import parameter_shardings
+from mindvl_jax.training.params import ModelOutline, Params, outline_of
+from mindvl_jax.training.state import COUNTERS, TrainState
+
+FOLDER = "checkpoints"
+log = logging.getLogger(__name__)
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint that cannot be read whole."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run stands, as the host knows it.
+
+    Attributes:
+      step: optimizer steps done over all phases. phase: index of the phase that the state belongs to. phase_name: its name.
+      phase_step: steps done in it.
+      trained: paths of the parameters that it trains.
+      loader: the loader's state after the last batch of `step`; None at the end of a phase.
+      totals: running counts over the run (tokens, samples, seconds).
+    """
+
+    step: int
+    phase: int
+    phase_name: str
+    phase_step: int
+    trained: tuple[str, ...]
+    loader: Any
+    totals: Mapping[str, float]
+
+
+# --- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+@jax.jit
+def _fingerprints(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def one(x: jax.Array) -> jax.Array:
+        width = jnp.dtype(x.dtype).itemsize
+        bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[width]).astype(jnp.uint32)
+        # An odd weight for each place: swapped values change the sum too. Integer sums wrap and do not depend on the mesh.
+        place = jnp.zeros(bits.shape, jnp.uint32)
+        stride = 1
+        for axis in reversed(range(bits.ndim)):
+            place = place + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
+            stride *= bits.shape[axis]
+        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+    return {path: one(x) for path, x in arrays.items()}
+
+
+def fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
+    """32 bits a parameter that change with (nearly) every change of its values; the same on every mesh."""
+    return {path: int(value) for path, value in jax.device_get(_fingerprints(dict(arrays))).items()}
+
+
+# --- layout ----------------------------------------------------------------------------------------------------------
+
+
+def _nest(params: Mapping[str, Any]) -> dict:
+    return traverse_util.unflatten_dict(dict(params), sep="/")
+
+
+def _flat(tree: dict) -> dict[str, Any]:
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def _optimizer_item(state: TrainState) -> dict:
+    return {"mu": _nest(state.mu), "nu": _nest(state.nu), **{name: getattr(state, name) for name in COUNTERS}}
+
+
+def _moment_arrays(state: TrainState) -> dict[str, jax.Array]:
+    return {f"{moment}/{path}": value for moment in ("mu", "nu") for path, value in getattr(state, moment).items()}
+
+
+def _ema_arrays(ema: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    return {f"ema/{path}": value for path, value in ema.items()}
+
+
+def locate(path: str | Path) -> tuple[Path, int | None]:
+    """(folder of checkpoints, step or None for the newest) of a run folder, its checkpoints folder, or one checkpoint.
+
+    Raises:
+      UserError: nothing of the kind is there.
+    """
+    path = Path(path)
+    if path.name.isdigit() and (path / "progress").is_dir():
+        return path.parent, int(path.name)
+    for folder in (path / FOLDER, path):
+        if folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir()):
+            return folder, None
+    found = "it does not exist" if not path.exists() else "it holds " + (", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing")
+    raise UserError(f"{path}: expected a run folder or one checkpoint (RUN/{FOLDER}/STEP), but {found}")
+
+
+def has_checkpoints(run_dir: str | Path) -> bool:
+    folder = Path(run_dir) / FOLDER
+    return folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir())
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _lacks_room(error: BaseException | None) -> bool:
+    """Whether a failed write tells of a full disk, a quota or a limit of file sizes. TensorStore says so in its text alone."""
+    while error is not None:
+        if getattr(error, "errno", None) in _NO_ROOM or any(f"os_error_code='{code}'" in str(error) for code in _NO_ROOM):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextlib.contextmanager
+def room_in(run_dir: str | Path) -> Iterator[None]:
+    """Turns whatever a full disk raises inside into a UserError that says what is safe. A save in the background that failed is heard
+    of at a later call."""
+    try:
+        yield
+    except Exception as error:
+        if not _lacks_room(error):
+            raise
+        folder = Path(run_dir) / FOLDER
+        whole = sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit()) if folder.is_dir() else []
+        safe = f"the checkpoint of step {whole[-1]} is whole, and run.resume: auto continues from it" if whole else "there is no checkpoint yet, so the run will start anew"
+        raise UserError(
+            f"run.dir={run_dir}: no room left to write ({str(error).splitlines()[0][-200:]}). Make room (checkpoint.keep says how many checkpoints stay) "
+            f"and start the same command again: {safe}"
+        ) from error
+
+
+class CheckpointWriter:
+    """Saves into `run_dir/checkpoints`, in the background when the config says so; use as a context manager."""
+
+    def __init__(self, run_dir: str | Path, config: CheckpointConfig):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep, enable_async_checkpointing=config.asynchronous, cleanup_tmp_directories=True
+        )
+        # Compression takes five times the processor time of everything else in the background, beside the steps on a CPU, and saves 8 % of the disk.
+        handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ("params", "optimizer", "ema")}
+        handlers |= {name: ocp.JsonCheckpointHandler() for name in ("progress", "config")}
+        self._manager = ocp.CheckpointManager((Path(run_dir) / FOLDER).absolute(), options=options, item_handlers=handlers)
+
+    def save(self, state: TrainState, progress: Progress, config: Config, ema: Mapping[str, jax.Array] | None = None) -> bool:
+        """Takes a copy of the state (and of the moving average), then writes it; returns False when this step is saved already.
+
+        The copy is complete on return: the caller may donate the state at once.
+        """
+        if progress.step in self._manager.all_steps():
+            return False
+        record = dataclasses.asdict(progress)
+        record["fingerprints"] = {**fingerprints(state.params), **fingerprints(_moment_arrays(state)), **fingerprints(_ema_arrays(ema or {}))}
+        average = {} if ema is None else {"ema": ocp.args.PyTreeSave(_nest(ema))}
+        return self._manager.save(
+            progress.step,
+            args=ocp.args.Composite(
+                params=ocp.args.PyTreeSave(_nest(state.params)),
+                optimizer=ocp.args.PyTreeSave(_optimizer_item(state)),
+                progress=ocp.args.JsonSave(record),
+                config=ocp.args.JsonSave(config.model_dump(mode="json")),
+                **average,
+            ),
+            force=True,
+        )
+
+    def wait(self) -> None:
+        """Returns when everything saved so far is on disk."""
+        self._manager.wait_until_finished()
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class CheckpointReader:
+    """Reads the checkpoints of one folder."""
+
+    def __init__(self, path: str | Path):
+        folder, step = locate(path)
+        self.folder = folder
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(create=False))
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if step is not None and step not in steps:
+            raise UserError(f"{path}: this checkpoint is not complete; complete ones: {', '.join(map(str, steps)) or 'none'}")
+        self.candidates: tuple[int, ...] = tuple(steps) if step is None else (step,)
+
+    def progress(self, step: int) -> tuple[Progress, dict[str, int], dict]:
+        """(progress, fingerprints, config as plain data).
+
+        Raises:
+          DamagedCheckpoint: it cannot be read.
+        """
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore(), config=ocp.args.JsonRestore()))
+            record = dict(restored["progress"])
+            prints = record.pop("fingerprints")
+            record["trained"] = tuple(record["trained"])
+            return Progress(**record), prints, restored["config"]
+        except Exception as error:  # Orbax, tensorstore and json each raise their own; all mean the same here.
+            raise DamagedCheckpoint(f"{self.folder / str(step)}: {_first_line(error)}") from error
+
+    def state(self, step: int, target: TrainState, prints: Mapping[str, int]) -> TrainState:
+        """The state, placed as `target` (shapes, dtypes, shardings) says.
+
+        Raises:
+          DamagedCheckpoint: it cannot be read, or its values are not those that were saved.
+        """
+        item = self._restore(
+            step, params=ocp.args.StandardRestore(_nest(target.params)), optimizer=ocp.args.StandardRestore(_optimizer_item(target))
+        )
+        params, optimizer = _flat(item["params"]), item["optimizer"]
+        state = TrainState(
+            trained={path: params[path] for path in target.trained},
+            frozen={path: params[path] for path in target.frozen},
+            mu=_flat(optimizer["mu"]),
+            nu=_flat(optimizer["nu"]),
+            **{name: optimizer[name] for name in COUNTERS},
+        )
+        self._verify(step, {**state.params, **_moment_arrays(state)}, prints)
+        return state
+
+    def params(self, step: int, target: Mapping[str, jax.ShapeDtypeStruct], prints: Mapping[str, int]) -> Params:
+        """The parameters alone, placed as `target` says; DamagedCheckpoint as `state`."""
+        params = _flat(self._restore(step, params=ocp.args.StandardRestore(_nest(target)))["params"])
+        self._verify(step, params, prints)
+        return params
+
+    def ema(self, step: int, target: Mapping[str, jax.ShapeDtypeStruct], prints: Mapping[str, int]) -> Params | None:
+        """The moving average in float32, placed as `target` says, None where the run kept none; DamagedCheckpoint as `state`."""
+        if not any(name.startswith("ema/") for name in prints):
+            return None
+        wanted = {path: jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=like.sharding) for path, like in target.items()}
+        ema = _flat(self._restore(step, ema=ocp.args.StandardRestore(_nest(wanted)))["ema"])
+        self._verify(step, _ema_arrays(ema), prints)
+        return ema
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            _ignore_late_reads()
+            raise DamagedCheckpoint(f"{self.folder / str(step)}: {_first_line(error)}") from error
+
+    def _verify(self, step: int, arrays: Mapping[str, jax.Array], prints: Mapping[str, int]) -> None:
+        wrong = [path for path, value in fingerprints(arrays).items() if prints.get(path) != value]
+        if wrong:
+            raise DamagedCheckpoint(f"{self.folder / str(step)}: values differ from what was saved in {len(wrong)} arrays, such as {wrong[0]}")
+
+
+def _ignore_late_reads() -> None:
+    """When one array cannot be read, Orbax closes its event loop while others are still on their way, and each of those complains
+    with a traceback of its own. The one error that is raised says it all."""
+    before = sys.unraisablehook
+    if getattr(before, "ignores_late_reads", False):
+        return
+
+    def hook(unraisable) -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and "Event loop is closed" in str(unraisable.exc_value)):
+            before(unraisable)
+
+    hook.ignores_late_reads = True
+    sys.unraisablehook = hook
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:300] if text else 'no message'}"
+
+
+def abstract_params(outline: ModelOutline, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    shardings = parameter_shardings(outline.axis_names, {path: s.shape for path, s in outline.shapes.items()}, mesh)
+    return {path: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[path]) for path, s in outline.shapes.items()}
+
+
+def load_params(path: str | Path, mesh: Mesh | None = None, *, ema: bool = False) -> tuple[Config, Params]:
+    """(config, parameters by path) of the newest whole checkpoint of a run folder, or of one checkpoint.
+
+    Args:
+      mesh: where the parameters go; None puts them on the first device.
+      ema: the moving average in place of the parameters, in their dtypes.
+
+    Raises:
+      UserError: no checkpoint there, none that can be read, or one without a moving average.
+    """
+    mesh = mesh if mesh is not None else make_mesh(MeshConfig())
+    damaged = []
+    with CheckpointReader(path) as reader:
+        for step in reader.candidates:
+            try:
+                _, prints, plain = reader.progress(step)
+                config = Config.model_validate(plain)
+                target = abstract_params(outline_of(config.model), mesh)
+                params = reader.ema(step, target, prints) if ema else reader.params(step, target, prints)
+            except DamagedCheckpoint as error:
+                log.warning("damaged checkpoint passed over: %s", error)
+                damaged.append(str(error))
+                continue
+            if params is None:
+                raise UserError(f"{reader.folder / str(step)} holds no moving average; train with training.ema_decay, or leave out `:ema`")
+            return config, {p: value.astype(target[p].dtype) for p, value in params.items()} if ema else params
+    raise UserError(f"{path}: no checkpoint can be read whole:\n  " + "\n  ".join(damaged or ["there is none"]))
+
+
+def load_weights(path: str | Path, mesh: Mesh | None = None, *, ema: bool = False) -> tuple[Config, nnx.State]:
+    """As `load_params`, with the parameters as an nnx.State that `nnx.update(model, state)` takes."""
+    config, params = load_params(path, mesh, ema=ema)
+    return config, outline_of(config.model).state(params)
+
+

@@ -1,0 +1,1 @@
+"""The console command `mindvl`, one file a subcommand."""

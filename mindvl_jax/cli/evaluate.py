@@ -1,0 +1,211 @@
+"""`mindvl evaluate`: score a model on benchmarks, on its own held-out tasks, or search the best picture sizes for it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from mindvl_jax.core.errors import UserError, at_least_one
+from mindvl_jax.inference.backends import add_backend_arguments, chosen_programs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", required=True, metavar="DIR", help="one of our runs or checkpoints, or a Hugging Face folder")
+    parser.add_argument("--tasks", metavar="NAMES", help="comma list: benchmarks (docvqa_val, chartqa_test, ...) found in --data, or NAME=FILE of samples in a training format "
+                        "(scored by exact match); default: the run's own tasks")
+    parser.add_argument("--data", metavar="DIR", default=".", help="folder with the benchmarks' files (VLMEvalKit .tsv or lmms-eval .parquet)")
+    parser.add_argument("--prompts", choices=("published", "question"), default="published", help="how a benchmark asks: with its published instruction, or the question and its options "
+                        "alone, for a model whose vocabulary lacks the instruction's words")
+    parser.add_argument("--out", metavar="DIR", help="folder of results; default: evaluation/ in the weights' folder. Finished samples in it are not asked again")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N samples of each task")
+    parser.add_argument("--batch", type=int, default=16, help="answers that decode together")
+    parser.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,tensor=4; default: one")
+    add_backend_arguments(parser)
+    parser.add_argument("--max-new-tokens", type=int, help="longest answer; default: each benchmark's own")
+    parser.add_argument("--min-pixels", type=int, help="smallest picture area after resizing; default: the model's own setting")
+    parser.add_argument("--max-pixels", type=int, help="largest picture area after resizing")
+    parser.add_argument("--no-language-only", action="store_true", help="leave out the baseline with the pictures taken away")
+    search = parser.add_argument_group("resolution search")
+    search.add_argument("--search", metavar="GRID", help="for example min_pixels=784:3136:12544,max_pixels=50176:200704; chosen on one half of each task, judged on the other")
+    search.add_argument("--method", choices=("halving", "grid"), default="halving")
+    search.add_argument("--no-save", action="store_true", help="do not write the best setting into the weights' folder, where generate and evaluate find it")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from mindvl_jax.evaluation.browse import write_index, write_task_page
+    from mindvl_jax.evaluation.evaluate import Settings, evaluate_task, weights_identity
+    from mindvl_jax.core.files import write_json
+    from mindvl_jax.inference import Generator
+    from mindvl_jax.inference.loading import open_for_inference
+    from mindvl_jax.weights.resolve import EMA, named_folder
+
+    at_least_one(args, "batch", "limit", "max_new_tokens", "min_pixels", "max_pixels")
+    programs = chosen_programs(args)
+    wanted = named_tasks(args)  # before the weights are opened: a typo should not cost minutes
+    opened = open_for_inference(args.weights, mesh=args.mesh)
+    tasks = wanted if wanted is not None else _own_tasks(opened)
+    if args.limit:
+        tasks = [(name, benchmark, items[: args.limit]) for name, benchmark, items in tasks]
+    folder, ema = named_folder(args.weights)
+    out = Path(args.out) if args.out else folder / ("evaluation-ema" if ema else "evaluation")
+    console = Console(highlight=False)
+    generator = Generator(opened, slots=args.batch, programs=programs)
+    weights = weights_identity(folder) + EMA * ema
+    settings = lambda benchmark: Settings(max_new_tokens=args.max_new_tokens or benchmark.max_new_tokens, min_pixels=args.min_pixels or opened.min_pixels,
+                                          max_pixels=args.max_pixels or opened.max_pixels, prompts=args.prompts)
+    if args.search:
+        return _search(args, console, generator, opened, tasks, out, weights, settings)
+    results = {}
+    for name, benchmark, items in tasks:
+        with _progress(console) as show:
+            result, rows, blind = evaluate_task(generator, name, benchmark, items, out, weights=weights, settings=settings(benchmark),
+                                                language_only=not args.no_language_only, on_progress=show)
+        write_task_page(out, name, benchmark, items, rows, blind, result)
+        results[name] = result
+        console.print(_summary_line(name, result), soft_wrap=True)
+    if len(results) > 1:
+        console.print(f"mean of {len(results)} tasks: {sum(result['score'] for result in results.values()) / len(results):.4f}")
+    write_json(out / "scores.json", results)
+    console.print(f"predictions and scores: {out}, page: {write_index(out, results)}", soft_wrap=True)
+    return 0
+
+
+def _summary_line(name: str, result: dict) -> str:
+    blind = "" if result.get("language_only") is None else f", language only {result['language_only']:.3f}"
+    errors = f", {result['errors']} unreadable" if result["errors"] else ""
+    low, high = result["ci95"]
+    further = "".join(f", {key.replace('_', ' ')} {result[key]}" for key in ("relaxed_accuracy_swapped", "circular_accuracy", "mme_points") if key in result)
+    standin = " (stand-in)" if result["title"].endswith("(stand-in)") else ""
+    return f"{name}{standin}: {result['metric'].replace('_', ' ')} {result['score']:.3f} (95 % interval {low:.3f} to {high:.3f}, n {result['n']}){blind}{further}{errors}"
+
+
+def named_tasks(args):
+    if args.tasks is None:
+        return None
+    from mindvl_jax.evaluation.benchmarks import find_benchmark, open_task, question_alone
+
+    folder = Path(args.data)
+    if not folder.is_dir():
+        raise UserError(f"--data {folder}: no such folder")
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError("--tasks is empty")
+    for name in names:
+        if "=" not in name:
+            find_benchmark(name)
+    shorten = question_alone if getattr(args, "prompts", None) == "question" else lambda item: item
+
+    def published(name):
+        benchmark, items = open_task(name, folder)
+        return name, benchmark, [shorten(item) for item in items]
+
+    return [_samples_task(*name.split("=", 1)) if "=" in name else published(name) for name in names]
+
+
+def _samples_task(name: str, path: str):
+    from mindvl_jax.config.schema import SourceConfig
+
+    return _exact_match_task(name, SourceConfig(path=path), None, 32)
+
+
+def _own_tasks(opened) -> list:
+    tasks = getattr(getattr(opened.config, "evaluation", None), "tasks", ())
+    if not tasks:
+        raise UserError("these weights bring no held-out tasks of their own; name some with --tasks (and --data)")
+    return [_exact_match_task(task.name, task.source, task.max_samples, task.max_new_tokens) for task in tasks]
+
+
+def _exact_match_task(name: str, source, most: int | None, max_new_tokens: int):
+    from mindvl_jax.evaluation.benchmarks import Benchmark
+    from mindvl_jax.evaluation.run import sample_items
+    from mindvl_jax.evaluation.scorers import exact_match
+
+    score = lambda item, prediction: {"exact_match": exact_match(prediction, item.answers)}
+    benchmark = Benchmark(name, "exact_match", (), (), read=None, rule=score, max_new_tokens=max_new_tokens)
+    return name, benchmark, sample_items(name, source, most)
+
+
+def _progress(console):
+    """A context that gives a callback (done, total, label) drawing one bar."""
+    import contextlib
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    @contextlib.contextmanager
+    def open_bar():
+        with Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
+            bars = {}
+
+            def show(done: int, total: int, label: str) -> None:
+                if label not in bars:
+                    bars[label] = progress.add_task(label, total=total)
+                progress.update(bars[label], completed=done)
+
+            yield show
+
+    return open_bar()
+
+
+def _search(args, console, generator, opened, tasks, out: Path, weights: str, settings) -> int:
+    import numpy as np
+
+    from mindvl_jax.evaluation import search
+    from mindvl_jax.evaluation.browse import write_index
+    from mindvl_jax.evaluation.evaluate import Predictions, predict
+    from mindvl_jax.core.files import write_json
+    from mindvl_jax.inference.loading import SETTINGS
+    from mindvl_jax.weights.resolve import named_folder
+
+    if args.min_pixels or args.max_pixels:
+        raise UserError("--search tries picture sizes itself; leave out --min-pixels and --max-pixels")
+    own = search.Pixels(opened.min_pixels, opened.max_pixels)
+    grid = search.parse_grid(args.search, own)
+    found, figures, results, totals = {}, [], {}, {}
+    for name, benchmark, items in tasks:
+        validation, held_out = search.split_items(items, benchmark.group)
+
+        def measure(pixels, part):
+            chosen = settings(benchmark)
+            chosen = dataclasses.replace(chosen, min_pixels=pixels.min_pixels or chosen.min_pixels, max_pixels=pixels.max_pixels or chosen.max_pixels)
+            with _progress(console) as show, Predictions(out / "search" / f"{name}.jsonl", chosen.fingerprint(weights)) as predictions:
+                rows = predict(generator, part, chosen, predictions, language_only=False, on_progress=lambda done: show(done, len(part), f"{name}, {pixels}"))
+            scores = tuple(benchmark.score(item, row["prediction"])[benchmark.metric] for item, row in zip(part, rows, strict=True))
+            return search.Trial(pixels, scores, tuple(row["prompt_tokens"] for row in rows))
+
+        def tell(trials):
+            best = max(trials, key=lambda trial: trial.score)
+            console.print(f"  {name}: {len(trials)} settings on {len(best.scores)} samples, best so far {best.score:.3f} ({best.pixels})", soft_wrap=True)
+
+        method = search.halving if args.method == "halving" else search.full_grid
+        trials = method(grid, validation, measure, on_round=tell)
+        best = trials[0].pixels
+        judged = search.judge(measure(search.Pixels(None, None), held_out), measure(best, held_out))
+        for trial in trials:
+            totals.setdefault(trial.pixels, []).append(trial.score if len(trial.scores) == len(validation) else None)
+        found[name] = {"best": dataclasses.asdict(best), "held_out": judged,
+                       "trials": [{**dataclasses.asdict(trial.pixels), "score": round(trial.score, 4), "prompt_tokens": round(trial.tokens, 1), "n": len(trial.scores)} for trial in trials]}
+        figures.append((name, search.picture(trials, own, benchmark.title)))
+        console.print(f"{name}: best {best}: held out {judged['own']:.3f} -> {judged['best']:.3f}, gain {judged['gain']:+.3f} "
+                      f"(95 % interval {judged['gain_ci95'][0]:+.3f} to {judged['gain_ci95'][1]:+.3f}, n {judged['n']}), prompt tokens {judged['own_prompt_tokens']} -> {judged['best_prompt_tokens']}", soft_wrap=True)
+        results[name] = {"title": benchmark.title, "metric": benchmark.metric, "score": judged["best"], "ci95": list(search.bootstrap_interval(measure(best, held_out).scores)),
+                         "n": judged["n"], "errors": 0, "settings": dataclasses.asdict(best), "search_gain": judged["gain"]}
+        write_json(out / "search.json", found)  # after each task: what is found outlives a search that is stopped
+    whole = {pixels: scores for pixels, scores in totals.items() if len(scores) == len(tasks) and None not in scores}
+    chosen = max(whole, key=lambda pixels: (float(np.mean(whole[pixels])), pixels == search.Pixels(None, None)))
+    found["all"] = {"best": dataclasses.asdict(chosen), "mean_validation_score": round(float(np.mean(whole[chosen])), 4)}
+    write_json(out / "search.json", found)
+    page = write_index(out, results, figures, [f"Scores of the best picture sizes on the halves that the search did not see. Over all tasks: {chosen}."])
+    console.print(f"over all tasks: {chosen}; search: {out / 'search.json'}, page: {page}", soft_wrap=True)
+    if not args.no_save:
+        if chosen == search.Pixels(None, None):
+            console.print("the model's own setting is the best; nothing to save")
+        else:
+            settings_file = named_folder(args.weights)[0] / SETTINGS
+            low = opened.min_pixels if chosen.min_pixels is None else chosen.min_pixels
+            high = opened.max_pixels if chosen.max_pixels is None else chosen.max_pixels
+            write_json(settings_file, {"min_pixels": low, "max_pixels": high})
+            console.print(f"saved in {settings_file}: generate and evaluate use it from now on")
+    return 0

@@ -1,0 +1,52 @@
+"""`mindvl export`: a run, or a vision tower and a language model, as a published folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mindvl_jax.core.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_argument_group("what to export (either --run, or both --vision and --language)")
+    source.add_argument("--run", dest="source", metavar="DIR", help="one of our runs or checkpoints, or a Hugging Face folder")
+    source.add_argument("--vision", metavar="DIR", help="Qwen2.5-VL folder whose vision tower is taken")
+    source.add_argument("--language", metavar="DIR", help="Qwen3 or Qwen2.5 folder whose language model is taken; the projector between them is new")
+    source.add_argument("--positions", choices=("mrope", "1d"), default="mrope", help="how the assembled language model counts positions")
+    source.add_argument("--seed", type=int, default=0, help="of the new projector")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must be empty or absent")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the files; default: as stored")
+    parser.add_argument("--shard-gigabytes", type=float, default=5.0, help="largest weight file")
+
+
+def run(args: argparse.Namespace) -> int:
+    out = Path(args.out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} exists and is not an empty folder; nothing is overwritten, name another")
+    if bool(args.source) == bool(args.vision or args.language) or bool(args.vision) != bool(args.language):
+        raise UserError("give either --run, or both --vision and --language")
+    if args.shard_gigabytes <= 0:
+        raise UserError(f"--shard-gigabytes is {args.shard_gigabytes}, expected a positive number")
+    from mindvl_jax.weights.companions import write_companions
+    from mindvl_jax.weights.hf_config import model_type
+    from mindvl_jax.weights.resolve import open_companions, open_model
+    from mindvl_jax.weights.save import save_parameters
+
+    if args.source:
+        opened = open_model(args.source)
+        config, parameters = opened.model_config, opened.parameters()
+        tokenizer, pixels = opened.tokenizer, (opened.min_pixels, opened.max_pixels)
+    else:
+        from mindvl_jax.weights.assemble import assemble
+
+        config, parameters = assemble(args.vision, args.language, mrope=args.positions == "mrope", seed=args.seed)
+        tokenizer, pixels = open_companions(Path(args.language))[0], open_companions(Path(args.vision))[1]
+    ids = dict(pad_token_id=tokenizer.pad_id, eos_token_id=tokenizer.eos_id) if tokenizer else {}
+    save_parameters(out, config, parameters, dtype=args.dtype, shard_bytes=int(args.shard_gigabytes * 1e9), **ids)
+    write_companions(out, config, tokenizer, *pixels)
+    count = sum(value.size for value in parameters.values())
+    kind = model_type(config)
+    reader = "MindVL only; transformers has no class for this pairing" if kind == "mindvl" else "transformers and MindVL"
+    print(f"{out}: {count:,} parameters, model_type {kind} (opened by {reader})")
+    return 0

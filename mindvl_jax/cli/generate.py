@@ -1,0 +1,109 @@
+"""`mindvl generate`: answer prompts about pictures, one from the command line or many from a file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from mindvl_jax.core.errors import UserError, at_least_one
+from mindvl_jax.inference.backends import add_backend_arguments, chosen_programs
+
+DEFAULTS = dict(max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, n=1)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", required=True, metavar="DIR", help="one of our runs or checkpoints, or a Hugging Face folder")
+    asked = parser.add_argument_group("what to answer")
+    asked.add_argument("--prompt", metavar="TEXT", help="the question; <image> in it marks a picture's place, otherwise pictures come first")
+    asked.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
+    asked.add_argument("--video", action="append", default=[], metavar="FILE", help="a video; may be given several times")
+    asked.add_argument("--system", metavar="TEXT", help="system turn")
+    asked.add_argument("--requests", metavar="JSONL", help="many requests: lines with prompt or messages, and id, images, videos and sampling settings as wanted ('-': standard input)")
+    chosen = parser.add_argument_group("how tokens are chosen")
+    chosen.add_argument("--max-new-tokens", type=int, default=DEFAULTS["max_new_tokens"])
+    chosen.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    chosen.add_argument("--top-k", type=int, default=0, help="0: no limit")
+    chosen.add_argument("--top-p", type=float, default=1.0)
+    chosen.add_argument("--repetition-penalty", type=float, default=1.0)
+    chosen.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be given several times")
+    chosen.add_argument("--seed", type=int, default=None, help="the same seed gives the same answers")
+    chosen.add_argument("--n", type=int, default=1, help="answers for each prompt")
+    sizes = parser.add_argument_group("sizes")
+    sizes.add_argument("--min-pixels", type=int, help="smallest picture area after resizing; default: the model's own setting")
+    sizes.add_argument("--max-pixels", type=int, help="largest picture area after resizing; default: the model's own setting")
+    sizes.add_argument("--batch", type=int, default=16, help="answers that decode together")
+    sizes.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,tensor=4; default: one")
+    add_backend_arguments(sizes)
+    sizes.add_argument("--context", type=int, help="longest prompt plus answer; default: what the requests need")
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", metavar="JSONL", help="write answers with tokens' log-probabilities to a file")
+    output.add_argument("--logprobs", action="store_true", help="print each answer's mean log-probability")
+    output.add_argument("--no-stream", action="store_true", help="print a single answer only when it is complete")
+
+
+def run(args: argparse.Namespace) -> int:
+    from mindvl_jax.inference.generator import Generator
+    from mindvl_jax.inference.loading import open_for_inference
+
+    at_least_one(args, "batch", "context", "min_pixels", "max_pixels")
+    requests = _requests(args)
+    programs = chosen_programs(args)
+    opened = open_for_inference(args.weights, mesh=args.mesh)
+    generator = Generator(opened, slots=min(args.batch, sum(request.sampling.n for request in requests)), context=args.context, programs=programs)
+    single = args.prompt is not None and args.n == 1
+    if single and not args.no_stream and not args.out:
+        answers = []
+        for piece in generator.stream(requests):
+            print(piece.text, end="", flush=True)
+            if piece.answer:
+                answers.append(piece.answer)
+        print()
+    else:
+        started = time.perf_counter()
+        answers = generator.generate(requests, skip_errors=not single)
+        seconds = time.perf_counter() - started
+        if args.out:
+            _write(Path(args.out), requests, answers)
+            tokens = sum(len(answer.tokens) for answer in answers)
+            print(f"{len(answers)} answers, {tokens} tokens in {seconds:.1f} s (compilation included) -> {args.out}")
+        else:
+            for answer in answers:
+                label = (answer.id + (f" [{answer.sample}]" if args.n > 1 else "")).strip()
+                print((f"{label}: " if label else "") + (f"error: {answer.error}" if answer.error else answer.text))
+    if args.logprobs:
+        for answer in answers:
+            mean = sum(answer.logprobs) / max(1, len(answer.logprobs))
+            print(f"{answer.id or 'answer'}[{answer.sample}]: mean log-probability {mean:.4f} over {len(answer.logprobs)} tokens, ended by {answer.finish}", file=sys.stderr)
+    return 1 if any(answer.error for answer in answers) else 0
+
+
+def _requests(args: argparse.Namespace):
+    from mindvl_jax.inference.request import Request, Sampling
+    from mindvl_jax.inference.requests_file import read_requests
+
+    common = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                  repetition_penalty=args.repetition_penalty, stop=tuple(args.stop), seed=args.seed, n=args.n)
+    pixels = dict(min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+    if (args.prompt is None) == (args.requests is None):
+        raise UserError("give either --prompt TEXT (with --image FILE as wanted) or --requests FILE")
+    if args.prompt is not None:
+        for path in (*args.image, *args.video):
+            if not Path(path).is_file():
+                raise UserError(f"there is no file {path!r}; --image and --video want paths of existing files")
+        request = Request.from_prompt(args.prompt, tuple(args.image), videos=tuple(args.video), sampling=Sampling(**common), **pixels)
+        system = [{"role": "system", "content": args.system}] if args.system else []
+        return [Request(messages=system + list(request.messages), images=request.images, videos=request.videos, sampling=request.sampling, **pixels)]
+    if args.image or args.video or args.system:
+        raise UserError("--image, --video and --system go with --prompt; in a file of requests each line names its own")
+    return read_requests(args.requests, common, pixels)
+
+
+def _write(path: Path, requests, answers) -> None:
+    from mindvl_jax.core.files import write_jsonl
+
+    write_jsonl(path, (
+        {"id": answer.id, "sample": answer.sample, "text": answer.text, "finish": answer.finish, "tokens": list(answer.tokens),
+         "logprobs": [round(value, 6) for value in answer.logprobs], "prompt_tokens": answer.prompt_tokens} | ({"error": answer.error} if answer.error else {})
+        for answer in answers))

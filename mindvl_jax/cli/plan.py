@@ -1,0 +1,77 @@
+"""`mindvl plan`: whether a run fits its devices, told before it starts, on any machine.
+
+  mindvl plan --config C --devices 512 --device-kind "Ascend 910B"
+  mindvl plan --config C --set mesh.fsdp=8 --memory 80GiB --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from mindvl_jax.config import loader as config_loader
+from mindvl_jax.config.schema import Config
+from mindvl_jax.core.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="YAML configuration of the run")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="dotted overrides, for example mesh.fsdp=64")
+    parser.add_argument("--devices", type=int, metavar="N", help="devices there will be; fills the axis of the mesh that is -1")
+    parser.add_argument("--memory", metavar="SIZE", help="memory of one device, such as 64GiB")
+    parser.add_argument("--device-kind", metavar="NAME", help='its kind instead, such as "NVIDIA H100" or "Ascend 910B"')
+    parser.add_argument("--margin", type=float, default=0.1, metavar="SHARE", help="share of the memory left to allocator, driver and kernels (default: %(default)s)")
+    parser.add_argument("--no-alternatives", action="store_true", help="do not look for what would fit")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0: fits, or no memory was named; 1: does not fit; UserError: cannot be planned."""
+    if args.memory is not None and args.device_kind is not None:
+        raise UserError("--memory and --device-kind both say how much memory a device has; give one of them")
+    if not 0 <= args.margin < 1:
+        raise UserError(f"--margin is {args.margin}; expected a share of the memory from 0 to below 1")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # shapes only; an accelerator of this machine is left to whoever uses it
+    from rich.console import Console
+
+    from mindvl_jax.planning import report
+    from mindvl_jax.planning.alternatives import search
+    from mindvl_jax.core.devices import limit_of
+    from mindvl_jax.planning.peak import measure
+    from mindvl_jax.planning.phase import Planner
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    watched = Console(stderr=True)
+    config = load(args.config, args.set, args.devices)
+    limit = limit_of(args.memory, args.device_kind, margin=args.margin, backend=config.backend)
+    planner = Planner(config, measure)
+    with watched.status("planning " + ", ".join(phase.name for phase in config.training.phases)):
+        plans = planner.plan()
+    fits = limit is None or all(plan.total <= limit.usable for plan in plans)
+    if not args.json:
+        report.show(console, config, plans, limit)
+    tried = []
+    if not fits and not args.no_alternatives:
+        # Overrides of a change come last; the mesh is then whole numbers, which --devices must not fill again.
+        fixed = [*args.set, *(f"mesh.{axis}={size}" for axis, size in config.mesh.model_dump().items())]
+        planner_of = lambda overrides: Planner(load(args.config, [*fixed, *overrides], None), measure)
+        with watched.status("") as status:
+            tried = search(config, plans, limit.usable, planner_of, say=lambda text: status.update(f"planning {text}"))
+        if not args.json:
+            report.show_tried(console, tried, limit)
+    if args.json:
+        print(json.dumps(report.record(config, plans, limit, tried), indent=1))
+    elif limit is None:
+        console.print("No verdict: say how much memory a device has by --memory 64GiB or --device-kind NAME.", highlight=False)
+    return 0 if fits else 1
+
+
+def load(path: str, overrides: Sequence[str], devices: int | None) -> Config:
+    """The configuration with a mesh of whole numbers."""
+    from mindvl_jax.planning.phase import planned_mesh
+
+    config = config_loader.load(path, overrides)
+    return config.model_copy(update=dict(mesh=planned_mesh(config.mesh, devices)))

@@ -1,0 +1,281 @@
+"""YAML files and dotted overrides to a `Config`, with errors that name the place and the nearest valid key.
+
+    load("configs/quickstart.yaml", ["run.seed=3", "training.phases[0].steps=50"])
+
+A file may say `extends: other.yaml` (or a list; later ones win): mappings merge key by key, everything else replaces.
+All problems of a file are gathered and raised once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any, Iterable
+
+import pydantic
+import yaml
+
+from mindvl_jax.config.schema import Config, Section
+from mindvl_jax.core.errors import UserError
+
+Location = tuple[str | int, ...]
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used; the message lists every problem found."""
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-3` as a number, as every user expects (YAML 1.1 reads a string)."""
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
+
+
+@dataclasses.dataclass
+class _Document:
+    """Merged content with, for each location, where it was written ("file.yaml:12" or "--set")."""
+
+    content: dict
+    origins: dict[Location, str]
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Reads `path`, applies `overrides` ("a.b[0].c=value", values in YAML), checks everything.
+
+    Raises:
+      ConfigError: unreadable file, unknown key, wrong type or impossible combination, all of them in one message.
+    """
+    document = _read(Path(path), seen=())
+    for override in overrides:
+        _apply_override(document, override)
+    _expand_preset(document)
+    return _validate(document)
+
+
+def from_mapping(content: dict) -> Config:
+    """The same checks for a mapping that is already in memory."""
+    document = _Document(content=dict(content), origins={})
+    _expand_preset(document)
+    return _validate(document)
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML; `load` reads it back to an equal Config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def json_schema() -> str:
+    """JSON schema of the whole configuration, for editors."""
+    schema = Config.model_json_schema()
+    extends = {"description": "File or files that this one builds on.", "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+    schema["properties"] = {"extends": extends, **schema["properties"]}
+    schema.pop("required", None)  # a file that extends another may leave anything out
+    return json.dumps(schema, indent=2)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> _Document:
+    resolved = path.resolve()
+    if resolved in seen:
+        chain = " -> ".join(p.name for p in (*seen, resolved))
+        raise ConfigError(f"{path}: `extends` runs in a circle ({chain})")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read this configuration file ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); a configuration is a YAML file") from error
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        loader = _Loader(text)
+        content = loader.get_single_data()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(content, dict):
+        found = "an empty file" if content is None else type(content).__name__
+        raise ConfigError(f"{path}: expected sections such as `run:` and `model:`, found {found}")
+    origins: dict[Location, str] = {}
+    _record_origins(node, (), str(path), origins)
+
+    parents = content.pop("extends", [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(p, str) for p in parents):
+        raise ConfigError(f"{origins.get(('extends',), path)}: `extends` is a file name or a list of file names")
+    merged = _Document({}, {})
+    for parent in parents:
+        _merge(merged, _read(path.parent / parent, (*seen, resolved)))
+    _merge(merged, _Document(content, origins))
+    return merged
+
+
+def _record_origins(node: yaml.Node | None, location: Location, file: str, origins: dict[Location, str]) -> None:
+    if node is None:
+        return
+    origins.setdefault(location, f"{file}:{node.start_mark.line + 1}")
+    if isinstance(node, yaml.MappingNode):
+        keys = set()
+        for key_node, value_node in node.value:
+            key = key_node.value
+            if key in keys:
+                raise ConfigError(f"{file}:{key_node.start_mark.line + 1}: `{_dotted((*location, key))}` is written twice")
+            keys.add(key)
+            origins[(*location, key)] = f"{file}:{key_node.start_mark.line + 1}"
+            _record_origins(value_node, (*location, key), file, origins)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _record_origins(item, (*location, index), file, origins)
+
+
+def _merge(base: _Document, top: _Document) -> None:
+    def merge(old: dict, new: dict, location: Location) -> None:
+        for key, value in new.items():
+            if isinstance(value, dict) and isinstance(old.get(key), dict):
+                merge(old[key], value, (*location, key))
+            else:
+                old[key] = value
+                replaced = (*location, key)
+                base.origins = {loc: o for loc, o in base.origins.items() if loc[: len(replaced)] != replaced}
+
+    merge(base.content, top.content, ())
+    base.origins.update(top.origins)
+
+
+def _apply_override(document: _Document, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override}: expected key=value, such as run.seed=3 or training.phases[0].steps=50")
+    location: list[str | int] = []
+    for part in re.findall(r"[^.\[\]]+|\[\d+\]", key.strip()):
+        location.append(int(part[1:-1]) if part.startswith("[") else part)
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML") from error
+    target: Any = document.content
+    for depth, part in enumerate(location):
+        here = _dotted(location[: depth + 1])
+        if isinstance(target, list):
+            if isinstance(part, str) and part.isdigit():
+                part = location[depth] = int(part)
+            if not isinstance(part, int) or part >= len(target):
+                raise ConfigError(f"--set {override}: `{_dotted(location[:depth])}` is a list of {len(target)}; `{here}` is not in it")
+        elif not isinstance(target, dict):
+            raise ConfigError(f"--set {override}: `{_dotted(location[:depth])}` is a single value and has no parts")
+        if depth == len(location) - 1:
+            target[part] = value
+        elif isinstance(target, dict):
+            if target.get(part) is None:
+                target[part] = {}
+            target = target[part]
+        else:
+            target = target[part]
+    document.origins[tuple(location)] = f"--set {override}"
+
+
+def _expand_preset(document: _Document) -> None:
+    """Puts the named preset under the keys that the file gives in `model`."""
+    model = document.content.get("model")
+    if not isinstance(model, dict) or model.get("preset") is None:
+        return
+    from mindvl_jax.config import presets
+
+    where = document.origins.get(("model", "preset"), "model.preset")
+    try:
+        base = presets.get(str(model["preset"]))
+    except KeyError as error:
+        raise ConfigError(f"{where}: {error.args[0]}") from error
+    merged = _Document(base.model_dump(mode="python"), {})
+    _merge(merged, _Document(model, {}))
+    document.content["model"] = merged.content
+
+
+# --- checking --------------------------------------------------------------------------------------------------------
+
+
+def _validate(document: _Document) -> Config:
+    try:
+        return Config.model_validate(document.content)
+    except pydantic.ValidationError as error:
+        lines = [_explain(problem, document) for problem in error.errors()]
+    raise ConfigError("\n".join([f"{len(lines)} problem{'s' if len(lines) > 1 else ''} in the configuration:", *lines]))
+
+
+def _explain(problem: Any, document: _Document) -> str:
+    location: Location = tuple(problem["loc"])
+    where = _origin(location, document)
+    name = _dotted(location) or "configuration"
+    if problem["type"] == "extra_forbidden":
+        return f"  {where}: `{name}`: unknown key{_suggest(location)}"
+    if problem["type"] == "missing":
+        return f"  {where}: `{name}`: required, but not given"
+    found = "" if isinstance(problem.get("input"), (dict, list)) else f" (found {problem.get('input')!r})"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"  {where}: `{name}`: {message}{found}"
+
+
+def _origin(location: Location, document: _Document) -> str:
+    for length in range(len(location), -1, -1):
+        if origin := document.origins.get(location[:length]):
+            return origin
+    return "configuration"
+
+
+def _suggest(location: Location) -> str:
+    """The nearest valid key: among its neighbours first, then anywhere in the schema."""
+    key = str(location[-1])
+    neighbours = _keys_at(location[:-1])
+    if close := difflib.get_close_matches(key, neighbours, n=1, cutoff=0.6):
+        return f"; did you mean `{_dotted((*location[:-1], close[0]))}`?"
+    elsewhere = dict(_all_keys(Config, ()))
+    if close := difflib.get_close_matches(key, list(elsewhere), n=1, cutoff=0.75):
+        return f"; did you mean `{elsewhere[close[0]]}`?"
+    return f"; valid here: {', '.join(sorted(neighbours))}" if neighbours else ""
+
+
+def _sections_of(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        return [section for part in typing.get_args(annotation) for section in _sections_of(part)]
+    return []
+
+
+def _keys_at(location: Location) -> list[str]:
+    section: type[Section] = Config
+    for part in location:
+        if isinstance(part, int):
+            continue  # an element of a list has the type that the list's field named
+        field = section.model_fields.get(part)
+        if field is None:
+            continue  # a key of a mapping such as data.sources.<name>
+        sections = _sections_of(field.annotation)
+        if not sections:
+            return []
+        section = sections[0]
+    return list(section.model_fields)
+
+
+def _all_keys(section: type[Section], location: Location) -> Iterable[tuple[str, str]]:
+    for name, field in section.model_fields.items():
+        yield name, _dotted((*location, name))
+        for part in _sections_of(field.annotation):
+            suffix: Location = (0,) if "tuple" in str(field.annotation) else ()
+            yield from _all_keys(part, (*location, name, *suffix))
+
+
+def _dotted(location: Iterable[str | int]) -> str:
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text

@@ -1,0 +1,335 @@
+"""What can be set, and what is wrong with what was set. Knows nothing of jax.
+
+`load(path, overrides)` in `mindvl_jax.config.loader` reads YAML into these types; a typo never passes silently.
+Defaults are given only for what no checkpoint defines: model sizes have none and come from a preset or the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+
+class Section(BaseModel):
+    """Base of every part: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+# --- run -------------------------------------------------------------------------------------------------------------
+
+
+class RunConfig(Section):
+    dir: str = Field(description="Run folder: config, metrics, checkpoints, scores and report.")
+    seed: NonNegativeInt = 0
+    resume: str = Field("auto", description="`auto` continues the newest checkpoint of run.dir, `never` starts anew, or a path of a checkpoint.")
+    init_from: str | None = Field(None, description="Weights to start from: one of our runs or a Hugging Face folder. Ignored when resuming.")
+
+
+class BridgeConfig(Section):
+    device: Literal["cpu", "cuda", "npu"] = "cpu"
+    capture: bool = Field(True, description="Capture the whole step as a device graph where the device has graphs.")
+    reduce_gradients_in_float32: bool = True
+
+
+class MeshConfig(Section):
+    """Devices along each axis; -1 on at most one axis takes what is left."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+class DistributedConfig(Section):
+    """Several hosts through jax.distributed; leave empty for one process."""
+
+    coordinator: str | None = Field(None, description="host:port of process 0; empty: one process.")
+    processes: PositiveInt | None = None
+    process_id: NonNegativeInt | None = None
+
+
+# --- model -----------------------------------------------------------------------------------------------------------
+
+
+class VisionConfig(Section):
+    """Native-resolution vision tower of Qwen2.5-VL."""
+
+    depth: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_heads: PositiveInt
+    patch_size: PositiveInt = 14
+    temporal_patch_size: PositiveInt = 2
+    spatial_merge_size: PositiveInt = 2
+    in_channels: PositiveInt = 3
+    window_size: PositiveInt = Field(112, description="Side of an attention window, in pixels.")
+    fullatt_block_indexes: tuple[NonNegativeInt, ...] = Field(description="Blocks that attend over the whole image.")
+    tokens_per_second: PositiveInt = 2
+    rms_norm_eps: PositiveFloat = 1e-6
+    rope_theta: PositiveFloat = 10000.0
+
+    @property
+    def patch_dim(self) -> int:
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def merge_unit(self) -> int:
+        return self.spatial_merge_size**2
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Side of the square of pixels that one merged token covers."""
+        return self.patch_size * self.spatial_merge_size
+
+
+class TextConfig(Section):
+    """Qwen2.5 or Qwen3 decoder."""
+
+    family: Literal["qwen2", "qwen3"] = Field(description="qwen2: q/k/v biases; qwen3: q/k norms, no biases.")
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt
+    rope_theta: PositiveFloat = 1e6
+    rms_norm_eps: PositiveFloat = 1e-6
+    tie_word_embeddings: bool
+    rope: Literal["mrope", "1d"] = Field(description="mrope: temporal, height and width sections; 1d: one running index.")
+    mrope_section: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    max_position_embeddings: PositiveInt = 32768
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+        if self.rope == "mrope":
+            if self.mrope_section is None:
+                raise ValueError("rope: mrope needs mrope_section (three numbers whose sum is head_dim / 2)")
+            if sum(self.mrope_section) * 2 != self.head_dim:
+                raise ValueError(f"mrope_section {self.mrope_section} must sum to head_dim / 2 = {self.head_dim // 2}")
+        return self
+
+
+class ModelConfig(Section):
+    """Vision tower, two-layer projector, language model. `preset` fills what is not given here."""
+
+    preset: str | None = Field(None, description="Name in mindvl_jax.config.presets; keys given beside it override it.")
+    vision: VisionConfig
+    text: TextConfig
+    image_token_id: int = Field(description="Placeholder of one visual token of an image, in the model's own vocabulary.")
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    remat: Literal["none", "full", "dots", "attention"] = Field("none", description="What the backward pass recomputes.")
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    matmul_precision: Literal["default", "bfloat16"] = Field("default", description="bfloat16: products of float32 operands read them in bfloat16 and sum in float32, for processors with bfloat16 matrix units.")
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+# --- tokenizer and data ----------------------------------------------------------------------------------------------
+
+
+class TokenizerConfig(Section):
+    path: str = Field("qwen3", description="`qwen2.5` or `qwen3` (built from the published ranks of the dashscope package), a tokenizer.json, or a Hugging Face folder.")
+    id_table: str | None = Field(None, description="JSON list of the real token ids that the model's compact vocabulary keeps, in order.")
+    template: Literal["qwen", "tokenizer"] = Field("qwen", description="`qwen`: the published Qwen chat format; `tokenizer`: the folder's own chat template.")
+
+
+class ColumnMapping(Section):
+    """Names of a source's columns (MindSpeed-MM's `attr`)."""
+
+    id: str = "id"
+    images: str = "images"
+    videos: str = "videos"
+    messages: str = "messages"
+    role: str = "role"
+    content: str = "content"
+    user: str = "user"
+    assistant: str = "assistant"
+    system: str = "system"
+    tool: str = "tool"
+
+
+class SourceConfig(Section):
+    path: str = Field(description="File, folder or glob.")
+    format: Literal["auto", "mllm", "llava", "sharegpt", "jsonl", "parquet", "webdataset"] = "auto"
+    media_root: str | None = Field(None, description="Folder that relative media paths start from; default: the folder of the file.")
+    columns: ColumnMapping = ColumnMapping()
+    max_samples: PositiveInt | None = None
+
+
+class QuickstartDataConfig(Section):
+    folder: str
+    size: Literal["smoke", "standard", "long"] = "standard"
+
+
+class DataConfig(Section):
+    sources: dict[str, SourceConfig]
+    quickstart: QuickstartDataConfig | None = Field(None, description="Build the quickstart data into this folder first, unless it is there.")
+    train_on: Literal["answers", "last_answer", "all"] = "answers"
+    on_error: Literal["raise", "quarantine"] = "quarantine"
+    max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
+    video_fps: PositiveFloat = 2.0
+    video_max_frames: PositiveInt = 64
+    resample: Literal["bicubic", "nearest", "reduced"] = "bicubic"
+    workers: NonNegativeInt = Field(0, description="Decoding processes; 0 decodes in a background thread.")
+    prefetch: PositiveInt = Field(4, description="Batches prepared ahead of the step.")
+    packing_buffer: PositiveInt = Field(256, description="Samples that the packer looks ahead.")
+    length_index: str | None = Field(None, description="Folder of lengths written by `mindvl data index`: each host then encodes its own rows alone.")
+    cache_examples: bool = Field(False, description="Keep decoded samples in memory between epochs (small data only).")
+
+
+class MixtureEntry(Section):
+    source: str
+    weight: PositiveFloat = 1.0
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+class PhaseConfig(Section):
+    """One phase: what is trained, on what, at which sizes and rates."""
+
+    name: str
+    steps: PositiveInt = Field(description="Optimizer steps.")
+    train: tuple[str, ...] = Field(("**",), description="Globs over parameter paths (vision/**, projector/**, language/**) that learn; the rest is frozen.")
+    mixture: tuple[MixtureEntry, ...]
+    rows: PositiveInt = Field(description="Rows of the global batch in one micro-step.")
+    sequence_length: PositiveInt = Field(description="Token places a row.")
+    patches_per_row: PositiveInt
+    max_samples_per_row: PositiveInt = 64
+    max_sample_length: PositiveInt | None = Field(None, description="Longest sample in tokens; longer ones are truncated at turn borders. Default: sequence_length.")
+    max_image_patches: PositiveInt | None = Field(None, description="Most patches of one image; follows from max_pixels when not given.")
+    min_pixels: PositiveInt = 3136
+    max_pixels: PositiveInt = 1003520
+    gradient_accumulation: PositiveInt = 1
+    learning_rate: NonNegativeFloat
+    learning_rate_multipliers: dict[str, NonNegativeFloat] = Field({}, description="Factor by parameter glob, first match wins.")
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    final_learning_rate_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    weight_decay: NonNegativeFloat = 0.0
+    loss_reduction: Literal["token", "sample", "micro_batch"] = Field("token", description="token: over all label tokens of the global batch; sample: mean of sample means; micro_batch: mean of micro-batch means as MindSpeed-MM.")
+    keep_optimizer: bool = Field(False, description="Carry the moments of the phase before (same trained parts) instead of starting at zero.")
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of the mixture's sources, each once, in order."""
+        return list(dict.fromkeys(entry.source for entry in self.mixture))
+
+
+class OptimizerConfig(Section):
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: NonNegativeFloat = Field(1.0, description="Largest global gradient norm; 0 does not clip.")
+    no_decay: tuple[str, ...] = Field(("**/scale", "**/bias"), description="Parameter globs without weight decay.")
+
+
+class TrainingConfig(Section):
+    phases: tuple[PhaseConfig, ...]
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss_chunk: PositiveInt = Field(1024, description="Tokens whose logits exist at one time.")
+    max_bad_steps: PositiveInt = Field(10, description="Consecutive non-finite steps (each skipped and counted) before the run stops.")
+    ema_decay: float | None = Field(None, ge=0, lt=1, description="Keep an exponential moving average of the parameters, such as 0.999; used as RUN:ema.")
+
+
+class CheckpointConfig(Section):
+    every_steps: PositiveInt = 500
+    keep: PositiveInt = 3
+    asynchronous: bool = True
+
+
+class LoggingConfig(Section):
+    tensorboard: bool = True
+    peak_flops: PositiveFloat | None = Field(None, description="Peak of one device in FLOP/s; known devices fill it; without it no MFU is shown.")
+    every_steps: PositiveInt = 1
+
+
+class ProfileConfig(Section):
+    steps: tuple[PositiveInt, PositiveInt] | None = Field(None, description="First and last optimizer step to profile, counted over the whole run; see `mindvl profile`.")
+
+    @model_validator(mode="after")
+    def _in_order(self):
+        if self.steps is not None and self.steps[0] > self.steps[1]:
+            raise ValueError(f"steps {list(self.steps)}: the first step comes after the last")
+        return self
+
+
+class EvaluationTask(Section):
+    name: str
+    source: SourceConfig
+    metric: Literal["exact_match"] = "exact_match"
+    max_samples: PositiveInt | None = None
+    max_new_tokens: PositiveInt = 32
+
+
+BENCHMARK_NAMES = (
+    "docvqa_val", "infovqa_val", "chartqa_test", "ocrbench", "mme", "mmbench_dev_en", "ai2d_test", "mmmu_dev_val", "textvqa_val", "realworldqa",
+)  # fmt: skip
+"""What `evaluation.benchmarks.tasks` and `mindvl evaluate --tasks` can name; `mindvl_jax.evaluation.benchmarks` knows how each asks and scores."""
+
+
+class BenchmarksConfig(Section):
+    """Benchmarks scored once, at the end of the run, with their published prompts and metrics."""
+
+    folder: str = Field(description="Folder with their files: lmms-eval's parquet or VLMEvalKit's TSV. Files marked as stand-ins are reported as such.")
+    tasks: tuple[str, ...] = Field(min_length=1)
+    max_samples: PositiveInt | None = Field(None, description="Only the first samples of each.")
+    max_new_tokens: PositiveInt | None = Field(None, description="Longest answer in tokens, where a benchmark allows more.")
+
+    @model_validator(mode="after")
+    def _known_names(self):
+        for name in self.tasks:
+            if name not in BENCHMARK_NAMES:
+                near = difflib.get_close_matches(name, BENCHMARK_NAMES, n=1, cutoff=0.3)
+                raise ValueError(f"there is no benchmark {name!r}{f'; did you mean {near[0]!r}?' if near else ''} Known are {', '.join(BENCHMARK_NAMES)}")
+        if repeated := sorted({name for name in self.tasks if self.tasks.count(name) > 1}):
+            raise ValueError(f"tasks names {', '.join(repeated)} more than once")
+        return self
+
+
+class EvaluationConfig(Section):
+    tasks: tuple[EvaluationTask, ...] = ()
+    benchmarks: BenchmarksConfig | None = Field(None, description="Benchmark files to score at the end of the run, beside `tasks`.")
+    after_phases: bool = Field(False, description="Also score at the end of each phase, so that each phase's gain is known.")
+    phase_samples: PositiveInt | None = Field(None, description="Samples a task in those in-between evaluations.")
+    language_only: bool = Field(True, description="Also score with the pictures taken away: what the language alone gives.")
+    batch: PositiveInt = 64
+    min_pixels: PositiveInt | None = None
+    max_pixels: PositiveInt | None = None
+    ema: bool = Field(False, description="Score the moving average (training.ema_decay) in place of the newest parameters.")
+
+
+class Config(Section):
+    """One run, whole."""
+
+    run: RunConfig
+    backend: Literal["xla", "npu_bridge"] = "xla"
+    bridge: BridgeConfig = BridgeConfig()
+    mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    model: ModelConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    profile: ProfileConfig = ProfileConfig()
+
+    @model_validator(mode="after")
+    def _known_sources(self):
+        for index, phase in enumerate(self.training.phases):
+            for entry in phase.mixture:
+                if entry.source not in self.data.sources:
+                    raise ValueError(f"training.phases[{index}].mixture names source {entry.source!r}, which data.sources does not have ({', '.join(self.data.sources)})")
+            if phase.patches_per_row % self.model.vision.merge_unit:
+                raise ValueError(f"training.phases[{index}].patches_per_row must be a multiple of {self.model.vision.merge_unit} (patches of one visual token)")
+            if phase.min_pixels > phase.max_pixels:
+                raise ValueError(f"training.phases[{index}].min_pixels is larger than max_pixels")
+        return self

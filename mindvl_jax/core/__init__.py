@@ -1,0 +1,1 @@
+"""Errors, files, devices and host memory: what every other package may import."""

@@ -1,0 +1,1 @@
+"""Readers of data sets, their conversion and their mixture."""

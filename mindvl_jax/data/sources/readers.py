@@ -1,0 +1,196 @@
+"""Files of samples with random access: JSON, JSONL, parquet and WebDataset tar behind one interface.
+
+A source knows how many records it has and reads the k-th; what a record means is `sample.sample_from_record`'s business.
+"""
+
+from __future__ import annotations
+
+import bisect
+import glob
+import json
+import os
+from typing import Any, Protocol, Sequence
+
+import numpy as np
+
+from mindvl_jax.config.schema import SourceConfig
+from mindvl_jax.data.sample import Sample, SampleError, sample_from_record
+from mindvl_jax.core.errors import UserError
+
+SUFFIXES = {".parquet": "parquet", ".tar": "webdataset", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
+# Shapes of records that are told apart by their fields, not by the file: all are JSON or JSONL.
+JSON_SHAPES = ("mllm", "llava", "sharegpt")
+
+
+class Records(Protocol):
+    """Records of one file."""
+
+    path: str
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Any:
+        """The record. Raises SampleError when it is damaged."""
+        ...
+
+    def where(self, index: int) -> str:
+        """Line or row, for messages."""
+        ...
+
+
+class JsonRecords:
+    """A JSON file with a list of records, held in memory."""
+
+    def __init__(self, path: str):
+        self.path = path
+        try:
+            with open(path, encoding="utf-8") as file:
+                content = json.load(file)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text: {error}. Is it a JSON file?") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {error.lineno} column {error.colno}: {error.msg}. The file must hold one JSON list of samples (one object a line goes into .jsonl)") from None
+        except RecursionError:
+            raise UserError(f"{path} is nested too deeply to be a list of samples") from None
+        if not isinstance(content, list):
+            raise UserError(f"{path} holds one {type(content).__name__}; expected a list of samples")
+        self._content = content
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def read(self, index: int) -> Any:
+        return self._content[index]
+
+    def where(self, index: int) -> str:
+        return f"{self.path} element {index}"
+
+
+class JsonLines:
+    """One JSON object a line; only the line starts are held in memory."""
+
+    def __init__(self, path: str):
+        self.path = path
+        starts, position = [], 0
+        with open(path, "rb") as file:
+            for line in file:
+                if line.strip():
+                    starts.append(position)
+                position += len(line)
+        self._starts = np.array(starts, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def read(self, index: int) -> Any:
+        start = int(self._starts[index])
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            line = file.readline()
+        try:
+            return json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise SampleError("malformed", f"not JSON: {error}") from None
+
+    def where(self, index: int) -> str:
+        # Blank lines carry no record, so the line number is counted when somebody asks for it.
+        with open(self.path, "rb") as file:
+            lines = file.read(int(self._starts[index])).count(b"\n")
+        return f"{self.path} line {lines + 1}"
+
+
+def _records(path: str, kind: str) -> Records:
+    from mindvl_jax.data.sources import archives  # pyarrow loads slowly; JSON users need not wait for it
+
+    opened = {"json": JsonRecords, "jsonl": JsonLines, "parquet": archives.ParquetRecords, "webdataset": archives.TarRecords}
+    return opened[kind](path)
+
+
+class Source:
+    """All files of one `SourceConfig`, as samples."""
+
+    def __init__(self, name: str, config: SourceConfig):
+        """Opens the files and counts their records.
+
+        Raises UserError when there is no file, a file cannot be read as its format, or there is no record at all.
+        """
+        self.name = name
+        self.identity = f"{name}:{config.model_dump_json()}"
+        self._config = config
+        paths = find_files(config, f"data.sources.{name}")
+        self.paths = paths
+        self._files = [_records(path, _kind(path, config.format)) for path in paths]
+        self._ends = np.cumsum([len(records) for records in self._files]).tolist()
+        self._length = min(self._ends[-1], config.max_samples or self._ends[-1])
+        if self._length == 0:
+            raise UserError(f"data.sources.{name}: {config.path} has no samples (files read: {', '.join(paths[:5])})")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def locate(self, index: int) -> tuple[Records, int]:
+        file = bisect.bisect_right(self._ends, index)
+        return self._files[file], index - (self._ends[file - 1] if file else 0)
+
+    def where(self, index: int) -> str:
+        records, inner = self.locate(index)
+        return records.where(inner)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample. Raises SampleError when its record is damaged or of no accepted shape."""
+        if not 0 <= index < self._length:
+            raise IndexError(index)
+        records, inner = self.locate(index)
+        record = records.read(inner)
+        root = self._config.media_root or os.path.dirname(os.path.abspath(records.path))
+        default = f"{self.name}:{index}"
+        columns = self._config.columns
+        try:
+            return sample_from_record(record, columns=columns, media_root=root, default_id=default, origin=f"{records.path}#{inner}")
+        except SampleError as error:
+            if isinstance(record, dict) and record.get(columns.id) is not None:
+                error.sample_id = str(record[columns.id])
+            raise
+
+
+def find_files(config: SourceConfig, where: str) -> list[str]:
+    """Files of a source in a fixed order. Raises UserError, which names the place `where` in the configuration, when there is none."""
+    path = os.path.expanduser(config.path)
+    if os.path.isdir(path):
+        found = sorted(entry.path for entry in os.scandir(path) if os.path.splitext(entry.name)[1] in SUFFIXES and entry.is_file())
+        kinds = {_kind(file, config.format) for file in found}
+        if len(kinds) > 1:
+            raise UserError(f"{where}: the folder {path} mixes {', '.join(sorted(kinds))} files; give a glob that names one kind, such as {os.path.join(path, '*.parquet')}")
+    elif os.path.exists(path):
+        found = [path]
+    else:
+        found = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+    if not found:
+        raise UserError(f"{where}: nothing to read at {config.path!r} (working directory {os.getcwd()}); expected a file, a folder or a glob with {', '.join(SUFFIXES)} files")
+    return found
+
+
+def _kind(path: str, declared: str) -> str:
+    suffix = os.path.splitext(path)[1].lower()
+    if declared in JSON_SHAPES:
+        return "jsonl" if suffix in (".jsonl", ".ndjson") else "json"
+    if declared != "auto":
+        return declared
+    if suffix not in SUFFIXES:
+        raise UserError(f"{path}: the ending {suffix!r} does not tell the format; known are {', '.join(SUFFIXES)}, or set format")
+    return SUFFIXES[suffix]
+
+
+def open_sources(configs: dict[str, SourceConfig], names: Sequence[str]) -> list[Source]:
+    """Opens the named sources; errors of several are raised together."""
+    opened, errors = [], []
+    for name in names:
+        try:
+            opened.append(Source(name, configs[name]))
+        except UserError as error:
+            errors.append(str(error))
+        except OSError as error:
+            errors.append(f"data.sources.{name}: {error}")
+    if errors:
+        raise UserError("\n".join(errors))
+    return opened

@@ -1,0 +1,198 @@
+"""Conversations to token ids in the published Qwen chat format (or the tokenizer's own), turn by turn, what is learned marked.
+
+A turn is `<|im_start|>role`, newline, content, `<|im_end|>`, newline; a picture in it is `<|vision_start|>`, one
+placeholder for each merged token, `<|vision_end|>`. No system turn is added that the sample does not have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Iterable, Iterator, Protocol, Sequence
+
+from mindvl_jax.config.schema import ModelConfig
+from mindvl_jax.data.sample import IMAGE, PLACEHOLDER, VIDEO, Message, SampleError
+from mindvl_jax.data.text.template import Frame, OwnTemplate
+from mindvl_jax.core.errors import UserError
+
+
+class TextTokenizer(Protocol):
+    """What this module asks of a tokenizer (`mindvl_jax.data.text.tokenizer.Tokenizer`)."""
+
+    eos_id: int
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]: ...
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str: ...
+
+    def token_id(self, token: str) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """Token ids of one turn.
+
+    Attributes:
+      role: system, user or assistant.
+      tokens: ids, placeholders of media included, the closing newline too.
+      learned: one bool a token: part of an answer (its content and the closing `<|im_end|>`).
+      media: (offset of the first placeholder in `tokens`, "image" or "video") of each medium in order.
+    """
+
+    role: str
+    tokens: tuple[int, ...]
+    learned: tuple[bool, ...]
+    media: tuple[tuple[int, str], ...]
+
+
+class ChatEncoder:
+    """Encodes turns; remembers the ids of short texts, which recur in every sample (headers, common questions)."""
+
+    def __init__(self, tokenizer: TextTokenizer, model: ModelConfig):
+        self._tokenizer = tokenizer
+        self._memory: dict[str, tuple[int, ...]] = {}
+        self._start = tokenizer.token_id("<|im_start|>")
+        self._end = tokenizer.token_id("<|im_end|>")
+        own = getattr(tokenizer, "template", None)
+        self._template = None if own is None else OwnTemplate(own, tokenizer.decode([tokenizer.eos_id], skip_special=False))
+        self._vision = (model.vision_start_token_id, model.vision_end_token_id)
+        self._pad = {"image": model.image_token_id, "video": model.video_token_id}
+        named = {
+            "image_token_id": ("<|image_pad|>", model.image_token_id),
+            "video_token_id": ("<|video_pad|>", model.video_token_id),
+            "vision_start_token_id": ("<|vision_start|>", model.vision_start_token_id),
+            "vision_end_token_id": ("<|vision_end|>", model.vision_end_token_id),
+        }
+        wrong = [f"model.{key} is {found} but the tokenizer's {token} is {tokenizer.token_id(token)}" for key, (token, found) in named.items() if tokenizer.token_id(token) != found]
+        if wrong:
+            raise UserError("the model and the tokenizer disagree on the media tokens: " + "; ".join(wrong) + ". Use the tokenizer's ids")
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """Ids of plain text; control tokens spelled in it stay text. Raises SampleError for what the vocabulary lacks."""
+        known = self._memory.get(text)
+        if known is None:
+            try:
+                known = tuple(self._tokenizer.encode(text))
+            except UserError as error:
+                raise SampleError("unknown_token", str(error)) from None
+            if len(text) <= 256 and len(self._memory) < 65536:
+                self._memory[text] = known
+        return known
+
+    def turns(self, messages: Sequence[Message], images: Iterator[int], videos: Iterator[int]) -> list[Turn]:
+        """Turns of a conversation. `images` and `videos` yield the visual tokens of each medium in order.
+
+        Tool results come as the published format has them: in a user turn, between `<tool_response>` tags, neighbours together.
+        Raises SampleError when a placeholder has no medium left (too many placeholders).
+        """
+        if self._template is not None:
+            frames = self._template.frames(messages)
+            return [self._framed(message, frame, images, videos) for message, frame in zip(messages, frames, strict=True)]
+        turns: list[Turn] = []
+        index = 0
+        while index < len(messages):
+            message = messages[index]
+            if message.role == "tool":
+                body = [message.content]
+                while index + 1 < len(messages) and messages[index + 1].role == "tool":
+                    index += 1
+                    body.append(messages[index].content)
+                turns.append(self._turn("user", "", images, videos, tool_results=body))
+            else:
+                turns.append(self._turn(message.role, message.content, images, videos))
+            index += 1
+        return turns
+
+    def answer_header(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Ids that ask for an answer to a conversation: an opened assistant turn."""
+        if self._template is not None:
+            return tuple(self._tokenizer.encode(self._template.answer_header(messages), allow_special=True))
+        return (self._start, *self.encode_text("assistant\n"))
+
+    def _turn(self, role: str, content: str, images: Iterator[int], videos: Iterator[int], tool_results: Sequence[str] = ()) -> Turn:
+        turn = _Building(self, images, videos)
+        turn.add((self._start,))
+        answer = role == "assistant"
+        if tool_results:
+            turn.add(self.encode_text("user"))
+            for result in tool_results:
+                turn.add(self.encode_text("\n"))
+                turn.add(self._tag("<tool_response>"))
+                turn.content(f"\n{result}\n")
+                turn.add(self._tag("</tool_response>"))
+        elif answer:
+            # Encoded apart from the content, so that what is learned is what generation starts from.
+            turn.add(self.encode_text("assistant\n"))
+            turn.content(content, learn=True)
+        else:
+            # The header's newline merges with newlines that open the content, as when the whole turn is encoded at once.
+            turn.content(f"{role}\n{content}")
+        turn.add((self._end,), learn=answer)
+        turn.add(self.encode_text("\n"))
+        return turn.done(role)
+
+    def _framed(self, message: Message, frame: Frame, images: Iterator[int], videos: Iterator[int]) -> Turn:
+        """A turn as the tokenizer's own template has it. What it writes after the text up to the end of the turn is learned."""
+        turn = _Building(self, images, videos)
+        answer = message.role == "assistant"
+        turn.add(self._tokenizer.encode(frame.before, allow_special=True))
+        turn.content(message.content, learn=answer)
+        closing = frame.after.rstrip("\n")
+        turn.add(self._tokenizer.encode(closing, allow_special=True), learn=answer)
+        if frame.after != closing:
+            turn.add(self.encode_text(frame.after[len(closing) :]))
+        return turn.done("user" if message.role == "tool" else message.role)
+
+    def visual(self, kind: str, count: int) -> tuple[list[int], int]:
+        """Ids of one medium between its borders, and where the placeholders begin in them."""
+        return [self._vision[0], *[self._pad[kind]] * count, self._vision[1]], 1
+
+    def _tag(self, tag: str) -> Sequence[int]:
+        try:
+            return (self._tokenizer.token_id(tag),)
+        except UserError:  # Qwen2.5 has no such token and writes the tag as text
+            return self.encode_text(tag)
+
+
+class _Building:
+    """A turn being put together."""
+
+    def __init__(self, encoder: ChatEncoder, images: Iterator[int], videos: Iterator[int]):
+        self._encoder = encoder
+        self._counts = {"image": images, "video": videos}
+        self._tokens: list[int] = []
+        self._learned: list[bool] = []
+        self._media: list[tuple[int, str]] = []
+
+    def add(self, ids: Sequence[int], *, learn: bool = False) -> None:
+        self._tokens.extend(ids)
+        self._learned.extend([learn] * len(ids))
+
+    def content(self, text: str, *, learn: bool = False) -> None:
+        """What somebody wrote: text and placeholders."""
+        for part in PLACEHOLDER.split(text):
+            if part in (IMAGE, VIDEO):
+                kind = "image" if part == IMAGE else "video"
+                count = next(self._counts[kind], None)
+                if count is None:
+                    raise SampleError("media_mismatch", f"the text has more {part} placeholders than the sample has {kind}s")
+                ids, first = self._encoder.visual(kind, count)
+                self._media.append((len(self._tokens) + first, kind))
+                self.add(ids)
+            elif part:
+                self.add(self._encoder.encode_text(part), learn=learn)
+
+    def done(self, role: str) -> Turn:
+        return Turn(role, tuple(self._tokens), tuple(self._learned), tuple(self._media))
+
+
+def check_turn_order(messages: Sequence[Message]) -> None:
+    """Raises SampleError unless there is an assistant turn, no empty answer, and a system turn only at the start."""
+    if not any(message.role == "assistant" for message in messages):
+        raise SampleError("no_answer", f"the conversation of {len(messages)} turns has no assistant turn, so there is nothing to learn")
+    for index, message in enumerate(messages):
+        if message.role == "system" and index:
+            raise SampleError("malformed", f"turn {index} is a system turn; it may only come first")
+        if message.role == "assistant" and not message.content.strip():
+            raise SampleError("empty_answer", f"the assistant's turn {index} is empty")
+        if message.role == "assistant" and (index == 0 or messages[index - 1].role == "assistant"):
+            raise SampleError("malformed", f"turn {index} is the assistant's, but no user or tool turn comes before it")

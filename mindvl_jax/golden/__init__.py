@@ -1,0 +1,1 @@
+"""Stored losses of a small training, to compare a machine with."""

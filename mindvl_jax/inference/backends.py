@@ -1,0 +1,79 @@
+"""The device programs of generation compiled by npu_bridge: the same functions, run as torch programs on the bridge's device.
+
+    Generator(opened, programs=BridgePrograms("cpu"))
+
+`decode` loops until enough answers have ended, which only the device knows, so each round of its loop asks the device once
+(`allow_host_sync`); everything else runs without the host. One device, one process; a mesh is the business of the XLA programs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import jax
+
+import npu_bridge
+from mindvl_jax.core.errors import UserError
+from mindvl_jax.inference import programs
+from npu_bridge.errors import BridgeError
+
+
+def add_backend_arguments(parser) -> None:
+    """`--backend` and `--device` of a command that generates."""
+    parser.add_argument("--backend", choices=("xla", "npu_bridge"), default="xla", help="who runs the model; npu_bridge: torch programs, on one device (default %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda", "npu"), help="of the bridge; default: cpu")
+
+
+def chosen_programs(args: argparse.Namespace) -> BridgePrograms | None:
+    """What `Generator(programs=...)` takes for a command's arguments: None is XLA.
+
+    Raises:
+      UserError: arguments of which one leaves the other without a meaning; a device that is not here.
+    """
+    if args.backend == "xla":
+        if args.device is not None:
+            raise UserError(f"--device {args.device} is the bridge's; add --backend npu_bridge (XLA takes its device from JAX_PLATFORMS)")
+        return None
+    if args.mesh:
+        raise UserError(f"--mesh {args.mesh}: generation through npu_bridge runs on one device; leave --mesh out, or use --backend xla")
+    # JAX opens the weights and traces on the host; the accelerator's memory is torch's alone.
+    jax.config.update("jax_platforms", "cpu")
+    return BridgePrograms(args.device or "cpu")
+
+
+class BridgePrograms:
+    """Has the functions of `mindvl_jax.inference.programs`, under their names and with their arguments.
+
+    Args:
+      device: "cpu", "cuda" or "npu", as for `npu_bridge.jit`.
+
+    Raises:
+      UserError: torch sees no such device, or lacks the package for it.
+    """
+
+    def __init__(self, device: str = "cpu"):
+        from npu_bridge.runtime.mesh import default_device  # torch, which whoever generates on XLA need not have
+
+        try:
+            default_device(device)
+        except BridgeError as error:
+            raise UserError(str(error)) from error
+        compiled = lambda fn, **options: npu_bridge.jit(fn, device=device, allow_host_sync=True, **options)
+
+        def read_pictures(graphdef, params, batch):
+            return programs.prefill.__wrapped__(graphdef, params, batch, has_pictures=True)
+
+        def read_text(graphdef, params, batch):
+            return programs.prefill.__wrapped__(graphdef, params, batch, has_pictures=False)
+
+        self._read = {True: compiled(read_pictures, static_argnums=0), False: compiled(read_text, static_argnums=0)}
+        self.last_logits = compiled(programs.last_logits.__wrapped__, static_argnums=0)
+        self.first_tokens = compiled(programs.first_tokens.__wrapped__)
+        self.admit = compiled(programs.admit.__wrapped__, donate_argnums=0)
+        self.decode = compiled(programs.decode.__wrapped__, static_argnums=0, donate_argnums=3)
+        self.lay_out = lambda graphdef, params: None  # a slice is a view there, and costs nothing
+        self.release = compiled(programs.release.__wrapped__, donate_argnums=0)
+
+    def prefill(self, graphdef, params, batch, *, has_pictures: bool) -> Any:
+        return self._read[has_pictures](graphdef, params, batch)

@@ -1,0 +1,52 @@
+"""Opening a model for use, with the picture sizes that a resolution search has found best for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from mindvl_jax.core.errors import UserError
+
+SETTINGS = "inference.json"
+"""In a model's folder: `{"min_pixels": ..., "max_pixels": ...}`, written by a resolution search."""
+
+
+def open_for_inference(folder: str | Path, *, mesh: str | None = None):
+    """The model of a folder (see `weights.open_model`) with the folder's own inference settings.
+
+    Args:
+      mesh: devices as `data=2,fsdp=2,tensor=2`; None is the default device.
+
+    Raises:
+      UserError: no usable model, no tokenizer, settings or a mesh that make no sense.
+    """
+    from mindvl_jax.weights import open_model
+    from mindvl_jax.weights.resolve import named_folder
+
+    opened = open_model(folder, mesh=parse_mesh(mesh) if mesh else None)
+    if opened.tokenizer is None:
+        raise UserError(f"{folder} has no tokenizer.json, so there is no text to read or write; save the tokenizer beside the weights")
+    path = named_folder(folder)[0] / SETTINGS
+    if not path.is_file():
+        return opened
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        pixels = {key: int(content[key]) for key in ("min_pixels", "max_pixels") if content.get(key) is not None}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} must be a JSON object with min_pixels and max_pixels: {error}") from None
+    return dataclasses.replace(opened, **pixels)
+
+
+def parse_mesh(text: str):
+    """`data=2,tensor=4` -> mesh. Raises UserError."""
+    from mindvl_jax.config.schema import MeshConfig
+    from mindvl_jax.parallel.mesh import AXES, make_mesh
+
+    sizes = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis.strip() not in AXES or not size.strip().lstrip("-").isdigit():
+            raise UserError(f"--mesh {text!r}: expected AXIS=SIZE pairs such as data=2,tensor=4; axes are {', '.join(AXES)}")
+        sizes[axis.strip()] = int(size)
+    return make_mesh(MeshConfig(**sizes))

@@ -1,0 +1,30 @@
+"""Two-layer projector: norm, four neighbouring patches side by side, two linear layers with GELU (Qwen2.5-VL's merger).
+
+B rows, P patches, D language width.
+"""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from mindvl_jax.config.schema import VisionConfig
+from mindvl_jax.models.layers.linear import Linear, RMSNorm
+from npu_bridge import ops
+
+
+class Projector(nnx.Module):
+    """Turns each group of `merge_unit` neighbouring patches into one visual token."""
+
+    def __init__(self, config: VisionConfig, width: int, *, rngs: nnx.Rngs, dtype):
+        merged = config.hidden_size * config.merge_unit
+        self.merged = merged
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.linear1 = Linear(merged, merged, ("merged", "mlp"), bias=True, rngs=rngs, dtype=dtype)
+        self.linear2 = Linear(merged, width, ("mlp", "embed"), bias=True, rngs=rngs, dtype=dtype)
+
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """(B, P, tower width) patches in window order -> (B, P / merge_unit, D)."""
+        B = features.shape[0]
+        groups = self.norm(features).reshape(B, -1, self.merged)
+        return self.linear2(ops.gelu(self.linear1(groups), approximate=False))

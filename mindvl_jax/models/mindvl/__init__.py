@@ -1,0 +1,1 @@
+"""MindVL and Qwen2.5-VL."""

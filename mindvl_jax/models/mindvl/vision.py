@@ -1,0 +1,131 @@
+"""Native-resolution vision tower of Qwen2.5-VL (technical report, section 2.1; reference: transformers' Qwen2.5-VL).
+
+B rows, P patches, N heads, H head dim, D tower width, F feed-forward width, L layers. Patches of several images lie one after
+another in a row, in window order; segment ids keep images apart and window ids keep windows apart.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mindvl_jax.config.schema import VisionConfig
+from mindvl_jax.models.layers.linear import GatedMLP, Linear, RMSNorm
+from mindvl_jax.models.layers.rope import vision_tables
+from mindvl_jax.models.layers.stack import in_pieces, keep, rematerialise_attention, scan_alternating
+from npu_bridge import ops
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Channel statistics of CLIP, which the published preprocessing uses."""
+
+
+def normalize_patches(patches: jax.Array, config: VisionConfig, dtype) -> jax.Array:
+    """uint8 pixels to normalised values in `dtype`; float patches are taken as normalised.
+
+    Args:
+      patches: (B, P, patch_dim), entries in (channel, frame, row, column) order.
+    """
+    if jnp.issubdtype(patches.dtype, jnp.floating):
+        return patches.astype(dtype)
+    if patches.dtype != jnp.uint8:
+        raise TypeError(f"patches have dtype {patches.dtype}; expected uint8 pixels or normalised floats")
+    repeat = config.patch_dim // config.in_channels
+    mean, std = (np.repeat(np.asarray(values, np.float64) * 255, repeat) for values in (IMAGE_MEAN, IMAGE_STD))
+    return ((patches.astype(jnp.float32) - mean.astype(np.float32)) * (1 / std).astype(np.float32)).astype(dtype)
+
+
+def window_patches(config: VisionConfig) -> int:
+    """Most patches of one attention window. Windows hold whole merged groups: a window of 112 px holds 4 x 4 groups of 4."""
+    return (config.window_size // config.pixels_per_token) ** 2 * config.merge_unit
+
+
+class VisionAttention(nnx.Module):
+    """Bidirectional attention inside equal ids, with two-dimensional rotary positions."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype):
+        D = config.hidden_size
+        if D % config.num_heads or D // config.num_heads % 4:
+            raise ValueError(f"vision.hidden_size {D} over {config.num_heads} heads must give a head dim that is a multiple of 4")
+        self.num_heads = config.num_heads
+        common = dict(bias=True, rngs=rngs, dtype=dtype, layers=config.depth)
+        self.query = Linear(D, D, ("embed", "heads"), **common)
+        self.key = Linear(D, D, ("embed", "heads"), **common)
+        self.value = Linear(D, D, ("embed", "heads"), **common)
+        self.output = Linear(D, D, ("heads", "embed"), scale=1 / math.sqrt(2 * config.depth), **common)
+
+    def __call__(self, x_BPD, cos_BPH, sin_BPH, ids_BP, lengths_BM, longest: int | None) -> jax.Array:
+        B, P, _ = x_BPD.shape
+        heads = lambda layer: keep(layer(x_BPD)).reshape(B, P, self.num_heads, -1)
+        q_BPNH = ops.rotary(heads(self.query), cos_BPH, sin_BPH)
+        k_BPNH = ops.rotary(heads(self.key), cos_BPH, sin_BPH)
+        out_BPNH = ops.attention(q_BPNH, k_BPNH, heads(self.value), segment_ids_q=ids_BP, segment_ids_kv=ids_BP, causal=False,
+                                 max_segment_length=longest, lengths=lengths_BM, padding="unread")
+        return self.output(keep(out_BPNH.reshape(B, P, -1)))
+
+
+class VisionBlock(nnx.Module):
+    """Pre-norm attention and gated feed-forward, biases everywhere."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype):
+        L = config.depth
+        self.norm1 = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, layers=L)
+        self.attention = VisionAttention(config, rngs=rngs, dtype=dtype)
+        self.norm2 = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, layers=L)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs, dtype=dtype, layers=L,
+                            residual_scale=1 / math.sqrt(2 * L))
+
+    def __call__(self, x_BPD, cos, sin, ids_BP, lengths_BM, longest: int | None, remat: str) -> jax.Array:
+        attend = lambda block, x: block.attention(block.norm1(x), cos, sin, ids_BP, lengths_BM, longest)
+        with jax.named_scope("attention"):
+            x_BPD = x_BPD + rematerialise_attention(attend, remat)(self, x_BPD)
+        with jax.named_scope("mlp"):
+            return x_BPD + self.mlp(self.norm2(x_BPD))
+
+
+class VisionTower(nnx.Module):
+    """Patch embedding and blocks; most attend inside windows, the listed ones over the whole image.
+
+    The norm and the merging of four patches belong to the projector.
+    """
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype, remat: str = "none"):
+        self.config = config
+        self.remat = remat
+        # A convolution whose kernel equals its stride is a matrix product over the flattened patch.
+        self.patch_embed = Linear(config.patch_dim, config.hidden_size, ("patch", "embed"), bias=False, rngs=rngs, dtype=dtype)
+        self.blocks = VisionBlock(config, rngs=rngs, dtype=dtype)
+
+    def __call__(self, patches, positions_BP2, segment_ids_BP, window_ids_BP, *, image_lengths=None, window_lengths=None,
+                 max_image_patches: int | None = None, dtype) -> jax.Array:
+        """Features of every patch.
+
+        Args:
+          patches: (B, P, patch_dim) uint8 pixels or normalised floats, in window order.
+          positions_BP2: (B, P, 2) height and width of each patch in its image.
+          segment_ids_BP: (B, P) image of each patch, 0 is padding. window_ids_BP: (B, P) window of each patch, 0 is padding.
+          image_lengths, window_lengths: (B, M) the same as counts, -1 padded; for kernels that want lengths.
+          max_image_patches: static promise that no image is larger; lets full attention compute a band.
+          dtype: of the computation.
+
+        Returns:
+          (B, P, D); rows of padding patches mean nothing.
+        """
+        config = self.config
+        with jax.named_scope("patch_embed"):
+            embed = lambda patches: self.patch_embed(normalize_patches(patches, config, dtype))
+            # The product's gradient wants its input: bytes as they came, or four times as much in float32 for the whole step.
+            x_BPD = in_pieces(embed, patches) if self.remat == "full" else embed(patches)
+        cos, sin = vision_tables(positions_BP2, config.hidden_size // config.num_heads, config.rope_theta)
+
+        def run(ids, lengths, longest):
+            return lambda x, block: block(x, cos, sin, ids, lengths, longest, self.remat)
+
+        inside_window = run(window_ids_BP, window_lengths, window_patches(config))
+        whole_image = run(segment_ids_BP, image_lengths, max_image_patches)
+        with jax.named_scope("blocks"):
+            return scan_alternating(inside_window, whole_image, x_BPD, self.blocks, config.depth, config.fullatt_block_indexes, remat=self.remat)

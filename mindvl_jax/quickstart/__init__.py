@@ -1,4 +1,0 @@
-"""Real pictures small enough to learn from on two processor cores: six tasks, built from packages and committed art.
-
-`python -m mindvl_jax.quickstart.build --out data/quickstart` writes everything; `build.py` says what and why.
-"""

@@ -1,0 +1,134 @@
+"""One door for weights: `open_model` takes one of our runs or a Hugging Face folder and gives back what inference needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from mindvl_jax.config.schema import Config, ModelConfig, TextConfig, TokenizerConfig
+from mindvl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
+from mindvl_jax.weights.hf_config import WeightsError, read_config, read_json
+from mindvl_jax.weights.load import fill, load_parameters, outline
+
+ID_TABLE = "mindvl_id_table.json"
+"""Compact vocabulary of an exported model, beside the full tokenizer.json."""
+_PUBLISHED_PIXELS = (3136, 12845056)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedModel:
+    """A model with all that is needed to feed it.
+
+    Attributes:
+      model: MindVL or LanguageModel with its parameters.
+      config: the run's whole Config, or the model's own configuration for a Hugging Face folder.
+      tokenizer: None when a Hugging Face folder has none.
+      min_pixels, max_pixels: areas that pictures are resized into.
+      folder: where it came from.
+    """
+
+    model: nnx.Module
+    config: Config | ModelConfig | TextConfig
+    tokenizer: Tokenizer | None
+    min_pixels: int
+    max_pixels: int
+    folder: Path
+
+    @property
+    def model_config(self) -> ModelConfig | TextConfig:
+        return self.config.model if isinstance(self.config, Config) else self.config
+
+    def parameters(self) -> dict:
+        """Parameters by path."""
+        return {"/".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(self.model, nnx.Param))}
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is one of our runs or checkpoints rather than a Hugging Face folder."""
+    return not (folder / "config.json").is_file() and ((folder / "checkpoints").is_dir() or (folder / "params").exists() or (folder / "_CHECKPOINT_METADATA").exists())
+
+
+EMA = ":ema"
+
+
+def named_folder(name: str | Path) -> tuple[Path, bool]:
+    """(folder, whether its moving average is meant) of `DIR` or `DIR:ema`."""
+    text = str(name)
+    return Path(text.removesuffix(EMA)).expanduser(), text.endswith(EMA)
+
+
+def open_model(folder: str | Path, mesh: Mesh | None = None, dtype=None) -> OpenedModel:
+    """Opens a run, one of its checkpoints, or a Hugging Face folder.
+
+    Args:
+      folder: its path; `RUN:ema` is the moving average that the run kept.
+      mesh: devices to spread over; None is the default device.
+      dtype: of parameters and computation; None keeps the stored one (and a run's own compute dtype).
+
+    Raises:
+      WeightsError: no such folder, or nothing usable in it.
+    """
+    folder, ema = named_folder(folder)
+    if not folder.is_dir():
+        raise WeightsError(f"{folder}: no such folder; expected one of our runs, a checkpoint, or a Hugging Face folder")
+    if is_run(folder):
+        return _open_run(folder, mesh, dtype, ema)
+    if ema:
+        raise WeightsError(f"{folder}{EMA}: a Hugging Face folder holds one set of weights; only runs with training.ema_decay have a moving average")
+    return _open_published(folder, mesh, dtype)
+
+
+def _open_run(folder: Path, mesh: Mesh | None, dtype, ema: bool) -> OpenedModel:
+    from mindvl_jax.checkpoints import id_table as vocabulary  # weights know nothing of training otherwise
+    from mindvl_jax.checkpoints.checkpoint import load_weights, locate
+
+    config, state = load_weights(folder, mesh, ema=ema)
+    config = config.model_copy(update=dict(tokenizer=vocabulary.of_run(locate(folder)[0], config.tokenizer)))
+    if dtype is not None:
+        name = jnp.dtype(dtype).name
+        config = config.model_copy(update=dict(model=config.model.model_copy(update=dict(compute_dtype=name, param_dtype=name))))
+    model, variables = outline(config.model)
+    values = {"/".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+    if dtype is not None:
+        values = {path: value.astype(dtype) for path, value in values.items()}
+    last = config.training.phases[-1]
+    pixels = (config.evaluation.min_pixels or last.min_pixels, config.evaluation.max_pixels or last.max_pixels)
+    return OpenedModel(fill(model, values), config, load_tokenizer(config.tokenizer), *pixels, folder)
+
+
+def _open_published(folder: Path, mesh: Mesh | None, dtype) -> OpenedModel:
+    config = read_config(folder)
+    values = load_parameters(folder, config, mesh=mesh, dtype=dtype)
+    stored = values["language/embed/embedding"].dtype
+    compute = "bfloat16" if stored == jnp.bfloat16 else "float32"
+    if isinstance(config, ModelConfig):
+        config = config.model_copy(update=dict(compute_dtype=compute, param_dtype=compute))
+        model, _ = outline(config)
+    else:
+        model, _ = outline(config, compute_dtype=compute)
+    tokenizer, pixels = open_companions(folder)
+    return OpenedModel(fill(model, values), config, tokenizer, *pixels, folder)
+
+
+def open_companions(folder: Path) -> tuple[Tokenizer | None, tuple[int, int]]:
+    """Tokenizer (None without a tokenizer.json) and pixel limits of a Hugging Face folder."""
+    tokenizer = None
+    if (folder / "tokenizer.json").is_file():
+        table = folder / ID_TABLE
+        tokenizer = load_tokenizer(TokenizerConfig(path=str(folder), id_table=str(table) if table.is_file() else None))
+    return tokenizer, _pixel_limits(folder)
+
+
+def _pixel_limits(folder: Path) -> tuple[int, int]:
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        return _PUBLISHED_PIXELS
+    content = read_json(path)
+    size = content.get("size") if isinstance(content.get("size"), dict) else {}
+    low = content.get("min_pixels") or size.get("shortest_edge") or _PUBLISHED_PIXELS[0]
+    high = content.get("max_pixels") or size.get("longest_edge") or _PUBLISHED_PIXELS[1]
+    return int(low), int(high)

@@ -1,0 +1,159 @@
+"""Loops and branches.
+
+A ``while`` whose counter starts at a number, steps by a number and is compared with a number becomes a Python ``for``: its counter
+is a host integer, slices at it are views, nothing synchronises. Any other condition would have to be read from the device every
+round; that is refused unless `allow_host_sync` says otherwise.
+
+A ``case`` on a device value runs every branch and selects, which needs no synchronisation and can be captured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from npu_bridge.compiler.codegen.emitter import Emitter, lowering
+from npu_bridge.compiler.codegen.operands import HostInt, Literal, Operand, Tensor
+from npu_bridge.compiler.codegen.program import Loop
+from npu_bridge.compiler.ir import Block, Op, Type, Value
+
+
+@dataclasses.dataclass
+class _Counted:
+    position: int
+    start: int
+    trip: int
+    step: int
+
+
+def _literal(block: Block, value: Value, outer: dict[Value, Operand]) -> int | None:
+    if value.producer is not None and value.producer.name == "constant" and "splat" in value.producer.attrs:
+        return int(value.producer.attrs["splat"])
+    known = outer.get(value)
+    return int(known.value) if isinstance(known, Literal) else None
+
+
+def _counted(e: Emitter, op: Op, args: list[Operand]) -> _Counted | None:
+    """The counter of a loop with a trip count known while compiling, or None."""
+    condition, body = op.regions
+    test = condition.results[0].producer
+    if test is None or test.name != "compare" or test.attrs["comparison_direction"] not in ("LT", "LE", "NE", "GT", "GE"):
+        return None
+    x, y = test.operands
+    if x not in condition.params:
+        return None
+    i = condition.params.index(x)
+    limit = _literal(condition, y, e.env)
+    if limit is None and y in condition.params:  # the limit is carried unchanged
+        j = condition.params.index(y)
+        if body.results[j] is body.params[j] and isinstance(args[j], Literal):
+            limit = int(args[j].value)
+    start = args[i]
+    update = body.results[i].producer
+    if limit is None or not isinstance(start, Literal) or update is None or update.name not in ("add", "subtract"):
+        return None
+    a, b = update.operands
+    if a is not body.params[i] and update.name == "add":
+        a, b = b, a
+    step = _literal(body, b, e.env)
+    if a is not body.params[i] or not step:
+        return None
+    step = step if update.name == "add" else -step
+    first = int(start.value)
+    direction = test.attrs["comparison_direction"]
+    if direction in ("LT", "LE") and step > 0:
+        count = (limit + (direction == "LE") - first + step - 1) // step
+    elif direction in ("GT", "GE") and step < 0:
+        count = (first - limit + (direction == "GE") - step - 1) // -step
+    elif direction == "NE" and (limit - first) % step == 0 and (limit - first) // step >= 0:
+        count = (limit - first) // step
+    else:
+        return None
+    return _Counted(i, first, max(count, 0), step)
+
+
+@lowering("while")
+def while_(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
+    counted = _counted(e, op, args)
+    if counted is None:
+        if not e.allow_host_sync:
+            e.problem(
+                op,
+                "the number of rounds depends on data on the device, which costs a host synchronisation every round and cannot be "
+                "captured; use lax.scan or a fixed fori_loop, or compile with allow_host_sync=True",
+            )
+            return [Literal(0, r.type) for r in op.results]
+        return _device_loop(e, op, args)
+    if counted.trip == 0:
+        return args
+    body = op.regions[1]
+    counter = e.fresh("i")
+    last = counted.start + (counted.trip - 1) * counted.step
+    outs: list[Operand | None] = [None] * len(args)
+    carried: list[int] = []
+    for i, (param, result, arg) in enumerate(zip(body.params, body.results, args)):
+        if i == counted.position:
+            low, high = sorted((counted.start, last))
+            e.env[param] = HostInt(counter, param.type, low, high)
+            outs[i] = Literal(last + counted.step, op.results[i].type)
+        elif result is param:  # carried unchanged: the value from outside serves inside and afterwards
+            e.env[param] = outs[i] = arg
+        else:
+            carried.append(i)
+    inits = {i: e.tensor(args[i]) for i in carried}
+    params = {i: Tensor(e.fresh("c"), body.params[i].type) for i in carried}
+    for i in carried:
+        e.env[body.params[i]] = params[i]
+    with e.nested(counted.trip) as items:
+        e.block(body)
+        yields = {i: e.tensor(e.env[body.results[i]]) for i in carried}
+    carries = [(params[i].name, inits[i].name, yields[i].name) for i in carried]
+    loop = Loop(counter, counted.trip, carries, items, [op.results[i].type for i in carried], start=str(counted.start), step=counted.step)
+    e.items.append(loop)
+    for i in carried:
+        outs[i] = params[i]
+    return outs
+
+
+def _device_loop(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
+    condition, body = op.regions
+    inits = [e.tensor(a) for a in args]
+    params = [Tensor(e.fresh("c"), p.type) for p in body.params]
+    for block in (condition, body):
+        e.env.update(zip(block.params, params))
+    with e.nested() as prologue:
+        e.block(condition)
+        test = e.tensor(e.env[condition.results[0]])
+    with e.nested() as items:
+        e.block(body)
+        yields = [e.tensor(e.env[r]) for r in body.results]
+    carries = [(p.name, i.name, y.name) for p, i, y in zip(params, inits, yields)]
+    e.items.append(Loop("", None, carries, items, [r.type for r in op.results], prologue, test.name))
+    return list(params)
+
+
+@lowering("case")
+def case(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
+    index = args[0]
+    regions = op.regions
+    if isinstance(index, Literal):
+        chosen = int(index.value)
+        region = regions[chosen if 0 <= chosen < len(regions) else len(regions) - 1]
+        e.block(region)
+        return [e.env[r] for r in region.results]
+    index = e.tensor(index)
+    results: list[list[Operand]] = []
+    for region in regions:
+        e.block(region)
+        results.append([e.env[r] for r in region.results])
+    outs = results[-1]  # StableHLO: an index out of range takes the last branch
+    for number in reversed(range(len(regions) - 1)):
+        chosen = e.emit(f"{index.name} == {number}", [index], Type((), "i1"), kind="case")
+        outs = [_choose(e, chosen, yes, no) for yes, no in zip(results[number], outs)]
+    return outs
+
+
+def _choose(e: Emitter, test: Tensor, yes: Operand, no: Operand) -> Operand:
+    if yes == no:
+        return yes
+    yes, no = e.tensor(yes), e.tensor(no)
+    return e.emit(f"torch.where({test.name}, {yes.name}, {no.name})", [test, yes, no], yes.type, kind="case")

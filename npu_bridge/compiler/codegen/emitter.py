@@ -1,0 +1,210 @@
+"""Walks the bridge's form and writes torch statements. How one operation is written stands in the registry's modules."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+
+from npu_bridge.compiler.codegen.operands import BIT_UNSIGNED, BITS, HostInt, Literal, Operand, Tensor, literal_code, torch_dtype
+from npu_bridge.compiler.codegen.program import Function, Item, Stmt
+from npu_bridge.errors import UnsupportedError
+from npu_bridge.compiler.ir import Block, Location, MeshShape, Op, Program, Type, Value
+
+Lowering = Callable[["Emitter", Op, list[Operand]], list[Operand] | Operand]
+LOWERINGS: dict[str, Lowering] = {}
+
+
+def lowering(*names: str) -> Callable[[Lowering], Lowering]:
+    """Registers how operations of these names are written. A name may be registered once."""
+
+    def register(function: Lowering) -> Lowering:
+        for name in names:
+            if name in LOWERINGS:
+                raise ValueError(f"operation {name!r} has two lowerings")
+            LOWERINGS[name] = function
+        return function
+
+    return register
+
+
+class Emitter:
+    """State of one program being written."""
+
+    def __init__(self, program: Program, *, allow_host_sync: bool = False):
+        self.program = program
+        self.mesh: MeshShape = program.mesh
+        self.allow_host_sync = allow_host_sync
+        self.items: list[Item] = []
+        self.env: dict[Value, Operand] = {}
+        self.constants: list[tuple] = []  # (numpy array of the whole value, axes of each dimension)
+        self.kernels: list[dict] = []
+        self.collectives: list[dict] = []
+        self.groups: set[tuple[str, ...]] = set()  # axes over which one call exchanges
+        self.problems: list[str] = []
+        self.operations: dict[str, int] = {}  # how often each operation was written
+        self.arguments: dict[str, int] = {}  # the program's own arguments, by name
+        self.host_arguments: set[int] = set()  # those of which kernels read the host's copy
+        self.location = Location()
+        self._count = 0
+        self._trips = 1  # how often the code being written runs in one step
+        self._constant_index: dict[bytes, int] = {}
+
+    # -- program ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> tuple[list[str], list[str]]:
+        """Writes everything; returns the names of parameters and results. Raises UnsupportedError with all problems."""
+        body = self.program.body
+        params = []
+        for i, p in enumerate(body.params):
+            params.append(f"a{i}")
+            self.arguments[f"a{i}"] = i
+            self.env[p] = Tensor(params[-1], p.type)
+        self.block(body)
+        results = [self.tensor(self.env[r]).name for r in body.results]
+        if self.problems:
+            raise UnsupportedError(list(dict.fromkeys(self.problems)))
+        return params, results
+
+    def block(self, block: Block) -> None:
+        for op in block.ops:
+            self.location = op.location
+            self.operations[op.name] = self.operations.get(op.name, 0) + 1
+            write = LOWERINGS.get(op.name)
+            if write is None:
+                self.problem(op, "the bridge has no lowering for this operation")
+                outs: list[Operand] = [Literal(0, r.type) for r in op.results]
+            else:
+                made = write(self, op, [self.env[v] for v in op.operands])
+                outs = made if isinstance(made, list) else [made]
+            for result, operand in zip(op.results, outs, strict=True):
+                if operand.type != result.type:
+                    self.problem(op, f"its operands make {operand.type} on one device, its sharding says {result.type}")
+                self.env[result] = operand
+
+    def problem(self, op: Op, text: str) -> None:
+        self.problems.append(f"{op.name} at {op.location}: {text}")
+
+    # -- writing ----------------------------------------------------------------------------------------------------
+
+    def fresh(self, prefix: str = "v") -> str:
+        self._count += 1
+        return f"{prefix}{self._count}"
+
+    def emit(
+        self,
+        code: str,
+        ins: Iterable[Operand],
+        type: Type,
+        *,
+        alias: Tensor | None = None,
+        expands: bool = False,
+        inplace: Sequence[tuple[Tensor, str]] = (),
+        kind: str = "",
+    ) -> Tensor:
+        """One statement with one result."""
+        out = Tensor(self.fresh(), type)
+        names = [i.name for i in ins if isinstance(i, Tensor)]
+        options = [((t.name,), c) for t, c in inplace]
+        self.items.append(
+            Stmt([out.name], code, names, [type], alias.name if alias else None, expands, options, self.location, kind)
+        )
+        return out
+
+    def emit_many(
+        self, code: str, ins: Iterable[Operand], types: Sequence[Type], *, inplace: tuple[tuple[str, ...], str] | None = None, kind: str = ""
+    ) -> list[Tensor]:
+        """One statement with several results (a tuple is unpacked)."""
+        outs = [Tensor(self.fresh(), t) for t in types]
+        names = [i.name for i in ins if isinstance(i, Tensor)]
+        self.items.append(
+            Stmt([o.name for o in outs], code, names, list(types), inplace=[inplace] if inplace else [], location=self.location, kind=kind)
+        )
+        return outs
+
+    def tensor(self, operand: Operand) -> Tensor:
+        """The operand as a torch variable."""
+        if isinstance(operand, Tensor):
+            return operand
+        shape, dtype = operand.type.shape, torch_dtype(operand.type.dtype)
+        if isinstance(operand, HostInt):
+            value = f"int({operand.code})" if operand.type.dtype != "i1" else f"bool({operand.code})"
+            if operand.type.dtype in BIT_UNSIGNED:
+                value = f"rt.wrap({operand.code}, {BITS[operand.type.dtype]}, False)"  # stored as signed bits
+            return self.emit(f"torch.full({shape}, {value}, dtype={dtype}, device=rt.device)", [], operand.type, kind="fill")
+        value = literal_code(operand.value, operand.type.dtype)
+        if not operand.value and dtype.startswith("torch.float8"):
+            return self.emit(f"torch.zeros({shape}, dtype=torch.float32, device=rt.device).to({dtype})", [], operand.type, kind="fill")
+        fill = f"torch.zeros({shape}, " if not operand.value else f"torch.full({shape}, {value}, "
+        return self.emit(f"{fill}dtype={dtype}, device=rt.device)", [], operand.type, kind="fill")
+
+    def text(self, operand: Operand) -> str:
+        """The operand as code: a name, a number, or an expression in brackets."""
+        if isinstance(operand, Tensor):
+            return operand.name
+        if isinstance(operand, HostInt):
+            return f"({operand.code})"
+        code = literal_code(operand.value, operand.type.dtype)
+        return f"({code})" if code.startswith("-") else code
+
+    def host_argument(self, name: str) -> str:
+        """Code of the host's copy of an argument, for a kernel that reads numbers there: no synchronisation."""
+        self.host_arguments.add(self.arguments[name])
+        return f"rt.host[{self.arguments[name]}]"
+
+    def constant(self, array, dims: Sequence[Sequence[str]]) -> str:
+        """Code that names a constant array, put on the device once when the program is loaded."""
+        dims = [tuple(d) for d in dims]
+        key = array.tobytes() + str((array.shape, array.dtype, dims)).encode()
+        if key not in self._constant_index:
+            self._constant_index[key] = len(self.constants)
+            self.constants.append((array, dims))
+        return f"K[{self._constant_index[key]}]"
+
+    @contextlib.contextmanager
+    def nested(self, trips: int = 1):
+        """Collects what is written inside into a list of its own."""
+        outer, self.items = self.items, []
+        self._trips *= trips
+        try:
+            yield self.items
+        finally:
+            self.items = outer
+            self._trips //= trips
+
+    def function(self, op: Op, block: Block, prefix: str) -> str | None:
+        """Writes a region on scalars as a function on tensors of any one shape; returns its name.
+
+        Element-wise code does not mention shapes, so the same text serves a whole array at once.
+        """
+        from npu_bridge.compiler.ir import free_values
+
+        outer_env = dict(self.env)
+        for v in free_values(block):
+            if not isinstance(self.env.get(v), Literal):
+                self.problem(op, "its body reads a value from outside; pass it as an operand")
+                return None
+        name = self.fresh(prefix)
+        params = []
+        for p in block.params:
+            params.append(self.fresh("p"))
+            self.env[p] = Tensor(params[-1], p.type)
+        with self.nested() as items:
+            self.block(block)
+            results = [self.tensor(self.env[r]).name for r in block.results]
+        self.env = outer_env
+        lines = [f"{', '.join(s.outs)} = {s.code}" for s in items if isinstance(s, Stmt)]
+        if len(lines) != len(items):
+            self.problem(op, "its body holds a loop")
+            return None
+        self.items.append(Function(name, params, lines, results))
+        return name
+
+    def note_collective(self, op: Op, kind: str, dims: Sequence[Sequence[str]], type: Type, moved: int, *, waits: bool = True) -> None:
+        """Records an exchange: `moved` bytes leave this device in one execution. dims: axes of each call it takes. waits: whether the
+        computation stands still for it, or goes on until its result is read."""
+        self.groups.update(tuple(d) for d in dims if d)
+        axes = tuple(a for d in dims for a in d)
+        self.collectives.append(
+            {"kind": kind, "axes": axes, "devices": self.mesh.size(axes), "shape": type.shape, "dtype": type.dtype,
+             "bytes": moved, "times": self._trips, "waits": waits, "location": str(op.location)}
+        )  # fmt: skip

@@ -1,0 +1,93 @@
+"""Gather and scatter in all forms, and random bits.
+
+An indexed dimension may be sharded: each device then answers only for the indices that fall into its shard (others give zero, or
+write nothing) and Shardy's all_reduce puts the answers together. An embedding table is never gathered.
+"""
+
+from __future__ import annotations
+
+from npu_bridge.compiler.codegen.emitter import Emitter, lowering
+from npu_bridge.compiler.codegen.operands import Literal, Operand
+from npu_bridge.compiler.ir import Op, body_kind
+
+
+PHILOX = ("DEFAULT", "PHILOX")  # XLA's default is Philox on every back end but the TPU's
+
+
+def _shard_text(op: Op) -> str:
+    """{dim: (axes, size of the whole dimension)} for sharded indexed dimensions, as code giving {dim: (start, whole)}."""
+    shards = op.attrs["shards"]
+    if not shards:
+        return ""
+    local = op.operands[0].shape
+    items = ", ".join(f"{d}: (rt.index({axes}) * {local[d]}, {op.attrs['global_sizes'][d]})" for d, axes in shards.items())
+    return f", shards={{{items}}}"
+
+
+@lowering("gather")
+def gather(e: Emitter, op: Op, args: list[Operand]) -> Operand:
+    x, indices = (e.tensor(a) for a in args)
+    a = op.attrs
+    rows = (
+        len(a["start_index_map"]) == 1
+        and a["collapsed_slice_dims"] == a["start_index_map"]
+        and not a["operand_batching_dims"]
+        and a["index_vector_dim"] == len(indices.type.shape) - 1
+    )
+    if rows:
+        dim = a["start_index_map"][0]
+        whole = all(n == m for d, (n, m) in enumerate(zip(x.type.shape, a["slice_sizes"])) if d != dim)
+        batch = len(indices.type.shape) - 1
+        in_place = list(a["offset_dims"]) == [d if d < dim else d + batch - 1 for d in range(len(x.type.shape)) if d != dim]
+        if whole and in_place:
+            code = f"T.take({x.name}, {indices.name}, {dim}{_shard_text(op)})"
+            return e.emit(code, [x, indices], op.result.type, kind="gather")
+    numbers = {k: a[k] for k in ("offset_dims", "collapsed_slice_dims", "operand_batching_dims", "start_indices_batching_dims",
+                                 "start_index_map", "index_vector_dim", "slice_sizes")}  # fmt: skip
+    text = ", ".join(f"{k}={v}" for k, v in numbers.items())
+    return e.emit(f"T.gather({x.name}, {indices.name}, {text}{_shard_text(op)})", [x, indices], op.result.type, kind="gather")
+
+
+@lowering("scatter")
+def scatter(e: Emitter, op: Op, args: list[Operand]) -> Operand:
+    x, indices, updates = (e.tensor(a) for a in args)
+    a = op.attrs
+    mode = body_kind(op.regions[0])
+    if mode not in ("add", "multiply", "maximum", "minimum", "replace"):
+        e.problem(op, "its body is not one of add, multiply, maximum, minimum, replace")
+        return Literal(0, op.result.type)
+    numbers = {k: a[k] for k in ("update_window_dims", "inserted_window_dims", "input_batching_dims", "scatter_indices_batching_dims",
+                                 "scattered_dims_to_operand_dims", "index_vector_dim")}  # fmt: skip
+    text = ", ".join(f"{k}={v}" for k, v in numbers.items())
+    rest = f"{indices.name}, {updates.name}, {mode!r}, {text}{_shard_text(op)})"
+    return e.emit(
+        f"T.scatter_({x.name}.clone(), {rest}", [x, indices, updates], op.result.type, inplace=[(x, f"T.scatter_({x.name}, {rest}")],
+        kind="scatter",
+    )  # fmt: skip
+
+
+def _first(op: Op) -> str:
+    return f"rt.index({op.attrs['axes']}) * {op.operands[0].shape[-1]}" if op.attrs["axes"] else "0"
+
+
+@lowering("pick")
+def pick(e: Emitter, op: Op, args: list[Operand]) -> Operand:
+    x, index = (e.tensor(a) for a in args)
+    return e.emit(f"T.pick({x.name}, {index.name}, {_first(op)})", [x, index], op.result.type, kind="pick")
+
+
+@lowering("add_at")
+def add_at(e: Emitter, op: Op, args: list[Operand]) -> Operand:
+    x, index = (e.tensor(a) for a in args)
+    rest = f"{index.name}, {_first(op)}, {op.attrs['number']})"
+    return e.emit(f"T.add_at({x.name}.clone(), {rest}", [x, index], op.result.type, inplace=[(x, f"T.add_at({x.name}, {rest}")], kind="add_at")
+
+
+@lowering("rng_bit_generator")
+def rng_bit_generator(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
+    state = e.tensor(args[0])
+    bits, algorithm = op.results[1].type, op.attrs["rng_algorithm"]
+    if algorithm not in PHILOX or state.type.dtype != "ui64" or bits.dtype not in ("ui8", "ui16", "ui32", "ui64"):
+        e.problem(op, f"bits of {bits.dtype} by {algorithm} from a state of {state.type} have no torch form; use Philox or jax's default threefry keys")
+    code = f"T.rng_bit_generator({state.name}, {bits.shape}, {bits.dtype!r})"
+    return list(e.emit_many(code, [state], [r.type for r in op.results], kind="rng_bit_generator"))

@@ -1,0 +1,68 @@
+"""Where a value lives while code is written: in a torch variable, as a literal, or as an integer the host knows."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from npu_bridge.compiler.ir import FLOATS, UNSIGNED, Type
+
+# torch has little arithmetic for unsigned integers wider than a byte. They are kept as the bits of a signed integer: addition,
+# multiplication, shifts left and logic are the same on both; comparison, division, shift right and conversion are not, and have
+# code of their own (runtime/tensor_ops.py).
+STORAGE = {
+    "i1": "bool", "i8": "int8", "ui8": "uint8", "i16": "int16", "ui16": "int16", "i32": "int32", "ui32": "int32", "i64": "int64",
+    "ui64": "int64", "f16": "float16", "bf16": "bfloat16", "f32": "float32", "f64": "float64", "f8E4M3FN": "float8_e4m3fn",
+    "f8E5M2": "float8_e5m2", "f8E4M3FNUZ": "float8_e4m3fnuz", "f8E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+BITS = {"i8": 8, "ui8": 8, "i16": 16, "ui16": 16, "i32": 32, "ui32": 32, "i64": 64, "ui64": 64}
+BIT_UNSIGNED = UNSIGNED - {"ui8"}  # stored as signed bits; a byte has its own torch type
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A torch variable of the program."""
+
+    name: str
+    type: Type
+
+
+@dataclasses.dataclass(frozen=True)
+class Literal:
+    """One number repeated over the whole shape; never stored."""
+
+    value: float | int | bool
+    type: Type
+
+
+@dataclasses.dataclass(frozen=True)
+class HostInt:
+    """A scalar integer the host knows while the program runs: a loop counter and what is computed from it.
+
+    low, high: bounds it is known to keep (inclusive), so that comparisons and clamps fold away.
+    """
+
+    code: str
+    type: Type
+    low: int | None = None
+    high: int | None = None
+
+
+Operand = Tensor | Literal | HostInt
+
+
+def torch_dtype(dtype: str) -> str:
+    return f"torch.{STORAGE[dtype]}"
+
+
+def literal_code(value: float | int | bool, dtype: str) -> str:
+    """The number as Python code, in the storage type's own terms (unsigned bits read as signed)."""
+    if dtype == "i1":
+        return repr(bool(value))
+    if dtype in FLOATS:
+        value = float(value)
+        return repr(value) if math.isfinite(value) else f"float('{value}')"
+    value = int(value)
+    if dtype in BIT_UNSIGNED and value >= 1 << (BITS[dtype] - 1):
+        value -= 1 << BITS[dtype]
+    return repr(value)

@@ -1,0 +1,81 @@
+"""The torch program as Python source: readable, the same on every rank, with scopes and source lines of the JAX program."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from npu_bridge.compiler.codegen import contraction, control, elementwise, exchange, indexing, shaping  # noqa: F401  (register lowerings)
+from npu_bridge.compiler.codegen.emitter import Emitter
+from npu_bridge.compiler.codegen.program import Stmt, remove_dead, walk
+from npu_bridge.compiler.ir import Location, Program
+from npu_bridge.compiler.memory import Planner
+
+
+@dataclasses.dataclass
+class Source:
+    """What is cached on disk: the text and everything the runtime and the reports need."""
+
+    text: str
+    constants: list[tuple]
+    kernels: list[dict]
+    collectives: list[dict]
+    memory: dict[str, int]
+    statements: int
+    axes_used: list[tuple[str, ...]]
+    operations: dict[str, int]
+    host_arguments: list[int]  # arguments of which kernels read the host's copy
+
+
+def _scope(location: Location) -> str:
+    """``jit(step)/layer/attention/dot_general`` -> ``layer/attention``."""
+    parts = [p for p in location.scope.split("/")[:-1] if not p.startswith("jit(")]
+    return "/".join(parts)
+
+
+def generate(program: Program, *, allow_host_sync: bool = False) -> Source:
+    """Writes a program. Raises UnsupportedError with everything that has no torch form."""
+    emitter = Emitter(program, allow_host_sync=allow_host_sync)
+    params, results = emitter.run()
+    items = remove_dead(emitter.items, set(results))
+    types = {p: v.type for p, v in zip(params, program.body.params)}
+    donated = {p for p, d in zip(params, program.donated) if d}
+    plan = Planner(types, donated).run(items, results)
+
+    mesh = " x ".join(f"{name} {size}" for name, size in program.mesh.axes) or "one device"
+    lines = [
+        f'"""One step of `{program.name}` on one device of {mesh}. Written by npu_bridge; the text is the same on every rank.',
+        "",
+        "rt: this rank's runtime (collectives, kernels, device, host copies of arguments). K: constants on the device. args: local shards; the list is emptied",
+        'so that donated arrays die at their last use."""',
+        "import torch",
+        "from npu_bridge.runtime import tensor_ops as T",
+        "",
+        "",
+        "def main(rt, K, args):",
+        f"    [{', '.join(params)}] = args",
+        "    args.clear()",
+    ]
+    last: tuple[str, str] | None = None
+    for indent, code, source in plan.lines:
+        pad = "    " * indent
+        if isinstance(source, Stmt):
+            place = os.path.basename(source.location.file)
+            here = (_scope(source.location), f"{place}:{source.location.line}" if place else "")
+            if any(here) and here != last:
+                lines.append(f"{pad}# {'  '.join(h for h in here if h)}")
+                last = here
+            lines.append(f"{pad}{code}  # {', '.join(map(str, source.types))}")
+        else:
+            lines.append(pad + code)
+    lines.append(f"    return [{', '.join(results)}]")
+    memory = {
+        "argument_bytes": plan.argument_bytes,
+        "peak_bytes": plan.peak_bytes,
+        "inplace_updates": plan.inplace,
+        "copies": plan.copies,
+    }
+    return Source(
+        "\n".join(lines) + "\n", emitter.constants, emitter.kernels, emitter.collectives, memory, sum(1 for _ in walk(items)), sorted(emitter.groups),
+        emitter.operations, sorted(emitter.host_arguments),
+    )

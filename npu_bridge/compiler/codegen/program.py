@@ -1,0 +1,109 @@
+"""Statements of the torch program before they are printed: what each reads, what it may share storage with, what it may overwrite.
+
+The memory plan works on these and decides which form of a statement is printed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from npu_bridge.compiler.ir import Location, Type
+
+
+@dataclasses.dataclass
+class Stmt:
+    """``outs = code``.
+
+    alias: the first result may share storage with this variable (a view).
+    expands: the view repeats elements, so nothing may be written through it.
+    inplace: (variables overwritten, code) to use instead when nobody else needs their storage, best first. The result takes over the
+      storage of the variable at the same position.
+    """
+
+    outs: list[str]
+    code: str
+    ins: list[str]
+    types: list[Type]
+    alias: str | None = None
+    expands: bool = False
+    inplace: list[tuple[tuple[str, ...], str]] = dataclasses.field(default_factory=list)
+    location: Location = Location()
+    kind: str = ""  # "collective", "kernel" or the operation's name
+
+
+@dataclasses.dataclass
+class Loop:
+    """``for counter in range(trip)`` or, when `trip` is None, a loop whose `condition` is read from the device every time.
+
+    carries: (parameter, initial value, value for the next round). After the loop the parameters hold the results.
+    """
+
+    counter: str
+    trip: int | None
+    carries: list[tuple[str, str, str]]
+    body: list[Stmt | Loop | Function]
+    types: list[Type]
+    prologue: list[Stmt | Loop | Function] = dataclasses.field(default_factory=list)
+    condition: str = ""
+    start: str = "0"
+    step: int = 1
+
+    @property
+    def outs(self) -> list[str]:
+        return [c[0] for c in self.carries]
+
+
+@dataclasses.dataclass
+class Function:
+    """A nested function without free variables: the body of a reduction that torch has no operator for."""
+
+    name: str
+    params: list[str]
+    lines: list[str]
+    results: list[str]
+
+    outs: tuple[str, ...] = ()
+
+
+Item = Stmt | Loop | Function
+
+
+def reads(item: Item) -> set[str]:
+    """Variables an item needs from outside itself."""
+    if isinstance(item, Stmt):
+        return set(item.ins)
+    if isinstance(item, Function):
+        return set()
+    inner: set[str] = set()
+    defined: set[str] = set(item.outs)
+    for part in (*item.prologue, *item.body):
+        inner |= reads(part)
+        defined |= set(part.outs)
+    inner |= {c[2] for c in item.carries} | ({item.condition} if item.condition else set())
+    return {c[1] for c in item.carries} | (inner - defined)
+
+
+def remove_dead(items: list[Item], live: set[str]) -> list[Item]:
+    """Drops items whose results nobody reads. `live` is what is needed afterwards; it is extended in place."""
+    kept: list[Item] = []
+    for item in reversed(items):
+        if not isinstance(item, Function) and not any(o in live for o in item.outs) and item.outs:
+            continue
+        if isinstance(item, Loop):
+            wanted = {c[2] for c in item.carries}
+            item.body = remove_dead(item.body, set(wanted))
+            item.prologue = remove_dead(item.prologue, {item.condition} if item.condition else set())
+        live |= reads(item)
+        kept.append(item)
+    return kept[::-1]
+
+
+def walk(items: list[Item]) -> Iterator[Stmt]:
+    """Every statement, those of loops included (once)."""
+    for item in items:
+        if isinstance(item, Stmt):
+            yield item
+        elif isinstance(item, Loop):
+            yield from walk(item.prologue)
+            yield from walk(item.body)

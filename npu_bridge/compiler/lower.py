@@ -1,0 +1,151 @@
+"""Trace a JAX function over abstract arguments and lower it to StableHLO for platform ``npu``. Nothing is compiled by XLA.
+
+`check` looks at the traced program first and gathers everything the bridge refuses, each with the user's source line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxlib.mlir import ir
+
+from npu_bridge import jaxcompat
+from npu_bridge.compiler import primitives
+from npu_bridge.compiler.codegen.contraction import MOST_SPATIAL_DIMS
+from npu_bridge.compiler.codegen.indexing import PHILOX
+from npu_bridge.errors import UnsupportedError
+from npu_bridge.compiler.ir import ELEMENT_BYTES
+
+# Primitives that can never run inside one captured device program, with the reason and the way out.
+REFUSED = {
+    "pure_callback": "calls back to Python on the host in the middle of a step; compute it outside the step or write it in jax",
+    "io_callback": "calls back to Python on the host in the middle of a step; return the value from the step instead",
+    "debug_callback": "jax.debug.print/callback runs on the host in the middle of a step; return the value from the step instead",
+    "debug_print": "jax.debug.print runs on the host in the middle of a step; return the value from the step instead",
+    "infeed": "host transfer inside a step; pass the data as an argument",
+    "outfeed": "host transfer inside a step; return the data from the step",
+    "fft": "FFT is outside what the bridge lowers",
+    "rng_uniform": "is not reproducible across devices; use jax.random",
+    "approx_top_k": "approximate top-k depends on the hardware; use jax.lax.top_k",
+    "pallas_call": "a Pallas kernel is written for one accelerator; use npu_bridge.ops or plain jax",
+}
+_LINEAR_ALGEBRA = {"cholesky", "eig", "eigh", "geqrf", "householder_product", "lu", "qr", "schur", "svd", "triangular_solve",
+                   "tridiagonal", "tridiagonal_solve", "hessenberg", "ormqr", "symmetric_product"}  # fmt: skip
+_DTYPES = {"bool": "i1", "int8": "i8", "int16": "i16", "int32": "i32", "int64": "i64", "uint8": "ui8", "uint16": "ui16",
+           "uint32": "ui32", "uint64": "ui64", "float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64",
+           "float8_e4m3fn": "f8E4M3FN", "float8_e5m2": "f8E5M2", "float8_e4m3fnuz": "f8E4M3FNUZ", "float8_e5m2fnuz": "f8E5M2FNUZ"}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Traced:
+    """A lowered program and what is known about its arguments and results."""
+
+    module: ir.Module
+    kept: list[int]  # flat argument number of each argument of the module
+    donated: list[bool]  # for each flat argument
+    in_tree: Any
+    out_tree: Any
+    in_avals: list[jax.ShapeDtypeStruct]
+    out_avals: list[jax.ShapeDtypeStruct]
+
+
+def mlir_dtype(dtype: Any) -> str:
+    """MLIR's name of a numpy or jax dtype. Raises KeyError for one the bridge has no storage for."""
+    return _DTYPES[np.dtype(dtype).name]
+
+
+def _refused_by_arguments(eqn: Any) -> str | None:
+    """Why this use of a primitive that is supported otherwise is not; the code generator refuses the same of a bare module."""
+    if eqn.primitive.name == "conv_general_dilated" and eqn.invars[0].aval.ndim > 2 + MOST_SPATIAL_DIMS:
+        return f"{eqn.invars[0].aval.ndim - 2} spatial dimensions; torch has convolutions over up to {MOST_SPATIAL_DIMS}, write the others as a sum"
+    if eqn.primitive.name == "rng_bit_generator":
+        algorithm = str(getattr(eqn.params["algorithm"], "name", eqn.params["algorithm"])).removeprefix("RNG_")
+        if algorithm not in PHILOX:
+            return f"algorithm {algorithm} has no torch form; use the default one (Philox), or jax.random with threefry keys"
+    return None
+
+
+@functools.cache
+def refused_dtype(dtype: Any, x64: bool) -> str | None:
+    """Why arrays of a dtype cannot be lowered. Cached: a deep program asks some hundred thousand times about five dtypes."""
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        return None
+    if np.issubdtype(dtype, np.complexfloating):
+        return "complex numbers are outside what the bridge lowers"
+    name = np.dtype(dtype).name
+    if name == "float64" and not x64:
+        return "float64 found while jax_enable_x64 is off"
+    return None if name in _DTYPES or name == "float0" else f"dtype {name} has no torch storage; use one of {', '.join(_DTYPES)}"
+
+
+def check(jaxpr: Any) -> list[str]:
+    """Everything in a traced program that the bridge refuses, one line each."""
+    problems: dict[str, None] = {}
+
+    def add(eqn: Any, text: str) -> None:
+        problems.setdefault(f"{eqn.primitive.name} at {jaxcompat.source_line(eqn)}: {text}")
+
+    for eqn in jaxcompat.equations(jaxpr):
+        name = eqn.primitive.name
+        if name in REFUSED:
+            add(eqn, REFUSED[name])
+        elif name in _LINEAR_ALGEBRA:
+            add(eqn, "dense linear algebra is outside what the bridge lowers")
+        elif (reason := _refused_by_arguments(eqn)) is not None:
+            add(eqn, reason)
+        elif not jaxcompat.has_lowering(eqn.primitive):
+            add(eqn, "jax has no platform-independent lowering for this primitive")
+        for var in (*eqn.invars, *eqn.outvars):
+            dtype = getattr(var.aval, "dtype", None)
+            shape = getattr(var.aval, "shape", ())
+            if not all(isinstance(n, (int, np.integer)) for n in shape):
+                add(eqn, f"dynamic shape {shape}; the bridge needs every size fixed at compile time")
+            if dtype is not None and (reason := refused_dtype(dtype, jax.config.jax_enable_x64)) is not None:
+                add(eqn, reason)
+    return list(problems)
+
+
+def lower(
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    *,
+    named: Mapping[str, Any] | None = None,
+    mesh: jax.sharding.AbstractMesh | None,
+    donate_argnums: Sequence[int] = (),
+    static_argnums: Sequence[int] = (),
+    out_shardings: Any = None,
+    name: str = "this program",
+) -> Traced:
+    """Traces `fn` on abstract `args`, and `named` ones, (pytrees of ShapeDtypeStruct with shardings) and lowers it.
+
+    Raises UnsupportedError with every problem of the traced program at once, VersionError for an untested jax.
+    """
+    jaxcompat.require_tested_version()
+    primitives.register()
+    options = {} if out_shardings is None else {"out_shardings": out_shardings}
+    with jaxcompat.abstract_mesh(mesh):
+        jitted = jax.jit(fn, donate_argnums=tuple(donate_argnums), static_argnums=tuple(static_argnums), **options)
+        traced = jitted.trace(*args, **(named or {}))
+        problems = check(traced.jaxpr.jaxpr)
+        if problems:
+            raise UnsupportedError(problems, name)
+        lowered = traced.lower(lowering_platforms=(jaxcompat.PLATFORM,))
+    flat_out, out_tree = jax.tree.flatten(traced.out_info)  # with weak types, which lowered.out_info has not
+    flat_in, in_tree = jax.tree.flatten(lowered.args_info)
+    return Traced(
+        module=jaxcompat.module_of(lowered),
+        kept=jaxcompat.kept_arguments(lowered),
+        donated=[info.donated for info in flat_in],
+        in_tree=in_tree,
+        out_tree=out_tree,
+        in_avals=[jax.ShapeDtypeStruct(i.shape, i.dtype) for i in flat_in],
+        out_avals=[jax.ShapeDtypeStruct(o.shape, o.dtype, weak_type=o.weak_type) for o in flat_out],
+    )
+
+
+assert set(_DTYPES.values()) == set(ELEMENT_BYTES)

@@ -1,0 +1,253 @@
+"""Who may overwrite what, and when a variable dies.
+
+Every variable belongs to a *storage*; views share it. A statement takes its in-place form when the storage it would overwrite is
+owned by the program (made by it, or donated), nobody reads it later under any name, and no other operand shares it. Variables are
+deleted after their last use, so torch's allocator can hand the memory on, and the peak is known before anything runs.
+
+Loops: a carried value that the body overwrites must own its storage alone when the loop begins; it is copied on entry where that
+cannot be shown. Copies are counted, because a training step should have none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from npu_bridge.compiler.codegen.program import Function, Item, Loop, Stmt, reads
+from npu_bridge.compiler.ir import Type
+
+
+@dataclasses.dataclass
+class Plan:
+    """The printed body and what the plan found out."""
+
+    lines: list[tuple[int, str, Stmt | Loop | None]]  # indentation, code, what it came from
+    inplace: int = 0
+    copies: int = 0
+    peak_bytes: int = 0
+    argument_bytes: int = 0
+
+
+class _Storages:
+    """Live storages and their sizes; tracks the peak."""
+
+    def __init__(self) -> None:
+        self.root: dict[str, str] = {}
+        self.names: dict[str, set[str]] = {}
+        self.size: dict[str, int] = {}
+        self.live = self.peak = 0
+
+    def add(self, name: str, root: str, size: int) -> None:
+        self.drop(name)
+        self.root[name] = root
+        if root not in self.names:
+            self.names[root] = set()
+            self.size[root] = size
+            self.live += size
+            self.peak = max(self.peak, self.live)
+        self.names[root].add(name)
+
+    def drop(self, name: str) -> None:
+        root = self.root.get(name)
+        if root is None or name not in self.names.get(root, ()):
+            return
+        self.names[root].discard(name)
+        if not self.names[root]:
+            del self.names[root]
+            self.live -= self.size.pop(root)
+
+
+class _Later:
+    """The variables read after one position of a block."""
+
+    def __init__(self, last_read: dict[str, int], position: int):
+        self.last_read, self.position = last_read, position
+
+    def __contains__(self, name: str) -> bool:
+        return self.last_read.get(name, -1) > self.position
+
+
+class Planner:
+    def __init__(self, params: dict[str, Type], donated: set[str]):
+        self.plan = Plan([])
+        self.store = _Storages()
+        self.types: dict[str, Type] = dict(params)
+        self.expanded: set[str] = set()
+        self.donated = donated
+        self.owned = {p for p in params if p in donated}
+        for name, type in params.items():
+            self.store.add(name, name, type.bytes)
+        self.plan.argument_bytes = self.store.live
+
+    def run(self, items: list[Item], results: list[str]) -> Plan:
+        params = set(self.types)
+        used = set().union(set(results), *(reads(i) for i in items)) if items else set(results)
+        unused = sorted(params - used, key=lambda p: int(p[1:]))
+        if unused:
+            self.line(1, f"del {', '.join(unused)}")
+            for p in unused:
+                self.store.drop(p)
+        self.block(items, set(results), self.owned, 1, params - set(unused))
+        self.plan.peak_bytes = self.store.peak
+        return self.plan
+
+    def line(self, indent: int, code: str, source: Stmt | Loop | None = None) -> None:
+        self.plan.lines.append((indent, code, source))
+
+    @property
+    def root(self) -> dict[str, str]:
+        return self.store.root
+
+    def block(self, items: list[Item], live_out: set[str], owned: set[str], indent: int, deletable: set[str]) -> set[str]:
+        """Plans items in order. `deletable`: variables of this scope that may be deleted here. Returns the storages that were
+        overwritten and not made in this block."""
+        last_read = {v: n for n, item in enumerate(items) for v in reads(item)} | dict.fromkeys(live_out, len(items))
+        made: set[str] = set()
+        dirty: set[str] = set()
+        for position, item in enumerate(items):
+            later = _Later(last_read, position)
+            if isinstance(item, Function):
+                self.line(indent, f"def {item.name}({', '.join(item.params)}):")
+                for text in item.lines:
+                    self.line(indent + 1, text)
+                self.line(indent + 1, f"return {', '.join(item.results)}{',' if len(item.results) > 0 else ''}")
+                continue
+            if isinstance(item, Stmt):
+                self.statement(item, later, owned, made, dirty, indent)
+                dead = [v for v in dict.fromkeys(item.ins) if v not in later and v in deletable]
+                deletable.update(o for o in item.outs if o in later)
+                dead += [o for o in item.outs if o not in later and o not in dead]
+            else:
+                dead = self.loop(item, later, owned, made, dirty, indent, deletable)
+            if dead:
+                self.line(indent, f"del {', '.join(dead)}")
+                deletable -= set(dead)
+                for v in dead:
+                    self.store.drop(v)
+        return dirty
+
+    def shared(self, root: str, later: _Later) -> bool:
+        """Whether any name of this storage is read later."""
+        return any(v in later for v in self.store.names.get(root, ()))
+
+    def statement(self, s: Stmt, later: _Later, owned: set[str], made: set[str], dirty: set[str], indent: int) -> None:
+        code, taken = s.code, None
+        # A donated argument's own storage first: then the state stays where it is from step to step.
+        for names, form in sorted(s.inplace, key=lambda o: not any(self.root.get(n) in self.donated for n in o[0])):
+            roots = [self.root[n] for n in names if n]
+            others = [self.root[i] for i in s.ins if i not in names and i in self.root]
+            free = all(r in owned and not self.shared(r, later) and r not in others for r in roots)
+            alone = len(set(roots)) == len(roots) and all(s.ins.count(n) == 1 for n in names if n)
+            if free and alone and not any(n in self.expanded for n in names):
+                code, taken = form, names
+                self.plan.inplace += 1
+                dirty.update(r for r in roots if r not in made)
+                break
+        if s.inplace and taken is None and ".clone()" in code:
+            self.plan.copies += 1
+        for i, (out, type) in enumerate(zip(s.outs, s.types)):
+            if taken and taken[i]:
+                root = self.root[taken[i]]
+            elif s.alias:
+                root = self.root[s.alias]
+            else:
+                root = out
+                owned.add(out)
+                made.add(out)
+            self.store.add(out, root, type.bytes)
+            self.types[out] = type
+            if s.expands or (s.alias and s.alias in self.expanded):
+                self.expanded.add(out)
+        self.line(indent, f"{', '.join(s.outs)} = {code}", s)
+
+    def loop(
+        self, s: Loop, later: _Later, owned: set[str], made: set[str], dirty: set[str], indent: int, deletable: set[str]
+    ) -> list[str]:
+        params, inits, yields = ([c[i] for c in s.carries] for i in range(3))
+        header = len(self.plan.lines)
+        if s.trip is None:
+            self.line(indent, "while True:", s)
+        elif s.trip > 0:
+            stop = int(s.start) + s.trip * s.step
+            spec = f"{stop}" if s.start == "0" and s.step == 1 else f"{s.start}, {stop}" + (f", {s.step}" if s.step != 1 else "")
+            self.line(indent, f"for {s.counter} in range({spec}):", s)
+        # Inside, each carried value is taken to own its storage alone; what that asks of the beginning is settled below.
+        inner_owned = set(params)
+        for p, i in zip(params, inits):
+            self.store.add(p, p, 0)
+            self.types[p] = self.types[i]
+        inner_deletable: set[str] = set(params)
+        wanted = set(yields)
+        changed: set[str] = set()
+        if s.trip is None:
+            body_needs = set().union(wanted, *(reads(b) for b in s.body)) | set(params)
+            changed |= self.block(s.prologue, body_needs | {s.condition}, inner_owned, indent + 1, set())
+            self.line(indent + 1, f"if not bool({s.condition}): break  # reads the device")
+        changed |= self.block(s.body, wanted, inner_owned, indent + 1, inner_deletable)
+        # End of a round: every carried value must own its storage alone again.
+        ends: list[str] = []
+        taken: set[str] = set()
+        for y in yields:
+            r = self.root[y]
+            if r in taken or r not in inner_owned or y in self.expanded:
+                ends.append(f"{y}.clone()")
+                self.plan.copies += 1
+            else:
+                taken.add(r)
+                ends.append(y)
+        # Beginning: copy what the body overwrites, or hands on as its own, when it is not free to take.
+        begins: list[str] = []
+        seen: set[str] = set()
+        kept_roots = {self.root[y] for y, e in zip(yields, ends) if e == y}
+        for p, i in zip(params, inits):
+            r = self.root[i]
+            needs_own = p in changed or p in kept_roots or s.trip is None
+            free = r in owned and not self.shared(r, later) and r not in seen and i not in self.expanded
+            if needs_own and not free:
+                begins.append(f"{i}.clone()")
+                self.plan.copies += 1
+            else:
+                begins.append(i)
+                if needs_own and r not in made:
+                    dirty.add(r)
+            seen.add(r)
+        head: list[tuple[int, str, Stmt | Loop | None]] = []
+        if params:
+            head.append((indent, f"{', '.join(params)} = {', '.join(begins)}", None))
+        dead = [v for v in dict.fromkeys(inits) if v not in later and v in deletable and v not in reads_of_bodies(s)]
+        if dead:
+            head.append((indent, f"del {', '.join(dead)}", None))
+            deletable -= set(dead)
+        self.plan.lines[header:header] = head
+        if params:
+            self.line(indent + 1, f"{', '.join(params)} = {', '.join(ends)}")
+        extra = [y for y in dict.fromkeys(yields) if y not in params and y in self.root and y not in self.outer(s)]
+        if extra:
+            self.line(indent + 1, f"del {', '.join(extra)}")
+        for y in extra:
+            self.store.drop(y)
+        for v in dead:
+            self.store.drop(v)
+        for p, type in zip(params, s.types):
+            self.store.add(p, p, type.bytes)
+            owned.add(p)
+            made.add(p)
+        deletable.update(p for p in params if p in later)
+        outer_reads = reads(s) - set(inits)
+        leftover = [v for v in inits if v in reads_of_bodies(s)]
+        return [p for p in params if p not in later] + [
+            v for v in dict.fromkeys([*sorted(outer_reads), *leftover]) if v not in later and v in deletable and v not in params
+        ]
+
+    @staticmethod
+    def outer(s: Loop) -> set[str]:
+        """Variables from outside that the bodies read."""
+        return reads_of_bodies(s)
+
+
+def reads_of_bodies(s: Loop) -> set[str]:
+    inner: set[str] = set()
+    defined = set(s.outs)
+    for part in (*s.prologue, *s.body):
+        inner |= reads(part)
+        defined |= set(part.outs)
+    return (inner | {c[2] for c in s.carries}) - defined

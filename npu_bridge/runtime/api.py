@@ -1,0 +1,474 @@
+"""`npu_bridge.jit`: like `jax.jit`, but the step runs as a torch program on npu, cuda or cpu, one process a device."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from npu_bridge import jaxcompat
+from npu_bridge.runtime import cache
+from npu_bridge.compiler import lower
+from npu_bridge.compiler import partition
+from npu_bridge.errors import PlacementError, UnsupportedError
+from npu_bridge.compiler.ir import Layout, MeshShape
+
+if TYPE_CHECKING:
+    from npu_bridge.compiler.codegen.printer import Source
+
+MeshLike = Mesh | AbstractMesh | dict[str, int] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What changes the written program besides the function itself.
+
+    device: npu gets the forms of torch_npu's fused calls (`npu_bridge.compiler.passes.fused_calls`).
+    allow_host_sync: loops whose number of rounds is known only on the device may read it every round.
+    reduce_in_float32: sums of 16-bit floats across devices are exchanged in float32.
+    overlap: gathers and scatters run beside the computation (`npu_bridge.compiler.passes.overlap`).
+    """
+
+    device: str = "cpu"
+    allow_host_sync: bool = False
+    reduce_in_float32: bool = False
+    overlap: bool = True
+
+
+def as_mesh(mesh: MeshLike) -> tuple[AbstractMesh | None, tuple[int, ...] | None]:
+    """An abstract mesh for tracing, and for each place the rank that sits there (None: in order)."""
+    if mesh is None:
+        return None, None
+    if isinstance(mesh, dict):
+        names, sizes, order = tuple(mesh), tuple(mesh.values()), None
+    elif isinstance(mesh, AbstractMesh):
+        names, sizes, order = mesh.axis_names, mesh.axis_sizes, None
+    else:
+        names, sizes = mesh.axis_names, mesh.devices.shape
+        ids = [d.id for d in mesh.devices.ravel()]
+        order = None if ids == list(range(len(ids))) else tuple(sorted(ids).index(i) for i in ids)
+    return AbstractMesh(tuple(sizes), tuple(names), axis_types=(AxisType.Auto,) * len(names)), order
+
+
+def _is_spec(x: Any) -> bool:
+    return x is None or isinstance(x, (PartitionSpec, jax.sharding.Sharding))
+
+
+def _spec(x: Any) -> PartitionSpec:
+    if x is None:
+        return PartitionSpec()
+    if isinstance(x, PartitionSpec):
+        return x
+    if isinstance(x, NamedSharding):
+        return x.spec
+    raise PlacementError(f"npu_bridge: sharding {x!r}; expected a PartitionSpec or a NamedSharding")
+
+
+def _spec_layout(spec: PartitionSpec, rank: int) -> Layout:
+    axes = [() if a is None else (a,) if isinstance(a, str) else tuple(a) for a in spec]
+    return tuple(axes + [()] * (rank - len(axes)))
+
+
+class Lowered:
+    """A step lowered to a torch program, before any process group or device is needed."""
+
+    def __init__(self, name: str, source: Source, traced: lower.Traced, layouts: dict[str, list], mesh: MeshShape, seconds: dict[str, float],
+                 host_sync: bool = False):  # fmt: skip
+        self.name, self.source, self.traced, self.mesh, self.seconds, self.host_sync = name, source, traced, mesh, seconds, host_sync
+        self.arg_layouts: list[Layout] = [tuple(tuple(a) for a in lay) for lay in layouts["args"]]
+        self.result_layouts: list[Layout] = [tuple(tuple(a) for a in lay) for lay in layouts["results"]]
+
+    def as_text(self) -> str:
+        """The torch program: Python source with scopes and source lines of the JAX program."""
+        return self.source.text
+
+    def collectives(self) -> list[dict[str, Any]]:
+        """Each exchange: kind, axes, devices, local shape and dtype, bytes that leave a device, times a step, location."""
+        return list(self.source.collectives)
+
+    def kernels(self) -> list[dict[str, Any]]:
+        """Each call of a fused operator: name, operand and result types, parameters, times a step, location."""
+        return list(self.source.kernels)
+
+    def memory(self) -> dict[str, int]:
+        """Planned bytes on one device: arguments, peak (arguments included), in-place updates and copies."""
+        return dict(self.source.memory)
+
+
+class Compiled:
+    """A program loaded on this rank; call it like the function."""
+
+    def __init__(self, lowered: Lowered, device: str, *, capture: bool = True, compile: bool = False):
+        from npu_bridge.runtime.graph import GraphedProgram
+        from npu_bridge.runtime.mesh import Runtime
+        from npu_bridge.runtime.program import LoadedProgram
+
+        self.lowered, self.device = lowered, device
+        source = lowered.source
+        self.runtime = Runtime(lowered.mesh, device, source.axes_used)
+        kernels = list(dict.fromkeys(k["name"] for k in source.kernels))
+        program = LoadedProgram(source.text, source.constants, kernels, self.runtime, lowered.name, source.host_arguments, compile=compile)
+        donated = [lowered.traced.donated[i] for i in lowered.traced.kept]
+        instead = "torch.compile" if compile else "" if capture else "eager: capture is off"
+        if lowered.host_sync:
+            instead = instead or "eager: the program reads the device inside a step (allow_host_sync)"
+        self.program = GraphedProgram(program, device, donated, instead=instead)
+
+    @property
+    def execution(self) -> str:
+        """How steps run: "eager: <reason>", "one CUDA graph", "one NPU graph" or "torch.compile"."""
+        return self.program.status
+
+    def __call__(self, flat: Sequence[Any]) -> list[Any]:
+        """Runs on flat arguments of the whole program (those jit dropped included) and returns flat Arrays."""
+        from npu_bridge.runtime.array import Array
+        from npu_bridge.runtime.scopes import program_to_run
+
+        traced, low = self.lowered.traced, self.lowered
+        host = {n: self._on_host(flat[traced.kept[n]], traced.kept[n], low.arg_layouts[n]) for n in low.source.host_arguments}
+        local = [self._place(flat[i], i, low.arg_layouts[n]) for n, i in enumerate(traced.kept)]
+        for i, donated in enumerate(traced.donated):
+            if donated and isinstance(flat[i], Array) and not flat[i].is_deleted():
+                flat[i].donate(low.name)  # an argument the program never reads is donated all the same
+        others = {_memory(x) for x, donated in zip(local, (traced.donated[i] for i in traced.kept)) if not donated}
+        results = _apart(program_to_run(self)(local, host), others)
+        out = []
+        for tensor, aval, layout in zip(results, traced.out_avals, low.result_layouts):
+            if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+                data = Array(tensor, (*aval.shape, *tensor.shape[len(aval.shape) :]), np.uint32, layout, self.runtime)
+                out.append(jax.random.wrap_key_data(np.asarray(data), impl=jax.random.key_impl(aval)))
+            else:
+                out.append(Array(tensor, aval.shape, aval.dtype, layout, self.runtime, weak_type=aval.weak_type))
+        return out
+
+    def _on_host(self, x: Any, number: int, layout: Layout) -> Any:
+        """This rank's shard of an argument in host memory; one that lives on the device is fetched, which waits for it."""
+        from npu_bridge.runtime.array import Array
+        from npu_bridge.runtime.program import shard
+
+        if isinstance(x, Array):
+            return (shard(x.local, layout, self.runtime) if x.is_fully_replicated else x.local).cpu()
+        return self._shard(x, number, layout).cpu()
+
+    def _place(self, x: Any, number: int, layout: Layout) -> Any:
+        from npu_bridge.runtime.array import Array
+        from npu_bridge.runtime.program import shard
+
+        aval, donated = self.lowered.traced.in_avals[number], self.lowered.traced.donated[number]
+        key = jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key)
+        if not key and tuple(np.shape(x)) != tuple(aval.shape):
+            raise PlacementError(f"npu_bridge: argument {number} has shape {tuple(np.shape(x))}, {self.lowered.name} was compiled for {aval.shape}")
+        if isinstance(x, Array):
+            same = all(x.runtime.size(a) == 1 and self.runtime.size(b) == 1 or tuple(a) == tuple(b) for a, b in zip(_full(x), _full(x, layout)))
+            if same:
+                return x.donate(self.lowered.name) if donated else x.local
+            if not x.is_fully_replicated:
+                raise PlacementError(
+                    f"npu_bridge: argument {number} is split over {x.layout}, {self.lowered.name} wants {layout}; give it the sharding of "
+                    "the step that made it (out_shardings), or gather it first"
+                )
+            local = shard(x.donate(self.lowered.name) if donated else x.local, layout, self.runtime)
+            return local.contiguous()
+        local = self._shard(x, number, layout)
+        if local.device.type == "cpu" != self.runtime.device.type:
+            # From pinned memory the copy is queued; from any other the host would wait until all that was queued before has run.
+            return local.pin_memory().to(self.runtime.device, non_blocking=True)
+        moved = local.to(self.runtime.device).contiguous()
+        # A donated array is overwritten: never in memory that JAX or numpy still hold.
+        return moved.clone() if donated and moved.data_ptr() == local.data_ptr() else moved
+
+    def _shard(self, x: Any, number: int, layout: Layout) -> Any:
+        """This rank's part of a host array, where it lies."""
+        from npu_bridge.runtime.array import held_shard, to_torch
+        from npu_bridge.runtime.program import shard
+
+        dtype = self.lowered.traced.in_avals[number].dtype
+        key = jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+        held = None if key or not isinstance(x, jax.Array) else held_shard(x, layout, self.runtime)
+        if held is not None:
+            return to_torch(held, dtype)
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            raise PlacementError(
+                f"npu_bridge: argument {number} is a JAX array of sharding {x.sharding}, of which this process holds another part than {layout} gives "
+                "it; place it as in_shardings says, with process r of the job as device r of the mesh"
+            )
+        return shard(to_torch(x, np.uint32 if key else dtype), layout, self.runtime)
+
+
+def _memory(x: Any) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _apart(results: Sequence[Any], others: set[int]) -> list[Any]:
+    """Results with memory of their own, each of which may be donated and overwritten: those that lie in memory of `others` (arguments
+    that the caller keeps) or of a result before them, or show an element twice, are copied."""
+    taken, out = set(others), []
+    for x in results:
+        repeats = any(step == 0 and n > 1 for step, n in zip(x.stride(), x.shape))
+        own = x
+        if x.numel() and (repeats or _memory(x) in taken):
+            own = x.contiguous() if repeats else x.clone()
+        taken.add(_memory(own))
+        out.append(own)
+    return out
+
+
+def _full(x: Any, layout: Layout | None = None) -> Layout:
+    layout = x.layout if layout is None else layout
+    return layout or ((),) * x.ndim
+
+
+def _collector_paused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Lowering makes some hundred thousand objects and drops few: looking for cycles among them, and among everything that jax and torch
+    hold, again and again costs up to a fifth of it."""
+
+    @functools.wraps(function)
+    def paused(*args: Any, **named: Any) -> Any:
+        was_on = gc.isenabled()
+        gc.disable()
+        try:
+            return function(*args, **named)
+        finally:
+            if was_on:
+                gc.enable()
+
+    return paused
+
+
+def _counted(numbers: Sequence[int], count: int) -> list[int]:
+    """Argument numbers of a call with `count` arguments: negative ones count from the end, those of defaults that were left out go."""
+    return [n % count for n in numbers if -count <= n < count]
+
+
+def _is_weak(x: Any) -> bool:
+    """Whether JAX lets the dtype of `x` give way to that of what it is combined with, as it does for Python's numbers."""
+    return bool(getattr(x, "weak_type", type(x) in (int, float)))
+
+
+class Jitted:
+    """The callable that `jit` returns."""
+
+    def __init__(self, fn: Callable[..., Any], mesh: MeshLike, in_shardings: Any, out_shardings: Any, donate: tuple[int, ...],
+                 static: tuple[int, ...], state: tuple[int, ...] | None, device: str, options: Options, capture: bool, compile: bool):  # fmt: skip
+        functools.update_wrapper(self, fn, updated=())
+        self.fn, self.device, self.options, self.capture, self.compile = fn, device, options, capture, compile
+        self.mesh, self.order = as_mesh(mesh)
+        self.in_shardings, self.out_shardings = in_shardings, out_shardings
+        self.donate, self.static, self.state = donate, static, donate if state is None else state
+        self._compiled: dict[Any, tuple[Compiled, Any]] = {}
+
+    # -- arguments --------------------------------------------------------------------------------------------------
+
+    def _dynamic(self, args: Sequence[Any]) -> list[Any]:
+        static = _counted(self.static, len(args))
+        return [a for i, a in enumerate(args) if i not in static]
+
+    def _specs(self, args: Sequence[Any]) -> list[Any]:
+        dynamic = self._dynamic(args)
+        given = self.in_shardings
+        if given is None:
+            return [jax.tree.map(lambda _: None, a, is_leaf=lambda x: x is None) for a in dynamic]
+        if _is_spec(given):
+            given = (given,) * len(dynamic)
+        if len(given) != len(dynamic):
+            raise PlacementError(f"npu_bridge: in_shardings has {len(given)} entries, {len(dynamic)} arguments were passed")
+        return [jax.tree.broadcast(g, a, is_leaf=_is_spec) for g, a in zip(given, dynamic)]
+
+    def _abstract(self, args: Sequence[Any], named: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Arguments as ShapeDtypeStructs with shardings. Gathers everything that does not fit and raises once."""
+        if named and self.in_shardings is not None:
+            raise PlacementError(f"npu_bridge: {self._name} has in_shardings and was given {', '.join(named)} by name; pass these arguments by position")
+        specs, static = iter(self._specs(args)), _counted(self.static, len(args))
+        problems: list[str] = []
+
+        def one(path: Any, x: Any, spec: Any, number: int | str) -> Any:
+            where = f"argument {number}{jax.tree_util.keystr(path)}"
+            weak = _is_weak(x)
+            if isinstance(x, jax.ShapeDtypeStruct) or hasattr(x, "shape") and hasattr(x, "dtype"):
+                shape, dtype = tuple(x.shape), x.dtype
+                if type(x).__module__.split(".")[0] == "torch":
+                    dtype = np.dtype(str(dtype).removeprefix("torch.")) if "bfloat" not in str(dtype) else jax.numpy.bfloat16
+            elif isinstance(x, (bool, int, float, np.generic)):
+                shape, dtype = (), jax.dtypes.canonicalize_dtype(np.result_type(x))
+            else:
+                problems.append(f"{where}: {type(x).__name__} is no array; pass an array, or name the argument in static_argnums")
+                return jax.ShapeDtypeStruct((), np.float32)
+            if not jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) and np.dtype(dtype).name in ("float64", "int64", "uint64") and not jax.config.jax_enable_x64:
+                problems.append(f"{where}: {np.dtype(dtype).name} while jax_enable_x64 is off; convert it to 32 bits, or enable x64")
+            elif (reason := lower.refused_dtype(dtype, jax.config.jax_enable_x64)) is not None:
+                problems.append(f"{where}: {reason}")
+                return jax.ShapeDtypeStruct(shape, np.float32)
+            if self.mesh is None:
+                if spec is not None and any(_spec(spec)):
+                    problems.append(f"{where}: sharding {_spec(spec)} without a mesh; pass mesh={{axis: size}} or a jax.sharding.Mesh to npu_bridge.jit")
+                return jax.ShapeDtypeStruct(shape, dtype, weak_type=weak)
+            if spec is None and getattr(x, "layout", None):
+                spec = PartitionSpec(*(tuple(a) or None for a in x.layout))
+            spec, found = _spec(spec), len(problems)
+            sizes = dict(zip(self.mesh.axis_names, self.mesh.axis_sizes))
+            for d, axes in enumerate(_spec_layout(spec, len(shape))):
+                unknown = [a for a in axes if a not in sizes]
+                if unknown:
+                    problems.append(f"{where}: axes {unknown} are not in the mesh {sizes}")
+                    continue
+                shards = int(np.prod([sizes[a] for a in axes], dtype=np.int64))
+                if d >= len(shape):
+                    problems.append(f"{where}: sharding {spec} names dimension {d}, the array has shape {shape}")
+                elif shape[d] % shards:
+                    problems.append(f"{where}: dimension {d} of {shape} cannot be split evenly over {axes}, {shards} shards; pad it")
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=None if len(problems) > found else NamedSharding(self.mesh, spec), weak_type=weak)
+
+        made = []
+        for number, a in enumerate(args):
+            if number in static:
+                made.append(a)
+            else:
+                made.append(jax.tree_util.tree_map_with_path(functools.partial(one, number=number), a, next(specs)))
+        by_name = {name: jax.tree_util.tree_map_with_path(lambda path, x: one(path, x, None, name), a) for name, a in named.items()}
+        if problems:
+            raise UnsupportedError(problems, f"{self._name} with these arguments")
+        return made, by_name
+
+    @property
+    def _name(self) -> str:
+        return getattr(self.fn, "__name__", type(self.fn).__name__)
+
+    # -- lowering ---------------------------------------------------------------------------------------------------
+
+    @_collector_paused
+    def lower(self, *args: Any, **named: Any) -> Lowered:
+        """Lowers for these arguments (arrays or ShapeDtypeStructs). Needs no device and no other process.
+
+        Raises UnsupportedError listing everything the bridge refuses, VersionError, PlacementError.
+        """
+        import time
+
+        begin = time.perf_counter()
+        out = self.out_shardings
+        if self.mesh is not None and out is not None:
+            out = jax.tree.map(lambda s: None if s is None else NamedSharding(self.mesh, _spec(s)), out, is_leaf=_is_spec)
+        abstract, by_name = self._abstract(args, named)
+        traced = lower.lower(
+            self.fn, abstract, named=by_name, mesh=self.mesh, donate_argnums=[n + len(args) if n < 0 else n for n in self.donate],
+            static_argnums=self.static, out_shardings=out if self.mesh is not None else None, name=self._name,
+        )  # fmt: skip
+        lowered_at = time.perf_counter()
+        state = self._state_arguments(args) + [False] * len(jax.tree.leaves(named))
+        state = [state[i] for i in traced.kept]
+        donated = [traced.donated[i] for i in traced.kept]
+        name = found = None
+        if cache.directory() is not None:
+            name = cache.key(str(traced.module), state=state, donated=donated, order=self.order, **dataclasses.asdict(self.options))
+            found = cache.load(name)
+        if found is None:
+            try:
+                found = self._write(traced, state, donated)
+            except UnsupportedError as error:
+                raise UnsupportedError(error.problems, self._name) from error
+            if name is not None:
+                cache.store(name, *found)
+        source, extra = found
+        mesh = MeshShape(tuple((a, n) for a, n in extra["mesh"]), tuple(extra["devices"]) if extra["devices"] else None)
+        if self.mesh is not None and not mesh.axes:  # no sharding mentioned the mesh
+            mesh = MeshShape(tuple(zip(self.mesh.axis_names, self.mesh.axis_sizes)))
+        if self.order is not None:
+            mesh = MeshShape(mesh.axes, self.order)
+        seconds = {"trace_and_lower": lowered_at - begin, "write": time.perf_counter() - lowered_at}
+        return Lowered(self._name, source, traced, extra, mesh, seconds, self.options.allow_host_sync)
+
+    def _state_arguments(self, args: Sequence[Any]) -> list[bool]:
+        flags: list[bool] = []
+        static, state = _counted(self.static, len(args)), _counted(self.state, len(args))
+        for i, a in enumerate(args):
+            if i not in static:
+                flags += [i in state] * len(jax.tree.leaves(a))
+        return flags
+
+    def _write(self, traced: lower.Traced, state: list[bool], donated: list[bool]) -> tuple[Source, dict[str, Any]]:
+        from npu_bridge.compiler import passes
+        from npu_bridge.compiler.codegen.printer import generate
+        from npu_bridge.compiler.importer import Importer
+
+        module = partition.partition(traced.module, state if self.mesh is not None else ())
+        with module.context:
+            program = Importer(module).run(donated)
+        program.name = self._name
+        passes.run(program, device=self.device, reduce_in_float32=self.options.reduce_in_float32, overlap=self.options.overlap)
+        source = generate(program, allow_host_sync=self.options.allow_host_sync)
+        body = program.body
+        extra = {"args": [v.layout for v in body.params], "results": [v.layout for v in body.results], "mesh": program.mesh.axes,
+                 "devices": program.mesh.devices}  # fmt: skip
+        return source, extra
+
+    # -- running ----------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        flat, tree = jax.tree.flatten((self._dynamic(args), named))
+        # With their types: 1, 1.0 and True are equal, and other programs.
+        fixed = tuple((type(args[i]), args[i]) for i in _counted(self.static, len(args)))
+        signature = (tree, fixed, tuple((np.shape(x), str(getattr(x, "dtype", type(x))), _is_weak(x)) for x in flat))
+        try:
+            known = signature in self._compiled
+        except TypeError as error:
+            raise TypeError(f"npu_bridge: a static argument of {self._name} cannot be hashed ({error}); static arguments are compiled in and must be hashable") from None
+        if not known:
+            low = self.lower(*args, **named)
+            self._compiled[signature] = (Compiled(low, self.device, capture=self.capture, compile=self.compile), low.traced.out_tree)
+        compiled, out_tree = self._compiled[signature]
+        return jax.tree.unflatten(out_tree, compiled(flat))
+
+
+def jit(
+    fn: Callable[..., Any],
+    *,
+    mesh: MeshLike = None,
+    in_shardings: Any = None,
+    out_shardings: Any = None,
+    donate_argnums: int | Sequence[int] = (),
+    static_argnums: int | Sequence[int] = (),
+    state_argnums: int | Sequence[int] | None = None,
+    device: str = "cpu",
+    allow_host_sync: bool = False,
+    reduce_in_float32: bool = False,
+    overlap: bool = True,
+    capture: bool = True,
+    compile: bool = False,
+) -> Jitted:
+    """Compiles a JAX function into a torch program for one device of a mesh.
+
+    Args:
+      fn: a function of pytrees of arrays, as for `jax.jit`.
+      mesh: a `jax.sharding.Mesh`, an `AbstractMesh`, or ``{axis: size}``. Each process is one place of it; no JAX devices needed.
+      in_shardings, out_shardings: pytree prefixes of PartitionSpec or NamedSharding; None is replicated (arguments) or left to
+        propagation (results).
+      donate_argnums: arguments whose storage the step may overwrite.
+      static_argnums: hashable arguments that are compiled in.
+      state_argnums: arguments whose shardings yield to the batch's during propagation (default: the donated ones).
+      device: "npu", "cuda" or "cpu".
+      allow_host_sync: allow loops whose trip count is read from the device (one synchronisation a round).
+      reduce_in_float32: exchange sums of 16-bit floats in float32.
+      overlap: start gathers ahead of the computation before their first use and wait for scatters behind what follows them; at most two of
+        each kind are under way, which is what it costs in memory. False waits for each exchange where it stands.
+      capture: capture the whole step as a device graph where the device has graphs; False runs it operator by operator.
+      compile: hand the written program to `torch.compile`, on cuda or cpu and in one process. The first step takes as long as that takes.
+
+    Returns a callable; its results are `npu_bridge.Array`, its `.lower(*args)` gives `.as_text()`, `.collectives()`,
+    `.kernels()` and `.memory()`.
+    """
+    as_tuple = lambda n: (n,) if isinstance(n, int) else tuple(n)
+    jaxcompat.require_tested_version()
+    if compile:
+        from npu_bridge.runtime.compiled import require_compiler
+
+        abstract, _ = as_mesh(mesh)
+        require_compiler(device, 1 if abstract is None else abstract.size)
+    return Jitted(
+        fn, mesh, in_shardings, out_shardings, as_tuple(donate_argnums), as_tuple(static_argnums),
+        None if state_argnums is None else as_tuple(state_argnums), device, Options(device, allow_host_sync, reduce_in_float32, overlap), capture, compile,
+    )  # fmt: skip

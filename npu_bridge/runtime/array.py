@@ -1,0 +1,197 @@
+"""Arrays on the bridge's devices: one local shard with the sharding of the whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import torch
+
+from npu_bridge.compiler.codegen.operands import STORAGE
+from npu_bridge.errors import PlacementError
+from npu_bridge.compiler.ir import Layout
+from npu_bridge.compiler.lower import mlir_dtype
+from npu_bridge.runtime.mesh import Runtime
+
+# numpy has no name for these; torch hands them over as the bits of an integer.
+_AS_BITS = {
+    torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
+    torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn),
+    torch.float8_e5m2: (torch.uint8, ml_dtypes.float8_e5m2),
+    torch.float8_e4m3fnuz: (torch.uint8, ml_dtypes.float8_e4m3fnuz),
+    torch.float8_e5m2fnuz: (torch.uint8, ml_dtypes.float8_e5m2fnuz),
+}
+
+
+def storage_dtype(dtype: Any) -> torch.dtype:
+    """torch's storage of a numpy dtype: unsigned integers wider than a byte are kept as signed bits."""
+    return getattr(torch, STORAGE[mlir_dtype(dtype)])
+
+
+def to_numpy(x: torch.Tensor, dtype: Any) -> np.ndarray:
+    """A host copy (no copy for a CPU tensor) with the array's own dtype."""
+    x = x.detach().cpu()
+    if x.dtype in _AS_BITS:
+        bits, named = _AS_BITS[x.dtype]
+        return x.contiguous().view(bits).numpy().view(named)
+    return x.contiguous().numpy().view(np.dtype(dtype)) if np.dtype(dtype).kind == "u" else x.numpy()
+
+
+def to_torch(x: Any, dtype: Any) -> torch.Tensor:
+    """A host or device array as a torch tensor of the storage type, without a copy where DLPack or numpy allow it.
+
+    Raises PlacementError for something that is no array or has another dtype.
+    """
+    wanted = storage_dtype(dtype)
+    if isinstance(x, torch.Tensor):
+        t = x
+    else:
+        if isinstance(x, jax.Array) and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) and x.is_fully_replicated:
+            try:
+                t = torch.from_dlpack(x)
+            except Exception:  # layouts and dtypes DLPack does not carry
+                t = None
+        else:
+            t = None
+        if t is None:
+            if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+                x = jax.random.key_data(x)
+            host = np.asarray(x, dtype=dtype if np.isscalar(x) or isinstance(x, (bool, int, float)) else None)
+            if host.dtype.kind == "O":
+                raise PlacementError(f"npu_bridge: a non-array leaf of type {type(x).__name__} was passed; mark it static or remove it")
+            bits = {named: (b, t) for t, (b, named) in _AS_BITS.items()}.get(host.dtype.type)
+            host = np.ascontiguousarray(host) if host.ndim else host
+            if bits is not None:
+                view = {torch.int16: np.int16, torch.uint8: np.uint8}[bits[0]]
+                t = torch.from_numpy(host.view(view).copy()).view(bits[1])
+            else:
+                signed = {"uint16": np.int16, "uint32": np.int32, "uint64": np.int64}.get(host.dtype.name)
+                host = host.view(signed) if signed else host
+                t = torch.from_numpy(host if host.flags.writeable else host.copy())
+    if t.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        t = t.view({torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}[t.dtype])
+    if t.dtype != wanted:
+        raise PlacementError(f"npu_bridge: array of dtype {t.dtype} found, the program was compiled for {np.dtype(dtype).name}")
+    return t
+
+
+def shard_begins(layout: Layout, local: tuple[int, ...], runtime: Runtime) -> tuple[int, ...]:
+    """Global index of the first element of this rank's shard in each dimension."""
+    axes = layout or ((),) * len(local)
+    return tuple(runtime.index(a) * n if a else 0 for a, n in zip(axes, local))
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(s.indices(n)[:2] for s, n in zip(index, shape))
+
+
+def held_shard(x: jax.Array, layout: Layout, runtime: Runtime) -> jax.Array | None:
+    """The part of a JAX array that `layout` gives to this rank, when this process holds just that part; None otherwise."""
+    local = tuple(n // runtime.size(a) for n, a in zip(x.shape, layout or ((),) * x.ndim))
+    wanted = tuple((b, b + n) for b, n in zip(shard_begins(layout, local, runtime), local))
+    return next((s.data for s in x.addressable_shards if _bounds(s.index, x.shape) == wanted), None)
+
+
+class Array:
+    """One array of a bridge program: this device's shard, and how the whole is split.
+
+    shape, dtype: of the whole array. local: the shard, a torch tensor on the device. layout: mesh axes of each dimension.
+    weak_type: as JAX has it for the same result.
+    """
+
+    def __init__(self, local: torch.Tensor, shape: tuple[int, ...], dtype: Any, layout: Layout, runtime: Runtime, *, weak_type: bool = False):
+        self._local: torch.Tensor | None = local
+        self.weak_type = weak_type
+        self.shape, self.dtype, self.layout, self.runtime = tuple(shape), np.dtype(dtype), layout, runtime
+        self.donated_to = ""
+
+    @property
+    def local(self) -> torch.Tensor:
+        """This device's shard. Raises PlacementError after the array was donated."""
+        if self._local is None:
+            raise PlacementError(
+                f"npu_bridge: array {self.dtype}{list(self.shape)} was donated to {self.donated_to or 'a step'} and is gone; "
+                "use the step's result, or leave it out of donate_argnums"
+            )
+        return self._local
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def is_fully_replicated(self) -> bool:
+        return all(self.runtime.size(axes) == 1 for axes in self.layout)
+
+    def is_deleted(self) -> bool:
+        return self._local is None
+
+    def donate(self, to: str) -> torch.Tensor:
+        """Hands the storage over; the array is gone afterwards."""
+        local, self._local, self.donated_to = self.local, None, to
+        return local
+
+    def gather(self) -> np.ndarray:
+        """The whole array on the host. A collective when it is sharded: call it on every rank."""
+        whole = self.local
+        dims = [tuple(a) for a in self.layout] or [()] * self.ndim
+        for axes in dims:
+            if axes:
+                self.runtime._join(tuple(axes))
+        return to_numpy(self.runtime.all_gather(whole, dims), self.dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if not self.is_fully_replicated:
+            raise PlacementError(
+                f"npu_bridge: array {self.dtype}{list(self.shape)} is split over {self.layout}; call .gather() on every rank, or read .local"
+            )
+        host = to_numpy(self.local, self.dtype)
+        # `local` may be donated and overwritten later: never hand out its memory.
+        return np.array(host, dtype=dtype or host.dtype)
+
+    def to_jax(self, sharding: jax.sharding.Sharding) -> jax.Array:
+        """The whole as a JAX array of this sharding, with this process's shard copied to its host device: no exchange, and later steps
+        leave it alone. Raises PlacementError when the sharding gives this process another shard than it holds."""
+        held = tuple((b, b + n) for b, n in zip(shard_begins(self.layout, self.local.shape, self.runtime), self.local.shape))
+        mine = sharding.addressable_devices_indices_map(self.shape)
+        wrong = {str(d): i for d, i in mine.items() if _bounds(i, self.shape) != held}
+        if wrong:
+            raise PlacementError(f"npu_bridge: this process holds {held} of {self.dtype}{list(self.shape)}, the sharding asks for {wrong}")
+        host = np.array(to_numpy(self.local, self.dtype))
+        return jax.make_array_from_single_device_arrays(self.shape, sharding, [jax.device_put(host, d) for d in mine])
+
+    def __dlpack__(self, **options: Any):
+        """The shard's own memory, without a copy: a step that the array is donated to overwrites it."""
+        # Unsigned integers are kept as the bits of signed ones: whoever takes the memory must see the array's own dtype.
+        own = getattr(torch, self.dtype.name) if self.dtype.kind == "u" else self.local.dtype
+        return self.local.view(own).__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.local.__dlpack_device__()
+
+    def block_until_ready(self) -> Array:
+        if self.runtime.kind != "cpu":
+            getattr(torch, self.runtime.kind).synchronize()
+        return self
+
+    def item(self) -> Any:
+        return self.__array__().item()
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __int__(self) -> int:
+        return int(self.item())
+
+    def __bool__(self) -> bool:
+        return bool(self.item())
+
+    def __repr__(self) -> str:
+        state = "donated" if self._local is None else f"local {tuple(self._local.shape)} on {self._local.device}"
+        return f"npu_bridge.Array({self.dtype}{list(self.shape)}, layout={self.layout}, {state})"
