@@ -12,6 +12,7 @@ import concurrent.futures
 import fcntl
 import hashlib
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -28,7 +29,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mindvl_jax.config.schema import QuickstartDataConfig, TokenizerConfig
 from mindvl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.evaluation import benchmarks
 from examples.quickstart import assets, blind, contact, samples, vocabulary
 from examples.quickstart.sources import SIZES, SOURCES, Piece, Source, make, pieces
 
@@ -189,7 +189,8 @@ def _fingerprint(size: str, seed: int) -> str:
     sources = [*package.glob("*.py"), *(package / "standins").glob("*.py")]
     for file in sorted([*sources, *(path for path in assets.FOLDER.rglob("*") if path.is_file())]):
         digest.update(str(file.relative_to(package)).encode() + hashlib.sha256(file.read_bytes()).digest())
-    digest.update(hashlib.sha256(Path(benchmarks.__file__).read_bytes()).digest())  # the stand-ins have its columns
+    benchmarks = importlib.util.find_spec("mindvl_jax.evaluation.benchmarks").origin  # the stand-ins have its columns; importing it loads JAX
+    digest.update(hashlib.sha256(Path(benchmarks).read_bytes()).digest())
     return digest.hexdigest()
 
 
