@@ -1,11 +1,14 @@
 """Who may overwrite what, and when a variable dies.
 
 Every variable belongs to a *storage*; views share it. A statement takes its in-place form when the storage it would overwrite is
-owned by the program (made by it, or donated), nobody reads it later under any name, and no other operand shares it. Variables are
+owned by this call (made by it, or donated), nobody reads it later under any name, and no other operand shares it. Variables are
 deleted after their last use, so torch's allocator can hand the memory on, and the peak is known before anything runs.
 
-Loops: a carried value that the body overwrites must own its storage alone when the loop begins; it is copied on entry where that
-cannot be shown. Copies are counted, because a training step should have none.
+Constants belong to the program, not to one call: they are never overwritten, and a result that lies in one is cloned.
+
+Loops: a carried value that the body overwrites must own its storage alone when the loop begins: no other carried value may start in
+it, and the body may not read it under another name. It is copied on entry where that cannot be shown. Copies are counted, because a
+training step should have none.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ class Plan:
     """The printed body and what the plan found out."""
 
     lines: list[tuple[int, str, Stmt | Loop | None]]  # indentation, code, what it came from
+    results: list[str] = dataclasses.field(default_factory=list)  # code of each result
     inplace: int = 0
     copies: int = 0
     peak_bytes: int = 0
@@ -72,6 +76,7 @@ class Planner:
         self.store = _Storages()
         self.types: dict[str, Type] = dict(params)
         self.expanded: set[str] = set()
+        self.constants: set[str] = set()  # storages of the program's constants
         self.donated = donated
         self.owned = {p for p in params if p in donated}
         for name, type in params.items():
@@ -87,6 +92,7 @@ class Planner:
             for p in unused:
                 self.store.drop(p)
         self.block(items, set(results), self.owned, 1, params - set(unused))
+        self.plan.results = [f"{r}.clone()" if self.root[r] in self.constants else r for r in results]
         self.plan.peak_bytes = self.store.peak
         return self.plan
 
@@ -151,8 +157,11 @@ class Planner:
                 root = self.root[s.alias]
             else:
                 root = out
-                owned.add(out)
                 made.add(out)
+                if s.constant:
+                    self.constants.add(out)
+                else:
+                    owned.add(out)
             self.store.add(out, root, type.bytes)
             self.types[out] = type
             if s.expands or (s.alias and s.alias in self.expanded):
@@ -194,22 +203,7 @@ class Planner:
             else:
                 taken.add(r)
                 ends.append(y)
-        # Beginning: copy what the body overwrites, or hands on as its own, when it is not free to take.
-        begins: list[str] = []
-        seen: set[str] = set()
-        kept_roots = {self.root[y] for y, e in zip(yields, ends) if e == y}
-        for p, i in zip(params, inits):
-            r = self.root[i]
-            needs_own = p in changed or p in kept_roots or s.trip is None
-            free = r in owned and not self.shared(r, later) and r not in seen and i not in self.expanded
-            if needs_own and not free:
-                begins.append(f"{i}.clone()")
-                self.plan.copies += 1
-            else:
-                begins.append(i)
-                if needs_own and r not in made:
-                    dirty.add(r)
-            seen.add(r)
+        begins = self._loop_begins(s, later, owned, made, dirty, changed | {self.root[y] for y, e in zip(yields, ends) if e == y})
         head: list[tuple[int, str, Stmt | Loop | None]] = []
         if params:
             head.append((indent, f"{', '.join(params)} = {', '.join(begins)}", None))
@@ -237,6 +231,28 @@ class Planner:
         return [p for p in params if p not in later] + [
             v for v in dict.fromkeys([*sorted(outer_reads), *leftover]) if v not in later and v in deletable and v not in params
         ]
+
+    def _loop_begins(self, s: Loop, later: _Later, owned: set[str], made: set[str], dirty: set[str], taken: set[str]) -> list[str]:
+        """Code of the initial values: copies of those that the body overwrites or hands on as its own (`taken`, names of carried
+        values), where their storage is not free to take."""
+        read_inside = {self.root[v] for v in reads_of_bodies(s) if v in self.root}
+        needs_own = [p in taken or s.trip is None for p, _, _ in s.carries]
+        starts_shared = {self.root[i] for (_, i, _), own in zip(s.carries, needs_own) if not own}
+        begins: list[str] = []
+        gone: set[str] = set()  # storages that a carried value before this one has taken
+        for (_, i, _), own in zip(s.carries, needs_own):
+            r = self.root[i]
+            free = r in owned and not self.shared(r, later) and r not in gone | starts_shared | read_inside and i not in self.expanded
+            if own and not free:
+                begins.append(f"{i}.clone()")
+                self.plan.copies += 1
+                continue
+            begins.append(i)
+            if own:
+                gone.add(r)
+                if r not in made:
+                    dirty.add(r)
+        return begins
 
     @staticmethod
     def outer(s: Loop) -> set[str]:

@@ -109,6 +109,10 @@ class GraphedProgram:
         def step() -> tuple[list[torch.Tensor], dict[int, int]]:
             results = self.program(list(self._buffers), host)
             pairs = pair_donated(self._buffers, self.donated, results)
+            # A result that lies in a donated buffer is read after the copies below have overwritten it.
+            buffers = {b.untyped_storage().data_ptr() for b, d in zip(self._buffers, self.donated) if d}
+            stays = {j for j, i in pairs.items() if results[j].data_ptr() == self._buffers[i].data_ptr()}
+            results = [r.clone() if j not in stays and r.untyped_storage().data_ptr() in buffers else r for j, r in enumerate(results)]
             for j, i in pairs.items():
                 if results[j].data_ptr() != self._buffers[i].data_ptr():
                     self._buffers[i].copy_(results[j])

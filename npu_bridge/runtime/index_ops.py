@@ -190,8 +190,9 @@ def gather(
     for n, place in zip(batch_shape, batch_places):
         shape[place] = n
     y = x[tuple(index)] if x.dim() else x
-    y = y.expand(shape)
-    return y if valid is None else torch.where(valid, y, torch.zeros((), dtype=x.dtype, device=x.device))
+    if valid is None:  # memory of its own, each element once: later statements may overwrite it
+        return y.expand(shape).clone() if not x.dim() or list(y.shape) != shape else y
+    return torch.where(valid, y.expand(shape), torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 _NEUTRAL = {"multiply": ("prod", 1), "maximum": ("amax", None), "minimum": ("amin", None)}

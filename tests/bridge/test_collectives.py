@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import npu_bridge
 from npu_bridge import ops
-from tests.bridge.harness import assert_close
+from tests.bridge.harness import CALLS, assert_close, fresh_arguments
 
 SIZES = {"x": 2, "y": 2}
 MESH = AbstractMesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
@@ -60,24 +60,27 @@ COLLECTIVES = {
 
 
 @functools.cache
-def lower_collective(name, order=None):
+def lower_collective(name):
     fn, spec, out = COLLECTIVES[name]
-    mesh = SIZES
-    return npu_bridge.jit(fn, mesh=mesh, in_shardings=(spec,), out_shardings=out).lower(A)
+    return npu_bridge.jit(fn, mesh=SIZES, in_shardings=(spec,), out_shardings=out).lower(A)
 
 
-def _xla(name):
+def _xla(name, arguments):
+    """XLA's results on four devices, for each argument."""
     fn, spec, out = COLLECTIVES[name]
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
-        return jax.tree.map(np.asarray, jax.jit(fn, out_shardings=NamedSharding(mesh, out))(jax.device_put(A, NamedSharding(mesh, spec))))
+        run = jax.jit(fn, out_shardings=NamedSharding(mesh, out))
+        return [jax.tree.map(np.asarray, run(jax.device_put(a, NamedSharding(mesh, spec)))) for a in arguments]
 
 
 @pytest.mark.parametrize("name", COLLECTIVES)
 def test_collective_equals_xla_on_four_processes(name, pool):
-    want = _xla(name)
-    for rank, got in enumerate(pool.run(lower_collective(name), [A])):
-        assert_close(want, got, 1e-5, 1e-5, f"{name}, rank {rank}")
+    arguments = [fresh_arguments(A, call) for call in range(CALLS)]
+    want = _xla(name, arguments)
+    for rank, calls in enumerate(pool.calls(lower_collective(name), [[a] for a in arguments])):
+        for call, got in enumerate(calls):
+            assert_close(want[call], got, 1e-5, 1e-5, f"{name}, rank {rank}, call {call}")
 
 
 def test_a_permuted_mesh_places_shards_by_its_own_order(pool):

@@ -11,6 +11,7 @@ from jax import lax
 import npu_bridge
 from npu_bridge import ops
 from npu_bridge.runtime.api import Compiled
+from tests.bridge.harness import CALLS, fresh_arguments
 
 R = np.random.RandomState(0)
 B, T, N, H, F = 2, 12, 2, 8, 24
@@ -20,10 +21,12 @@ D = N * H
 def written(fn, *args):
     """The program for npu, after its results on the CPU were found equal to XLA's."""
     lowered = npu_bridge.jit(fn, device="npu").lower(*args)
-    results = Compiled(lowered, "cpu")(jax.tree.leaves(args))
-    for a, b in zip(jax.tree.leaves(jax.jit(fn)(*args)), results, strict=True):
-        difference = np.abs(np.asarray(a, np.float64) - np.asarray(b)).max() / max(1, np.abs(a).max())
-        assert difference <= 2e-6, f"largest difference {difference:.2e}"  # float32 of both sides, sums of up to some hundred terms
+    program, theirs = Compiled(lowered, "cpu"), jax.jit(fn)
+    for call in range(CALLS):
+        now = fresh_arguments(args, call)
+        for a, b in zip(jax.tree.leaves(theirs(*now)), program(jax.tree.leaves(now)), strict=True):
+            difference = np.abs(np.asarray(a, np.float64) - np.asarray(b)).max() / max(1, np.abs(a).max())
+            assert difference <= 2e-6, f"call {call}: largest difference {difference:.2e}"  # float32 of both sides, sums of up to some hundred terms
     return lowered.as_text()
 
 

@@ -9,28 +9,7 @@ from npu_bridge.runtime.graph import GraphedProgram, pair_donated
 from npu_bridge.runtime.mesh import Runtime
 from npu_bridge.runtime.program import LoadedProgram
 from npu_bridge.compiler.ir import MeshShape
-
-
-class Again:
-    """Replays by running the captured function on the same buffers and writing into the same results, as a graph does."""
-
-    def __init__(self, kind):
-        self.replays = 0
-
-    def capture(self, function):
-        state = [t.clone() for t in self.watch]
-        self.function = function
-        self.outs, self.pairs = function()
-        for t, s in zip(self.watch, state):
-            t.copy_(s)  # a capture does not run
-        return (self.outs, self.pairs), []
-
-    def replay(self, lengths):
-        self.replays += 1
-        outs, _ = self.function()
-        for mine, new in zip(self.outs, outs):
-            if mine.data_ptr() != new.data_ptr():
-                mine.copy_(new)
+from tests.bridge.harness import Replay
 
 
 def _program():
@@ -45,8 +24,7 @@ def test_a_captured_step_trains_like_the_eager_one():
     made = []
 
     def make(kind):
-        made.append(Again(kind))
-        made[-1].watch = [w_now]
+        made.append(Replay([w_now]))
         return made[-1]
 
     graphed = GraphedProgram(program, "cpu", [True, False], make_graph=make)

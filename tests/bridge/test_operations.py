@@ -10,13 +10,16 @@ from jax.sharding import PartitionSpec as P
 import npu_bridge
 from npu_bridge.runtime.api import Compiled
 from tests.bridge.cases import CASES
-from tests.bridge.harness import assert_close, lower_sharded, value_and_gradient
+from tests.bridge.harness import CALLS, assert_close, fresh_arguments, lower_sharded, value_and_gradient
 
 
 @functools.cache
-def _expected(name):
+def _calls(name):
+    """Arguments and XLA's results of several calls of one program."""
     case = CASES[name]
-    return jax.jit(value_and_gradient(case.fn, case.grad, case.args))(*case.args)
+    run = jax.jit(value_and_gradient(case.fn, case.grad, case.args))
+    arguments = [fresh_arguments(case.args, call) for call in range(CALLS)]
+    return arguments, [jax.tree.map(np.asarray, run(*a)) for a in arguments]
 
 
 @functools.cache
@@ -32,15 +35,18 @@ def lowered(name, mesh):
 @pytest.mark.parametrize("name", CASES)
 def test_operation_equals_xla_on_one_device(name):
     case, low = CASES[name], lowered(name, False)
-    got = jax.tree.unflatten(low.traced.out_tree, Compiled(low, "cpu")(jax.tree.leaves(case.args)))
-    assert_close(_expected(name), jax.tree.map(np.asarray, got), case.rtol, case.atol, name)
+    program = Compiled(low, "cpu")
+    for call, (arguments, want) in enumerate(zip(*_calls(name))):
+        got = jax.tree.unflatten(low.traced.out_tree, program(jax.tree.leaves(arguments)))
+        assert_close(want, jax.tree.map(np.asarray, got), case.rtol, case.atol, f"{name}, call {call}")
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_operation_equals_xla_on_a_mesh(name, pool):
-    case = CASES[name]
-    for rank, got in enumerate(pool.run(lowered(name, True), case.args)):
-        assert_close(_expected(name), got, case.rtol, case.atol, f"{name}, rank {rank}")
+    case, (arguments, want) = CASES[name], _calls(name)
+    for rank, calls in enumerate(pool.calls(lowered(name, True), [jax.tree.leaves(a) for a in arguments])):
+        for call, got in enumerate(calls):
+            assert_close(want[call], got, case.rtol, case.atol, f"{name}, rank {rank}, call {call}")
 
 
 def test_every_fused_operator_equals_xla_on_a_mesh(pool):

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import npu_bridge
 from npu_bridge import kernels, ops
+from tests.bridge.harness import CALLS, fresh_arguments
 
 B, T, D, N, K, H, F, V, E = 4, 32, 32, 4, 2, 8, 48, 40, 4
 
@@ -65,13 +66,17 @@ def step(params, mu, nu, batch):
 
 def test_a_step_of_every_operator_equals_xla(arguments):
     torch.set_num_threads(1)
-    wanted = jax.jit(step)(*arguments)
-    results = npu_bridge.jit(step, device="cpu")(*arguments)
-    for (path, a), b in zip(jax.tree.leaves_with_path(wanted), jax.tree.leaves(results), strict=True):
-        a, b = np.asarray(a), np.asarray(b)
-        difference = np.abs(a - b).max() / np.abs(a).max()
-        # Gradients (mu is a tenth of them) pass some fifty operators, each summing float32 in another order on the two sides.
-        assert difference < 2e-5, f"{jax.tree_util.keystr(path)}: largest relative difference {difference:.2e}"
+    theirs, ours = jax.jit(step), npu_bridge.jit(step, device="cpu")
+    for call in range(CALLS):
+        now = fresh_arguments(arguments, call)
+        wanted, results = theirs(*now), ours(*now)
+        for (path, a), b in zip(jax.tree.leaves_with_path(wanted), jax.tree.leaves(results), strict=True):
+            a, b = np.asarray(a), np.asarray(b)
+            difference = np.abs(a - b).max() / np.abs(a).max()
+            # Gradients (mu is a tenth of them) pass some fifty operators, each summing float32 in another order on the two sides.
+            # The second moments are their squares, off by twice as much.
+            bar = 4e-5 if path[0].idx == 2 else 2e-5
+            assert difference < bar, f"call {call}, {jax.tree_util.keystr(path)}: largest relative difference {difference:.2e}"
 
 
 def test_a_sharded_step_keeps_every_operator_one_call(arguments):

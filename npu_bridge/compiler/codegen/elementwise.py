@@ -228,6 +228,8 @@ def reduce_precision(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     x = e.tensor(args[0])
     bits = (op.attrs["exponent_bits"], op.attrs["mantissa_bits"])
     exact = {(8, 7): "torch.bfloat16", (5, 10): "torch.float16", (8, 23): "torch.float32"}
+    if exact.get(bits) == torch_dtype(x.type.dtype):
+        return x
     if bits in exact:
         return e.emit(f"{x.name}.to({exact[bits]}).to({torch_dtype(x.type.dtype)})", [x], op.result.type, kind="reduce_precision")
     return e.emit(f"T.reduce_precision({x.name}, {bits[0]}, {bits[1]})", [x], op.result.type, kind="reduce_precision")

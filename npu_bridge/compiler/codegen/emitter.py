@@ -100,13 +100,14 @@ class Emitter:
         expands: bool = False,
         inplace: Sequence[tuple[Tensor, str]] = (),
         kind: str = "",
+        constant: bool = False,
     ) -> Tensor:
         """One statement with one result."""
         out = Tensor(self.fresh(), type)
         names = [i.name for i in ins if isinstance(i, Tensor)]
         options = [((t.name,), c) for t, c in inplace]
         self.items.append(
-            Stmt([out.name], code, names, [type], alias.name if alias else None, expands, options, self.location, kind)
+            Stmt([out.name], code, names, [type], alias.name if alias else None, expands, options, self.location, kind, constant)
         )
         return out
 
@@ -196,6 +197,12 @@ class Emitter:
         if len(lines) != len(items):
             self.problem(op, "its body holds a loop")
             return None
+        within = set(params)  # what lies in a parameter's memory
+        for s in items:
+            if isinstance(s, Stmt) and s.alias in within:
+                within.add(s.outs[0])
+        # The caller's results need memory of their own, and it may hand views of its operands to the body.
+        results = [f"{r}.clone()" if r in within else r for r in results]
         self.items.append(Function(name, params, lines, results))
         return name
 

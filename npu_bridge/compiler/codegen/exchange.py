@@ -27,6 +27,8 @@ def _dims(op: Op) -> list[tuple[str, ...]]:
 @lowering("all_gather")
 def all_gather(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     x, dims = e.tensor(args[0]), _dims(op)
+    if all(e.mesh.size(axes) == 1 for axes in dims):
+        return x
     e.note_collective(op, "all_gather", dims, op.result.type, op.result.type.bytes - x.type.bytes)
     return e.emit(f"rt.all_gather({x.name}, {dims})", [x], op.result.type, kind="collective")
 
@@ -46,6 +48,8 @@ def all_slice(e: Emitter, op: Op, args: list[Operand]) -> Operand:
 @lowering("reduce_scatter")
 def reduce_scatter(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     x, dims = e.tensor(args[0]), _dims(op)
+    if all(e.mesh.size(axes) == 1 for axes in dims):
+        return x
     e.note_collective(op, "reduce_scatter", dims, x.type, x.type.bytes - op.result.type.bytes)
     return e.emit(f"rt.reduce_scatter({x.name}, {dims}, {op.attrs['kind']!r})", [x], op.result.type, kind="collective")
 

@@ -68,7 +68,7 @@ def generate(program: Program, *, allow_host_sync: bool = False) -> Source:
             lines.append(f"{pad}{code}  # {', '.join(map(str, source.types))}")
         else:
             lines.append(pad + code)
-    lines.append(f"    return [{', '.join(results)}]")
+    lines.append(f"    return [{', '.join(plan.results)}]")
     memory = {
         "argument_bytes": plan.argument_bytes,
         "peak_bytes": plan.peak_bytes,

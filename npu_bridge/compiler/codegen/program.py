@@ -30,6 +30,7 @@ class Stmt:
     inplace: list[tuple[tuple[str, ...], str]] = dataclasses.field(default_factory=list)
     location: Location = Location()
     kind: str = ""  # "collective", "kernel" or the operation's name
+    constant: bool = False  # the result is one of the program's constants: every call reads it, none may overwrite it
 
 
 @dataclasses.dataclass

@@ -11,7 +11,7 @@ from npu_bridge.compiler.ir import Op, Type
 def constant(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     if "splat" in op.attrs:
         return Literal(op.attrs["splat"], op.result.type)
-    return e.emit(e.constant(op.attrs["array"], op.attrs["dims"]), [], op.result.type, kind="constant")
+    return e.emit(e.constant(op.attrs["array"], op.attrs["dims"]), [], op.result.type, kind="constant", constant=True)
 
 
 @lowering("optimization_barrier", "relabel")
