@@ -69,9 +69,9 @@ class BridgePrograms:
 
         self._read = {True: compiled(read_pictures, static_argnums=0), False: compiled(read_text, static_argnums=0)}
         self.last_logits = compiled(programs.last_logits.__wrapped__, static_argnums=0)
-        self.first_tokens = compiled(programs.first_tokens.__wrapped__)
+        self.first_tokens = compiled(programs.first_tokens.__wrapped__, static_argnums=3)
         self.admit = compiled(programs.admit.__wrapped__, donate_argnums=0)
-        self.decode = compiled(programs.decode.__wrapped__, static_argnums=0, donate_argnums=3)
+        self.decode = compiled(programs.decode.__wrapped__, static_argnums=(0, 7), donate_argnums=3)
         self.lay_out = lambda graphdef, params: None  # a slice is a view there, and costs nothing
         self.release = compiled(programs.release.__wrapped__, donate_argnums=0)
 

@@ -23,8 +23,24 @@ from mindvl_jax.inference.prefill import RowPlanner
 from mindvl_jax.inference.request import Sampling
 from mindvl_jax.inference.placement import place_rows, row_groups
 
-Watcher = Callable[[list[int], list[float], str | None], bool]
-"""Called with new tokens, their log-probabilities and how the answer ended (None: it goes on); True stops the answer."""
+
+@dataclasses.dataclass(frozen=True)
+class Delivery:
+    """New tokens of one answer.
+
+    Attributes:
+      tokens, logprobs: equally long. alternatives: as `request.Answer.alternatives`, or empty.
+      ended: `stop` or `length` once the answer is complete.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    alternatives: list[tuple[tuple[int, float], ...]]
+    ended: str | None
+
+
+Watcher = Callable[[Delivery], bool]
+"""Called with each delivery of an answer; True stops the answer."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -95,6 +111,33 @@ class Engine:
         for seed, watcher in zip(seeds, watchers, strict=True):
             self._waiting.append(_Running(prompt, sampling, seed, watcher))
 
+    def abort(self, watchers: Sequence[Watcher]) -> None:
+        """Drop the answers of these watchers, waiting or decoding; their slots are free at once and nothing more is delivered."""
+        gone = set(map(id, watchers))
+        self._waiting = collections.deque(running for running in self._waiting if id(running.watcher) not in gone)
+        self._release([slot for slot, running in enumerate(self._running) if running is not None and id(running.watcher) in gone])
+
+    def load(self, params) -> None:
+        """Replace the parameters, an nnx.State of the model's structure. Answers that are decoding go on with the new ones.
+
+        Raises:
+          ValueError: another structure, shapes or dtypes than the model's.
+        """
+        kind = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+        if kind(params) != kind(self._params):
+            raise ValueError("the new parameters have another structure, shapes or dtypes than the model's")
+        self._params = params
+        self._laid = self._programs.lay_out(self._graphdef, params)
+
+    def _release(self, slots: Sequence[int]) -> None:
+        if not slots:
+            return
+        keep = np.ones((self.slots,), bool)
+        keep[list(slots)] = False
+        self._state = self._programs.release(self._state, keep)
+        for slot in slots:
+            self._running[slot] = None
+
     def step(self, *, chunk: int = CHUNK, eager: bool = True) -> None:
         """Admits what fits, then decodes up to `chunk` tokens a slot and hands them to the watchers.
 
@@ -109,15 +152,19 @@ class Engine:
         wanted = sum(active)
         if self._waiting:
             wanted = 1 if eager else max(1, min(wanted, self.slots // 4))
-        self._state, tokens_CB, logprobs_CB, active_B = self._programs.decode(
-            self._graphdef, self._params, self._laid, self._state, self._eos, np.int32(min(chunk, CHUNK)), np.int32(wanted)
+        alternatives = any(running is not None and running.sampling.top_logprobs for running in self._running)
+        self._state, tokens_CB, logprobs_CB, others_CBA, active_B = self._programs.decode(
+            self._graphdef, self._params, self._laid, self._state, self._eos, np.int32(min(chunk, CHUNK)), np.int32(wanted), alternatives
         )
         # The first tokens are fetched only now, so that admission and decoding are dispatched without waiting for each other.
-        firsts = {slot: (int(token), float(logprob)) for slots, tokens, logprobs in admitted
-                  for slot, token, logprob in zip(slots, np.asarray(tokens), np.asarray(logprobs))}
-        self._deliver(firsts, np.asarray(tokens_CB), np.asarray(logprobs_CB), np.asarray(active_B))
+        firsts = {}
+        for slots, tokens, logprobs, others in admitted:
+            ids_NA, values_NA = map(np.asarray, others)
+            for slot, token, logprob, ids, values in zip(slots, np.asarray(tokens), np.asarray(logprobs), ids_NA, values_NA):
+                firsts[slot] = int(token), float(logprob), _pairs(ids, values)
+        self._deliver(firsts, np.asarray(tokens_CB), np.asarray(logprobs_CB), jax.tree.map(np.asarray, others_CBA), np.asarray(active_B))
 
-    def _deliver(self, firsts: dict[int, tuple[int, float]], tokens_CB, logprobs_CB, active_B) -> None:
+    def _deliver(self, firsts: dict[int, tuple[int, float, tuple]], tokens_CB, logprobs_CB, others_CBA, active_B) -> None:
         stopped = []
         gained_CB = tokens_CB >= 0
         self.decode_steps += int(gained_CB.any(1).sum())
@@ -127,24 +174,24 @@ class Engine:
             gained = gained_CB[:, slot]
             tokens = tokens_CB[gained, slot].tolist()
             logprobs = logprobs_CB[gained, slot].tolist()
+            most = running.sampling.top_logprobs
+            others = [_pairs(ids, values) for ids, values in zip(*(store[gained, slot] for store in others_CBA))] if most else []
             if slot in firsts:
-                tokens.insert(0, firsts[slot][0])
-                logprobs.insert(0, firsts[slot][1])
+                for store, first in zip((tokens, logprobs, others), firsts[slot], strict=True):
+                    store.insert(0, first)
+            others = [pairs[:most] for pairs in others] if most else []
             running.produced += len(tokens)
             self.decoded_tokens += len(tokens)
             ended = None
             if not active_B[slot]:
                 ended = "stop" if tokens and tokens[-1] in self._eos_set and not running.sampling.ignore_eos else "length"
-            if running.watcher(tokens, logprobs, ended) and ended is None:
+            if running.watcher(Delivery(tokens, logprobs, others, ended)) and ended is None:
                 stopped.append(slot)
-            if ended or slot in stopped:
+            if ended:
                 self._running[slot] = None
-        if stopped:
-            keep = np.ones((self.slots,), bool)
-            keep[stopped] = False
-            self._state = self._programs.release(self._state, keep)
+        self._release(stopped)
 
-    def _admit(self, least_free: int) -> list[tuple[list[int], jax.Array, jax.Array]]:
+    def _admit(self, least_free: int) -> list[tuple[list[int], jax.Array, jax.Array, programs.Alternatives]]:
         """Reads waiting prompts into free slots, one bucket after another."""
         admitted = []
         free = [slot for slot, running in enumerate(self._running) if running is None]
@@ -166,7 +213,7 @@ class Engine:
         self._waiting.extendleft(reversed(passed))
         return group
 
-    def _read(self, group: list[_Running], slots: list[int]) -> tuple[jax.Array, jax.Array]:
+    def _read(self, group: list[_Running], slots: list[int]) -> tuple[jax.Array, jax.Array, programs.Alternatives]:
         prompts: list[Prompt] = []
         prompt_of: list[int] = []
         for running in group:  # answers of one prompt share its place
@@ -182,11 +229,12 @@ class Engine:
         slot_N = np.asarray(slots + [self.slots] * pad, np.int32)
         settings = self._settings(group, pad)
         logits, seen = self._programs.last_logits(self._graphdef, self._params, prefilled, places)
-        tokens, logprobs = self._programs.first_tokens(logits, seen, settings)
+        alternatives = any(running.sampling.top_logprobs for running in group)
+        tokens, logprobs, others = self._programs.first_tokens(logits, seen, settings, alternatives)
         self._state = self._programs.admit(self._state, prefilled.keys, prefilled.values, places, seen, slot_N, tokens, settings, self._eos)
         for running, slot in zip(group, slots):
             self._running[slot] = running
-        return tokens, logprobs
+        return tokens, logprobs, others
 
     def _settings(self, group: list[_Running], pad: int) -> programs.Settings:
         def column(value: Callable[[_Running], object], kind, rest):
@@ -198,7 +246,10 @@ class Engine:
             temperature=column(lambda r: r.sampling.temperature, np.float32, 0),
             top_k=column(lambda r: r.sampling.top_k, np.int32, 0),
             top_p=column(lambda r: r.sampling.top_p, np.float32, 1),
+            min_p=column(lambda r: r.sampling.min_p, np.float32, 0),
             penalty=column(lambda r: r.sampling.repetition_penalty, np.float32, 1),
+            presence=column(lambda r: r.sampling.presence_penalty, np.float32, 0),
+            frequency=column(lambda r: r.sampling.frequency_penalty, np.float32, 0),
             limit=column(limit, np.int32, 1),
             ignore_eos=column(lambda r: r.sampling.ignore_eos, bool, False),
             key=np.asarray([_key(running.seed) for running in group] + [(0, 0)] * pad, np.uint32),
@@ -216,6 +267,10 @@ def _places(prompts: Sequence[Prompt], rows: Sequence[Sequence[int]], prompt_of:
             start += length
     row, start, length, position = np.asarray([found[index] for index in prompt_of], np.int32).T.copy()
     return programs.Places(row=row, start=start, length=length, position=position)
+
+
+def _pairs(ids, values) -> tuple[tuple[int, float], ...]:
+    return tuple(zip(ids.tolist(), values.tolist()))
 
 
 def _key(seed: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.inference.buckets import next_size
-from mindvl_jax.inference.engine import Engine
+from mindvl_jax.inference.engine import Delivery, Engine
 from mindvl_jax.inference.placement import mesh_of
 from mindvl_jax.inference.prompts import Prompt, PromptEncoder
 from mindvl_jax.inference.request import Answer, Request
@@ -127,17 +127,21 @@ class Generator:
     def _watcher(self, number: int, sample: int, request: Request, prompt: Prompt, pieces: list[Piece]):
         stream = TextStream(self.tokenizer, request.sampling.stop)
         logprobs: list[float] = []
+        alternatives: list[tuple] = []
 
-        def watch(tokens: list[int], new_logprobs: list[float], ended: str | None) -> bool:
-            text = stream.push(tokens, last=ended is not None)
-            logprobs.extend(new_logprobs)
+        def watch(new: Delivery) -> bool:
+            ended = new.ended
+            text = stream.push(new.tokens, last=ended is not None)
+            logprobs.extend(new.logprobs)
+            alternatives.extend(new.alternatives)
             if not (ended or stream.stopped):
                 if text:
                     pieces.append(Piece(number, sample, text))
                 return False
             count = len(stream.tokens)
             answer = Answer(id=request.id, sample=sample, text=stream.text, tokens=tuple(stream.tokens), logprobs=tuple(logprobs[:count]),
-                            finish="stop" if stream.stopped else ended, prompt_tokens=prompt.tokens)
+                            finish="stop" if stream.stopped else ended, prompt_tokens=prompt.tokens,
+                            alternatives=tuple(alternatives[:count]))
             pieces.append(Piece(number, sample, text, answer))
             return stream.stopped
 

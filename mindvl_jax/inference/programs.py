@@ -21,6 +21,7 @@ from mindvl_jax.config.schema import TextConfig
 from mindvl_jax.inference import sampling
 from mindvl_jax.models import KVCache
 
+ALTERNATIVES = 20  # likeliest tokens that an answer may ask for beside each of its own
 CHUNK = 32  # most tokens a slot can gain in one call of `decode`: the size of the arrays that come back
 
 
@@ -32,7 +33,10 @@ class Settings:
     temperature: jax.Array  # float32
     top_k: jax.Array  # int32
     top_p: jax.Array  # float32
+    min_p: jax.Array  # float32
     penalty: jax.Array  # float32
+    presence: jax.Array  # float32
+    frequency: jax.Array  # float32
     limit: jax.Array  # int32, most new tokens
     ignore_eos: jax.Array  # bool
     key: jax.Array  # (N, 2) uint32
@@ -52,6 +56,7 @@ class Slots:
       count: (B,) int32, tokens generated so far, `token` included.
       active: (B,) bool.
       seen: (B, V) bool, tokens of prompt and answer, for the repetition penalty.
+      counts: (B, V) int32, how often each token occurs in the answer, for the presence and frequency penalties.
     """
 
     cache: KVCache
@@ -62,6 +67,7 @@ class Slots:
     count: jax.Array
     active: jax.Array
     seen: jax.Array
+    counts: jax.Array
     settings: Settings
 
 
@@ -71,10 +77,10 @@ def empty_slots(config: TextConfig, slots: int, places: int, dtype, *, unrolled:
     return Slots(
         cache=KVCache.empty(config, slots, places, dtype, unrolled=unrolled), place=jnp.int32(0),
         token=zeros(jnp.int32), index=zeros(jnp.int32), position=zeros(jnp.int32), count=zeros(jnp.int32), active=zeros(bool),
-        seen=jnp.zeros((slots, config.vocab_size), bool),
+        seen=jnp.zeros((slots, config.vocab_size), bool), counts=jnp.zeros((slots, config.vocab_size), jnp.int32),
         settings=Settings(
-            temperature=zeros(jnp.float32), top_k=zeros(jnp.int32), top_p=jnp.ones((slots,), jnp.float32),
-            penalty=jnp.ones((slots,), jnp.float32), limit=zeros(jnp.int32), ignore_eos=zeros(bool), key=jnp.zeros((slots, 2), jnp.uint32),
+            temperature=zeros(jnp.float32), top_k=zeros(jnp.int32), top_p=jnp.ones((slots,), jnp.float32), min_p=zeros(jnp.float32),
+            penalty=jnp.ones((slots,), jnp.float32), presence=zeros(jnp.float32), frequency=zeros(jnp.float32), limit=zeros(jnp.int32), ignore_eos=zeros(bool), key=jnp.zeros((slots, 2), jnp.uint32),
         ),
     )
 
@@ -160,18 +166,32 @@ def last_logits(graphdef, params, prefilled: Prefilled, places: Places) -> tuple
     return logits_NV, counts_NV > 0
 
 
-@jax.jit
-def first_tokens(logits_NV, seen_NV, settings: Settings) -> tuple[jax.Array, jax.Array]:
-    """First token (N,) int32 of each answer and its log-probability (N,) float32.
+Alternatives = tuple[jax.Array, jax.Array]
+"""Ids (.., A) int32 and log-probabilities (.., A) float32 of the A likeliest tokens, likeliest first; A is 0 or ALTERNATIVES."""
+
+
+def alternatives_of(logits_BV, wanted: bool) -> Alternatives:
+    """The likeliest tokens under the model itself, or empty arrays when nobody asks for them."""
+    if not wanted:
+        nothing = jnp.zeros((*logits_BV.shape[:-1], 0))
+        return nothing.astype(jnp.int32), nothing
+    most = min(ALTERNATIVES, logits_BV.shape[-1])
+    logits_BA, ids_BA = jax.lax.top_k(logits_BV, most)
+    return ids_BA.astype(jnp.int32), logits_BA - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
+
+
+@partial(jax.jit, static_argnames=("alternatives",))
+def first_tokens(logits_NV, seen_NV, settings: Settings, alternatives: bool = False) -> tuple[jax.Array, jax.Array, Alternatives]:
+    """First token (N,) int32 of each answer, its log-probability (N,) float32 and, if wanted, the alternatives to it.
 
     Apart from `admit` and `last_logits`, whose shapes vary with the prompts' bucket: the sampling code is the slower one to compile.
     """
     penalised_NV = sampling.apply_repetition_penalty(logits_NV, seen_NV, settings.penalty)
     token_N = sampling.choose(
         penalised_NV, keys_B2=settings.key, counts_B=jnp.zeros(logits_NV.shape[:1], jnp.int32),
-        temperature_B=settings.temperature, top_k_B=settings.top_k, top_p_B=settings.top_p,
+        temperature_B=settings.temperature, top_k_B=settings.top_k, top_p_B=settings.top_p, min_p_B=settings.min_p,
     )
-    return token_N, sampling.log_probability(logits_NV, token_N)
+    return token_N, sampling.log_probability(logits_NV, token_N), alternatives_of(logits_NV, alternatives)
 
 
 @partial(jax.jit, donate_argnames=("slots",))
@@ -198,20 +218,25 @@ def admit(slots: Slots, keys, values, places: Places, seen_NV, slot_N, token_N, 
         count=put(slots.count, jnp.ones_like(slot_N)),
         active=put(slots.active, ~ended_N & (settings.limit > 1)),
         seen=put(slots.seen, seen_NV.at[jnp.arange(token_N.shape[0]), token_N].set(True)),
+        counts=put(slots.counts, jax.nn.one_hot(token_N, seen_NV.shape[-1], dtype=jnp.int32)),
         settings=jax.tree.map(put, slots.settings, settings),
     )
 
 
-@partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("slots",))
-def decode(graphdef, params, laid: Laid | None, slots: Slots, eos_E, steps, wanted) -> tuple[Slots, jax.Array, jax.Array, jax.Array]:
+@partial(jax.jit, static_argnames=("graphdef", "alternatives"), donate_argnames=("slots",))
+def decode(
+    graphdef, params, laid: Laid | None, slots: Slots, eos_E, steps, wanted, alternatives: bool = False
+) -> tuple[Slots, jax.Array, jax.Array, Alternatives, jax.Array]:
     """Generates until `steps` tokens a slot, until `wanted` of the active slots have finished, or until none is active.
 
     Args:
       laid: from `lay_out`; None for slots whose cache is a stack.
       eos_E: (E,) int32, tokens that end an answer. steps: int32 scalar, at most CHUNK. wanted: int32 scalar, at least 1.
+      alternatives: static; also return the likeliest tokens of each step.
 
     Returns:
-      slots; tokens (CHUNK, B) int32, -1 where a slot gained none; log-probabilities (CHUNK, B) float32; active (B,).
+      slots; tokens (CHUNK, B) int32, -1 where a slot gained none; log-probabilities (CHUNK, B) float32; alternatives (CHUNK, B, A);
+      active (B,).
     """
     model = nnx.merge(graphdef, params)
     layer = nnx.graphdef(model.language.layers)
@@ -219,30 +244,41 @@ def decode(graphdef, params, laid: Laid | None, slots: Slots, eos_E, steps, want
     B = slots.token.shape[0]
     at_start = jnp.sum(slots.active)
     # Nobody asks for it mostly, and a table of all tokens of all slots costs a small model a fifth of its step.
-    penalises = jnp.any(slots.settings.penalty != 1)
+    penalises = jnp.any((slots.settings.penalty != 1) | (slots.settings.presence != 0) | (slots.settings.frequency != 0))
+
+    def penalise(logits_BV, slots: Slots):
+        logits_BV = sampling.apply_repetition_penalty(logits_BV, slots.seen, slots.settings.penalty)
+        return sampling.apply_count_penalties(logits_BV, slots.counts, slots.settings.presence, slots.settings.frequency)
+
+    def remember(slots: Slots, token_B):
+        rows = jnp.arange(B)
+        return slots.seen.at[rows, token_B].set(True), slots.counts.at[rows, token_B].add(slots.active.astype(jnp.int32))
 
     def go_on(carry):
-        step, slots, _, _ = carry
+        step, slots, *_ = carry
         left = jnp.sum(slots.active)
         return (step < steps) & (left > 0) & (at_start - left < wanted)
 
     def one(carry):
-        step, slots, tokens_CB, logprobs_CB = carry
+        step, slots, tokens_CB, logprobs_CB, others_CBA = carry
         inputs_B1D = model.language.embed(slots.token[:, None]).astype(model.compute_dtype)
         positions_B31 = jnp.broadcast_to(slots.position[:, None, None], (B, 3, 1))
         hidden_B1D, cache = model.language.extend(inputs_B1D, positions_B31, slots.cache, slots.place, slots.index + 1, layers=layers)
         logits_BV = model.logits(hidden_B1D[:, 0], head)
         settings = slots.settings
         token_B = sampling.choose(
-            jax.lax.cond(penalises, sampling.apply_repetition_penalty, lambda logits_BV, *_: logits_BV, logits_BV, slots.seen, settings.penalty),
+            jax.lax.cond(penalises, penalise, lambda logits_BV, _: logits_BV, logits_BV, slots),
             keys_B2=settings.key, counts_B=slots.count, temperature_B=settings.temperature, top_k_B=settings.top_k, top_p_B=settings.top_p,
+            min_p_B=settings.min_p,
         )
         logprob_B = sampling.log_probability(logits_BV, token_B)
         active_B = slots.active
         tokens_CB = tokens_CB.at[step].set(jnp.where(active_B, token_B, -1))
         logprobs_CB = logprobs_CB.at[step].set(logprob_B)
+        others_CBA = jax.tree.map(lambda store, new: store.at[step].set(new), others_CBA, alternatives_of(logits_BV, alternatives))
         ended_B = (token_B[:, None] == eos_E[None]).any(-1) & ~settings.ignore_eos
         grow_B = active_B.astype(jnp.int32)
+        seen_BV, counts_BV = jax.lax.cond(penalises, remember, lambda slots, _: (slots.seen, slots.counts), slots, token_B)
         slots = Slots(
             cache=cache,
             place=(slots.place + 1) % cache.places,
@@ -251,14 +287,17 @@ def decode(graphdef, params, laid: Laid | None, slots: Slots, eos_E, steps, want
             position=slots.position + grow_B,
             count=slots.count + grow_B,
             active=active_B & ~ended_B & (slots.count + 1 < settings.limit),
-            seen=jax.lax.cond(penalises, lambda seen_BV: seen_BV.at[jnp.arange(B), token_B].set(True), lambda seen_BV: seen_BV, slots.seen),
+            seen=seen_BV,
+            counts=counts_BV,
             settings=settings,
         )
-        return step + 1, slots, tokens_CB, logprobs_CB
+        return step + 1, slots, tokens_CB, logprobs_CB, others_CBA
 
-    start = (jnp.int32(0), slots, jnp.full((CHUNK, B), -1, jnp.int32), jnp.zeros((CHUNK, B), jnp.float32))
-    _, slots, tokens_CB, logprobs_CB = jax.lax.while_loop(go_on, one, start)
-    return slots, tokens_CB, logprobs_CB, slots.active
+    A = min(ALTERNATIVES, slots.seen.shape[-1]) if alternatives else 0
+    others_CBA = jnp.zeros((CHUNK, B, A), jnp.int32), jnp.zeros((CHUNK, B, A), jnp.float32)
+    start = (jnp.int32(0), slots, jnp.full((CHUNK, B), -1, jnp.int32), jnp.zeros((CHUNK, B), jnp.float32), others_CBA)
+    _, slots, tokens_CB, logprobs_CB, others_CBA = jax.lax.while_loop(go_on, one, start)
+    return slots, tokens_CB, logprobs_CB, others_CBA, slots.active
 
 
 @partial(jax.jit, donate_argnames=("slots",))

@@ -17,22 +17,29 @@ class Sampling:
       temperature: 0 is greedy; otherwise logits are divided by it before sampling.
       top_k: sample among the k most likely tokens only; 0 is no limit.
       top_p: sample inside the smallest set of tokens whose probabilities reach this mass; 1 is no limit.
+      min_p: sample among tokens at least this many times as likely as the likeliest one; 0 is no limit.
       repetition_penalty: above 1 makes tokens of the prompt and of the answer so far less likely.
+      presence_penalty, frequency_penalty: subtracted from the logits of tokens of the answer so far, once and for each occurrence.
       stop: the answer ends before the first of these strings.
       seed: the same seed gives the same answer, whatever else is in the batch. None: a seed from the request's index.
       n: number of independent answers; the prompt is read once.
       ignore_eos: run to max_new_tokens (for measurements).
+      top_logprobs: also return this many of the likeliest tokens beside each token of the answer, 0 to 20.
     """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
     n: int = 1
     ignore_eos: bool = False
+    top_logprobs: int = 0
 
     def __post_init__(self):
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -47,6 +54,13 @@ class Sampling:
             problems.append(f"top_p is {self.top_p}, expected more than 0 and at most 1")
         if not 0 < self.repetition_penalty < float("inf"):
             problems.append(f"repetition_penalty is {self.repetition_penalty}, expected more than 0 (1 changes nothing)")
+        if not 0 <= self.min_p <= 1:
+            problems.append(f"min_p is {self.min_p}, expected a number from 0 (no limit) to 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                problems.append(f"{name} is {getattr(self, name)}, expected a number from -2 to 2 (0 changes nothing)")
+        if not 0 <= self.top_logprobs <= 20:
+            problems.append(f"top_logprobs is {self.top_logprobs}, expected 0 to 20")
         if self.n < 1:
             problems.append(f"n is {self.n}, expected at least 1")
         if any(not text for text in self.stop):
@@ -93,6 +107,7 @@ class Answer:
       text: decoded text, without special tokens and without the stop string.
       tokens: generated ids of the model's vocabulary, the end token included when it was produced.
       logprobs: natural log-probability of each token under the model (temperature 1, no penalties).
+      alternatives: for each token the likeliest (id, log-probability) pairs, likeliest first; empty unless `top_logprobs` asked.
       finish: `stop` (end token or stop string), `length` (max_new_tokens, or the context is full) or `error`.
       prompt_tokens: tokens of the prompt, visual tokens included.
       error: why the request could not be answered, when the caller asked to go on past such requests.
@@ -106,3 +121,4 @@ class Answer:
     finish: str
     prompt_tokens: int
     error: str | None = None
+    alternatives: tuple[tuple[tuple[int, float], ...], ...] = ()

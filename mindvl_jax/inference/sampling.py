@@ -24,8 +24,15 @@ def apply_repetition_penalty(logits_BV: jax.Array, seen_BV: jax.Array, penalty_B
     return jnp.where(seen_BV, punished_BV, logits_BV)
 
 
-def restrict(logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
-    """Drops all but the `top_k` most likely tokens (0: no limit), then all but the nucleus of mass `top_p` (1: no limit).
+def apply_count_penalties(logits_BV: jax.Array, counts_BV: jax.Array, presence_B: jax.Array, frequency_B: jax.Array) -> jax.Array:
+    """Subtract `presence` once and `frequency` per occurrence from tokens of the answer so far (OpenAI's definition)."""
+    counts_BV = counts_BV.astype(jnp.float32)
+    return logits_BV - presence_B[:, None] * (counts_BV > 0) - frequency_B[:, None] * counts_BV
+
+
+def restrict(logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array, min_p_B: jax.Array | None = None) -> jax.Array:
+    """Keep the `top_k` most likely tokens (0: no limit), of these the nucleus of mass `top_p` (1: no limit), of these the ones
+    at least `min_p` times as likely as the likeliest (0: no limit).
 
     As in transformers, the nucleus is measured inside what top-k left, the token that crosses `top_p` stays in, and tokens
     that tie with the k-th stay.
@@ -39,6 +46,9 @@ def restrict(logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> ja
     mass_before_BV = jnp.cumsum(sorted_probs_BV, axis=-1) - sorted_probs_BV
     in_nucleus_BV = (mass_before_BV < top_p_B[:, None]).at[:, 0].set(True)
     lowest_B1 = jnp.min(jnp.where(in_nucleus_BV & (sorted_kept_BV > NEGATIVE), sorted_kept_BV, jnp.inf), axis=-1, keepdims=True)
+    if min_p_B is not None:  # a ratio of probabilities is a difference of logits
+        relative_B1 = jnp.log(jnp.maximum(min_p_B, 1e-30))[:, None] + descending_BV[:, :1]
+        lowest_B1 = jnp.where(min_p_B[:, None] > 0, jnp.maximum(lowest_B1, relative_B1), lowest_B1)
     return jnp.where(logits_BV >= lowest_B1, logits_BV, NEGATIVE)
 
 
@@ -63,6 +73,7 @@ def choose(
     temperature_B: jax.Array,
     top_k_B: jax.Array,
     top_p_B: jax.Array,
+    min_p_B: jax.Array | None = None,
 ) -> jax.Array:
     """Next token of each row, (B,) int32: the most likely one where temperature is 0, a sample elsewhere.
 
@@ -75,7 +86,7 @@ def choose(
 
     def draw(_):
         scaled_BV = logits_BV / jnp.maximum(temperature_B, 1e-6)[:, None]
-        allowed_BV = restrict(scaled_BV, top_k_B, top_p_B)
+        allowed_BV = restrict(scaled_BV, top_k_B, top_p_B, min_p_B)
         folded_B2 = jax.vmap(jax.random.fold_in)(keys_B2, counts_B)
         drawn_B = jax.vmap(jax.random.categorical)(folded_B2, allowed_BV).astype(jnp.int32)
         return jnp.where(temperature_B > 0, drawn_B, greedy_B)
