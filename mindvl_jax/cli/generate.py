@@ -16,10 +16,10 @@ DEFAULTS = dict(max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, repetit
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", required=True, metavar="DIR", help="one of our runs or checkpoints, or a Hugging Face folder")
     asked = parser.add_argument_group("what to answer")
-    asked.add_argument("--prompt", metavar="TEXT", help="the question; <image> in it marks a picture's place, otherwise pictures come first")
+    asked.add_argument("--prompt", metavar="TEXT", help="the question; <image> in it marks an image's place (\\\\<image> is text), otherwise images come first")
     asked.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
     asked.add_argument("--video", action="append", default=[], metavar="FILE", help="a video; may be given several times")
-    asked.add_argument("--system", metavar="TEXT", help="system turn")
+    asked.add_argument("--system", metavar="TEXT", help="system turn; with --requests, of the lines that have none")
     asked.add_argument("--requests", metavar="JSONL", help="many requests: lines with prompt or messages, and id, images, videos and sampling settings as wanted ('-': standard input)")
     chosen = parser.add_argument_group("how tokens are chosen")
     chosen.add_argument("--max-new-tokens", type=int, default=DEFAULTS["max_new_tokens"])
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _requests(args: argparse.Namespace):
-    from mindvl_jax.inference.request import Request, Sampling
+    from mindvl_jax.inference.request import Request, Sampling, with_system
     from mindvl_jax.inference.requests_file import read_requests
 
     common = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
@@ -93,11 +93,11 @@ def _requests(args: argparse.Namespace):
             if not Path(path).is_file():
                 raise UserError(f"there is no file {path!r}; --image and --video want paths of existing files")
         request = Request.from_prompt(args.prompt, tuple(args.image), videos=tuple(args.video), sampling=Sampling(**common), **pixels)
-        system = [{"role": "system", "content": args.system}] if args.system else []
-        return [Request(messages=system + list(request.messages), images=request.images, videos=request.videos, sampling=request.sampling, **pixels)]
-    if args.image or args.video or args.system:
-        raise UserError("--image, --video and --system go with --prompt; in a file of requests each line names its own")
-    return read_requests(args.requests, common, pixels)
+        return [with_system(request, args.system) if args.system else request]
+    if args.image or args.video:
+        raise UserError("--image and --video go with --prompt; in a file of requests each line names its own")
+    requests = read_requests(args.requests, common, pixels)
+    return [with_system(request, args.system) for request in requests] if args.system else requests
 
 
 def _write(path: Path, requests, answers) -> None:

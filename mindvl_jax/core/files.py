@@ -25,6 +25,28 @@ def write_text(path: str | Path, text: str) -> None:
         raise
 
 
+def decode_text(data: bytes) -> str:
+    """Decode a text file's bytes: UTF-8, with or without a byte order mark, or UTF-16 with one.
+
+    Raises:
+      UnicodeDecodeError: anything else.
+    """
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return data.decode("utf-16")
+    return data.decode("utf-8-sig")
+
+
+def read_text(path: str | Path) -> str:
+    """Read a text file as `decode_text`; its line ends become newlines. Raises OSError and UnicodeDecodeError."""
+    return decode_text(Path(path).read_bytes()).replace("\r\n", "\n")
+
+
+def foreign(name: str) -> bool:
+    """Whether a file name is one that another system leaves behind (`.DS_Store`, `._x.json`, `Thumbs.db`) or that is hidden."""
+    parts = str(name).replace("\\", "/").split("/")
+    return parts[-1].startswith(".") or parts[-1].lower() in ("thumbs.db", "desktop.ini") or "__MACOSX" in parts
+
+
 def write_json(path: str | Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
@@ -40,7 +62,7 @@ def read_json(path: str | Path, default: Any = None) -> Any:
       ValueError: the file is not JSON.
     """
     path = Path(path)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
+    return json.loads(read_text(path)) if path.is_file() else default
 
 
 def read_jsonl(path: str | Path) -> list[dict]:

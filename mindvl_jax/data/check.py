@@ -108,7 +108,8 @@ def check_source(
 def _content(sample: Sample) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for message in sample.messages:
-        digest.update(f"{message.role}\0{message.content}\0".encode())
+        digest.update(f"{message.role}\0{message.content}\0{message.weight}\0{message.reasoning}\0{message.calls}\0".encode())
+    digest.update(repr(sample.tools).encode())
     for media in (*sample.images, *sample.videos):
         digest.update(hashlib.blake2b(read_bytes(media), digest_size=16).digest())
     return digest.digest()

@@ -16,7 +16,8 @@ from mindvl_jax.data.media import image as images
 from mindvl_jax.data.media import video as videos
 from mindvl_jax.data.text.chat import ChatEncoder, TextTokenizer, Turn, check_turn_order
 from mindvl_jax.data.positions import rotary_positions
-from mindvl_jax.data.sample import IMAGE, PLACEHOLDER, Media, Message, Sample, SampleError
+from mindvl_jax.data.marks import IMAGE, marks
+from mindvl_jax.data.sample import Media, Message, Sample, SampleError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Example:
     Attributes:
       tokens: (T,) int32.
       targets: (T,) int32, the next token, 0 at the end.
-      loss_weights: (T,) float32, 1 where the target is learned.
+      loss_weights: (T,) float32, where the target is learned its turn's weight (1 unless the sample says otherwise), else 0.
       positions: (3, T) int32, from 0.
       visual_index: (T,) int32, merged patch group of this sample in window order, -1 for text.
       visuals: media in the order of their patches.
@@ -134,7 +135,7 @@ class ExampleEncoder:
         kept, truncated = self._fit(turns, visuals)
         return self._build(sample, kept, visuals, truncated, prompt=False)
 
-    def encode_prompt(self, messages: Sequence[Message], image_media: Sequence[Media] = (), video_media: Sequence[Media] = (), *, id: str = "prompt") -> Example:
+    def encode_prompt(self, messages: Sequence[Message], image_media: Sequence[Media] = (), video_media: Sequence[Media] = (), *, tools: Sequence[str] = (), id: str = "prompt") -> Example:
         """Encodes a conversation whose answer is asked for: it ends with an opened assistant turn, nothing is learned.
 
         Pictures without any placeholder in the text are put before the first user turn's text.
@@ -143,12 +144,12 @@ class ExampleEncoder:
         messages = tuple(messages)
         if not messages or messages[-1].role not in ("user", "tool"):
             raise SampleError("malformed", "a prompt must end with a user or tool turn")
-        if image_media and not any(PLACEHOLDER.search(message.content) for message in messages):
+        if image_media and not any(marks(message.content) for message in messages):
             first = next(index for index, message in enumerate(messages) if message.role != "system")
-            placed = Message(messages[first].role, IMAGE * len(image_media) + messages[first].content)
+            placed = dataclasses.replace(messages[first], content=IMAGE * len(image_media) + messages[first].content)
             messages = messages[:first] + (placed,) + messages[first + 1 :]
-        sample = Sample(id, messages, tuple(image_media), tuple(video_media))
-        turns, visuals = self._turns(sample)
+        sample = Sample(id, messages, tuple(image_media), tuple(video_media), tools=tuple(tools))
+        turns, visuals = self._turns(sample, prompt=True)
         example = self._build(sample, turns, visuals, 0, prompt=True)
         if self._limits.max_tokens is not None and example.length > self._limits.max_tokens:
             raise SampleError("too_long", f"the prompt has {example.length} tokens, the limit is {self._limits.max_tokens}; shorten it or lower max_pixels")
@@ -156,15 +157,15 @@ class ExampleEncoder:
 
     # --- steps ---
 
-    def _turns(self, sample: Sample) -> tuple[list[Turn], list[VisualItem]]:
-        text = [piece for message in sample.messages for piece in PLACEHOLDER.findall(message.content)]
+    def _turns(self, sample: Sample, *, prompt: bool = False) -> tuple[list[Turn], list[VisualItem]]:
+        text = [mark for message in sample.messages for mark in marks(message.content)]
         counts = {"image": text.count(IMAGE), "video": len(text) - text.count(IMAGE)}
         for kind, found in (("image", sample.images), ("video", sample.videos)):
             if counts[kind] != len(found):
                 raise SampleError("media_mismatch", f"the text has {counts[kind]} <{kind}> placeholder(s) but the sample has {len(found)} {kind}(s)")
         by_kind = {"image": [self._image_item(media) for media in sample.images], "video": [self._video_item(media) for media in sample.videos]}
         tokens = {kind: iter([item.layout.tokens for item in items]) for kind, items in by_kind.items()}
-        turns = self._chat.turns(sample.messages, tokens["image"], tokens["video"])
+        turns = self._chat.turns(sample.messages, tokens["image"], tokens["video"], sample.tools, prompt=prompt)
         # Media in the order in which the text names them: that is the order of their patches.
         order = {kind: iter(items) for kind, items in by_kind.items()}
         return turns, [next(order[kind]) for turn in turns for _, kind in turn.media]
@@ -214,17 +215,17 @@ class ExampleEncoder:
     def _build(self, sample: Sample, turns: list[Turn], visuals: list[VisualItem], truncated: int, *, prompt: bool) -> Example:
         merge_unit, vision, text = self._model.vision.merge_unit, self._model.vision, self._model.text
         ids: list[int] = []
-        learned: list[bool] = []
+        learned: list[float] = []
         starts: list[tuple[int, str]] = []
         for index, turn in enumerate(turns):
             starts.extend((len(ids) + offset, kind) for offset, kind in turn.media)
             ids.extend(turn.tokens)
             if self._limits.train_on == "all":
-                learned.extend([True] * len(turn.tokens))
+                learned.extend([turn.weight] * len(turn.tokens))
             elif self._limits.train_on == "last_answer" and index != len(turns) - 1:
-                learned.extend([False] * len(turn.tokens))
+                learned.extend([0.0] * len(turn.tokens))
             else:
-                learned.extend(turn.learned)
+                learned.extend(turn.weight if answer else 0.0 for answer in turn.learned)
         if prompt:
             ids.extend(self._chat.answer_header(sample.messages))
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from mindvl_jax.data.marks import plain
 from mindvl_jax.data.sample import Message, Sample
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.inference import Request, Sampling
@@ -36,7 +37,7 @@ class Item:
     @property
     def question(self) -> str:
         """The last turn's text, without the marks of media."""
-        return self.messages[-1]["content"].replace("<image>", "").replace("<video>", "").strip()
+        return plain(self.messages[-1]["content"]).strip()
 
 
 def item_from_sample(sample: Sample) -> Item:
@@ -46,6 +47,8 @@ def item_from_sample(sample: Sample) -> Item:
     Raises:
       UserError: nothing to compare with.
     """
+    if sample.tools or any(turn.calls or turn.reasoning for turn in sample.messages):
+        raise UserError(f"{sample.origin or sample.id}: the sample has tools, calls or reasoning, which evaluation tasks do not compare")
     turns = list(sample.messages)
     if sample.answers and turns and turns[-1].role == "user":
         turns.append(Message("assistant", sample.answers[0]))
@@ -53,7 +56,7 @@ def item_from_sample(sample: Sample) -> Item:
         turns.pop()
     if len(turns) < 2:
         raise UserError(f"{sample.origin or sample.id}: an evaluation sample needs a question and an assistant turn with its answer")
-    answers = sample.answers or (turns[-1].content,)
+    answers = sample.answers or (plain(turns[-1].content),)
     return Item(
         id=sample.id, messages=tuple({"role": turn.role, "content": turn.content} for turn in turns[:-1]),
         images=sample.images, videos=sample.videos, answers=tuple(answers), category="",

@@ -15,7 +15,9 @@ from mindvl_jax.data.packing.collate import collate
 from mindvl_jax.data.example import EncodeLimits, Example, ExampleEncoder
 from mindvl_jax.data.media.image import load_image
 from mindvl_jax.data.media.files import named_file
-from mindvl_jax.data.sample import IMAGE, VIDEO, Media, Message
+from mindvl_jax.data.marks import literal, plain
+from mindvl_jax.data.record import conversation
+from mindvl_jax.data.sample import Media
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.inference.buckets import Bucket, bucket_of
 from mindvl_jax.inference.request import Request
@@ -64,10 +66,11 @@ class PromptEncoder:
           UserError: pictures that cannot be read, marks and pictures that do not match, text that the vocabulary cannot write.
         """
         try:
-            if not self._sees and (request.images or request.videos):
-                raise UserError("the model is a language model alone and cannot see pictures; use MindVL or Qwen2.5-VL weights")
-            messages = [Message(turn["role"], turn["content"]) for turn in request.messages]
-            example = self._encoder(request).encode_prompt(messages, [_media(item) for item in request.images], [_media(item) for item in request.videos], id=request.id)
+            given = ([_media(item) for item in items] for items in (request.images, request.videos))
+            messages, images, videos = conversation(request.messages, *given, media_root=request.media_root)
+            if not self._sees and (images or videos):
+                raise UserError("the model is a language model alone and cannot see images; use MindVL or Qwen2.5-VL weights")
+            example = self._encoder(request).encode_prompt(messages, images, videos, id=request.id)
             example = example.with_pixels(self._model.vision, self._resample)
         except UserError as error:
             raise UserError(f"request {request.id}: {error}" if request.id else str(error)) from error
@@ -104,9 +107,15 @@ def prompt_config(model, tokenizer) -> ModelConfig:
 
 def without_media(request: Request) -> Request:
     """The same request with its pictures and videos taken away: what language alone can answer."""
-    strip = lambda text: text.replace(IMAGE, "").replace(VIDEO, "").lstrip("\n")
-    messages = [{**turn, "content": strip(turn["content"])} for turn in request.messages]
+    messages = [{**turn, "content": literal(plain(text_of(turn["content"])).lstrip("\n"))} for turn in request.messages]
     return dataclasses.replace(request, messages=messages, images=(), videos=())
+
+
+def text_of(content: str | Sequence[Any]) -> str:
+    """A turn's content with the media parts of a list taken away."""
+    if isinstance(content, str):
+        return content
+    return "".join(literal(part["text"]) for part in content if isinstance(part.get("text"), str))
 
 
 def _media(item: Any) -> Media:

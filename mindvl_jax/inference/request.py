@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Sequence
 
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.data.marks import IMAGE, marks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,27 +76,37 @@ class Request:
 
     Attributes:
       messages: chat turns `{"role": ..., "content": ...}`; each `<image>` in a content takes the next of `images`, each
-        `<video>` the next of `videos`. The last turn is the user's.
+        `<video>` the next of `videos` (`\\<image>` is text). A content may be a list of parts as in training data; the media that
+        parts name are paths below `media_root`, `file://` URLs, data URIs or base64. The last turn is the user's.
       images: bytes, paths, PIL pictures, or objects whose `read()` gives bytes when needed; in the order of their marks.
       id: comes back with the answer.
       min_pixels, max_pixels: picture area after resizing; None is the model's own setting.
     """
 
-    messages: Sequence[dict[str, str]]
+    messages: Sequence[dict[str, Any]]
     images: Sequence[Any] = ()
     videos: Sequence[Any] = ()
     sampling: Sampling = Sampling()
     id: str = ""
     min_pixels: int | None = None
     max_pixels: int | None = None
+    media_root: str | None = None
 
     @classmethod
     def from_prompt(cls, prompt: str, images: Sequence[Any] = (), **rest) -> "Request":
         """A single user turn; pictures without a mark in the prompt come before the text, in order."""
-        missing = len(images) - prompt.count("<image>")
+        marked = marks(prompt).count(IMAGE)
+        missing = len(images) - marked
         if missing < 0:
-            raise UserError(f"The prompt marks {prompt.count('<image>')} pictures with <image> but {len(images)} were given; give one picture for each mark.")
+            raise UserError(f"The prompt marks {marked} pictures with <image> but {len(images)} were given; give one picture for each mark.")
         return cls(messages=[{"role": "user", "content": "<image>" * missing + prompt}], images=tuple(images), **rest)
+
+
+def with_system(request: Request, text: str) -> Request:
+    """The request with a system turn, unless it has one."""
+    if any(turn["role"] == "system" for turn in request.messages):
+        return request
+    return dataclasses.replace(request, messages=[{"role": "system", "content": text}, *request.messages])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,9 @@ from typing import Annotated, Any, Literal, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.files import read_text
+from mindvl_jax.data.record import conversation, media_of
+from mindvl_jax.data.sample import Media
 from mindvl_jax.inference.request import Request, Sampling
 
 SHOWN = 10  # problems of a file that are printed
@@ -22,7 +25,7 @@ class _Form(BaseModel):
 
 class _Turn(_Form):
     role: Literal["system", "user", "assistant", "tool"]
-    content: str
+    content: str | list[dict[str, Any]]
 
 
 class _Question(_Form):
@@ -45,11 +48,20 @@ class _Question(_Form):
     def request(self, number: int, root: Path, common: Mapping[str, Any], pixels: Mapping[str, int | None]) -> Request:
         given = self.model_dump(exclude_none=True)
         sampling = Sampling(**{**common, **{key: given[key] for key in Sampling.__dataclass_fields__ if key in given}})
-        images, videos = (tuple(str(root / name) for name in names) for names in (self.images, self.videos))
-        rest = dict(sampling=sampling, id=str(number if self.id is None else self.id), videos=videos, **{key: given.get(key, value) for key, value in pixels.items()})
+        images, videos = (tuple(_named(name, root) for name in names) for names in (self.images, self.videos))
+        rest = dict(sampling=sampling, media_root=str(root), id=str(number if self.id is None else self.id), videos=videos, **{key: given.get(key, value) for key, value in pixels.items()})
         if self.prompt is not None:
             return Request.from_prompt(self.prompt, images, **rest)
-        return Request(messages=[turn.model_dump() for turn in self.messages], images=images, **rest)
+        messages = [turn.model_dump() for turn in self.messages]
+        media = ([media for media in group if isinstance(media, Media)] for group in (images, videos))
+        conversation(messages, *media, media_root=str(root))  # refused here, before any weights are opened
+        return Request(messages=messages, images=images, **rest)
+
+
+def _named(name: str, root: Path) -> str | Media:
+    """A medium of a line: a path, taken from the file's folder, or what a data URI holds."""
+    media = media_of(name, None)
+    return str(root / media.path) if media.data is None else media
 
 
 # Every setting of Sampling, and None for what a line leaves to the command line. One stop may stand without brackets.
@@ -71,7 +83,7 @@ def read_requests(path: str, common: Mapping[str, Any], pixels: Mapping[str, int
         raise UserError(f"there is no file {path!r}; --requests wants a JSONL file, one request a line")
     try:
         # Not splitlines: a JSON string may hold U+2028 and other separators as they are.
-        lines = (sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")).split("\n")
+        lines = (sys.stdin.read().removeprefix("\ufeff") if path == "-" else read_text(path)).split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no text in UTF-8: {error}") from None
     requests, problems = [], []

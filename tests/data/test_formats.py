@@ -14,7 +14,8 @@ from data_toys import encoded, picture
 
 from mindvl_jax.config.schema import ColumnMapping, SourceConfig
 from mindvl_jax.data.media.image import load_image
-from mindvl_jax.data.sample import Media, Message, SampleError, sample_from_record
+from mindvl_jax.data.record import sample_from_record
+from mindvl_jax.data.sample import Media, Message, SampleError
 from mindvl_jax.data.sources.readers import Source
 from mindvl_jax.core.errors import UserError
 

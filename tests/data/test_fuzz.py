@@ -17,7 +17,8 @@ from PIL import Image
 from mindvl_jax.config.schema import ColumnMapping
 from mindvl_jax.data.packing.collate import collate, shape_for
 from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
-from mindvl_jax.data.sample import Media, SampleError, sample_from_record
+from mindvl_jax.data.record import sample_from_record
+from mindvl_jax.data.sample import Media, SampleError
 
 COUNT = int(os.environ.get("MINDVL_FUZZ", "1500"))
 SECONDS_EACH = 2.0  # the longest that one input may take, on a busy machine

@@ -56,7 +56,7 @@ def test_many_lines_are_gathered_and_the_first_ten_shown(tmp_path):
     assert "12 lines of" in str(error.value) and str(error.value).count("\n") == 11 and str(error.value).endswith("...")
 
 
-@pytest.mark.parametrize("content, message", [(None, "there is no file"), (b"\n\n", "holds no request"), (b"\xff\xfe{}", "no text in UTF-8")])
+@pytest.mark.parametrize("content, message", [(None, "there is no file"), (b"\n\n", "holds no request"), (b"\xfd{}", "no text in UTF-8")])
 def test_a_file_without_requests_is_refused(tmp_path, content, message):
     path = tmp_path / "r.jsonl"
     if content is not None:

@@ -81,6 +81,8 @@ class TarRecords:
     is taken as a caption: the picture, then the text as the answer.
     """
 
+    holds_media = True
+
     def __init__(self, path: str):
         self.path = path
         samples: dict[str, dict[str, tuple[int, int]]] = {}

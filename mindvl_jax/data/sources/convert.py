@@ -16,13 +16,16 @@ import pyarrow.parquet as pq
 
 from mindvl_jax.data.media.image import image_size
 from mindvl_jax.data.media.files import read_bytes, resolve
-from mindvl_jax.data.sample import IMAGE, VIDEO, Media, Sample, SampleError
+from mindvl_jax.data.marks import IMAGE, VIDEO, marks
+from mindvl_jax.data.record import turns_of
+from mindvl_jax.data.sample import Media, Sample, SampleError
 from mindvl_jax.data.sources.readers import Source
 from mindvl_jax.core.errors import UserError
 
 FORMATS = ("mllm", "llava", "sharegpt", "jsonl", "parquet", "webdataset")
 ENDINGS = {"mllm": ".json", "llava": ".json", "sharegpt": ".json", "jsonl": ".jsonl", "parquet": ".parquet", "webdataset": ".tar"}
 TO_LLAVA = {"user": "human", "assistant": "gpt", "system": "system", "tool": "observation"}
+TURN_COLUMNS = ("role", "content", "reasoning_content", "tool_calls", "weight")
 GROUP = 1000  # rows of a parquet row group: small, for shuffled reading
 MAGIC = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"RIFF", "webp"), (b"BM", "bmp"), (b"II*\0", "tif"), (b"MM\0*", "tif"))
 
@@ -110,10 +113,10 @@ def _check(sample: Sample) -> None:
         image_size(media)
     for media in sample.videos:
         read_bytes(media)
-    text = "".join(message.content for message in sample.messages)
+    marked = [mark for message in sample.messages for mark in marks(message.content)]
     for mark, found in ((IMAGE, sample.images), (VIDEO, sample.videos)):
-        if text.count(mark) != len(found):
-            raise SampleError("media_mismatch", f"the text has {text.count(mark)} {mark} placeholder(s) but the sample has {len(found)}")
+        if marked.count(mark) != len(found):
+            raise SampleError("media_mismatch", f"the text has {marked.count(mark)} {mark} placeholder(s) but the sample has {len(found)}")
 
 
 class _MediaStore:
@@ -147,7 +150,7 @@ def _mllm(sample: Sample, store: _MediaStore) -> dict[str, Any]:
     record: dict[str, Any] = {"id": sample.id, "images": [store.path(media) for media in sample.images]}
     if sample.videos:
         record["videos"] = [store.path(media) for media in sample.videos]
-    record["messages"] = [{"role": message.role, "content": message.content} for message in sample.messages]
+    record["messages"] = list(turns_of(sample))
     return {**record, **_extras(sample)}
 
 
@@ -158,12 +161,17 @@ def _llava(sample: Sample, store: _MediaStore) -> dict[str, Any]:
         record["image"] = paths[0] if len(paths) == 1 else paths
     if sample.videos:
         record["video"] = [store.path(media) for media in sample.videos]
-    record["conversations"] = [{"from": TO_LLAVA[message.role], "value": message.content} for message in sample.messages]
+    record["conversations"] = list(turns_of(sample, "from", "value", TO_LLAVA))
     return {**record, **_extras(sample)}
 
 
 def _extras(sample: Sample) -> dict[str, Any]:
-    return {**({"task": sample.task} if sample.task is not None else {}), **({"answers": list(sample.answers)} if sample.answers else {})}
+    extras: dict[str, Any] = {"task": sample.task} if sample.task is not None else {}
+    if sample.answers:
+        extras["answers"] = list(sample.answers)
+    if sample.tools:
+        extras["tools"] = [json.loads(tool) for tool in sample.tools]
+    return extras
 
 
 @contextlib.contextmanager
@@ -187,12 +195,17 @@ def _json_lines(path: str, store: _MediaStore):
         yield lambda sample: file.write(json.dumps(_mllm(sample, store), ensure_ascii=False) + "\n")
 
 
+def _flat(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn for a column of structs: calls as JSON text, because a struct would give each call the arguments of all others."""
+    return {**turn, "tool_calls": json.dumps(turn["tool_calls"], ensure_ascii=False)} if "tool_calls" in turn else turn
+
+
 @contextlib.contextmanager
 def _parquet(path: str, store: _MediaStore):
     media = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
     schema = pa.schema([
-        ("id", pa.string()), ("images", media), ("videos", media), ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
-        ("task", pa.string()), ("answers", pa.list_(pa.string())),
+        ("id", pa.string()), ("images", media), ("videos", media), ("messages", pa.list_(pa.struct([(name, pa.string() if name != "weight" else pa.float64()) for name in TURN_COLUMNS]))),
+        ("task", pa.string()), ("answers", pa.list_(pa.string())), ("tools", pa.string()),
     ])
     rows: list[dict[str, Any]] = []
     with pq.ParquetWriter(path, schema) as writer:
@@ -206,7 +219,8 @@ def _parquet(path: str, store: _MediaStore):
             embed = lambda found: [{"bytes": read_bytes(item), "path": item.path} for item in found]
             rows.append({
                 "id": sample.id, "images": embed(sample.images), "videos": embed(sample.videos),
-                "messages": [{"role": message.role, "content": message.content} for message in sample.messages], "task": sample.task, "answers": list(sample.answers),
+                "messages": [_flat(turn) for turn in turns_of(sample)], "task": sample.task, "answers": list(sample.answers),
+                "tools": f"[{', '.join(sample.tools)}]" if sample.tools else None,
             })
             if len(rows) >= GROUP:
                 flush()
@@ -229,7 +243,7 @@ def _tar(path: str, store: _MediaStore):
             nonlocal count
             key = f"{count:08d}"
             count += 1
-            record = {"id": sample.id, "messages": [{"role": message.role, "content": message.content} for message in sample.messages], **_extras(sample)}
+            record = {"id": sample.id, "messages": list(turns_of(sample)), **_extras(sample)}
             add(f"{key}.json", json.dumps(record, ensure_ascii=False).encode())
             for index, media in enumerate((*sample.images, *sample.videos)):
                 data = read_bytes(media)

@@ -1,6 +1,6 @@
 """Files of samples with random access: JSON, JSONL, parquet and WebDataset tar behind one interface.
 
-A source knows how many records it has and reads the k-th; what a record means is `sample.sample_from_record`'s business.
+A source knows how many records it has and reads the k-th; what a record means is `record.sample_from_record`'s business.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any, Protocol, Sequence
 import numpy as np
 
 from mindvl_jax.config.schema import SourceConfig
-from mindvl_jax.data.sample import Sample, SampleError, sample_from_record
+from mindvl_jax.data.record import sample_from_record
+from mindvl_jax.data.sample import Sample, SampleError
 from mindvl_jax.core.errors import UserError
 
 SUFFIXES = {".parquet": "parquet", ".tar": "webdataset", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
@@ -146,7 +147,7 @@ class Source:
         default = f"{self.name}:{index}"
         columns = self._config.columns
         try:
-            return sample_from_record(record, columns=columns, media_root=root, default_id=default, origin=f"{records.path}#{inner}")
+            return sample_from_record(record, columns=columns, media_root=root, default_id=default, origin=f"{records.path}#{inner}", media_in_file=getattr(records, "holds_media", False))
         except SampleError as error:
             if isinstance(record, dict) and record.get(columns.id) is not None:
                 error.sample_id = str(record[columns.id])

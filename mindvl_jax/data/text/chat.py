@@ -10,7 +10,8 @@ import dataclasses
 from typing import Iterable, Iterator, Protocol, Sequence
 
 from mindvl_jax.config.schema import ModelConfig
-from mindvl_jax.data.sample import IMAGE, PLACEHOLDER, VIDEO, Message, SampleError
+from mindvl_jax.data.marks import literal, pieces
+from mindvl_jax.data.sample import Message, SampleError
 from mindvl_jax.data.text.template import Frame, OwnTemplate
 from mindvl_jax.core.errors import UserError
 
@@ -35,6 +36,7 @@ class Turn:
       role: system, user or assistant.
       tokens: ids, placeholders of media included, the closing newline too.
       learned: one bool a token: part of an answer (its content and the closing `<|im_end|>`).
+      weight: of the turn's loss.
       media: (offset of the first placeholder in `tokens`, "image" or "video") of each medium in order.
     """
 
@@ -42,6 +44,17 @@ class Turn:
     tokens: tuple[int, ...]
     learned: tuple[bool, ...]
     media: tuple[tuple[int, str], ...]
+    weight: float = 1.0
+
+
+# What the published Qwen2.5 and Qwen3 formats write around the descriptions of tools, in the system turn.
+_TOOLS_BEFORE = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
+)
+_TOOLS_AFTER = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n"
+    '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+)
 
 
 class ChatEncoder:
@@ -78,17 +91,31 @@ class ChatEncoder:
                 self._memory[text] = known
         return known
 
-    def turns(self, messages: Sequence[Message], images: Iterator[int], videos: Iterator[int]) -> list[Turn]:
+    def turns(self, messages: Sequence[Message], images: Iterator[int], videos: Iterator[int], tools: Sequence[str] = (), *, prompt: bool = False) -> list[Turn]:
         """Turns of a conversation. `images` and `videos` yield the visual tokens of each medium in order.
 
-        Tool results come as the published format has them: in a user turn, between `<tool_response>` tags, neighbours together.
-        Raises SampleError when a placeholder has no medium left (too many placeholders).
+        Tools stand in the system turn, their results in a user turn between `<tool_response>` tags (neighbours together), as the
+        published format has them. So does reasoning: only turns after the last user turn keep it.
+
+        Args:
+          prompt: the conversation is read and not learned: reasoning of earlier turns is left out, as the published format does.
+
+        Raises SampleError when a placeholder has no medium left, for reasoning that could not be learned, and for tools or
+        reasoning under the tokenizer's own template.
         """
         if self._template is not None:
+            if tools or any(message.calls or message.reasoning for message in messages):
+                raise SampleError("unsupported_field", "the sample has tools, calls or reasoning, which tokenizer.template `tokenizer` does not place; write them into the content, or use `qwen`")
             frames = self._template.frames(messages)
             return [self._framed(message, frame, images, videos) for message, frame in zip(messages, frames, strict=True)]
         turns: list[Turn] = []
+        last_user = max((index for index, message in enumerate(messages) if message.role == "user"), default=-1)
         index = 0
+        if tools:
+            described = literal(_TOOLS_BEFORE + "\n".join(tools) + _TOOLS_AFTER)
+            system = messages[0].content + "\n\n" if messages[0].role == "system" else ""
+            turns.append(self._turn(Message("system", system + described), images, videos))
+            index = int(messages[0].role == "system")
         while index < len(messages):
             message = messages[index]
             if message.role == "tool":
@@ -96,9 +123,13 @@ class ChatEncoder:
                 while index + 1 < len(messages) and messages[index + 1].role == "tool":
                     index += 1
                     body.append(messages[index].content)
-                turns.append(self._turn("user", "", images, videos, tool_results=body))
+                turns.append(self._turn(Message("user", ""), images, videos, tool_results=body))
             else:
-                turns.append(self._turn(message.role, message.content, images, videos))
+                if message.reasoning and index < last_user:
+                    if message.weight and not prompt:
+                        raise SampleError("unsupported_field", f"the assistant's turn {index} has reasoning, but the format keeps it after the last user turn only; split the conversation, or give the turn weight 0")
+                    message = dataclasses.replace(message, reasoning="")
+                turns.append(self._turn(message, images, videos))
             index += 1
         return turns
 
@@ -108,10 +139,10 @@ class ChatEncoder:
             return tuple(self._tokenizer.encode(self._template.answer_header(messages), allow_special=True))
         return (self._start, *self.encode_text("assistant\n"))
 
-    def _turn(self, role: str, content: str, images: Iterator[int], videos: Iterator[int], tool_results: Sequence[str] = ()) -> Turn:
+    def _turn(self, message: Message, images: Iterator[int], videos: Iterator[int], tool_results: Sequence[str] = ()) -> Turn:
         turn = _Building(self, images, videos)
         turn.add((self._start,))
-        answer = role == "assistant"
+        answer = message.role == "assistant"
         if tool_results:
             turn.add(self.encode_text("user"))
             for result in tool_results:
@@ -122,13 +153,13 @@ class ChatEncoder:
         elif answer:
             # Encoded apart from the content, so that what is learned is what generation starts from.
             turn.add(self.encode_text("assistant\n"))
-            turn.content(content, learn=True)
+            turn.content(answer_text(message), learn=True)
         else:
             # The header's newline merges with newlines that open the content, as when the whole turn is encoded at once.
-            turn.content(f"{role}\n{content}")
+            turn.content(f"{message.role}\n{message.content}")
         turn.add((self._end,), learn=answer)
         turn.add(self.encode_text("\n"))
-        return turn.done(role)
+        return turn.done(message.role, message.weight)
 
     def _framed(self, message: Message, frame: Frame, images: Iterator[int], videos: Iterator[int]) -> Turn:
         """A turn as the tokenizer's own template has it. What it writes after the text up to the end of the turn is learned."""
@@ -140,7 +171,7 @@ class ChatEncoder:
         turn.add(self._tokenizer.encode(closing, allow_special=True), learn=answer)
         if frame.after != closing:
             turn.add(self.encode_text(frame.after[len(closing) :]))
-        return turn.done("user" if message.role == "tool" else message.role)
+        return turn.done("user" if message.role == "tool" else message.role, message.weight)
 
     def visual(self, kind: str, count: int) -> tuple[list[int], int]:
         """Ids of one medium between its borders, and where the placeholders begin in them."""
@@ -169,20 +200,30 @@ class _Building:
 
     def content(self, text: str, *, learn: bool = False) -> None:
         """What somebody wrote: text and placeholders."""
-        for part in PLACEHOLDER.split(text):
-            if part in (IMAGE, VIDEO):
-                kind = "image" if part == IMAGE else "video"
-                count = next(self._counts[kind], None)
-                if count is None:
-                    raise SampleError("media_mismatch", f"the text has more {part} placeholders than the sample has {kind}s")
-                ids, first = self._encoder.visual(kind, count)
-                self._media.append((len(self._tokens) + first, kind))
-                self.add(ids)
-            elif part:
+        for kind, part in pieces(text):
+            if kind == "text":
                 self.add(self._encoder.encode_text(part), learn=learn)
+                continue
+            count = next(self._counts[kind], None)
+            if count is None:
+                raise SampleError("media_mismatch", f"the text has more {part} placeholders than the sample has {kind}s")
+            ids, first = self._encoder.visual(kind, count)
+            self._media.append((len(self._tokens) + first, kind))
+            self.add(ids)
 
-    def done(self, role: str) -> Turn:
-        return Turn(role, tuple(self._tokens), tuple(self._learned), tuple(self._media))
+    def done(self, role: str, weight: float) -> Turn:
+        return Turn(role, tuple(self._tokens), tuple(self._learned), tuple(self._media), weight)
+
+
+def answer_text(message: Message) -> str:
+    """Write an assistant's turn as one content: its reasoning, its text and its calls of tools, as the published format has them."""
+    text = message.content
+    if message.reasoning:
+        reasoning = message.reasoning.strip("\n")
+        text = literal(f"<think>\n{reasoning}\n</think>\n\n") + text.lstrip("\n")
+    for number, call in enumerate(message.calls):
+        text += literal(("\n" if number or message.content else "") + f"<tool_call>\n{call}\n</tool_call>")
+    return text
 
 
 def check_turn_order(messages: Sequence[Message]) -> None:
@@ -192,7 +233,7 @@ def check_turn_order(messages: Sequence[Message]) -> None:
     for index, message in enumerate(messages):
         if message.role == "system" and index:
             raise SampleError("malformed", f"turn {index} is a system turn; it may only come first")
-        if message.role == "assistant" and not message.content.strip():
+        if message.role == "assistant" and not message.content.strip() and not message.calls:
             raise SampleError("empty_answer", f"the assistant's turn {index} is empty")
         if message.role == "assistant" and (index == 0 or messages[index - 1].role == "assistant"):
             raise SampleError("malformed", f"turn {index} is the assistant's, but no user or tool turn comes before it")
