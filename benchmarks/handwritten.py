@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from mindvl_jax.data.batch import Batch
-from mindvl_jax.config.schema import ModelConfig, OptimizerConfig, VisionConfig
+from mindvl_jax.config.schema import OptimizerConfig
+from mindvl_jax.models.mindvl.config import MindVLConfig, VisionConfig
 from mindvl_jax.models.mindvl.vision import IMAGE_MEAN, IMAGE_STD
 
 Tensors = dict[str, torch.Tensor]
@@ -22,7 +23,7 @@ Tensors = dict[str, torch.Tensor]
 class Handwritten:
     """Parameters and the constants of one batch; `loss()` is the mean over labelled tokens."""
 
-    def __init__(self, config: ModelConfig, parameters: Mapping[str, np.ndarray], batch: Batch, *, device: str = "cpu"):
+    def __init__(self, config: MindVLConfig, parameters: Mapping[str, np.ndarray], batch: Batch, *, device: str = "cpu"):
         self.config, self.device = config, device
         self.parameters: Tensors = {path: torch.tensor(np.asarray(value), device=device, requires_grad=True) for path, value in parameters.items()}
         put = lambda x: torch.tensor(np.asarray(x), device=device)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mindvl_jax.config import presets
+from mindvl_jax.config import families
 from mindvl_jax.data.example import VisualItem, read_pixels
 from mindvl_jax.data.media.image import image_grid, image_size, visual_layout
 from mindvl_jax.data.sample import Media
@@ -56,7 +56,7 @@ def sides(resample: str = "bicubic") -> tuple[Callable[[bytes], int], Callable[[
     """Ours and theirs: encoded bytes -> number of patches made."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    vision = presets.get("qwen2.5-vl-7b").vision
+    vision = families.preset("qwen2.5-vl-7b").vision
     limits = {"min_pixels": 3136, "max_pixels": 1003520}
     published = Qwen2VLImageProcessorPil(**limits)
 

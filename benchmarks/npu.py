@@ -24,9 +24,9 @@ Facts = Callable[[], dict[str, Any]]
 
 def slice_of(layers: int, blocks: int, full_every: int = 8):
     """MindVL-8B with fewer layers and a tied head, so that masters, moments and gradients fit 64 GiB."""
-    from mindvl_jax.config import presets
+    from mindvl_jax.config import families
 
-    model = presets.get("mindvl-8b")
+    model = families.preset("mindvl-8b")
     full = tuple(range(min(blocks, full_every) - 1, blocks, full_every))
     vision = model.vision.model_copy(update=dict(depth=blocks, fullatt_block_indexes=full))
     text = model.text.model_copy(update=dict(num_layers=layers, tie_word_embeddings=False))

@@ -11,7 +11,8 @@ import numpy as np
 
 from benchmarks.workloads import Workload
 from mindvl_jax.data.batch import Batch, BatchShape
-from mindvl_jax.config.schema import MeshConfig, ModelConfig, OptimizerConfig, PhaseConfig
+from mindvl_jax.config.schema import MeshConfig, OptimizerConfig, PhaseConfig
+from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import row_sharding
 from mindvl_jax.training.backend import compile_xla, compiler_options
@@ -34,7 +35,7 @@ class Step:
         lies beyond the arguments.
     """
 
-    def __init__(self, config: ModelConfig, workload: Workload, batch: Batch, parameters: Params | None = None, *, bridge: str | None = None):
+    def __init__(self, config: MindVLConfig, workload: Workload, batch: Batch, parameters: Params | None = None, *, bridge: str | None = None):
         mesh = make_mesh(MeshConfig())
         self.outline = outline_of(config)
         self._on_xla = bridge is None
@@ -77,7 +78,7 @@ def _through_bridge(function: Callable, *, in_shardings, out_shardings, donate_a
     return npu_bridge.jit(function, donate_argnums=donate_argnums, device=device)
 
 
-def initial(config: ModelConfig) -> Params:
+def initial(config: MindVLConfig) -> Params:
     return initial_params(outline_of(config), make_mesh(MeshConfig()), seed=0)
 
 

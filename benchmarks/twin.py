@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from benchmarks.workloads import Packed, normalised
-from mindvl_jax.config.schema import ModelConfig, OptimizerConfig
+from mindvl_jax.config.schema import OptimizerConfig
+from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.weights.hf_config import read_json
 from mindvl_jax.parity.reference import ComposedMindVL, load_reference, rope_index
 from mindvl_jax.parity.samples import ParitySample, reference_inputs
@@ -46,14 +47,14 @@ class Twin(ComposedMindVL):
         return self._decoder[0](inputs_embeds=embeds, attention_mask=inputs["attention_mask"], position_ids=positions[0], labels=inputs["labels"], use_cache=False).loss
 
 
-def make(config: ModelConfig, parameters: Mapping[str, jax.Array]) -> Twin:
+def make(config: MindVLConfig, parameters: Mapping[str, jax.Array]) -> Twin:
     """The twin with our parameters, through a folder in the published layout."""
     with tempfile.TemporaryDirectory() as scratch:
         save_parameters(Path(scratch), config, parameters)
         return load(Path(scratch), config)
 
 
-def load(folder: Path, config: ModelConfig) -> Twin:
+def load(folder: Path, config: MindVLConfig) -> Twin:
     """The twin with the parameters of a folder that `save_parameters` wrote."""
     twin = Twin(read_json(folder / "config.json"))
     twin.load_state_dict(load_reference(folder).state_dict())
@@ -76,7 +77,7 @@ def packed_inputs(packed: Packed) -> Inputs:
     return dict(input_ids=torch.tensor(batch.tokens).long(), labels=labels, attention_mask=mask[:, None], positions=torch.tensor(batch.positions).long().transpose(0, 1), **_pixels(packed.samples))
 
 
-def padded_inputs(samples: Sequence[ParitySample], config: ModelConfig, twin: Twin) -> Inputs:
+def padded_inputs(samples: Sequence[ParitySample], config: MindVLConfig, twin: Twin) -> Inputs:
     """One sample a row, all as long as the longest."""
     each = [reference_inputs(sample, config) for sample in samples]
     T = max(len(sample.tokens) for sample in samples)

@@ -65,12 +65,12 @@ def write_folder(folder: Path, preset: str, layers: int | None, shard_bytes: int
     import numpy as np
     from safetensors.numpy import save_file
 
-    from mindvl_jax.config import presets
+    from mindvl_jax.config import families
     from mindvl_jax.weights.families import slots
     from mindvl_jax.weights.hf_config import write_config
     from mindvl_jax.weights.load import outline
 
-    config = presets.get(preset)
+    config = families.preset(preset)
     if layers is not None:
         text = config.text.model_copy(update=dict(num_layers=layers))
         vision = config.vision.model_copy(update=dict(depth=min(config.vision.depth, layers), fullatt_block_indexes=(0,)))

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from benchmarks.packing import llava_like
-from mindvl_jax.config import presets
+from mindvl_jax.config import families
 from mindvl_jax.data.batch import Batch
-from mindvl_jax.config.schema import ModelConfig
+from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.data.packing.rows import Budgets, WorkModel, plan_rows
 from mindvl_jax.models.mindvl.vision import IMAGE_MEAN, IMAGE_STD
 from mindvl_jax.parity.samples import ParitySample, pack, random_sample
@@ -68,24 +68,24 @@ LLAVA = Workload("LLaVA-like", photographs, rows=1, tokens=4096, patches=8192, s
 DRY = Workload("smallest", small_pictures, rows=2, tokens=96, patches=128, samples=8, longest_sample=96, longest_image=96, loss_chunk=64)
 
 
-def tiny_config(compute: str) -> ModelConfig:
+def tiny_config(compute: str) -> MindVLConfig:
     """About 3 million parameters: the quickstart's model."""
-    tiny = presets.get("mindvl-tiny")
+    tiny = families.preset("mindvl-tiny")
     return tiny.model_copy(update=dict(text=tiny.text.model_copy(update=dict(vocab_size=2304)), compute_dtype=compute))
 
 
-def small_config(compute: str) -> ModelConfig:
+def small_config(compute: str) -> MindVLConfig:
     """About 60 million parameters in the proportions of the published models, with a compact vocabulary."""
-    tiny = presets.get("mindvl-tiny")
+    tiny = families.preset("mindvl-tiny")
     vision = tiny.vision.model_copy(update=dict(depth=8, hidden_size=320, intermediate_size=864, num_heads=4, fullatt_block_indexes=(3, 7)))
     text = tiny.text.model_copy(update=dict(vocab_size=16384, hidden_size=512, intermediate_size=1536, num_layers=12, num_heads=8, num_kv_heads=4, head_dim=64,
                                             mrope_section=(8, 12, 12)))
     return tiny.model_copy(update=dict(vision=vision, text=text, compute_dtype=compute))
 
 
-def dry_config(compute: str) -> ModelConfig:
+def dry_config(compute: str) -> MindVLConfig:
     """Two layers of width 32."""
-    tiny = presets.get("mindvl-tiny")
+    tiny = families.preset("mindvl-tiny")
     vision = tiny.vision.model_copy(update=dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, window_size=56, fullatt_block_indexes=(1,)))
     text = tiny.text.model_copy(update=dict(vocab_size=2048, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mrope_section=(2, 3, 3)))
     return tiny.model_copy(update=dict(vision=vision, text=text, compute_dtype=compute))
@@ -121,7 +121,7 @@ def normalised(sample: ParitySample) -> ParitySample:
     return dataclasses.replace(sample, visuals=tuple(map(convert, sample.visuals)))
 
 
-def build(workload: Workload, config: ModelConfig, reference, seed: int = 0) -> Packed:
+def build(workload: Workload, config: MindVLConfig, reference, seed: int = 0) -> Packed:
     """Draws samples and packs them as training does.
 
     Args:
@@ -153,7 +153,7 @@ def _patches(drawn) -> int:
     return sum(h * w for h, w in drawn[2])
 
 
-def _sample(config: ModelConfig, rng: np.random.Generator, drawn) -> ParitySample:
+def _sample(config: MindVLConfig, rng: np.random.Generator, drawn) -> ParitySample:
     question, answer, grids = drawn
     sample = random_sample(config, rng, *(("image", (1, *grid)) for grid in grids), question, answer=answer)
     as_bytes = lambda visual: dataclasses.replace(visual, pixels=rng.integers(0, 256, visual.pixels.shape).astype(np.float32))

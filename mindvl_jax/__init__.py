@@ -1,3 +1,5 @@
 """MindVL in JAX: a native-resolution vision-language model and the system that trains it."""
 
 __version__ = "0.1.0"
+
+import mindvl_jax.models.registry  # noqa: E402, F401  registers the model families with the configuration, before anyone reads one

@@ -37,13 +37,13 @@ def loader_case(settings: Settings) -> Iterator[Comparison]:
     from transformers import PreTrainedTokenizerFast
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from mindvl_jax.config import presets
+    from mindvl_jax.config import families
     from mindvl_jax.config.schema import TokenizerConfig
     from mindvl_jax.data import EncodeLimits, ExampleEncoder, Media, Message, Sample, load_tokenizer
     from mindvl_jax.data.packing.collate import budgets_of, collate, shape_for, size_of
     from mindvl_jax.data.packing.rows import WorkModel, plan_rows
 
-    model = presets.get("mindvl-8b")
+    model = families.preset("mindvl-8b")
     tokenizer = load_tokenizer(TokenizerConfig(path="qwen3"))
     count, side = (3, (56, 84)) if settings.dry else (24, (480, 640))
     rng = np.random.default_rng(0)

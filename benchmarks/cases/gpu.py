@@ -14,9 +14,9 @@ from benchmarks.registry import Settings, case
 
 
 def slice_of(preset: str, *, text_layers: int, vision_layers: int, full: tuple[int, ...], tied: bool):
-    from mindvl_jax.config import presets
+    from mindvl_jax.config import families
 
-    config = presets.get(preset)
+    config = families.preset(preset)
     text = config.text.model_copy(update=dict(num_layers=text_layers, tie_word_embeddings=tied))
     vision = config.vision.model_copy(update=dict(depth=vision_layers, fullatt_block_indexes=full))
     return config.model_copy(update=dict(text=text, vision=vision, compute_dtype="bfloat16"))

@@ -149,7 +149,7 @@ def fresh_weights(config: Config, folder: Path) -> Path:
     import jax
     from flax import nnx
 
-    from mindvl_jax.models import MindVL
+    from mindvl_jax.models.mindvl.model import MindVL
     from mindvl_jax.weights import save_parameters
 
     state = jax.jit(lambda: nnx.state(MindVL(config.model, rngs=nnx.Rngs(config.run.seed)), nnx.Param))()

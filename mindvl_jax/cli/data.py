@@ -98,11 +98,11 @@ def _check(args: argparse.Namespace) -> int:
         weights = {name: sum(entry.weight for entry in mixture if entry.source == name) for name in names}
         configs, model, limits, tokenizer = config.data.sources, config.model, training_limits(config, args.phase), config.tokenizer
     else:
-        from mindvl_jax.config import presets
+        from mindvl_jax.config import families
 
-        if args.preset not in presets.MODELS:
-            raise UserError(f"--preset {args.preset!r} is not known; there are {', '.join(presets.MODELS)}")
-        names, configs, model, tokenizer = ["data"], {"data": _source_config(args)}, presets.get(args.preset), TokenizerConfig(path=args.tokenizer)
+        if args.preset not in families.preset_names():
+            raise UserError(f"--preset {args.preset!r} is not known; there are {', '.join(families.preset_names())}")
+        names, configs, model, tokenizer = ["data"], {"data": _source_config(args)}, families.preset(args.preset), TokenizerConfig(path=args.tokenizer)
         weights = None
         limits = EncodeLimits(min_pixels=args.min_pixels, max_pixels=args.max_pixels, max_tokens=args.max_tokens)
     encoder = ExampleEncoder(model, cached_tokenizer(tokenizer), limits)

@@ -20,7 +20,8 @@ from typing import Any, Iterable
 import pydantic
 import yaml
 
-from mindvl_jax.config.schema import Config, Section
+from mindvl_jax.config import families
+from mindvl_jax.config.schema import Config, ModelConfig, Section
 from mindvl_jax.core.errors import UserError
 
 Location = tuple[str | int, ...]
@@ -188,13 +189,14 @@ def _expand_preset(document: _Document) -> None:
     model = document.content.get("model")
     if not isinstance(model, dict) or model.get("preset") is None:
         return
-    from mindvl_jax.config import presets
-
     where = document.origins.get(("model", "preset"), "model.preset")
     try:
-        base = presets.get(str(model["preset"]))
+        base = families.preset(str(model["preset"]))
     except KeyError as error:
         raise ConfigError(f"{where}: {error.args[0]}") from error
+    if model.get("family", base.family) != base.family:
+        where = document.origins.get(("model", "family"), "model.family")
+        raise ConfigError(f"{where}: `model.family` is {model['family']!r}, but preset {model['preset']!r} belongs to {base.family!r}; leave `family` out")
     merged = _Document(base.model_dump(mode="python"), {})
     _merge(merged, _Document(model, {}))
     document.content["model"] = merged.content
@@ -216,7 +218,7 @@ def _explain(problem: Any, document: _Document) -> str:
     where = _origin(location, document)
     name = _dotted(location) or "configuration"
     if problem["type"] == "extra_forbidden":
-        return f"  {where}: `{name}`: unknown key{_suggest(location)}"
+        return f"  {where}: `{name}`: unknown key{_suggest(location, document)}"
     if problem["type"] == "missing":
         return f"  {where}: `{name}`: required, but not given"
     found = "" if isinstance(problem.get("input"), (dict, list)) else f" (found {problem.get('input')!r})"
@@ -231,13 +233,14 @@ def _origin(location: Location, document: _Document) -> str:
     return "configuration"
 
 
-def _suggest(location: Location) -> str:
+def _suggest(location: Location, document: _Document) -> str:
     """The nearest valid key: among its neighbours first, then anywhere in the schema."""
     key = str(location[-1])
-    neighbours = _keys_at(location[:-1])
+    family = _family_class(document)
+    neighbours = _keys_at(location[:-1], family)
     if close := difflib.get_close_matches(key, neighbours, n=1, cutoff=0.6):
         return f"; did you mean `{_dotted((*location[:-1], close[0]))}`?"
-    elsewhere = dict(_all_keys(Config, ()))
+    elsewhere = dict(_all_keys(Config, (), family))
     if close := difflib.get_close_matches(key, list(elsewhere), n=1, cutoff=0.75):
         return f"; did you mean `{elsewhere[close[0]]}`?"
     return f"; valid here: {', '.join(sorted(neighbours))}" if neighbours else ""
@@ -251,7 +254,13 @@ def _sections_of(annotation: Any) -> list[type[Section]]:
     return []
 
 
-def _keys_at(location: Location) -> list[str]:
+def _family_class(document: _Document) -> type[ModelConfig]:
+    """Configuration class of the document's family; the base class when its name is unknown."""
+    name = families.family_of(document.content.get("model"))
+    return families.config_class(name) if name in families.names() else ModelConfig
+
+
+def _keys_at(location: Location, family: type[ModelConfig]) -> list[str]:
     section: type[Section] = Config
     for part in location:
         if isinstance(part, int):
@@ -262,16 +271,16 @@ def _keys_at(location: Location) -> list[str]:
         sections = _sections_of(field.annotation)
         if not sections:
             return []
-        section = sections[0]
+        section = family if sections[0] is ModelConfig else sections[0]
     return list(section.model_fields)
 
 
-def _all_keys(section: type[Section], location: Location) -> Iterable[tuple[str, str]]:
+def _all_keys(section: type[Section], location: Location, family: type[ModelConfig]) -> Iterable[tuple[str, str]]:
     for name, field in section.model_fields.items():
         yield name, _dotted((*location, name))
         for part in _sections_of(field.annotation):
             suffix: Location = (0,) if "tuple" in str(field.annotation) else ()
-            yield from _all_keys(part, (*location, name, *suffix))
+            yield from _all_keys(family if part is ModelConfig else part, (*location, name, *suffix), family)
 
 
 def _dotted(location: Iterable[str | int]) -> str:

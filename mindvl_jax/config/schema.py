@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from mindvl_jax.config.families import AnyFamily
+
 
 class Section(BaseModel):
     """Base of every part: immutable, unknown keys refused."""
@@ -53,81 +55,19 @@ class DistributedConfig(Section):
 # --- model -----------------------------------------------------------------------------------------------------------
 
 
-class VisionConfig(Section):
-    """Native-resolution vision tower of Qwen2.5-VL."""
-
-    depth: PositiveInt
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_heads: PositiveInt
-    patch_size: PositiveInt = 14
-    temporal_patch_size: PositiveInt = 2
-    spatial_merge_size: PositiveInt = 2
-    in_channels: PositiveInt = 3
-    window_size: PositiveInt = Field(112, description="Side of an attention window, in pixels.")
-    fullatt_block_indexes: tuple[NonNegativeInt, ...] = Field(description="Blocks that attend over the whole image.")
-    tokens_per_second: PositiveInt = 2
-    rms_norm_eps: PositiveFloat = 1e-6
-    rope_theta: PositiveFloat = 10000.0
-
-    @property
-    def patch_dim(self) -> int:
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
-
-    @property
-    def merge_unit(self) -> int:
-        return self.spatial_merge_size**2
-
-    @property
-    def pixels_per_token(self) -> int:
-        """Side of the square of pixels that one merged token covers."""
-        return self.patch_size * self.spatial_merge_size
-
-
-class TextConfig(Section):
-    """Qwen2.5 or Qwen3 decoder."""
-
-    family: Literal["qwen2", "qwen3"] = Field(description="qwen2: q/k/v biases; qwen3: q/k norms, no biases.")
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_layers: PositiveInt
-    num_heads: PositiveInt
-    num_kv_heads: PositiveInt
-    head_dim: PositiveInt
-    rope_theta: PositiveFloat = 1e6
-    rms_norm_eps: PositiveFloat = 1e-6
-    tie_word_embeddings: bool
-    rope: Literal["mrope", "1d"] = Field(description="mrope: temporal, height and width sections; 1d: one running index.")
-    mrope_section: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
-    max_position_embeddings: PositiveInt = 32768
-
-    @model_validator(mode="after")
-    def _consistent(self):
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
-        if self.rope == "mrope":
-            if self.mrope_section is None:
-                raise ValueError("rope: mrope needs mrope_section (three numbers whose sum is head_dim / 2)")
-            if sum(self.mrope_section) * 2 != self.head_dim:
-                raise ValueError(f"mrope_section {self.mrope_section} must sum to head_dim / 2 = {self.head_dim // 2}")
-        return self
-
-
 class ModelConfig(Section):
-    """Vision tower, two-layer projector, language model. `preset` fills what is not given here."""
+    """What the `model` section of every family has. `family` selects the subclass; `preset` fills what is not given here."""
 
-    preset: str | None = Field(None, description="Name in mindvl_jax.config.presets; keys given beside it override it.")
-    vision: VisionConfig
-    text: TextConfig
-    image_token_id: int = Field(description="Placeholder of one visual token of an image, in the model's own vocabulary.")
-    video_token_id: int
-    vision_start_token_id: int
-    vision_end_token_id: int
+    family: str
+    preset: str | None = Field(None, description="Name of a published size (`mindvl config --schema` lists the families); keys given beside it override it.")
     remat: Literal["none", "full", "dots", "attention"] = Field("none", description="What the backward pass recomputes.")
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     matmul_precision: Literal["default", "bfloat16"] = Field("default", description="bfloat16: products of float32 operands read them in bfloat16 and sum in float32, for processors with bfloat16 matrix units.")
     param_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def phase_problems(self, phase: "PhaseConfig") -> dict[str, str]:
+        """What this model cannot do with a phase's sizes: key of the phase -> what is expected of it."""
+        return {}
 
 
 # --- tokenizer and data ----------------------------------------------------------------------------------------------
@@ -313,7 +253,7 @@ class Config(Section):
     bridge: BridgeConfig = BridgeConfig()
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
-    model: ModelConfig
+    model: Annotated[ModelConfig, AnyFamily]
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig
     training: TrainingConfig
@@ -328,8 +268,8 @@ class Config(Section):
             for entry in phase.mixture:
                 if entry.source not in self.data.sources:
                     raise ValueError(f"training.phases[{index}].mixture names source {entry.source!r}, which data.sources does not have ({', '.join(self.data.sources)})")
-            if phase.patches_per_row % self.model.vision.merge_unit:
-                raise ValueError(f"training.phases[{index}].patches_per_row must be a multiple of {self.model.vision.merge_unit} (patches of one visual token)")
+            for key, expected in self.model.phase_problems(phase).items():
+                raise ValueError(f"training.phases[{index}].{key} {expected}")
             if phase.min_pixels > phase.max_pixels:
                 raise ValueError(f"training.phases[{index}].min_pixels is larger than max_pixels")
         return self

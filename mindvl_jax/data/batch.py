@@ -16,7 +16,7 @@ Array = Any  # np.ndarray on the host, jax.Array on devices
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Packed rows of static shape. Registered as a JAX pytree by `mindvl_jax.models`.
+    """Packed rows of static shape. `mindvl_jax.models.batch` registers it as a JAX pytree.
 
     Attributes:
       tokens: (B, T) int32, ids of the model's vocabulary; the pad id where `segment_ids` is 0.

@@ -9,7 +9,7 @@ from typing import Callable, Sequence
 
 import numpy as np
 
-from mindvl_jax.config.schema import VisionConfig
+from mindvl_jax.data.media.geometry import PatchGeometry
 from mindvl_jax.data.example import Example, ExampleEncoder
 from mindvl_jax.data.media.files import read_bytes
 from mindvl_jax.data.sample import Sample, SampleError
@@ -58,7 +58,7 @@ class SourceFindings:
 
 
 def check_source(
-    source: Source, path: str, encoder: ExampleEncoder, vision: VisionConfig, *, decode: bool, resample: str = "bicubic", progress: Callable[[], None] = lambda: None
+    source: Source, path: str, encoder: ExampleEncoder, vision: PatchGeometry, *, decode: bool, resample: str = "bicubic", progress: Callable[[], None] = lambda: None
 ) -> SourceFindings:
     """Reads and encodes every sample; with `decode` its pixels too, which finds files that are whole only in their header."""
     found = SourceFindings(source.name, path, len(source))

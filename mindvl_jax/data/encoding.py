@@ -7,7 +7,7 @@ from typing import Sequence
 
 import numpy as np
 
-from mindvl_jax.config.schema import VisionConfig
+from mindvl_jax.data.media.geometry import PatchGeometry
 from mindvl_jax.data.packing.collate import size_of, write_pixels
 from mindvl_jax.data.example import Example, ExampleEncoder, read_pixels
 from mindvl_jax.data.packing.rows import Budgets
@@ -75,7 +75,7 @@ class InlineDecoder:
 
     depth = 1
 
-    def __init__(self, vision: VisionConfig, resample: str):
+    def __init__(self, vision: PatchGeometry, resample: str):
         self._vision = vision
         self._resample = resample
 
@@ -103,7 +103,7 @@ class InlineDecoder:
         pass
 
 
-def fill_row(place: np.ndarray, visuals: Sequence[Sequence], vision: VisionConfig, resample: str) -> list[SampleError | None]:
+def fill_row(place: np.ndarray, visuals: Sequence[Sequence], vision: PatchGeometry, resample: str) -> list[SampleError | None]:
     """Reads the media of a row's examples into `place` (P, patch_dim), one example after another, leaving out the failed.
 
     Returns for each example its error or None.

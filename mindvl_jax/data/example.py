@@ -11,7 +11,8 @@ from typing import Any, Sequence
 
 import numpy as np
 
-from mindvl_jax.config.schema import ModelConfig, VisionConfig
+from mindvl_jax.config.schema import ModelConfig
+from mindvl_jax.data.media.geometry import PatchGeometry
 from mindvl_jax.data.media import image as images
 from mindvl_jax.data.media import video as videos
 from mindvl_jax.data.text.chat import ChatEncoder, TextTokenizer, Turn, check_turn_order
@@ -92,7 +93,7 @@ class Example:
     def patches(self) -> int:
         return len(self.patch_positions)
 
-    def with_pixels(self, vision: VisionConfig, resample: str) -> "Example":
+    def with_pixels(self, vision: PatchGeometry, resample: str) -> "Example":
         """Reads the pixels of all media. Raises SampleError when one does not decode."""
         if self.pixels is not None:
             return self
@@ -104,7 +105,7 @@ class Example:
         return dataclasses.replace(self, visuals=light)
 
 
-def read_pixels(item: VisualItem, vision: VisionConfig, resample: str) -> np.ndarray:
+def read_pixels(item: VisualItem, vision: PatchGeometry, resample: str) -> np.ndarray:
     """uint8 patches of a medium in window order: one frame's for a picture, one channel's without colour (see `image.frames_to_patches`)."""
     if item.kind == "video":
         frames = videos.read_frames(item.media, item.frames, item.layout.grid, vision, resample)

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mindvl_jax.data.batch import Batch
-from mindvl_jax.config.schema import TextConfig
+from mindvl_jax.models.layers.config import TextConfig
 from mindvl_jax.inference import sampling
-from mindvl_jax.models import KVCache
+from mindvl_jax.models.layers.cache import KVCache
 
 ALTERNATIVES = 20  # likeliest tokens that an answer may ask for beside each of its own
 CHUNK = 32  # most tokens a slot can gain in one call of `decode`: the size of the arrays that come back

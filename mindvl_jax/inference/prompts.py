@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mindvl_jax.data.batch import Batch, BatchShape
-from mindvl_jax.config.schema import ModelConfig, VisionConfig
+from mindvl_jax.models.mindvl.config import MindVLConfig, VisionConfig
 from mindvl_jax.data.packing.collate import collate
 from mindvl_jax.data.example import EncodeLimits, Example, ExampleEncoder
 from mindvl_jax.data.media.image import load_image
@@ -55,7 +55,7 @@ class PromptEncoder:
     def __init__(self, model, tokenizer, *, min_pixels: int, max_pixels: int, resample: str = "bicubic", video_fps: float = 2.0,
                  video_max_frames: int = 64):
         self._model, self._tokenizer, self._resample = prompt_config(model, tokenizer), tokenizer, resample
-        self._sees = isinstance(model.config, ModelConfig)
+        self._sees = isinstance(model.config, MindVLConfig)
         self._limits = EncodeLimits(min_pixels=min_pixels, max_pixels=max_pixels, resample=resample, video_fps=video_fps, video_max_frames=video_max_frames)
         self._encoders: dict[tuple[int, int], ExampleEncoder] = {}
 
@@ -97,12 +97,12 @@ def vision_of(model) -> VisionConfig:
     return getattr(model.config, "vision", _NO_VISION)
 
 
-def prompt_config(model, tokenizer) -> ModelConfig:
+def prompt_config(model, tokenizer) -> MindVLConfig:
     """What the chat encoder must know of a module. A language model alone takes its (unused) media tokens from the tokenizer."""
-    if isinstance(model.config, ModelConfig):
+    if isinstance(model.config, MindVLConfig):
         return model.config
     names = dict(image_token_id="<|image_pad|>", video_token_id="<|video_pad|>", vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>")
-    return ModelConfig(vision=_NO_VISION, text=model.config, **{key: tokenizer.token_id(name) for key, name in names.items()})
+    return MindVLConfig(vision=_NO_VISION, text=model.config, **{key: tokenizer.token_id(name) for key, name in names.items()})
 
 
 def without_media(request: Request) -> Request:

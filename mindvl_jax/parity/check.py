@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from flax import nnx
 
-from mindvl_jax.config.schema import ModelConfig, TextConfig
+from mindvl_jax.models.layers.config import TextConfig
+from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.weights.hf_config import read_config
 from mindvl_jax.weights.load import fill, load_parameters, outline
 from mindvl_jax.parity.probe import Part, compare_parts
@@ -57,7 +58,7 @@ def check(folder: Path, *, samples: int, text_tokens: int, seed: int = 0, tolera
       WeightsError: as `load_parameters`, or a family without a reference.
     """
     config = read_config(folder)
-    if isinstance(config, ModelConfig):
+    if isinstance(config, MindVLConfig):
         config = config.model_copy(update=dict(compute_dtype="float32", param_dtype="float32"))
     model = fill(outline(config)[0], load_parameters(folder, config, dtype=jnp.float32))
     reference = load_reference(folder, torch.float32)
@@ -68,7 +69,7 @@ def check(folder: Path, *, samples: int, text_tokens: int, seed: int = 0, tolera
     return Outcome(str(folder), tuple(parts), logits, tolerance)
 
 
-def parity_samples(config: ModelConfig | TextConfig, count: int, text_tokens: int, seed: int) -> list[ParitySample]:
+def parity_samples(config: MindVLConfig | TextConfig, count: int, text_tokens: int, seed: int) -> list[ParitySample]:
     """Random samples: one picture, several, a video with its own clock, text; in turn."""
     rng = np.random.default_rng(seed)
     head = max(1, text_tokens // 2)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from mindvl_jax.config.schema import TextConfig
+from mindvl_jax.models.layers.config import TextConfig
 from mindvl_jax.models.layers.rope import text_tables, vision_tables
 from mindvl_jax.models.mindvl.vision import window_patches
 from mindvl_jax.parity.reference import to_numpy

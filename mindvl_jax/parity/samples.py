@@ -14,7 +14,8 @@ import torch
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from mindvl_jax.data.batch import Batch, BatchShape
-from mindvl_jax.config.schema import ModelConfig, TextConfig, VisionConfig
+from mindvl_jax.models.layers.config import TextConfig
+from mindvl_jax.models.mindvl.config import MindVLConfig, VisionConfig
 from mindvl_jax.parity.reference import rope_index
 
 IMAGE, VIDEO = 1, 2  # transformers' mm_token_type_ids
@@ -43,7 +44,7 @@ class ParitySample:
     learned: np.ndarray
 
 
-def random_sample(config: ModelConfig | TextConfig, rng: np.random.Generator, *pieces, answer: int = 4) -> ParitySample:
+def random_sample(config: MindVLConfig | TextConfig, rng: np.random.Generator, *pieces, answer: int = 4) -> ParitySample:
     """A sample of random ids and pixels.
 
     Args:
@@ -70,7 +71,7 @@ def random_sample(config: ModelConfig | TextConfig, rng: np.random.Generator, *p
     return ParitySample(np.array(tokens), tuple(visuals), learned)
 
 
-def reference_inputs(sample: ParitySample, config: ModelConfig | TextConfig) -> dict[str, Any]:
+def reference_inputs(sample: ParitySample, config: MindVLConfig | TextConfig) -> dict[str, Any]:
     """Keyword arguments of a transformers model for one sample, batch of one."""
     ids = torch.tensor(sample.tokens)[None]
     labels = torch.where(torch.tensor(sample.learned)[None], ids, -100)
@@ -95,7 +96,7 @@ def _layout(visual: Visual, vision: VisionConfig) -> tuple[np.ndarray, np.ndarra
     return order.numpy(), np.diff(bounds.numpy()), get_vision_position_ids(grid, vision.spatial_merge_size).numpy()
 
 
-def pack(rows: Sequence[Sequence[ParitySample]], config: ModelConfig | TextConfig, reference, *, tokens: int, patches: int = 0, samples: int = 8) -> Batch:
+def pack(rows: Sequence[Sequence[ParitySample]], config: MindVLConfig | TextConfig, reference, *, tokens: int, patches: int = 0, samples: int = 8) -> Batch:
     """Rows of samples as a batch, laid out with transformers' own window index and rotary positions.
 
     Args:

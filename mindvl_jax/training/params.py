@@ -106,6 +106,6 @@ def flatten(state: nnx.State) -> Params:
 
 def outline_of(model_config: Any) -> ModelOutline:
     """Outline of the MindVL model that `model_config` describes."""
-    from mindvl_jax.models import MindVL
+    from mindvl_jax.models.mindvl.model import MindVL
 
     return ModelOutline.of(lambda rngs: MindVL(model_config, rngs=rngs))

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from mindvl_jax.config import families
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.training import metrics
@@ -126,7 +127,7 @@ def _set_aside(folder: Path, damaged: Sequence[int], newest: int, run_dir: Path)
 
 def _require_same_run(config: Config, progress: Progress, plain: dict, parts: Sequence[tuple[list[str], list[str]]], where: Path) -> None:
     """Raises UserError when the checkpoint cannot be continued under this configuration."""
-    ours, theirs = config.model.model_dump(mode="json"), plain["model"]
+    ours, theirs = config.model.model_dump(mode="json"), {"family": families.DEFAULT, **plain["model"]}
     free = {"remat", "compute_dtype", "preset"}
     other = [line for line in _differences(theirs, ours, "model") if line.split(":")[0].split(".")[1] not in free]
     if other:
@@ -157,6 +158,7 @@ def _differences(before: Any, now: Any, path: str) -> list[str]:
 
 
 def _changes(config: Config, plain: dict) -> list[str]:
-    lines = _differences(plain, config.model_dump(mode="json"), "")
+    before = {**plain, "model": {"family": families.DEFAULT, **plain["model"]}}
+    lines = _differences(before, config.model_dump(mode="json"), "")
     silent = tuple(name + end for name in SILENT for end in (":", "."))
     return [line for line in lines if not line.startswith(silent)]

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from mindvl_jax.config.schema import ModelConfig, TextConfig
+from mindvl_jax.models.layers.config import TextConfig
+from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.models.layers.projector import Projector
 from mindvl_jax.parallel.rules import parameter_shardings
 from mindvl_jax.weights.hf_config import WeightsError, read_config
@@ -18,7 +19,7 @@ from mindvl_jax.weights.load import load_parameters
 _SECTION_SHARES = (16, 24, 24)  # of 64 frequencies: the published split of M-RoPE
 
 
-def assembled_config(vision: ModelConfig, text: TextConfig, *, mrope: bool) -> ModelConfig:
+def assembled_config(vision: MindVLConfig, text: TextConfig, *, mrope: bool) -> MindVLConfig:
     """The configuration of tower and decoder together.
 
     Args:
@@ -37,7 +38,7 @@ def assembled_config(vision: ModelConfig, text: TextConfig, *, mrope: bool) -> M
     return vision.model_copy(update=dict(text=text))
 
 
-def assemble(vision_folder: str | Path, language_folder: str | Path, *, mrope: bool = True, seed: int = 0, mesh: Mesh | None = None, dtype=None) -> tuple[ModelConfig, dict[str, jax.Array]]:
+def assemble(vision_folder: str | Path, language_folder: str | Path, *, mrope: bool = True, seed: int = 0, mesh: Mesh | None = None, dtype=None) -> tuple[MindVLConfig, dict[str, jax.Array]]:
     """Configuration and parameters of a MindVL whose projector is new.
 
     Args:
@@ -49,7 +50,7 @@ def assemble(vision_folder: str | Path, language_folder: str | Path, *, mrope: b
       WeightsError: folders of other families, or anything `load_parameters` refuses.
     """
     vision_config, text_config = read_config(Path(vision_folder)), read_config(Path(language_folder))
-    if not isinstance(vision_config, ModelConfig):
+    if not isinstance(vision_config, MindVLConfig):
         raise WeightsError(f"{vision_folder}: a language model without a vision tower; expected Qwen2.5-VL or MindVL")
     if not isinstance(text_config, TextConfig):
         raise WeightsError(f"{language_folder}: a vision-language model; expected Qwen3 or Qwen2.5")
@@ -63,8 +64,8 @@ def assemble(vision_folder: str | Path, language_folder: str | Path, *, mrope: b
     return config, parameters | _new_projector(config, seed, kind, mesh)
 
 
-def _new_projector(config: ModelConfig, seed: int, dtype, mesh: Mesh | None) -> dict[str, jax.Array]:
-    projector = Projector(config.vision, config.text.hidden_size, rngs=nnx.Rngs(seed), dtype=dtype)
+def _new_projector(config: MindVLConfig, seed: int, dtype, mesh: Mesh | None) -> dict[str, jax.Array]:
+    projector = Projector(config.vision.hidden_size, config.vision.merge_unit, config.text.hidden_size, eps=config.vision.rms_norm_eps, rngs=nnx.Rngs(seed), dtype=dtype)
     variables = {"projector/" + "/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(projector, nnx.Param))}
     values = {path: variable.get_value() for path, variable in variables.items()}
     if mesh is None:

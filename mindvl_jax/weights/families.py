@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from mindvl_jax.config.schema import ModelConfig, TextConfig, VisionConfig
+from mindvl_jax.models.layers.config import TextConfig
+from mindvl_jax.models.mindvl.config import MindVLConfig, VisionConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ def text_rules(config: TextConfig) -> list[Rule]:
     return rules
 
 
-def rules_for(config: ModelConfig | TextConfig) -> list[Rule]:
+def rules_for(config: MindVLConfig | TextConfig) -> list[Rule]:
     """The table of a whole model. MindVL's own layout is the vision table beside its decoder's."""
     if isinstance(config, TextConfig):
         return text_rules(config)
@@ -123,7 +124,7 @@ class Slot:
     shape: tuple[int, ...]
 
 
-def slots(config: ModelConfig | TextConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Slot]:
+def slots(config: MindVLConfig | TextConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Slot]:
     """Every published tensor of a model whose parameters have `shapes` (by path), with the shape it must have."""
     vision = None if isinstance(config, TextConfig) else config.vision
     for rule in rules_for(config):

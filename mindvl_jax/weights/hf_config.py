@@ -12,7 +12,8 @@ from typing import Any
 
 import pydantic
 
-from mindvl_jax.config.schema import ModelConfig, TextConfig, VisionConfig
+from mindvl_jax.models.layers.config import TextConfig
+from mindvl_jax.models.mindvl.config import MindVLConfig, VisionConfig
 from mindvl_jax.core.errors import UserError
 
 SUPPORTED = {"qwen2_5_vl": "Qwen2.5-VL", "qwen3": "Qwen3", "qwen2": "Qwen2.5", "mindvl": "MindVL"}
@@ -40,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_config(folder: Path) -> ModelConfig | TextConfig:
+def read_config(folder: Path) -> MindVLConfig | TextConfig:
     """The model that a folder's config.json describes.
 
     Raises:
@@ -127,7 +128,7 @@ class _Reader:
         )
         return self.build(VisionConfig, values, where)
 
-    def vision_language(self, content: dict, kind: str) -> ModelConfig | None:
+    def vision_language(self, content: dict, kind: str) -> MindVLConfig | None:
         nested = content.get("text_config")
         text_content = nested if isinstance(nested, dict) else content
         if not isinstance(content.get("vision_config"), dict):
@@ -151,10 +152,10 @@ class _Reader:
         if out != text.hidden_size:
             self.problems.append(f"vision_config.out_hidden_size is {out}, but the language model's hidden_size is {text.hidden_size}")
         tokens = {key: content.get(key, default) for key, default in _TOKEN_DEFAULTS.items()}
-        return self.build(ModelConfig, dict(vision=vision, text=text, **tokens), "")
+        return self.build(MindVLConfig, dict(vision=vision, text=text, **tokens), "")
 
 
-def model_type(config: ModelConfig | TextConfig) -> str:
+def model_type(config: MindVLConfig | TextConfig) -> str:
     """What a folder of this model calls itself: transformers' own name where transformers has the model, else `mindvl`."""
     if isinstance(config, TextConfig):
         return config.family
@@ -165,7 +166,7 @@ def model_type(config: ModelConfig | TextConfig) -> str:
 _ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration", "mindvl": "MindVLForConditionalGeneration"}
 
 
-def write_config(config: ModelConfig | TextConfig, dtype: str, *, pad_token_id: int | None = None, eos_token_id: int | None = None) -> dict[str, Any]:
+def write_config(config: MindVLConfig | TextConfig, dtype: str, *, pad_token_id: int | None = None, eos_token_id: int | None = None) -> dict[str, Any]:
     """The content of config.json for a model.
 
     Args:

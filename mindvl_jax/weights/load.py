@@ -20,8 +20,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from mindvl_jax.config.schema import ModelConfig, TextConfig
-from mindvl_jax.models import LanguageModel, MindVL
+from mindvl_jax.models.layers.config import TextConfig
+from mindvl_jax.models.mindvl.config import MindVLConfig
+from mindvl_jax.models.mindvl.model import LanguageModel, MindVL
 from mindvl_jax.parallel.rules import parameter_shardings
 from mindvl_jax.weights.families import Slot, slots
 from mindvl_jax.weights.folder import Reader, WeightsFolder
@@ -36,7 +37,7 @@ _ALIGNMENT = 64  # of host memory that a CPU device takes over without a copy
 _scratch = threading.local()
 
 
-def outline(config: ModelConfig | TextConfig, *, compute_dtype: str = "float32") -> tuple[nnx.Module, dict[str, nnx.Param]]:
+def outline(config: MindVLConfig | TextConfig, *, compute_dtype: str = "float32") -> tuple[nnx.Module, dict[str, nnx.Param]]:
     """The module (MindVL, or a language model alone) without values, and its parameters by path.
 
     Args:
@@ -57,7 +58,7 @@ def fill(model: nnx.Module, parameters: Mapping[str, jax.Array]) -> nnx.Module:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def load_parameters(folder: str | Path, config: ModelConfig | TextConfig | None = None, *, mesh: Mesh | None = None, dtype=None,
+def load_parameters(folder: str | Path, config: MindVLConfig | TextConfig | None = None, *, mesh: Mesh | None = None, dtype=None,
                     parts: tuple[str, ...] | None = None) -> dict[str, jax.Array]:
     """Parameters by path, each where the mesh's rules put it.
 
@@ -99,7 +100,7 @@ def load_parameters(folder: str | Path, config: ModelConfig | TextConfig | None 
     return parameters
 
 
-def config_is_tied(config: ModelConfig | TextConfig) -> bool:
+def config_is_tied(config: MindVLConfig | TextConfig) -> bool:
     return (config if isinstance(config, TextConfig) else config.text).tie_word_embeddings
 
 

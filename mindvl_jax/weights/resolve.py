@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from mindvl_jax.config.schema import Config, ModelConfig, TextConfig, TokenizerConfig
+from mindvl_jax.config.schema import Config, TokenizerConfig
+from mindvl_jax.models.layers.config import TextConfig
+from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from mindvl_jax.weights.hf_config import WeightsError, read_config, read_json
 from mindvl_jax.weights.load import fill, load_parameters, outline
@@ -32,14 +34,14 @@ class OpenedModel:
     """
 
     model: nnx.Module
-    config: Config | ModelConfig | TextConfig
+    config: Config | MindVLConfig | TextConfig
     tokenizer: Tokenizer | None
     min_pixels: int
     max_pixels: int
     folder: Path
 
     @property
-    def model_config(self) -> ModelConfig | TextConfig:
+    def model_config(self) -> MindVLConfig | TextConfig:
         return self.config.model if isinstance(self.config, Config) else self.config
 
     def parameters(self) -> dict:
@@ -105,7 +107,7 @@ def _open_published(folder: Path, mesh: Mesh | None, dtype) -> OpenedModel:
     values = load_parameters(folder, config, mesh=mesh, dtype=dtype)
     stored = values["language/embed/embedding"].dtype
     compute = "bfloat16" if stored == jnp.bfloat16 else "float32"
-    if isinstance(config, ModelConfig):
+    if isinstance(config, MindVLConfig):
         config = config.model_copy(update=dict(compute_dtype=compute, param_dtype=compute))
         model, _ = outline(config)
     else:

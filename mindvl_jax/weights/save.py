@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from mindvl_jax.config.schema import ModelConfig, TextConfig
+from mindvl_jax.models.layers.config import TextConfig
+from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.weights.families import Slot, slots, to_published
 from mindvl_jax.weights.folder import INDEX, SINGLE
@@ -25,7 +26,7 @@ SHARD_BYTES = 5 * 10**9
 METADATA = {"format": "pt"}
 
 
-def save_parameters(folder: str | Path, config: ModelConfig | TextConfig, parameters: Mapping[str, jax.Array], *, dtype=None,
+def save_parameters(folder: str | Path, config: MindVLConfig | TextConfig, parameters: Mapping[str, jax.Array], *, dtype=None,
                     shard_bytes: int = SHARD_BYTES, pad_token_id: int | None = None, eos_token_id: int | None = None) -> None:
     """Writes config.json and the weights; existing weight files of the folder are replaced.
 

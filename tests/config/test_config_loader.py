@@ -141,3 +141,18 @@ def test_reading_a_configuration_does_not_import_jax():
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("configs/*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_configuration_loads(path):
     config_loader.load(path)
+
+
+def test_a_model_section_without_a_family_is_mindvl(write):
+    assert config_loader.load(write(MINIMAL)).model.family == "mindvl"
+
+
+def test_an_unknown_family_is_refused_with_its_line_and_the_nearest_name(write):
+    path = write(MINIMAL.replace("model:\n", "model:\n  family: minvdl\n"))
+    with pytest.raises(ConfigError, match=r"config.yaml:4: `model.family`: no model family is called 'minvdl'; did you mean 'mindvl'\?"):
+        config_loader.load(path)
+
+
+def test_a_preset_of_another_family_is_refused(write):
+    with pytest.raises(ConfigError, match="`model.family` is 'other', but preset 'mindvl-tiny' belongs to 'mindvl'"):
+        config_loader.load(write(MINIMAL), ["model.family=other", "model.preset=mindvl-tiny"])

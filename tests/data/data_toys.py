@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mindvl_jax.config.schema import Config, ModelConfig, TokenizerConfig
+from mindvl_jax.config.schema import Config, TokenizerConfig
+from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 
 VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "fullatt_block_indexes": [1]}
@@ -29,8 +30,8 @@ def tokenizer() -> Tokenizer:
     return load_tokenizer(TokenizerConfig(path="qwen3"))
 
 
-def model_config(**text: Any) -> ModelConfig:
-    return ModelConfig.model_validate({**MODEL, "text": {**TEXT, **text}})
+def model_config(**text: Any) -> MindVLConfig:
+    return MindVLConfig.model_validate({**MODEL, "text": {**TEXT, **text}})
 
 
 def picture(seed: int, height: int = 56, width: int = 56, mode: str = "RGB") -> Image.Image:

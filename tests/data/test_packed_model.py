@@ -10,16 +10,16 @@ import numpy as np
 from data_toys import MODEL, TEXT, encoded, picture, tokenizer
 from flax import nnx
 
-from mindvl_jax.config.schema import ModelConfig
+from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.data.packing.collate import collate, shape_for
 from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
 from mindvl_jax.data.sample import Media, Message, Sample
-from mindvl_jax.models import MindVL
+from mindvl_jax.models.mindvl.model import MindVL
 
 
 def test_a_packed_row_gives_the_losses_and_gradients_of_its_samples_alone():
     # The real tokenizer with a softmax over 151,936 ids would be all of the test's time: fold the ids into 512.
-    model_config = ModelConfig.model_validate({**MODEL, "compute_dtype": "float32", "text": {**TEXT, "vocab_size": 512}})
+    model_config = MindVLConfig.model_validate({**MODEL, "compute_dtype": "float32", "text": {**TEXT, "vocab_size": 512}})
     encoder = ExampleEncoder(model_config, tokenizer(), EncodeLimits(min_pixels=784, max_pixels=50176))
     samples = [
         Sample("pictures", (Message("user", "<image> and <image>?"), Message("assistant", "one ship, two masts")), tuple(Media(data=encoded(picture(k, *size))) for k, size in enumerate([(140, 168), (28, 56)]))),

@@ -10,9 +10,11 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from mindvl_jax.config.schema import ModelConfig, TextConfig, TokenizerConfig, VisionConfig
+from mindvl_jax.config.schema import TokenizerConfig
+from mindvl_jax.models.layers.config import TextConfig
+from mindvl_jax.models.mindvl.config import MindVLConfig, VisionConfig
 from mindvl_jax.data.text.tokenizer import load_tokenizer
-from mindvl_jax.models import MindVL
+from mindvl_jax.models.mindvl.model import MindVL
 
 _spec = importlib.util.spec_from_file_location("training_fixtures", Path(__file__).parents[1] / "training" / "conftest.py")
 _training = importlib.util.module_from_spec(_spec)
@@ -25,17 +27,17 @@ def byte_tokenizer(folder):
     return load_tokenizer(TokenizerConfig(path=str(folder / "tokenizer.json")))
 
 
-def tiny_config(tokenizer, **text) -> ModelConfig:
+def tiny_config(tokenizer, **text) -> MindVLConfig:
     vision = VisionConfig(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, window_size=56, fullatt_block_indexes=(1,))
     text = TextConfig(**dict(
         family="qwen3", vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
         rope_theta=1e4, tie_word_embeddings=True, rope="mrope", mrope_section=(2, 3, 3)) | text)
-    return ModelConfig(vision=vision, text=text, compute_dtype="float32", image_token_id=tokenizer.token_id("<|image_pad|>"),
+    return MindVLConfig(vision=vision, text=text, compute_dtype="float32", image_token_id=tokenizer.token_id("<|image_pad|>"),
                        video_token_id=tokenizer.token_id("<|video_pad|>"), vision_start_token_id=tokenizer.token_id("<|vision_start|>"),
                        vision_end_token_id=tokenizer.token_id("<|vision_end|>"))
 
 
-def tiny_model(config: ModelConfig, seed: int = 0) -> MindVL:
+def tiny_model(config: MindVLConfig, seed: int = 0) -> MindVL:
     """Random weights large enough that the pictures and the words decide what comes next."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: MindVL(config, rngs=nnx.Rngs(0))))
 

@@ -9,15 +9,16 @@ import pytest
 from flax import nnx
 
 from mindvl_jax.data.batch import BatchShape
-from mindvl_jax.config.schema import ModelConfig, TextConfig, VisionConfig
-from mindvl_jax.models import MindVL
+from mindvl_jax.models.layers.config import TextConfig
+from mindvl_jax.models.mindvl.config import MindVLConfig, VisionConfig
+from mindvl_jax.models.mindvl.model import MindVL
 
 
 def tiny_config(**changes):
     vision = VisionConfig(depth=4, hidden_size=32, intermediate_size=48, num_heads=2, window_size=56, fullatt_block_indexes=(1, 3))
     text = TextConfig(family="qwen3", vocab_size=64, hidden_size=48, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
                       rope_theta=1e4, tie_word_embeddings=True, rope="mrope", mrope_section=(2, 3, 3))
-    return ModelConfig(vision=vision, text=text, image_token_id=60, video_token_id=61, vision_start_token_id=62, vision_end_token_id=63,
+    return MindVLConfig(vision=vision, text=text, image_token_id=60, video_token_id=61, vision_start_token_id=62, vision_end_token_id=63,
                        **(dict(compute_dtype="float32") | changes))
 
 

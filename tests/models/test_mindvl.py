@@ -7,7 +7,9 @@ import pytest
 from flax import nnx
 
 from mindvl_jax.config.schema import MeshConfig
-from mindvl_jax.models import LOGICAL_AXES, KVCache, MindVL
+from mindvl_jax.models.layers.cache import KVCache
+from mindvl_jax.models.layers.linear import LOGICAL_AXES
+from mindvl_jax.models.mindvl.model import MindVL
 from mindvl_jax.models.layers.decoder import Decoder
 from mindvl_jax.models.layers.linear import Linear
 from mindvl_jax.models.layers.visual_tokens import place_visual

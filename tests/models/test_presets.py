@@ -4,7 +4,8 @@ import jax
 import pytest
 from flax import nnx
 
-from mindvl_jax.config import presets
+from mindvl_jax.config import families
+from mindvl_jax.models.mindvl import presets
 from mindvl_jax.weights.load import outline
 
 
@@ -28,7 +29,7 @@ def test_qwen3_has_its_published_number_of_parameters(name, billions):
 
 @pytest.mark.parametrize("name, billions", [("qwen2.5-vl-3b", 0.669), ("qwen2.5-vl-7b", 0.677), ("qwen2.5-vl-32b", 0.689), ("qwen2.5-vl-72b", 0.705)])
 def test_qwen2_5_vl_tower_and_merger_have_their_published_number_of_parameters(name, billions):
-    config = presets.get(name)
+    config = families.preset(name)
     found = count(config, "vision/") + count(config, "projector/")
     assert abs(found / 1e9 - billions) < 0.0006, f"{name}: {found / 1e9:.4f} B against {billions} B"
 
@@ -42,42 +43,42 @@ def test_qwen2_5_vl_tower_and_merger_have_their_published_number_of_parameters(n
 ])
 def test_qwen2_5_vl_decoders_count_as_their_sizes_say(name, sizes):
     V, D, F, L, N, K, tied = sizes
-    found = count(presets.get(name), "language/")
+    found = count(families.preset(name), "language/")
     want = decoder_by_hand(V, D, F, L, N, K, 128, tied, biases=True, norms=False)
     assert found == want, f"{name}: {found:,} against {want:,}"
 
 
 def test_mindvl_8b_is_qwen3_8b_with_the_tower_of_qwen2_5_vl():
-    found = count(presets.get("mindvl-8b"))
+    found = count(families.preset("mindvl-8b"))
     assert abs(found / 1e9 - 8.87) < 0.005, f"{found / 1e9:.3f} B against 8.87 B"
 
 
 @pytest.mark.parametrize("name", sorted(presets.MODELS))
 def test_every_preset_is_consistent_and_frozen(name):
-    config = presets.get(name)
+    config = families.preset(name)
     assert max(config.vision.fullatt_block_indexes) < config.vision.depth
     assert max(config.image_token_id, config.video_token_id) < config.text.vocab_size
-    assert hash(config) == hash(presets.get(name))
+    assert hash(config) == hash(families.preset(name))
 
 
 def test_an_unknown_preset_names_the_nearest():
     with pytest.raises(KeyError, match="did you mean 'qwen2.5-vl-7b'"):
-        presets.get("qwen2.5-vl-7B")
+        families.preset("qwen2.5-vl-7B")
 
 
 def test_the_tiny_preset_is_a_few_million_parameters():
-    assert 2e6 < count(presets.get("mindvl-tiny")) < 4e6
+    assert 2e6 < count(families.preset("mindvl-tiny")) < 4e6
 
 
 def test_presets_need_no_jax():
     import subprocess
     import sys
 
-    code = "import sys; import mindvl_jax.config.presets as p; p.get('mindvl-8b'); assert 'jax' not in sys.modules and 'torch' not in sys.modules"
+    code = "import sys; from mindvl_jax.config import families; families.preset('mindvl-8b'); assert 'jax' not in sys.modules and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_building_and_reading_presets_touches_no_device_memory():
     before = len(jax.live_arrays())
-    nnx.state(outline(presets.get("qwen2.5-vl-72b"))[0])
+    nnx.state(outline(families.preset("qwen2.5-vl-72b"))[0])
     assert len(jax.live_arrays()) <= before + 2

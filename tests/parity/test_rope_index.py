@@ -9,7 +9,8 @@ import torch
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
-from mindvl_jax.config.schema import ModelConfig, TextConfig, VisionConfig
+from mindvl_jax.models.layers.config import TextConfig
+from mindvl_jax.models.mindvl.config import MindVLConfig, VisionConfig
 from mindvl_jax.data.packing.collate import collate, shape_for
 from mindvl_jax.data.example import Example
 from mindvl_jax.data.positions import rotary_positions
@@ -93,7 +94,7 @@ def test_left_padding_shifts_nothing_that_is_read(published):
     assert there[0, 0, 1:].tolist() == ours(4, [])[0][0].tolist() == [0, 1, 2, 3]
 
 
-MODEL = ModelConfig(
+MODEL = MindVLConfig(
     vision=VisionConfig(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, fullatt_block_indexes=(0,)),
     text=TextConfig(family="qwen3", vocab_size=64, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, tie_word_embeddings=True, rope="mrope", mrope_section=(1, 1, 2)),
     image_token_id=60, video_token_id=61, vision_start_token_id=62, vision_end_token_id=63)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from mindvl_jax.config import loader as config_loader
-from mindvl_jax.config import presets
+from mindvl_jax.config import families
 from mindvl_jax.config.schema import MeshConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.mesh import make_mesh
@@ -77,7 +77,7 @@ def relative_distance(a, b):
 
 @pytest.mark.parametrize("changed, eigen", [({"compute_dtype": "float32"}, True), ({"compute_dtype": "bfloat16"}, False), ({"compute_dtype": "float32", "matmul_precision": "bfloat16"}, False)])
 def test_float32_products_on_a_cpu_are_eigens_and_those_of_bfloat16_are_not(changed, eigen):
-    options = compiler_options(presets.get("mindvl-tiny").model_copy(update=changed), make_mesh(MeshConfig(), jax.devices()[:1]))
+    options = compiler_options(families.preset("mindvl-tiny").model_copy(update=changed), make_mesh(MeshConfig(), jax.devices()[:1]))
     x = jax.ShapeDtypeStruct((256, 128), changed["compute_dtype"]), jax.ShapeDtypeStruct((128, 256), changed["compute_dtype"])
     product = jax.jit(lambda x, y: jax.lax.dot(x, y, preferred_element_type="float32"), compiler_options=options or None)
     assert ("ynn" not in product.lower(*x).compile().as_text()) == eigen

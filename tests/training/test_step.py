@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-import mindvl_jax.models  # noqa: F401  registers Batch as a pytree
+import mindvl_jax.models.batch  # noqa: F401  registers Batch as a pytree
 from mindvl_jax.data.batch import BatchShape
 from mindvl_jax.config.schema import MeshConfig, OptimizerConfig, PhaseConfig
 from mindvl_jax.core.errors import UserError

@@ -6,7 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
-from mindvl_jax.config.schema import ModelConfig
+from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.training.display import LiveLine, duration, human
 from mindvl_jax.training.flops import FlopCounter, known_peak
 from mindvl_jax.training.metrics import FILE, MetricsLog, cut_metrics
@@ -18,7 +18,7 @@ DV, FV, P, DEPTH = 16, 24, 3 * 2 * 14 * 14, 5  # vision, two blocks of five atte
 
 @pytest.fixture(scope="module")
 def model():
-    return ModelConfig.model_validate({
+    return MindVLConfig.model_validate({
         "vision": {"depth": DEPTH, "hidden_size": DV, "intermediate_size": FV, "num_heads": 2, "fullatt_block_indexes": [1, 4]},
         "text": {
             "family": "qwen3", "vocab_size": V, "hidden_size": D, "intermediate_size": F, "num_layers": L, "num_heads": N, "num_kv_heads": K,

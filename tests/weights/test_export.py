@@ -9,7 +9,7 @@ import transformers
 from PIL import Image
 
 from mindvl_jax.cli.main import main
-from mindvl_jax.config.schema import ModelConfig
+from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.data.text.tokenizer import Tokenizer
 from mindvl_jax.weights import load_parameters, open_model
 from mindvl_jax.weights.companions import write_companions
@@ -63,7 +63,7 @@ def test_a_tower_and_a_decoder_become_a_mindvl_that_loads_back(speaking, tmp_pat
     assert main(["export", "--vision", str(vision), "--language", str(language), "--positions", positions, "--out", str(out)]) == 0
     assert "mindvl" in capsys.readouterr().out
     opened = open_model(out)
-    assert isinstance(opened.config, ModelConfig) and opened.config.text.family == "qwen3" and opened.config.text.rope == positions
+    assert isinstance(opened.config, MindVLConfig) and opened.config.text.family == "qwen3" and opened.config.text.rope == positions
     tower, decoder, whole = load_parameters(vision), load_parameters(language), opened.parameters()
     for path, value in whole.items():
         if not path.startswith("projector/"):

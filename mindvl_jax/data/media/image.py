@@ -15,7 +15,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
-from mindvl_jax.config.schema import VisionConfig
+from mindvl_jax.data.media.geometry import PatchGeometry
 from mindvl_jax.data.media import files as media_files
 from mindvl_jax.data.sample import Media, SampleError
 
@@ -191,9 +191,10 @@ class VisualLayout:
 
 
 @functools.lru_cache(maxsize=4096)
-def _layout(grid: tuple[int, int, int], merge: int, window: int) -> VisualLayout:
+def _layout(grid: tuple[int, int, int], merge: int, window: int | None) -> VisualLayout:
     frames, height, width = grid
     rows, columns = height // merge, width // merge
+    window = window or max(rows, columns)
     frame, row, column = np.meshgrid(np.arange(frames), np.arange(rows), np.arange(columns), indexing="ij")
     frame, row, column = frame.ravel(), row.ravel(), column.ravel()
     across = -(-columns // window)
@@ -216,22 +217,22 @@ def _layout(grid: tuple[int, int, int], merge: int, window: int) -> VisualLayout
     return layout
 
 
-def visual_layout(grid: tuple[int, int, int], vision: VisionConfig) -> VisualLayout:
+def visual_layout(grid: tuple[int, int, int], vision: PatchGeometry) -> VisualLayout:
     """Layout of a grid of (frame pairs, height, width) patches; windows never cross frame pairs."""
-    return _layout(tuple(int(n) for n in grid), vision.spatial_merge_size, vision.window_size // vision.pixels_per_token)
+    return _layout(tuple(int(n) for n in grid), vision.spatial_merge_size, vision.window_tokens)
 
 
 # --- patches ---------------------------------------------------------------------------------------------------------
 
 
-def image_grid(height: int, width: int, vision: VisionConfig, *, min_pixels: int, max_pixels: int, limit_patches: int | None = None) -> tuple[int, int, int]:
+def image_grid(height: int, width: int, vision: PatchGeometry, *, min_pixels: int, max_pixels: int, limit_patches: int | None = None) -> tuple[int, int, int]:
     """Grid (1, height, width) in patches that a picture of that many pixels is resized to."""
     limit = None if limit_patches is None else limit_patches * vision.patch_size**2
     rows, columns = smart_resize(height, width, factor=vision.pixels_per_token, min_pixels=min_pixels, max_pixels=max_pixels, limit_pixels=limit)
     return 1, rows // vision.patch_size, columns // vision.patch_size
 
 
-def frames_to_patches(frames: np.ndarray, layout: VisualLayout, vision: VisionConfig) -> np.ndarray:
+def frames_to_patches(frames: np.ndarray, layout: VisualLayout, vision: PatchGeometry) -> np.ndarray:
     """Patches of resized frames.
 
     Args:
@@ -249,7 +250,7 @@ def frames_to_patches(frames: np.ndarray, layout: VisualLayout, vision: VisionCo
     return groups[layout.merged_order].reshape(layout.patches, -1)
 
 
-def resize_to_grid(image: Image.Image, grid: tuple[int, int, int], vision: VisionConfig, resample: str = "bicubic") -> np.ndarray:
+def resize_to_grid(image: Image.Image, grid: tuple[int, int, int], vision: PatchGeometry, resample: str = "bicubic") -> np.ndarray:
     """(height, width, channels) uint8 pixels of a picture at the size of its grid; one channel for mode "L", else three."""
     size = (grid[2] * vision.patch_size, grid[1] * vision.patch_size)
     pixels = np.asarray(image if image.size == size else image.resize(size, RESAMPLE[resample]))
@@ -265,7 +266,7 @@ class ImagePatches:
 
 
 def patchify(
-    image: Image.Image, vision: VisionConfig, min_pixels: int, max_pixels: int, *, resample: str = "bicubic", limit_patches: int | None = None
+    image: Image.Image, vision: PatchGeometry, min_pixels: int, max_pixels: int, *, resample: str = "bicubic", limit_patches: int | None = None
 ) -> ImagePatches:
     """Resizes a picture by the published rule and cuts it into patches of full `patch_dim` (the frame repeated)."""
     width, height = image.size
@@ -275,7 +276,7 @@ def patchify(
     return ImagePatches(repeat_frame(single, vision), layout)
 
 
-def repeat_frame(patches: np.ndarray, vision: VisionConfig) -> np.ndarray:
+def repeat_frame(patches: np.ndarray, vision: PatchGeometry) -> np.ndarray:
     """Patches of one frame with the frame repeated to the temporal patch size; full patches pass as they are."""
     if patches.shape[1] == vision.patch_dim:
         return patches

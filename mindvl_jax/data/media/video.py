@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mindvl_jax.config.schema import VisionConfig
+from mindvl_jax.data.media.geometry import PatchGeometry
 from mindvl_jax.data.media import image as images
 from mindvl_jax.data.media import files as media_files
 from mindvl_jax.data.sample import Media, SampleError
@@ -31,7 +31,7 @@ class VideoPlan:
     seconds_per_pair: float
 
 
-def plan_frames(media: Media, vision: VisionConfig, *, fps: float, max_frames: int, min_pixels: int, max_pixels: int, limit_patches: int | None = None, total_patches: int | None = None) -> VideoPlan:
+def plan_frames(media: Media, vision: PatchGeometry, *, fps: float, max_frames: int, min_pixels: int, max_pixels: int, limit_patches: int | None = None, total_patches: int | None = None) -> VideoPlan:
     """Which frames of a video are read and how large, from its header (counting packets where the header has no count).
 
     `limit_patches` bounds one frame pair, `total_patches` the whole video: frames shrink until both hold.
@@ -63,7 +63,7 @@ def plan_frames(media: Media, vision: VisionConfig, *, fps: float, max_frames: i
     return VideoPlan(frames, (wanted // pair, rows, columns), pair / taken_per_second)
 
 
-def read_frames(media: Media, frames: tuple[int, ...], grid: tuple[int, int, int], vision: VisionConfig, resample: str) -> np.ndarray:
+def read_frames(media: Media, frames: tuple[int, ...], grid: tuple[int, int, int], vision: PatchGeometry, resample: str) -> np.ndarray:
     """(frames, height, width, 3) uint8 pixels at the size of the grid. A file that ends early repeats its last frame once at most.
 
     Raises SampleError when it does not decode, or when more than one frame pair is missing at its end.

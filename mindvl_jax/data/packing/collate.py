@@ -12,7 +12,8 @@ from typing import Sequence
 import numpy as np
 
 from mindvl_jax.data.batch import Batch, BatchShape, PackedBatch
-from mindvl_jax.config.schema import Config, PhaseConfig, VisionConfig
+from mindvl_jax.config.schema import Config, PhaseConfig
+from mindvl_jax.data.media.geometry import PatchGeometry
 from mindvl_jax.data.example import Example
 from mindvl_jax.data.packing.rows import Budgets
 
@@ -22,14 +23,14 @@ def batch_shape(config: Config, phase: PhaseConfig) -> BatchShape:
     return shape_for(config.model.vision, rows=phase.rows, tokens=phase.sequence_length, patches=phase.patches_per_row, samples=phase.max_samples_per_row, min_pixels=phase.min_pixels)
 
 
-def shape_for(vision: VisionConfig, *, rows: int, tokens: int, patches: int, samples: int, min_pixels: int = 0) -> BatchShape:
+def shape_for(vision: PatchGeometry, *, rows: int, tokens: int, patches: int, samples: int, min_pixels: int = 0) -> BatchShape:
     """A batch shape whose image and window counts can hold whatever fits the patches.
 
     A picture never has fewer merged tokens than `min_pixels` asks for, which bounds images and windows a row.
     """
     smallest = max(1, -(-min_pixels // vision.pixels_per_token**2))
     images = max(1, patches // (vision.merge_unit * smallest))
-    windows = max(1, int(patches * _windows_per_patch(smallest, vision.window_size // vision.pixels_per_token, vision.merge_unit)))
+    windows = images if vision.window_tokens is None else max(1, int(patches * _windows_per_patch(smallest, vision.window_tokens, vision.merge_unit)))
     return BatchShape(rows=rows, tokens=tokens, patches=patches, samples=samples, images=images, windows=windows, patch_dim=vision.patch_dim)
 
 
@@ -51,7 +52,7 @@ def size_of(example: Example) -> tuple[int, int, int, int, int]:
     return example.length, example.patches, 1, len(example.image_lengths), len(example.window_lengths)
 
 
-def collate(rows: Sequence[Sequence[Example]], shape: BatchShape, *, pad_id: int, vision: VisionConfig, patches: np.ndarray | None = None) -> PackedBatch:
+def collate(rows: Sequence[Sequence[Example]], shape: BatchShape, *, pad_id: int, vision: PatchGeometry, patches: np.ndarray | None = None) -> PackedBatch:
     """Writes each row's examples one after another. `shape.rows` must be the number of rows given.
 
     Pixels must have been read (`Example.with_pixels`), or be given as `patches` (B, P, patch_dim), already in place. Raises ValueError when a row is over a budget.
@@ -79,7 +80,7 @@ def collate(rows: Sequence[Sequence[Example]], shape: BatchShape, *, pad_id: int
     return PackedBatch(batch, tuple(tuple(example.id for example in row) for row in rows))
 
 
-def _write_row(batch: Batch, index: int, row: Sequence[Example], vision: VisionConfig) -> None:
+def _write_row(batch: Batch, index: int, row: Sequence[Example], vision: PatchGeometry) -> None:
     lengths = np.array([example.length for example in row])
     groups = np.array([example.patches for example in row]) // vision.merge_unit
     T, P = int(lengths.sum()), int(groups.sum()) * vision.merge_unit
@@ -104,7 +105,7 @@ def _write_row(batch: Batch, index: int, row: Sequence[Example], vision: VisionC
     batch.window_lengths[index, : len(windows)] = windows
 
 
-def _write_patches(place: np.ndarray, row: Sequence[Example], vision: VisionConfig) -> None:
+def _write_patches(place: np.ndarray, row: Sequence[Example], vision: PatchGeometry) -> None:
     cursor = 0
     for example in row:
         if example.pixels is None:
@@ -114,7 +115,7 @@ def _write_patches(place: np.ndarray, row: Sequence[Example], vision: VisionConf
             cursor += len(pixels)
 
 
-def write_pixels(place: np.ndarray, pixels: np.ndarray, vision: VisionConfig) -> None:
+def write_pixels(place: np.ndarray, pixels: np.ndarray, vision: PatchGeometry) -> None:
     """Writes a medium's patches to their places, (P_i, patch_dim). A picture's one frame fills both frames of a patch, its one
     channel all channels when it has no colour."""
     area = vision.patch_size**2
@@ -123,7 +124,7 @@ def write_pixels(place: np.ndarray, pixels: np.ndarray, vision: VisionConfig) ->
 
 
 def pack_prompts(
-    examples: Sequence[Example], *, vision: VisionConfig, pad_id: int, rows: int | None = None, tokens: int | None = None, patches: int | None = None, resample: str = "bicubic"
+    examples: Sequence[Example], *, vision: PatchGeometry, pad_id: int, rows: int | None = None, tokens: int | None = None, patches: int | None = None, resample: str = "bicubic"
 ) -> PackedBatch:
     """One prompt a row, for inference. Sizes default to what the longest prompt needs; rows without a prompt are padding.
 

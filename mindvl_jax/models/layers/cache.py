@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mindvl_jax.config.schema import TextConfig
+from mindvl_jax.models.layers.config import TextConfig
 
 
 @jax.tree_util.register_dataclass

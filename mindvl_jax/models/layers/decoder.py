@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mindvl_jax.config.schema import TextConfig
+from mindvl_jax.models.layers.config import TextConfig
 from mindvl_jax.models.layers.cache import KVCache
 from mindvl_jax.models.layers.linear import GatedMLP, Linear, RMSNorm, parameter
 from mindvl_jax.models.layers.rope import text_tables

@@ -8,18 +8,17 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from mindvl_jax.config.schema import VisionConfig
 from mindvl_jax.models.layers.linear import Linear, RMSNorm
 from npu_bridge import ops
 
 
 class Projector(nnx.Module):
-    """Turns each group of `merge_unit` neighbouring patches into one visual token."""
+    """Merge each group of `merge_unit` neighbouring patches of width `inputs` into one visual token of `width`."""
 
-    def __init__(self, config: VisionConfig, width: int, *, rngs: nnx.Rngs, dtype):
-        merged = config.hidden_size * config.merge_unit
+    def __init__(self, inputs: int, merge_unit: int, width: int, *, eps: float, rngs: nnx.Rngs, dtype):
+        merged = inputs * merge_unit
         self.merged = merged
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.norm = RMSNorm(inputs, eps=eps, dtype=dtype)
         self.linear1 = Linear(merged, merged, ("merged", "mlp"), bias=True, rngs=rngs, dtype=dtype)
         self.linear2 = Linear(merged, width, ("mlp", "embed"), bias=True, rngs=rngs, dtype=dtype)
 

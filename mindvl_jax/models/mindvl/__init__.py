@@ -1,1 +1,17 @@
-"""MindVL and Qwen2.5-VL."""
+"""MindVL and Qwen2.5-VL: windowed vision tower, two-layer projector, Qwen2.5 or Qwen3 decoder."""
+
+from mindvl_jax.models.mindvl.config import MindVLConfig
+from mindvl_jax.models.mindvl.presets import MODELS
+from mindvl_jax.models.spec import ModelSpec, Named
+
+SPEC = ModelSpec(
+    name="mindvl",
+    config=MindVLConfig,
+    presets=MODELS,
+    build=Named("mindvl_jax.models.mindvl.model:MindVL"),
+    processor=None,
+    objective="sft",
+    hf=None,
+    parts={"vision": "vision/**", "projector": "projector/**", "language": "language/**"},
+    flops=None,
+)

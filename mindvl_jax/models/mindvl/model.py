@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mindvl_jax.data.batch import Batch
-from mindvl_jax.config.schema import ModelConfig, TextConfig
+from mindvl_jax.models.batch import Batch
+from mindvl_jax.models.layers.config import TextConfig
 from mindvl_jax.models.layers.decoder import Decoder
 from mindvl_jax.models.layers.projector import Projector
 from mindvl_jax.models.layers.visual_tokens import place_visual
+from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.models.mindvl.vision import VisionTower
 from npu_bridge import ops
 
@@ -71,12 +72,12 @@ class MindVL(LanguageModel):
     and logical axis rules (see `models.parameters.parameter`) they are placed at once; `nnx.eval_shape` builds it without memory.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: MindVLConfig, *, rngs: nnx.Rngs):
         super().__init__(config.text, rngs=rngs, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype, remat=config.remat)
         dtype = jnp.dtype(config.param_dtype)
         self.config = config
         self.vision = VisionTower(config.vision, rngs=rngs, dtype=dtype, remat=config.remat)
-        self.projector = Projector(config.vision, config.text.hidden_size, rngs=rngs, dtype=dtype)
+        self.projector = Projector(config.vision.hidden_size, config.vision.merge_unit, config.text.hidden_size, eps=config.vision.rms_norm_eps, rngs=rngs, dtype=dtype)
 
     def visual_features(self, batch: Batch, *, max_image_patches: int | None = None) -> jax.Array:
         """(B, P / merge_unit, D): one visual token for each group of neighbouring patches, in window order."""

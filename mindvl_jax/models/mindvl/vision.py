@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mindvl_jax.config.schema import VisionConfig
 from mindvl_jax.models.layers.linear import GatedMLP, Linear, RMSNorm
 from mindvl_jax.models.layers.rope import vision_tables
 from mindvl_jax.models.layers.stack import in_pieces, keep, rematerialise_attention, scan_alternating
+from mindvl_jax.models.mindvl.config import VisionConfig
 from npu_bridge import ops
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)

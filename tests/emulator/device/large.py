@@ -14,7 +14,7 @@ import torch_npu  # noqa: F401
 
 import npu_bridge
 import npu_bridge.emulator as emulator
-from mindvl_jax.config import presets
+from mindvl_jax.config import families
 from mindvl_jax.config.schema import OptimizerConfig, PhaseConfig
 from mindvl_jax.data.packing.collate import shape_for
 from mindvl_jax.parallel.mesh import make_mesh
@@ -27,7 +27,7 @@ from npu_bridge.runtime.array import Array, storage_dtype
 
 TOKENS, PATCHES, SAMPLES = 4096, 8192, 8
 layers, blocks = (int(text) for text in sys.argv[1:])
-model = presets.get("mindvl-8b")
+model = families.preset("mindvl-8b")
 vision = model.vision.model_copy(update=dict(depth=blocks, fullatt_block_indexes=tuple(i for i in model.vision.fullatt_block_indexes if i < blocks)))
 model = model.model_copy(update=dict(remat="full", text=model.text.model_copy(update=dict(num_layers=layers)), vision=vision))
 mesh = make_mesh(MeshConfig(), jax.devices()[:1])

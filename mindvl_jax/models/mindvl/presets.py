@@ -1,14 +1,14 @@
-"""Published sizes by name (Qwen2.5-VL and Qwen3 configurations), and MindVL assembled from them. Knows nothing of jax.
+"""Published sizes by name (Qwen2.5-VL and Qwen3 configurations), and MindVL assembled from them. Imports no jax.
 
 Where MindVL's own choice is not public the value is ours, with the reason beside it.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 
-from mindvl_jax.config.schema import ModelConfig, TextConfig, VisionConfig
+from mindvl_jax.models.layers.config import TextConfig
+from mindvl_jax.models.mindvl.config import MindVLConfig, VisionConfig
 
 _TOKENS = dict(image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653)
 
@@ -50,20 +50,20 @@ VISION: dict[str, Callable[[], VisionConfig]] = {
 """Vision towers: 3420 belongs to Qwen2.5-VL 3B and 7B, 3456 to 32B and 72B."""
 
 
-def _tiny() -> ModelConfig:
+def _tiny() -> MindVLConfig:
     vision = VisionConfig(depth=4, hidden_size=128, intermediate_size=256, num_heads=4, window_size=112, fullatt_block_indexes=(1, 3))
     text = TextConfig(family="qwen3", vocab_size=2048, hidden_size=192, intermediate_size=512, num_layers=4, num_heads=6, num_kv_heads=2,
                       head_dim=32, rope_theta=1e4, tie_word_embeddings=True, rope="mrope", mrope_section=(4, 6, 6), max_position_embeddings=4096)
-    return ModelConfig(vision=vision, text=text, image_token_id=2044, video_token_id=2045, vision_start_token_id=2042, vision_end_token_id=2043)
+    return MindVLConfig(vision=vision, text=text, image_token_id=2044, video_token_id=2045, vision_start_token_id=2042, vision_end_token_id=2043)
 
 
-def _assembled(vision: str, text: TextConfig) -> ModelConfig:
-    return ModelConfig(vision=VISION[vision](), text=text, **_TOKENS)
+def _assembled(vision: str, text: TextConfig) -> MindVLConfig:
+    return MindVLConfig(vision=VISION[vision](), text=text, **_TOKENS)
 
 
 # The paper does not say which of the two Qwen2.5 towers MindVL starts from, nor how Qwen3 counts positions. 3420 is the tower of
 # the 7B, the size next to MindVL-8B; M-RoPE is what the nearest public Ascend pairing of this tower with Qwen3 uses.
-MODELS: dict[str, Callable[[], ModelConfig]] = {
+MODELS: dict[str, Callable[[], MindVLConfig]] = {
     "qwen2.5-vl-3b": lambda: _assembled("qwen2.5-vit-3420", TEXT["qwen2.5-vl-3b"]()),
     "qwen2.5-vl-7b": lambda: _assembled("qwen2.5-vit-3420", TEXT["qwen2.5-vl-7b"]()),
     "qwen2.5-vl-32b": lambda: _assembled("qwen2.5-vit-3456", TEXT["qwen2.5-vl-32b"]()),
@@ -77,15 +77,3 @@ MODELS: dict[str, Callable[[], ModelConfig]] = {
 }
 """Whole vision-language models: what `model.preset` of a config names."""
 
-
-def get(name: str) -> ModelConfig:
-    """The model of that name.
-
-    Raises:
-      KeyError: an unknown name; says the nearest one and all there are.
-    """
-    if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise KeyError(f"no model preset is called {name!r}{hint} There are: {', '.join(MODELS)}")
-    return MODELS[name]()

@@ -1,0 +1,36 @@
+"""How a model's tower cuts images and videos into patches: what the data pipeline must know of it."""
+
+from __future__ import annotations
+
+from pydantic import Field, PositiveInt
+
+from mindvl_jax.config.schema import Section
+
+
+class PatchGeometry(Section):
+    """Patches of an image or video, and the visual tokens that they are merged into."""
+
+    patch_size: PositiveInt = 14
+    temporal_patch_size: PositiveInt = 2
+    spatial_merge_size: PositiveInt = 2
+    in_channels: PositiveInt = 3
+    window_size: PositiveInt | None = Field(112, description="Side of an attention window, in pixels; null: no windows.")
+    tokens_per_second: PositiveInt | None = Field(2, description="Steps of the temporal position in a second of video; null: one for each frame pair.")
+
+    @property
+    def patch_dim(self) -> int:
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def merge_unit(self) -> int:
+        return self.spatial_merge_size**2
+
+    @property
+    def window_tokens(self) -> int | None:
+        """Side of an attention window in merged tokens; None without windows."""
+        return None if self.window_size is None else self.window_size // self.pixels_per_token
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Side of the square of pixels that one merged token covers."""
+        return self.patch_size * self.spatial_merge_size
