@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pydantic
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
-if TYPE_CHECKING:
-    from mindvl_jax.config.schema import ModelConfig
+from mindvl_jax.config.base import ModelConfig
 
 DEFAULT = "mindvl"
 """Family of a `model` section that names none: configurations and checkpoints from before there were families."""

@@ -9,15 +9,10 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from mindvl_jax.config.base import ModelConfig, Section
 from mindvl_jax.config.families import AnyFamily
-
-
-class Section(BaseModel):
-    """Base of every part: immutable, unknown keys refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 # --- run -------------------------------------------------------------------------------------------------------------
@@ -50,24 +45,6 @@ class DistributedConfig(Section):
     coordinator: str | None = Field(None, description="host:port of process 0; empty: one process.")
     processes: PositiveInt | None = None
     process_id: NonNegativeInt | None = None
-
-
-# --- model -----------------------------------------------------------------------------------------------------------
-
-
-class ModelConfig(Section):
-    """What the `model` section of every family has. `family` selects the subclass; `preset` fills what is not given here."""
-
-    family: str
-    preset: str | None = Field(None, description="Name of a published size (`mindvl config --schema` lists the families); keys given beside it override it.")
-    remat: Literal["none", "full", "dots", "attention"] = Field("none", description="What the backward pass recomputes.")
-    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    matmul_precision: Literal["default", "bfloat16"] = Field("default", description="bfloat16: products of float32 operands read them in bfloat16 and sum in float32, for processors with bfloat16 matrix units.")
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-
-    def phase_problems(self, phase: "PhaseConfig") -> dict[str, str]:
-        """What this model cannot do with a phase's sizes: key of the phase -> what is expected of it."""
-        return {}
 
 
 # --- tokenizer and data ----------------------------------------------------------------------------------------------

@@ -53,7 +53,6 @@ EXAMPLES_TODAY: set[tuple[str, str]] = {("mindvl_jax.cli.profile", "examples.qui
 # Modules that import their own package inside a function without an optional package being the reason.
 LATE_TODAY: set[str] = {
     "examples.quickstart.build",
-    "mindvl_jax.config.loader",
     "mindvl_jax.data.packing.lengths",
     "mindvl_jax.data.sources.readers",
     "mindvl_jax.golden.steps",
