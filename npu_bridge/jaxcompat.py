@@ -232,6 +232,59 @@ def alone_function(
     return partial(_bind_all, primitive)
 
 
+XLA_PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
+
+
+def chosen_function(
+    name: str,
+    anywhere: Callable[..., tuple[jax.Array, ...]],
+    choose: Callable[..., Callable[..., tuple[jax.Array, ...]]],
+    *,
+    results: Callable[..., Sequence[Any]] | None = None,
+) -> Callable[..., tuple[jax.Array, ...]]:
+    """A function whose form is chosen when a program is lowered, by platform and by whether its operands are whole on one device.
+
+    Args:
+      anywhere: ``(*arrays, **params) -> tuple``: platform ``npu``, and what vmap and shapes go by.
+      choose: ``(platform, local, *avals, **params) -> function`` with the same results from the same arguments. `platform` is XLA's
+        name; `local` says that the operands lie whole on the device that computes: a program of one device, or a shard_map over all
+        axes of the mesh. Where it is False XLA partitions what the function returns.
+      results: as for `define_operator`.
+
+    Returns ``function(*arrays, **params) -> tuple``, without a derivative: use it inside a `jax.custom_vjp`.
+    """
+    primitive = core.Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(partial(dispatch.apply_primitive, primitive))
+    primitive.def_abstract_eval(partial(_result_types, anywhere, results))
+
+    def lowering(platform: str) -> Callable[..., Sequence[ir.Value]]:
+        def lower(ctx: Any, *operands: ir.Value, **params: Any) -> Sequence[ir.Value]:
+            function = choose(platform, is_local(ctx.module_context.axis_context), *ctx.avals_in, **params)
+            return mlir.lower_fun(function, multiple_results=True)(ctx, *operands, **params)
+
+        return lower
+
+    for platform in XLA_PLATFORMS:
+        mlir.register_lowering(primitive, lowering(platform), platform=platform)
+    mlir.register_lowering(primitive, lower_with(anywhere))
+    register_platform_lowering(primitive, lower_with(anywhere))
+
+    def batching_rule(args: Sequence[jax.Array], dims: Sequence[int | None], **params: Any):
+        results = jax.vmap(partial(anywhere, **params), in_axes=tuple(dims))(*args)
+        return results, (0,) * len(results)
+
+    batching.primitive_batchers[primitive] = batching_rule
+    return partial(_bind_all, primitive)
+
+
+def is_local(axis_context: Any) -> bool:
+    """Whether values of a program that is lowered in this context lie whole on one device."""
+    if isinstance(axis_context, sharding_impls.ShardingContext):
+        return axis_context.num_devices == 1
+    return isinstance(axis_context, sharding_impls.SPMDAxisContext) and axis_context.manual_axes == frozenset(axis_context.mesh.axis_names)
+
+
 def _bind_all(primitive: core.Primitive, *args: jax.Array, **params: Any) -> tuple[jax.Array, ...]:
     return tuple(primitive.bind(*args, **params))
 
@@ -249,6 +302,7 @@ def define_operator(
     local_sizes: Mapping[str, tuple[str, int, int]] | None = None,
     host_operands: Sequence[int] = (),
     inplace: Mapping[int, int] | None = None,
+    reference_only: Sequence[str] = (),
     batch: Callable[..., Any] | None = None,
 ) -> Callable[..., tuple[jax.Array, ...]]:
     """Makes a fused operator: reference mathematics on XLA, one custom call with a sharding rule on platform ``npu``.
@@ -274,6 +328,7 @@ def define_operator(
       host_operands: operands the kernel wants on the host (cumulative lengths). Inputs used only so never leave it.
       inplace: result number -> operand number whose storage the kernel may overwrite; the kernel receives ``inplace=True``
         when all of them are free, else False.
+      reference_only: parameters that the reference takes and the kernel does not.
       batch: batching rule ``(arrays, dims, **params) -> (results, dims)``; without one, vmap uses the reference.
 
     Raises TypeError for parameters that are not literals, RuleError (at lowering) for a rule that does not fit.
@@ -308,7 +363,7 @@ def define_operator(
             operands,
             ctx.avals_out,
             fitted,
-            params,
+            {key: value for key, value in params.items() if key not in reference_only},
             reduces={i: _named_factors(fs, fitted.sizes) for i, fs in (reduces or {}).items()},
             replicate=_named_factors(replicate, fitted.sizes),
         )

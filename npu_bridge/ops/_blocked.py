@@ -14,9 +14,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from npu_bridge.jaxcompat import alone_function
 from npu_bridge.ops._common import accumulator, einsum, require, sum_over_rows
-from npu_bridge.ops._skipping import Tiles, skipping_backward, skipping_forward, tiles_of
 
 
 class Plan(NamedTuple):
@@ -158,7 +156,8 @@ def _logits(q, k, mask, scale):
     return logits if mask is None else jnp.where(mask[:, :, None, None], logits, -jnp.inf)
 
 
-def _masked_forward(q, k, v, *ids, plan, scale, tiles=None):
+def masked_forward(q, k, v, *ids, plan, scale):
+    """-> out (B, T, N, J) in q's dtype, lse (B, N, T) in float32 (0 for a query that attends nothing)."""
     plan, (ids_q, ids_kv) = Plan(*plan), ids or (None, None)
     batch, queries, heads, _ = q.shape
     keys, key_heads = k.shape[1:3]
@@ -176,7 +175,8 @@ def _masked_forward(q, k, v, *ids, plan, scale, tiles=None):
     return out, lse.reshape(batch, heads, -1)[:, :, :queries]
 
 
-def _masked_backward(g, q, k, v, out, lse, *ids, plan, scale, tiles=None):
+def masked_backward(g, q, k, v, out, lse, *ids, plan, scale):
+    """-> dq, dk, dv in the dtype of q. Probabilities are computed again from lse, never stored."""
     plan, (ids_q, ids_kv) = Plan(*plan), ids or (None, None)
     queries = q.shape[1]
     keys, key_heads = k.shape[1:3]
@@ -195,45 +195,3 @@ def _masked_backward(g, q, k, v, out, lse, *ids, plan, scale, tiles=None):
     dk = sum_over_rows(qb, ds, batch=3).transpose(0, 1, 4, 2, 3)
     dk, dv = (sum_reached_blocks(plan, x, keys) for x in (dk, dv))
     return dq, dk.astype(k.dtype), dv.astype(v.dtype)
-
-
-def _skipping_forward(q, k, v, *ids, plan, scale, tiles):
-    return skipping_forward(q, k, v, *_segments(q, ids), tiles=Tiles(*tiles), causal=plan[0], window=plan[1], scale=scale)
-
-
-def _skipping_backward(g, q, k, v, out, lse, *ids, plan, scale, tiles):
-    return skipping_backward(g, q, k, v, *_segments(q, ids), out, lse, tiles=Tiles(*tiles), causal=plan[0], window=plan[1], scale=scale)
-
-
-def _segments(q, ids):
-    return [x.astype(jnp.int32) for x in ids] or [jnp.ones(q.shape[:2], jnp.int32)] * 2
-
-
-# XLA on a CPU pays for every masked logit. Other devices compute them faster than they could decide to leave them out.
-_forward = alone_function("npu_bridge.attention_tiles", _masked_forward, _skipping_forward, platforms=("cpu",))
-_backward = alone_function("npu_bridge.attention_tiles_backward", _masked_backward, _skipping_backward, platforms=("cpu",))
-
-NARROW_BAND = 256
-"""A band whose halos are narrower than this is taken in the smaller tiles."""
-
-
-def _tiles(plan, q, k, ids_q):
-    """Tiles of the computation that skips what is masked, where this may gain anything."""
-    if q.shape[1] != k.shape[1] or (ids_q is None and not plan.causal):
-        return None
-    narrow = plan.size and plan.left + plan.right < NARROW_BAND
-    return tiles_of(q.shape[0], q.shape[1], q.shape[2], band=plan.left + plan.size + plan.right if narrow else None)
-
-
-def blocked_forward(q, k, v, ids_q, ids_kv, *, plan, scale):
-    """-> out (B, T, N, J) in q's dtype, lse (B, N, T) in float32 (0 for a query that attends nothing)."""
-    ids, tiles = () if ids_q is None else (ids_q, ids_kv), _tiles(plan, q, k, ids_q)
-    compute = _masked_forward if tiles is None else _forward
-    return compute(q, k, v, *ids, plan=tuple(plan), scale=scale, tiles=tiles and tuple(tiles))
-
-
-def blocked_backward(g, q, k, v, ids_q, ids_kv, out, lse, *, plan, scale):
-    """-> dq, dk, dv in the dtype of q. Probabilities are computed again from lse, never stored."""
-    ids, tiles = () if ids_q is None else (ids_q, ids_kv), _tiles(plan, q, k, ids_q)
-    compute = _masked_backward if tiles is None else _backward
-    return compute(g, q, k, v, out, lse, *ids, plan=tuple(plan), scale=scale, tiles=tiles and tuple(tiles))

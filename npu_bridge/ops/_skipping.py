@@ -194,7 +194,7 @@ def skipping_forward(q, k, v, ids_q, ids_kv, *, tiles, causal, window, scale):
     return out[:, :real], lse[..., :real]
 
 
-def skipping_backward(g, q, k, v, ids_q, ids_kv, out, lse, *, tiles, causal, window, scale):
+def skipping_backward(g, q, k, v, out, lse, ids_q, ids_kv, *, tiles, causal, window, scale):
     """-> dq, dk, dv in the dtype of q."""
     real = q.shape[1]
     key_heads, places = k.shape[2], -(-real // tiles.queries) * tiles.queries

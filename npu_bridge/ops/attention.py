@@ -9,9 +9,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from npu_bridge.ops._common import accumulator, require, require_float, zero_cotangent
 from npu_bridge.jaxcompat import define_operator
-from npu_bridge.ops._blocked import Plan, blocked_backward, blocked_forward, plan_blocks
+from npu_bridge.ops import _forms
+from npu_bridge.ops._blocked import Plan, plan_blocks
+from npu_bridge.ops._common import accumulator, require, require_float, zero_cotangent
 
 
 def attention(
@@ -48,8 +49,10 @@ def attention(
         kernels; only self-attention has them. Places past their sum are padding. The reference ignores it.
       padding: static. "zeros", or "unread": a promise that nobody reads what queries of id 0 yield and that their gradients are
         zero. Variable-length kernels then let padding attend itself, which yields some finite number and saves clearing it.
-      implementation: None (whichever is cheaper), "dense" (no band) or "banded" (needs max_segment_length or window); for tests and
-        timings. XLA's program for one CPU leaves out tiles of long rows that ids and causality mask entirely, whatever stands here.
+      implementation: the form that XLA computes (see `_forms`); the NPU has kernels of its own. None or "auto": chosen by platform and
+        shape when the program is lowered. "reference" holds the scores of a row, "blocked" is linear in the row on any platform,
+        "splash" are Pallas' kernels (TPU; elsewhere interpreted). "dense" and "banded" are plans of "auto" for tests and timings: no
+        band, or one whatever it costs (needs max_segment_length or window).
 
     Returns:
       (B, T, N, J) in q's dtype; softmax in float32, products accumulated in float32.
@@ -69,16 +72,21 @@ def attention(
             )
             segment_ids_kv = segment_ids_q
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    plan = plan_blocks(
-        queries, keys, causal=bool(causal), window=window, max_segment_length=max_segment_length, implementation=implementation
+    require(
+        implementation in (None, "dense", "banded", *_forms.FORMS),
+        "attention",
+        f"implementation is {implementation!r}; expected None, 'dense', 'banded' or one of {', '.join(map(repr, _forms.FORMS))}",
     )
+    form = implementation if implementation in _forms.FORMS else "auto"
+    banded = implementation if implementation in ("dense", "banded") else None
+    plan = plan_blocks(queries, keys, causal=bool(causal), window=window, max_segment_length=max_segment_length, implementation=banded)
     require(
         lengths is None or (segment_ids_q is not None and queries == keys),
         "attention",
         "lengths describe the segments of self-attention; pass segment_ids_q as well, and as many keys as queries",
     )
     require(padding in ("zeros", "unread"), "attention", f"padding is {padding!r}; expected 'zeros' or 'unread'")
-    return _attention(q, k, v, segment_ids_q, segment_ids_kv, lengths, plan, scale, padding)
+    return _attention(q, k, v, segment_ids_q, segment_ids_kv, lengths, plan, scale, padding, form)
 
 
 def _check(q, k, v, segment_ids_q, segment_ids_kv, window, max_segment_length, lengths):
@@ -103,16 +111,14 @@ def _check(q, k, v, segment_ids_q, segment_ids_kv, window, max_segment_length, l
     )
 
 
-def attention_forward(q, k, v, *segments, causal, window, scale, blocks, padding="zeros"):
+def attention_forward(q, k, v, *segments, causal, window, scale, blocks, padding="zeros", form="auto"):
     """-> out (B, T, N, J), lse (B, N, T) float32. `segments` is empty, or ids of queries and keys, or those and run lengths."""
-    ids_q, ids_kv = segments[:2] or (None, None)
-    return blocked_forward(q, k, v, ids_q, ids_kv, plan=Plan(causal, window, *blocks), scale=scale)
+    return _forms.forward(q, k, v, *segments[:2], plan=Plan(causal, window, *blocks), scale=scale, form=form)
 
 
-def attention_backward(g, q, k, v, out, lse, *segments, causal, window, scale, blocks, padding="zeros"):
+def attention_backward(g, q, k, v, out, lse, *segments, causal, window, scale, blocks, padding="zeros", form="auto"):
     """-> dq, dk, dv."""
-    ids_q, ids_kv = segments[:2] or (None, None)
-    return blocked_backward(g, q, k, v, ids_q, ids_kv, out, lse, plan=Plan(causal, window, *blocks), scale=scale)
+    return _forms.backward(g, q, k, v, out, lse, *segments[:2], plan=Plan(causal, window, *blocks), scale=scale, form=form)
 
 
 _Q, _K, _V, _OUT, _LSE = "b t (n g) h", "b s n h", "b s n j", "b t (n g) j", "b (n g) t"
@@ -139,6 +145,7 @@ def _define(suffix, segments, host):
         sizes=heads_a_group,
         rule=f"{', '.join((_Q, _K, _V, *segments))} -> {_OUT}, {_LSE}",
         host_operands=(5,) if host else (),
+        reference_only=("form",),
         results=_forward_results,
     )
     backward = define_operator(
@@ -148,6 +155,7 @@ def _define(suffix, segments, host):
         sizes=heads_a_group,
         rule=f"{', '.join((_OUT, _Q, _K, _V, _OUT, _LSE, *segments))} -> {_Q}, {_K}, {_V}",
         host_operands=(8,) if host else (),
+        reference_only=("form",),
         results=lambda g, q, k, v, *others, **plan: [q, k, v],
     )
     return forward, backward
@@ -157,25 +165,25 @@ def _define(suffix, segments, host):
 _OPERATORS = [_define("", (), False), _define("_segments", ("b t", "b s"), False), _define("_packed", ("b t", "b s", "b m"), True)]
 
 
-def _bind(which, arrays, ids_q, ids_kv, lengths, plan, scale, padding):
+def _bind(which, arrays, ids_q, ids_kv, lengths, plan, scale, padding, form):
     segments = () if ids_q is None else (ids_q, ids_kv) if lengths is None else (ids_q, ids_kv, lengths)
     operator = _OPERATORS[(0, None, 1, 2)[len(segments)]][which]
-    return operator(*arrays, *segments, causal=plan.causal, window=plan.window, scale=scale, blocks=tuple(plan[2:]), padding=padding)
+    return operator(*arrays, *segments, causal=plan.causal, window=plan.window, scale=scale, blocks=tuple(plan[2:]), padding=padding, form=form)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _attention(q, k, v, ids_q, ids_kv, lengths, plan, scale, padding):
-    return _bind(0, (q, k, v), ids_q, ids_kv, lengths, plan, scale, padding)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+def _attention(q, k, v, ids_q, ids_kv, lengths, plan, scale, padding, form):
+    return _bind(0, (q, k, v), ids_q, ids_kv, lengths, plan, scale, padding, form)[0]
 
 
-def _attention_fwd(q, k, v, ids_q, ids_kv, lengths, plan, scale, padding):
-    out, lse = _bind(0, (q, k, v), ids_q, ids_kv, lengths, plan, scale, padding)
+def _attention_fwd(q, k, v, ids_q, ids_kv, lengths, plan, scale, padding, form):
+    out, lse = _bind(0, (q, k, v), ids_q, ids_kv, lengths, plan, scale, padding, form)
     return out, (q, k, v, ids_q, ids_kv, lengths, out, lse)
 
 
-def _attention_bwd(plan, scale, padding, res, g):
+def _attention_bwd(plan, scale, padding, form, res, g):
     q, k, v, *segments, out, lse = res
-    grads = _bind(1, (g, q, k, v, out, lse), *segments, plan, scale, padding)
+    grads = _bind(1, (g, q, k, v, out, lse), *segments, plan, scale, padding, form)
     return (*grads, *(None if ids is None else zero_cotangent(ids) for ids in segments))
 
 

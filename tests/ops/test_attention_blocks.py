@@ -110,7 +110,7 @@ REFUSALS = {
     "head dims apart": dict(k=(1, 8, 2, 6), match="one head dim"),
     "rows apart": dict(v=(2, 8, 2, 4), match="B, S or K differ"),
     "band without a promise": dict(implementation="banded", match="max_segment_length or window"),
-    "unknown implementation": dict(implementation="flash", match="expected None, 'dense' or 'banded'"),
+    "unknown implementation": dict(implementation="flash", match="expected None, 'dense', 'banded' or one of 'auto'"),
     "window of nothing": dict(window=0, match="at least 1"),
     "ids of another shape": dict(segment_ids_q=(1, 7), match="segment_ids_q"),
     "lengths without ids": dict(lengths=(1, 3), match="segment_ids_q as well"),

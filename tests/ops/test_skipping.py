@@ -41,7 +41,7 @@ def arrays():
 def compute(q, k, v, g, ids_q, ids_kv, causal, window, tiles=TILES):
     static = dict(tiles=tiles, causal=causal, window=window, scale=0.3)
     out, lse = skipping_forward(q, k, v, ids_q, ids_kv, **static)
-    return out, *skipping_backward(g, q, k, v, ids_q, ids_kv, out, lse, **static)
+    return out, *skipping_backward(g, q, k, v, out, lse, ids_q, ids_kv, **static)
 
 
 @pytest.mark.parametrize("causal", [True, False])
