@@ -16,8 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mindvl_jax.config import loader as config_loader
 from mindvl_jax.cli.compare import fresh_weights, parameter_distance, read_losses, shortened, train_apart
+from mindvl_jax.config import loader as config_loader
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLIT = ("mesh.fsdp=2", "mesh.tensor=2")
@@ -51,7 +51,8 @@ PAIRS = (
 def measure(config_path: str, overrides: Sequence[str], steps: int, out: Path, names: Sequence[str]) -> dict:
     """Trains every named run that is not there yet and returns the distance of each pair that is complete."""
     out.mkdir(parents=True, exist_ok=True)
-    load = lambda name: config_loader.load(config_path, ["model.matmul_precision=default", *overrides, *RUNS[name].overrides])
+    def load(name):
+        return config_loader.load(config_path, ["model.matmul_precision=default", *overrides, *RUNS[name].overrides])
     start = out / "start"
     if not start.exists():
         fresh_weights(load("xla"), start)

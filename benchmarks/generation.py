@@ -116,7 +116,8 @@ def main() -> None:
                 wall[name].append(time.perf_counter() - started)
                 processor[name].append(time.process_time() - used)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    compare = lambda times: rate_ratio(times["ours"], times["transformers"], our_work=tokens, their_work=tokens, against="transformers")
+    def compare(times):
+        return rate_ratio(times["ours"], times["transformers"], our_work=tokens, their_work=tokens, against="transformers")
     print(json.dumps({
         "requests": args.requests, "generated_tokens": tokens, "repeats": args.repeats, "one_core": args.one_core,
         "tokens_per_second": {name: round(tokens / statistics.median(times), 1) for name, times in wall.items()},

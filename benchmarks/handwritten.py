@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mindvl_jax.data.batch import Batch
 from mindvl_jax.config.schema import OptimizerConfig
+from mindvl_jax.data.batch import Batch
 from mindvl_jax.models.mindvl.config import MindVLConfig, VisionConfig
 from mindvl_jax.models.mindvl.vision import IMAGE_MEAN, IMAGE_STD
 
@@ -26,7 +26,8 @@ class Handwritten:
     def __init__(self, config: MindVLConfig, parameters: Mapping[str, np.ndarray], batch: Batch, *, device: str = "cpu"):
         self.config, self.device = config, device
         self.parameters: Tensors = {path: torch.tensor(np.asarray(value), device=device, requires_grad=True) for path, value in parameters.items()}
-        put = lambda x: torch.tensor(np.asarray(x), device=device)
+        def put(x):
+            return torch.tensor(np.asarray(x), device=device)
         self.tokens, self.targets, self.weights = put(batch.tokens).long(), put(batch.targets).long(), put(batch.loss_weights)
         vision, text = config.vision, config.text
         self.pixels = _normalised(put(batch.patches), vision)

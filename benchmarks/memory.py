@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -26,10 +27,8 @@ def anonymous_bytes() -> int:
 
 def trim() -> None:
     """Gives freed memory back to the system, so that what was used before is not counted."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # another C library: its figures then include what it keeps
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):  # another C library: its figures then hold what it keeps
-        pass
 
 
 class Peak:

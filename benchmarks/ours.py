@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from benchmarks.workloads import Workload
-from mindvl_jax.data.batch import Batch, BatchShape
 from mindvl_jax.config.schema import MeshConfig, OptimizerConfig, PhaseConfig
+from mindvl_jax.data.batch import Batch, BatchShape
 from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import row_sharding

@@ -38,11 +38,11 @@ class Settings:
         return "cpu" if self.one_core else "wall"
 
     @classmethod
-    def quick(cls, **rest) -> "Settings":
+    def quick(cls, **rest) -> Settings:
         return cls(seconds=1.0, least=3, brief=True, **rest)
 
     @classmethod
-    def smallest(cls) -> "Settings":
+    def smallest(cls) -> Settings:
         return cls(seconds=0.0, least=2, threads=1, dry=True)
 
 

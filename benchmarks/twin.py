@@ -14,9 +14,9 @@ import torch
 from benchmarks.workloads import Packed, normalised
 from mindvl_jax.config.schema import OptimizerConfig
 from mindvl_jax.models.mindvl.config import MindVLConfig
-from mindvl_jax.weights.hf_config import read_json
 from mindvl_jax.parity.reference import ComposedMindVL, load_reference, rope_index
 from mindvl_jax.parity.samples import ParitySample, reference_inputs
+from mindvl_jax.weights.hf_config import read_json
 from mindvl_jax.weights.save import save_parameters
 
 Inputs = dict[str, torch.Tensor]
@@ -81,7 +81,8 @@ def padded_inputs(samples: Sequence[ParitySample], config: MindVLConfig, twin: T
     """One sample a row, all as long as the longest."""
     each = [reference_inputs(sample, config) for sample in samples]
     T = max(len(sample.tokens) for sample in samples)
-    fill = lambda row, value: torch.nn.functional.pad(row, (0, T - row.shape[-1]), value=value)
+    def fill(row, value):
+        return torch.nn.functional.pad(row, (0, T - row.shape[-1]), value=value)
     rows = {name: torch.cat([fill(one[name], value) for one in each]) for name, value in (("input_ids", 0), ("labels", -100), ("attention_mask", 0))}
     positions = [rope_index(twin, one["input_ids"], one["mm_token_type_ids"], one) for one in each]
     return rows | dict(positions=torch.cat([fill(one, 0) for one in positions], dim=1), **_pixels(samples))

@@ -115,7 +115,7 @@ def measure(mode: str, folder: Path) -> dict[str, float]:
             held: dict[str, np.ndarray] = {}
             for path in files:
                 with safe_open(path, framework="numpy") as file:
-                    held |= {name: file.get_tensor(name) for name in file.keys()}
+                    held |= {name: file.get_tensor(name) for name in file}
             size = sum(value.nbytes for value in held.values())
         else:
             held = load_parameters(folder, mesh=mesh)

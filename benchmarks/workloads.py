@@ -6,16 +6,15 @@ B rows, T token places a row, P patch places a row.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 
 from benchmarks.packing import llava_like
 from mindvl_jax.config import families
 from mindvl_jax.data.batch import Batch
-from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.data.packing.rows import Budgets, WorkModel, plan_rows
+from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.models.mindvl.vision import IMAGE_MEAN, IMAGE_STD
 from mindvl_jax.parity.samples import ParitySample, pack, random_sample
 
@@ -156,7 +155,8 @@ def _patches(drawn) -> int:
 def _sample(config: MindVLConfig, rng: np.random.Generator, drawn) -> ParitySample:
     question, answer, grids = drawn
     sample = random_sample(config, rng, *(("image", (1, *grid)) for grid in grids), question, answer=answer)
-    as_bytes = lambda visual: dataclasses.replace(visual, pixels=rng.integers(0, 256, visual.pixels.shape).astype(np.float32))
+    def as_bytes(visual):
+        return dataclasses.replace(visual, pixels=rng.integers(0, 256, visual.pixels.shape).astype(np.float32))
     return dataclasses.replace(sample, visuals=tuple(map(as_bytes, sample.visuals)))
 
 

@@ -2,4 +2,4 @@
 
 __version__ = "0.1.0"
 
-import mindvl_jax.models.registry  # noqa: E402, F401  registers the model families with the configuration, before anyone reads one
+import mindvl_jax.models.registry  # noqa: F401  registers the model families with the configuration, before anyone reads one

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import os
 import signal
@@ -73,10 +74,8 @@ def _stop(ranks: Sequence[Rank]) -> None:
     for order, wait in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
         for r in ranks:
             if r.code is None:
-                try:
-                    os.killpg(r.process.pid, order)  # each rank leads a session of its own: its workers go with it
-                except ProcessLookupError:
-                    pass
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(r.process.pid, order)  # each rank leads its own session, so its workers get the signal too
         end = time.monotonic() + wait
         while time.monotonic() < end and any(r.code is None for r in ranks):
             time.sleep(0.05)

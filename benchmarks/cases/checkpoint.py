@@ -21,10 +21,10 @@ def checkpoint_case(settings: Settings) -> Iterator[Comparison]:
     from safetensors.numpy import load_file, save_file
 
     from benchmarks import ours, workloads
+    from mindvl_jax.checkpoints.checkpoint import CheckpointReader, CheckpointWriter, Progress
     from mindvl_jax.config import loader as config_loader
     from mindvl_jax.config.schema import CheckpointConfig, MeshConfig
     from mindvl_jax.parallel.mesh import make_mesh
-    from mindvl_jax.checkpoints.checkpoint import CheckpointReader, CheckpointWriter, Progress
     from mindvl_jax.training.params import outline_of
     from mindvl_jax.training.state import abstract_state, start_phase
 
@@ -88,9 +88,9 @@ def _stall(settings: Settings, folder: Path, model: str, workload, steps: int, p
     import numpy as np
 
     from benchmarks import ours, twin, workloads
+    from mindvl_jax.checkpoints.checkpoint import CheckpointWriter
     from mindvl_jax.config import loader as config_loader
     from mindvl_jax.config.schema import CheckpointConfig
-    from mindvl_jax.checkpoints.checkpoint import CheckpointWriter
 
     config = workloads.MODELS[model]("float32")
     parameters = ours.initial(config)

@@ -41,7 +41,8 @@ def _lowering(layers: int, scan: bool, most: float) -> Comparison:
         made["lines"] = float(lowered.as_text().count("\n"))
 
     mesh = as_mesh(decoder.MESH)[0]
-    shaped = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+    def shaped(x, spec):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
     arguments = [jax.tree.map(shaped, tree, specs) for tree, specs in zip((state, data), shardings)]
 
     def jax_alone():

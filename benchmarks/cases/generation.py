@@ -44,7 +44,8 @@ def write_model(folder: Path, name: str) -> None:
                                               mrope_section=_sections(config.text.hidden_size // config.text.num_heads)))
     config = config.model_copy(update=dict(text=text) | {key: tokenizer.token_id(mark) for key, mark in marks.items()})
     rng = np.random.default_rng(0)
-    draw = lambda path, shape: np.ones(shape) if path.endswith("scale") else np.zeros(shape) if path.endswith("bias") else rng.normal(0, 1.3 / shape[-2] ** 0.5, shape)
+    def draw(path, shape):
+        return np.ones(shape) if path.endswith("scale") else np.zeros(shape) if path.endswith("bias") else rng.normal(0, 1.3 / shape[-2] ** 0.5, shape)
     save_parameters(folder, config, {path: jnp.asarray(draw(path, s.shape), jnp.float32) for path, s in outline_of(config).shapes.items()})
 
 

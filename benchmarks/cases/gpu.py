@@ -87,7 +87,7 @@ def compare_on_gpu(settings: Settings, name: str, config, tokens: int, *, bridge
 
     add("transformers SDPA, packed", lambda: transformers_step("sdpa"), 5e-3)
     if bridge:
-        add(f"npu_bridge, torch on {device}", lambda: ours.Step(config, workload, packed.batch, parameters, bridge=device), 5e-3)
+        add(f"npu_bridge, torch on {device}", lambda: ours.Step(config, workload, packed.batch, parameters, bridge=device), 5e-3)  # noqa: F821
     del parameters
     note = f"{sum(value.size for value in mine.state.trained.values()) / 1e6:.0f} M parameters, {len(packed.samples)} samples; bfloat16 over float32 masters."
     if left_out:

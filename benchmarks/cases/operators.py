@@ -62,17 +62,22 @@ def operators(s: Sizes) -> Iterator[Operator]:
     from npu_bridge import ops
 
     rng = np.random.default_rng(0)
-    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
     tokens = s.B * s.T
-    elementwise = lambda inputs, outputs: 4.0 * (inputs + outputs) + 4.0 * (2 * inputs + outputs)
-    product = lambda m, k, n: dict(flops=6.0 * m * k * n, traffic=12.0 * (m * k + k * n + m * n))
+    def elementwise(inputs, outputs):
+        return 4.0 * (inputs + outputs) + 4.0 * (2 * inputs + outputs)
+    def product(m, k, n):
+        return dict(flops=6.0 * m * k * n, traffic=12.0 * (m * k + k * n + m * n))
 
     yield Operator("linear", (normal(s.B, s.T, s.D), normal(s.D, s.F), normal(s.F)), ops.linear, lambda x, w, b: x @ w + b, lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w).view(s.B, s.T, s.F),
                    **product(tokens, s.D, s.F))
-    norm_naive = lambda x, g: x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6) * g
+    def norm_naive(x, g):
+        return x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6) * g
     yield Operator("rms_norm", (normal(s.B, s.T, s.D), normal(s.D)), lambda x, g: ops.rms_norm(x, g, eps=1e-6), norm_naive, lambda x, g: F.rms_norm(x, (s.D,), g, 1e-6),
                    flops=0, traffic=elementwise(tokens * s.D, tokens * s.D))
-    layer_naive = lambda x, g, b: (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6) * g + b
+    def layer_naive(x, g, b):
+        return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6) * g + b
     yield Operator("layer_norm", (normal(s.B, s.T, s.D), normal(s.D), normal(s.D)), lambda x, g, b: ops.layer_norm(x, g, b, eps=1e-6), layer_naive,
                    lambda x, g, b: F.layer_norm(x, (s.D,), g, b, 1e-6), flops=0, traffic=elementwise(tokens * s.D, tokens * s.D))
     yield Operator("swiglu", (normal(s.B, s.T, s.F), normal(s.B, s.T, s.F)), ops.swiglu, lambda a, b: jax.nn.silu(a) * b, lambda a, b: F.silu(a) * b,

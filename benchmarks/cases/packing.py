@@ -29,8 +29,8 @@ def _waiting(mix: str, ranks: int):
     import numpy as np
 
     from benchmarks import packing
-    from mindvl_jax.data.packing.rows import PATCHES, TOKENS, Budgets
     from mindvl_jax.data.packing.planner import AHEAD
+    from mindvl_jax.data.packing.rows import PATCHES, TOKENS, Budgets
 
     draw, tokens = packing.MIXES[mix]
     rng = np.random.default_rng(0)

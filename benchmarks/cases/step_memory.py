@@ -62,7 +62,8 @@ def probe(side: str, folder: str, model: str, workload: str, threads: int, remat
         parameters = {path: jnp.asarray(value) for path, value in load_file(files / "parameters.safetensors").items()}
         step = ours.Step(config, mix, pickle.loads((files / "batch.pickle").read_bytes()), parameters)
         del parameters
-        drop_gradients = lambda: None
+        def drop_gradients():
+            return None
     else:
         layout, checkpointing = KINDS[side]
         reference = twin.load(files / "published", config)
@@ -72,7 +73,8 @@ def probe(side: str, folder: str, model: str, workload: str, threads: int, remat
         inputs = torch.load(files / "inputs.pt")[layout]
         optimizer = twin.optimizer_of(reference, learning_rate=ours.LEARNING_RATE, weight_decay=ours.WEIGHT_DECAY, config=ours.OPTIMIZER)
         step = twin.trainer(reference, inputs, optimizer, clip_norm=ours.OPTIMIZER.clip_norm, bfloat16=False)
-        drop_gradients = lambda: optimizer.zero_grad(set_to_none=True)
+        def drop_gradients():
+            return optimizer.zero_grad(set_to_none=True)
     loss, _ = step()
     drop_gradients()
     gc.collect()

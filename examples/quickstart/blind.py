@@ -25,7 +25,8 @@ def majority(training: Iterable[Pair]) -> tuple[Mapping[str, str], str]:
     for question, answer in training:
         by_question[question][answer] += 1
         overall[answer] += 1
-    first = lambda counts: min(counts, key=lambda answer: (-counts[answer], answer))
+    def first(counts):
+        return min(counts, key=lambda answer: (-counts[answer], answer))
     return {question: first(counts) for question, counts in by_question.items()}, first(overall)
 
 

@@ -26,11 +26,11 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mindvl_jax.config.schema import QuickstartDataConfig, TokenizerConfig
-from mindvl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
-from mindvl_jax.core.errors import UserError
 from examples.quickstart import assets, blind, contact, samples, vocabulary
 from examples.quickstart.sources import SIZES, SOURCES, Piece, Source, make, pieces
+from mindvl_jax.config.schema import QuickstartDataConfig, TokenizerConfig
+from mindvl_jax.core.errors import UserError
+from mindvl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 2  # of the manifest
 HELD_OUT = {
@@ -102,8 +102,8 @@ def prepare(config: QuickstartDataConfig) -> None:
 def _write_standins(out: Path) -> tuple[dict[str, dict], list[str]]:
     """Writes `standins/`; returns its files as the manifest names them, and every question as an evaluation asks it."""
     # They read as an evaluation reads them, and that imports JAX, which the processes that draw do without.
-    from mindvl_jax.evaluation.benchmarks import load_items
     from examples.quickstart.standins.build import build as build_standins
+    from mindvl_jax.evaluation.benchmarks import load_items
 
     counts = build_standins(out / "standins")
     # Without the marks of pictures: a word splits in another way behind `>`.
@@ -144,7 +144,8 @@ def _write_sources(out: Path, size: str, seed: int, processes: int | None, token
 def _make_all(work: Sequence[Piece], size: str, seed: int, processes: int | None) -> Iterator[tuple[int, Iterator[list[samples.Sample]]]]:
     """(source index, its pieces' samples in order) for each source, made by several processes ahead of the writer."""
     processes = min(os.cpu_count() or 1, 8) if processes is None else processes
-    by_source = lambda piece: piece.source
+    def by_source(piece):
+        return piece.source
     if processes == 0:
         for number, group in itertools.groupby(work, by_source):
             yield number, (make(piece, size, seed) for piece in group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -57,6 +58,6 @@ def warp(rng: random.Random, picture: Image.Image, side: int, affine: tuple[floa
     corner = {(x, y): (a * x + b * y + c + rng.gauss(0, wobble), d * x + e * y + f + rng.gauss(0, wobble)) for x in places for y in places}
     mesh = [
         ((left, top, right, bottom), (*corner[left, top], *corner[left, bottom], *corner[right, bottom], *corner[right, top]))
-        for left, right in zip(places, places[1:]) for top, bottom in zip(places, places[1:])
+        for left, right in itertools.pairwise(places) for top, bottom in itertools.pairwise(places)
     ]
     return picture.transform((side, side), Image.Transform.MESH, mesh, Image.Resampling.BILINEAR)

@@ -12,9 +12,9 @@ import re
 import string
 from collections.abc import Iterable, Iterator
 
+from examples.quickstart import assets, captions, charts, chat, digits, emoji, pictures, shapes, text, words
 from mindvl_jax.config.schema import TokenizerConfig
 from mindvl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
-from examples.quickstart import assets, captions, charts, chat, digits, emoji, pictures, shapes, text, words
 
 TOKENIZER = "qwen3"
 

@@ -87,7 +87,7 @@ class AnyFamily:
         if isinstance(value, pydantic.BaseModel):
             if not isinstance(value, tuple(_CONFIGS.values())):
                 raise PydanticCustomError("model_family", "{kind} is not the configuration of a family", {"kind": type(value).__name__})
-            return value
+            return value  # type: ignore[return-value]
         try:
             family = config_class(family_of(value))
         except (KeyError, TypeError) as error:

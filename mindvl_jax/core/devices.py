@@ -86,9 +86,12 @@ def limit_of(memory: str | None, device_kind: str | None, *, margin: float, back
     Args:
       margin: share of the memory that is left to what no plan sees: fragments of the allocator, the driver, workspaces of kernels.
     """
-    if memory is None and device_kind is None:
+    if memory is not None:
+        whole = parse_memory(memory)
+    elif device_kind is not None:
+        whole = known_memory(device_kind)
+    else:
         return None
-    whole = parse_memory(memory) if memory is not None else known_memory(device_kind)
     share, said = 1 - margin, f"{margin:.0%} left to allocator, driver and kernels"
     if backend == "xla" and device_kind is not None and device_kind.upper().startswith("NVIDIA"):
         # XLA takes this share of a GPU when it starts and never more.

@@ -59,7 +59,8 @@ class BridgePrograms:
             default_device(device)
         except BridgeError as error:
             raise UserError(str(error)) from error
-        compiled = lambda fn, **options: npu_bridge.jit(fn, device=device, allow_host_sync=True, **options)
+        def compiled(fn, **options):
+            return npu_bridge.jit(fn, device=device, allow_host_sync=True, **options)
 
         def read_pictures(graphdef, params, batch):
             return programs.prefill.__wrapped__(graphdef, params, batch, has_pictures=True)

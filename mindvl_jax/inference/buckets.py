@@ -23,7 +23,7 @@ class Bucket:
     tokens: int
     images: int
 
-    def holds(self, other: "Bucket") -> bool:
+    def holds(self, other: Bucket) -> bool:
         return self.tokens >= other.tokens and self.patches >= other.patches and self.images >= other.images
 
 

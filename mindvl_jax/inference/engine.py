@@ -16,12 +16,12 @@ from flax import nnx
 
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.inference import programs
-from mindvl_jax.inference.programs import CHUNK, empty_slots
 from mindvl_jax.inference.buckets import Bucket, rows_for
-from mindvl_jax.inference.prompts import Prompt, pack_bucket, vision_of
-from mindvl_jax.inference.prefill import RowPlanner
-from mindvl_jax.inference.request import Sampling
 from mindvl_jax.inference.placement import place_rows, row_groups
+from mindvl_jax.inference.prefill import RowPlanner
+from mindvl_jax.inference.programs import CHUNK, empty_slots
+from mindvl_jax.inference.prompts import Prompt, pack_bucket, vision_of
+from mindvl_jax.inference.request import Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,8 @@ class Engine:
         Raises:
           ValueError: another structure, shapes or dtypes than the model's.
         """
-        kind = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+        def kind(tree):
+            return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
         if kind(params) != kind(self._params):
             raise ValueError("the new parameters have another structure, shapes or dtypes than the model's")
         self._params = params
@@ -241,7 +242,8 @@ class Engine:
             return np.asarray([value(running) for running in group] + [rest] * pad, kind)
 
         # The last token of an answer is never written, so a slot holds one token more than its places.
-        limit = lambda running: min(running.sampling.max_new_tokens, self.context - running.prompt.tokens + 1)
+        def limit(running):
+            return min(running.sampling.max_new_tokens, self.context - running.prompt.tokens + 1)
         return programs.Settings(
             temperature=column(lambda r: r.sampling.temperature, np.float32, 0),
             top_k=column(lambda r: r.sampling.top_k, np.int32, 0),

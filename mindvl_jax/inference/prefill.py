@@ -86,7 +86,7 @@ def _arrange(sizes: Sequence[tuple[int, int, int]], bucket: Bucket) -> list[list
     left: list[list[int]] = []
     for index in sorted(range(len(sizes)), key=lambda index: sizes[index], reverse=True):
         tokens, patches, images = sizes[index]
-        for row, (free_tokens, free_patches, free_images, free_samples) in enumerate(left):
+        for row, (free_tokens, free_patches, free_images, free_samples) in enumerate(left):  # noqa: B007
             if tokens <= free_tokens and patches <= free_patches and images <= free_images and free_samples:
                 break
         else:

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mindvl_jax.data.batch import Batch
-from mindvl_jax.models.layers.config import TextConfig
 from mindvl_jax.inference import sampling
 from mindvl_jax.models.layers.cache import KVCache
+from mindvl_jax.models.layers.config import TextConfig
 
 ALTERNATIVES = 20  # likeliest tokens that an answer may ask for beside each of its own
 CHUNK = 32  # most tokens a slot can gain in one call of `decode`: the size of the arrays that come back
@@ -73,7 +73,8 @@ class Slots:
 
 def empty_slots(config: TextConfig, slots: int, places: int, dtype, *, unrolled: bool) -> Slots:
     """Free slots. With `unrolled` each layer has a cache of its own: for `decode` with parameters laid out."""
-    zeros = lambda kind: jnp.zeros((slots,), kind)
+    def zeros(kind):
+        return jnp.zeros((slots,), kind)
     return Slots(
         cache=KVCache.empty(config, slots, places, dtype, unrolled=unrolled), place=jnp.int32(0),
         token=zeros(jnp.int32), index=zeros(jnp.int32), position=zeros(jnp.int32), count=zeros(jnp.int32), active=zeros(bool),
@@ -203,12 +204,14 @@ def admit(slots: Slots, keys, values, places: Places, seen_NV, slot_N, token_N, 
       slot_N: slot of each answer; a number past the last slot drops the entry (padding).
     """
     ended_N = (token_N[:, None] == eos_E[None]).any(-1) & ~settings.ignore_eos
-    put = lambda old, new: old.at[slot_N].set(new.astype(old.dtype), mode="drop")
+    def put(old, new):
+        return old.at[slot_N].set(new.astype(old.dtype), mode="drop")
     # A prompt's last token goes to the place before the next one. What lies further back than the prompt is long is never read.
     S, T = slots.cache.places, keys.shape[2]
     ages_S = (slots.place - 1 - jnp.arange(S)) % S
     place_NS = jnp.clip((places.start + places.length - 1)[:, None] - ages_S[None], 0, T - 1)
-    of_answers = lambda store: store[:, places.row[:, None], place_NS]
+    def of_answers(store):
+        return store[:, places.row[:, None], place_NS]
     return Slots(
         cache=slots.cache.replace_rows(slot_N, of_answers(keys), of_answers(values)),
         place=slots.place,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.data.marks import IMAGE, marks
@@ -93,7 +94,7 @@ class Request:
     media_root: str | None = None
 
     @classmethod
-    def from_prompt(cls, prompt: str, images: Sequence[Any] = (), **rest) -> "Request":
+    def from_prompt(cls, prompt: str, images: Sequence[Any] = (), **rest) -> Request:
         """A single user turn; pictures without a mark in the prompt come before the text, in order."""
         marked = marks(prompt).count(IMAGE)
         missing = len(images) - marked

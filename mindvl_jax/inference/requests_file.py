@@ -40,7 +40,7 @@ class _Question(_Form):
     max_pixels: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
-    def _asks_once(self) -> "_Question":
+    def _asks_once(self) -> _Question:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("expected either `prompt` or `messages`")
         return self

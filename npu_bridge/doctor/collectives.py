@@ -33,7 +33,8 @@ def check(host: Host, kind: str, count: int, seconds: float = SECONDS) -> Iterat
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
         output, errors, ended = done.stdout, done.stderr, f"ended with {done.returncode}" if done.returncode else ""
     except subprocess.TimeoutExpired as expired:
-        decode = lambda b: b.decode(errors="replace") if isinstance(b, bytes) else b or ""
+        def decode(b):
+            return b.decode(errors="replace") if isinstance(b, bytes) else b or ""
         output, errors, ended = decode(expired.stdout), decode(expired.stderr), f"did not end within {seconds:.0f} s"
     for line in output.splitlines():
         if line.startswith('{"collective"'):
@@ -51,7 +52,8 @@ def cases(rank: int, count: int, device) -> Iterator[tuple[str, float, Callable[
     import torch
 
     everyone, axes = torch.arange(count), ("x",)
-    own = lambda *shape, dtype=torch.float32: torch.full(shape, float(rank + 1), dtype=dtype, device=device)
+    def own(*shape, dtype=torch.float32):
+        return torch.full(shape, float(rank + 1), dtype=dtype, device=device)
     total = float(count * (count + 1) // 2)
     yield "all_reduce", 0.0, lambda rt: rt.all_reduce(own(1000), axes, "add"), lambda: torch.full((1000,), total)
     # A sum above 256 is rounded to eight bits at each addition.

@@ -99,7 +99,8 @@ def chosen(names: Iterable[str], setting: str) -> list[str]:
     """Interfaces that HCCL_SOCKET_IFNAME leaves: names that begin so, `=` the very names, `^` all others."""
     words = setting.lstrip("^=").split(",")
     exact, others = "=" in setting[:2], setting.startswith("^")
-    hit = lambda name: any(name == word if exact else name.startswith(word) for word in words)
+    def hit(name):
+        return any(name == word if exact else name.startswith(word) for word in words)
     return [name for name in names if hit(name) != others]
 
 

@@ -43,7 +43,7 @@ def check(host: Host, kind: str, wanted: Sequence[str] | None = None, seconds: f
         process = subprocess.Popen([sys.executable, "-m", "npu_bridge.doctor.operators", "--device", kind, *left], stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, text=True, env=dict(host.environment))  # fmt: skip
         complaints: list[str] = []
-        reader = threading.Thread(target=lambda: complaints.extend(process.stderr), daemon=True)
+        reader = threading.Thread(target=complaints.extend, args=(process.stderr,), daemon=True)
         reader.start()
         for line in _lines(process, seconds):
             if not line.startswith('{"operator"'):

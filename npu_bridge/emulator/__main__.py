@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     sys.stdout.flush()
-    os.execvpe(command[0], command, environment)
+    os.execvpe(command[0], command, environment)  # does not return
+    return 1
 
 
 if __name__ == "__main__":

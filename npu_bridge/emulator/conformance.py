@@ -60,7 +60,8 @@ def page(cases: list[dict], versions: str, machine: str, date: str, seconds: flo
     files = collections.defaultdict(list)
     for case in cases:
         files[case["file"]].append(case)
-    cell = lambda text: text.replace("|", "\\|")
+    def cell(text):
+        return text.replace("|", "\\|")
     for file, group in sorted(files.items()):  # several processes end in any order
         lines += [f"## {file.removeprefix('test_').replace('_', ' ').capitalize()}", "", "| Test | Outcome | Found |", "|---|---|---|"]
         for case in group:

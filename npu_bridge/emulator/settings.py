@@ -53,7 +53,8 @@ class Settings:
 
     def variables(self) -> dict[str, str]:
         """The environment variables that the libraries read."""
-        text = lambda value: str(int(value)) if isinstance(value, bool) else str(value)
+        def text(value):
+            return str(int(value)) if isinstance(value, bool) else str(value)
         values = {PREFIX + name.upper(): text(value) for name, value in dataclasses.asdict(self).items()}
         if self.trace:
             values[PREFIX + "TRACE"] = str(Path(self.trace).resolve())

@@ -130,7 +130,8 @@ def attention_backward(g, q, k, v, out, lse, *segments, causal, window, scale, b
     """-> dq, dk, dv."""
     key_heads, group, places, keys = k.shape[2], q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
     mask = _forbidden_or(mask, q, k, segments, causal=causal, window=window, blocks=blocks)
-    per_head = lambda x: _by_key_head(_own(x, blocks[0]), key_heads)
+    def per_head(x):
+        return _by_key_head(_own(x, blocks[0]), key_heads)
     delta, lse = per_head((g.float() * out.float()).sum(-1, keepdim=True)), per_head(lse.transpose(1, 2)[..., None])
     qb, gb = per_head(q), per_head(g)
     kb, vb = (_reached(x, blocks).transpose(2, 3) for x in (k, v))
@@ -150,7 +151,7 @@ MOST_LENGTHS = 1024  # variable-length attention takes no longer list of lengths
 STATISTICS = 8  # copies of each softmax statistic that the kernel hands from the forward to the backward pass
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _triangle(device):
     return torch.triu(torch.ones(COMPRESSED, COMPRESSED, dtype=torch.bool, device=device), 1)
 
@@ -203,7 +204,7 @@ def _npu_arguments(q, k, segments, *, causal, window, padding):
     banded = dict(pre_tockens=window - 1 if window else unlimited, next_tockens=0 if causal or not window else window - 1)
     ends = cumulative_lengths(segments[2], q.shape[1]) if len(segments) == 3 else None
     limited = causal or window is not None
-    if segments and (ends is None or len(ends) > MOST_LENGTHS) or limited and q.shape[1] > k.shape[1]:
+    if (segments and (ends is None or len(ends) > MOST_LENGTHS)) or (limited and q.shape[1] > k.shape[1]):
         mask = forbidden(q, k, segments, causal=causal, window=window, blocks=(0, 0, 0))
         mask = mask.expand(q.shape[0], -1, -1, -1)  # (B, 1, T, S)
         return dict(input_layout="BSND", atten_mask=mask.contiguous(), sparse_mode=0), mask.all(-1)[:, 0]

@@ -63,7 +63,8 @@ def flash_backward(g, q, k, v, out, lse, *segments, causal, window, scale, block
     # group. With eight heads a group and 512 places they are off by 1e-2; rounded once, by 1.7e-3.
     g, q, k, v, out = (x.float() for x in (g, q, k, v, out))
     mask = _mask(q, k, segments, None if mask is None else mask.float(), causal=causal, window=window, blocks=blocks)
-    per_block = lambda x: _lay(_own(x, blocks[0]))
+    def per_block(x):
+        return _lay(_own(x, blocks[0]))
     statistics = per_block(lse.transpose(1, 2)[..., None])[..., 0].contiguous()
     dq, dk, dv = _BACKWARD(per_block(g), *_operands(q, k, v, blocks), per_block(out), statistics, 0.0, False, attn_mask=mask, scale=scale)
     dk, dv = (_sum_reached(x.transpose(1, 2).unflatten(0, (batch, -1)), blocks, keys) for x in (dk, dv))

@@ -6,7 +6,13 @@ import functools
 
 import torch
 
-from npu_bridge.kernels.attention import STATISTICS, _npu_attention, _npu_attention_backward, attention, attention_backward
+from npu_bridge.kernels.attention import (
+    STATISTICS,
+    _npu_attention,
+    _npu_attention_backward,
+    attention,
+    attention_backward,
+)
 from npu_bridge.kernels.attention_cpu import flash, flash_backward
 from npu_bridge.kernels.registry import register
 

@@ -145,7 +145,8 @@ CASES: dict[str, Case] = {
 def inputs(name: str, dtype: str, device: str = "cpu", seed: int = 0) -> tuple[list[np.ndarray], list[torch.Tensor]]:
     """-> the operands in float64 (after rounding to `dtype`), and the same as tensors on the device."""
     rng, case = np.random.default_rng(seed), CASES[name]
-    rounded = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(DTYPES[dtype]).double().numpy()
+    def rounded(x):
+        return torch.from_numpy(np.ascontiguousarray(x)).to(DTYPES[dtype]).double().numpy()
     with jax.enable_x64(True):
         arrays = [np.asarray(x) for x in case.arrays(rng, rounded)]
     exact, tensors = [], []

@@ -36,7 +36,8 @@ formulas; their own numerics on a chip are CANN's.
 def row(name: str, errors: dict[str, float]) -> str:
     """One line of the table."""
     kernel = KERNELS[name]
-    cell = lambda text: text.replace("|", "\\|")
+    def cell(text):
+        return text.replace("|", "\\|")
     return f"| `{name}` | `{cell(kernel.call)}` | {errors['float32']:.1e} | {errors['bfloat16']:.1e} | {cell(kernel.note)} |"
 
 

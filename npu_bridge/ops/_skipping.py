@@ -6,7 +6,6 @@ attend nothing come last and are left out, the others go through their stretch o
 maximum and sum (Milakov and Gimelshein, arXiv:1805.02867; FlashAttention, arXiv:2205.14135). Exact up to the order of sums.
 """
 
-import math
 from typing import NamedTuple
 
 import jax.numpy as jnp

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import gc
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from npu_bridge import jaxcompat
 from npu_bridge.runtime import cache
 from npu_bridge.compiler import lower
+from npu_bridge.compiler.lower import Traced
 from npu_bridge.compiler import partition
 from npu_bridge.errors import PlacementError, UnsupportedError
 from npu_bridge.compiler.ir import Layout, MeshShape
@@ -22,7 +23,7 @@ from npu_bridge.compiler.ir import Layout, MeshShape
 if TYPE_CHECKING:
     from npu_bridge.compiler.codegen.printer import Source
 
-MeshLike = Mesh | AbstractMesh | dict[str, int] | None
+MeshLike: TypeAlias = Mesh | AbstractMesh | dict[str, int] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ def _spec_layout(spec: PartitionSpec, rank: int) -> Layout:
 class Lowered:
     """A step lowered to a torch program, before any process group or device is needed."""
 
-    def __init__(self, name: str, source: Source, traced: lower.Traced, layouts: dict[str, list], mesh: MeshShape, seconds: dict[str, float],
+    def __init__(self, name: str, source: Source, traced: Traced, layouts: dict[str, list], mesh: MeshShape, seconds: dict[str, float],
                  host_sync: bool = False):  # fmt: skip
         self.name, self.source, self.traced, self.mesh, self.seconds, self.host_sync = name, source, traced, mesh, seconds, host_sync
         self.arg_layouts: list[Layout] = [tuple(tuple(a) for a in lay) for lay in layouts["args"]]
@@ -390,7 +391,7 @@ class Jitted:
                 flags += [i in state] * len(jax.tree.leaves(a))
         return flags
 
-    def _write(self, traced: lower.Traced, state: list[bool], donated: list[bool]) -> tuple[Source, dict[str, Any]]:
+    def _write(self, traced: Traced, state: list[bool], donated: list[bool]) -> tuple[Source, dict[str, Any]]:
         from npu_bridge.compiler import passes
         from npu_bridge.compiler.codegen.printer import generate
         from npu_bridge.compiler.importer import Importer

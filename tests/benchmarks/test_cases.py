@@ -94,7 +94,8 @@ def test_torch_model_written_by_hand_computes_the_twins_loss(trained):
 def test_small_model_has_about_sixty_million_parameters_and_tiny_about_three():
     from mindvl_jax.training.params import outline_of
 
-    count = lambda config: sum(shape.size for shape in outline_of(config).shapes.values()) / 1e6
+    def count(config):
+        return sum(shape.size for shape in outline_of(config).shapes.values()) / 1e6
     assert 50 < count(workloads.small_config("float32")) < 70 and 2 < count(workloads.tiny_config("float32")) < 4
 
 

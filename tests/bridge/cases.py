@@ -177,7 +177,8 @@ case("sort by two keys", lambda i, j: lax.sort((i % 3, j, i), dimension=1, num_k
 case("argsort", lambda x, i: (jnp.argsort(x, 0), jnp.argsort(i, 1, descending=True)), X, I, grad=False)
 case("top_k", lambda x: lax.top_k(x, 3), X)
 case("top_k with ties", lambda i: lax.top_k(i, 5), I, grad=False)
-_pool = lambda x, init, op, **k: lax.reduce_window(x, init, op, (1, 2, 2, 1), (1, 2, 2, 1), "SAME", **k)
+def _pool(x, init, op, **k):
+    return lax.reduce_window(x, init, op, (1, 2, 2, 1), (1, 2, 2, 1), "SAME", **k)
 case("max pooling", lambda x: _pool(x, -jnp.inf, lax.max), IMG)
 case("min pooling with overlap", lambda x: lax.reduce_window(x, jnp.inf, lax.min, (1, 3, 3, 1), (1, 2, 2, 1), "VALID"), IMG)
 case("mean pooling", lambda x: _pool(x, 0.0, lax.add) / 4, IMG)
@@ -203,7 +204,8 @@ case("scatter out of range", lambda x, y, r: (x.at[r + 2].set(y, mode="drop"), x
 case("scatter a window", lambda x, y, i: lax.scatter(x, i[:1, :1] * 0 + 1, y[None, :2], lax.ScatterDimensionNumbers((1, 2), (), (0,))), X, Y, I, grad=False)  # fmt: skip
 case("batched scatter", lambda x, i: jax.vmap(lambda a, b: a.at[b].add(1.0))(x, jnp.abs(i)[:, :3] % 8), X, I)
 _TARGETS = np.array([5, 0, -3, 9], np.int32)  # two of them outside
-_hits = lambda t: t[:, None] == lax.broadcasted_iota(jnp.int32, (1, 8), 1)
+def _hits(t):
+    return t[:, None] == lax.broadcasted_iota(jnp.int32, (1, 8), 1)
 case("element at an index by comparison", lambda x, t: (jax.nn.logsumexp(x, -1) - jnp.where(_hits(t), x, 0).sum(-1), jnp.exp(x) - _hits(t), _hits(t) + x * 2), X, _TARGETS)  # fmt: skip
 case("segment sum", lambda x, r: jax.ops.segment_sum(x, r, num_segments=4), X, ROWS[:4])
 case("one_hot", lambda i, x: jax.nn.one_hot(jnp.abs(i[:, 0]) % 8, 8) * x, I, X)
@@ -236,7 +238,8 @@ case("attention inside segments", lambda x, ids: ops.attention(x, x, x, segment_
 
 # ---- random bits -------------------------------------------------------------------------------------------------------------------
 KEY = np.array([7, 1234567], np.uint32)
-_key = lambda k: jax.random.wrap_key_data(k, impl="threefry2x32")
+def _key(k):
+    return jax.random.wrap_key_data(k, impl="threefry2x32")
 case("random bits", lambda k: (jax.random.bits(_key(k), (4, 8)), jax.random.bits(_key(k), (5,), jnp.uint8), jax.random.bits(_key(k), (3,), jnp.uint16)), KEY, grad=False)  # fmt: skip
 case("random split, fold_in", lambda k: (jax.random.split(k, 3) if k.dtype != np.uint32 else jax.random.key_data(jax.random.split(_key(k), 3)), jax.random.key_data(jax.random.fold_in(_key(k), 5))), KEY, grad=False)  # fmt: skip
 case("random uniform, randint, bernoulli", lambda k: (jax.random.uniform(_key(k), (4, 8)), jax.random.randint(_key(k), (4, 8), 0, 1000), jax.random.bernoulli(_key(k), 0.3, (4, 8))), KEY, grad=False)  # fmt: skip

@@ -33,7 +33,8 @@ class Config:
 
 def init(c: Config, seed: int = 0):
     r = np.random.RandomState(seed)
-    w = lambda *s: (r.randn(*s) * 0.05).astype(np.float32)
+    def w(*s):
+        return (r.randn(*s) * 0.05).astype(np.float32)
     n = (c.layers,)
     block = {
         "norm1": np.ones((*n, c.width), np.float32), "norm2": np.ones((*n, c.width), np.float32),

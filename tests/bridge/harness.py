@@ -69,9 +69,11 @@ def fresh_arguments(args, call: int):
     Reordering keeps every value inside the range that a function is defined on.
     """
     leaves, tree = jax.tree.flatten(args)
-    is_float = lambda x: jnp.issubdtype(np.asarray(x).dtype, jnp.floating)
+    def is_float(x):
+        return jnp.issubdtype(np.asarray(x).dtype, jnp.floating)
     moves = is_float if any(is_float(x) and np.size(x) > 1 for x in leaves) else lambda x: True
-    turned = lambda x: np.roll(np.asarray(x), call)
+    def turned(x):
+        return np.roll(np.asarray(x), call)
     return jax.tree.unflatten(tree, [turned(x) if call and moves(x) and isinstance(x, (np.ndarray, jax.Array)) else x for x in leaves])
 
 
@@ -130,14 +132,15 @@ def _run(job: dict[str, Any], flat: list[np.ndarray]) -> Any:
     runtime = Runtime(job["mesh"], "cpu", sorted(axes))
     source = job["source"]
     program = LoadedProgram(source.text, source.constants, [k["name"] for k in source.kernels], runtime, job["name"], source.host_arguments)
-    place = lambda flat: [
-        shard(to_torch(flat[i], _dtype(job["in_dtypes"][i])), layout, runtime).contiguous() for i, layout in zip(job["kept"], job["args"])
-    ]
+    def place(arrays):
+        return [
+            shard(to_torch(arrays[i], _dtype(job["in_dtypes"][i])), layout, runtime).contiguous() for i, layout in zip(job["kept"], job["args"])
+        ]
     if "batches" in job:
         return _steps(job, program, place(flat), runtime)
     found = []
-    for flat in [flat, *job.get("again", [flat] * (CALLS - 1))]:
-        outs = program(place(flat))
+    for arrays in [flat, *job.get("again", [flat] * (CALLS - 1))]:
+        outs = program(place(arrays))
         found.append([Array(t, s, _dtype(d), lay, runtime).gather() for t, s, d, lay in zip(outs, job["shapes"], job["dtypes"], job["results"])])
     if "again" in job:
         return found

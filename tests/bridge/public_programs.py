@@ -68,7 +68,8 @@ def linen_lstm():
 
     def step(state, batch):
         params, opt = state
-        loss = lambda p: optax.softmax_cross_entropy_with_integer_labels(model.apply(p, batch["x"]), batch["y"]).mean()
+        def loss(p):
+            return optax.softmax_cross_entropy_with_integer_labels(model.apply(p, batch["x"]), batch["y"]).mean()
         value, grads = jax.value_and_grad(loss)(params)
         updates, opt = tx.update(grads, opt, params)
         return (optax.apply_updates(params, updates), opt), value
@@ -154,7 +155,8 @@ def linen_vae():
             out = linen.Dense(x.shape[-1])(linen.swish(linen.Dense(32)(z)))
             return out, mean, log_variance
 
-    flat = lambda i: {"x": np.random.RandomState(i).uniform(0, 1, (8, 32)).astype(np.float32)}
+    def flat(i):
+        return {"x": np.random.RandomState(i).uniform(0, 1, (8, 32)).astype(np.float32)}
     model, tx = VAE(), optax.lion(1e-3)
     params = model.init(jax.random.key(0), flat(0)["x"], jax.random.key(1))
     state = (params, tx.init(params), np.int32(0))

@@ -87,7 +87,8 @@ def test_a_permuted_mesh_places_shards_by_its_own_order(pool):
     """Devices 3, 1, 2, 0: rank 3 sits at place 0 and holds the first shard."""
     devices = np.array(jax.devices()[:4])[[3, 1, 2, 0]].reshape(2, 2)
     mesh = jax.sharding.Mesh(devices, ("x", "y"))
-    fn = lambda a: (a @ a.T, a.sum(0))
+    def fn(a):
+        return (a @ a.T, a.sum(0))
     low = npu_bridge.jit(fn, mesh=mesh, in_shardings=(P("x", "y"),), out_shardings=(P("y", "x"), P("y"))).lower(A)
     assert low.mesh.devices == (3, 1, 2, 0)
     for got in pool.run(low, [A]):
@@ -96,7 +97,8 @@ def test_a_permuted_mesh_places_shards_by_its_own_order(pool):
 
 def test_sub_axes_name_a_part_of_an_axis(pool):
     """An axis of four split by a reshape into two dimensions of two: Shardy names its halves."""
-    fn = lambda a: jnp.cos(a.reshape(2, 4, 8)).sum((0, 2))
+    def fn(a):
+        return jnp.cos(a.reshape(2, 4, 8)).sum((0, 2))
     low = npu_bridge.jit(fn, mesh={"x": 4}, in_shardings=(P("x"),), out_shardings=P()).lower(A)
     for got in pool.run(low, [A]):
         assert_close(np.cos(A.reshape(2, 4, 8)).sum((0, 2)), got, 1e-5, 1e-5, "sub-axes")
@@ -113,7 +115,8 @@ def test_reports_count_bytes_that_leave_a_device():
 
 
 def test_sums_of_16_bit_floats_travel_in_float32_when_asked():
-    fn = lambda a: a.astype(jnp.bfloat16).sum(0)
+    def fn(a):
+        return a.astype(jnp.bfloat16).sum(0)
     kinds = {}
     for wide in (False, True):
         low = npu_bridge.jit(fn, mesh=SIZES, in_shardings=(P("x"),), out_shardings=P(), reduce_in_float32=wide).lower(A)
@@ -124,7 +127,8 @@ def test_sums_of_16_bit_floats_travel_in_float32_when_asked():
 def test_an_operator_in_a_shard_map_that_checks_it_varies_over_the_axes_of_its_operands(pool):
     """A result that passed for replicated would be handed on unsummed. A replicated scale is made varying, so that its gradient is summed."""
     scale = np.linspace(0.5, 1.5, 8).astype(np.float32)
-    norm = lambda a, g: ops.rms_norm(a, g, eps=1e-6)
+    def norm(a, g):
+        return ops.rms_norm(a, g, eps=1e-6)
 
     def inside(a, g):
         y = norm(a, lax.pcast(g, "x", to="varying"))
@@ -133,7 +137,8 @@ def test_an_operator_in_a_shard_map_that_checks_it_varies_over_the_axes_of_its_o
     def sharded(a, g):
         return jax.shard_map(inside, mesh=jax.sharding.get_abstract_mesh(), in_specs=(P("x"), P()), out_specs=P(), check_vma=True)(a, g)
 
-    step = lambda f: jax.value_and_grad(f, argnums=(0, 1))
+    def step(f):
+        return jax.value_and_grad(f, argnums=(0, 1))
     want = jax.jit(step(lambda a, g: (norm(a, g) ** 2).sum()))(A, scale)
     low = npu_bridge.jit(step(sharded), mesh={"x": 4}, in_shardings=(P("x"), P()), out_shardings=(P(), (P("x"), P()))).lower(A, scale)
     for got in pool.run(low, [A, scale]):

@@ -43,7 +43,8 @@ def test_a_compiled_step_equals_xla_and_updates_its_state_in_place(monkeypatch, 
     monkeypatch.setattr(config.cpp, "vec_isa_ok", True)
 
     def step(w, x):
-        loss = lambda w: (jax.nn.softmax(jnp.tanh(x @ w)) ** 2).sum()
+        def loss(w):
+            return (jax.nn.softmax(jnp.tanh(x @ w)) ** 2).sum()
         value, gradient = jax.value_and_grad(loss)(w)
         return w - 0.1 * gradient, value
 

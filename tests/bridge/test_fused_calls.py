@@ -39,7 +39,8 @@ SEGMENTS = np.array([[1] * 5 + [2] * 4 + [0] * 3, [1] * 12], np.int32)
 
 
 def layer(x, p, cos, sin, segments, lengths, mode):
-    heads = lambda y: y.reshape(B, T, N, H)
+    def heads(y):
+        return y.reshape(B, T, N, H)
     q, k, v = (heads(ops.linear(x, p[name], p[name + "_bias"])) for name in "qkv")
     q, k = ops.rotary(q, cos, sin, mode=mode), ops.rotary(k, cos, sin, mode=mode)
     out = ops.attention(q, k, v, causal=True, segment_ids_q=segments, lengths=lengths)
@@ -54,7 +55,8 @@ def stack(layers):
 
 def training(mode, unroll):
     def loss(p, x, cos, sin, segments, lengths):
-        step = lambda x, p: (layer(x, p, cos, sin, segments, lengths, mode), None)
+        def step(x, p):
+            return (layer(x, p, cos, sin, segments, lengths, mode), None)
         return (lax.scan(step, x, p, unroll=unroll)[0] * (segments > 0)[..., None]).sum()
 
     return jax.value_and_grad(loss, argnums=(0, 1))

@@ -20,7 +20,8 @@ def _refused(call) -> str:
 
 
 def test_numbers_give_way_to_the_dtype_of_arrays_as_in_jax():
-    times = lambda x, s: x * s
+    def times(x, s):
+        return x * s
     ours, x = npu_bridge.jit(times), jnp.ones(3, jnp.bfloat16)
     for s in (2.0, 3, jnp.asarray(2.0), jnp.asarray(2.0, jnp.float32), np.float32(2)):
         want, got = jax.jit(times)(x, s), ours(x, s)
@@ -51,7 +52,8 @@ def test_argument_numbers_count_from_the_end_as_well():
 
 
 def test_arguments_may_be_given_by_name_where_no_sharding_is_asked_for():
-    scaled = lambda x, *, scale, shift=0.0: x * scale + shift
+    def scaled(x, *, scale, shift=0.0):
+        return x * scale + shift
     fn = npu_bridge.jit(scaled)
     assert np.array_equal(np.asarray(fn(X, scale=np.float32(2))), X * 2)
     assert np.array_equal(np.asarray(fn(X, shift=np.float32(1), scale=np.float32(2))), X * 2 + 1)

@@ -8,10 +8,10 @@ import torch
 from jax import lax
 
 import npu_bridge
-from npu_bridge.runtime.api import Compiled
 from npu_bridge.compiler.codegen import printer
 from npu_bridge.compiler.codegen.program import walk
 from npu_bridge.compiler.ir import MeshShape
+from npu_bridge.runtime.api import Compiled
 from npu_bridge.runtime.graph import GraphedProgram
 from npu_bridge.runtime.mesh import Runtime
 from npu_bridge.runtime.program import LoadedProgram
@@ -81,7 +81,8 @@ def test_loops_overwrite_only_what_they_own(name):
 
 
 def test_a_loop_whose_rounds_the_device_decides_owns_its_carried_values():
-    step = lambda x: (lambda z: lax.while_loop(lambda c: (c[0] ** 2).sum() < 50, lambda c: (c[0] * 2, c[1] + c[0]), (z, z)))(jnp.cos(x))
+    def step(x):
+        return (lambda z: lax.while_loop(lambda c: (c[0] ** 2).sum() < 50, lambda c: (c[0] * 2, c[1] + c[0]), (z, z)))(jnp.cos(x))
     call_three_times(step, X, allow_host_sync=True)
 
 
@@ -112,13 +113,14 @@ def test_replays_keep_constants_and_results_that_lie_in_donated_arguments():
 
     graphed = GraphedProgram(program, "cpu", [True, False], make_graph=make)
     w, v = torch.from_numpy(X.copy()), X
+    kept = []
     for n in range(4):
         x = X + n
         got = graphed([w, torch.from_numpy(x.copy())])
         want = jax.jit(step)(v, x)
         for a, b in zip(got, want):
             assert np.allclose(a.numpy(), np.asarray(b), rtol=1e-6), (n, a, b)
-        kept = [(a, np.asarray(b)) for a, b in zip(got[1:], want[1:])] + (kept if n else [])
+        kept = [(a, np.asarray(b)) for a, b in zip(got[1:], want[1:])] + kept
         for a, b in kept:
             assert np.allclose(a.numpy(), b, rtol=1e-6), "a later replay changed a result of an earlier one"
         with torch.inference_mode():
@@ -130,13 +132,13 @@ def test_replays_keep_constants_and_results_that_lie_in_donated_arguments():
 
 def _checked(outs, ins, alias):
     """The results of a statement, after those that share memory with an operand were found declared."""
-    memory = lambda t: t.untyped_storage().data_ptr() if isinstance(t, torch.Tensor) else 0
+    def memory(t):
+        return t.untyped_storage().data_ptr() if isinstance(t, torch.Tensor) else 0
     others = {memory(t) for t in ins} - {0}
     for n, out in enumerate(outs if isinstance(outs, (tuple, list)) else (outs,)):
-        if isinstance(out, torch.Tensor) and out.numel():
-            if not (alias and n == 0):
-                assert memory(out) not in others, "its result lies in the memory of an operand"
-                assert not any(s == 0 and size > 1 for s, size in zip(out.stride(), out.shape)), "its result shows an element twice"
+        if isinstance(out, torch.Tensor) and out.numel() and not (alias and n == 0):
+            assert memory(out) not in others, "its result lies in the memory of an operand"
+            assert not any(s == 0 and size > 1 for s, size in zip(out.stride(), out.shape)), "its result shows an element twice"
     return outs
 
 

@@ -33,7 +33,8 @@ def test_what_an_operator_tells_of_its_results_is_what_its_reference_makes(dtype
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_cross_entropy_tells_its_results_too(dtype):
-    like = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype)
+    def like(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype)
     entropy = importlib.import_module("npu_bridge.ops.cross_entropy")  # the package has the function of that name
     hidden, head, ids, weights, lse = like(2, 6, 8), like(8, 11, dtype=jnp.float32), like(2, 6, dtype=jnp.int32), like(2, 6), like(2, 6, dtype=jnp.float32)
     for operator, reference, operands in (

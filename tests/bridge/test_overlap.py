@@ -77,7 +77,8 @@ def test_overlap_costs_no_more_memory_than_what_is_under_way(scan):
     c = decoder.Config(fused=True, scan=scan, layers=4)
     (early, _), (plain, _) = decoder_step(c), decoder_step(c, overlap=False)
     assert "rt.start_" not in plain.as_text() and all(e["waits"] for e in plain.collectives())
-    exchanged = lambda low: sorted((e["kind"], e["axes"], e["shape"], e["bytes"], e["times"]) for e in low.collectives())
+    def exchanged(low):
+        return sorted((e["kind"], e["axes"], e["shape"], e["bytes"], e["times"]) for e in low.collectives())
     assert exchanged(early) == exchanged(plain), "the same exchanges, only at other times"
     largest = max(int(np.prod(e["shape"])) * 4 for e in early.collectives() if not e["waits"])
     # A gather holds its result; a scatter what it was given and a copy of it in the order of the shards.
@@ -141,8 +142,8 @@ def test_a_gather_of_what_another_gather_brings_waits_for_it(pool):
 def test_a_wait_that_fails_names_the_exchange():
     import torch
 
-    from npu_bridge.errors import CollectiveError
     from npu_bridge.compiler.ir import MeshShape
+    from npu_bridge.errors import CollectiveError
     from npu_bridge.runtime.mesh import Runtime
 
     class Dead:

@@ -92,7 +92,8 @@ def test_an_unknown_custom_call_is_refused_by_name():
 
 
 def test_a_loop_that_depends_on_data_is_refused_unless_synchronisation_is_allowed():
-    step = lambda x: jax.lax.while_loop(lambda c: c.sum() < 100, lambda c: c * 2, x)
+    def step(x):
+        return jax.lax.while_loop(lambda c: c.sum() < 100, lambda c: c * 2, x)
     text = _refused(step, X)
     assert "depends on data on the device" in text and "allow_host_sync=True" in text
     assert float(np.asarray(npu_bridge.jit(step, allow_host_sync=True)(X)).sum()) == 128.0
@@ -141,8 +142,8 @@ def test_a_missing_device_is_refused():
 def test_reading_a_split_array_on_one_rank_says_how_to_gather_it():
     import torch
 
-    from npu_bridge.runtime.array import Array
     from npu_bridge.compiler.ir import MeshShape
+    from npu_bridge.runtime.array import Array
     from npu_bridge.runtime.mesh import Runtime
 
     runtime = Runtime(MeshShape())

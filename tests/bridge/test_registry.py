@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 
-import npu_bridge
 from npu_bridge.compiler.codegen import printer  # noqa: F401  (fills the registry)
 from npu_bridge.compiler.codegen.emitter import LOWERINGS, lowering
 from npu_bridge.compiler.importer import NOT_LOWERED, Importer
@@ -76,7 +75,8 @@ def test_a_name_cannot_be_registered_twice():
 
 
 def test_a_program_is_written_the_same_for_every_rank_and_every_time():
-    step = lambda x: jax.nn.softmax(x @ x.T, 1).sum(0)
+    def step(x):
+        return jax.nn.softmax(x @ x.T, 1).sum(0)
     x = np.ones((4, 8), np.float32)
     first, second = (lower_sharded(step, (x,)).as_text() for _ in range(2))
     assert first == second

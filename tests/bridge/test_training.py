@@ -34,7 +34,8 @@ def _xla(c, sharded=False, steps=STEPS):
             losses.append(float(metrics["loss"]))
         return losses, jax.tree.map(np.asarray, state[0])
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
-    put = lambda t, s: jax.device_put(t, jax.tree.map(lambda x: NamedSharding(mesh, x), s))
+    def put(t, s):
+        return jax.device_put(t, jax.tree.map(lambda x: NamedSharding(mesh, x), s))
     out = (jax.tree.map(lambda s: NamedSharding(mesh, s), decoder.specs(state)), NamedSharding(mesh, P()))
     with jax.set_mesh(mesh):
         run = jax.jit(step, out_shardings=out)
@@ -98,7 +99,7 @@ def test_four_processes_train_like_xla_in_float32(fused, pool):
 def test_bfloat16_stays_as_near_to_xla_as_xla_bfloat16_to_float32(pool):
     narrow, wide = decoder.Config(dtype="bfloat16"), decoder.Config()
     low, state = _sharded(narrow)
-    metrics, final = pool.steps(low, state, _batches(narrow))[0]
+    _metrics, final = pool.steps(low, state, _batches(narrow))[0]
     (_, ours), (_, exact) = _xla(narrow), _xla(wide)
     tree = jax.tree.unflatten(jax.tree.structure(state), final)
     gap, control = _l2(tree[0], ours), _l2(ours, exact)
@@ -111,7 +112,8 @@ def test_exchanges_of_a_step_are_those_of_hand_written_fsdp_and_tensor_paralleli
     low, _ = _sharded(decoder.Config(fused=True))
     layers = decoder.Config().layers
     inside = [c for c in low.collectives() if c["times"] == layers]
-    count = lambda kind, axes: sum(1 for c in inside if c["kind"] == kind and c["axes"] == axes)
+    def count(kind, axes):
+        return sum(1 for c in inside if c["kind"] == kind and c["axes"] == axes)
     assert count("all_gather", ("fsdp",)) == 14
     assert count("reduce_scatter", ("fsdp",)) == 7
     assert count("all_reduce", ("tensor",)) == 5
@@ -124,7 +126,8 @@ def test_gradients_over_data_and_fsdp_are_scattered_first_and_summed_between_gro
     c = decoder.Config(fused=True, rows=("data", "fsdp"))
     step, state = decoder.make(c)
     rows = jax.tree.map(lambda _: P(("data", "fsdp")), decoder.batch(c))
-    only_fsdp = lambda spec: P(*(a if a == "fsdp" else None for a in spec))
+    def only_fsdp(spec):
+        return P(*(a if a == "fsdp" else None for a in spec))
     specs = jax.tree.map(only_fsdp, decoder.specs(state), is_leaf=lambda x: isinstance(x, P))
     fn = npu_bridge.jit(step, mesh={"data": 2, "fsdp": 2, "tensor": 1}, in_shardings=(specs, rows), out_shardings=(specs, P()), donate_argnums=0)
     low = fn.lower(state, decoder.batch(c))

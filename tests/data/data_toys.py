@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from mindvl_jax.config.schema import Config, TokenizerConfig
-from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
+from mindvl_jax.models.mindvl.config import MindVLConfig
 
 VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "fullatt_block_indexes": [1]}
 TEXT = {
@@ -25,7 +25,7 @@ MODEL: dict[str, Any] = {
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def tokenizer() -> Tokenizer:
     return load_tokenizer(TokenizerConfig(path="qwen3"))
 
@@ -74,7 +74,8 @@ def write_mllm(folder: Path, count: int, *, seed: int = 0, name: str = "data.jso
 def config(tmp_path: Path, source: Path | dict[str, Any], **changes: Any) -> Config:
     """A whole configuration over one source (`a`) or several ({name: path}). `data__x`, `phase__x` and `run__x` set single keys."""
     sources = source if isinstance(source, dict) else {"a": {"path": str(source)}}
-    pick = lambda prefix: {key.removeprefix(prefix): value for key, value in changes.items() if key.startswith(prefix)}
+    def pick(prefix):
+        return {key.removeprefix(prefix): value for key, value in changes.items() if key.startswith(prefix)}
     phase = {
         "name": "only", "steps": 10, "mixture": [{"source": name} for name in sources], "rows": 4, "sequence_length": 192, "patches_per_row": 256,
         "min_pixels": 784, "max_pixels": 28224, "learning_rate": 1e-3, **pick("phase__"),

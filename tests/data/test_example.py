@@ -136,7 +136,8 @@ def test_positions_are_the_published_integers(published, spans):
         kinds += [1 if kind == "image" else 2] * count + [0] * 4
         at += count + 4
     ids = torch.zeros((1, len(kinds)), dtype=torch.long)
-    grids = lambda kind: torch.tensor([span[1] for span in spans if span[0] == kind]) if any(span[0] == kind for span in spans) else None
+    def grids(kind):
+        return torch.tensor([span[1] for span in spans if span[0] == kind]) if any(span[0] == kind for span in spans) else None
     seconds = torch.tensor([span[2] for span in spans if span[0] == "video"]) if any(span[0] == "video" for span in spans) else None
     expected, _ = published.get_rope_index(ids, torch.tensor([kinds]), grids("image"), grids("video"), second_per_grid_ts=seconds)
     found = rotary_positions(len(kinds), ours, merge=2, tokens_per_second=2, mrope=True)

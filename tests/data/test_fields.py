@@ -30,7 +30,8 @@ def read(record: dict, **options):
 def texts(record: dict, **limits) -> tuple[str, str]:
     """(text of all tokens, text of what is learned)."""
     example = ExampleEncoder(model_config(), tokenizer(), EncodeLimits(**{"min_pixels": 784, "max_pixels": 12544, **limits})).encode(read(record))
-    decode = lambda ids: tokenizer().decode([int(token) for token in ids], skip_special=False)
+    def decode(ids):
+        return tokenizer().decode([int(token) for token in ids], skip_special=False)
     return decode(example.tokens), decode(example.targets[example.loss_weights > 0])
 
 

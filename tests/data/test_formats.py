@@ -13,11 +13,11 @@ import pytest
 from data_toys import encoded, picture
 
 from mindvl_jax.config.schema import ColumnMapping, SourceConfig
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.data.media.image import load_image
 from mindvl_jax.data.record import sample_from_record
 from mindvl_jax.data.sample import Media, Message, SampleError
 from mindvl_jax.data.sources.readers import Source
-from mindvl_jax.core.errors import UserError
 
 QUESTION, ANSWER = "<image>\nWhat is it?", "A ship."
 MESSAGES = (Message("user", QUESTION), Message("assistant", ANSWER))
@@ -76,7 +76,7 @@ def test_every_format_gives_the_same_samples(folder, kind, declared):
 def test_a_tar_of_pictures_and_captions_is_read_as_questions_without_text(folder):
     path = folder / "captions.tar"
     with tarfile.open(path, "w") as archive:
-        for name, data in (("a.jpg", encoded(picture(1), "JPEG")), ("a.txt", "Ein Schiff.\n".encode())):
+        for name, data in (("a.jpg", encoded(picture(1), "JPEG")), ("a.txt", b"Ein Schiff.\n")):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))

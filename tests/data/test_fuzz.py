@@ -15,8 +15,8 @@ from data_toys import encoded, model_config, picture, record, tokenizer
 from PIL import Image
 
 from mindvl_jax.config.schema import ColumnMapping
-from mindvl_jax.data.packing.collate import collate, shape_for
 from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
+from mindvl_jax.data.packing.collate import collate, shape_for
 from mindvl_jax.data.record import sample_from_record
 from mindvl_jax.data.sample import Media, SampleError
 

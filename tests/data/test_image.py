@@ -10,12 +10,13 @@ import pytest
 import torch
 from data_toys import encoded, model_config, picture
 from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize as published_resize
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as published_resize
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
+from mindvl_jax.data.example import VisualItem, read_pixels
 from mindvl_jax.data.media import image as images
 from mindvl_jax.data.packing.collate import write_pixels
-from mindvl_jax.data.example import VisualItem, read_pixels
 from mindvl_jax.data.sample import Media, SampleError
 
 VISION = model_config().vision
@@ -53,7 +54,8 @@ def test_patches_equal_the_published_processor_value_for_value(height, width):
     grid = raw(source, return_tensors="np")["image_grid_thw"][0]
     assert tuple(grid) == ours.layout.grid
     window_index, _ = get_vision_window_index(torch.tensor(grid[None]), 2, 112, 14)
-    in_windows = lambda values: values.reshape(-1, 4, values.shape[-1])[window_index.numpy()].reshape(values.shape)
+    def in_windows(values):
+        return values.reshape(-1, 4, values.shape[-1])[window_index.numpy()].reshape(values.shape)
     expected = in_windows(raw(source, return_tensors="np")["pixel_values"])
     difference = np.abs(expected - ours.patches.astype(np.float32)).max()
     assert difference == 0, f"uint8 patches differ by up to {difference}"

@@ -10,10 +10,10 @@ import numpy as np
 from data_toys import MODEL, TEXT, encoded, picture, tokenizer
 from flax import nnx
 
-from mindvl_jax.models.mindvl.config import MindVLConfig
-from mindvl_jax.data.packing.collate import collate, shape_for
 from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
+from mindvl_jax.data.packing.collate import collate, shape_for
 from mindvl_jax.data.sample import Media, Message, Sample
+from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.models.mindvl.model import MindVL
 
 
@@ -31,7 +31,8 @@ def test_a_packed_row_gives_the_losses_and_gradients_of_its_samples_alone():
     def batch_of(rows):
         shape = shape_for(model_config.vision, rows=len(rows), tokens=128, patches=176, samples=3)
         batch = collate(rows, shape, pad_id=0, vision=model_config.vision).batch
-        fold = lambda ids: np.where(batch.segment_ids > 0, ids % 512, ids)
+        def fold(ids):
+            return np.where(batch.segment_ids > 0, ids % 512, ids)
         return batch.replace(tokens=fold(batch.tokens), targets=fold(batch.targets))
 
     compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # quick to compile, run twice

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from benchmarks.packing import in_order_first_fit, measure
 from mindvl_jax.config.schema import PhaseConfig
-from mindvl_jax.data.packing.collate import budgets_of, collate, pack_prompts, shape_for, size_of
 from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
+from mindvl_jax.data.packing.collate import budgets_of, collate, pack_prompts, shape_for, size_of
 from mindvl_jax.data.packing.rows import Budgets, WorkModel, balanced_order, plan_rows, plan_units
 from mindvl_jax.data.sample import Media, Message, Sample
 

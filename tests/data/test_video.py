@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from data_toys import model_config, tokenizer
 
-from mindvl_jax.data.packing.collate import pack_prompts
 from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
-from mindvl_jax.data.sample import Media, Message, Sample, SampleError
 from mindvl_jax.data.media.video import plan_frames, read_frames
+from mindvl_jax.data.packing.collate import pack_prompts
+from mindvl_jax.data.sample import Media, Message, Sample, SampleError
 
 MODEL = model_config()
 VISION = MODEL.vision
@@ -33,7 +33,7 @@ def movie(frames: int, *, rate: int = 8, width: int = 112, height: int = 84, kin
 
 
 def numbers(pixels: np.ndarray) -> list[int]:
-    return [int(round((float(frame.mean()) - 20) / 5)) for frame in pixels]
+    return [round((float(frame.mean()) - 20) / 5) for frame in pixels]
 
 
 @pytest.mark.parametrize(

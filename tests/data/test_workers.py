@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from data_toys import config, encoded, picture, write_mllm
 
-from mindvl_jax.data.loader import make_loader
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.data.loader import make_loader
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,8 @@ def test_batches_counters_and_resume_equal_those_of_one_process(tmp_path, data):
         assert ids == other_ids and counters == other_counters
         for name, values in arrays.items():
             np.testing.assert_array_equal(values, other_arrays[name], err_msg=name)
-    listed = lambda run: sorted((entry["id"], entry["reason"]) for entry in map(json.loads, open(tmp_path / run / "run" / "quarantine.jsonl")))
+    def listed(run):
+        return sorted((entry["id"], entry["reason"]) for entry in map(json.loads, open(tmp_path / run / "run" / "quarantine.jsonl")))
     assert listed("pooled") == listed("alone") == [("s20", "no_answer"), ("s7", "undecodable")]
 
 

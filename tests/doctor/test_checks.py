@@ -6,8 +6,8 @@ import textwrap
 
 import pytest
 
-from mindvl_jax.cli.main import main
 from mindvl_jax.cli import doctor as command
+from mindvl_jax.cli.main import main
 from mindvl_jax.golden import steps as golden
 from npu_bridge.doctor import Host, Outcome, collectives, operators, training
 from npu_bridge.doctor.training import Golden
@@ -60,7 +60,7 @@ def stored():
 
 def test_the_golden_batches_are_those_that_the_losses_were_stored_with():
     config = golden.configuration(compute_dtype="float32", device=None)
-    shape, made = golden.batches(config.model)
+    _shape, made = golden.batches(config.model)
     assert golden.digest(made) == stored()["batches"]
     assert all((batch.loss_weights.sum(axis=1) > 0).all() for batch in made)
     assert min(batch.visual_index.max() for batch in made) >= 0  # every batch has pictures

@@ -86,7 +86,8 @@ def test_an_address_of_another_machine_fails(tmp_path):
 def test_addresses_and_links_of_the_devices_are_read(tmp_path, monkeypatch):
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/hccn.conf").write_text("address_0=192.168.1.1\nnetmask_0=255.255.255.0\naddress_1=192.168.1.1\n")
-    answer = lambda self, command, timeout=30: subprocess.CompletedProcess(command, 0, f"link status: {'UP' if command[2] == '0' else 'DOWN'}\n", "")
+    def answer(self, command, timeout=30):
+        return subprocess.CompletedProcess(command, 0, f"link status: {'UP' if command[2] == '0' else 'DOWN'}\n", "")
     monkeypatch.setattr(Host, "run", answer)
     one = Host(root=tmp_path, environment={}, find=lambda name: "/usr/bin/" + name)
     addresses, links = network.check_links(one, 2)

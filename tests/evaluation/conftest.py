@@ -71,7 +71,8 @@ def benchmark_folder(tmp_path_factory):
     import csv
 
     folder = tmp_path_factory.mktemp("benchmarks")
-    b64 = lambda text: base64.b64encode(png(text)).decode()
+    def b64(text):
+        return base64.b64encode(png(text)).decode()
 
     def tsv(name, rows):
         columns = list(dict.fromkeys(key for row in rows for key in row))

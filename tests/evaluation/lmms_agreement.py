@@ -151,7 +151,8 @@ def guesses(sample: dict[str, Any], item) -> bool:
 
 def totals(name: str, results: dict[str, Any], summary: dict[str, Any], count: int) -> list[tuple[str, float, float]]:
     """(what, theirs, ours) of the totals that both report, on one scale."""
-    value = lambda key: float(next(results[full] for full in results if full.split(",")[0] == key))
+    def value(key):
+        return float(next(results[full] for full in results if full.split(",")[0] == key))
     if name in ("docvqa", "infovqa"):
         return [("anls", value("anls"), summary["score"])]
     if name == "chartqa":
@@ -198,7 +199,8 @@ def compare(data: Path, scratch: Path, rounds: int, weights: str | None = None, 
             benchmark, entry = BENCHMARKS[task.ours], report[name]
             answers = [sample["resps"][0][0] for sample in samples]
             ours = [benchmark.score(item, answer)[benchmark.metric] for item, answer in zip(items[name], answers, strict=True)]
-            note = lambda what, theirs, mine: entry["different"].append({"round": turn, "what": what, "theirs": theirs, "ours": mine})
+            def note(what, theirs, mine):
+                return entry["different"].append({"round": turn, "what": what, "theirs": theirs, "ours": mine})
             for number, (sample, item, mine) in enumerate(zip(samples, items[name], ours)):
                 if not weights and (asked := item.messages[-1]["content"].replace("<image>", "", len(item.images))) != model.prompts[f"standin_{name}", number]:
                     note(f"prompt of {number}", model.prompts[f"standin_{name}", number], asked)

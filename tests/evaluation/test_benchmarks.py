@@ -23,7 +23,8 @@ def test_right_answers_score_one_and_wrong_ones_nothing(benchmark_folder, name, 
 
 
 def test_published_prompts(benchmark_folder):
-    prompt = lambda name, index=0: load_items(name, benchmark_folder)[index].messages[-1]["content"]
+    def prompt(name, index=0):
+        return load_items(name, benchmark_folder)[index].messages[-1]["content"]
     assert prompt("docvqa_val") == "<image>which number 0?\nAnswer the question using a single word or phrase."
     assert prompt("chartqa_test") == "<image>value 0?\nAnswer the question with a single word."
     assert prompt("mme") == "<image>Is it Yes?\nAnswer the question using a single word or phrase."

@@ -8,8 +8,8 @@ import pytest
 
 from mindvl_jax.cli import main as cli
 from mindvl_jax.config import loader as config_loader
-from mindvl_jax.evaluation.run import sample_items
 from mindvl_jax.core.files import read_jsonl
+from mindvl_jax.evaluation.run import sample_items
 from mindvl_jax.inference import Generator, Sampling
 from mindvl_jax.training.trainer import train
 from mindvl_jax.weights import open_model

@@ -9,10 +9,10 @@ import shutil
 import pytest
 
 from mindvl_jax.cli import main as cli
-from mindvl_jax.evaluation import evaluate as evaluation
 from mindvl_jax.core.files import read_jsonl
-from mindvl_jax.inference import programs
+from mindvl_jax.evaluation import evaluate as evaluation
 from mindvl_jax.inference import backends as bridge
+from mindvl_jax.inference import programs
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,8 @@ def test_an_interrupted_evaluation_asks_only_what_is_missing(evaluated, model_fo
     monkeypatch.setattr(evaluation.Generator, "generate", lambda self, requests, **rest: asked.extend(request.id for request in requests) or generate(self, requests, **rest))
     assert cli.main(["evaluate", "--weights", str(model_folder), "--data", str(benchmark_folder), "--tasks", "docvqa_val,chartqa_test", "--out", str(out), "--batch", "4", "--max-new-tokens", "3"]) == 0
     assert len(asked) == 12 - 4
-    key = lambda row: (row["id"], row["language_only"])
+    def key(row):
+        return (row["id"], row["language_only"])
     assert sorted(read_jsonl(out / "chartqa_test.jsonl"), key=key) == sorted(read_jsonl(evaluated / "chartqa_test.jsonl"), key=key)
     assert json.loads((out / "scores.json").read_text()) == json.loads((evaluated / "scores.json").read_text())
 
@@ -70,7 +71,8 @@ def test_a_broken_picture_inside_a_benchmark_counts_as_wrong_and_is_told_while_t
 
 
 def test_predictions_of_other_settings_are_not_used():
-    settings = lambda **changes: evaluation.Settings(**dict(max_new_tokens=3, min_pixels=784, max_pixels=12544) | changes)
+    def settings(**changes):
+        return evaluation.Settings(**dict(max_new_tokens=3, min_pixels=784, max_pixels=12544) | changes)
     prints = {settings().fingerprint("w"), settings().fingerprint("v"), settings(max_new_tokens=4).fingerprint("w"), settings(min_pixels=3136).fingerprint("w")}
     assert settings().fingerprint("w") == settings().fingerprint("w") and len(prints) == 4
 

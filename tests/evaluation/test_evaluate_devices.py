@@ -5,8 +5,8 @@ import json
 import pytest
 
 from mindvl_jax.cli import main as cli
-from mindvl_jax.evaluation import evaluate as evaluation
 from mindvl_jax.core.files import read_jsonl
+from mindvl_jax.evaluation import evaluate as evaluation
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import yaml
 
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.files import read_jsonl
 from mindvl_jax.evaluation import run as evaluation_run
+from mindvl_jax.evaluation.images import SHOWN
 from mindvl_jax.evaluation.report import write_report
 from mindvl_jax.evaluation.run import evaluate_run
-from mindvl_jax.evaluation.images import SHOWN
-from mindvl_jax.core.files import read_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,8 @@ def test_the_score_is_the_share_of_exact_answers(config, opened, tmp_path, monke
     def answers(self, requests, **_):
         from mindvl_jax.inference import Answer
 
-        say = lambda request: str(100 + int(request.id.split(":")[0])) if int(request.id.split(":")[0]) % 3 == 0 and request.images else "no"
+        def say(request):
+            return str(100 + int(request.id.split(":")[0])) if int(request.id.split(":")[0]) % 3 == 0 and request.images else "no"
         return [Answer(id=r.id, sample=0, text=say(r), tokens=(1,), logprobs=(0.0,), finish="stop", prompt_tokens=1) for r in requests]
 
     monkeypatch.setattr(evaluation_run.Generator, "generate", answers)

@@ -6,11 +6,11 @@ import pytest
 
 from mindvl_jax.config.schema import BENCHMARK_NAMES, BenchmarksConfig, Config
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.files import read_jsonl, write_json
 from mindvl_jax.evaluation.benchmarks import BENCHMARKS, STANDINS_MARK
 from mindvl_jax.evaluation.report import write_report
 from mindvl_jax.evaluation.run import evaluate_run
 from mindvl_jax.evaluation.run_benchmarks import check_benchmarks, evaluate_benchmarks
-from mindvl_jax.core.files import read_jsonl, write_json
 from mindvl_jax.inference import Answer, Generator
 
 TASKS = ("docvqa_val", "mme", "mmbench_dev_en", "mmmu_dev_val")

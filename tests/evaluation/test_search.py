@@ -35,7 +35,8 @@ def test_halving_finds_the_best_setting_with_fewer_questions_than_the_grid():
     assert search.full_grid(grid, _items(400), _measure(full))[0].pixels == best.pixels
     assert len(best.scores) == 400
     # Samples are cached, so a setting costs the most samples it was ever given.
-    cost = lambda asked: sum(max(count for pixels, count in asked if pixels == one) for one in {pixels for pixels, _ in asked})
+    def cost(asked):
+        return sum(max(count for pixels, count in asked if pixels == one) for one in {pixels for pixels, _ in asked})
     assert cost(halved) < 0.8 * cost(full), (cost(halved), cost(full))
 
 
@@ -59,7 +60,8 @@ def test_a_setting_that_changes_nothing_does_not_beat_the_models_own(method):
 
 def test_the_halves_share_no_group_and_do_not_depend_on_order():
     items = _items(100)
-    group = lambda item: str(int(item.id) // 4)
+    def group(item):
+        return str(int(item.id) // 4)
     validation, held_out = search.split_items(items, group)
     assert not {group(item) for item in validation} & {group(item) for item in held_out}
     assert {item.id for item in search.split_items(items[::-1], group)[0]} == {item.id for item in validation}

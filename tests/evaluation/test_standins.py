@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mindvl_jax.cli import main as cli
-from mindvl_jax.core.errors import UserError
-from mindvl_jax.evaluation.benchmarks import load_items, open_task, question_alone
 from examples.quickstart.standins import pictures
 from examples.quickstart.standins.build import build
 from examples.quickstart.standins.sets import OCR_KINDS, STANDINS
+from mindvl_jax.cli import main as cli
+from mindvl_jax.core.errors import UserError
+from mindvl_jax.evaluation.benchmarks import load_items, open_task, question_alone
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,8 @@ def test_scores_on_stand_ins_are_called_so(folder):
 
 
 def test_the_question_alone_keeps_options_and_leaves_the_instruction_out(folder):
-    content = lambda task, index=0: question_alone(load_items(task, folder)[index]).messages[-1]["content"]
+    def content(task, index=0):
+        return question_alone(load_items(task, folder)[index]).messages[-1]["content"]
     assert content("docvqa_val") == "<image>What is the page?"
     assert content("mmbench_dev_en").startswith("<image>What is this?\nA. ") and content("mmbench_dev_en").endswith("\nAnswer A, B, C or D.")
     assert "several options" not in content("mmbench_dev_en") and "directly" not in content("ai2d_test")

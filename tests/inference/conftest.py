@@ -11,9 +11,9 @@ from flax import nnx
 from PIL import Image
 
 from mindvl_jax.config.schema import TokenizerConfig
+from mindvl_jax.data.text.tokenizer import load_tokenizer
 from mindvl_jax.models.layers.config import TextConfig
 from mindvl_jax.models.mindvl.config import MindVLConfig, VisionConfig
-from mindvl_jax.data.text.tokenizer import load_tokenizer
 from mindvl_jax.models.mindvl.model import MindVL
 
 _spec = importlib.util.spec_from_file_location("training_fixtures", Path(__file__).parents[1] / "training" / "conftest.py")

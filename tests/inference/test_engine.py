@@ -61,7 +61,8 @@ def test_a_strong_frequency_penalty_forbids_repeated_tokens_while_a_neighbour_de
     penalised = _request("say a word", frequency_penalty=2.0, presence_penalty=2.0, temperature=1e-3, top_k=1)
     first, second = generator.generate([penalised, plain])
     assert second.tokens == alone.tokens
-    repeats = lambda tokens: len(tokens) - len(set(tokens))
+    def repeats(tokens):
+        return len(tokens) - len(set(tokens))
     assert repeats(first.tokens) < repeats(alone.tokens)
 
 

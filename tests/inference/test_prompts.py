@@ -38,7 +38,8 @@ def test_rows_hold_little_padding_and_a_small_model_hardly_compiles_for_it(opene
     planner = RowPlanner(opened.model, slots=16)
     planner._compilation = compilation
     random = np.random.default_rng(0)
-    draw = lambda: [_prompt(int(random.integers(17, 60)), patches=64 * images, images=images) for images in random.integers(0, 3, 16)]
+    def draw():
+        return [_prompt(int(random.integers(17, 60)), patches=64 * images, images=images) for images in random.integers(0, 3, 16)]
     real = padded = 0
     sizes = set()
     for _ in range(20):

@@ -25,7 +25,8 @@ def tiny_config(**changes):
 @pytest.fixture(scope="session")
 def tiny():
     """tiny(**changes of the model configuration) -> graphdef and parameters, the same values for all."""
-    build = lambda made: MindVL(made, rngs=nnx.Rngs(0))
+    def build(made):
+        return MindVL(made, rngs=nnx.Rngs(0))
     values = jax.jit(lambda: nnx.state(build(tiny_config()), nnx.Param), compiler_options={"xla_backend_optimization_level": 0})()
 
     @functools.cache

@@ -8,14 +8,12 @@ from flax import nnx
 
 from mindvl_jax.config.schema import MeshConfig
 from mindvl_jax.models.layers.cache import KVCache
-from mindvl_jax.models.layers.linear import LOGICAL_AXES
-from mindvl_jax.models.mindvl.model import MindVL
 from mindvl_jax.models.layers.decoder import Decoder
-from mindvl_jax.models.layers.linear import Linear
+from mindvl_jax.models.layers.linear import LOGICAL_AXES, Linear
 from mindvl_jax.models.layers.visual_tokens import place_visual
+from mindvl_jax.models.mindvl.model import MindVL
 from mindvl_jax.models.mindvl.vision import IMAGE_MEAN, IMAGE_STD, normalize_patches, window_patches
 from mindvl_jax.parallel.mesh import make_mesh
-
 
 QUICK = {"xla_backend_optimization_level": 0}  # compilation is most of these tests' time
 
@@ -51,7 +49,8 @@ def test_remat_changes_no_value(tiny, policy):
 
     def gradients(remat):
         graph, state = tiny(remat=remat)
-        run = lambda state, x: (nnx.merge(graph, state).language(x, positions, ids) * seed).sum()
+        def run(state, x):
+            return (nnx.merge(graph, state).language(x, positions, ids) * seed).sum()
         return jitted(jax.grad(run, argnums=(0, 1)))(state, inputs)
 
     plain, again = gradients("none"), gradients(policy)
@@ -95,7 +94,8 @@ def test_padding_has_no_loss(plain_losses, batch):
 
 def test_bounds_on_lengths_change_no_value(tiny, batch):
     graph, state = tiny()
-    run = lambda **bounds: jitted(lambda state, batch: nnx.merge(graph, state)(batch, **bounds))(state, batch)
+    def run(**bounds):
+        return jitted(lambda state, batch: nnx.merge(graph, state)(batch, **bounds))(state, batch)
     bounded, free = run(max_sample_length=18, max_image_patches=16), run()
     real = np.asarray(batch.segment_ids) > 0
     difference = np.abs(np.asarray(bounded - free))[real].max()
@@ -161,8 +161,10 @@ def test_visual_tokens_land_where_the_index_says_and_gradients_return():
     assert not out[0, 0].any()
     seed = jax.random.normal(jax.random.key(1), out.shape)
     # Witness: the same choice as a product with a one-hot matrix, differentiated by JAX.
-    onehot = lambda tokens, visual: jnp.where(index[..., None] >= 0, jax.nn.one_hot(index, 4) @ visual, tokens)
-    pull = lambda function: jitted(lambda t, v: jax.vjp(function, t, v)[1](seed))(tokens, visual)
+    def onehot(tokens, visual):
+        return jnp.where(index[..., None] >= 0, jax.nn.one_hot(index, 4) @ visual, tokens)
+    def pull(function):
+        return jitted(lambda t, v: jax.vjp(function, t, v)[1](seed))(tokens, visual)
     for got, want in zip(pull(lambda t, v: place_visual(t, v, index)), pull(onehot), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
@@ -185,7 +187,7 @@ def test_windows_hold_whole_groups(config, window, patches):
 
 
 def test_every_axis_name_is_a_known_one(tiny):
-    graph, state = tiny()
+    _graph, state = tiny()
     for path, variable in nnx.to_flat_state(state):
         names = variable.get_metadata()["out_sharding"]
         assert len(names) == variable.get_value().ndim and set(names) <= {*LOGICAL_AXES, None}, f"{path}: {names}"

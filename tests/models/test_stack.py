@@ -48,7 +48,8 @@ def test_a_shallow_stack_keeps_its_inputs_alone_under_full_remat(special):
         return x
 
     def gradient(remat):
-        run = lambda x, w: scan_layers(layer, x, w, remat=remat) if special is None else scan_alternating(layer, layer, x, w, layers, special, remat=remat)
+        def run(x, w):
+            return scan_layers(layer, x, w, remat=remat) if special is None else scan_alternating(layer, layer, x, w, layers, special, remat=remat)
         program = jax.jit(jax.grad(lambda w, x: run(x, w).sum()), compiler_options={"xla_backend_optimization_level": 0})
         return program.lower(weights, x).compile()
 

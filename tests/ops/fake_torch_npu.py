@@ -4,6 +4,7 @@ Only the wiring of our calls is under test here (which argument means what, whic
 it is written from the documents and knows nothing of npu_bridge. The real wheel runs in the conformance tier.
 """
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -155,7 +156,8 @@ def npu_fusion_attention_grad(q, k, v, dy, head_num, input_layout, *, atten_mask
         delta = (g * attention_in[iq].double()).sum(-1).T[..., None]
         ds = p * (torch.einsum("tnd,snd->nts", g, wide_v) - delta) * scale_value
         dq[iq] = torch.einsum("nts,snd->tnd", ds, wide_k)
-        per_key_head = lambda x: x.unflatten(1, (-1, group)).sum(2)
+        def per_key_head(x):
+            return x.unflatten(1, (-1, group)).sum(2)
         dk[ik] = per_key_head(torch.einsum("nts,tnd->snd", ds, q[iq].double()))
         dv[ik] = per_key_head(torch.einsum("nts,tnd->snd", p, g))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, torch.zeros(0)
@@ -168,7 +170,7 @@ def npu_grouped_matmul(x, weight, *, bias=None, group_list=None, split_item=0, g
     assert isinstance(x, list) and isinstance(weight, list) and bias is None and group_list.dtype == torch.int64 and group_list_type == 1
     x, w = x[0], weight[0]
     bounds = [0, *group_list.cumsum(0).tolist()]
-    pairs = list(zip(bounds, bounds[1:]))
+    pairs = list(itertools.pairwise(bounds))
     if group_type == 0:
         assert split_item == 2 and x.shape[1] == w.shape[1]
         y = torch.full((x.shape[0], w.shape[2]), math.nan, dtype=x.dtype)  # what no group owns is left as it was

@@ -96,7 +96,8 @@ def test_reached_keys_are_the_neighbours_of_each_block_and_sum_back_as_the_trans
 
 
 def test_the_plan_takes_blocks_only_where_they_save_work():
-    plan = lambda T, S, **k: plan_blocks(T, S, **(dict(causal=True, window=None, max_segment_length=None) | k))
+    def plan(T, S, **k):
+        return plan_blocks(T, S, **(dict(causal=True, window=None, max_segment_length=None) | k))
     assert plan(4096, 4096).size == 0, "no promise, no band"
     assert plan(4096, 4096, max_segment_length=4096).size == 0, "a promise as long as the row saves nothing"
     assert plan(1, 4096, max_segment_length=64).size == 0, "decoding has one query"

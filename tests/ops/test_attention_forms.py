@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from npu_bridge import ops
 from npu_bridge.ops._blocked import Plan
@@ -92,7 +93,8 @@ def test_splash_kernels_give_values_and_gradients_of_the_formula(arrays, name):
 
     @jax.jit
     def run(q, k, v, g):
-        attend = lambda q, k, v: ops.attention(q, k, v, segment_ids_q=ids, scale=0.3, implementation="splash", **static)
+        def attend(q, k, v):
+            return ops.attention(q, k, v, segment_ids_q=ids, scale=0.3, implementation="splash", **static)
         out, pull = jax.vjp(attend, q, k, v)
         return out, *pull(g)
 
@@ -111,7 +113,8 @@ def test_the_blocked_form_in_bfloat16_differs_from_float32_by_a_few_roundings(ar
 def test_long_rows_on_several_devices_hold_no_scores_and_exchange_nothing():
     """8,192 positions, 4 heads: one row's scores are 1 GiB in float32."""
     mesh = jax.make_mesh((2, 2), ("rows", "heads"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
-    shape = lambda *size, spec, dtype=jnp.float32: jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(mesh, spec))
+    def shape(*size, spec, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(mesh, spec))
     q, k = (shape(2, 8192, heads, 16, spec=P("rows", None, "heads")) for heads in (4, 2))
     ids = shape(2, 8192, spec=P("rows"), dtype=jnp.int32)
 
@@ -129,7 +132,8 @@ def test_long_rows_on_several_devices_hold_no_scores_and_exchange_nothing():
 
 def test_a_tpu_program_calls_the_kernels_where_operands_are_whole_and_the_blocked_form_where_xla_partitions():
     q, ids = jax.ShapeDtypeStruct((2, 4096, 16, 80), jnp.bfloat16), jnp.ones((2, 4096), jnp.int32)
-    attend = lambda q: ops.attention(q, q, q, segment_ids_q=ids, causal=False, max_segment_length=64)
+    def attend(q):
+        return ops.attention(q, q, q, segment_ids_q=ids, causal=False, max_segment_length=64)
     gradient = jax.jit(jax.grad(lambda q: jnp.sum(attend(q).astype(jnp.float32))))
     text = gradient.trace(q).lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("@tpu_custom_call") == 3, "one kernel forward, two back"

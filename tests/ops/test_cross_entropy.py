@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from npu_bridge import ops
 from npu_bridge.ops._labelled import labelled_backward, labelled_forward
@@ -26,7 +27,8 @@ def data():
 
 
 def loss_and_gradients(hidden, head, targets, weights, chunk=4):
-    total = lambda hidden, head, weights: ops.cross_entropy(hidden, head, targets, weights, chunk=chunk).sum()
+    def total(hidden, head, weights):
+        return ops.cross_entropy(hidden, head, targets, weights, chunk=chunk).sum()
     return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(hidden, head, weights)
 
 
@@ -63,7 +65,8 @@ def test_a_sharded_head_gives_the_loss_and_gradients_of_a_whole_one(data, spec):
     hidden, head, targets, weights = data
     whole = loss_and_gradients(*data)
     mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    place = lambda x, s: jax.device_put(x, NamedSharding(mesh, s))
+    def place(x, s):
+        return jax.device_put(x, NamedSharding(mesh, s))
     with jax.set_mesh(mesh):
         rows = P("fsdp")
         sharded = loss_and_gradients(place(hidden, rows), place(head, spec), place(targets, rows), place(weights, rows))
@@ -75,7 +78,8 @@ def test_a_sharded_head_gives_the_loss_and_gradients_of_a_whole_one(data, spec):
 @pytest.mark.parametrize("platform", ["cpu", "npu"])
 def test_no_array_as_large_as_all_logits_exists_in_the_program(platform):
     hidden, head = jnp.zeros((2, 64, 8), jnp.bfloat16), jnp.zeros((8, 512), jnp.bfloat16)
-    total = lambda hidden, head: ops.cross_entropy(hidden, head, jnp.zeros((2, 64), jnp.int32), jnp.ones((2, 64)), chunk=8).sum()
+    def total(hidden, head):
+        return ops.cross_entropy(hidden, head, jnp.zeros((2, 64), jnp.int32), jnp.ones((2, 64)), chunk=8).sum()
     text = jax.jit(jax.grad(total, (0, 1))).trace(hidden, head).lower(lowering_platforms=(platform,)).as_text()
     sizes = {math.prod(map(int, shape.split("x")[:-1])) for shape in re.findall(r"tensor<((?:\d+x)+)[a-z]", text)}
     assert 2 * 8 * 512 in sizes, "the logits of a chunk were not seen: has the text form of the program changed?"

@@ -109,7 +109,8 @@ def test_under_bfloat16_precision_a_product_rounds_its_operands_and_nothing_else
     x, w, g = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 64, 32), (32, 48), (2, 64, 48)))
     with jax.default_matmul_precision("bfloat16"):
         y, (dx, dw) = jax.jit(lambda x, w, g: (lambda y, pull: (y, pull(g)))(*jax.vjp(ops.linear, x, w)))(x, w, g)
-    rounded = lambda array: np.asarray(jnp.asarray(array).astype(jnp.bfloat16)).astype(np.float64)
+    def rounded(array):
+        return np.asarray(jnp.asarray(array).astype(jnp.bfloat16)).astype(np.float64)
     rx, rw, rg = rounded(x), rounded(w), rounded(g)
     expected = {"y": (y, rx @ rw), "dx": (dx, rg @ rw.T), "dw": (dw, np.einsum("btd,btf->df", rx, rg))}
     for label, (got, want) in expected.items():

@@ -60,7 +60,8 @@ def test_every_operator_has_a_kernel_and_every_kernel_an_operator_and_a_check():
 def programs_of_every_operator():
     """StableHLO for platform npu of the value and gradient of everything in npu_bridge.ops."""
     r = np.random.default_rng(0)
-    f = lambda *shape: jnp.asarray(r.standard_normal(shape), jnp.bfloat16)
+    def f(*shape):
+        return jnp.asarray(r.standard_normal(shape), jnp.bfloat16)
     ids, lengths, q, kv = jnp.ones((2, 6), jnp.int32), jnp.full((2, 3), -1, jnp.int32), f(2, 6, 4, 8), f(2, 6, 2, 8)
 
     def mixture(x, w):
@@ -68,7 +69,8 @@ def programs_of_every_operator():
         rows, sizes, destination = ops.moe_permute(x, experts, num_experts=4)
         return ops.moe_unpermute(ops.grouped_matmul(rows, w, sizes), destination, weights)
 
-    adamw = lambda p: ops.fused_adamw(p, p, p, p, step=1, learning_rate=1e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
+    def adamw(p):
+        return ops.fused_adamw(p, p, p, p, step=1, learning_rate=1e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
     for function, *arrays in (
         (lambda x, s: ops.rms_norm(x, s, eps=1e-6), f(2, 6, 8), f(8)),
         (lambda x, s, b: ops.layer_norm(x, s, b, eps=1e-6), f(2, 6, 8), f(8), f(8)),
@@ -82,7 +84,8 @@ def programs_of_every_operator():
         (mixture, f(6, 4), f(4, 4, 8)),
         (lambda x, b: ops.moe_gating(x, k=2, bias=b, renormalize=True)[0], f(6, 4), f(4)),
     ):
-        value_and_gradient = lambda *arrays, function=function: jax.vjp(function, *arrays)[1](function(*arrays))
+        def value_and_gradient(*arrays, function=function):
+            return jax.vjp(function, *arrays)[1](function(*arrays))
         yield jax.jit(value_and_gradient).trace(*arrays).lower(lowering_platforms=("npu",)).as_text()
     yield jax.jit(adamw).trace(jnp.ones((3, 4))).lower(lowering_platforms=("npu",)).as_text()
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from npu_bridge.kernels import KERNELS, check
-from npu_bridge.kernels import activations, attention, moe, norms
+from npu_bridge.kernels import KERNELS, activations, attention, check, moe, norms
 from npu_bridge.kernels.attention import cumulative_lengths
 
 from . import fake_torch_npu

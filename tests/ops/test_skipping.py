@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from npu_bridge import ops
 from npu_bridge.ops._skipping import Tiles, skipping_backward, skipping_forward, tiles_of
@@ -74,7 +75,7 @@ def test_values_and_gradients_are_those_of_the_formula(arrays, kind, causal, win
 
 def test_queries_and_keys_may_have_ids_of_their_own(arrays):
     ids_q, ids_kv = ids_of("samples of many lengths, padding behind"), ids_of("ids in no order, padding between")
-    *operands, g = (torch.tensor(x, dtype=torch.float64) for x in arrays)
+    *operands, _g = (torch.tensor(x, dtype=torch.float64) for x in arrays)
     wanted = formulas.attention(*operands, ids_q, ids_kv, False, None, 0.3).numpy()
     difference = np.abs(wanted - values_and_gradients(*arrays, ids_q, ids_kv, False, None)[0]).max()
     assert difference < 1e-5, f"off its formula by {difference:.1e}"
@@ -114,7 +115,8 @@ def test_one_cpu_skips_tiles_and_neither_several_nor_the_npu_do():
 
 def test_a_narrow_band_is_taken_in_tiles_from_a_million_logits_on():
     windows = jax.jit(lambda q: ops.attention(q, q, q, segment_ids_q=jnp.ones(q.shape[:2], jnp.int32), causal=False, max_segment_length=64))
-    logits = lambda places: 2 * places * 192 * 4  # heads, places, and the keys that a block of 64 reaches, in float32
+    def logits(places):
+        return 2 * places * 192 * 4  # heads, places, and the keys that a block of 64 reaches, in float32
     for places, in_tiles in ((2048, False), (4096, True)):
         lowered = windows.lower(jax.ShapeDtypeStruct((1, places, 2, 8), jnp.float32))
         assert ("stablehlo.while" in lowered.as_text()) == in_tiles

@@ -16,7 +16,8 @@ B, T, D, N, K, H, F, V, E = 4, 32, 32, 4, 2, 8, 48, 40, 4
 
 def make_arguments():
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape) * 0.3, jnp.float32)
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape) * 0.3, jnp.float32)
     params = dict(table=draw(V, D), norm=jnp.ones(D), scale=jnp.ones(D), bias=draw(D), query=draw(D, N * H), key=draw(D, K * H), value=draw(D, K * H),
                   value_bias=draw(K * H), out=draw(N * H, D), gate=draw(D, F), up=draw(D, F), down=draw(F, D), router=draw(D, E), experts=draw(E, D, D))  # fmt: skip
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -58,9 +59,11 @@ def loss(p, batch):
 
 def step(params, mu, nu, batch):
     value, grads = jax.value_and_grad(loss)(params, batch)
-    update = lambda *leaves: ops.fused_adamw(*leaves, step=1, learning_rate=1e-2, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
+    def update(*leaves):
+        return ops.fused_adamw(*leaves, step=1, learning_rate=1e-2, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
     new = jax.tree.map(update, params, grads, mu, nu)
-    part = lambda i: jax.tree.map(lambda leaf: leaf[i], new, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    def part(i):
+        return jax.tree.map(lambda leaf: leaf[i], new, is_leaf=lambda leaf: isinstance(leaf, tuple))
     return {"loss": value, "norm": ops.global_norm(grads)}, part(1), part(2)
 
 

@@ -9,7 +9,7 @@ from mindvl_jax.config.schema import DistributedConfig, MeshConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel import distributed
 from mindvl_jax.parallel.mesh import describe_mesh, make_mesh, mesh_shape
-from mindvl_jax.parallel.rules import parameter_shardings, partition_spec, row_share, row_sharding
+from mindvl_jax.parallel.rules import parameter_shardings, partition_spec, row_sharding, row_share
 
 
 @pytest.fixture(scope="module")

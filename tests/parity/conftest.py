@@ -10,9 +10,9 @@ import torch
 import transformers
 from flax import nnx
 
+from mindvl_jax.parity.reference import ComposedMindVL, load_reference
 from mindvl_jax.weights import hf_config
 from mindvl_jax.weights.load import fill, load_parameters, outline
-from mindvl_jax.parity.reference import ComposedMindVL, load_reference
 
 torch.set_num_threads(1)
 TOKENS = dict(image_token_id=192, video_token_id=193, vision_start_token_id=190, vision_end_token_id=191)
@@ -30,7 +30,7 @@ def _qwen2_5_vl(tied=False, **vision):
 
 def _mindvl(mrope):
     rope = dict(rope_type="default", rope_theta=1e4) | (dict(mrope_section=[4, 4, 4]) if mrope else {})
-    text = {key: value for key, value in WIDTHS.items()} | dict(model_type="qwen3", head_dim=24, rope_parameters=rope, tie_word_embeddings=False)
+    text = dict(WIDTHS.items()) | dict(model_type="qwen3", head_dim=24, rope_parameters=rope, tie_word_embeddings=False)
     return ComposedMindVL(dict(model_type="mindvl", text_config=text, vision_config=VISION, tie_word_embeddings=False, **TOKENS))
 
 
@@ -107,7 +107,8 @@ def max_difference(ours, theirs) -> float:
 
 def mean_kl(ours, theirs) -> float:
     """Mean Kullback-Leibler divergence of the reference's distributions from ours, over all places; float64."""
-    log = lambda x: x - np.log(np.sum(np.exp(x - x.max(-1, keepdims=True)), -1, keepdims=True)) - x.max(-1, keepdims=True)
+    def log(x):
+        return x - np.log(np.sum(np.exp(x - x.max(-1, keepdims=True)), -1, keepdims=True)) - x.max(-1, keepdims=True)
     p, q = log(np.asarray(theirs, np.float64)), log(np.asarray(ours, np.float64))
     return float(np.mean(np.sum(np.exp(p) * (p - q), -1)))
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from flax import nnx
 
-from mindvl_jax.weights.families import slots, to_ours
 from mindvl_jax.parity.samples import pack, random_sample, reference_inputs
+from mindvl_jax.weights.families import slots, to_ours
 from npu_bridge import ops
 
 TEXT = ["qwen3", "qwen2.5"]
@@ -20,7 +20,8 @@ QUICK = {"xla_backend_optimization_level": 0}
 
 def samples_of(config, *, text_only):
     rng = np.random.default_rng(7)
-    make = lambda *pieces: random_sample(config, rng, *pieces)
+    def make(*pieces):
+        return random_sample(config, rng, *pieces)
     if text_only:
         return [make(9), make(20), make(1)]
     return [
@@ -90,7 +91,7 @@ def places(rows):
 
 @pytest.mark.parametrize("name", TRAINED + FORWARD_ONLY)
 def test_logits_of_packed_rows_equal_those_of_transformers_on_each_sample_alone(measured, compare, name):
-    made, rows, logits, _, (ours, _, _) = measured(name)
+    _made, rows, logits, _, (ours, _, _) = measured(name)
     worst, kl = 0.0, []
     for sample, b, here in places(rows):
         worst = max(worst, compare.max_difference(ours[b, here], logits[id(sample)]))
@@ -103,7 +104,7 @@ def test_logits_of_packed_rows_equal_those_of_transformers_on_each_sample_alone(
 
 @pytest.mark.parametrize("name", TRAINED + FORWARD_ONLY)
 def test_loss_of_each_token_equals_that_of_transformers(measured, compare, name):
-    made, rows, _, losses, (_, ours, _) = measured(name)
+    _made, rows, _, losses, (_, ours, _) = measured(name)
     for sample, b, here in places(rows):
         worst = compare.max_difference(ours[b, here][:-1], losses[id(sample)])
         assert worst < 1e-4, f"largest token loss difference {worst:.2e}"

@@ -9,11 +9,11 @@ import torch
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
+from mindvl_jax.data.example import Example
+from mindvl_jax.data.packing.collate import collate, shape_for
+from mindvl_jax.data.positions import rotary_positions
 from mindvl_jax.models.layers.config import TextConfig
 from mindvl_jax.models.mindvl.config import MindVLConfig, VisionConfig
-from mindvl_jax.data.packing.collate import collate, shape_for
-from mindvl_jax.data.example import Example
-from mindvl_jax.data.positions import rotary_positions
 
 IMAGE, VIDEO = 1, 2
 
@@ -31,7 +31,8 @@ def published():
 def theirs(published, kinds, mask=None, images=None, videos=None, seconds=None):
     """(3, B, T) positions and the (B, 1) deltas that generation goes on with."""
     kinds = torch.tensor(kinds)
-    grids = lambda value: None if value is None else torch.tensor(value)
+    def grids(value):
+        return None if value is None else torch.tensor(value)
     return published.get_rope_index(torch.zeros_like(kinds), kinds, grids(images), grids(videos), second_per_grid_ts=grids(seconds), attention_mask=grids(mask))
 
 

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
 
 from mindvl_jax.models.layers.rope import text_tables, vision_tables
 from mindvl_jax.parity.probe import compare_parts
@@ -67,9 +66,9 @@ def test_bfloat16_is_no_farther_from_float32_than_that_of_transformers(family, n
     """Over logits of several samples: our error in root mean square against theirs, same weights rounded the same way."""
     from flax import nnx
 
-    from mindvl_jax.weights.load import fill, load_parameters, outline
     from mindvl_jax.parity.reference import load_reference
     from mindvl_jax.parity.samples import pack, reference_inputs
+    from mindvl_jax.weights.load import fill, load_parameters, outline
 
     made = family(name)
     text_only = made.config is made.text

@@ -9,16 +9,16 @@ import pytest
 import torch
 import transformers
 
-from mindvl_jax.data.batch import BatchShape
 from mindvl_jax.config.schema import MeshConfig, MixtureEntry, OptimizerConfig, PhaseConfig
+from mindvl_jax.data.batch import BatchShape
 from mindvl_jax.parallel.mesh import make_mesh
+from mindvl_jax.parity.reference import load_reference
+from mindvl_jax.parity.samples import pack, random_sample, reference_inputs
 from mindvl_jax.training.optimizer import learning_rates
 from mindvl_jax.training.params import outline_of
 from mindvl_jax.training.state import start_phase
 from mindvl_jax.training.step import make_programs
 from mindvl_jax.weights import load_parameters
-from mindvl_jax.parity.reference import load_reference
-from mindvl_jax.parity.samples import pack, random_sample, reference_inputs
 
 STEPS, ROWS, TOKENS, PATCHES = 20, 2, 32, 32
 PEAK, DECAY = 2e-3, 0.05
@@ -81,7 +81,8 @@ def test_twenty_losses_equal_those_of_an_untouched_trainer(family, samples, thei
     optimizer = OptimizerConfig(no_decay=no_decay)
     mesh, outline = make_mesh(MeshConfig()), outline_of(made.config.model_copy(update=dict(param_dtype="float32")))
     trained = list(outline.shapes)
-    quick = lambda function, donate_argnums=(), **shardings: jax.jit(function, donate_argnums=donate_argnums, compiler_options={"xla_backend_optimization_level": 0}, **shardings)
+    def quick(function, donate_argnums=(), **shardings):
+        return jax.jit(function, donate_argnums=donate_argnums, compiler_options={"xla_backend_optimization_level": 0}, **shardings)
     shape = BatchShape(ROWS, TOKENS, PATCHES, samples=8, images=64, windows=PATCHES, patch_dim=1176)
     programs = make_programs(outline, phase=phase, optimizer=optimizer, shape=shape, trained=trained, frozen=[], mesh=mesh, loss_chunk=32, compile=quick)
     state = start_phase(jax.device_put(load_parameters(made.folder, mesh=mesh)), trained, [], mesh)

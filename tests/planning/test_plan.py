@@ -9,15 +9,26 @@ import numpy as np
 import pytest
 
 from mindvl_jax import data
+from mindvl_jax.cli import plan as command
 from mindvl_jax.config import loader as config_loader
+from mindvl_jax.core.devices import known_memory, limit_of, parse_memory
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import row_sharding
 from mindvl_jax.planning import alternatives, peak, phase
-from mindvl_jax.cli import plan as command
 from mindvl_jax.planning.alternatives import Change
-from mindvl_jax.core.devices import known_memory, limit_of, parse_memory
-from mindvl_jax.planning.phase import BATCH, EMA, FROZEN, GRADIENTS, MOMENTS, OLD_MOMENTS, PARAMETERS, Measured, Planner, ProgramBytes
+from mindvl_jax.planning.phase import (
+    BATCH,
+    EMA,
+    FROZEN,
+    GRADIENTS,
+    MOMENTS,
+    OLD_MOMENTS,
+    PARAMETERS,
+    Measured,
+    Planner,
+    ProgramBytes,
+)
 from mindvl_jax.training.params import outline_of
 from mindvl_jax.training.state import initial_params, split_trained, start_phase
 
@@ -55,7 +66,8 @@ def test_adamw_in_float32_takes_sixteen_bytes_a_trained_parameter_and_four_a_fro
     config = load('training.phases[0].train=["language/**"]', "training.ema_decay=0.99")
     planner = Planner(config, nothing)
     rows, shapes = planner.fixed_rows(0), planner.outline.shapes
-    count = lambda part: sum(math.prod(s.shape) for path, s in shapes.items() if path.startswith(part))
+    def count(part):
+        return sum(math.prod(s.shape) for path, s in shapes.items() if path.startswith(part))
     trained, frozen = count("language/"), count("vision/") + count("projector/")
     assert rows[PARAMETERS] + rows[MOMENTS] + rows[GRADIENTS] == 16 * trained
     assert rows[FROZEN] == 4 * frozen and rows[EMA] == 4 * (trained + frozen)
@@ -110,7 +122,8 @@ def test_step_that_runs_on_the_bridge_has_the_plan_that_was_told(measured):
 
     config = load(*BRIDGE)
     mesh = make_mesh(config.mesh)
-    compile = lambda function, **options: Bridge(config).compile(function, mesh=mesh, **options)
+    def compile(function, **options):
+        return Bridge(config).compile(function, mesh=mesh, **options)
     (_, lowered), = lowerings(config, 0, mesh, compile)
     told = peak.measure_bridge(config, 0).programs["train_step"]
     assert (told.arguments, told.peak) == (lowered.memory()["argument_bytes"], lowered.memory()["peak_bytes"])
@@ -162,7 +175,8 @@ def planned_by(formula):
 
 
 def found_by_search(config, formula, usable):
-    planner_of = lambda overrides: Planner(load(*overrides), planned_by(formula))
+    def planner_of(overrides):
+        return Planner(load(*overrides), planned_by(formula))
     plans = Planner(config, planned_by(formula)).plan()
     tried = alternatives.search(config, plans, usable, planner_of)
     return plans, tried, [one for one in tried if one.fits], planner_of
@@ -170,8 +184,9 @@ def found_by_search(config, formula, usable):
 
 def test_search_names_the_mildest_remat_that_fits_and_every_change_that_it_names_does_fit():
     kept = {"none": 400e6, "dots": 200e6, "attention": 100e6, "full": 10e6}
-    formula = lambda config, phase: int(kept[config.model.remat] * phase.rows / config.mesh.fsdp / 8)
-    _, tried, fitting, planner_of = found_by_search(load(), formula, usable=int(150e6))
+    def formula(config, phase):
+        return int(kept[config.model.remat] * phase.rows / config.mesh.fsdp / 8)
+    _, _tried, fitting, planner_of = found_by_search(load(), formula, usable=int(150e6))
     named = [" ".join(one.change.overrides) for one in fitting]
     assert "model.remat=attention" in named and "model.remat=full" not in named
     assert any("gradient_accumulation=4" in name for name in named) and "mesh.fsdp=4" in " ".join(named)
@@ -180,8 +195,9 @@ def test_search_names_the_mildest_remat_that_fits_and_every_change_that_it_names
 
 
 def test_search_joins_changes_when_none_is_enough_alone():
-    formula = lambda config, phase: int(400e6 * (0.3 if config.model.remat == "full" else 1) * phase.rows / 8)
-    _, tried, fitting, _ = found_by_search(load(), formula, usable=int(30e6))
+    def formula(config, phase):
+        return int(400e6 * (0.3 if config.model.remat == "full" else 1) * phase.rows / 8)
+    _, _tried, fitting, _ = found_by_search(load(), formula, usable=int(30e6))
     assert len(fitting) == 1 and "model.remat=full" in fitting[0].change.overrides
     assert "training.phases[0].gradient_accumulation=8" in fitting[0].change.overrides
 
@@ -210,7 +226,7 @@ def test_command_says_whether_it_fits_by_its_exit_code(capsys, monkeypatch):
     assert "does not fit" in said and "--set model.remat=full" in said
     assert ask([*arguments, "1GiB", "--json"]) == 1
     record = json.loads(capsys.readouterr().out)
-    assert record["fits"] is False and [one["set"] for one in record["tried"] if one["fits"]][0] == ["model.remat=full"]
+    assert record["fits"] is False and next(one["set"] for one in record["tried"] if one["fits"]) == ["model.remat=full"]
     assert ask(["--config", SMOKE]) == 0 and "No verdict" in capsys.readouterr().out
     with pytest.raises(UserError, match="give one of them"):
         ask([*arguments, "1GiB", "--device-kind", "TPU v4"])

@@ -10,13 +10,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from mindvl_jax.config.schema import TokenizerConfig
-from mindvl_jax.data.text.tokenizer import load_tokenizer
-from mindvl_jax.core.errors import UserError
-from mindvl_jax.evaluation import benchmarks
-from mindvl_jax.evaluation.benchmarks import load_items
 from examples.quickstart import assets, build, chat, sources, vocabulary
 from examples.quickstart.standins.sets import STANDINS
+from mindvl_jax.config.schema import TokenizerConfig
+from mindvl_jax.core.errors import UserError
+from mindvl_jax.data.text.tokenizer import load_tokenizer
+from mindvl_jax.evaluation import benchmarks
+from mindvl_jax.evaluation.benchmarks import load_items
 
 TRAIN = {"text", "digit", "characters", "emoji", "easyvqa_open", "easyvqa", "digits", "words", "typeset", "charts", "captions", "chat"}
 TEST = {"digits", "easyvqa", "emoji", "words", "typeset", "charts"}

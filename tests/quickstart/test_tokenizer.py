@@ -1,6 +1,7 @@
 """The Qwen tokenizer built from ranks is the published one; control tokens and the compact table do what they promise."""
 
 import hashlib
+import itertools
 import json
 import unicodedata
 
@@ -8,9 +9,9 @@ import pytest
 import regex
 
 from mindvl_jax.config.schema import TokenizerConfig
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.data.text import qwen_tokenizer
 from mindvl_jax.data.text.tokenizer import TokenizerError, load_tokenizer
-from mindvl_jax.core.errors import UserError
 
 # Digests of the published Qwen3 tokenizer.json: its merges, one "left right" a line, and its vocabulary, one "id token" a line.
 PUBLISHED_MERGES = "bbeef245f0b03a9613753068e5799c2496290005594c68f09eed68feedbe6d1f"
@@ -65,7 +66,7 @@ def test_encoding_equals_greedy_pairing_by_rank_written_out_by_hand(qwen3, ranks
         for word in regex.findall(qwen_tokenizer.PATTERN, unicodedata.normalize("NFC", text)):
             pieces = [bytes([byte]) for byte in word.encode()]
             while True:
-                pairs = [(ranks[a + b], i) for i, (a, b) in enumerate(zip(pieces, pieces[1:])) if a + b in ranks]
+                pairs = [(ranks[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(pieces)) if a + b in ranks]
                 if not pairs:
                     break
                 _, place = min(pairs)

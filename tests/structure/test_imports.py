@@ -243,7 +243,7 @@ def test_imports_inside_functions_have_an_optional_package_as_their_reason():
 
 
 def test_the_check_sees_imports_inside_functions_and_cycles_of_three():
-    known = {name: ROOT for name in ("a", "a.b", "a.c")}
+    known = dict.fromkeys(("a", "a.b", "a.c"), ROOT)
     text = "import a\ndef f():\n    from a import b, x\n    class C:\n        import a.c\n"
     seen = {(each.target, each.late) for each in imports_of("z", text, known)}
     assert seen == {("a", False), ("a.b", True), ("a", True), ("a.c", True)}

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import yaml
 
-from mindvl_jax.config import loader as config_loader
+from mindvl_jax.checkpoints import checkpoint
 from mindvl_jax.config import families
+from mindvl_jax.config import loader as config_loader
 from mindvl_jax.config.schema import MeshConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.mesh import make_mesh
-from mindvl_jax.checkpoints import checkpoint
 from mindvl_jax.training.backend import compiler_options, launched_processes, make_backend
 from mindvl_jax.training.trainer import train
 
@@ -88,7 +88,8 @@ def test_a_run_through_the_bridge_writes_the_metrics_and_checkpoints_of_xla(xla_
     on_bridge = on(mapping, tmp_path / "bridge", "npu_bridge")
     assert train(on_bridge).finished
     assert_alike(read_metrics(on_bridge), read_metrics(on_xla))
-    steps = lambda config: sorted(child.name for child in Path(config.run.dir, "checkpoints").iterdir())
+    def steps(config):
+        return sorted(child.name for child in Path(config.run.dir, "checkpoints").iterdir())
     assert steps(on_bridge) == steps(on_xla) == ["1", "2", "3", "4"]
     distance = relative_distance(checkpoint.load_params(on_bridge.run.dir)[1], checkpoint.load_params(on_xla.run.dir)[1])
     assert distance <= 1e-5, f"parameters after four steps differ by {distance:.2e} (L2, relative)"

@@ -10,11 +10,11 @@ import pytest
 import tokenizers
 import yaml
 
-from mindvl_jax.config import loader as config_loader
-from mindvl_jax.cli.main import main
-from mindvl_jax.core.errors import UserError
 from mindvl_jax.cli import compare as compare_command
 from mindvl_jax.cli.compare import code_of, compare, read_losses, shortened, written
+from mindvl_jax.cli.main import main
+from mindvl_jax.config import loader as config_loader
+from mindvl_jax.core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -122,9 +122,8 @@ def test_the_code_of_a_revision_lies_in_a_tree_of_its_own_that_goes_away():
     with code_of("HEAD") as tree:
         assert tree != ROOT and (tree / "mindvl_jax" / "training" / "trainer.py").is_file()
     assert not tree.exists() and str(tree) not in subprocess.run(["git", "-C", str(ROOT), "worktree", "list"], capture_output=True, text=True).stdout
-    with pytest.raises(UserError, match="revision 'no-such-revision' cannot be checked out"):
-        with code_of("no-such-revision"):
-            pass
+    with pytest.raises(UserError, match="revision 'no-such-revision' cannot be checked out"), code_of("no-such-revision"):
+        pass
 
 
 def test_two_back_ends_train_alike(path, tmp_path, capsys):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mindvl_jax.config import loader as config_loader
 from mindvl_jax.checkpoints import checkpoint
+from mindvl_jax.config import loader as config_loader
 from mindvl_jax.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
@@ -34,12 +34,15 @@ def test_a_disk_that_fills_during_a_save_ends_the_run_with_what_is_safe_and_room
     train(untouched)
     train(filled, stop_after=1)
     (tmp_path / "config.yaml").write_text(config_loader.dump(filled))
-    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    def small():
+        return resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     done = subprocess.run([sys.executable, "train.py", "--config", str(tmp_path / "config.yaml")], cwd=ROOT, preexec_fn=small, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr[-3000:]
     told = done.stderr[done.stderr.rindex("train.py: ") :]
     assert "no room left to write" in told and "the checkpoint of step 1 is whole, and run.resume: auto continues from it" in told
     assert train(filled).finished
-    bits = lambda config: {path: np.asarray(value).tobytes() for path, value in checkpoint.load_params(config.run.dir)[1].items()}
-    losses = lambda config: [json.loads(line)["loss"] for line in Path(config.run.dir, "metrics.jsonl").read_text().splitlines()]
+    def bits(config):
+        return {path: np.asarray(value).tobytes() for path, value in checkpoint.load_params(config.run.dir)[1].items()}
+    def losses(config):
+        return [json.loads(line)["loss"] for line in Path(config.run.dir, "metrics.jsonl").read_text().splitlines()]
     assert losses(filled) == losses(untouched) and bits(filled) == bits(untouched)

@@ -11,16 +11,15 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
 from mindvl_jax import data
+from mindvl_jax.checkpoints import checkpoint
 from mindvl_jax.config import loader as config_loader
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.evaluation.run import evaluate_run
-from mindvl_jax.checkpoints import checkpoint
 from mindvl_jax.training.trainer import TrainingDiverged, train
 from mindvl_jax.weights import open_model
 from tests.training.conftest import write_data

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 import mindvl_jax.models.batch  # noqa: F401  registers Batch as a pytree
-from mindvl_jax.data.batch import BatchShape
 from mindvl_jax.config.schema import MeshConfig, OptimizerConfig, PhaseConfig
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.data.batch import BatchShape
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import replicated, row_sharding
 from mindvl_jax.training.params import ModelOutline, matches

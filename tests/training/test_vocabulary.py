@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mindvl_jax.data.text.tokenizer import read_id_table
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.data.text.tokenizer import read_id_table
 from mindvl_jax.training import trainer
 from mindvl_jax.weights import open_model
 

@@ -1,4 +1,3 @@
-import json
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +51,8 @@ def test_ema_weights_are_those_of_the_recursion():
 def test_greedy_soup_keeps_only_what_helps():
     target = 1.0
     models = {"good": {"x": jnp.array([1.2])}, "other side": {"x": jnp.array([0.7])}, "far": {"x": jnp.array([9.0])}}
-    score = lambda parameters, _: -abs(float(parameters["x"][0]) - target)
+    def score(parameters, _):
+        return -abs(float(parameters["x"][0]) - target)
     soup, steps = average.greedy_soup(list(models), models.__getitem__, score)
     assert float(soup["x"][0]) == pytest.approx((1.2 + 0.7) / 2)
     assert {step["model"]: step["kept"] for step in steps} == {"good": True, "other side": True, "far": False}
@@ -62,7 +62,8 @@ def test_a_soup_is_never_worse_than_its_best_part():
     generator = np.random.default_rng(2)
     models = {f"m{index}": {"x": jnp.asarray(generator.normal(size=3), jnp.float32)} for index in range(6)}
     target = generator.normal(size=3)
-    score = lambda parameters, _: -float(np.sum((np.asarray(parameters["x"]) - target) ** 2))
+    def score(parameters, _):
+        return -float(np.sum((np.asarray(parameters["x"]) - target) ** 2))
     soup, _ = average.greedy_soup(list(models), models.__getitem__, score)
     assert score(soup, "") >= max(score(model, "") for model in models.values())
 

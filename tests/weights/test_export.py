@@ -9,8 +9,8 @@ import transformers
 from PIL import Image
 
 from mindvl_jax.cli.main import main
-from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.data.text.tokenizer import Tokenizer
+from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.weights import load_parameters, open_model
 from mindvl_jax.weights.companions import write_companions
 

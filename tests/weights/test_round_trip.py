@@ -18,7 +18,7 @@ def tensors(folder):
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="numpy") as file:
             metadata.append(file.metadata())
-            for name in file.keys():
+            for name in file:
                 found[name] = (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape()), file.get_tensor(name).tobytes())
     return found, metadata
 

@@ -77,7 +77,7 @@ def test_each_line_is_the_likelihood_that_transformers_gives_the_answer(speaking
 
 
 def test_a_language_model_alone_scores_text_and_refuses_pictures(speaking, tokenizer_file, data, capsys):
-    path, samples = data
+    path, _samples = data
     assert main(["score", "--weights", str(speaking("qwen3")), "--data", str(path)]) == 1
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     want, count = reference(speaking("qwen3"), Tokenizer(tokenizer_file), "the cat", "a dog")

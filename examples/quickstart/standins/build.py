@@ -14,10 +14,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mindvl_jax.core.errors import UserError
-from mindvl_jax.evaluation.benchmarks import STANDINS_MARK
 from examples.quickstart.standins.sets import STANDINS
 from examples.quickstart.standins.writing import write_parquet, write_tsv
+from mindvl_jax.core.errors import UserError
+from mindvl_jax.evaluation.benchmarks import STANDINS_MARK
 
 
 def build(out: Path, tasks: Sequence[str] | None = None) -> dict[str, int]:

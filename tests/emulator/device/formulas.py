@@ -33,5 +33,6 @@ def gradients(q, k, v, g, mask, scale):
     out, p, _ = attention(q, k, v, mask, scale)
     dp = np.einsum("snd,tnd->nst", g, np.repeat(v, group, 1))
     ds = p * (dp - (dp * p).sum(-1, keepdims=True)) * scale
-    of_groups = lambda x: x.reshape(x.shape[0], heads, group, x.shape[2]).sum(2)
+    def of_groups(x):
+        return x.reshape(x.shape[0], heads, group, x.shape[2]).sum(2)
     return out, np.einsum("nst,tnd->snd", ds, np.repeat(k, group, 1)), of_groups(np.einsum("nst,snd->tnd", ds, q)), of_groups(np.einsum("nst,snd->tnd", p, g))

@@ -16,7 +16,8 @@ class Handwritten:
 
     def __init__(self, config, parameters, batch, device="npu"):
         self.config, vision, text = config, config.vision, config.text
-        put = lambda x: torch.tensor(x).to(device)
+        def put(x):
+            return torch.tensor(x).to(device)
         depth = {"vision/blocks": vision.depth, "language/layers": text.num_layers}
         self.leaves = {}
         for path, value in parameters.items():
@@ -29,7 +30,8 @@ class Handwritten:
         pixels = put(batch.patches).float().unflatten(-1, (vision.in_channels, -1)) / 255
         mean, std = (put(list(x))[:, None] for x in (IMAGE_MEAN, IMAGE_STD))
         self.pixels = ((pixels - mean) / std).flatten(2)
-        ends = lambda lengths, places: cumulative_lengths(torch.tensor(lengths), places)
+        def ends(lengths, places):
+            return cumulative_lengths(torch.tensor(lengths), places)
         self.segments = ends(batch.segment_lengths, batch.tokens.shape[1])
         self.images, self.windows = (ends(x, batch.patches.shape[1]) for x in (batch.image_lengths, batch.window_lengths))
         self.triangle = torch.triu(torch.ones(COMPRESSED, COMPRESSED, dtype=torch.bool), 1).to(device)
@@ -56,7 +58,7 @@ class Handwritten:
         return x
 
     def project(self, x):
-        p, vision = self.leaves, self.config.vision
+        vision = self.config.vision
         x = self.norm("projector/norm/scale", x, vision.rms_norm_eps).view(x.shape[0], -1, vision.merge_unit * x.shape[-1])
         x = torch_npu.npu_gelu(self.linear("projector/linear1", x), approximate="none")
         return self.linear("projector/linear2", x)

@@ -15,10 +15,9 @@ import torch_npu  # noqa: F401
 import npu_bridge
 import npu_bridge.emulator as emulator
 from mindvl_jax.config import families
-from mindvl_jax.config.schema import OptimizerConfig, PhaseConfig
+from mindvl_jax.config.schema import MeshConfig, OptimizerConfig, PhaseConfig
 from mindvl_jax.data.packing.collate import shape_for
 from mindvl_jax.parallel.mesh import make_mesh
-from mindvl_jax.config.schema import MeshConfig
 from mindvl_jax.training.params import outline_of
 from mindvl_jax.training.state import abstract_state
 from mindvl_jax.training.step import make_programs
@@ -44,7 +43,8 @@ start = time.process_time()
 lowered = programs.train_step.lower(state, batch, np.float32(1e-5))
 lowering = time.process_time() - start
 compiled = Compiled(lowered, "npu", capture=False)  # what host and allocator do for each operator
-on_device = lambda leaf: Array(torch.empty(leaf.shape, dtype=storage_dtype(leaf.dtype), device="npu"), tuple(leaf.shape), leaf.dtype, ((),) * len(leaf.shape), compiled.runtime)
+def on_device(leaf):
+    return Array(torch.empty(leaf.shape, dtype=storage_dtype(leaf.dtype), device="npu"), tuple(leaf.shape), leaf.dtype, ((),) * len(leaf.shape), compiled.runtime)
 held = [on_device(leaf) for leaf in jax.tree.leaves(state)]
 rest = [*jax.tree.leaves(batch), np.float32(1e-5)]
 counts = len(held)

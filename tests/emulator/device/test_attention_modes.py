@@ -66,7 +66,8 @@ def test_rows_with_open_prefixes_follow_the_formula(mode, heads_of_mask):
     queries, keys, prefix = 6, 8, [3, 8]
     masks = [prefix_mask(queries, keys, n) for n in prefix]
     pieces, found = packed([queries] * 2, [keys] * 2, masks)
-    rows = lambda parts: [np.ascontiguousarray(np.stack(x).transpose(0, 2, 1, 3)) for x in zip(*parts)]
+    def rows(parts):
+        return [np.ascontiguousarray(np.stack(x).transpose(0, 2, 1, 3)) for x in zip(*parts)]
     q, k, v, g = rows(pieces)
     whole = torch.tensor(np.stack(masks))[:, None].expand(-1, heads_of_mask, -1, -1).contiguous()
     got = on_npu("BNSD", (q, k, v), g, atten_mask=whole if mode == 5 else WITH_PREFIX, sparse_mode=mode, prefix=prefix)
@@ -98,7 +99,8 @@ def test_the_parts_of_a_batch_cut_for_two_devices_are_those_of_the_whole(case):
     (out_a, dq_a, dk_a, dv_a), (out_b, dq_b, dk_b, dv_b) = results
     n = keys[0]
     # The keys of the cut sequence get gradients from both parts.
-    add = lambda a, b: np.concatenate((a[:n], a[n:] + b[: keys[1]], b[keys[1] :]))
+    def add(a, b):
+        return np.concatenate((a[:n], a[n:] + b[: keys[1]], b[keys[1] :]))
     got = [np.concatenate((out_a, out_b)), np.concatenate((dq_a, dq_b)), add(dk_a, dk_b), add(dv_a, dv_b)]
     error = worst(got, joined(found))
     assert error <= TOLERANCE, f"output or a gradient is off by {error:.1e}"

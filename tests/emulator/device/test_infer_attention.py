@@ -140,7 +140,8 @@ def test_keys_in_blocks_are_found_by_the_table(layout, by_head, version):
 @pytest.mark.parametrize("in_blocks", [False, True])
 def test_sequences_one_after_another_follow_the_formula(mode, in_blocks, version):
     lengths, key_lengths = [3, 5, 2], [4, 5, 9]
-    ends = lambda n: [int(x) for x in np.cumsum(n)]
+    def ends(n):
+        return [int(x) for x in np.cumsum(n)]
     queries = [made(n, HEADS, 16, seed=n) for n in lengths]
     keys, values = ([made(n, KEY_HEADS, 16, seed=s + n) for n in key_lengths] for s in (1, 100))
     options = dict(sparse_mode=mode) | (dict(atten_mask=TRIANGLE) if mode else {}) | (dict(pre_tokens=2, next_tokens=1) if mode == 4 else {})

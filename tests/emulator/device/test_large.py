@@ -17,7 +17,8 @@ def test_a_step_of_mindvl_8b_peaks_where_the_bridge_plans(record_property):
     done = subprocess.run(command, capture_output=True, text=True, timeout=580, env=os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
     told = json.loads(done.stdout.splitlines()[-1])
-    gib = lambda name: f"{told[name] / 2**30:.1f} GiB"
+    def gib(name):
+        return f"{told[name] / 2**30:.1f} GiB"
     record_property("parameters", f"{told['parameters'] / 1e9:.2f} billion")
     record_property("kernels", told["kernels"])
     record_property("processor time of the host", f"{told['host seconds'] * 1e3:.0f} ms a step, {told['lowering seconds']:.0f} s to lower")

@@ -107,7 +107,7 @@ def test_ten_steps_through_the_bridge_equal_xla_and_are_captured(record_property
     on_npu = npu_bridge.jit(jax_step, donate_argnums=0, device="npu")
     x_npu, y_npu = npu_bridge.jit(lambda *z: jax.tree.map(jnp.copy, z), device="npu")(x, y)  # they stay on the device
     on_xla, a, b, worst = jax.jit(jax_step), made, made, 0.0
-    for step in range(10):
+    for _ in range(10):
         with emulator.count() as counts:
             a, loss = on_npu(a, x_npu, y_npu)
         b, wanted = on_xla(b, x, y)

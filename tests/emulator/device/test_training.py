@@ -8,7 +8,6 @@ import torch.nn.functional as F
 import torch_npu
 from torch import nn
 
-
 WIDTH, HEADS, KEY_HEADS, DIM, INNER, VOCABULARY, ROWS, TOKENS = 32, 4, 2, 8, 48, 61, 2, 12
 
 
@@ -28,7 +27,8 @@ class Layer(nn.Module):
             q, k = torch_npu.npu_rotary_mul(q, cos, sin), torch_npu.npu_rotary_mul(k, cos, sin)
             a = torch_npu.npu_fusion_attention(q, k, v, HEADS, "BSND", atten_mask=mask, scale=1 / math.sqrt(DIM), sparse_mode=2)[0]
         else:
-            turn = lambda t: torch.cat((-t[..., DIM // 2 :], t[..., : DIM // 2]), -1)
+            def turn(t):
+                return torch.cat((-t[..., DIM // 2 :], t[..., : DIM // 2]), -1)
             q, k = q * cos + turn(q) * sin, k * cos + turn(k) * sin
             a = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True).transpose(1, 2)
         x = x + self.out(a.reshape(ROWS, TOKENS, -1))

@@ -25,7 +25,8 @@ def tiny(attention):
 def inputs():
     """Two rows: a picture of 24 patches (6 visual tokens) and text, the second row shorter and padded."""
     generator = torch.Generator().manual_seed(1)
-    row = lambda n: [START, *[IMAGE] * 6, END, *torch.randint(0, 150, (n,), generator=generator).tolist()]
+    def row(n):
+        return [START, *[IMAGE] * 6, END, *torch.randint(0, 150, (n,), generator=generator).tolist()]
     ids = torch.tensor([row(10), row(7) + [0, 0, 0]])
     mask = torch.ones_like(ids)
     mask[1, -3:] = 0
