@@ -13,14 +13,16 @@ import math
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from mindvl_jax.data.media.geometry import PatchGeometry
 from mindvl_jax.data.media import files as media_files
 from mindvl_jax.data.sample import Media, SampleError
 
 # Formats decoded by Pillow itself; leaves out those that start other programs (EPS) or execute drawing lists (WMF).
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "ICO")
+# An MPO (several JPEGs in one file) is opened by the JPEG plug-in and registers none of its own.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "ICO")
+Image.init()  # with an explicit list of formats Pillow loads no plug-ins by itself beyond a few
 LARGEST_PIXELS = 100_000_000  # 300 MB as RGB: more is a decompression bomb or belongs into tiles
 LARGEST_ASPECT = 200
 # "reduced" lets a JPEG decode at a half, a quarter or an eighth of its size where that is still no smaller than the target.
@@ -91,20 +93,38 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
 
 
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""What brings an image of each EXIF orientation upright."""
+
+
 def _orientation(image: Image.Image, data: bytes | None) -> int:
-    """EXIF orientation 1..8. Pillow decodes a PNG whole to look for EXIF, so it is only asked when the bytes mention some."""
+    """EXIF (or XMP) orientation 1..8. Pillow decodes a PNG whole to look for it, so it is only asked when a chunk may hold some."""
     if image.format == "TIFF":
         return 1  # Pillow turns TIFF by itself, its size too
-    if image.format == "PNG" and data is not None:
-        # Searching all of a large file takes longer than opening it; the tag stands before the pixels or at the very end.
-        around = data[: data.find(b"IDAT")] + data[-65536:]
-        if b"eXIf" not in around and b"exif" not in around:
-            return 1
+    if image.format == "PNG" and data is not None and not _png_has_metadata(data):
+        return 1
     try:
         value = image.getexif().get(0x0112, 1)
     except Exception:  # damaged EXIF says nothing about the pixels
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _png_has_metadata(data: bytes) -> bool:
+    """Whether a PNG has a chunk of EXIF, or of text that may hold EXIF or XMP. Walks over the chunks' headers, wherever they stand."""
+    position = 8
+    while position + 8 <= len(data):
+        length, kind = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8]
+        if kind == b"eXIf":
+            return True
+        keyword = data[position + 8 : position + 88].split(b"\0")[0].lower()
+        if kind in (b"tEXt", b"zTXt", b"iTXt") and (b"exif" in keyword or b"xmp" in keyword or b"app1" in keyword):
+            return True
+        position += 12 + length
+    return False
 
 
 def image_size(media: Media) -> tuple[int, int]:
@@ -135,24 +155,28 @@ def load_image(source: bytes | str | Media | Image.Image, *, keep_grey: bool = F
             if at_least is not None and image.format == "JPEG":
                 image.draft(None, at_least[::1 if orientation >= 5 else -1])
             image.load()
-            if orientation != 1:  # asked before loading, which may drop the tag; turned after it
-                image = ImageOps.exif_transpose(image)
-            return _to_rgb(image, keep_grey)
+            image = _to_rgb(image, keep_grey)
+            # Asked before loading, which may drop the tag; turned after it.
+            return image if orientation == 1 else image.transpose(_TURNS[orientation])
     except Exception as error:  # as above: damaged data raises anything from OSError to struct.error
         raise SampleError("undecodable", f"{media_files.name(source)} starts like a {image.format} but does not decode: {_first_line(error)}") from None
 
 
 def _to_rgb(image: Image.Image, keep_grey: bool) -> Image.Image:
-    if image.mode == "RGB" or (image.mode == "L" and keep_grey and "transparency" not in image.info):
+    transparent = image.info.get("transparency")
+    if image.mode == "RGB" and transparent is None or (image.mode == "L" and keep_grey and transparent is None):
         return image
     if image.mode.startswith("I") or image.mode == "F":
         # 16-bit grey: Pillow's own conversion clips at 255 and would give a white page.
         values = np.asarray(image).astype(np.float32)
-        top = float(values.max(initial=0.0))
+        top = float(np.nan_to_num(values).max(initial=0.0))
         scale = 255.0 if image.mode == "F" and top <= 1.0 else 255.0 / 65535.0 if top > 255.0 or ";16" in image.mode else 1.0
-        image = Image.fromarray(np.clip(np.nan_to_num(values) * scale + 0.5, 0, 255).astype(np.uint8))
-    elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        pixels = np.clip(np.nan_to_num(values) * scale + 0.5, 0, 255).astype(np.uint8)
+        if isinstance(transparent, int):  # one grey value is transparent (a PNG's tRNS), compared in 16 bits
+            pixels = np.where(values == transparent, 255, pixels).astype(np.uint8)
+        image = Image.fromarray(pixels)
+    elif transparent is not None or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(ground, image)
     return image.convert("L" if keep_grey and image.mode in ("1", "L") else "RGB")
