@@ -65,11 +65,6 @@ def require_tested_version(version: str | None = None) -> None:
 # ---- MLIR -------------------------------------------------------------------------------------------------------------
 
 
-def make_context() -> ir.Context:
-    """An MLIR context with the StableHLO, CHLO, Shardy and func dialects loaded."""
-    return mlir.make_ir_context()
-
-
 _TAKES_CONTEXT = len(inspect.signature(mlir.aval_to_ir_type).parameters) > 1  # an argument that 0.10 added
 
 
@@ -80,11 +75,6 @@ def _ir_type(ctx: Any, aval: core.AbstractValue) -> ir.Type:
 def kept_arguments(lowered: jax.stages.Lowered) -> list[int]:
     """Positions of the flat arguments that survive in the lowered module (jit drops unused ones)."""
     return sorted(lowered._lowering.compile_args["kept_var_idx"])
-
-
-def donated_arguments(lowered: jax.stages.Lowered) -> list[bool]:
-    """For each flat argument (before unused ones are dropped) whether it is donated."""
-    return [info.donated for info in jax.tree.leaves(lowered.args_info)]
 
 
 def custom_call_with_rule(

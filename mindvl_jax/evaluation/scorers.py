@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from rapidfuzz.distance import Levenshtein
+
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """1 when the prediction is one of the answers, up to white space; letter case and punctuation count."""
@@ -17,18 +19,6 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 def _squeeze(text: str) -> str:
     return " ".join(text.split())
-
-
-def edit_distance(first: str, second: str) -> int:
-    """Levenshtein distance: insertions, deletions and substitutions cost one."""
-    if len(first) < len(second):
-        first, second = second, first
-    row = list(range(len(second) + 1))
-    for i, left in enumerate(first, 1):
-        diagonal, row[0] = row[0], i
-        for j, right in enumerate(second, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right))
-    return row[-1]
 
 
 def anls(prediction: str, answers: Sequence[str], *, threshold: float = 0.5) -> float:
@@ -40,7 +30,7 @@ def anls(prediction: str, answers: Sequence[str], *, threshold: float = 0.5) -> 
     best = 1.0
     for answer in answers:
         length = max(len(answer), len(prediction))
-        distance = edit_distance(_squeeze(answer.lower()), _squeeze(prediction.lower()))
+        distance = Levenshtein.distance(_squeeze(answer.lower()), _squeeze(prediction.lower()))
         best = min(best, distance / length if length else 0.0)
     similarity = 1 - best
     return similarity if similarity >= threshold else 0.0

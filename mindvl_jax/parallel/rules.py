@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.mesh import ROW_AXES
 
-# First rule that fits wins. Names that stand in no rule stay whole on every device.
+# Mesh axis of each logical dim; each name has one rule. Dims without a rule are replicated.
 RULES: tuple[tuple[str, str], ...] = (
     ("vocab", "tensor"),
     ("heads", "tensor"),

@@ -214,7 +214,7 @@ class Planner:
         self.plan.lines[header:header] = head
         if params:
             self.line(indent + 1, f"{', '.join(params)} = {', '.join(ends)}")
-        extra = [y for y in dict.fromkeys(yields) if y not in params and y in self.root and y not in self.outer(s)]
+        extra = [y for y in dict.fromkeys(yields) if y not in params and y in self.root and y not in reads_of_bodies(s)]
         if extra:
             self.line(indent + 1, f"del {', '.join(extra)}")
         for y in extra:
@@ -253,11 +253,6 @@ class Planner:
                 if r not in made:
                     dirty.add(r)
         return begins
-
-    @staticmethod
-    def outer(s: Loop) -> set[str]:
-        """Variables from outside that the bodies read."""
-        return reads_of_bodies(s)
 
 
 def reads_of_bodies(s: Loop) -> set[str]:

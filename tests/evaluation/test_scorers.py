@@ -5,9 +5,13 @@ import pytest
 from mindvl_jax.evaluation import choices, scorers
 
 
-@pytest.mark.parametrize("first, second, distance", [("", "", 0), ("abc", "", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2), ("same", "same", 0), ("日本", "日木", 1)])
-def test_edit_distance_of_known_pairs(first, second, distance):
-    assert scorers.edit_distance(first, second) == scorers.edit_distance(second, first) == distance
+@pytest.mark.parametrize(
+    "first, second, distance", [("abc", "", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2), ("same", "same", 0), ("日本", "日木", 1)]
+)
+def test_anls_counts_edits_of_known_pairs(first, second, distance):
+    similarity = 1 - distance / max(len(first), len(second))
+    assert scorers.anls(first, [second], threshold=0) == pytest.approx(similarity)
+    assert scorers.anls(second, [first], threshold=0) == pytest.approx(similarity)
 
 
 @pytest.mark.parametrize("prediction, answers, score", [

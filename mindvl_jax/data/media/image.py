@@ -164,7 +164,7 @@ def load_image(source: bytes | str | Media | Image.Image, *, keep_grey: bool = F
 
 def _to_rgb(image: Image.Image, keep_grey: bool) -> Image.Image:
     transparent = image.info.get("transparency")
-    if image.mode == "RGB" and transparent is None or (image.mode == "L" and keep_grey and transparent is None):
+    if (image.mode == "RGB" and transparent is None) or (image.mode == "L" and keep_grey and transparent is None):
         return image
     if image.mode.startswith("I") or image.mode == "F":
         # 16-bit grey: Pillow's own conversion clips at 255 and would give a white page.

@@ -285,16 +285,3 @@ def balanced_order(work: Sequence[float]) -> list[int]:
         if middle is not None:
             groups.append(middle)
     return groups[0] if groups else []
-
-
-def first_fit(sizes: np.ndarray, budgets: Budgets, rows: int) -> list[list[int]]:
-    """Each sample in order of age into the first row that has room: the usual method, to compare with."""
-    caps = budgets.array()
-    filled = np.zeros((rows, len(caps)), np.int64)
-    chosen: list[list[int]] = [[] for _ in range(rows)]
-    for index, size in enumerate(sizes):
-        fits = np.flatnonzero((filled + size <= caps).all(1))
-        if len(fits):
-            chosen[fits[0]].append(index)
-            filled[fits[0]] += size
-    return chosen
