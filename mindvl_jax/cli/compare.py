@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from mindvl_jax.cli import common
 from mindvl_jax.config import loader as config_loader
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError, at_least_one
@@ -45,8 +46,13 @@ def run(args: argparse.Namespace) -> int:
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} is not empty; name another folder, or remove it")
     at_least_one(args, "steps")
-    configs = {side: config_loader.load(path, [*args.set, *own]) for side, path, own in (("a", args.a, args.set_a), ("b", args.b or args.a, args.set_b))}
+    configs = {side: common.load_config(path, [*args.set, *own]) for side, path, own in (("a", args.a, args.set_a), ("b", args.b or args.a, args.set_b))}
+    for config in configs.values():
+        common.prepare_data(config)
+    from mindvl_jax.data.epochs import resolve_epochs
+
     out.mkdir(parents=True, exist_ok=True)
+    configs = {side: resolve_epochs(config) for side, config in configs.items()}
     start = args.start or configs["a"].run.init_from or fresh_weights(configs["a"], out / "start")
     losses = {}
     for side, config in configs.items():

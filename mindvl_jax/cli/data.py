@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mindvl_jax.cli import common
 from mindvl_jax.config.schema import SourceConfig, TokenizerConfig
 from mindvl_jax.core.errors import UserError
 
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument("path", nargs="?", help="file, folder or glob; or use --config")
     check.add_argument("--config", help="check the sources of a phase of this configuration instead, with its tokenizer and limits")
     check.add_argument("--phase", type=int, default=0, help="phase of the configuration, from 0 (default: 0)")
-    check.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the configuration")
+    check.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides of the configuration")
     _source_arguments(check)
     check.add_argument("--preset", default="qwen2.5-vl-7b", help="model whose patches and media tokens are used without --config (default: %(default)s)")
     check.add_argument("--tokenizer", default="qwen2.5", help="tokenizer without --config (default: %(default)s)")
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--overwrite", action="store_true")
     index = actions.add_parser("index", help="write the lengths of all samples into data.length_index, so that hosts of a run need not encode each other's samples")
     index.add_argument("--config", required=True, help="configuration whose data.length_index names the folder")
-    index.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the configuration")
+    index.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides of the configuration")
 
 
 def _source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,14 +55,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from mindvl_jax.config.loader import load
     from mindvl_jax.data.packing.collate import batch_shape, budgets_of
     from mindvl_jax.data.encoding import encode_record
     from mindvl_jax.data.example import ExampleEncoder
     from mindvl_jax.data.packing.lengths import index_phase
     from mindvl_jax.data.loader import cached_tokenizer, training_limits
 
-    config = load(args.config, args.set)
+    config = common.load_config(args.config, args.set)
     if config.data.length_index is None:
         raise UserError("data.length_index names no folder; add it to the configuration, or --set data.length_index=FOLDER")
     console = Console()
@@ -88,9 +88,8 @@ def _check(args: argparse.Namespace) -> int:
     if (args.config is None) == (args.path is None):
         raise UserError("give either a path or --config FILE")
     if args.config is not None:
-        from mindvl_jax.config.loader import load
-
-        config = load(args.config, args.set)
+    
+        config = common.load_config(args.config, args.set)
         if not 0 <= args.phase < len(config.training.phases):
             raise UserError(f"--phase {args.phase}: the configuration has phases 0 to {len(config.training.phases) - 1}")
         mixture = config.training.phases[args.phase].mixture

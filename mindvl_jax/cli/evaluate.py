@@ -6,8 +6,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from mindvl_jax.cli.backend import add_backend_arguments, chosen_programs
 from mindvl_jax.core.errors import UserError, at_least_one
-from mindvl_jax.inference.backends import add_backend_arguments, chosen_programs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from mindvl_jax.cli.backend import add_backend_arguments, chosen_programs
 from mindvl_jax.core.errors import UserError, at_least_one
-from mindvl_jax.inference.backends import add_backend_arguments, chosen_programs
 
 DEFAULTS = dict(max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, n=1)
 

@@ -1,9 +1,10 @@
-"""The console command `mindvl`. Each subcommand lives beside what it does and is imported only when it is called."""
+"""The console command `mindvl`. Each subcommand lives in a module of its own and is imported only when it is called."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from typing import Sequence
 
@@ -13,9 +14,11 @@ from mindvl_jax.core.host_memory import relaunch_with_large_pages
 
 # name -> (module with add_arguments(parser) and run(args) -> exit code, help)
 COMMANDS = {
+    "init": ("mindvl_jax.cli.init", "write a configuration for a model folder and a data file"),
+    "train": ("mindvl_jax.cli.train", "train a configuration; an interrupted run continues by itself"),
     "config": ("mindvl_jax.cli.config", "check a configuration, print it resolved, or print its JSON schema"),
     "data": ("mindvl_jax.cli.data", "check or convert training data"),
-    "generate": ("mindvl_jax.cli.generate", "answer prompts about pictures"),
+    "generate": ("mindvl_jax.cli.generate", "answer prompts about images"),
     "evaluate": ("mindvl_jax.cli.evaluate", "score a model on tasks"),
     "average": ("mindvl_jax.cli.average", "average the weights of checkpoints"),
     "export": ("mindvl_jax.cli.export", "write a run as a Hugging Face folder"),
@@ -25,33 +28,76 @@ COMMANDS = {
     "profile": ("mindvl_jax.cli.profile", "where the time of a training step goes, by block of the model"),
     "compare": ("mindvl_jax.cli.compare", "train two configurations from one seed and compare their losses"),
     "doctor": ("mindvl_jax.cli.doctor", "is this machine fit to train through the bridge: host, network, operators, collectives, a golden training"),
+    "completion": ("mindvl_jax.cli.completion", "print the completion script of a shell"),
 }
 
-COMPUTING = ("generate", "evaluate", "score", "compare", "profile")  # these run models for longer than a relaunch takes
+COMPUTING = ("train", "generate", "evaluate", "score", "compare", "profile")  # these run models for longer than a relaunch takes
+
+EXIT_CODES = """exit codes:
+  0  done
+  1  done, and the answer is no: a comparison differs, a plan does not fit, samples were unusable with --strict
+  2  nothing was done, or not all of it: the message says what to change
+  130  interrupted"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Keeps the lines of an epilog, and names the nearest command or option for an unknown one."""
+
+    def __init__(self, **options):
+        super().__init__(**options, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str):
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: {message}{self._nearest(message)}\n")
+
+    def _nearest(self, message: str) -> str:
+        import difflib
+
+        known = [option for action in self._actions for option in (action.option_strings or (action.choices or ()) if action.choices is None or action.option_strings else action.choices)]
+        for word in message.replace("'", " ").split():
+            if near := difflib.get_close_matches(word.split("=")[0].rstrip(","), [str(k) for k in known], n=1, cutoff=0.6):
+                if near[0] != word:
+                    return f"; did you mean {near[0]}?"
+        return ""
+
+
+def build_parser(chosen: str | None) -> argparse.ArgumentParser:
+    """Return the parser with the arguments of one command: the modules of the others stay unloaded."""
+    parser = _Parser(prog="mindvl", description="MindVL: train, use and check native-resolution vision-language models.", epilog=EXIT_CODES)
+    parser.add_argument("--version", action="version", version=f"mindvl {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for name, (module, help_text) in COMMANDS.items():
+        command = importlib.import_module(module) if name == chosen else None
+        subparser = commands.add_parser(name, help=help_text, description=help_text.capitalize() + ".", epilog=getattr(command, "EPILOG", None))
+        if command is not None:
+            command.add_arguments(subparser)
+            subparser.set_defaults(run=command.run)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand. Exit code 2 with one clear message for what the user can mend."""
+    """Runs one subcommand. Exit code 2 with one clear message for what the user can change."""
     from_shell = argv is None
     argv = list(sys.argv[1:] if from_shell else argv)
-    parser = argparse.ArgumentParser(prog="mindvl", description="MindVL: train, use and check native-resolution vision-language models.")
-    parser.add_argument("--version", action="version", version=f"mindvl {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = next((word for word in argv if not word.startswith("-")), None)
-    if from_shell and chosen in COMPUTING:
+    if from_shell and chosen in COMPUTING and not {"-h", "--help"} & set(argv):
         relaunch_with_large_pages()
-    for name, (module, help_text) in COMMANDS.items():
-        subparser = commands.add_parser(name, help=help_text, description=help_text.capitalize() + ".")
-        if name == chosen:
-            command = importlib.import_module(module)
-            command.add_arguments(subparser)
-            subparser.set_defaults(run=command.run)
-    args = parser.parse_args(argv)
+    parser = build_parser(chosen)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:  # by the command's own parser, which shows the command's usage
+        subparsers = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+        subparsers.choices[args.command].error(f"unknown arguments: {' '.join(unknown)}")
     try:
         return args.run(args) or 0
     except UserError as error:
         print(f"mindvl {args.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"mindvl {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has left, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":

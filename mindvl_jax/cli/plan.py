@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mindvl_jax.config import loader as config_loader
+from mindvl_jax.cli import common
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
 
@@ -73,5 +73,5 @@ def load(path: str, overrides: Sequence[str], devices: int | None) -> Config:
     """The configuration with a mesh of whole numbers."""
     from mindvl_jax.planning.phase import planned_mesh
 
-    config = config_loader.load(path, overrides)
+    config = common.load_config(path, overrides)
     return config.model_copy(update=dict(mesh=planned_mesh(config.mesh, devices)))

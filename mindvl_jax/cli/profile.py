@@ -12,6 +12,7 @@ import argparse
 import re
 from pathlib import Path
 
+from mindvl_jax.cli import common
 from mindvl_jax.core.errors import UserError
 
 
@@ -32,19 +33,16 @@ def run(args: argparse.Namespace) -> int:
         path = request(Path(args.asked), _count(args.steps or "3"))
         print(f"asked by {path}; the run writes into {Path(args.asked) / FOLDER} and prints the table when the steps are done")
         return 0
-    from mindvl_jax.config import loader as config_loader
-
     first, last = _range(args.steps or "4..6")
-    config = config_loader.load(args.config, args.set)
-    total = sum(phase.steps for phase in config.training.phases)
+    config = common.load_config(args.config, args.set)
+    common.prepare_data(config)
+    from mindvl_jax.data.epochs import resolve_epochs
+
+    total = sum(phase.steps for phase in resolve_epochs(config).training.phases)
     if last > total:
         raise UserError(f"--steps {first}..{last}: the configuration trains {total} steps")
     folder = args.out or f"{config.run.dir.rstrip('/')}-profile"
-    config = config_loader.load(args.config, [*args.set, f"run.dir={folder}", f"profile.steps=[{first},{last}]"])
-    if config.data.quickstart:
-        from examples.quickstart.build import prepare
-
-        prepare(config.data.quickstart)
+    config = common.load_config(args.config, [*args.set, f"run.dir={folder}", f"profile.steps=[{first},{last}]"])
     from mindvl_jax.training.trainer import train
 
     result = train(config, stop_after=last)

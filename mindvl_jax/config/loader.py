@@ -15,7 +15,7 @@ import re
 import types
 import typing
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Callable, Iterable
 
 import pydantic
 import yaml
@@ -47,15 +47,48 @@ class _Document:
     origins: dict[Location, str]
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+PACKAGED = Path(__file__).resolve().parent.parent / "configs"
+"""Configurations that are installed with the package: `quickstart` and `configs/quickstart.yaml` name them from any directory."""
+
+FolderReader = Callable[[str], dict[str, Any]]
+
+
+def load(path: str | Path, overrides: Iterable[str] = (), *, describe: FolderReader | None = None) -> Config:
     """Reads `path`, applies `overrides` ("a.b[0].c=value", values in YAML), checks everything.
+
+    Args:
+      path: a file, or the name of a packaged configuration such as `quickstart`.
+      describe: returns the sections `model` and `tokenizer` of a folder of weights (`weights.described`), for `model.from` and for
+        `run.init_from` without a model section.
 
     Raises:
       ConfigError: unreadable file, unknown key, wrong type or impossible combination, all of them in one message.
     """
-    document = _read(Path(path), seen=())
+    document = _read(find(path), seen=())
     for override in overrides:
         _apply_override(document, override)
+    _expand_folder(document, describe)
+    _expand_preset(document)
+    return _validate(document)
+
+
+def find(path: str | Path) -> Path:
+    """Return the file, or the packaged configuration of that name when there is no such file."""
+    path = Path(path)
+    packaged = PACKAGED / f"{path.name.removesuffix('.yaml')}.yaml"
+    named = path.parent in (Path("."), Path("configs")) and packaged.is_file()
+    return packaged if named and not path.is_file() else path
+
+
+def packaged_names() -> list[str]:
+    """Names of the configurations that come with the package."""
+    return sorted(path.stem for path in PACKAGED.glob("*.yaml"))
+
+
+def from_text(text: str, *, describe: FolderReader | None = None) -> Config:
+    """The same checks for YAML that is already in memory."""
+    document = _Document(content=yaml.load(text, Loader=_Loader), origins={})  # noqa: S506 (a SafeLoader)
+    _expand_folder(document, describe)
     _expand_preset(document)
     return _validate(document)
 
@@ -92,7 +125,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> _Document:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot read this configuration file ({error.strerror or error})") from error
+        known = f"; packaged configurations are {', '.join(packaged_names())}" if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(f"{path}: cannot read this configuration file ({error.strerror or error}){known}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); a configuration is a YAML file") from error
     try:
@@ -152,6 +186,10 @@ def _merge(base: _Document, top: _Document) -> None:
     base.origins.update(top.origins)
 
 
+_RIVALS = {"steps": ("epochs",), "epochs": ("steps",), "warmup_steps": ("warmup_ratio",), "warmup_ratio": ("warmup_steps",)}
+"""Keys of a phase that say the same thing in two ways."""
+
+
 def _apply_override(document: _Document, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
@@ -181,7 +219,43 @@ def _apply_override(document: _Document, override: str) -> None:
             target = target[part]
         else:
             target = target[part]
-    document.origins[tuple(location)] = f"--set {override}"
+    if isinstance(target, dict) and value is not None and location[0] == "training":
+        for rival in _RIVALS.get(str(location[-1]), ()):  # an override of a recipe's steps by epochs replaces them
+            if target.pop(rival, None) is not None:
+                document.origins.pop((*location[:-1], rival), None)
+    here = f"--set {override}"
+    for length in range(1, len(location)):  # sections that this override has made
+        document.origins.setdefault(tuple(location[:length]), here)
+    document.origins = {place: origin for place, origin in document.origins.items() if place[: len(location)] != tuple(location)}
+    document.origins[tuple(location)] = here
+
+
+def _expand_folder(document: _Document, describe: FolderReader | None) -> None:
+    """Puts a folder's own model and tokenizer under the keys that the file gives (`model.from`, or `run.init_from` alone)."""
+    content = document.content
+    model, run = content.get("model"), content.get("run")
+    model = {} if model is None else model
+    if not isinstance(model, dict):
+        return
+    named = model.get("from")
+    if named is not None and model.get("preset") is not None:
+        raise ConfigError(f"{_origin(('model', 'from'), document)}: `model.from` and `model.preset` both give the sizes of the model; keep one of them")
+    alone = model.get("preset") is None and set(model) <= set(ModelConfig.model_fields)  # nothing about sizes
+    start = run.get("init_from") if isinstance(run, dict) else None
+    folder, key = (named, ("model", "from")) if named is not None else (start if alone else None, ("run", "init_from"))
+    if folder is None:
+        return
+    if describe is None:
+        raise ConfigError(f"{_origin(key, document)}: the model of {folder} is not read here; write the sizes into `model`, or name a preset")
+    try:
+        found = describe(str(folder))
+    except UserError as error:
+        raise ConfigError(f"{_origin(key, document)}: {error}") from error
+    merged = _Document(found["model"], {})
+    _merge(merged, _Document({name: value for name, value in model.items() if name != "from"}, {}))
+    content["model"] = merged.content
+    if "tokenizer" in found and content.get("tokenizer") is None:
+        content["tokenizer"] = found["tokenizer"]
 
 
 def _expand_preset(document: _Document) -> None:

@@ -22,7 +22,7 @@ class RunConfig(Section):
     dir: str = Field(description="Run folder: config, metrics, checkpoints, scores and report.")
     seed: NonNegativeInt = 0
     resume: str = Field("auto", description="`auto` continues the newest checkpoint of run.dir, `never` starts anew, or a path of a checkpoint.")
-    init_from: str | None = Field(None, description="Weights to start from: one of our runs or a Hugging Face folder. Ignored when resuming.")
+    init_from: str | None = Field(None, description="Weights to start from: one of our runs or a Hugging Face folder. Ignored when resuming. Without a `model` section the folder gives the model and the tokenizer too.")
 
 
 class BridgeConfig(Section):
@@ -90,6 +90,7 @@ class DataConfig(Section):
     train_on: Literal["answers", "last_answer", "all"] = "answers"
     on_error: Literal["raise", "quarantine"] = "quarantine"
     max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
+    on_shrink: Literal["allow", "refuse"] = Field("allow", description="Images that need more patches than max_image_patches or a row has: shrink and count them, or refuse the sample.")
     video_fps: PositiveFloat = 2.0
     video_max_frames: PositiveInt = 64
     resample: Literal["bicubic", "nearest", "reduced"] = "bicubic"
@@ -112,7 +113,8 @@ class PhaseConfig(Section):
     """One phase: what is trained, on what, at which sizes and rates."""
 
     name: str
-    steps: PositiveInt = Field(description="Optimizer steps.")
+    steps: PositiveInt | None = Field(None, description="Optimizer steps. Give either steps or epochs.")
+    epochs: PositiveFloat | None = Field(None, description="Passes over every source of the mixture, in place of steps; the run counts the steps when it starts.")
     train: tuple[str, ...] = Field(("**",), description="Globs over parameter paths (vision/**, projector/**, language/**) that learn; the rest is frozen.")
     mixture: tuple[MixtureEntry, ...]
     rows: PositiveInt = Field(description="Rows of the global batch in one micro-step.")
@@ -128,10 +130,26 @@ class PhaseConfig(Section):
     learning_rate_multipliers: dict[str, NonNegativeFloat] = Field({}, description="Factor by parameter glob, first match wins.")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: NonNegativeInt = 0
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Share of the phase's steps that warm up, in place of warmup_steps.")
     final_learning_rate_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     weight_decay: NonNegativeFloat = 0.0
     loss_reduction: Literal["token", "sample", "micro_batch"] = Field("token", description="token: over all label tokens of the global batch; sample: mean of sample means; micro_batch: mean of micro-batch means as MindSpeed-MM.")
     keep_optimizer: bool = Field(False, description="Carry the moments of the phase before (same trained parts) instead of starting at zero.")
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give steps or epochs" + (", not both" if self.steps is not None else ": how long the phase trains"))
+        if self.warmup_ratio is not None and self.warmup_steps:
+            raise ValueError("warmup_ratio and warmup_steps both say how long the rate rises; give one of them")
+        if self.steps is not None and self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) is longer than the phase (steps {self.steps}); lower it, or give warmup_ratio")
+        return self
+
+    def with_steps(self, steps: int) -> PhaseConfig:
+        """Return the phase with its length in steps: what `epochs` and `warmup_ratio` come to."""
+        warmup = self.warmup_steps if self.warmup_ratio is None else round(self.warmup_ratio * steps)
+        return self.model_copy(update=dict(steps=steps, epochs=None, warmup_steps=min(warmup, steps), warmup_ratio=None))
 
     @property
     def sources(self) -> list[str]:

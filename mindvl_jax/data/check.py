@@ -40,6 +40,7 @@ class SourceFindings:
     patches: list[int] = dataclasses.field(default_factory=list)
     media: list[int] = dataclasses.field(default_factory=list)
     truncated: int = 0
+    shrunk: int = 0
     skipped: list[tuple[str, str, str, str]] = dataclasses.field(default_factory=list)
     reasons: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     duplicates: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
@@ -87,6 +88,7 @@ def check_source(
         found.patches.append(example.patches)
         found.media.append(len(example.visuals))
         found.truncated += example.truncated > 0
+        found.shrunk += example.shrunk > 0
         found.tasks[sample.task or ""] += 1
         if waiting:
             found.shown.append((sample, dataclasses.replace(example, pixels=None)))
@@ -136,6 +138,8 @@ def advice(findings: Sequence[SourceFindings], max_tokens: int | None, weights: 
             lines.append(f"{found.name}: {skipped} of {found.records} samples ({skipped / found.records:.1%}) cannot be used, most of them for {worst} ({count}).")
         if found.truncated:
             lines.append(f"{found.name}: {found.truncated} samples lose turns to the limit of {max_tokens} tokens.")
+        if found.shrunk:
+            lines.append(f"{found.name}: {found.shrunk} samples have images that a row is too small for, so they are shrunk below max_pixels; raise patches_per_row, or lower max_pixels.")
         if found.duplicate_count:
             lines.append(f"{found.name}: {found.duplicate_count} samples repeat others.")
     return lines

@@ -28,6 +28,7 @@ class EncodeLimits:
     Attributes:
       max_tokens, max_patches: budgets of one sample; None does not limit (inference).
       limit_image_patches: hard limit of one picture, which is shrunk to it; None follows the published rule alone.
+      refuse_shrunk: refuse a sample whose images would be shrunk below their max_pixels by a budget.
     """
 
     min_pixels: int
@@ -35,6 +36,7 @@ class EncodeLimits:
     max_tokens: int | None = None
     max_patches: int | None = None
     limit_image_patches: int | None = None
+    refuse_shrunk: bool = False
     train_on: str = "answers"
     resample: str = "bicubic"
     video_fps: float = 2.0
@@ -50,6 +52,7 @@ class VisualItem:
     layout: images.VisualLayout
     frames: tuple[int, ...] = ()  # frame numbers taken from a video, an even count
     seconds: float | None = None  # seconds between frame pairs of a video
+    shrunk: bool = False  # smaller than min_pixels and max_pixels alone would make it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,6 +68,7 @@ class Example:
       visuals: media in the order of their patches.
       patch_positions: (P, 2) int32; image_lengths, window_lengths: patches of each segment and window in order.
       truncated: turns that were left out to fit.
+      shrunk: images and videos that a budget made smaller than max_pixels allows.
       source_turns: turns before truncation.
     """
 
@@ -80,6 +84,7 @@ class Example:
     image_lengths: np.ndarray
     window_lengths: np.ndarray
     truncated: int = 0
+    shrunk: int = 0
     task: str | None = None
     answers: tuple[str, ...] = ()
     source: int = 0  # place of its source among the phase's (`PhaseConfig.sources`)
@@ -175,7 +180,25 @@ class ExampleEncoder:
         height, width = images.image_size(media)
         limits = self._limits
         grid = images.image_grid(height, width, self._model.vision, min_pixels=limits.min_pixels, max_pixels=limits.max_pixels, limit_patches=limits.limit_image_patches)
-        return VisualItem(media, "image", images.visual_layout(grid, self._model.vision))
+        shrunk = self._shrunk(height, width, grid[1] * grid[2])
+        return VisualItem(media, "image", images.visual_layout(grid, self._model.vision), shrunk=shrunk)
+
+    def _shrunk(self, height: int, width: int, patches: int) -> bool:
+        """Return whether a budget made an image or a frame smaller than its own limits do.
+
+        Raises SampleError when such samples are refused.
+        """
+        limits, vision = self._limits, self._model.vision
+        if limits.limit_image_patches is None and limits.max_patches is None:
+            return False
+        if patches >= limits.max_pixels // vision.patch_size**2:  # the rule itself passes max_pixels for thin images
+            return False
+        _, rows, columns = images.image_grid(height, width, vision, min_pixels=limits.min_pixels, max_pixels=limits.max_pixels)
+        if rows * columns <= patches:
+            return False
+        if limits.refuse_shrunk:
+            raise SampleError("shrunk", f"an image of {width}x{height} needs {rows * columns} patches and has room for {patches}; raise patches_per_row, lower max_pixels, or set data.on_shrink to allow")
+        return True
 
     def _video_item(self, media: Media) -> VisualItem:
         limits = self._limits
@@ -189,7 +212,8 @@ class ExampleEncoder:
             limit_patches=limits.limit_image_patches,
             total_patches=limits.max_patches,
         )
-        return VisualItem(media, "video", images.visual_layout(plan.grid, self._model.vision), plan.frames, plan.seconds_per_pair)
+        shrunk = self._shrunk(*plan.size, plan.grid[1] * plan.grid[2])
+        return VisualItem(media, "video", images.visual_layout(plan.grid, self._model.vision), plan.frames, plan.seconds_per_pair, shrunk)
 
     def _fit(self, turns: list[Turn], visuals: list[VisualItem]) -> tuple[list[Turn], int]:
         """The longest run of turns from the start that ends with an answer and fits both budgets."""
@@ -264,6 +288,7 @@ class ExampleEncoder:
             image_lengths=_joined([layout.image_lengths for layout in layouts], (0,)),
             window_lengths=_joined([layout.window_lengths for layout in layouts], (0,)),
             truncated=truncated,
+            shrunk=sum(item.shrunk for item in visuals),
             task=sample.task,
             answers=sample.answers,
         )

@@ -44,10 +44,9 @@ def make_loader(config: Config, phase_index: int, *, process_index: int = 0, pro
     if phase.rows % process_count:
         raise UserError(f"training.phases[{phase_index}].rows ({phase.rows}) must be a multiple of the {process_count} processes")
     names = phase.sources
-    weights = {name: sum(entry.weight for entry in phase.mixture if entry.source == name) for name in names}
-    sources = open_sources(config.data.sources, names)
-    seed = int(np.random.SeedSequence([config.run.seed, phase_index]).generate_state(1)[0]) if seed is None else seed
-    stream = MixtureStream(sources, [weights[name] for name in names], seed)
+    seed = phase_seed(config, phase_index) if seed is None else seed
+    stream = phase_stream(config, phase_index, seed)
+    sources = stream.sources
     tokenizer = cached_tokenizer(config.tokenizer)
     if tokenizer.vocab_size > config.model.text.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, model.text.vocab_size is {config.model.text.vocab_size}; the model must not be smaller")
@@ -91,6 +90,18 @@ def make_loader(config: Config, phase_index: int, *, process_index: int = 0, pro
     return Loader(planner, encoder, decoder, quarantine, rows=rows, collate_rows=collate_own, identity=identity, prefetch=config.data.prefetch)
 
 
+def phase_seed(config: Config, phase_index: int) -> int:
+    """Return the seed of a phase's order of data."""
+    return int(np.random.SeedSequence([config.run.seed, phase_index]).generate_state(1)[0])
+
+
+def phase_stream(config: Config, phase_index: int, seed: int) -> MixtureStream:
+    """Return the order of a phase's samples. Raises UserError for sources that cannot be read."""
+    phase = config.training.phases[phase_index]
+    weights = {name: sum(entry.weight for entry in phase.mixture if entry.source == name) for name in phase.sources}
+    return MixtureStream(open_sources(config.data.sources, phase.sources), [weights[name] for name in phase.sources], seed)
+
+
 @functools.lru_cache(maxsize=4)
 def cached_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """Reading 151,000 entries takes a second; every phase asks for the same ones."""
@@ -107,6 +118,7 @@ def training_limits(config: Config, phase_index: int) -> EncodeLimits:
         max_tokens=min(phase.max_sample_length or phase.sequence_length, phase.sequence_length),
         max_patches=phase.patches_per_row,
         limit_image_patches=min(largest, phase.patches_per_row),
+        refuse_shrunk=data.on_shrink == "refuse",
         train_on=data.train_on,
         resample=data.resample,
         video_fps=data.video_fps,
@@ -127,7 +139,7 @@ class Loader:
     `state()` and `counters` describe the data up to the last batch that was handed out, whatever has been prepared beyond.
 
     Attributes:
-      counters: samples, epochs, quarantined, truncated, token_efficiency, patch_efficiency and more (see `Planner.counters`).
+      counters: samples, epochs, quarantined, truncated, shrunk, token_efficiency, patch_efficiency and more (see `Planner.counters`).
       waited: seconds that `next` has waited for a batch; when it grows with the steps, data is what holds them up.
     """
 

@@ -1,9 +1,19 @@
 """Text out: requests in, answers out.
 
-`Generator` is the door; `Request`, `Sampling` and `Answer` are what goes through it.
+`Generator` is the door; `Request`, `Sampling` and `Answer` are what goes through it. They are imported on first use: a help text
+must not load jax.
 """
 
-from mindvl_jax.inference.generator import Generator, Piece
-from mindvl_jax.inference.request import Answer, Request, Sampling
+from __future__ import annotations
 
-__all__ = ["Answer", "Generator", "Piece", "Request", "Sampling"]
+import importlib
+from typing import Any
+
+_HOMES = {"Answer": "request", "Generator": "generator", "Piece": "generator", "Request": "request", "Sampling": "request"}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -103,6 +103,19 @@ def print_phase(console: Console, phase: PhaseConfig, index: int, count: int, sh
     )
 
 
+def shrinking(phase: PhaseConfig, patch_size: int) -> str | None:
+    """Return a warning when a row or `max_image_patches` has no room for the largest image that max_pixels allows."""
+    needed = phase.max_pixels // patch_size**2
+    room = min(phase.patches_per_row, phase.max_image_patches or needed)
+    if room >= needed:
+        return None
+    what = "max_image_patches" if phase.max_image_patches and phase.max_image_patches < phase.patches_per_row else "patches_per_row"
+    return (
+        f"{phase.name}: max_pixels {phase.max_pixels:,} allows images of {needed:,} patches, {what} has room for {room:,}: larger images are shrunk and counted as "
+        f"`shrunk`. Raise {what} to {-(-needed // 4) * 4:,}, or lower max_pixels to {room * patch_size**2:,}; data.on_shrink: refuse leaves such samples out"
+    )
+
+
 class LiveLine:
     """One line that keeps up with the run; on a terminal it redraws, elsewhere a plain line appears every few seconds."""
 
@@ -151,6 +164,8 @@ class LiveLine:
             parts.append(f"skipped {record['skipped_steps']:.0f}")
         if record.get("quarantined"):
             parts.append(f"quarantined {record['quarantined']:.0f}")
+        if record.get("shrunk"):
+            parts.append(f"shrunk {record['shrunk']:.0f}")
         left = (self._total - record["step"]) * seconds / len(recent)
         parts.append(f"ETA {duration(left)}")
         return " | ".join(parts)

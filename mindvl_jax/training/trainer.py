@@ -24,6 +24,7 @@ from mindvl_jax.config import loader as config_loader
 from mindvl_jax.data.batch import BatchShape
 from mindvl_jax.config.schema import Config, PhaseConfig
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.data.epochs import resolve_epochs
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import row_share
 from mindvl_jax.profiling import StepProfiler, profiler
@@ -31,7 +32,7 @@ from mindvl_jax.training import ema, resume, scoring, state as states
 from mindvl_jax.checkpoints import id_table as vocabulary
 from mindvl_jax.training.backend import Backend, make_backend, use_compilation_cache
 from mindvl_jax.checkpoints.checkpoint import CheckpointWriter, Progress, room_in
-from mindvl_jax.training.display import LiveLine, print_phase, print_startup
+from mindvl_jax.training.display import LiveLine, print_phase, print_startup, shrinking
 from mindvl_jax.training.feed import Feed
 from mindvl_jax.training.flops import FlopCounter, known_peak
 from mindvl_jax.training.initial import starting_params
@@ -87,6 +88,7 @@ def train(config: Config, *, stop_after: int | None = None, console: Console | N
     use_compilation_cache()
     quiet = jax.process_index() != 0
     console = console or Console(quiet=quiet)
+    config = resolve_epochs(config, console.print)
     with _claim(Path(config.run.dir)), backend.precision(), room_in(config.run.dir):
         return Trainer(config, backend, console).run(stop_after)
 
@@ -243,6 +245,8 @@ class Trainer:
         rates = learning_rates(phase, where)
         count_flops = FlopCounter(self.config.model, self.outline.shapes, trained)
         print_phase(self.console, phase, index, len(self.config.training.phases), shape, trained, begin)
+        if warning := shrinking(phase, self.config.model.vision.patch_size):
+            self.console.print(f"[yellow]{warning}[/yellow]", soft_wrap=True)
         self.live.new_phase()
         with contextlib.closing(data.make_loader(self.config, index, process_index=share.index, process_count=share.count)) as loader:
             if loader_state is not None:
@@ -415,7 +419,7 @@ class _Recorder:
             "seconds_total": totals["seconds"],
             "applied": bool(values["applied"]),
             "skipped_steps": values["skipped_steps"],
-            **{name: done.counters[name] for name in ("quarantined", "truncated", "epochs") if name in done.counters},
+            **{name: done.counters[name] for name in ("quarantined", "truncated", "shrunk", "epochs") if name in done.counters},
         }
         if done.first_of_phase:
             record["includes_compilation"] = True

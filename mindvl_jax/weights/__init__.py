@@ -1,8 +1,24 @@
-"""Published weights in and out, on any mesh."""
+"""Published weights in and out, on any mesh.
 
-from mindvl_jax.weights.hf_config import WeightsError
-from mindvl_jax.weights.load import load_parameters
-from mindvl_jax.weights.resolve import OpenedModel, open_model
-from mindvl_jax.weights.save import save_parameters
+Attributes are imported on first use: reading a folder's config.json must not load jax.
+"""
 
-__all__ = ["OpenedModel", "WeightsError", "load_parameters", "open_model", "save_parameters"]
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "OpenedModel": "resolve",
+    "WeightsError": "hf_config",
+    "load_parameters": "load",
+    "open_model": "resolve",
+    "save_parameters": "save",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

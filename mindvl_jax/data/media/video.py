@@ -25,11 +25,13 @@ LONGEST_FRAMES = 200_000  # above an hour at 50 frames a second: cut the file fi
 
 @dataclasses.dataclass(frozen=True)
 class VideoPlan:
-    """Frames to take and their layout: grid (frame pairs, height, width) in patches, seconds from one pair to the next."""
+    """Frames to take and their layout: grid (frame pairs, height, width) in patches, seconds from one pair to the next, the video's own
+    (height, width) in pixels."""
 
     frames: tuple[int, ...]
     grid: tuple[int, int, int]
     seconds_per_pair: float
+    size: tuple[int, int]
 
 
 def plan_frames(media: Media, vision: PatchGeometry, *, fps: float, max_frames: int, min_pixels: int, max_pixels: int, limit_patches: int | None = None, total_patches: int | None = None) -> VideoPlan:
@@ -72,7 +74,7 @@ def plan_frames(media: Media, vision: PatchGeometry, *, fps: float, max_frames: 
     _, rows, columns = images.image_grid(height, width, vision, min_pixels=min_pixels, max_pixels=max_pixels, limit_patches=limit_patches)
     # One frame only: it is shown twice, like a picture.
     taken_per_second = wanted / seconds
-    return VideoPlan(frames, (wanted // pair, rows, columns), pair / taken_per_second)
+    return VideoPlan(frames, (wanted // pair, rows, columns), pair / taken_per_second, (height, width))
 
 
 def read_frames(media: Media, frames: tuple[int, ...], grid: tuple[int, int, int], vision: PatchGeometry, resample: str) -> np.ndarray:

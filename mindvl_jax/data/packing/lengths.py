@@ -25,7 +25,7 @@ from mindvl_jax.data.sources.readers import Source
 from mindvl_jax.data.sources.mixture import MixtureStream
 from mindvl_jax.core.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,6 +38,7 @@ class Measured:
     image_lengths: np.ndarray
     window_lengths: range  # their number is all that counts
     truncated: int
+    shrunk: int
     source: int = 0
     pixels: None = None
 
@@ -66,17 +67,17 @@ def write_index(path: Path, outcomes: Iterable[Example | SampleError]) -> tuple[
     for outcome in outcomes:
         if isinstance(outcome, SampleError):
             refused.append({"index": len(numbers), "id": str(outcome.sample_id), "reason": outcome.reason, "message": str(outcome)})
-            numbers.append((-1, 0, 0, 0, 0))
+            numbers.append((-1, 0, 0, 0, 0, 0))
             ids.append("")
         else:
-            numbers.append((outcome.length, outcome.patches, len(outcome.image_lengths), len(outcome.window_lengths), outcome.truncated))
+            numbers.append((outcome.length, outcome.patches, len(outcome.image_lengths), len(outcome.window_lengths), outcome.truncated, outcome.shrunk))
             images.append(outcome.image_lengths)
             ids.append(outcome.id)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     with unfinished.open("wb") as file:
         np.savez(
-            file, numbers=np.array(numbers, np.int32).reshape(-1, 5), images=np.concatenate([*images, np.zeros(0, np.int32)]).astype(np.int32),
+            file, numbers=np.array(numbers, np.int32).reshape(-1, 6), images=np.concatenate([*images, np.zeros(0, np.int32)]).astype(np.int32),
             text=np.frombuffer(json.dumps({"ids": ids, "refused": refused}).encode(), np.uint8),
         )  # fmt: skip
     os.replace(unfinished, path)
@@ -108,9 +109,9 @@ class LengthIndex:
         if index in self._refused:
             entry = self._refused[index]
             return SampleError(entry["reason"], entry["message"], entry["id"])
-        length, patches, images, windows, truncated = self._numbers[index].tolist()
+        length, patches, images, windows, truncated, shrunk = self._numbers[index].tolist()
         end = int(self._ends[index])
-        return Measured(self._ids[index], length, patches, self._images[end - images : end], range(windows), truncated)
+        return Measured(self._ids[index], length, patches, self._images[end - images : end], range(windows), truncated, shrunk)
 
 
 class IndexedEncoder:

@@ -57,6 +57,7 @@ class Planner:
         self.batches = 0
         self.samples = 0
         self.truncated = 0
+        self.shrunk = 0
         self._filled = np.zeros(len(self._caps), np.int64)
         self.last_efficiency = (0.0, 0.0)
         self.last_imbalance = (1.0, 1.0)
@@ -84,6 +85,7 @@ class Planner:
         self.batches += 1
         self.samples += len(used)
         self.truncated += sum(example.truncated > 0 for row in planned for _, example in row)
+        self.shrunk += sum(example.shrunk > 0 for row in planned for _, example in row)
         positions = np.array([position for row in planned for position, _ in [*row, (-1, None)]], np.int64)
         self._fingerprint = zlib.crc32(positions.tobytes(), self._fingerprint)
         return planned
@@ -132,10 +134,15 @@ class Planner:
 
     # --- state ---
 
+    def epochs(self) -> list[float]:
+        """Return the share of each source that has been used: packed, or refused for good. Samples that wait for a row do not count."""
+        waiting = collections.Counter(example.source for _, example in self._waiting)
+        return [(self._drawn[index] - waiting[index]) / len(source) for index, source in enumerate(self._stream.sources)]
+
     def counters(self) -> dict[str, Any]:
         """Counts up to the last planned batch."""
         capacity = np.maximum(self._caps * self._rows * max(self.batches, 1), 1)
-        epochs = {source.name: round(self._drawn[index] / len(source), 4) for index, source in enumerate(self._stream.sources)}
+        epochs = {source.name: round(share, 4) for source, share in zip(self._stream.sources, self.epochs(), strict=True)}
         return {
             "batches": self.batches,
             "samples": self.samples,
@@ -143,6 +150,7 @@ class Planner:
             "epochs_by_source": epochs,
             "waiting": len(self._waiting),
             "truncated": self.truncated,
+            "shrunk": self.shrunk,
             "token_efficiency": float(self._filled[TOKENS] / capacity[TOKENS]),
             "patch_efficiency": float(self._filled[PATCHES] / capacity[PATCHES]),
             "batch_token_efficiency": self.last_efficiency[0],
@@ -163,6 +171,7 @@ class Planner:
             "batches": self.batches,
             "samples": self.samples,
             "truncated": self.truncated,
+            "shrunk": self.shrunk,
             "filled": self._filled.tolist(),
             "efficiency": list(self.last_efficiency),
             "imbalance": list(self.last_imbalance),
@@ -188,6 +197,7 @@ class Planner:
         # After the waiting samples were drawn again: those were counted the first time.
         self._drawn = collections.Counter(dict(enumerate(state["drawn"])))
         self.batches, self.samples, self.truncated = state["batches"], state["samples"], state["truncated"]
+        self.shrunk = state["shrunk"]
         self._filled = np.array(state["filled"], np.int64)
         self.last_efficiency, self.last_imbalance = tuple(state["efficiency"]), tuple(state["imbalance"])
         self._fingerprint = state["fingerprint"]

@@ -1,0 +1,39 @@
+"""Options and steps that several commands share: one name for one thing."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+
+from mindvl_jax.config import loader
+from mindvl_jax.config.schema import Config
+from mindvl_jax.weights.described import described
+
+
+def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add `--config` and `--set`."""
+    parser.add_argument("--config", required=required, metavar="YAML", help="configuration: a file, or a packaged one by name, such as quickstart")
+    add_overrides(parser)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add `--set`, which may be given several times."""
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="dotted overrides, for example run.seed=3 training.phases[0].steps=50")
+
+
+def examples(*lines: str) -> str:
+    """Return an epilog of example calls."""
+    return "examples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def load_config(path: str, overrides: Sequence[str] | Iterable[str] = ()) -> Config:
+    """Read a configuration as every command does, with sizes from the weights' folder where it names one."""
+    return loader.load(path, overrides, describe=described)
+
+
+def prepare_data(config: Config) -> None:
+    """Build the quickstart's data when the configuration asks for it and they are not there."""
+    if config.data.quickstart:
+        from examples.quickstart.build import prepare
+
+        prepare(config.data.quickstart)
