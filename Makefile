@@ -1,17 +1,19 @@
 # make quickstart: set up, make the data, train, evaluate, write the report.   make test: set up, lint, run the whole suite.   make lint: only the first part.
+# make docs: the documentation site.
 # make conformance: the real torch_npu on an emulated CANN runtime, in an environment of its own; writes docs/conformance.md (CONFORMANCE_PAGE).
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 NPU_VENV := .venv-npu
 NPU_BIN := $(NPU_VENV)/bin
+DOCS_VENV := .venv-docs
 RUN_DIR ?= runs/quickstart
 SET ?=
 WORKERS ?= 2
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: quickstart average test lint conformance setup setup-test setup-npu clean
+.PHONY: quickstart average test lint docs conformance setup setup-test setup-npu clean
 
 quickstart: $(VENV)/.main
 	$(BIN)/python train.py --config configs/quickstart.yaml --set run.dir=$(RUN_DIR) $(SET)
@@ -42,6 +44,10 @@ CONFORMANCE_PAGE ?= docs/conformance.md
 conformance: $(NPU_VENV)/.npu
 	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(NPU_BIN)/python -m npu_bridge.emulator.conformance --page $(CONFORMANCE_PAGE) --processes $(WORKERS)
 
+# The documentation site in build/site; a broken link or an unknown name of the reference fails it.
+docs: $(DOCS_VENV)/.docs
+	$(DOCS_VENV)/bin/mkdocs build
+
 setup: $(VENV)/.main
 setup-test: $(VENV)/.test
 setup-npu: $(NPU_VENV)/.npu
@@ -69,5 +75,10 @@ $(NPU_VENV)/.npu: $(VENV)/.test requirements/npu.txt
 	$(NPU_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
+$(DOCS_VENV)/.docs: requirements/docs.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/docs.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(NPU_VENV) build *.egg-info
+	rm -rf $(VENV) $(NPU_VENV) $(DOCS_VENV) build *.egg-info
