@@ -12,7 +12,7 @@ import dataclasses
 import errno
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,12 +159,29 @@ def room_in(run_dir: str | Path) -> Iterator[None]:
         ) from error
 
 
+@dataclasses.dataclass
+class _NewestAndBest:
+    """Orbax preservation policy: the newest `count` checkpoints, and the best one wherever it stands."""
+
+    count: int
+    best: Callable[[], int | None]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        first = len(checkpoints) - self.count
+        return [number >= first or info.step == self.best() for number, info in enumerate(checkpoints)]
+
+
 class CheckpointWriter:
-    """Saves into `run_dir/checkpoints`, in the background when the config says so; use as a context manager."""
+    """Saves into `run_dir/checkpoints`, in the background when the config says so; use as a context manager.
+
+    Attributes:
+      best: step that is kept beside the newest ones; None keeps the newest alone.
+    """
 
     def __init__(self, run_dir: str | Path, config: CheckpointConfig):
+        self.best: int | None = None
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep, enable_async_checkpointing=config.asynchronous, cleanup_tmp_directories=True
+            preservation_policy=_NewestAndBest(config.keep, lambda: self.best), enable_async_checkpointing=config.asynchronous, cleanup_tmp_directories=True
         )
         # Compression takes five times the processor time of everything else in the background, beside the steps on a CPU, and saves 8 % of the disk.
         handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ("params", "optimizer", "ema")}

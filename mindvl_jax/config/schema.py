@@ -173,9 +173,18 @@ class TrainingConfig(Section):
     ema_decay: float | None = Field(None, ge=0, lt=1, description="Keep an exponential moving average of the parameters, such as 0.999; used as RUN:ema.")
 
 
+class ValidationConfig(Section):
+    """Loss on held-out samples while a phase trains."""
+
+    source: str = Field(description="Name in data.sources; not trained on.")
+    every_steps: PositiveInt = 200
+    samples: PositiveInt | None = Field(512, description="A fixed random part of the source; null takes all of it.")
+
+
 class CheckpointConfig(Section):
     every_steps: PositiveInt = 500
     keep: PositiveInt = 3
+    keep_best: bool = Field(False, description="Also keep the checkpoint with the lowest validation loss (best.json names it).")
     asynchronous: bool = True
 
 
@@ -252,6 +261,7 @@ class Config(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig
     training: TrainingConfig
+    validation: ValidationConfig | None = Field(None, description="Score a held-out source by its loss while training.")
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -259,6 +269,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _known_sources(self):
+        if self.validation is not None and self.validation.source not in self.data.sources:
+            raise ValueError(f"validation.source is {self.validation.source!r}, which data.sources does not have ({', '.join(self.data.sources)})")
+        if self.checkpoint.keep_best and self.validation is None:
+            raise ValueError("checkpoint.keep_best needs `validation`: the best checkpoint is the one with the lowest validation loss")
         for index, phase in enumerate(self.training.phases):
             for entry in phase.mixture:
                 if entry.source not in self.data.sources:

@@ -21,7 +21,7 @@ from mindvl_jax.training.params import ModelOutline, Params
 from mindvl_jax.training.state import TrainState, abstract_state
 
 # May change between a checkpoint and its continuation without a word: they do not change what is learned.
-SILENT = ("run", "mesh", "distributed", "checkpoint", "logging", "evaluation", "backend", "bridge", "model.remat", "data.workers", "data.prefetch")
+SILENT = ("run", "mesh", "distributed", "checkpoint", "validation", "logging", "evaluation", "backend", "bridge", "model.remat", "data.workers", "data.prefetch")
 
 
 @dataclasses.dataclass(frozen=True)

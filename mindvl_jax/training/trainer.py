@@ -26,7 +26,7 @@ from mindvl_jax.config.schema import Config, PhaseConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.data.epochs import resolve_epochs
 from mindvl_jax.parallel.mesh import make_mesh
-from mindvl_jax.parallel.rules import row_share
+from mindvl_jax.parallel.rules import RowShare, row_share
 from mindvl_jax.profiling import StepProfiler, profiler
 from mindvl_jax.training import ema, resume, scoring, state as states
 from mindvl_jax.checkpoints import id_table as vocabulary
@@ -42,6 +42,7 @@ from mindvl_jax.training.params import ModelOutline, outline_of
 from mindvl_jax.training.state import TrainState
 from mindvl_jax.training.step import COUNTS, StepPrograms, make_programs, program_key
 from mindvl_jax.training.stopping import StopRequest
+from mindvl_jax.training.validation import Best, Validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,7 @@ class _Dispatched:
     sample_ids: tuple[str, ...]
     counters: dict[str, Any]
     first_of_phase: bool = False
+    checked: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class TrainingDiverged(UserError):
@@ -153,6 +155,8 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
             self.writer = stack.enter_context(CheckpointWriter(self.run_dir, self.config.checkpoint))
+            self.best = Best(self.run_dir, resumed=plan.step)
+            self.writer.best = self.best.step if self.config.checkpoint.keep_best else None
             self.log = MetricsLog(self.run_dir, tensorboard=self.config.logging.tensorboard, first_step=plan.step) if self.is_main else None
             if self.log is not None:
                 stack.callback(self.log.close)
@@ -207,6 +211,8 @@ class Trainer:
 
         used = dict.fromkeys(name for phase in self.config.training.phases for name in phase.sources)
         wanted = [(self.config.data.sources[name], f"data.sources.{name}") for name in used]
+        if self.config.validation is not None:
+            wanted.append((self.config.data.sources[self.config.validation.source], "validation.source"))
         wanted += [(task.source, f"evaluation.tasks[{index}].source") for index, task in enumerate(self.config.evaluation.tasks)]
         problems = []
         for source, where in wanted:
@@ -253,6 +259,7 @@ class Trainer:
                 loader.restore(loader_state)
             feed = Feed(loader, self.mesh, micro_steps=(phase.steps - begin) * phase.gradient_accumulation, accumulation=phase.gradient_accumulation)
             recorder = _Recorder(self, phase, shape, count_flops)
+            validation = self._validation(index, shape, share, programs)
             for phase_step in range(begin, phase.steps):
                 if self.profiler is not None:
                     self.profiler.before_step(step + 1, lambda: jax.block_until_ready(state.step))
@@ -266,13 +273,14 @@ class Trainer:
                 step += 1
                 if self.profiler is not None:
                     self.profiler.after_step(step, lambda: _ran(programs, state, shape, phase), lambda: jax.block_until_ready(state.step))
-                recorder.add(dataclasses.replace(dispatched, first_of_phase=phase_step == begin))
+                ended = phase_step + 1 == phase.steps
+                checked, is_best = self._validate(validation, state, step, recorder, ended=ended)
+                recorder.add(dataclasses.replace(dispatched, first_of_phase=phase_step == begin, checked=checked))
                 feed.refill()
                 recorder.drain(keep=self.backend.in_flight)
-                ended = phase_step + 1 == phase.steps
                 # A request that arrives now is answered before the next step; asking twice for one step would break the agreement.
                 enough = stop_after is not None and step >= stop_after and step < self.total_steps
-                if ended or enough or step % self.config.checkpoint.every_steps == 0:
+                if ended or enough or is_best or step % self.config.checkpoint.every_steps == 0:
                     self._save(state, step, index, phase_step + 1, trained, None if ended else loader_state, recorder)
                 if enough:
                     return state, step, False
@@ -309,6 +317,32 @@ class Trainer:
                     jax.block_until_ready(totals.numerator)
         state, metrics = programs.update(state, totals, learning_rate)
         return state, micro.loader_state, _Dispatched(step, metrics, tuple(ids), micro.counters)
+
+    def _validation(self, index: int, shape: BatchShape, share: RowShare, programs: StepPrograms) -> Validation | None:
+        if self.config.validation is None:
+            return None
+        own = shape.rows // share.count
+        made = Validation(
+            self.config, index, outline=self.outline, mesh=self.mesh, shape=shape, rows=slice(share.index * own, (share.index + 1) * own),
+            compile=functools.partial(self.backend.compile, mesh=self.mesh), shardings=programs.shardings,
+        )  # fmt: skip
+        self.console.print(f"validation: {made.samples} samples of {self.config.validation.source} every {self.config.validation.every_steps} steps")
+        return made
+
+    def _validate(self, validation: Validation | None, state: TrainState, step: int, recorder: _Recorder, *, ended: bool) -> tuple[dict[str, float], bool]:
+        """(metrics of a check that is due, whether this step is to be kept as the best)."""
+        if validation is None or not validation.due(step, ended=ended):
+            return {}, False
+        recorder.drain(keep=0)
+        jax.block_until_ready(state.step)
+        loss, seconds = validation.loss(state)
+        recorder.pause(seconds)
+        best = self.best.offer(step, loss, write=self.is_main and self.config.checkpoint.keep_best)
+        self.console.print(f"step {step}: validation loss {loss:.4f}" + (" (lowest so far)" if best else f" (lowest {self.best.loss:.4f} at step {self.best.step})") + f", {seconds:.1f} s")
+        keep = best and self.config.checkpoint.keep_best
+        if keep:
+            self.writer.best = step
+        return {"validation_loss": loss, "validation_seconds": seconds}, keep
 
     def _save(
         self, state: TrainState, step: int, index: int, phase_step: int, trained: list[str], loader_state: dict | None, recorder: _Recorder
@@ -374,6 +408,10 @@ class _Recorder:
     def add(self, dispatched: _Dispatched) -> None:
         self._pending.append(dispatched)
 
+    def pause(self, seconds: float) -> None:
+        """Leave out of the next step's time what was spent on something else."""
+        self._last += seconds
+
     def drain(self, keep: int) -> None:
         """Waits for all dispatched steps but the newest `keep`."""
         while len(self._pending) > keep:
@@ -399,6 +437,7 @@ class _Recorder:
             "step": done.step,
             "phase": self._phase.name,
             "loss": values["loss"],
+            **done.checked,
             **values["losses"],
             "grad_norm": values["grad_norm"],
             "learning_rate": values["learning_rate"],

@@ -38,7 +38,7 @@ def test_a_disk_that_fills_during_a_save_ends_the_run_with_what_is_safe_and_room
         return resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     done = subprocess.run([sys.executable, "train.py", "--config", str(tmp_path / "config.yaml")], cwd=ROOT, preexec_fn=small, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr[-3000:]
-    told = done.stderr[done.stderr.rindex("train.py: ") :]
+    told = done.stderr[done.stderr.rindex("mindvl train: ") :]
     assert "no room left to write" in told and "the checkpoint of step 1 is whole, and run.resume: auto continues from it" in told
     assert train(filled).finished
     def bits(config):

@@ -337,7 +337,7 @@ def test_a_bad_configuration_ends_with_one_message_and_exit_code_two(run_mapping
     file.write_text(config_loader.dump(config_loader.from_mapping(run_mapping())))
     process = start(file, "mesh.data=16")
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2 and "train.py: mesh data 16 x fsdp 1 x tensor 1 needs 16 devices" in output and "Traceback" not in output, output
+    assert process.returncode == 2 and "mindvl train: mesh data 16 x fsdp 1 x tensor 1 needs 16 devices" in output and "Traceback" not in output, output
 
 
 def free_port():
