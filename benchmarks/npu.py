@@ -56,8 +56,8 @@ def through_bridge(model) -> tuple[Callable[[], Any], Facts]:
 
     import npu_bridge
     from mindvl_jax.config.schema import MeshConfig, OptimizerConfig, PhaseConfig
+    from mindvl_jax.models.outline import outline_of
     from mindvl_jax.parallel.mesh import make_mesh
-    from mindvl_jax.training.params import outline_of
     from mindvl_jax.training.state import abstract_state
     from mindvl_jax.training.step import make_programs
     from npu_bridge.runtime.api import Compiled
@@ -97,7 +97,7 @@ def by_hand(model) -> tuple[Callable[[], Any], Facts]:
     import torch_npu  # noqa: F401
     from torch.utils.checkpoint import checkpoint
 
-    from mindvl_jax.training.params import outline_of
+    from mindvl_jax.models.outline import outline_of
     from tests.emulator.device.handwritten import Handwritten
 
     class Checkpointed(Handwritten):

@@ -11,12 +11,13 @@ import numpy as np
 
 from benchmarks.workloads import Workload
 from mindvl_jax.config.schema import MeshConfig, OptimizerConfig, PhaseConfig
+from mindvl_jax.core.params import Params
 from mindvl_jax.data.batch import Batch, BatchShape
 from mindvl_jax.models.mindvl.config import MindVLConfig
+from mindvl_jax.models.outline import outline_of
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import row_sharding
 from mindvl_jax.training.backend import compile_xla, compiler_options
-from mindvl_jax.training.params import Params, outline_of
 from mindvl_jax.training.state import initial_params, start_phase
 from mindvl_jax.training.step import make_programs
 

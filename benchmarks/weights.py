@@ -66,9 +66,9 @@ def write_folder(folder: Path, preset: str, layers: int | None, shard_bytes: int
     from safetensors.numpy import save_file
 
     from mindvl_jax.config import families
+    from mindvl_jax.models.outline import outline_of
     from mindvl_jax.weights.families import slots
     from mindvl_jax.weights.hf_config import write_config
-    from mindvl_jax.weights.load import outline
 
     config = families.preset(preset)
     if layers is not None:
@@ -85,7 +85,7 @@ def write_folder(folder: Path, preset: str, layers: int | None, shard_bytes: int
         places.update(dict.fromkeys(shards[-1], files[-1]))
         shards[-1] = {}
 
-    for slot in slots(config, {path: variable.shape for path, variable in outline(config)[1].items()}):
+    for slot in slots(config, {path: like.shape for path, like in outline_of(config).shapes.items()}):
         bits = np.frombuffer(rng.bytes(2 * int(np.prod(slot.shape))), np.uint16) & 0xBFFF  # any finite number will do
         shards[-1][slot.name] = bits.view(ml_dtypes.bfloat16).reshape(slot.shape)
         if sum(value.nbytes for value in shards[-1].values()) > shard_bytes:

@@ -24,8 +24,8 @@ def checkpoint_case(settings: Settings) -> Iterator[Comparison]:
     from mindvl_jax.checkpoints.checkpoint import CheckpointReader, CheckpointWriter, Progress
     from mindvl_jax.config import loader as config_loader
     from mindvl_jax.config.schema import CheckpointConfig, MeshConfig
+    from mindvl_jax.models.outline import outline_of
     from mindvl_jax.parallel.mesh import make_mesh
-    from mindvl_jax.training.params import outline_of
     from mindvl_jax.training.state import abstract_state, start_phase
 
     name = "dry" if settings.dry else "small"

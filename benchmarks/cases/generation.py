@@ -33,7 +33,7 @@ def write_model(folder: Path, name: str) -> None:
     from benchmarks import workloads
     from mindvl_jax.config.schema import TokenizerConfig
     from mindvl_jax.data.text.tokenizer import load_tokenizer
-    from mindvl_jax.training.params import outline_of
+    from mindvl_jax.models.outline import outline_of
     from mindvl_jax.weights.save import save_parameters
 
     config = workloads.MODELS[name]("float32")

@@ -26,7 +26,8 @@ from mindvl_jax.config.schema import CheckpointConfig, Config, MeshConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import parameter_shardings
-from mindvl_jax.training.params import ModelOutline, Params, outline_of
+from mindvl_jax.core.params import Outline, Params
+from mindvl_jax.models.outline import outline_of
 from mindvl_jax.training.state import COUNTERS, TrainState
 
 FOLDER = "checkpoints"
@@ -334,7 +335,7 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0][:300] if text else 'no message'}"
 
 
-def abstract_params(outline: ModelOutline, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_params(outline: Outline, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     shardings = parameter_shardings(outline.axis_names, {path: s.shape for path, s in outline.shapes.items()}, mesh)
     return {path: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[path]) for path, s in outline.shapes.items()}
 

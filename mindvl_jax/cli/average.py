@@ -65,14 +65,14 @@ def _scorer(args: argparse.Namespace, opened):
     from mindvl_jax.cli.evaluate import named_tasks
     from mindvl_jax.evaluation.evaluate import summarise
     from mindvl_jax.inference import Generator, Sampling
-    from mindvl_jax.weights.load import fill, outline
+    from mindvl_jax.models.outline import outline_of
 
     if opened.tokenizer is None:
         raise UserError(f"{args.weights[0]} has no tokenizer.json, so a soup cannot be scored; save the tokenizer beside the weights")
     tasks = [(benchmark, items[: args.limit]) for _, benchmark, items in named_tasks(args)]
 
     def score(parameters, label: str) -> float:
-        model = fill(outline(opened.model_config)[0], parameters)
+        model = outline_of(opened.model_config).merge(parameters)
         generator = Generator(dataclasses.replace(opened, model=model), slots=args.batch)
         scores = []
         for benchmark, items in tasks:

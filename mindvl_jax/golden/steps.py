@@ -126,7 +126,7 @@ class Training:
         from mindvl_jax.parallel.mesh import make_mesh
         from mindvl_jax.parallel.rules import row_sharding
         from mindvl_jax.training.backend import make_backend
-        from mindvl_jax.training.params import outline_of
+        from mindvl_jax.models.outline import outline_of
         from mindvl_jax.training.state import initial_params, start_phase
         from mindvl_jax.training.step import make_programs
 

@@ -54,7 +54,7 @@ class PromptEncoder:
     def __init__(self, model, tokenizer, *, min_pixels: int, max_pixels: int, resample: str = "bicubic", video_fps: float = 2.0,
                  video_max_frames: int = 64):
         self._model, self._tokenizer, self._resample = prompt_config(model, tokenizer), tokenizer, resample
-        self._sees = isinstance(model.config, MindVLConfig)
+        self._sees = hasattr(model.config, "vision")
         self._limits = EncodeLimits(min_pixels=min_pixels, max_pixels=max_pixels, resample=resample, video_fps=video_fps, video_max_frames=video_max_frames)
         self._encoders: dict[tuple[int, int], ExampleEncoder] = {}
 
@@ -98,10 +98,10 @@ def vision_of(model) -> VisionConfig:
 
 def prompt_config(model, tokenizer) -> MindVLConfig:
     """What the chat encoder must know of a module. A language model alone takes its (unused) media tokens from the tokenizer."""
-    if isinstance(model.config, MindVLConfig):
+    if hasattr(model.config, "vision"):
         return model.config
     names = dict(image_token_id="<|image_pad|>", video_token_id="<|video_pad|>", vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>")
-    return MindVLConfig(vision=_NO_VISION, text=model.config, **{key: tokenizer.token_id(name) for key, name in names.items()})
+    return MindVLConfig(vision=_NO_VISION, text=model.config.text, **{key: tokenizer.token_id(name) for key, name in names.items()})
 
 
 def without_media(request: Request) -> Request:

@@ -10,6 +10,7 @@ from mindvl_jax.models.spec import ModelSpec
 
 _FAMILIES = (
     "mindvl",
+    "qwen",
 )  # fmt: skip
 
 SPECS: dict[str, ModelSpec] = {name: importlib.import_module(f"mindvl_jax.models.{name}").SPEC for name in _FAMILIES}

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from flax import nnx
 
-from mindvl_jax.models.layers.config import TextConfig
-from mindvl_jax.models.mindvl.config import MindVLConfig
+from mindvl_jax.config.schema import ModelConfig
 from mindvl_jax.weights.hf_config import read_config
-from mindvl_jax.weights.load import fill, load_parameters, outline
+from mindvl_jax.models.outline import outline_of
+from mindvl_jax.weights.load import load_parameters
 from mindvl_jax.parity.probe import Part, compare_parts
 from mindvl_jax.parity.reference import load_reference, to_numpy
 from mindvl_jax.parity.samples import ParitySample, pack, random_sample, reference_inputs
@@ -58,9 +58,8 @@ def check(folder: Path, *, samples: int, text_tokens: int, seed: int = 0, tolera
       WeightsError: as `load_parameters`, or a family without a reference.
     """
     config = read_config(folder)
-    if isinstance(config, MindVLConfig):
-        config = config.model_copy(update=dict(compute_dtype="float32", param_dtype="float32"))
-    model = fill(outline(config)[0], load_parameters(folder, config, dtype=jnp.float32))
+    config = config.model_copy(update=dict(compute_dtype="float32", param_dtype="float32"))
+    model = outline_of(config).merge(load_parameters(folder, config, dtype=jnp.float32))
     reference = load_reference(folder, torch.float32)
     made = parity_samples(config, samples, text_tokens, seed)
     with jax.default_matmul_precision("highest"):
@@ -69,12 +68,12 @@ def check(folder: Path, *, samples: int, text_tokens: int, seed: int = 0, tolera
     return Outcome(str(folder), tuple(parts), logits, tolerance)
 
 
-def parity_samples(config: MindVLConfig | TextConfig, count: int, text_tokens: int, seed: int) -> list[ParitySample]:
+def parity_samples(config: ModelConfig, count: int, text_tokens: int, seed: int) -> list[ParitySample]:
     """Random samples: one picture, several, a video with its own clock, text; in turn."""
     rng = np.random.default_rng(seed)
     head = max(1, text_tokens // 2)
     shapes = [(head, ("image", (1, 16, 20)), head), (head, ("image", (1, 4, 6)), 1, ("image", (1, 10, 26)), head), (head, ("video", (3, 8, 12), 1.5), head), (2 * head,)]
-    if isinstance(config, TextConfig):
+    if not hasattr(config, "vision"):
         shapes = [(text_tokens,), (1,), (3 * text_tokens,), (head,)]
     return [random_sample(config, rng, *shapes[number % len(shapes)]) for number in range(count)]
 

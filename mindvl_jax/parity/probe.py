@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from mindvl_jax.models.layers.config import TextConfig
 from mindvl_jax.models.layers.rope import text_tables, vision_tables
 from mindvl_jax.models.mindvl.vision import window_patches
 from mindvl_jax.parity.reference import to_numpy
@@ -97,7 +96,7 @@ def compare_parts(model, reference, samples: Sequence[ParitySample]) -> list[Par
 
 def _visual_batches(model, reference, sample: ParitySample) -> list:
     """One batch for each call of the reference's tower: it sees all pictures at once, then all videos."""
-    if isinstance(model.config, TextConfig):
+    if not hasattr(model.config, "vision"):
         return []
     batches = []
     for kind in (1, 2):
@@ -137,7 +136,7 @@ def _run(model, name: str, given: np.ndarray, batch, jitted: dict[str, Callable]
     layer = _layer(model.language.layers, number)
     if kind != "attention":
         return jitted.setdefault(kind, jax.jit(lambda layer, x, kind=kind: getattr(layer, kind)(x)))(layer, x)
-    text = model.config if isinstance(model.config, TextConfig) else model.config.text
+    text = model.config.text
 
     def attend(layer, x, positions, ids):
         tables = text_tables(positions, text.head_dim, text.rope_theta, text.mrope_section if text.rope == "mrope" else None)

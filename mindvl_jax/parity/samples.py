@@ -14,8 +14,8 @@ import torch
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from mindvl_jax.data.batch import Batch, BatchShape
-from mindvl_jax.models.layers.config import TextConfig
-from mindvl_jax.models.mindvl.config import MindVLConfig, VisionConfig
+from mindvl_jax.config.schema import ModelConfig
+from mindvl_jax.models.mindvl.config import VisionConfig
 from mindvl_jax.parity.reference import rope_index
 
 IMAGE, VIDEO = 1, 2  # transformers' mm_token_type_ids
@@ -44,15 +44,15 @@ class ParitySample:
     learned: np.ndarray
 
 
-def random_sample(config: MindVLConfig | TextConfig, rng: np.random.Generator, *pieces, answer: int = 4) -> ParitySample:
+def random_sample(config: ModelConfig, rng: np.random.Generator, *pieces, answer: int = 4) -> ParitySample:
     """A sample of random ids and pixels.
 
     Args:
       pieces: an int is so many text tokens; ("image", (t, h, w)) or ("video", (t, h, w), seconds) is a visual.
       answer: learned tokens at the end.
     """
-    text = config if isinstance(config, TextConfig) else config.text
-    special = () if config is text else (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
+    text = config.text
+    special = () if not hasattr(config, "vision") else (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
     vocabulary = np.setdiff1d(np.arange(3, text.vocab_size), special)
     tokens: list[int] = []
     visuals: list[Visual] = []
@@ -71,12 +71,12 @@ def random_sample(config: MindVLConfig | TextConfig, rng: np.random.Generator, *
     return ParitySample(np.array(tokens), tuple(visuals), learned)
 
 
-def reference_inputs(sample: ParitySample, config: MindVLConfig | TextConfig) -> dict[str, Any]:
+def reference_inputs(sample: ParitySample, config: ModelConfig) -> dict[str, Any]:
     """Keyword arguments of a transformers model for one sample, batch of one."""
     ids = torch.tensor(sample.tokens)[None]
     labels = torch.where(torch.tensor(sample.learned)[None], ids, -100)
     inputs: dict[str, Any] = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
-    if isinstance(config, TextConfig):
+    if not hasattr(config, "vision"):
         return inputs
     inputs["mm_token_type_ids"] = torch.where(ids == config.image_token_id, IMAGE, torch.where(ids == config.video_token_id, VIDEO, 0)).int()
     for kind, pixels_name, grid_name in ((IMAGE, "pixel_values", "image_grid_thw"), (VIDEO, "pixel_values_videos", "video_grid_thw")):
@@ -96,13 +96,13 @@ def _layout(visual: Visual, vision: VisionConfig) -> tuple[np.ndarray, np.ndarra
     return order.numpy(), np.diff(bounds.numpy()), get_vision_position_ids(grid, vision.spatial_merge_size).numpy()
 
 
-def pack(rows: Sequence[Sequence[ParitySample]], config: MindVLConfig | TextConfig, reference, *, tokens: int, patches: int = 0, samples: int = 8) -> Batch:
+def pack(rows: Sequence[Sequence[ParitySample]], config: ModelConfig, reference, *, tokens: int, patches: int = 0, samples: int = 8) -> Batch:
     """Rows of samples as a batch, laid out with transformers' own window index and rotary positions.
 
     Args:
       tokens, patches: places of a row; what is left over is padding. samples: most samples of a row.
     """
-    vision = None if isinstance(config, TextConfig) else config.vision
+    vision = getattr(config, "vision", None)
     merge, patch_dim = (vision.merge_unit, vision.patch_dim) if vision else (4, 4)
     # At least one merged group: the arrays of a row are never empty.
     shape = BatchShape(len(rows), tokens, max(patches, merge), samples=samples, images=64, windows=max(patches, merge), patch_dim=patch_dim)

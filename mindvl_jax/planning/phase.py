@@ -6,7 +6,6 @@ Nothing is allocated: parameters are shapes, the mesh has no devices behind it.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,13 +17,13 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from mindvl_jax import data
 from mindvl_jax.data.batch import Batch, BatchShape
-from mindvl_jax.config.schema import Config, MeshConfig, ModelConfig
+from mindvl_jax.config.schema import Config, MeshConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.mesh import AXES, ROW_AXES, mesh_shape
 from mindvl_jax.parallel.rules import row_sharding
 from mindvl_jax.training import ema, state as states
 from mindvl_jax.training.optimizer import learning_rates, parameter_rules
-from mindvl_jax.training.params import ModelOutline, outline_of
+from mindvl_jax.models.outline import outline_of
 from mindvl_jax.training.state import TrainState
 from mindvl_jax.training.step import StepPrograms, make_programs, program_key
 
@@ -125,12 +124,6 @@ class Parts:
     key: tuple
 
 
-@functools.lru_cache(maxsize=8)
-def outline(model: ModelConfig) -> ModelOutline:
-    """`outline_of`, traced once for all plans of one model."""
-    return outline_of(model)
-
-
 class Planner:
     """Plans the phases of one configuration whose mesh has no -1.
 
@@ -145,7 +138,7 @@ class Planner:
         self.config, self._measure = config, measure
         ema.require_possible(config)
         self.mesh = abstract_mesh(config.mesh)
-        self.outline = outline(config.model)
+        self.outline = outline_of(config.model)
         self.parts = [parts_of(config, index, self.mesh) for index in range(len(config.training.phases))]
         self._measured: dict[tuple, Measured] = {}
 
@@ -207,7 +200,7 @@ class Planner:
 
 def parts_of(config: Config, index: int, mesh: AnyMesh) -> Parts:
     """The state and batch of a phase as shapes, after the checks that the trainer makes before it starts."""
-    phase, where, model = config.training.phases[index], f"training.phases[{index}]", outline(config.model)
+    phase, where, model = config.training.phases[index], f"training.phases[{index}]", outline_of(config.model)
     trained, frozen = states.split_trained(list(model.shapes), phase.train, f"{where}.train")
     learning_rates(phase, where)
     parameter_rules(trained, phase, config.training.optimizer, where)
@@ -223,7 +216,7 @@ def lowerings(config: Config, index: int, mesh: AnyMesh, compile: Callable[..., 
     """(name, lowered) of each program that a step of the phase runs, as the trainer calls it."""
     parts, phase = parts_of(config, index, mesh), config.training.phases[index]
     programs: StepPrograms = make_programs(
-        outline(config.model), phase=phase, optimizer=config.training.optimizer, shape=parts.shape, trained=parts.trained, frozen=parts.frozen, mesh=mesh,
+        outline_of(config.model), phase=phase, optimizer=config.training.optimizer, shape=parts.shape, trained=parts.trained, frozen=parts.frozen, mesh=mesh,
         loss_chunk=config.training.loss_chunk, where=f"training.phases[{index}]", compile=compile,
     )  # fmt: skip
     rate = jax.ShapeDtypeStruct((), jnp.float32)

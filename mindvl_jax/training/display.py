@@ -17,7 +17,7 @@ from rich.table import Table
 from mindvl_jax.config.schema import Config, PhaseConfig
 from mindvl_jax.data.batch import BatchShape
 from mindvl_jax.parallel.mesh import describe_mesh
-from mindvl_jax.training.params import ModelOutline
+from mindvl_jax.core.params import Outline
 
 WINDOW = 20  # steps that the shown rates average over
 
@@ -39,7 +39,7 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def print_startup(console: Console, config: Config, outline: ModelOutline, mesh: Mesh, peak: float | None, device_kind: str) -> None:
+def print_startup(console: Console, config: Config, outline: Outline, mesh: Mesh, peak: float | None, device_kind: str) -> None:
     """Device, dtype and why, mesh, kernels, parameters by part."""
     device = mesh.devices.flat[0]
     processes = f", process {jax.process_index()} of {jax.process_count()}" if jax.process_count() > 1 else ""
@@ -70,9 +70,9 @@ def kernels_in_use(config: Config, platform_name: str) -> str:
     return f"npu_bridge.ops as torch kernels on {config.bridge.device}"
 
 
-def parameter_table(config: Config, outline: ModelOutline) -> Table:
+def parameter_table(config: Config, outline: Outline) -> Table:
     """Parameters of each part, and in which phase each part learns."""
-    from mindvl_jax.training.params import matches_any
+    from mindvl_jax.core.params import matches_any
 
     table = Table(title=None, box=None, padding=(0, 2), header_style="bold")
     table.add_column("part")

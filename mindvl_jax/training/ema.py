@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.training.params import Params
+from mindvl_jax.core.params import Params
 
 
 @functools.partial(jax.jit, donate_argnames="average")

@@ -10,11 +10,11 @@ from rich.console import Console
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.checkpoints.checkpoint import abstract_params
-from mindvl_jax.training.params import ModelOutline, Params, flatten
+from mindvl_jax.core.params import Outline, Params, flatten
 from mindvl_jax.training.state import initial_params
 
 
-def starting_params(config: Config, outline: ModelOutline, mesh: Mesh, console: Console) -> Params:
+def starting_params(config: Config, outline: Outline, mesh: Mesh, console: Console) -> Params:
     """Parameters for step 0, on the mesh, in the model's parameter dtype.
 
     Raises:

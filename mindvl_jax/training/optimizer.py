@@ -15,7 +15,7 @@ import optax
 
 from mindvl_jax.config.schema import OptimizerConfig, PhaseConfig
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.training.params import Params, matches, matches_any, require_matches
+from mindvl_jax.core.params import Params, matches, matches_any, require_matches
 from npu_bridge import ops
 
 

@@ -17,7 +17,7 @@ from mindvl_jax.core.errors import UserError
 from mindvl_jax.training import metrics
 from mindvl_jax.checkpoints import checkpoint
 from mindvl_jax.checkpoints.checkpoint import CheckpointReader, DamagedCheckpoint, Progress
-from mindvl_jax.training.params import ModelOutline, Params
+from mindvl_jax.core.params import Outline, Params
 from mindvl_jax.training.state import TrainState, abstract_state
 
 # May change between a checkpoint and its continuation without a word: they do not change what is learned.
@@ -45,7 +45,7 @@ class Plan:
     notes: tuple[str, ...] = ()
 
 
-def plan(config: Config, outline: ModelOutline, mesh: Mesh, parts: Sequence[tuple[list[str], list[str]]]) -> Plan:
+def plan(config: Config, outline: Outline, mesh: Mesh, parts: Sequence[tuple[list[str], list[str]]]) -> Plan:
     """Decides by `run.resume`: `auto`, `never`, or the path of a checkpoint or run folder.
 
     Raises:
@@ -73,7 +73,7 @@ def plan(config: Config, outline: ModelOutline, mesh: Mesh, parts: Sequence[tupl
     return _restore(config, outline, mesh, parts, source)
 
 
-def _restore(config: Config, outline: ModelOutline, mesh: Mesh, parts: Sequence[tuple[list[str], list[str]]], source: Path) -> Plan:
+def _restore(config: Config, outline: Outline, mesh: Mesh, parts: Sequence[tuple[list[str], list[str]]], source: Path) -> Plan:
     damaged: list[tuple[int, DamagedCheckpoint]] = []
     found: tuple[Progress, TrainState, dict, Params | None] | None = None
     with CheckpointReader(source) as reader:

@@ -17,13 +17,13 @@ from jax.sharding import AxisType, Mesh
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.mesh import AXES
 from mindvl_jax.parallel.rules import parameter_shardings
-from mindvl_jax.training.params import ModelOutline, Params
+from mindvl_jax.core.params import Outline, Params
 
 _SECONDS = 1.0  # between two signs of life
 _RUNNING, _DONE, _FAILED = range(3)
 
 
-def for_scoring(params: Params, outline: ModelOutline) -> Params | None:
+def for_scoring(params: Params, outline: Outline) -> Params | None:
     """Parameters as the main process scores them: with one process as they are.
 
     With several, whole ones over the main process's own devices (as axis fsdp); None in the others. Called by all of them; each

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.rules import parameter_shardings, replicated
 from mindvl_jax.training.optimizer import zero_moments
-from mindvl_jax.training.params import ModelOutline, Params, matches_any, require_matches
+from mindvl_jax.core.params import Outline, Params, matches_any, require_matches
 
 
 @jax.tree_util.register_dataclass
@@ -70,13 +70,13 @@ def state_of(build: Callable[[str], object], trained: Sequence[str], frozen: Seq
     return TrainState(trained=own, frozen={path: leaves[path] for path in frozen}, mu=dict(own), nu=dict(own), **dict.fromkeys(COUNTERS, counter))
 
 
-def state_shardings(outline: ModelOutline, trained: Sequence[str], frozen: Sequence[str], mesh: Mesh) -> TrainState:
+def state_shardings(outline: Outline, trained: Sequence[str], frozen: Sequence[str], mesh: Mesh) -> TrainState:
     """The sharding of every array of the state; moments lie where their parameters lie."""
     shardings = parameter_shardings(outline.axis_names, {path: s.shape for path, s in outline.shapes.items()}, mesh)
     return state_of(shardings.__getitem__, trained, frozen, replicated(mesh))
 
 
-def abstract_state(outline: ModelOutline, trained: Sequence[str], frozen: Sequence[str], mesh: Mesh) -> TrainState:
+def abstract_state(outline: Outline, trained: Sequence[str], frozen: Sequence[str], mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, as a checkpoint is restored into."""
     shardings = state_shardings(outline, trained, frozen, mesh)
 
@@ -93,7 +93,7 @@ def abstract_state(outline: ModelOutline, trained: Sequence[str], frozen: Sequen
     )
 
 
-def initial_params(outline: ModelOutline, mesh: Mesh, seed: int) -> Params:
+def initial_params(outline: Outline, mesh: Mesh, seed: int) -> Params:
     """Fresh parameters, created in their places; the values do not depend on the mesh."""
     shardings = parameter_shardings(outline.axis_names, {path: s.shape for path, s in outline.shapes.items()}, mesh)
     return jax.jit(outline.initial, out_shardings=shardings)(jax.random.key(seed))

@@ -23,7 +23,7 @@ from mindvl_jax.parallel.rules import replicated, row_sharding
 from mindvl_jax.training import losses
 from mindvl_jax.training.backend import compile_xla
 from mindvl_jax.training.optimizer import adamw, parameter_rules
-from mindvl_jax.training.params import ModelOutline, Params
+from mindvl_jax.core.params import Outline, Params
 from mindvl_jax.training.state import TrainState, state_shardings
 from npu_bridge import ops
 
@@ -112,7 +112,7 @@ def program_key(phase: PhaseConfig, shape: BatchShape, trained: Sequence[str]) -
 
 
 def make_programs(
-    outline: ModelOutline,
+    outline: Outline,
     *,
     phase: PhaseConfig,
     optimizer: OptimizerConfig,

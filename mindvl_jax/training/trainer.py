@@ -38,7 +38,8 @@ from mindvl_jax.training.flops import FlopCounter, known_peak
 from mindvl_jax.training.initial import starting_params
 from mindvl_jax.training.metrics import MetricsLog
 from mindvl_jax.training.optimizer import learning_rates, parameter_rules
-from mindvl_jax.training.params import ModelOutline, outline_of
+from mindvl_jax.core.params import Outline
+from mindvl_jax.models.outline import outline_of
 from mindvl_jax.training.state import TrainState
 from mindvl_jax.training.step import COUNTS, StepPrograms, make_programs, program_key
 from mindvl_jax.training.stopping import StopRequest
@@ -120,7 +121,7 @@ class Trainer:
         self.run_dir = Path(config.run.dir)
         self.is_main = jax.process_index() == 0
         self.mesh: Mesh = make_mesh(config.mesh, backend.devices())
-        self.outline: ModelOutline = outline_of(config.model)
+        self.outline: Outline = outline_of(config.model)
         self.device_kind = backend.device_kind(self.mesh)
         self.peak = config.logging.peak_flops or known_peak(self.device_kind)
         self.total_steps = sum(phase.steps for phase in config.training.phases)

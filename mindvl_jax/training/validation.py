@@ -26,7 +26,7 @@ from mindvl_jax.data.packing.rows import WorkModel, plan_rows
 from mindvl_jax.data.sample import SampleError
 from mindvl_jax.data.sources.readers import Source
 from mindvl_jax.parallel.rules import replicated, row_sharding
-from mindvl_jax.training.params import ModelOutline
+from mindvl_jax.core.params import Outline
 from mindvl_jax.training.state import TrainState
 
 BEST = "best.json"
@@ -43,7 +43,7 @@ class Validation:
       UserError: the source cannot be read, or none of its samples can be used.
     """
 
-    def __init__(self, config: Config, index: int, *, outline: ModelOutline, mesh: Mesh, shape: BatchShape, rows: slice, compile: Callable, shardings: TrainState):
+    def __init__(self, config: Config, index: int, *, outline: Outline, mesh: Mesh, shape: BatchShape, rows: slice, compile: Callable, shardings: TrainState):
         settings, phase = config.validation, config.training.phases[index]
         self._settings, self._config, self._shape, self._own = settings, config, shape, rows
         self._mesh = mesh

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from mindvl_jax.models.layers.config import TextConfig
 from mindvl_jax.models.mindvl.config import MindVLConfig
+from mindvl_jax.models.qwen.config import QwenConfig
 from mindvl_jax.models.layers.projector import Projector
 from mindvl_jax.parallel.rules import parameter_shardings
 from mindvl_jax.weights.hf_config import WeightsError, read_config
@@ -52,12 +53,12 @@ def assemble(vision_folder: str | Path, language_folder: str | Path, *, mrope: b
     vision_config, text_config = read_config(Path(vision_folder)), read_config(Path(language_folder))
     if not isinstance(vision_config, MindVLConfig):
         raise WeightsError(f"{vision_folder}: a language model without a vision tower; expected Qwen2.5-VL or MindVL")
-    if not isinstance(text_config, TextConfig):
+    if not isinstance(text_config, QwenConfig):
         raise WeightsError(f"{language_folder}: a vision-language model; expected Qwen3 or Qwen2.5")
     largest = max(vision_config.image_token_id, vision_config.video_token_id, vision_config.vision_start_token_id, vision_config.vision_end_token_id)
-    if largest >= text_config.vocab_size:
-        raise WeightsError(f"{vision_folder} uses token {largest} as a mark of media, but {language_folder} has a vocabulary of {text_config.vocab_size}")
-    config = assembled_config(vision_config, text_config, mrope=mrope)
+    if largest >= text_config.text.vocab_size:
+        raise WeightsError(f"{vision_folder} uses token {largest} as a mark of media, but {language_folder} has a vocabulary of {text_config.text.vocab_size}")
+    config = assembled_config(vision_config, text_config.text, mrope=mrope)
     parameters = load_parameters(vision_folder, vision_config, mesh=mesh, dtype=dtype, parts=("vision/",))
     parameters |= load_parameters(language_folder, text_config, mesh=mesh, dtype=dtype)
     kind = jnp.dtype(dtype) if dtype is not None else parameters["language/norm/scale"].dtype

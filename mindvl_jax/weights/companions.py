@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mindvl_jax.config.schema import ModelConfig
 from mindvl_jax.models.layers.config import TextConfig
-from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.data.text.tokenizer import Tokenizer
 from mindvl_jax.models.mindvl.vision import IMAGE_MEAN, IMAGE_STD
 from mindvl_jax.weights.resolve import ID_TABLE
@@ -37,13 +37,13 @@ CHAT_TEMPLATE = """\
 """The published Qwen chat format, without the system turn that some releases add by themselves."""
 
 
-def write_companions(folder: Path, config: MindVLConfig | TextConfig, tokenizer: Tokenizer | None, min_pixels: int, max_pixels: int) -> None:
+def write_companions(folder: Path, config: ModelConfig, tokenizer: Tokenizer | None, min_pixels: int, max_pixels: int) -> None:
     """Writes everything but config.json and the weights."""
     if tokenizer is not None:
-        _write_tokenizer(folder, tokenizer, config if isinstance(config, TextConfig) else config.text)
+        _write_tokenizer(folder, tokenizer, config.text)
         ends = list(dict.fromkeys((tokenizer.eos_id, tokenizer.pad_id)))
         _dump(folder / "generation_config.json", {"eos_token_id": ends, "pad_token_id": tokenizer.pad_id, "do_sample": False})
-    if isinstance(config, MindVLConfig):
+    if hasattr(config, "vision"):
         vision = config.vision
         shared = dict(
             patch_size=vision.patch_size, temporal_patch_size=vision.temporal_patch_size, merge_size=vision.spatial_merge_size, do_resize=True, do_rescale=True,

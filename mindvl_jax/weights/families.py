@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from mindvl_jax.models.layers.config import TextConfig
-from mindvl_jax.models.mindvl.config import MindVLConfig, VisionConfig
+from mindvl_jax.config.schema import ModelConfig
+from mindvl_jax.models.mindvl.config import VisionConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +85,9 @@ def text_rules(config: TextConfig) -> list[Rule]:
     return rules
 
 
-def rules_for(config: MindVLConfig | TextConfig) -> list[Rule]:
+def rules_for(config: ModelConfig) -> list[Rule]:
     """The table of a whole model. MindVL's own layout is the vision table beside its decoder's."""
-    if isinstance(config, TextConfig):
-        return text_rules(config)
-    return vision_rules() + text_rules(config.text)
+    return (vision_rules() if config.family == "mindvl" else []) + text_rules(config.text)
 
 
 # Other spellings of the same tensors: memory names of transformers 4.52 and later, and towers saved alone.
@@ -124,9 +123,9 @@ class Slot:
     shape: tuple[int, ...]
 
 
-def slots(config: MindVLConfig | TextConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Slot]:
+def slots(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Slot]:
     """Every published tensor of a model whose parameters have `shapes` (by path), with the shape it must have."""
-    vision = None if isinstance(config, TextConfig) else config.vision
+    vision = getattr(config, "vision", None)
     for rule in rules_for(config):
         layers = range(shapes[rule.ours[0]][0]) if rule.layered else [None]
         for layer in layers:

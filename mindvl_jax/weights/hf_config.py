@@ -12,8 +12,10 @@ from typing import Any
 
 import pydantic
 
+from mindvl_jax.config.schema import ModelConfig
 from mindvl_jax.models.layers.config import TextConfig
 from mindvl_jax.models.mindvl.config import MindVLConfig, VisionConfig
+from mindvl_jax.models.qwen.config import QwenConfig
 from mindvl_jax.core.errors import UserError
 
 SUPPORTED = {"qwen2_5_vl": "Qwen2.5-VL", "qwen3": "Qwen3", "qwen2": "Qwen2.5", "mindvl": "MindVL"}
@@ -41,7 +43,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_config(folder: Path) -> MindVLConfig | TextConfig:
+def read_config(folder: Path) -> ModelConfig:
     """The model that a folder's config.json describes.
 
     Raises:
@@ -58,7 +60,8 @@ def read_config(folder: Path) -> MindVLConfig | TextConfig:
         raise WeightsError(f"{path}: model_type is {kind!r}, which is not supported; supported are {names}")
     reader = _Reader(path)
     if kind in ("qwen2", "qwen3"):
-        config = reader.text(content, kind)
+        text = reader.text(content, kind)
+        config = None if text is None else QwenConfig(text=text)
     else:
         config = reader.vision_language(content, kind)
     reader.finish()
@@ -155,10 +158,10 @@ class _Reader:
         return self.build(MindVLConfig, dict(vision=vision, text=text, **tokens), "")
 
 
-def model_type(config: MindVLConfig | TextConfig) -> str:
+def model_type(config: ModelConfig) -> str:
     """What a folder of this model calls itself: transformers' own name where transformers has the model, else `mindvl`."""
-    if isinstance(config, TextConfig):
-        return config.family
+    if isinstance(config, QwenConfig):
+        return config.text.family
     published = config.text.family == "qwen2" and config.text.rope == "mrope" and config.text.num_heads * config.text.head_dim == config.text.hidden_size
     return "qwen2_5_vl" if published else "mindvl"
 
@@ -166,7 +169,7 @@ def model_type(config: MindVLConfig | TextConfig) -> str:
 _ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration", "mindvl": "MindVLForConditionalGeneration"}
 
 
-def write_config(config: MindVLConfig | TextConfig, dtype: str, *, pad_token_id: int | None = None, eos_token_id: int | None = None) -> dict[str, Any]:
+def write_config(config: ModelConfig, dtype: str, *, pad_token_id: int | None = None, eos_token_id: int | None = None) -> dict[str, Any]:
     """The content of config.json for a model.
 
     Args:
@@ -175,8 +178,8 @@ def write_config(config: MindVLConfig | TextConfig, dtype: str, *, pad_token_id:
     kind = model_type(config)
     special = {"pad_token_id": pad_token_id, "eos_token_id": eos_token_id, "bos_token_id": None}
     head = {"architectures": [_ARCHITECTURES[kind]], "model_type": kind, "dtype": dtype, **special}
-    if isinstance(config, TextConfig):
-        return {**head, **_text_content(config)}
+    if isinstance(config, QwenConfig):
+        return {**head, **_text_content(config.text)}
     text_kind = "qwen2_5_vl_text" if kind == "qwen2_5_vl" else config.text.family
     return {
         **head,

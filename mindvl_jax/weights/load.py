@@ -17,12 +17,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from mindvl_jax.models.layers.config import TextConfig
-from mindvl_jax.models.mindvl.config import MindVLConfig
-from mindvl_jax.models.mindvl.model import LanguageModel, MindVL
+from mindvl_jax.config.schema import ModelConfig
+from mindvl_jax.models.outline import outline_of
 from mindvl_jax.parallel.rules import parameter_shardings
 from mindvl_jax.weights.families import Slot, slots
 from mindvl_jax.weights.folder import Reader, WeightsFolder
@@ -37,28 +35,7 @@ _ALIGNMENT = 64  # of host memory that a CPU device takes over without a copy
 _scratch = threading.local()
 
 
-def outline(config: MindVLConfig | TextConfig, *, compute_dtype: str = "float32") -> tuple[nnx.Module, dict[str, nnx.Param]]:
-    """The module (MindVL, or a language model alone) without values, and its parameters by path.
-
-    Args:
-      compute_dtype: of a language model alone; MindVL's stands in its configuration.
-    """
-    if isinstance(config, TextConfig):
-        build = lambda: LanguageModel(config, rngs=nnx.Rngs(0), compute_dtype=compute_dtype)
-    else:
-        build = lambda: MindVL(config, rngs=nnx.Rngs(0))
-    model = nnx.eval_shape(build)
-    return model, {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-
-
-def fill(model: nnx.Module, parameters: Mapping[str, jax.Array]) -> nnx.Module:
-    """The module of `outline` with values."""
-    graph, state = nnx.split(model, nnx.Param)
-    flat = [(path, variable.replace(parameters["/".join(map(str, path))])) for path, variable in nnx.to_flat_state(state)]
-    return nnx.merge(graph, nnx.from_flat_state(flat))
-
-
-def load_parameters(folder: str | Path, config: MindVLConfig | TextConfig | None = None, *, mesh: Mesh | None = None, dtype=None,
+def load_parameters(folder: str | Path, config: ModelConfig | None = None, *, mesh: Mesh | None = None, dtype=None,
                     parts: tuple[str, ...] | None = None) -> dict[str, jax.Array]:
     """Parameters by path, each where the mesh's rules put it.
 
@@ -75,8 +52,8 @@ def load_parameters(folder: str | Path, config: MindVLConfig | TextConfig | None
     folder = Path(folder)
     config = read_config(folder) if config is None else config
     files = WeightsFolder(folder)
-    _, variables = outline(config)
-    shapes = {path: variable.shape for path, variable in variables.items()}
+    outline = outline_of(config)
+    shapes = {path: like.shape for path, like in outline.shapes.items()}
     wanted = {path for path in shapes if parts is None or path.startswith(parts)}
     all_slots = [slot for slot in slots(config, shapes) if wanted.intersection(slot.rule.ours)]
     _check(files, config, all_slots, whole=parts is None)
@@ -87,7 +64,7 @@ def load_parameters(folder: str | Path, config: MindVLConfig | TextConfig | None
             by_path.setdefault(path, []).append((slot, rows))
     shardings: Mapping[str, jax.sharding.Sharding] = {}
     if mesh is not None:
-        shardings = parameter_shardings({path: variable.get_metadata().get("out_sharding") for path, variable in variables.items()}, shapes, mesh)
+        shardings = parameter_shardings(outline.axis_names, shapes, mesh)
     default = SingleDeviceSharding(jax.local_devices()[0])
     with files.reader() as reader, concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         if config_is_tied(config) and "lm_head.weight" in files.entries and not _equal(reader, files, "lm_head.weight", "model.embed_tokens.weight"):
@@ -100,8 +77,8 @@ def load_parameters(folder: str | Path, config: MindVLConfig | TextConfig | None
     return parameters
 
 
-def config_is_tied(config: MindVLConfig | TextConfig) -> bool:
-    return (config if isinstance(config, TextConfig) else config.text).tie_word_embeddings
+def config_is_tied(config: ModelConfig) -> bool:
+    return config.text.tie_word_embeddings
 
 
 def _check(files: WeightsFolder, config, expected: list[Slot], *, whole: bool) -> None:

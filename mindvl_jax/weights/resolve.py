@@ -9,12 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from mindvl_jax.config.schema import Config, TokenizerConfig
-from mindvl_jax.models.layers.config import TextConfig
-from mindvl_jax.models.mindvl.config import MindVLConfig
+from mindvl_jax.config.schema import Config, ModelConfig, TokenizerConfig
 from mindvl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
+from mindvl_jax.models.outline import outline_of
 from mindvl_jax.weights.hf_config import WeightsError, read_config, read_json
-from mindvl_jax.weights.load import fill, load_parameters, outline
+from mindvl_jax.weights.load import load_parameters
 
 ID_TABLE = "mindvl_id_table.json"
 """Compact vocabulary of an exported model, beside the full tokenizer.json."""
@@ -34,14 +33,14 @@ class OpenedModel:
     """
 
     model: nnx.Module
-    config: Config | MindVLConfig | TextConfig
+    config: Config | ModelConfig
     tokenizer: Tokenizer | None
     min_pixels: int
     max_pixels: int
     folder: Path
 
     @property
-    def model_config(self) -> MindVLConfig | TextConfig:
+    def model_config(self) -> ModelConfig:
         return self.config.model if isinstance(self.config, Config) else self.config
 
     def parameters(self) -> dict:
@@ -93,13 +92,12 @@ def _open_run(folder: Path, mesh: Mesh | None, dtype, ema: bool) -> OpenedModel:
     if dtype is not None:
         name = jnp.dtype(dtype).name
         config = config.model_copy(update=dict(model=config.model.model_copy(update=dict(compute_dtype=name, param_dtype=name))))
-    model, variables = outline(config.model)
     values = {"/".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
     if dtype is not None:
         values = {path: value.astype(dtype) for path, value in values.items()}
     last = config.training.phases[-1]
     pixels = (config.evaluation.min_pixels or last.min_pixels, config.evaluation.max_pixels or last.max_pixels)
-    return OpenedModel(fill(model, values), config, load_tokenizer(config.tokenizer), *pixels, folder)
+    return OpenedModel(outline_of(config.model).merge(values), config, load_tokenizer(config.tokenizer), *pixels, folder)
 
 
 def _open_published(folder: Path, mesh: Mesh | None, dtype) -> OpenedModel:
@@ -107,13 +105,9 @@ def _open_published(folder: Path, mesh: Mesh | None, dtype) -> OpenedModel:
     values = load_parameters(folder, config, mesh=mesh, dtype=dtype)
     stored = values["language/embed/embedding"].dtype
     compute = "bfloat16" if stored == jnp.bfloat16 else "float32"
-    if isinstance(config, MindVLConfig):
-        config = config.model_copy(update=dict(compute_dtype=compute, param_dtype=compute))
-        model, _ = outline(config)
-    else:
-        model, _ = outline(config, compute_dtype=compute)
+    config = config.model_copy(update=dict(compute_dtype=compute, param_dtype=compute))
     tokenizer, pixels = open_companions(folder)
-    return OpenedModel(fill(model, values), config, tokenizer, *pixels, folder)
+    return OpenedModel(outline_of(config).merge(values), config, tokenizer, *pixels, folder)
 
 
 def open_companions(folder: Path) -> tuple[Tokenizer | None, tuple[int, int]]:

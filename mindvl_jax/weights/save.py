@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from mindvl_jax.models.layers.config import TextConfig
-from mindvl_jax.models.mindvl.config import MindVLConfig
+from mindvl_jax.config.schema import ModelConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.weights.families import Slot, slots, to_published
 from mindvl_jax.weights.folder import INDEX, SINGLE
@@ -26,7 +25,7 @@ SHARD_BYTES = 5 * 10**9
 METADATA = {"format": "pt"}
 
 
-def save_parameters(folder: str | Path, config: MindVLConfig | TextConfig, parameters: Mapping[str, jax.Array], *, dtype=None,
+def save_parameters(folder: str | Path, config: ModelConfig, parameters: Mapping[str, jax.Array], *, dtype=None,
                     shard_bytes: int = SHARD_BYTES, pad_token_id: int | None = None, eos_token_id: int | None = None) -> None:
     """Writes config.json and the weights; existing weight files of the folder are replaced.
 
@@ -57,7 +56,7 @@ def save_parameters(folder: str | Path, config: MindVLConfig | TextConfig, param
         folder.mkdir(parents=True, exist_ok=True)
         for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
             old.unlink(missing_ok=True)
-    vision = None if isinstance(config, TextConfig) else config.vision
+    vision = getattr(config, "vision", None)
     for name, group in zip(names, groups, strict=True):
         tensors = {slot.name: _published(slot, parameters, kinds, vision) for slot in group}
         if writes:

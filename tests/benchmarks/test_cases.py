@@ -92,7 +92,7 @@ def test_torch_model_written_by_hand_computes_the_twins_loss(trained):
 
 
 def test_small_model_has_about_sixty_million_parameters_and_tiny_about_three():
-    from mindvl_jax.training.params import outline_of
+    from mindvl_jax.models.outline import outline_of
 
     def count(config):
         return sum(shape.size for shape in outline_of(config).shapes.values()) / 1e6

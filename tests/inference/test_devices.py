@@ -8,9 +8,9 @@ from flax import nnx
 
 from mindvl_jax.config.schema import MeshConfig
 from mindvl_jax.inference import Generator, Request, Sampling
+from mindvl_jax.models.outline import outline_of
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import parameter_shardings
-from mindvl_jax.weights.load import fill, outline
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +28,10 @@ def on_one_device(opened, requests):
 def test_answers_do_not_depend_on_the_mesh(opened, requests, on_one_device, axes):
     mesh = make_mesh(MeshConfig(**axes))
     config = opened.model.config
-    model, variables = outline(config)
-    names = {path: variable.get_metadata().get("out_sharding") for path, variable in variables.items()}
-    shardings = parameter_shardings(names, {path: variable.shape for path, variable in variables.items()}, mesh)
+    outline = outline_of(config)
+    shardings = parameter_shardings(outline.axis_names, {path: like.shape for path, like in outline.shapes.items()}, mesh)
     values = {"/".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(opened.model, nnx.Param))}
-    spread = types.SimpleNamespace(**{**vars(opened), "model": fill(model, {path: jax.device_put(value, shardings[path]) for path, value in values.items()})})
+    spread = types.SimpleNamespace(**{**vars(opened), "model": outline.merge({path: jax.device_put(value, shardings[path]) for path, value in values.items()})})
     generator = Generator(spread, slots=8, context=128)
     answers = generator.generate(requests)
     assert len(generator._engine._state.cache.keys[0].sharding.device_set) == mesh.size

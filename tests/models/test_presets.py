@@ -2,16 +2,14 @@
 
 import jax
 import pytest
-from flax import nnx
 
 from mindvl_jax.config import families
 from mindvl_jax.models.mindvl import presets
-from mindvl_jax.weights.load import outline
+from mindvl_jax.models.outline import outline_of
 
 
 def count(config, prefix=""):
-    _, variables = outline(config)
-    sizes = {path: variable.get_value().size for path, variable in variables.items()}
+    sizes = {path: like.size for path, like in outline_of(config).shapes.items()}
     return sum(size for path, size in sizes.items() if path.startswith(prefix))
 
 
@@ -23,7 +21,7 @@ def decoder_by_hand(V, D, F, L, N, K, H, tied, biases, norms):
 # Published figures in billions (three or four digits).
 @pytest.mark.parametrize("name, billions", [("qwen3-0.6b", 0.596), ("qwen3-1.7b", 1.721), ("qwen3-4b", 4.022), ("qwen3-8b", 8.191), ("qwen3-32b", 32.76)])
 def test_qwen3_has_its_published_number_of_parameters(name, billions):
-    found = count(presets.TEXT[name]())
+    found = count(families.preset(name))
     assert abs(found / 1e9 - billions) < 0.0006 * max(1, billions / 8), f"{name}: {found / 1e9:.4f} B against {billions} B"
 
 
@@ -80,5 +78,5 @@ def test_presets_need_no_jax():
 
 def test_building_and_reading_presets_touches_no_device_memory():
     before = len(jax.live_arrays())
-    nnx.state(outline(families.preset("qwen2.5-vl-72b"))[0])
+    assert outline_of(families.preset("qwen2.5-vl-72b")).shapes
     assert len(jax.live_arrays()) <= before + 2

@@ -10,9 +10,10 @@ import torch
 import transformers
 from flax import nnx
 
+from mindvl_jax.models.outline import outline_of
 from mindvl_jax.parity.reference import ComposedMindVL, load_reference
 from mindvl_jax.weights import hf_config
-from mindvl_jax.weights.load import fill, load_parameters, outline
+from mindvl_jax.weights.load import load_parameters
 
 torch.set_num_threads(1)
 TOKENS = dict(image_token_id=192, video_token_id=193, vision_start_token_id=190, vision_end_token_id=191)
@@ -72,13 +73,11 @@ def family(tmp_path_factory):
             reference.save_pretrained(folder)
         reference = load_reference(folder)
         config = hf_config.read_config(folder)
-        if not isinstance(config, hf_config.TextConfig):
-            config = config.model_copy(update=dict(compute_dtype="float32"))
-        model, _ = outline(config)
-        model = fill(model, load_parameters(folder, config))
+        config = config.model_copy(update=dict(compute_dtype="float32"))
+        model = outline_of(config).merge(load_parameters(folder, config))
         graph, state = nnx.split(model, nnx.Param)
         return types.SimpleNamespace(name=name, reference=reference, config=config, folder=folder, model=model, graph=graph, state=state,
-                                     text=config if isinstance(config, hf_config.TextConfig) else config.text)
+                                     text=config.text)
 
     return build
 

@@ -11,11 +11,11 @@ import transformers
 
 from mindvl_jax.config.schema import MeshConfig, MixtureEntry, OptimizerConfig, PhaseConfig
 from mindvl_jax.data.batch import BatchShape
+from mindvl_jax.models.outline import outline_of
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parity.reference import load_reference
 from mindvl_jax.parity.samples import pack, random_sample, reference_inputs
 from mindvl_jax.training.optimizer import learning_rates
-from mindvl_jax.training.params import outline_of
 from mindvl_jax.training.state import start_phase
 from mindvl_jax.training.step import make_programs
 from mindvl_jax.weights import load_parameters

@@ -13,6 +13,7 @@ from mindvl_jax.cli import plan as command
 from mindvl_jax.config import loader as config_loader
 from mindvl_jax.core.devices import known_memory, limit_of, parse_memory
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.models.outline import outline_of
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import row_sharding
 from mindvl_jax.planning import alternatives, peak, phase
@@ -29,7 +30,6 @@ from mindvl_jax.planning.phase import (
     Planner,
     ProgramBytes,
 )
-from mindvl_jax.training.params import outline_of
 from mindvl_jax.training.state import initial_params, split_trained, start_phase
 
 SMOKE = "configs/smoke.yaml"

@@ -31,7 +31,6 @@ NEVER = {
 
 # Room of the importing module -> imported module, for imports that point upwards or sideways.
 UPWARD_TODAY: set[tuple[str, str]] = {
-    ("mindvl_jax.checkpoints.checkpoint", "mindvl_jax.training.params"),
     ("mindvl_jax.checkpoints.checkpoint", "mindvl_jax.training.state"),
     ("mindvl_jax.checkpoints.id_table", "mindvl_jax.weights.resolve"),
     ("mindvl_jax.training.trainer", "mindvl_jax.evaluation.report"),
@@ -62,7 +61,6 @@ LATE_TODAY: set[str] = {
     "mindvl_jax.training.backend",
     "mindvl_jax.training.display",
     "mindvl_jax.training.initial",
-    "mindvl_jax.training.params",
     "mindvl_jax.training.trainer",
     "mindvl_jax.weights.average",
     "mindvl_jax.weights.resolve",

@@ -9,8 +9,8 @@ import pytest
 
 from mindvl_jax.checkpoints import checkpoint
 from mindvl_jax.config.schema import CheckpointConfig, MeshConfig
+from mindvl_jax.models.outline import outline_of
 from mindvl_jax.parallel.mesh import make_mesh
-from mindvl_jax.training.params import outline_of
 from mindvl_jax.training.state import abstract_state, initial_params, start_phase
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from mindvl_jax.checkpoints import checkpoint
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.models.outline import outline_of
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.training import ema
-from mindvl_jax.training.params import outline_of
 from mindvl_jax.training.state import initial_params
 from mindvl_jax.training.trainer import train
 from mindvl_jax.weights import open_model

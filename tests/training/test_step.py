@@ -12,10 +12,10 @@ from flax import nnx
 import mindvl_jax.models.batch  # noqa: F401  registers Batch as a pytree
 from mindvl_jax.config.schema import MeshConfig, OptimizerConfig, PhaseConfig
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.params import Outline, matches
 from mindvl_jax.data.batch import BatchShape
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import replicated, row_sharding
-from mindvl_jax.training.params import ModelOutline, matches
 from mindvl_jax.training.state import initial_params, split_trained, start_phase
 from mindvl_jax.training.step import make_programs, program_key
 
@@ -44,7 +44,7 @@ class StandIn(nnx.Module):
 
 @pytest.fixture(scope="module")
 def outline():
-    return ModelOutline.of(lambda rngs: StandIn(rngs))
+    return Outline.of(lambda rngs: StandIn(rngs))
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def test_a_compact_vocabulary_keeps_its_ids_in_transformers(tokenizer_file, spea
     table = sorted({*full.encode("the cat sat"), *full.special.values()}, reverse=True)
     compact = Tokenizer(tokenizer_file, id_table=table)
     config = open_model(speaking("qwen3")).config
-    write_companions(tmp_path, config.model_copy(update=dict(vocab_size=len(table))), compact, 1, 1)
+    write_companions(tmp_path, config.model_copy(update=dict(text=config.text.model_copy(update=dict(vocab_size=len(table))))), compact, 1, 1)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "<|im_start|>the cat sat<|im_end|>"
     assert theirs(text).input_ids == compact.encode(text, allow_special=True)

@@ -22,7 +22,12 @@ def test_a_wrong_constant_is_found_and_located(published, monkeypatch, tmp_path)
     """The reference runs with the folder's own rope; ours is told another theta: attention must differ, nothing else."""
     folder = published("qwen3")
     real = checking.read_config
-    monkeypatch.setattr(checking, "read_config", lambda path: real(path).model_copy(update=dict(rope_theta=30.0)))
+
+    def other_theta(path):
+        config = real(path)
+        return config.model_copy(update=dict(text=config.text.model_copy(update=dict(rope_theta=30.0))))
+
+    monkeypatch.setattr(checking, "read_config", other_theta)
     outcome = checking.check(folder, samples=2, text_tokens=12)
     assert not outcome.passed
     wrong = {part.name for part in outcome.parts if part.difference > 1e-3 * part.scale}

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from mindvl_jax.models.layers.config import TextConfig
 from mindvl_jax.models.mindvl.config import MindVLConfig, VisionConfig
+from mindvl_jax.models.qwen.presets import QWEN3
 
 _TOKENS = dict(image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653)
 
@@ -24,10 +25,8 @@ def _qwen2_5_vl_text(layers: int, width: int, heads: int, kv_heads: int, feed_fo
                       mrope_section=(16, 24, 24), max_position_embeddings=128000)
 
 
-def _qwen3_text(layers: int, width: int, heads: int, feed_forward: int, tied: bool, *, mrope: bool = False) -> TextConfig:
-    return TextConfig(family="qwen3", vocab_size=151936, hidden_size=width, intermediate_size=feed_forward, num_layers=layers, num_heads=heads,
-                      num_kv_heads=8, head_dim=128, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=tied,
-                      rope="mrope" if mrope else "1d", mrope_section=(16, 24, 24) if mrope else None, max_position_embeddings=40960)
+def _qwen3_text(name: str) -> TextConfig:
+    return QWEN3[name]().model_copy(update=dict(rope="mrope", mrope_section=(16, 24, 24)))
 
 
 TEXT: dict[str, Callable[..., TextConfig]] = {
@@ -35,13 +34,8 @@ TEXT: dict[str, Callable[..., TextConfig]] = {
     "qwen2.5-vl-7b": lambda: _qwen2_5_vl_text(28, 3584, 28, 4, 18944, 152064, False),
     "qwen2.5-vl-32b": lambda: _qwen2_5_vl_text(64, 5120, 40, 8, 27648, 152064, False),
     "qwen2.5-vl-72b": lambda: _qwen2_5_vl_text(80, 8192, 64, 8, 29568, 152064, False),
-    "qwen3-0.6b": lambda **rope: _qwen3_text(28, 1024, 16, 3072, True, **rope),
-    "qwen3-1.7b": lambda **rope: _qwen3_text(28, 2048, 16, 6144, True, **rope),
-    "qwen3-4b": lambda **rope: _qwen3_text(36, 2560, 32, 9728, True, **rope),
-    "qwen3-8b": lambda **rope: _qwen3_text(36, 4096, 32, 12288, False, **rope),
-    "qwen3-32b": lambda **rope: _qwen3_text(64, 5120, 64, 25600, False, **rope),
 }
-"""Language models alone. The Qwen3 ones take `mrope=True`."""
+"""Decoders of Qwen2.5-VL."""
 
 VISION: dict[str, Callable[[], VisionConfig]] = {
     "qwen2.5-vit-3420": lambda: _vision(3420),
@@ -68,11 +62,11 @@ MODELS: dict[str, Callable[[], MindVLConfig]] = {
     "qwen2.5-vl-7b": lambda: _assembled("qwen2.5-vit-3420", TEXT["qwen2.5-vl-7b"]()),
     "qwen2.5-vl-32b": lambda: _assembled("qwen2.5-vit-3456", TEXT["qwen2.5-vl-32b"]()),
     "qwen2.5-vl-72b": lambda: _assembled("qwen2.5-vit-3456", TEXT["qwen2.5-vl-72b"]()),
-    "mindvl-0.6b": lambda: _assembled("qwen2.5-vit-3420", TEXT["qwen3-0.6b"](mrope=True)),
-    "mindvl-1.7b": lambda: _assembled("qwen2.5-vit-3420", TEXT["qwen3-1.7b"](mrope=True)),
-    "mindvl-4b": lambda: _assembled("qwen2.5-vit-3420", TEXT["qwen3-4b"](mrope=True)),
-    "mindvl-8b": lambda: _assembled("qwen2.5-vit-3420", TEXT["qwen3-8b"](mrope=True)),
-    "mindvl-32b": lambda: _assembled("qwen2.5-vit-3456", TEXT["qwen3-32b"](mrope=True)),
+    "mindvl-0.6b": lambda: _assembled("qwen2.5-vit-3420", _qwen3_text("qwen3-0.6b")),
+    "mindvl-1.7b": lambda: _assembled("qwen2.5-vit-3420", _qwen3_text("qwen3-1.7b")),
+    "mindvl-4b": lambda: _assembled("qwen2.5-vit-3420", _qwen3_text("qwen3-4b")),
+    "mindvl-8b": lambda: _assembled("qwen2.5-vit-3420", _qwen3_text("qwen3-8b")),
+    "mindvl-32b": lambda: _assembled("qwen2.5-vit-3456", _qwen3_text("qwen3-32b")),
     "mindvl-tiny": _tiny,
 }
 """Whole vision-language models: what `model.preset` of a config names."""

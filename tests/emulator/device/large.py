@@ -17,8 +17,8 @@ import npu_bridge.emulator as emulator
 from mindvl_jax.config import families
 from mindvl_jax.config.schema import MeshConfig, OptimizerConfig, PhaseConfig
 from mindvl_jax.data.packing.collate import shape_for
+from mindvl_jax.models.outline import outline_of
 from mindvl_jax.parallel.mesh import make_mesh
-from mindvl_jax.training.params import outline_of
 from mindvl_jax.training.state import abstract_state
 from mindvl_jax.training.step import make_programs
 from npu_bridge.runtime.api import Compiled

@@ -11,9 +11,9 @@ import torch_npu  # noqa: F401  (a broken installation fails here; nothing is sk
 import npu_bridge
 import npu_bridge.emulator as emulator
 from mindvl_jax.golden import steps as golden
+from mindvl_jax.models.outline import outline_of
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.training import losses
-from mindvl_jax.training.params import outline_of
 from mindvl_jax.training.state import initial_params
 from tests.emulator.device.handwritten import Handwritten
 

@@ -1,0 +1,68 @@
+"""Decoder with its token table and loss: what every family with text output shares.
+
+B rows, T tokens, D language width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mindvl_jax.models.batch import Batch
+from mindvl_jax.models.layers.decoder import Decoder
+from npu_bridge import ops
+
+
+class LanguageModel(nnx.Module):
+    """A decoder that reads the text fields of a batch; families with other inputs derive from it and override `embed`.
+
+    Parameters live under `language/`, layers stacked on a leading axis.
+
+    Args:
+      config: of the family; its `text` is the decoder's.
+    """
+
+    def __init__(self, config: Any, *, rngs: nnx.Rngs):
+        self.config = config
+        self.compute_dtype = jnp.dtype(config.compute_dtype)
+        self.language = Decoder(config.text, rngs=rngs, dtype=jnp.dtype(config.param_dtype), remat=config.remat)
+
+    def embed(self, batch: Batch, *, max_image_patches: int | None = None) -> jax.Array:
+        """(B, T, D): token embeddings."""
+        return self.language.embed(batch.tokens).astype(self.compute_dtype)
+
+    def __call__(self, batch: Batch, *, max_sample_length: int | None = None, max_image_patches: int | None = None) -> jax.Array:
+        """(B, T, D): hidden states after the final norm.
+
+        Args:
+          max_sample_length: static promise that no sample has more tokens. max_image_patches: no image more patches.
+        """
+        inputs_BTD = self.embed(batch, max_image_patches=max_image_patches)
+        with jax.named_scope("language"):
+            return self.language(inputs_BTD, batch.positions, batch.segment_ids, segment_lengths=batch.segment_lengths,
+                                 max_sample_length=max_sample_length)
+
+    def head_kernel(self) -> jax.Array:
+        """(D, V) output matrix."""
+        return self.language.head_kernel()
+
+    def logits(self, hidden: jax.Array, kernel: jax.Array | None = None) -> jax.Array:
+        """(.., D) hidden states -> (.., V) float32. For a few places at a time; training uses `token_losses`.
+
+        Args:
+          kernel: (D, V) the output matrix, where the caller has it at hand.
+        """
+        return ops.linear(hidden, self.head_kernel() if kernel is None else kernel).astype(jnp.float32)
+
+    def token_losses(self, batch: Batch, *, chunk: int, max_sample_length: int | None = None, max_image_patches: int | None = None) -> jax.Array:
+        """(B, T) float32: loss_weights times the negative log-likelihood of `targets`; full logits never exist.
+
+        Args:
+          chunk: static number of tokens whose logits exist at one time.
+        """
+        hidden_BTD = self(batch, max_sample_length=max_sample_length, max_image_patches=max_image_patches)
+        with jax.named_scope("loss"):
+            return ops.cross_entropy(hidden_BTD, self.head_kernel(), batch.targets, batch.loss_weights, chunk=chunk)
