@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": ("mindvl_jax.cli.evaluate", "score a model on tasks"),
     "average": ("mindvl_jax.cli.average", "average the weights of checkpoints"),
     "export": ("mindvl_jax.cli.export", "write a run as a Hugging Face folder"),
+    "serve": ("mindvl_jax.cli.serve", "answer over HTTP with the OpenAI interface, and a page to try it"),
     "score": ("mindvl_jax.cli.score", "negative log-likelihood of answers, sample by sample"),
     "parity": ("mindvl_jax.cli.parity", "compare a folder's model with transformers"),
     "plan": ("mindvl_jax.cli.plan", "whether a run fits its devices, before it starts and on any machine"),
@@ -31,7 +32,7 @@ COMMANDS = {
     "completion": ("mindvl_jax.cli.completion", "print the completion script of a shell"),
 }
 
-COMPUTING = ("train", "generate", "evaluate", "score", "compare", "profile")  # these run models for longer than a relaunch takes
+COMPUTING = ("train", "generate", "evaluate", "serve", "score", "compare", "profile")  # these run models for longer than a relaunch takes
 
 EXIT_CODES = """exit codes:
   0  done

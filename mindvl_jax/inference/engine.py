@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from flax import nnx
 
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.inference import programs
-from mindvl_jax.inference.buckets import Bucket, rows_for
+from mindvl_jax.inference.buckets import Bucket, row_counts, rows_for
 from mindvl_jax.inference.placement import place_rows, row_groups
 from mindvl_jax.inference.prefill import RowPlanner
 from mindvl_jax.inference.programs import CHUNK, empty_slots
@@ -97,19 +97,65 @@ class Engine:
     def waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def running(self) -> int:
+        """Answers that decode."""
+        return sum(running is not None for running in self._running)
+
+    @property
+    def parameters(self) -> nnx.State:
+        return self._params
+
+    def fix(self, sizes: Sequence[tuple[Bucket, int]]) -> None:
+        """Read prompts at these sizes alone (bucket, rows), so that nothing is compiled later; see `warm_up`."""
+        self._planner.fix(sizes)
+
+    def warm_up(self, prompt: Prompt, sizes: Sequence[tuple[Bucket, int]]) -> Iterator[tuple[int, int, str]]:
+        """Compile all programs of these prompt sizes and of decoding, and `fix` the sizes. Yields (done, total, what) before each.
+
+        Args:
+          prompt: any small one without images.
+        """
+        self.fix(sizes)
+        counts = row_counts(self.slots)
+        total = len(sizes) * len(counts) + 2
+        done = 0
+        for bucket, rows in sizes:
+            for count in counts:
+                yield done, total, f"prompts of {bucket.tokens} tokens and {bucket.patches} patches, {count} at a time"
+                done += 1
+                # Slot numbers past the last: what is read goes nowhere.
+                self._read_rows([prompt], [[0]], [0] * count, bucket, rows, [self.slots] * count, self._settings([], count))
+        for alternatives in (False, True):
+            yield done, total, "decoding" + (" with alternatives" if alternatives else "")
+            done += 1
+            self._decode(1, 1, alternatives)
+        self._state = self._programs.release(self._state, np.ones((self.slots,), bool))
+        jax.block_until_ready(self._state.token)
+
     def submit(self, prompt: Prompt, sampling: Sampling, seeds: Sequence[int], watchers: Sequence[Watcher]) -> None:
         """Queues a prompt for `sampling.n` answers, each with its seed and its watcher.
 
         Raises:
           UserError: the prompt does not fit the context.
         """
-        if prompt.tokens > self.context:
-            raise UserError(
-                f"The prompt of {prompt.id or 'a request'} has {prompt.tokens} tokens ({prompt.patches // 4} of pictures) but the context holds {self.context}. "
-                "Use smaller pictures (--max-pixels), a shorter prompt, or a larger context"
-            )
+        self.check(prompt)
         for seed, watcher in zip(seeds, watchers, strict=True):
             self._waiting.append(_Running(prompt, sampling, seed, watcher))
+
+    def check(self, prompt: Prompt) -> None:
+        """Refuse a prompt that can never be read.
+
+        Raises:
+          UserError: longer than the context, or than every size that was fixed.
+        """
+        if prompt.tokens > self.context:
+            raise UserError(
+                f"The prompt of {prompt.id or 'a request'} has {prompt.tokens} tokens ({prompt.patches // 4} of images) but the context holds {self.context}. "
+                "Use smaller images (--max-pixels), a shorter prompt, or a larger context"
+            )
+        if not self._planner.holds([prompt]):
+            raise UserError(f"The prompt has {prompt.tokens} tokens, {prompt.patches} patches and {len(prompt.example.image_lengths)} images, more than any size that was compiled")
 
     def abort(self, watchers: Sequence[Watcher]) -> None:
         """Drop the answers of these watchers, waiting or decoding; their slots are free at once and nothing more is delivered."""
@@ -154,9 +200,7 @@ class Engine:
         if self._waiting:
             wanted = 1 if eager else max(1, min(wanted, self.slots // 4))
         alternatives = any(running is not None and running.sampling.top_logprobs for running in self._running)
-        self._state, tokens_CB, logprobs_CB, others_CBA, active_B = self._programs.decode(
-            self._graphdef, self._params, self._laid, self._state, self._eos, np.int32(min(chunk, CHUNK)), np.int32(wanted), alternatives
-        )
+        tokens_CB, logprobs_CB, others_CBA, active_B = self._decode(chunk, wanted, alternatives)
         # The first tokens are fetched only now, so that admission and decoding are dispatched without waiting for each other.
         firsts = {}
         for slots, tokens, logprobs, others in admitted:
@@ -164,6 +208,12 @@ class Engine:
             for slot, token, logprob, ids, values in zip(slots, np.asarray(tokens), np.asarray(logprobs), ids_NA, values_NA):
                 firsts[slot] = int(token), float(logprob), _pairs(ids, values)
         self._deliver(firsts, np.asarray(tokens_CB), np.asarray(logprobs_CB), jax.tree.map(np.asarray, others_CBA), np.asarray(active_B))
+
+    def _decode(self, chunk: int, wanted: int, alternatives: bool):
+        self._state, *results = self._programs.decode(
+            self._graphdef, self._params, self._laid, self._state, self._eos, np.int32(min(chunk, CHUNK)), np.int32(wanted), alternatives
+        )
+        return results
 
     def _deliver(self, firsts: dict[int, tuple[int, float, tuple]], tokens_CB, logprobs_CB, others_CBA, active_B) -> None:
         stopped = []
@@ -211,6 +261,9 @@ class Engine:
         while self._waiting and len(group) < most and len(passed) < 4 * self.slots:
             running = self._waiting.popleft()
             (group if bucket.holds(running.prompt.bucket) else passed).append(running)
+        if not self._planner.free:  # sizes are fixed: what does not fit them together is read in the next call
+            while len(group) > 1 and not self._planner.holds([running.prompt for running in group]):
+                passed.insert(0, group.pop())
         self._waiting.extendleft(reversed(passed))
         return group
 
@@ -222,20 +275,32 @@ class Engine:
                 prompts.append(running.prompt)
             prompt_of.append(len(prompts) - 1)
         bucket, count, rows = self._planner(prompts)
+        pad = rows_for(len(group), self.slots) - len(group)
+        alternatives = any(running.sampling.top_logprobs for running in group)
+        slot_N = slots + [self.slots] * pad
+        first = self._read_rows(prompts, rows, prompt_of + [0] * pad, bucket, count, slot_N, self._settings(group, pad), alternatives)
+        for running, slot in zip(group, slots):
+            self._running[slot] = running
+        return first
+
+    def _read_rows(self, prompts, rows, prompt_of: Sequence[int], bucket: Bucket, count: int, slots: Sequence[int], settings, alternatives: bool | None = None):
+        """Prefill rows of prompts and put their answers into slots; returns the first tokens.
+
+        Args:
+          rows: indexes of the prompts of each row. prompt_of, slots: of each answer. alternatives: None compiles both programs.
+        """
         batch = pack_bucket([[prompts[index] for index in row] for row in rows], bucket, count, self._vision)
         batch = place_rows(self._mesh, batch, batch.tokens.shape[0])
         prefilled = self._programs.prefill(self._graphdef, self._params, batch, has_pictures=bool(bucket.patches))
-        pad = rows_for(len(group), self.slots) - len(group)
-        places = _places(prompts, rows, prompt_of + [0] * pad)
-        slot_N = np.asarray(slots + [self.slots] * pad, np.int32)
-        settings = self._settings(group, pad)
+        places = _places(prompts, rows, prompt_of)
         logits, seen = self._programs.last_logits(self._graphdef, self._params, prefilled, places)
-        alternatives = any(running.sampling.top_logprobs for running in group)
-        tokens, logprobs, others = self._programs.first_tokens(logits, seen, settings, alternatives)
-        self._state = self._programs.admit(self._state, prefilled.keys, prefilled.values, places, seen, slot_N, tokens, settings, self._eos)
-        for running, slot in zip(group, slots):
-            self._running[slot] = running
-        return tokens, logprobs, others
+        if alternatives is None:
+            self._programs.first_tokens(logits, seen, settings, True)
+        first = self._programs.first_tokens(logits, seen, settings, bool(alternatives))
+        self._state = self._programs.admit(
+            self._state, prefilled.keys, prefilled.values, places, seen, np.asarray(slots, np.int32), first[0], settings, self._eos
+        )
+        return first
 
     def _settings(self, group: list[_Running], pad: int) -> programs.Settings:
         def column(value: Callable[[_Running], object], kind, rest):

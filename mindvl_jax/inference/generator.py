@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.inference.buckets import next_size
-from mindvl_jax.inference.engine import Delivery, Engine
+from mindvl_jax.inference.engine import Delivery, Engine, Watcher
 from mindvl_jax.inference.placement import mesh_of
 from mindvl_jax.inference.prompts import Prompt, PromptEncoder
 from mindvl_jax.inference.request import Answer, Request
@@ -21,12 +21,16 @@ class Piece:
 
     Attributes:
       request: index of the request. sample: which of its answers. text: may be empty. answer: set once the answer is complete.
+      tokens, logprobs, alternatives: since the piece before (see `Answer`); the text of the newest may still be held back.
     """
 
     request: int
     sample: int
     text: str
     answer: Answer | None = None
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    alternatives: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 class Generator:
@@ -94,7 +98,7 @@ class Generator:
                     usable.sort(key=lambda index: (prompts[index].bucket, part[index].sampling.max_new_tokens), reverse=True)
                 engine = self._engine_for([prompts[index] for index in usable], [part[index] for index in usable])
                 for index in usable:
-                    self._submit(engine, start + index, part[index], prompts[index], pieces)
+                    self.submit(engine, start + index, part[index], prompts[index], pieces.append)
                 yield from pieces
                 pieces.clear()
                 while engine.busy:
@@ -112,22 +116,40 @@ class Generator:
         needed = max((prompt.tokens + request.sampling.max_new_tokens - 1 for prompt, request in zip(prompts, requests)), default=1)
         context = self._fixed_context or next_size(needed, 64, halves=True)
         if self._engine is None or (self._fixed_context is None and self._engine.context < context):
-            self._engine = Engine(self.model, eos_ids=self.eos_ids, slots=self.slots, context=context, mesh=self._mesh, **self._programs)
+            self._engine = self.new_engine(context)
         return self._engine
 
-    def _submit(self, engine: Engine, number: int, request: Request, prompt: Prompt, pieces: list[Piece]) -> None:
+    def new_engine(self, context: int | None = None) -> Engine:
+        """An engine of this generator's slots, for callers that drive it themselves.
+
+        Args:
+          context: None is the context that the generator was given, which must not be None then.
+        """
+        size = context or self._fixed_context
+        return Engine(self.model, eos_ids=self.eos_ids, slots=self.slots, context=size, mesh=self._mesh, **self._programs)
+
+    def submit(self, engine: Engine, number: int, request: Request, prompt: Prompt, emit: Callable[[Piece], None]) -> list[Watcher]:
+        """Queue a request; `emit` gets its pieces on the thread that steps the engine. Returns what `Engine.abort` takes.
+
+        Raises:
+          UserError: the prompt does not fit the context.
+        """
         sampling = request.sampling
         base = number if sampling.seed is None else sampling.seed
-        engine.submit(
-            prompt, sampling,
-            seeds=[base + (sample << 32) for sample in range(sampling.n)],
-            watchers=[self._watcher(number, sample, request, prompt, pieces) for sample in range(sampling.n)],
-        )
+        watchers = [self._watcher(number, sample, request, prompt, emit) for sample in range(sampling.n)]
+        engine.submit(prompt, sampling, seeds=[base + (sample << 32) for sample in range(sampling.n)], watchers=watchers)
+        return watchers
 
-    def _watcher(self, number: int, sample: int, request: Request, prompt: Prompt, pieces: list[Piece]):
+    def _watcher(self, number: int, sample: int, request: Request, prompt: Prompt, emit: Callable[[Piece], None]) -> Watcher:
         stream = TextStream(self.tokenizer, request.sampling.stop)
         logprobs: list[float] = []
         alternatives: list[tuple] = []
+        told = 0
+
+        def news(count: int) -> dict:
+            nonlocal told
+            since, told = slice(told, count), count
+            return dict(tokens=tuple(stream.tokens[since]), logprobs=tuple(logprobs[since]), alternatives=tuple(alternatives[since]))
 
         def watch(new: Delivery) -> bool:
             ended = new.ended
@@ -136,13 +158,13 @@ class Generator:
             alternatives.extend(new.alternatives)
             if not (ended or stream.stopped):
                 if text:
-                    pieces.append(Piece(number, sample, text))
+                    emit(Piece(number, sample, text, **news(len(stream.tokens))))
                 return False
             count = len(stream.tokens)
             answer = Answer(id=request.id, sample=sample, text=stream.text, tokens=tuple(stream.tokens), logprobs=tuple(logprobs[:count]),
                             finish="stop" if stream.stopped else ended, prompt_tokens=prompt.tokens,
                             alternatives=tuple(alternatives[:count]))
-            pieces.append(Piece(number, sample, text, answer))
+            emit(Piece(number, sample, text, answer, **news(count)))
             return stream.stopped
 
         return watch

@@ -38,18 +38,31 @@ class RowPlanner:
         self._known: list[tuple[Bucket, int]] = []
         self._wasted: dict[tuple[Bucket, int], float] = collections.defaultdict(float)
         self._compilation = COMPILATION.get(jax.default_backend(), 1e15)
+        self.free = True
 
     def __call__(self, prompts: Sequence[Prompt]) -> tuple[Bucket, int, list[list[int]]]:
         """-> size of a row, number of rows (some may stay empty), and the indexes of the prompts of each row."""
         sizes = [_size(prompt) for prompt in prompts]
-        best = self._first(sizes, (size for count in self._counts for size in _candidates(sizes, count)))
         known = self._first(sizes, self._known)
+        if not self.free:
+            if known is None:
+                raise ValueError(f"prompts of sizes {sizes} fit none of the fixed sizes {self._known}")
+            return known
+        best = self._first(sizes, (size for count in self._counts for size in _candidates(sizes, count)))
         if known is not None:
             self._wasted[best[:2]] += max(0.0, self._cost(*known[:2]) - self._cost(*best[:2]))
             if self._wasted[best[:2]] < self._compilation:
                 return known
         self._known.append(best[:2])
         return best
+
+    def fix(self, sizes: Sequence[tuple[Bucket, int]]) -> None:
+        """Use these sizes (bucket, rows) and no others from now on."""
+        self._known, self.free = list(sizes), False
+
+    def holds(self, prompts: Sequence[Prompt]) -> bool:
+        """Whether the prompts can be read together. Free sizes hold everything."""
+        return self.free or self._first([_size(prompt) for prompt in prompts], self._known) is not None
 
     def _first(self, sizes, candidates) -> tuple[Bucket, int, list[list[int]]] | None:
         """The cheapest of the sizes that hold everything."""

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from mindvl_jax.core.errors import UserError
@@ -16,7 +17,7 @@ from mindvl_jax.data.media.files import named_file
 from mindvl_jax.data.media.image import load_image
 from mindvl_jax.data.packing.collate import collate
 from mindvl_jax.data.record import conversation
-from mindvl_jax.data.sample import Media
+from mindvl_jax.data.sample import Media, Message
 from mindvl_jax.inference.buckets import Bucket, bucket_of
 from mindvl_jax.inference.request import Request
 from mindvl_jax.models.mindvl.config import MindVLConfig, VisionConfig
@@ -75,6 +76,22 @@ class PromptEncoder:
             raise UserError(f"request {request.id}: {error}" if request.id else str(error)) from error
         bucket = bucket_of(example.length, example.patches, len(example.image_lengths))
         return Prompt(id=request.id, example=example, bucket=bucket)
+
+    def text(self, request: Request) -> Prompt:
+        """The last turn's content as it is, without a chat template: the model continues it.
+
+        Raises:
+          UserError: nothing to continue, or text that the vocabulary cannot write.
+        """
+        tokens = np.asarray(self._tokenizer.encode(request.messages[-1]["content"]), np.int32)
+        if not len(tokens):
+            raise UserError("the prompt is empty: there is nothing to continue")
+        zeros, running = np.zeros_like(tokens), np.arange(len(tokens), dtype=np.int32)
+        template = self._encoder(request).encode_prompt([Message("user", "a")], id=request.id)
+        example = dataclasses.replace(
+            template, tokens=tokens, targets=zeros, loss_weights=zeros.astype(np.float32), positions=np.stack([running] * 3), visual_index=zeros - 1
+        ).with_pixels(self._model.vision, self._resample)
+        return Prompt(id=request.id, example=example, bucket=bucket_of(len(tokens), 0, 0))
 
     def _encoder(self, request: Request) -> ExampleEncoder:
         low = self._limits.min_pixels if request.min_pixels is None else request.min_pixels

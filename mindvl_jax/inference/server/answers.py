@@ -1,0 +1,65 @@
+"""Answers of the engine in the forms of the OpenAI interface."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from mindvl_jax.inference.generator import Piece
+from mindvl_jax.inference.request import Answer
+
+
+def token_text(tokenizer, token: int) -> tuple[str, list[int]]:
+    """A token's text and its bytes; bytes that are no whole character show as the replacement character."""
+    text = tokenizer.decode([token], skip_special=False)
+    return text, list(text.encode("utf-8"))
+
+
+def chat_logprobs(tokenizer, part: Answer | Piece) -> dict:
+    """The `logprobs` of a choice for the tokens of an answer or of a piece of one."""
+    content = []
+    for index, token in enumerate(part.tokens):
+        text, content_bytes = token_text(tokenizer, token)
+        others = part.alternatives[index] if index < len(part.alternatives) else ()
+        alternatives = []
+        for other_token, logprob in others:
+            other, other_bytes = token_text(tokenizer, other_token)
+            alternatives.append({"token": other, "logprob": logprob, "bytes": other_bytes})
+        content.append({"token": text, "logprob": part.logprobs[index], "bytes": content_bytes, "top_logprobs": alternatives})
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(tokenizer, answer: Answer) -> dict:
+    """The `logprobs` of a choice of `/v1/completions`."""
+    texts = [token_text(tokenizer, token)[0] for token in answer.tokens]
+    offsets, position = [], 0
+    for text in texts:
+        offsets.append(position)
+        position += len(text)
+    top = [{token_text(tokenizer, token)[0]: logprob for token, logprob in pairs} for pairs in answer.alternatives]
+    return {"tokens": texts, "token_logprobs": list(answer.logprobs), "top_logprobs": top or None, "text_offset": offsets}
+
+
+def usage(prompt_tokens: int, answers: Sequence[Answer]) -> dict:
+    completion = sum(len(answer.tokens) for answer in answers)
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion, "total_tokens": prompt_tokens + completion}
+
+
+def envelope(identifier: str, kind: str, model: str, choices: list[dict], **rest) -> dict:
+    return {"id": identifier, "object": kind, "created": int(time.time()), "model": model, "choices": choices, **rest}
+
+
+def chat_choice(tokenizer, answer: Answer, *, logprobs: bool) -> dict:
+    return {
+        "index": answer.sample,
+        "message": {"role": "assistant", "content": answer.text, "refusal": None},
+        "logprobs": chat_logprobs(tokenizer, answer) if logprobs else None,
+        "finish_reason": answer.finish,
+    }
+
+
+def chat_delta(sample: int, text: str, *, first: bool = False, finish: str | None = None, logprobs: dict | None = None) -> dict:
+    delta: dict = {"role": "assistant"} if first else {}
+    if text or first:
+        delta["content"] = text
+    return {"index": sample, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
