@@ -1,4 +1,4 @@
-"""`mindvl doctor`: looks at host, network, operators, collectives and a short training; each failure comes with its mend."""
+"""`mindvl doctor`: check host, network, operators, collectives and a short training; each failure comes with its fix."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def trainings(kind: str, count: int) -> Iterator:
 
 
 class _Display:
-    """A line a finding as it comes, the mends together at the end."""
+    """A line a finding as it comes, the fixes together at the end."""
 
     def __init__(self):
         from rich.console import Console
@@ -130,10 +130,10 @@ class _Display:
     def end(self, findings: Sequence[Finding]) -> None:
         from rich.markup import escape
 
-        mends = [finding for finding in findings if finding.mend]
-        if mends:
+        fixes = [finding for finding in findings if finding.fix]
+        if fixes:
             self.console.print("\n[bold]what to do[/]")
-        for number, finding in enumerate(mends, 1):
-            self.console.print(f"  {number}. [{STYLES[finding.outcome]}]{finding.outcome.value}[/] {finding.group}/{escape(finding.check)}: {escape(finding.mend)}", soft_wrap=True)
+        for number, finding in enumerate(fixes, 1):
+            self.console.print(f"  {number}. [{STYLES[finding.outcome]}]{finding.outcome.value}[/] {finding.group}/{escape(finding.check)}: {escape(finding.fix)}", soft_wrap=True)
         counts = {outcome: sum(finding.outcome is outcome for finding in findings) for outcome in Outcome}
         self.console.print("\n" + ", ".join(f"[{STYLES[outcome]}]{n} {outcome.value}[/]" for outcome, n in counts.items() if n))

@@ -1,4 +1,4 @@
-"""Errors that a user can mend. The message says what was found, where, what was expected and what to do next."""
+"""Errors that a user can fix. The message says what was found, where, what was expected and what to do next."""
 
 
 class UserError(ValueError):

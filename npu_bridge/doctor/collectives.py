@@ -1,7 +1,7 @@
-"""Every collective that written programs use, over all visible devices, against formulas.
+"""Check every collective that compiled programs use against formulas, over all visible devices.
 
-`python -m npu_bridge.launch --nproc N -m npu_bridge.doctor.collectives --device npu` is the job; rank 0 writes one line of JSON a
-collective: the largest error over all ranks.
+The job is `python -m npu_bridge.launch --nproc N -m npu_bridge.doctor.collectives --device npu`. Rank 0 prints one line of JSON for
+each collective: the largest error over all ranks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NAMES = {"npu": "HCCL", "cuda": "NCCL", "cpu": "gloo"}
 
 
 def check(host: Host, kind: str, count: int, seconds: float = SECONDS) -> Iterator[Finding]:
-    """One finding a collective over `count` devices."""
+    """Run all collectives over `count` devices; one finding for each."""
     if count < 2:
         yield GROUP.left_out(_NAMES[kind], "one device: nothing is exchanged")
         return
@@ -47,8 +47,10 @@ def check(host: Host, kind: str, count: int, seconds: float = SECONDS) -> Iterat
 
 
 def cases(rank: int, count: int, device) -> Iterator[tuple[str, float, Callable[[object], object], Callable[[], object]]]:
-    """(name, allowed error, call on a Runtime -> result, formula) of each collective. Every value is a small whole number: exact in
-    any order of additions, in bfloat16 too as long as sums stay below 256."""
+    """Yield (name, allowed error, call on a Runtime -> result, formula) of each collective.
+
+    All values are small integers: sums are exact in any order, in bfloat16 too while they stay below 256.
+    """
     import torch
 
     everyone, axes = torch.arange(count), ("x",)
@@ -56,7 +58,7 @@ def cases(rank: int, count: int, device) -> Iterator[tuple[str, float, Callable[
         return torch.full(shape, float(rank + 1), dtype=dtype, device=device)
     total = float(count * (count + 1) // 2)
     yield "all_reduce", 0.0, lambda rt: rt.all_reduce(own(1000), axes, "add"), lambda: torch.full((1000,), total)
-    # A sum above 256 is rounded to eight bits at each addition.
+    # bfloat16 has eight significant bits: a sum above 256 is rounded at each addition.
     yield "all_reduce bfloat16", 0.0 if total <= 256 else total * 2**-7, lambda rt: rt.all_reduce(own(4097, dtype=torch.bfloat16), axes, "add"), lambda: torch.full((4097,), total)
     yield "all_reduce of 64 MiB", 0.0, lambda rt: rt.all_reduce(own(1 << 24), axes, "add"), lambda: torch.full((1 << 24,), total)
     yield "all_reduce maximum", 0.0, lambda rt: rt.all_reduce(own(7).int(), axes, "maximum"), lambda: torch.full((7,), count)

@@ -1,4 +1,4 @@
-"""What a check found, and what to do about it."""
+"""Findings of the checks, with the fix for each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 class Outcome(enum.Enum):
     OK = "ok"
-    UNSURE = "unsure"  # it may do; the mend says what would make it certain
+    UNSURE = "unsure"  # may work; `fix` says how to make sure
     FAILED = "failed"
     LEFT_OUT = "left out"  # not checked; `found` says why
 
@@ -20,18 +20,18 @@ class Finding:
 
     Attributes:
       group: host, network, operators, collectives, training.
-      check: what was looked at. found: what was there. mend: what to do, empty when all is well.
+      check: what was checked. found: the result. fix: what to do, empty when nothing is wrong.
     """
 
     group: str
     check: str
     outcome: Outcome
     found: str
-    mend: str = ""
+    fix: str = ""
 
     def __post_init__(self):
-        if self.outcome is Outcome.FAILED and not self.mend:
-            raise ValueError(f"npu_bridge.doctor: {self.group}/{self.check} failed and says no mend")
+        if self.outcome is Outcome.FAILED and not self.fix:
+            raise ValueError(f"npu_bridge.doctor: {self.group}/{self.check} failed without a fix")
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"outcome": self.outcome.value}
@@ -39,18 +39,18 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Makes the findings of one group."""
+    """Create the findings of one group."""
 
     name: str
 
     def ok(self, check: str, found: str) -> Finding:
         return Finding(self.name, check, Outcome.OK, found)
 
-    def unsure(self, check: str, found: str, mend: str) -> Finding:
-        return Finding(self.name, check, Outcome.UNSURE, found, mend)
+    def unsure(self, check: str, found: str, fix: str) -> Finding:
+        return Finding(self.name, check, Outcome.UNSURE, found, fix)
 
-    def failed(self, check: str, found: str, mend: str) -> Finding:
-        return Finding(self.name, check, Outcome.FAILED, found, mend)
+    def failed(self, check: str, found: str, fix: str) -> Finding:
+        return Finding(self.name, check, Outcome.FAILED, found, fix)
 
     def left_out(self, check: str, why: str) -> Finding:
         return Finding(self.name, check, Outcome.LEFT_OUT, why)

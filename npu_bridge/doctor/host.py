@@ -1,5 +1,8 @@
-"""Machine, Python, torch, driver and CANN: looked at from outside first, because importing torch_npu where something is missing
-fails without saying what, and last by importing it in a process of its own."""
+"""Check Python, torch, driver and CANN.
+
+Everything is checked from outside first, because importing torch_npu fails without naming what is missing. The import itself comes
+last, in a subprocess.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ elif KIND == "cuda":
 print("PROBE" + json.dumps(out))
 """
 
-# What the loader or torch_npu says -> what to do. The first that is found counts.
+# Message of the loader or torch_npu -> what to do. The first match counts.
 _CAUSES = (
     (r"No module named 'torch_npu'", "install torch_npu {tested} beside torch {tested} (pip install torch=={tested} torch_npu=={tested})"),
     (r"No module named 'torch'", "install torch {tested}"),
@@ -55,7 +58,7 @@ _CAUSES = (
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """What the checks look at; another root, environment or set of versions for tests."""
+    """The host that is checked. Tests pass another root, environment or set of versions."""
 
     root: Path = Path("/")
     environment: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(os.environ))
@@ -69,7 +72,7 @@ class Host:
         return active(self.environment)
 
     def at(self, path: str) -> Path:
-        """A path of the host; `~` is its user's home."""
+        """Return a path below the host's root; `~` is its user's home."""
         if path.startswith("~"):
             path = self.environment.get("HOME", "/root") + path[1:]
         return self.root / path.lstrip("/")
@@ -81,7 +84,7 @@ class Host:
             return None
 
     def run(self, command: list[str], timeout: float = 30.0) -> subprocess.CompletedProcess | None:
-        """None when the program is not there, or does not end in time."""
+        """Run a program. Returns None if it does not exist or does not end in time."""
         try:
             return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=dict(self.environment))
         except (OSError, subprocess.TimeoutExpired):
@@ -109,7 +112,7 @@ def check_python(host: Host) -> Finding:
 
 
 def check_torch(host: Host, kind: str) -> Finding:
-    """torch, and for an NPU the torch_npu that belongs to it."""
+    """Check torch and, for an NPU, that torch_npu matches it."""
     torch, npu = host.installed("torch"), host.installed("torch_npu")
     install = f"pip install torch=={versions.TESTED} torch_npu=={versions.TESTED}"
     if torch is None:
@@ -127,13 +130,13 @@ def check_torch(host: Host, kind: str) -> Finding:
 
 
 def check_driver(host: Host) -> list[Finding]:
-    """Device files, their rights, the driver's version."""
+    """Check device files, their permissions and the driver's version."""
     if host.emulated:
         return [GROUP.ok("driver", "the emulated runtime stands in for it")]
     devices = sorted(path for path in host.at("/dev").glob("davinci*") if path.name[7:].isdigit())
     if not host.at("/dev/davinci_manager").exists() or not devices:
-        mend = "install driver and firmware of the chip (npu-smi info must list it); in a container pass --device /dev/davinci0 --device /dev/davinci_manager --device /dev/devmm_svm --device /dev/hisi_hdc"
-        return [GROUP.failed("driver", "no NPU is visible: there is no /dev/davinci<N> with /dev/davinci_manager", f"{mend}; or {IN_SOFTWARE}")]
+        fix = "install driver and firmware of the chip (npu-smi info must list it); in a container pass --device /dev/davinci0 --device /dev/davinci_manager --device /dev/devmm_svm --device /dev/hisi_hdc"
+        return [GROUP.failed("driver", "no NPU is visible: there is no /dev/davinci<N> with /dev/davinci_manager", f"{fix}; or {IN_SOFTWARE}")]
     findings = []
     closed = [path.name for path in (*devices, host.at("/dev/davinci_manager")) if not os.access(path, os.R_OK | os.W_OK)]
     if closed:
@@ -148,7 +151,7 @@ def check_driver(host: Host) -> list[Finding]:
 
 
 def cann_version(host: Host, home: Path) -> str | None:
-    """From the file that CANN's installer leaves."""
+    """Read CANN's version from the file that its installer writes."""
     for path in sorted(home.glob("*-linux/ascend_toolkit_install.info")) + sorted(home.glob("*/*/ascend_toolkit_install.info")):
         found = re.search(r"^version=(\S+)", path.read_text(errors="replace"), re.MULTILINE | re.IGNORECASE)
         if found:
@@ -157,7 +160,7 @@ def cann_version(host: Host, home: Path) -> str | None:
 
 
 def check_cann(host: Host) -> list[Finding]:
-    """The environment of set_env.sh, CANN's version beside torch_npu's, the binary kernels."""
+    """Check the environment of set_env.sh, CANN's version against torch_npu's, and the binary kernels."""
     if host.emulated:
         return [GROUP.ok("CANN", f"the emulated runtime of {host.environment['NPU_EMULATOR_LIBRARIES']}")]
     torch_npu = host.installed("torch_npu")
@@ -201,7 +204,7 @@ def _cann_version_finding(host: Host, home: Path, said: str, torch_npu: str | No
 
 
 def probe(host: Host, kind: str) -> tuple[Finding, list[str]]:
-    """Imports torch (and torch_npu) in a process of its own and uses the device once -> the finding and the names of the devices."""
+    """Import torch (and torch_npu) in a subprocess and use the device once. Returns the finding and the names of the devices."""
     if kind == "cpu":
         return GROUP.ok("device", f"the CPU, {os.cpu_count()} cores"), ["cpu"]
     done = host.run([sys.executable, "-c", f"KIND = {kind!r}\n{_PROBE}"], timeout=180)
@@ -220,12 +223,12 @@ def probe(host: Host, kind: str) -> tuple[Finding, list[str]]:
     text = done.stderr + done.stdout
     words = [line for line in text.strip().splitlines() if line.strip()]
     said = words[-1].strip()[:300] if words else f"exit code {done.returncode} and no word"
-    mend = next((mend for pattern, mend in _CAUSES if re.search(pattern, text)), f"run it by hand to see all: {sys.executable} -c 'import torch, torch_npu; print(torch.npu.device_count())'")
-    return GROUP.failed("device", f"a process that imports {'torch_npu' if kind == 'npu' else 'torch'} and uses the device ended with {done.returncode}: {said}", mend.format(tested=versions.TESTED)), []
+    fix = next((fix for pattern, fix in _CAUSES if re.search(pattern, text)), f"run it by hand to see all: {sys.executable} -c 'import torch, torch_npu; print(torch.npu.device_count())'")
+    return GROUP.failed("device", f"a process that imports {'torch_npu' if kind == 'npu' else 'torch'} and uses the device ended with {done.returncode}: {said}", fix.format(tested=versions.TESTED)), []
 
 
 def check(host: Host, kind: str) -> tuple[list[Finding], list[str]]:
-    """All of this module -> findings and the names of the devices of that kind ("npu", "cuda", "cpu")."""
+    """Run all checks of this module. Returns the findings and the names of the devices of that kind ("npu", "cuda", "cpu")."""
     findings = [check_python(host), check_torch(host, kind)]
     if kind == "npu":
         findings += [*check_driver(host), *check_cann(host)]

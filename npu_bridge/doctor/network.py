@@ -1,4 +1,4 @@
-"""What collectives need of the network: HCCL's ports and interface on the host, the links of the devices, the rendezvous.
+"""Check the network for collectives: HCCL's ports and interface on the host, the links of the devices, the rendezvous.
 
 Names and defaults are those of CANN's reference of environment variables (HCCL_IF_BASE_PORT, HCCL_HOST_SOCKET_PORT_RANGE,
 HCCL_SOCKET_IFNAME, HCCL_IF_IP).
@@ -20,9 +20,9 @@ SEVERAL = "for jobs over several machines"
 
 
 def port_range(host: Host) -> list[int] | None:
-    """Ports that HCCL takes on this host; None where the system chooses them.
+    """Ports that HCCL uses on this host; None where the system chooses them.
 
-    Raises ValueError with the variable at fault.
+    Raises ValueError that names the invalid variable.
     """
     ranges = host.environment.get("HCCL_HOST_SOCKET_PORT_RANGE", "")
     if ranges == "auto":
@@ -43,11 +43,11 @@ def port_range(host: Host) -> list[int] | None:
 
 
 def taken(ports: Iterable[int]) -> list[int]:
-    """Those that cannot be bound."""
+    """Return the ports that cannot be bound."""
     busy = []
     for port in ports:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as s:
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection that is just closing does not hold the port
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection in TIME_WAIT does not hold the port
             try:
                 s.bind(("", port))
             except OSError:
@@ -56,7 +56,7 @@ def taken(ports: Iterable[int]) -> list[int]:
 
 
 def _spans(ports: list[int]) -> str:
-    """[1, 2, 3, 7] -> 1-3,7"""
+    """Format ports as ranges: [1, 2, 3, 7] -> 1-3,7."""
     spans: list[list[int]] = []
     for port in sorted(ports):
         if spans and port == spans[-1][1] + 1:
@@ -71,7 +71,7 @@ def _reserved(text: str) -> set[int]:
 
 
 def check_ports(host: Host) -> Finding:
-    """Free, and kept from programs that ask the system for any port."""
+    """Check that HCCL's ports are free and outside the ephemeral range."""
     try:
         ports = port_range(host)
     except ValueError as error:
@@ -91,12 +91,12 @@ def check_ports(host: Host) -> Finding:
 
 
 def interfaces(host: Host) -> dict[str, str]:
-    """Name -> state ("up", "down", "unknown") of the network interfaces."""
+    """Return name -> state ("up", "down", "unknown") of the network interfaces."""
     return {path.name: (host.text(f"/sys/class/net/{path.name}/operstate") or "unknown").strip() for path in sorted(host.at("/sys/class/net").glob("*")) if path.is_dir()}
 
 
 def chosen(names: Iterable[str], setting: str) -> list[str]:
-    """Interfaces that HCCL_SOCKET_IFNAME leaves: names that begin so, `=` the very names, `^` all others."""
+    """Interfaces selected by HCCL_SOCKET_IFNAME: names with that prefix; `=` exact names; `^` all others."""
     words = setting.lstrip("^=").split(",")
     exact, others = "=" in setting[:2], setting.startswith("^")
     def hit(name):
@@ -105,7 +105,7 @@ def chosen(names: Iterable[str], setting: str) -> list[str]:
 
 
 def check_interface(host: Host) -> Finding:
-    """The interface over which the processes of a job find each other."""
+    """Check the interface over which the processes of a job find each other."""
     states = interfaces(host)
     usable = [name for name, state in states.items() if name != "lo" and state != "down"]
     listed = ", ".join(f"{name} ({state})" for name, state in states.items()) or "none"
@@ -133,7 +133,7 @@ def check_interface(host: Host) -> Finding:
 
 
 def check_rendezvous(host: Host) -> Finding:
-    """torch's processes of one machine meet over the loopback, and the machine should know its own name."""
+    """Check that the loopback works, over which torch's local processes meet, and that the host name resolves."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), timeout=5):
             pass
@@ -150,7 +150,7 @@ def check_rendezvous(host: Host) -> Finding:
 
 
 def check_links(host: Host, devices: int) -> list[Finding]:
-    """The devices' own network: addresses of /etc/hccn.conf, links as hccn_tool sees them. Used between machines only."""
+    """Check the device network, used between machines: addresses of /etc/hccn.conf, links reported by hccn_tool."""
     text = host.text("/etc/hccn.conf")
     tool = host.find("hccn_tool") or next((str(host.at(path)) for path in HCCN_TOOLS if host.at(path).exists()), None)
     if text is None and tool is None:
@@ -178,7 +178,7 @@ def check_links(host: Host, devices: int) -> list[Finding]:
 
 
 def check(host: Host, kind: str, devices: int) -> list[Finding]:
-    """All of this module; HCCL's part for an NPU alone."""
+    """Run all checks of this module; those of HCCL only for an NPU."""
     if kind != "npu":
         return [check_rendezvous(host)]
     if host.emulated:

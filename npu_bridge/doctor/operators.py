@@ -1,9 +1,9 @@
-"""Every operator of npu_bridge.kernels on the device against its formula in float64.
+"""Check every operator of npu_bridge.kernels on the device against its formula in float64.
 
-They run in a process of their own, because a kernel that fails badly takes its process, or the whole device context, with it: then
-the operators after it go on in a new one.
+Operators run in a subprocess, because a failing kernel can take down its process or the whole device context. The remaining
+operators then continue in a new one.
 
-`python -m npu_bridge.doctor.operators --device npu [NAME ...]` is that process; it writes a line of JSON before and after each.
+The subprocess is `python -m npu_bridge.doctor.operators --device npu [NAME ...]`; it prints a line of JSON before and after each.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from npu_bridge.doctor.host import Host
 
 GROUP = Group("operators")
 DTYPES = ("float32", "bfloat16")
-SECONDS = 300.0  # without a word from the process; the first operator of a device may compile kernels
+SECONDS = 300.0  # of silence; the first operator of a device may compile kernels
 
 
 def names() -> list[str]:
-    """All operators of the table."""
+    """Names of all operators of the table."""
     from npu_bridge.kernels import KERNELS
 
     return sorted(KERNELS)
 
 
 def check(host: Host, kind: str, wanted: Sequence[str] | None = None, seconds: float = SECONDS) -> Iterator[Finding]:
-    """One finding an operator. Raises KeyError for an operator that is not in the table."""
+    """Check operators; one finding for each. Raises KeyError for a name that is not in the table."""
     from npu_bridge.kernels import KERNELS
 
     left = list(wanted or names())
@@ -65,11 +65,11 @@ def check(host: Host, kind: str, wanted: Sequence[str] | None = None, seconds: f
             yield GROUP.failed("process", f"the process that runs the operators {died}", f"run it by hand: {sys.executable} -m npu_bridge.doctor.operators --device {kind}")
             return
         left.remove(begun)
-        yield GROUP.failed(begun, f"its process {died}", mend(begun))
+        yield GROUP.failed(begun, f"its process {died}", fix(begun))
 
 
 def _lines(process: subprocess.Popen, seconds: float) -> Iterator[str]:
-    """Lines of stdout; a process that says nothing for so long is ended, and one that nobody listens to any more."""
+    """Yield lines of stdout. Kill the process after `seconds` of silence, or when the caller stops reading."""
     try:
         while True:
             timer = threading.Timer(seconds, process.kill)
@@ -84,7 +84,7 @@ def _lines(process: subprocess.Popen, seconds: float) -> Iterator[str]:
         raise
 
 
-def mend(name: str) -> str:
+def fix(name: str) -> str:
     from npu_bridge.kernels import KERNELS
     from npu_bridge.kernels.registry import SWITCH
 
@@ -93,7 +93,7 @@ def mend(name: str) -> str:
 
 
 def finding(told: dict) -> Finding:
-    """From what the process told of one operator: its errors by dtype (numbers, or the words of an exception)."""
+    """Finding for one operator from its errors by dtype (numbers, or the message of an exception)."""
     from npu_bridge.kernels import KERNELS
 
     name, words, bad = told["operator"], [], False
@@ -107,7 +107,7 @@ def finding(told: dict) -> Finding:
             bad |= wrong
             words.append(f"{dtype} {error:.1e}" + (f", allowed {allowed:.1e}" if wrong else ""))
     found = "; ".join(words)
-    return GROUP.failed(name, found, mend(name)) if bad else GROUP.ok(name, found)
+    return GROUP.failed(name, found, fix(name)) if bad else GROUP.ok(name, found)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # the formulas are the host's work
+    jax.config.update("jax_platforms", "cpu")  # the formulas are evaluated on the host
     import torch
 
     if given.device == "npu":
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 with torch.inference_mode():
                     errors[dtype] = measure(name, dtype, given.device)
-            except Exception as error:  # whatever a kernel raises is what this is here to report
+            except Exception as error:  # report whatever a kernel raises
                 errors[dtype] = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:200]}"
         print(json.dumps({"operator": name, "errors": errors}), flush=True)
     return 0

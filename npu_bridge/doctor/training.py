@@ -1,4 +1,4 @@
-"""A short training on the device against losses that were stored: the whole chain at once. The training is a command that the caller names."""
+"""Check a short training on the device against stored losses, end to end. The caller names the command."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ SECONDS = 900.0
 
 @dataclasses.dataclass(frozen=True)
 class Golden:
-    """A training and what it should print.
+    """A training command and its expected output.
 
     Attributes:
       name: for the report. command: prints a line of JSON that holds "losses" and may hold "execution".
-      losses: one a step, stored. tolerance: largest relative difference of any step. made: versions of the stored losses, for the report.
+      losses: stored, one for each step. tolerance: largest relative difference of any step. made: versions of the stored losses, for the report.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Golden:
 
 
 def check(host: Host, golden: Golden, seconds: float = SECONDS) -> Finding:
-    """Runs the command and compares."""
+    """Run the command and compare its losses."""
     by_hand = f"run it by hand: {' '.join(golden.command)}"
     try:
         done = subprocess.run(list(golden.command), capture_output=True, text=True, timeout=seconds, env=dict(host.environment))
@@ -46,7 +46,7 @@ def check(host: Host, golden: Golden, seconds: float = SECONDS) -> Finding:
 
 
 def compare(golden: Golden, losses: Sequence[float], execution: str = "") -> Finding:
-    """Step by step, relative to the stored loss."""
+    """Compare losses step by step, relative to the stored ones."""
     if len(losses) != len(golden.losses):
         return GROUP.failed(golden.name, f"{len(losses)} losses, {len(golden.losses)} are stored", "the installed package is not the one the losses were stored with: install it anew")
     differences = [abs(a - b) / abs(b) if math.isfinite(a) else math.inf for a, b in zip(losses, golden.losses)]
@@ -55,7 +55,7 @@ def compare(golden: Golden, losses: Sequence[float], execution: str = "") -> Fin
     if differences[worst] <= golden.tolerance:
         return GROUP.ok(golden.name, found)
     if differences[0] > golden.tolerance:
-        mend = "the first loss differs already: an operator of the forward pass, see the operators above; NPU_BRIDGE_EQUIVALENT=all runs plain torch instead of fused calls and tells the two apart"
+        fix = "the first loss differs already: an operator of the forward pass, see the operators above; NPU_BRIDGE_EQUIVALENT=all runs plain torch instead of fused calls and tells the two apart"
     else:
-        mend = "the first loss agrees: the backward pass or the optimizer, see the operators above; NPU_BRIDGE_EQUIVALENT=all runs plain torch instead of fused calls and tells the two apart"
-    return GROUP.failed(golden.name, f"{found} (loss {losses[worst]:.6f}, stored {golden.losses[worst]:.6f})", mend)
+        fix = "the first loss agrees: the backward pass or the optimizer, see the operators above; NPU_BRIDGE_EQUIVALENT=all runs plain torch instead of fused calls and tells the two apart"
+    return GROUP.failed(golden.name, f"{found} (loss {losses[worst]:.6f}, stored {golden.losses[worst]:.6f})", fix)

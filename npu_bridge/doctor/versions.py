@@ -1,10 +1,10 @@
-"""Which versions fit each other. Figures of the compatibility page of torch_npu (COMPATIBILITY.md of github.com/Ascend/pytorch)."""
+"""Versions of torch, torch_npu, CANN and Python that work together, from COMPATIBILITY.md of github.com/Ascend/pytorch."""
 
 from __future__ import annotations
 
 import re
 
-# torch_npu package -> CANN it was released with. torch is the package's version without the suffix.
+# torch_npu package -> CANN it was released with. The torch version is the package's without the suffix.
 CANN_OF = {
     "2.12.0": "9.1.0", "2.11.0": "9.1.0", "2.10.0.post4": "9.1.0", "2.9.0.post6": "9.1.0", "2.7.1.post8": "9.1.0",
     "2.10.0": "9.0.0", "2.9.0.post2": "9.0.0", "2.8.0.post4": "9.0.0", "2.7.1.post4": "9.0.0",
@@ -17,20 +17,20 @@ PYTHON_OF = {
     "2.13.0": range(10, 15), "2.12.0": range(10, 15), "2.11.0": range(10, 15), "2.10.0": range(10, 14), "2.9.0": range(10, 14), "2.8.0": range(9, 14), "2.7.1": range(9, 14),
 }  # fmt: skip
 
-TESTED = "2.13.0"  # torch and torch_npu that the operators of the bridge were run with
+TESTED = "2.13.0"  # versions of torch and torch_npu that the bridge's operators were tested with
 PYTHON_AT_LEAST = (3, 11)
 
 
 def release(version: str) -> str:
-    """`2.9.0.post2+cpu` -> `2.9.0`."""
+    """Strip suffixes: `2.9.0.post2+cpu` -> `2.9.0`."""
     match = re.match(r"\d+\.\d+\.\d+", version)
     return match[0] if match else version
 
 
 def cann_key(version: str) -> tuple[int, ...]:
-    """Sorts CANN's versions: 8.3.RC1 before 8.3.0 before 8.5.0.
+    """Sort key of CANN versions: 8.3.RC1 before 8.3.0 before 8.5.0.
 
-    Raises ValueError for what is no version of CANN.
+    Raises ValueError for anything that is not a CANN version.
     """
     match = re.match(r"(\d+)\.(\d+)\.(?:RC(\d+)|(\d+))", version, re.IGNORECASE)
     if not match:
@@ -40,7 +40,7 @@ def cann_key(version: str) -> tuple[int, ...]:
 
 
 def wanted_cann(torch_npu: str) -> tuple[str, bool]:
-    """(oldest CANN for this torch_npu, whether the published table has this very package)."""
+    """Return (oldest CANN for this torch_npu, whether the published table lists exactly this package)."""
     if torch_npu in CANN_OF:
         return CANN_OF[torch_npu], True
     same = [cann for package, cann in CANN_OF.items() if release(package) == release(torch_npu)]

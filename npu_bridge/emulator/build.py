@@ -26,7 +26,7 @@ from npu_bridge.emulator.environment import Toolchain, check
 from npu_bridge.emulator.errors import EmulatorError
 
 SOURCES = Path(__file__).parent / "src"
-# Warnings of the vendor's headers are not ours to mend.
+# Warnings of the vendor's headers are not ours to fix.
 FLAGS = ("-std=c++20", "-fPIC", "-pthread", "-Wall", "-Wno-unused-function", "-D_GLIBCXX_USE_CXX11_ABI=1")
 # The header that every file of a library begins with, read once instead of once a file, and how the file is optimised. Operators: the
 # work is ATen's, and what is compiled here runs for microseconds a call, so their time goes into compiling.

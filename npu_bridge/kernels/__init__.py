@@ -1,4 +1,4 @@
-"""What each fused operator runs on torch: its torch equivalent everywhere, its torch_npu call on Ascend.
+"""Torch implementations of the fused operators: a plain equivalent everywhere, the fused torch_npu call on Ascend.
 
 Needs torch, and torch_npu only when a kernel is looked up for device `npu`. `python -m npu_bridge.kernels.table` prints the table.
 """

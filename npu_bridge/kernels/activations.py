@@ -7,16 +7,16 @@ import torch.nn.functional as F
 
 from npu_bridge.kernels.registry import register, torch_npu
 
-_MODES = {"half": "half", "interleaved": "interleave"}  # our word -> torch_npu's
+_MODES = {"half": "half", "interleaved": "interleave"}  # our name -> torch_npu's
 
 
 def _pairs(x, mode):
-    """Views of the first and of the second members of all pairs."""
+    """Views of the first and the second member of each rotated pair."""
     return x.chunk(2, -1) if mode == "half" else (x[..., 0::2], x[..., 1::2])
 
 
 def _rotate(x, cos, sin, mode):
-    """(a, b) -> (a cos - b sin, b cos + a sin) in every pair, where each member has angles of its own."""
+    """Map each pair (a, b) to (a cos - b sin, b cos + a sin). The two members may have different angles."""
     x, cos, sin = x.float(), cos.float()[:, :, None], sin.float()[:, :, None]
     y = x * cos
     (a, b), (first, second), (ya, yb) = _pairs(x, mode), _pairs(sin, mode), _pairs(y, mode)
@@ -36,7 +36,7 @@ def _rotate_back(g, cos, sin, mode):
 
 
 def _swap(x, mode):
-    """(a, b) -> (b, a) in every pair."""
+    """Exchange the members of each pair."""
     if mode == "half":
         return torch.cat(x.chunk(2, -1)[::-1], -1)
     return torch.stack((x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
@@ -59,7 +59,7 @@ def _npu_rotary(x, cos, sin, *, mode):
 
 
 def _npu_rotary_backward(g, cos, sin, *, mode):
-    # The transpose of a rotation is the rotation the other way, its sines exchanged inside each pair.
+    # The transpose of a rotation is its inverse; the sines are exchanged inside each pair.
     return _rotated_part(g, cos, lambda head: _npu_rotate(head, cos, -_swap(sin, mode), mode))
 
 

@@ -1,7 +1,7 @@
-"""Attention: the torch equivalent in blocks, and npu_fusion_attention.
+"""Attention: the blocked torch equivalent, and npu_fusion_attention.
 
-B rows, I blocks, C query places of a block, S key places it reaches, N query heads, K key heads, G = N / K, H and J head dims.
-`blocks` is (C, left halo, right halo) as planned by npu_bridge.ops, with C = 0 for one block over everything.
+B rows, I blocks, C query positions of a block, S key positions in its window, N query heads, K key heads, G = N / K, H and J head
+dims. `blocks` is (C, left halo, right halo) as planned by npu_bridge.ops, with C = 0 for one block over everything.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from npu_bridge.kernels.registry import torch_npu
 
 
 def _pad_places(x, before, after):
-    """Zeros before and after the places (dim 1)."""
+    """Pad the positions (dim 1) with zeros before and after."""
     return F.pad(x, (0, 0) * (x.ndim - 2) + (before, after)) if before or after else x
 
 
 def _own(x, size):
-    """(B, T, ..) -> (B, I, C, ..)."""
+    """Split positions into blocks: (B, T, ..) -> (B, I, C, ..)."""
     if not size:
         return x[:, None]
     return _pad_places(x, 0, -x.shape[1] % size).unflatten(1, (-1, size))
 
 
 def _reached(x, blocks):
-    """(B, T, ..) -> (B, I, S, ..): overlapping windows, zeros past the ends of the row."""
+    """Overlapping key windows of the blocks, zeros past the ends of the row: (B, T, ..) -> (B, I, S, ..)."""
     size, left, right = blocks
     if not size:
         return x[:, None]
@@ -40,13 +40,13 @@ def _reached(x, blocks):
 
 
 def _sum_reached(x, blocks, places):
-    """Transpose of `_reached`: (B, I, S, ..) -> (B, T, ..)."""
+    """Transpose of `_reached`, summing overlaps: (B, I, S, ..) -> (B, T, ..)."""
     size, left, _ = blocks
     if not size:
         return x[:, 0]
     count, reached = x.shape[1:3]
     total = x.new_zeros(x.shape[0], (count - 1) * size + reached, *x.shape[3:])
-    # One stretch of every window at a time, each as long as a block, so that the stretches of all windows lie end to end.
+    # Add one block-long slice of every window at a time: such slices of all windows do not overlap.
     for start in range(0, reached, size):
         part = x[:, :, start : start + size]
         part = F.pad(part, (0, 0) * (x.ndim - 3) + (0, size - part.shape[2])).flatten(1, 2)
@@ -56,17 +56,17 @@ def _sum_reached(x, blocks, places):
 
 
 def _by_key_head(x, key_heads):
-    """(B, I, C, N, H) -> (B, I, K, G * C, H)."""
+    """Group query heads by key head: (B, I, C, N, H) -> (B, I, K, G * C, H)."""
     return x.unflatten(3, (key_heads, -1)).permute(0, 1, 3, 4, 2, 5).flatten(3, 4)
 
 
 def _by_place(x, group, places):
-    """(B, I, K, G * C, H) -> (B, T, N, H)."""
+    """Inverse of `_own` and `_by_key_head`: (B, I, K, G * C, H) -> (B, T, N, H)."""
     return x.unflatten(3, (group, -1)).permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)[:, :places]
 
 
 def forbidden(q, k, segments, *, causal, window, blocks):
-    """(B or 1, I or 1, C, S) bool, True where a query may not attend (torch_npu's convention); None when all is allowed."""
+    """Mask (B or 1, I or 1, C, S), True where a query may not attend (torch_npu's convention); None when nothing is masked."""
     size, left, right = blocks
     queries, keys = q.shape[1], k.shape[1]
     places, reached, shift = (size, left + size + right, left) if size else (queries, keys, keys - queries)
@@ -91,13 +91,13 @@ def forbidden(q, k, segments, *, causal, window, blocks):
     return mask
 
 
-# Logits count in powers of two: on a CPU torch.exp runs MKL's, which takes ten times as long where it meets an infinity (every
-# masked place) or a result near the end of the range; exp2 does not.
+# Logits are in base 2. On a CPU torch.exp calls MKL, which is ten times slower on infinities (every masked position) and near
+# underflow; exp2 is not.
 _LOG2E, _LN2 = math.log2(math.e), math.log(2)
 
 
 def _logits(q, k, mask, group, scale):
-    """(B, I, K, G * C, S) float32, in powers of two; products of narrow operands are summed in float32."""
+    """Base-2 logits (B, I, K, G * C, S) in float32; bfloat16 operands accumulate in float32."""
     logits = torch.matmul(q.float(), k.float().transpose(-1, -2)).mul_(scale * _LOG2E)
     if mask is not None:
         logits.unflatten(3, (group, -1)).masked_fill_(mask[:, :, None, None], float("-inf"))
@@ -105,12 +105,12 @@ def _logits(q, k, mask, group, scale):
 
 
 def _forbidden_or(mask, q, k, segments, **limits):
-    """`forbidden`, read from a mask to be added to logits (B * I, 1, C, S) when there is one."""
+    """`forbidden`, or the same from an additive mask (B * I, 1, C, S) when one is given."""
     return forbidden(q, k, segments, **limits) if mask is None else (mask[:, 0] != 0).unflatten(0, (q.shape[0], -1))
 
 
 def attention(q, k, v, *segments, causal, window, scale, blocks, mask=None):
-    """-> out (B, T, N, J), lse (B, N, T) float32."""
+    """Forward pass. Returns out (B, T, N, J) and lse (B, N, T) in float32."""
     key_heads, group, places = k.shape[2], q.shape[2] // k.shape[2], q.shape[1]
     mask = _forbidden_or(mask, q, k, segments, causal=causal, window=window, blocks=blocks)
     qb = _by_key_head(_own(q, blocks[0]), key_heads)
@@ -127,7 +127,7 @@ def attention(q, k, v, *segments, causal, window, scale, blocks, mask=None):
 
 
 def attention_backward(g, q, k, v, out, lse, *segments, causal, window, scale, blocks, mask=None):
-    """-> dq, dk, dv."""
+    """Backward pass from the saved log-sum-exp. Returns dq, dk, dv."""
     key_heads, group, places, keys = k.shape[2], q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
     mask = _forbidden_or(mask, q, k, segments, causal=causal, window=window, blocks=blocks)
     def per_head(x):
@@ -138,7 +138,7 @@ def attention_backward(g, q, k, v, out, lse, *segments, causal, window, scale, b
     p = _logits(qb, kb, mask, group, scale).sub_(lse * _LOG2E).exp2_().to(q.dtype)
     ds = (torch.matmul(gb.float(), vb.float().transpose(-1, -2)).sub_(delta) * p).mul_(scale).to(q.dtype)
     dq = _by_place(torch.matmul(ds, kb), group, places)
-    # Blocks of queries that reach one key add up in float32.
+    # Gradients of one key from several query blocks are summed in float32.
     dk, dv = (torch.matmul(a.transpose(-1, -2), b).float().transpose(2, 3) for a, b in ((ds, qb), (p, gb)))
     dk, dv = (_sum_reached(x, blocks, keys).to(q.dtype) for x in (dk, dv))
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
@@ -146,9 +146,9 @@ def attention_backward(g, q, k, v, out, lse, *segments, causal, window, scale, b
 
 # ---- torch_npu --------------------------------------------------------------------------------------------------------
 
-COMPRESSED = 2048  # side of the triangle that stands for a causal or band mask of any size
-MOST_LENGTHS = 1024  # variable-length attention takes no longer list of lengths
-STATISTICS = 8  # copies of each softmax statistic that the kernel hands from the forward to the backward pass
+COMPRESSED = 2048  # size of the compressed causal or band mask, whatever the sequence length
+MOST_LENGTHS = 1024  # longest list of lengths that variable-length attention takes
+STATISTICS = 8  # copies of each softmax statistic that the kernel passes from forward to backward
 
 
 @functools.cache
@@ -157,12 +157,12 @@ def _triangle(device):
 
 
 def cumulative_lengths(lengths, places):
-    """(B, M) run lengths, -1 padded -> cumulative ends over the rows laid one after another, without leading 0.
+    """Cumulative segment ends of (B, M) run lengths, -1 padded, over all rows concatenated, without leading 0.
 
-    The padding at the end of a row becomes a segment of its own: the kernel wants every place in one.
+    Padding at the end of a row becomes a segment: the kernel needs every position in one.
     """
     ends, end = [], 0
-    for row in lengths.tolist():  # host memory: a device tensor would cost a synchronisation here
+    for row in lengths.tolist():  # on the host: reading a device tensor would synchronise
         used = 0
         for length in row:
             if length > 0:
@@ -181,8 +181,10 @@ _recorders: list[list[tuple[torch.Tensor, int]]] = []
 
 @contextlib.contextmanager
 def recording_lengths():
-    """Collects, for each call captured inside whose lengths can be exchanged before a replay, the (B, M) run lengths that it read and the
-    places of a row: in the order of the calls, which is that of torch_npu's own records of them."""
+    """Record the (B, M) run lengths and the row length of each captured call whose lengths can be updated before a replay.
+
+    The order is that of the calls, as in torch_npu's own records.
+    """
     _recorders.append([])
     try:
         yield _recorders[-1]
@@ -191,7 +193,7 @@ def recording_lengths():
 
 
 def replay_lengths(lengths, places):
-    """What a captured call is told before a replay, as keywords of `NPUGraph.update`; None when it takes no list that long."""
+    """Keywords of `NPUGraph.update` for one captured call; None when the kernel takes no list that long."""
     ends = cumulative_lengths(lengths, places)
     if len(ends) > MOST_LENGTHS:
         return None
@@ -199,7 +201,7 @@ def replay_lengths(lengths, places):
 
 
 def _npu_arguments(q, k, segments, *, causal, window, padding):
-    """-> layout arguments of npu_fusion_attention, and a (B, T) bool of queries whose result is to be cleared (or None)."""
+    """Return the layout arguments of npu_fusion_attention, and a (B, T) bool of queries whose output must be zeroed (or None)."""
     unlimited = 2147483647
     banded = dict(pre_tockens=window - 1 if window else unlimited, next_tockens=0 if causal or not window else window - 1)
     ends = cumulative_lengths(segments[2], q.shape[1]) if len(segments) == 3 else None
@@ -212,9 +214,9 @@ def _npu_arguments(q, k, segments, *, causal, window, padding):
     if window is not None:
         arguments |= dict(atten_mask=_triangle(q.device), sparse_mode=4, **banded)
     elif causal:
-        arguments |= dict(atten_mask=_triangle(q.device), sparse_mode=3)  # the last query level with the last key
+        arguments |= dict(atten_mask=_triangle(q.device), sparse_mode=3)  # aligned at the last query and the last key
     if ends:
-        # Without softmax_layout the statistics of TND come as (N, length) blocks, one a sequence, in a tensor that says (T, N).
+        # Without softmax_layout the TND statistics are (N, length) blocks, one for each sequence, in a tensor of shape (T, N).
         arguments |= dict(actual_seq_qlen=ends, actual_seq_kvlen=ends, softmax_layout="TND")
         return arguments, segments[0] == 0 if padding == "zeros" else None
     return arguments, None
@@ -228,7 +230,7 @@ _LENGTH_ARGUMENTS = ("actual_seq_qlen", "actual_seq_kvlen")
 
 
 def _version(q, arguments, segments):
-    """("", arguments), or ("_v3", ...) with lengths as host tensors while a graph is captured that exchanges them before a replay."""
+    """Return ("", arguments), or ("_v3", ...) with lengths as host tensors during capture of a graph whose lengths are updated."""
     if arguments["input_layout"] == "TND" and _recorders:
         _recorders[-1].append((segments[2], q.shape[1]))
         return "_v3", arguments | {name: torch.tensor(arguments[name], dtype=torch.int64) for name in _LENGTH_ARGUMENTS}
@@ -249,7 +251,7 @@ def _npu_attention(q, k, v, *segments, causal, window, scale, blocks, padding="z
             peak, total = peak.masked_fill_(dead[:, None, :, None], 0), total.masked_fill_(dead[:, None, :, None], 1)
         shape = (q.shape[0], q.shape[2], q.shape[1], STATISTICS)
         return out, peak.view(shape), total.view(shape)
-    # The kernel repeats each statistic eight times. One number is enough: exp(x - max) / sum = exp(x - lse).
+    # The kernel repeats each statistic eight times. The log-sum-exp is enough: exp(x - max) / sum = exp(x - lse).
     lse = peak[..., 0] + total[..., 0].log()
     if tnd:
         lse = lse.reshape(*q.shape[:3]).transpose(1, 2).contiguous()
@@ -268,7 +270,7 @@ def _npu_attention_backward(g, q, k, v, out, *rest, causal, window, scale, block
     else:
         lse = rest[0]
         if layout == "TND":
-            if dead is not None:  # places of padding are a sequence of their own: their probabilities must vanish, not overflow
+            if dead is not None:  # padding is a sequence of its own: its probabilities must become 0, not overflow
                 lse = lse.masked_fill(dead[:, None], 1e30)
             lse = lse.transpose(1, 2).reshape(-1, q.shape[2])
         peak = lse[..., None].expand(*lse.shape, STATISTICS).contiguous()

@@ -1,7 +1,7 @@
-"""Attention on a CPU by torch's own fused kernels: logits stay in cache, forward and backward.
+"""Attention on a CPU by torch's fused kernels, whose logits stay in cache, forward and backward.
 
-The operators behind `scaled_dot_product_attention` are called by name, because they take and give the log-sum-exp that our forward
-and backward hand over. Shapes as in attention.py; blocks of queries become rows of the batch.
+The operators behind `scaled_dot_product_attention` are called directly, because they take and return the log-sum-exp that our
+forward saves for the backward. Shapes as in attention.py; blocks of queries become rows of the batch.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ def _fits(q, v):
 
 
 def _lay(x):
-    """(B, I, C, N, H) -> (B * I, N, C, H), a view where there is one block."""
+    """Reshape (B, I, C, N, H) to (B * I, N, C, H); a view if there is one block."""
     return x.flatten(0, 1).transpose(1, 2)
 
 
 def _join(x, batch, places):
-    """(B * I, N, C, H) -> (B, T, N, H)."""
+    """Inverse of `_lay`: (B * I, N, C, H) -> (B, T, N, H)."""
     return x.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)[:, :places].contiguous()
 
 
 def _mask(q, k, segments, given, *, causal, window, blocks):
-    """(B * I, 1, C, S) to be added to the logits, or None; what was given instead of making one."""
+    """Additive mask (B * I, 1, C, S), or None. Returns `mask` itself if given."""
     if given is not None:
         return given
     mask = forbidden(q, k, segments, causal=causal, window=window, blocks=blocks)
@@ -45,7 +45,7 @@ def _operands(q, k, v, blocks):
 
 
 def flash(q, k, v, *segments, causal, window, scale, blocks, mask=None):
-    """-> out (B, T, N, J), lse (B, N, T) float32. `mask`: (B * I, 1, C, S), what the segments forbid, when it was made before."""
+    """Forward pass. Returns out (B, T, N, J) and lse (B, N, T) in float32. `mask`: (B * I, 1, C, S), if computed before."""
     if not _fits(q, v):
         return attention(q, k, v, *segments, causal=causal, window=window, scale=scale, blocks=blocks, mask=mask)
     batch, places = q.shape[:2]
@@ -55,12 +55,12 @@ def flash(q, k, v, *segments, causal, window, scale, blocks, mask=None):
 
 
 def flash_backward(g, q, k, v, out, lse, *segments, causal, window, scale, blocks, mask=None):
-    """-> dq, dk, dv."""
+    """Backward pass from the saved log-sum-exp. Returns dq, dk, dv."""
     if not _fits(q, v):
         return attention_backward(g, q, k, v, out, lse, *segments, causal=causal, window=window, scale=scale, blocks=blocks, mask=mask)
     batch, places, keys, dtype = q.shape[0], q.shape[1], k.shape[1], q.dtype
-    # In float32: given bfloat16, torch's kernel adds up dk and dv in bfloat16, block of queries after block and head after head of a
-    # group. With eight heads a group and 512 places they are off by 1e-2; rounded once, by 1.7e-3.
+    # In float32: with bfloat16 inputs torch's kernel accumulates dk and dv in bfloat16 over query blocks and the heads of a group.
+    # With eight heads a group and 512 positions the error is 1e-2; rounded once at the end, 1.7e-3.
     g, q, k, v, out = (x.float() for x in (g, q, k, v, out))
     mask = _mask(q, k, segments, None if mask is None else mask.float(), causal=causal, window=window, blocks=blocks)
     def per_block(x):

@@ -1,4 +1,4 @@
-"""The three forms of attention in the kernel table: equivalent, fused on a CPU, fused on an NPU."""
+"""Register the three implementations of attention: equivalent, fused on a CPU, fused on an NPU."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from npu_bridge.kernels.registry import register
 
 
 def _handing_over(forward):
-    """`forward` with what the table's parameters add: `padding` ("unread" asks for less than it gives); with `statistics` the largest
-    logit and the sum of exponentials, (B, N, T, 8) float32 each, in place of the log-sum-exp; with `masked` a mask as last operand."""
+    """Adapt `forward` to the table's parameters.
+
+    `padding` is ignored: outputs at padding are zero anyway. With `statistics` return the largest logit and the sum of exponentials,
+    (B, N, T, 8) float32 each, in place of the log-sum-exp. With `masked` the last operand is an additive mask.
+    """
 
     @functools.wraps(forward)
     def run(q, k, v, *segments, padding="zeros", statistics=False, masked=False, **params):
@@ -35,7 +38,7 @@ def _handing_over(forward):
 
 
 def _taking_over(backward):
-    """The gradient beside `_handing_over`."""
+    """Adapt the backward pass to the same parameters as `_handing_over`."""
 
     @functools.wraps(backward)
     def run(g, q, k, v, out, *rest, padding="zeros", statistics=False, masked=False, **params):

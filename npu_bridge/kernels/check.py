@@ -1,7 +1,7 @@
-"""Each kernel against its formula in float64: the figures of docs/operators.md, and what a doctor runs on a device.
+"""Measure each kernel against its formula in float64, for docs/operators.md and for `mindvl doctor`.
 
-The formula is the operator's JAX reference evaluated in float64 on the very inputs the kernel gets (tests/ops hold that reference
-against formulas written by hand).
+The formula is the operator's JAX reference in float64 on the inputs of the kernel. tests/ops compare that reference with formulas
+written by hand.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Inputs of one kernel. `arrays(rng, rounded)` makes them in float64; `rounded` brings an array to the dtype under test.
+    """Inputs of one kernel. `arrays(rng, rounded)` makes them in float64; `rounded` rounds an array to the dtype under test.
 
-    `wide` numbers the operands that stay float32 whatever the dtype (statistics, the optimizer's state).
+    `wide` lists the operands that stay float32 whatever the dtype (statistics, the optimizer's state).
     """
 
     reference: Callable[..., Any]
@@ -91,7 +91,7 @@ _ADAM = dict(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
 
 
 def _logits(rng, rows=13, experts=16):
-    """All apart and exact in bfloat16: which of two equal experts a kernel takes is its own affair."""
+    """Distinct logits, exact in bfloat16: ties between experts are broken differently by each kernel."""
     return rng.permuted(np.tile(np.arange(experts) / 4 - 2, (rows, 1)), axis=1)
 
 
@@ -143,7 +143,7 @@ CASES: dict[str, Case] = {
 
 
 def inputs(name: str, dtype: str, device: str = "cpu", seed: int = 0) -> tuple[list[np.ndarray], list[torch.Tensor]]:
-    """-> the operands in float64 (after rounding to `dtype`), and the same as tensors on the device."""
+    """Return the operands in float64 (after rounding to `dtype`), and the same as tensors on the device."""
     rng, case = np.random.default_rng(seed), CASES[name]
     def rounded(x):
         return torch.from_numpy(np.ascontiguousarray(x)).to(DTYPES[dtype]).double().numpy()
@@ -156,13 +156,13 @@ def inputs(name: str, dtype: str, device: str = "cpu", seed: int = 0) -> tuple[l
             tensor = tensor.to(torch.float32 if i in case.wide else DTYPES[dtype])
             x = tensor.double().numpy()
         exact.append(x)
-        # Run lengths stay on the host: that is where the kernel reads them.
+        # The kernel reads run lengths on the host.
         tensors.append(tensor if x is arrays[-1] and name.startswith("attention_packed") else tensor.to(device))
     return exact, tensors
 
 
 def difference(result: torch.Tensor, exact: np.ndarray) -> float:
-    """Largest difference relative to the largest value; infinite where shapes or finiteness differ."""
+    """Largest difference relative to the largest value; infinity if shapes or finiteness differ."""
     value = result.detach().cpu().double().numpy()
     if value.shape != exact.shape or not np.isfinite(value).all():
         return float("inf")
@@ -187,5 +187,5 @@ def measure(name: str, dtype: str, device: str = "cpu", equivalents: str | None 
 
 
 def measure_all(device: str = "cpu", equivalents: str | None = None) -> dict[str, dict[str, float]]:
-    """Kernel -> dtype -> error, for every kernel of the table."""
+    """Return kernel -> dtype -> error for every kernel of the table."""
     return {name: {dtype: measure(name, dtype, device, equivalents) for dtype in DTYPES} for name in KERNELS}

@@ -11,7 +11,7 @@ _CALL_BACKWARD = "aten.embedding_dense_backward(g.float(), ids - first, V + 1, V
 
 
 def _local(ids, first, rows):
-    """Numbers inside this shard, and which ids are its own."""
+    """Return row numbers inside this shard, and a mask of the ids that belong to it."""
     local = ids.long() - first
     return local, (local >= 0) & (local < rows)
 

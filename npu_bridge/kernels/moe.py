@@ -17,7 +17,7 @@ def _groups(sizes):
 
 def _npu_grouped(x, w, group_sizes):
     y = torch_npu().npu_grouped_matmul([x], [w], bias=None, group_list=group_sizes.long(), split_item=2, group_type=0, group_list_type=1)[0]
-    # Rows past the last group belong to nobody; what the kernel leaves there is not defined.
+    # Rows past the last group belong to no expert; the kernel leaves them undefined.
     owned = torch.arange(x.shape[0], device=x.device) < group_sizes.sum()
     return (y.masked_fill(~owned[:, None], 0),)
 
@@ -87,7 +87,7 @@ def _npu_gating(logits, *bias, k, scoring, groups, groups_kept, renormalize, sca
 
 
 def moe_gating(logits, *bias, k, scoring, groups, groups_kept, renormalize, scale):
-    """-> weights (T, k) float32, experts (T, k) int32; ties go to the lower expert."""
+    """Return weights (T, k) float32 and experts (T, k) int32; ties go to the lower expert."""
     scores = logits.float().softmax(-1) if scoring == "softmax" else logits.float().sigmoid()
     choice = scores + bias[0].float() if bias else scores
     if groups > 1:
@@ -123,7 +123,7 @@ register(
 
 
 def _npu_permute(tokens, order, destination):
-    # The kernel sorts by the indices it is given: the destinations themselves, a permutation, put every copy where it belongs.
+    # The kernel sorts by its indices. Passing the destinations, a permutation, puts every copy in its place.
     permuted, _ = torch_npu().npu_moe_token_permute(tokens, destination, None, False)
     return (permuted,)
 

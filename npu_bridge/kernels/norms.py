@@ -17,7 +17,7 @@ def _npu_rms_norm(x, scale, *, eps):
 
 def _npu_rms_norm_backward(g, x, scale, rstd):
     dx, dscale = torch_npu().npu_rms_norm_backward(g, x, scale, rstd)
-    return dx, dscale.float()  # the kernel gives float32 whatever the scale's dtype; the cast then costs nothing
+    return dx, dscale.float()  # the kernel returns float32 whatever the scale's dtype; the cast is free otherwise
 
 
 @register(
@@ -29,7 +29,7 @@ def _npu_rms_norm_backward(g, x, scale, rstd):
 )
 def rms_norm(x, scale, *, eps):
     wide = x.float()
-    # The length of a row in one pass over it; its square over D is the mean of squares.
+    # vector_norm reads the row once; its square over D is the mean of squares.
     rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return (wide * rstd).mul_(scale.float()).to(x.dtype), rstd
 
@@ -55,10 +55,9 @@ def _npu_layer_norm(x, scale, bias, *, eps):
 
 
 def _npu_layer_norm_backward(g, x, scale, mean, rstd):
-    # In float32: given bfloat16 operands a kernel may add up dscale and dbias row after row in bfloat16, whatever dtype it hands
-    # back. torch's own on the CPU does (its sums over 51 rows are off by 1.0e-2, and are bit for bit a bfloat16 accumulator's).
-    # Each addition then rounds by up to 2^-9 of the running sum, so the error grows with the rows of a batch, where one rounding
-    # of a float32 sum would not.
+    # In float32: with bfloat16 operands a kernel may accumulate dscale and dbias over rows in bfloat16, whatever dtype it returns.
+    # torch's CPU kernel does: sums over 51 rows are off by 1.0e-2, bit for bit a bfloat16 accumulator's. Each addition rounds by up
+    # to 2^-9 of the running sum, so the error grows with the batch; one rounding of a float32 sum does not.
     scale = scale.float()
     dx, dscale, dbias = torch.ops.aten.native_layer_norm_backward(
         g.float(), x.float(), x.shape[-1:], mean, rstd, scale, torch.zeros_like(scale), [True] * 3

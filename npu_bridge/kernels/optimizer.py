@@ -1,4 +1,4 @@
-"""AdamW. `keep` is a bool scalar on the device: False leaves parameter and moments bitwise as they are."""
+"""AdamW. `keep` is a bool scalar on the device: False leaves parameter and moments unchanged, bit for bit."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def _npu_adamw(param, grad, mu, nu, step, learning_rate, keep, *, b1, b2, eps, w
 
 
 def _update_piece(param, grad, mu, nu, step, rate, keep, *, b1, b2, eps, weight_decay):
-    # The kernel takes its learning rate from the host, ours lies on the device: let it write the plain update (rate 1, no decay)
-    # into zeros and apply rate and decay afterwards. Reading the rate back would stop the queue at every parameter.
+    # The kernel takes the learning rate from the host, ours is on the device. Let it write the plain update (rate 1, no decay) into
+    # zeros and apply rate and decay afterwards: reading the rate back would synchronise at every parameter.
     update, new_mu, new_nu = torch.zeros_like(param), mu.clone(), nu.clone()
     torch._fused_adamw_(
         [update],
@@ -44,7 +44,7 @@ def _update_piece(param, grad, mu, nu, step, rate, keep, *, b1, b2, eps, weight_
         amsgrad=False,
         maximize=False,
     )
-    update = torch.where(keep, update, 0.0)  # what is not kept may be infinite, and 0 times infinity is not 0
+    update = torch.where(keep, update, 0.0)  # a skipped update may be infinite, and 0 * inf is not 0
     param.mul_(1 - rate * weight_decay).addcmul_(update, rate.expand_as(update))
     mu.copy_(torch.where(keep, new_mu, mu))
     nu.copy_(torch.where(keep, new_nu, nu))
@@ -69,7 +69,7 @@ def _cpu_adamw(param, grad, mu, nu, step, learning_rate, keep, *, b1, b2, eps, w
         eps=eps,
         amsgrad=False,
         maximize=False,
-        found_inf=(~keep).to(torch.float32),  # the whole call is passed over where this is 1
+        found_inf=(~keep).to(torch.float32),  # the kernel does nothing where this is 1
     )
     return param, mu, nu
 

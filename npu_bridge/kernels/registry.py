@@ -1,4 +1,4 @@
-"""The table of kernels and the choice between a fused call and its equivalent."""
+"""Table of kernels, and the choice between a fused call and its equivalent."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from typing import Any
 import torch
 
 PREFIX = "npu_bridge."
-SWITCH = "NPU_BRIDGE_EQUIVALENT"  # comma-separated families, or "all": these run their torch equivalent where there is a fused call
+SWITCH = "NPU_BRIDGE_EQUIVALENT"  # comma-separated families, or "all", that run their torch equivalent in place of the fused call
 
 Function = Callable[..., tuple[torch.Tensor, ...]]
 
 # Largest difference from the formula in float64, relative to the largest value of the result (worst over results).
-# float32: some eighty roundings of 2^-24, as sums of up to some thousand terms collect them.
+# float32: about eighty roundings of 2^-24, as in sums of up to a thousand terms.
 FLOAT32 = 5e-6
-# bfloat16: inputs are exact, so what counts is one rounding of the result (2^-9 = 2e-3 of its largest value) ...
+# bfloat16: inputs are exact, so one rounding of the result (2^-9 = 2e-3 of its largest value) ...
 ROUNDED_ONCE = 4e-3
-# ... and where rounded intermediates feed a product (probabilities and their gradient), several of them.
+# ... or several, where rounded intermediates feed a product (probabilities and their gradient).
 ROUNDED_INSIDE = 1.6e-2
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One custom call.
+    """One custom call and its implementations.
 
     Attributes:
       name: the custom call without its prefix.
-      family: name in the switch; forward and backward of one operator share it, because what they hand over must agree.
+      family: name in the switch; forward and backward of one operator share it, because the saved residuals must match.
       equivalent: plain torch without autograd, ``(*tensors, **params) -> tuple of tensors``, float32 inside.
       npu: the same signature on torch_npu, or None where torch's own operators are the fused kernels (aclnn) already.
-      cpu: the same on a CPU by torch's fused kernels, or None where the equivalent is what torch has.
-      call: the torch_npu or torch call made on Ascend, as text for people.
+      cpu: the same signature by torch's fused CPU kernels, or None where torch has none.
+      call: the torch_npu or torch call made on Ascend, as text for the documentation.
       tolerance: dtype name -> bound on the error (see above).
-      note: what to know; shown in the table.
+      note: shown in the table.
     """
 
     name: str
@@ -54,7 +54,7 @@ KERNELS: dict[str, Kernel] = {}
 def register(
     name: str, *, family: str, call: str, inside: bool = False, npu: Function | None = None, cpu: Function | None = None, note: str = ""
 ) -> Callable[[Function], Function]:
-    """Enters the decorated torch equivalent into the table; `inside` says that rounded intermediates feed a product."""
+    """Register the decorated torch equivalent. `inside`: rounded intermediates feed a product, so the bfloat16 tolerance is wider."""
 
     def enter(equivalent: Function) -> Function:
         if name in KERNELS:
@@ -67,12 +67,12 @@ def register(
 
 
 def families() -> list[str]:
-    """Names the switch knows."""
+    """Family names that the switch accepts."""
     return sorted({kernel.family for kernel in KERNELS.values()})
 
 
 def switched_off(setting: str | None = None) -> set[str]:
-    """Families that the switch sends to their equivalents.
+    """Families that the switch maps to their equivalents.
 
     Raises:
       ValueError: an unknown family; the message lists the known ones.
@@ -88,11 +88,11 @@ def switched_off(setting: str | None = None) -> set[str]:
 
 
 def lookup(name: str, device: str, *, equivalents: str | None = None) -> Function:
-    """The function that runs a custom call on a device.
+    """Return the function that runs a custom call on a device.
 
     Args:
       name: with or without "npu_bridge.". device: "npu", "cuda" or "cpu" (an index after a colon is ignored).
-      equivalents: what the environment variable NPU_BRIDGE_EQUIVALENT would say, when given.
+      equivalents: overrides the environment variable NPU_BRIDGE_EQUIVALENT.
 
     Raises:
       KeyError: no such kernel. ValueError: an unknown family in the switch. ImportError: device "npu" without torch_npu.
@@ -111,7 +111,7 @@ def lookup(name: str, device: str, *, equivalents: str | None = None) -> Functio
 
 
 def torch_npu() -> Any:
-    """The torch_npu module, imported when first needed: importing it where CANN is missing fails, so nothing else does."""
+    """Import torch_npu on first use. The import fails where CANN is missing, so no other code does it."""
     try:
         import torch_npu
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""`python -m npu_bridge.kernels.table [FILE]`: measures every kernel and writes the table of docs/operators.md."""
+"""Measure every kernel and write the table of docs/operators.md: `python -m npu_bridge.kernels.table [FILE]`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ formulas; their own numerics on a chip are CANN's.
 
 
 def row(name: str, errors: dict[str, float]) -> str:
-    """One line of the table."""
+    """Format one line of the table."""
     kernel = KERNELS[name]
     def cell(text):
         return text.replace("|", "\\|")
@@ -42,7 +42,7 @@ def row(name: str, errors: dict[str, float]) -> str:
 
 
 def render(measured: dict[str, dict[str, float]]) -> str:
-    """The whole page."""
+    """Format the whole page."""
     return HEAD + "\n".join(row(name, measured[name]) for name in sorted(KERNELS)) + "\n"
 
 

@@ -76,7 +76,7 @@ def test_overrides_reach_mappings_and_list_elements(write):
         ("nonsense", "expected key=value"),
     ],
 )
-def test_a_bad_override_is_refused_with_the_place_and_a_mend(write, override, expected):
+def test_a_bad_override_is_refused_with_its_place_and_a_fix(write, override, expected):
     with pytest.raises(ConfigError) as error:
         config_loader.load(write(MINIMAL), [override])
     assert expected in str(error.value)

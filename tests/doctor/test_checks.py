@@ -22,7 +22,7 @@ def test_operators_are_measured_in_both_dtypes_and_unknown_ones_refused():
 
 def test_an_operator_that_is_off_or_raises_says_how_to_do_without_its_fused_call():
     off = operators.finding({"operator": "rms_norm", "errors": {"float32": 1e-2, "bfloat16": 1e-3}})
-    assert off.outcome is Outcome.FAILED and "float32 1.0e-02, allowed 5.0e-06" in off.found and "NPU_BRIDGE_EQUIVALENT=norm" in off.mend.replace("rms_norm", "norm")
+    assert off.outcome is Outcome.FAILED and "float32 1.0e-02, allowed 5.0e-06" in off.found and "NPU_BRIDGE_EQUIVALENT=norm" in off.fix.replace("rms_norm", "norm")
     raised = operators.finding({"operator": "gelu", "errors": {"float32": "RuntimeError: EZ9999", "bfloat16": 1e-4}})
     assert raised.outcome is Outcome.FAILED and "EZ9999" in raised.found
     assert operators.finding({"operator": "gelu", "errors": {"float32": float("nan"), "bfloat16": 0.0}}).outcome is Outcome.FAILED
@@ -45,7 +45,7 @@ def test_an_operator_that_takes_its_process_with_it_is_named_and_the_others_go_o
     monkeypatch.setattr(operators.sys, "executable", str(stub))
     findings = {finding.check: finding for finding in operators.check(Host(), "npu", ["gelu", "rms_norm", "swiglu"])}
     assert [findings[name].outcome for name in ("gelu", "rms_norm", "swiglu")] == [Outcome.OK, Outcome.FAILED, Outcome.OK]
-    assert "aicore exception" in findings["rms_norm"].found and "NPU_BRIDGE_EQUIVALENT" in findings["rms_norm"].mend
+    assert "aicore exception" in findings["rms_norm"].found and "NPU_BRIDGE_EQUIVALENT" in findings["rms_norm"].fix
 
 
 def test_collectives_over_two_processes_agree_with_their_formulas():
@@ -83,7 +83,7 @@ def test_a_loss_that_differs_points_at_the_pass_that_made_it(step, words):
     wanted = [3.0 - 0.1 * n for n in range(10)]
     got = [loss * (1 + 1e-3 * (n >= step)) for n, loss in enumerate(wanted)]
     finding = training.compare(Golden("g", ["train"], wanted, 1e-4), got)
-    assert finding.outcome is Outcome.FAILED and words in finding.mend
+    assert finding.outcome is Outcome.FAILED and words in finding.fix
     assert training.compare(Golden("g", ["train"], wanted, 1e-4), [float("nan")] * 10).outcome is Outcome.FAILED
     assert training.compare(Golden("g", ["train"], wanted, 1e-4), wanted[:5]).outcome is Outcome.FAILED
 

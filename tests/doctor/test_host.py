@@ -41,7 +41,7 @@ def test_a_host_in_order_has_nothing_to_mend_but_the_pair_that_no_table_lists_ye
     findings = [hosts.check_python(one), hosts.check_torch(one, "npu"), *hosts.check_driver(one), *hosts.check_cann(one)]
     assert [finding.check for finding in findings if finding.outcome is not Outcome.OK] == ["CANN"]
     cann = by_check(findings)["CANN"]
-    assert cann.outcome is Outcome.UNSURE and "CANN 9.1.0" in cann.found and "does not list torch_npu 2.13.0" in cann.mend
+    assert cann.outcome is Outcome.UNSURE and "CANN 9.1.0" in cann.found and "does not list torch_npu 2.13.0" in cann.fix
     assert "version 25.5.0, 2 devices" in by_check(findings)["driver"].found and by_check(findings)["CANN kernels"].found == "ascend910b"
 
 
@@ -61,26 +61,26 @@ def test_a_published_pair_is_in_order(host):
 def test_missing_or_ill_matched_wheels_are_named_with_the_command_that_mends_them(host, installed, words):
     finding = hosts.check_torch(host(installed=installed.get), "npu")
     assert finding.outcome is Outcome.FAILED
-    assert words[0] in finding.found and words[1] in finding.mend
+    assert words[0] in finding.found and words[1] in finding.fix
 
 
 def test_a_host_without_npu_and_cann_says_what_to_install(host, tmp_path):
     empty = host(root=tmp_path / "empty", environment={"HOME": "/root"})
     (driver,), (cann,) = hosts.check_driver(empty), hosts.check_cann(empty)
     assert driver.outcome is cann.outcome is Outcome.FAILED
-    assert "/dev/davinci<N>" in driver.found and "npu-smi info" in driver.mend and "--device /dev/davinci0" in driver.mend
-    assert "ASCEND_HOME_PATH is empty" in cann.found and "install CANN 9.1.0 or newer" in cann.mend
+    assert "/dev/davinci<N>" in driver.found and "npu-smi info" in driver.fix and "--device /dev/davinci0" in driver.fix
+    assert "ASCEND_HOME_PATH is empty" in cann.found and "install CANN 9.1.0 or newer" in cann.fix
 
 
 def test_cann_without_its_environment_names_the_script_to_source(host):
     (finding,) = hosts.check_cann(host(environment={"HOME": "/root"}))
-    assert finding.outcome is Outcome.FAILED and "source /usr/local/Ascend/cann/set_env.sh" in finding.mend
+    assert finding.outcome is Outcome.FAILED and "source /usr/local/Ascend/cann/set_env.sh" in finding.fix
 
 
 def test_an_older_cann_than_torch_npu_was_released_with_is_refused(host, tmp_path):
     (tmp_path / "usr/local/Ascend/cann/x86_64-linux/ascend_toolkit_install.info").write_text("version=8.3.RC1\n")
     (finding, *_) = hosts.check_cann(host())
-    assert finding.outcome is Outcome.FAILED and "CANN 8.3.RC1" in finding.found and "CANN 9.1.0" in finding.mend
+    assert finding.outcome is Outcome.FAILED and "CANN 8.3.RC1" in finding.found and "CANN 9.1.0" in finding.fix
 
 
 def test_libraries_out_of_reach_and_missing_kernels_are_two_findings(host, tmp_path):
@@ -114,7 +114,7 @@ def test_an_import_that_fails_is_explained_by_what_it_said(host, monkeypatch, sa
     monkeypatch.setattr(Host, "run", lambda self, command, timeout=30: subprocess.CompletedProcess(command, 1, "", f"Traceback\n{said}\n"))
     finding, devices = hosts.probe(host(), "npu")
     assert devices == [] and finding.outcome is Outcome.FAILED
-    assert said[:60] in finding.found and words in finding.mend, finding.mend
+    assert said[:60] in finding.found and words in finding.fix, finding.fix
 
 
 def test_candidates_of_cann_come_before_the_release():
@@ -128,5 +128,5 @@ def test_the_cann_that_a_torch_npu_wants(torch_npu, wanted):
 
 
 def test_a_failure_without_a_mend_is_a_mistake_of_the_check():
-    with pytest.raises(ValueError, match="says no mend"):
+    with pytest.raises(ValueError, match="without a fix"):
         Finding("host", "driver", Outcome.FAILED, "broken")

@@ -1,4 +1,4 @@
-"""Ports, interfaces and links: settings that cannot work are named with the command that mends them."""
+"""Ports, interfaces and links: settings that cannot work are named with the command that fixes them."""
 
 import socket
 import subprocess
@@ -42,7 +42,7 @@ def test_a_port_in_use_is_named(tmp_path):
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
         finding = network.check_ports(host(tmp_path, HCCL_HOST_SOCKET_PORT_RANGE=str(port)))
-    assert finding.outcome is Outcome.FAILED and f"{port} is in use" in finding.found and "HCCL_IF_BASE_PORT" in finding.mend
+    assert finding.outcome is Outcome.FAILED and f"{port} is in use" in finding.found and "HCCL_IF_BASE_PORT" in finding.fix
 
 
 def test_ports_that_the_system_may_give_away_are_to_be_reserved(tmp_path, monkeypatch):
@@ -52,7 +52,7 @@ def test_ports_that_the_system_may_give_away_are_to_be_reserved(tmp_path, monkey
     (folder / "ip_local_port_range").write_text("32768\t60999\n")
     (folder / "ip_local_reserved_ports").write_text("60000-60009\n")
     finding = network.check_ports(host(tmp_path))
-    assert finding.outcome is Outcome.UNSURE and "60010-60015" in finding.found and finding.mend == "sysctl -w net.ipv4.ip_local_reserved_ports=60000-60015"
+    assert finding.outcome is Outcome.UNSURE and "60010-60015" in finding.found and finding.fix == "sysctl -w net.ipv4.ip_local_reserved_ports=60000-60015"
     (folder / "ip_local_reserved_ports").write_text("60000-60015\n")
     assert network.check_ports(host(tmp_path)).outcome is Outcome.OK
 
@@ -68,14 +68,14 @@ def test_an_interface_that_is_not_there_or_down_fails(tmp_path):
     interface(tmp_path, lo="unknown", eth0="up", eth1="down")
     for name, words in (("ib0", "names none of"), ("eth1", "which is down")):
         finding = network.check_interface(host(tmp_path, HCCL_SOCKET_IFNAME=name))
-        assert finding.outcome is Outcome.FAILED and words in finding.found and finding.mend == "export HCCL_SOCKET_IFNAME=eth0"
+        assert finding.outcome is Outcome.FAILED and words in finding.found and finding.fix == "export HCCL_SOCKET_IFNAME=eth0"
     assert network.check_interface(host(tmp_path, HCCL_SOCKET_IFNAME="=eth0")).outcome is Outcome.OK
 
 
 def test_a_bridge_of_containers_beside_a_real_interface_is_doubtful(tmp_path):
     interface(tmp_path, lo="unknown", docker0="up", eth0="up")
     finding = network.check_interface(host(tmp_path))
-    assert finding.outcome is Outcome.UNSURE and "HCCL_SOCKET_IFNAME=eth0" in finding.mend
+    assert finding.outcome is Outcome.UNSURE and "HCCL_SOCKET_IFNAME=eth0" in finding.fix
 
 
 def test_an_address_of_another_machine_fails(tmp_path):
@@ -92,7 +92,7 @@ def test_addresses_and_links_of_the_devices_are_read(tmp_path, monkeypatch):
     one = Host(root=tmp_path, environment={}, find=lambda name: "/usr/bin/" + name)
     addresses, links = network.check_links(one, 2)
     assert addresses.outcome is Outcome.FAILED and "192.168.1.1 to several devices" in addresses.found
-    assert links.outcome is Outcome.UNSURE and "device 1" in links.found and "hccn_tool -i 1" in links.mend
+    assert links.outcome is Outcome.UNSURE and "device 1" in links.found and "hccn_tool -i 1" in links.fix
 
 
 def test_the_loopback_answers_here(tmp_path):

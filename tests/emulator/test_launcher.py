@@ -70,7 +70,7 @@ def test_a_machine_that_fits_gives_a_toolchain(installed):
         (dict(python=(3, 12)), "Python is 3.12; the wheel that was tested is for 3.11"),
     ],
 )
-def test_a_machine_that_does_not_fit_is_refused_with_the_mend(installed, changes, message):
+def test_a_machine_that_does_not_fit_is_refused_with_the_fix(installed, changes, message):
     with pytest.raises(EmulatorError, match=message):
         fitting(**changes)
 
