@@ -1,4 +1,4 @@
-"""How much memory a device has, and how much of it a run may plan with."""
+"""Device memory by kind, and the share of it that a plan may fill."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from npu_bridge.emulator.settings import parse_bytes
 
 GIB = 2**30
 
-# Memory of one device in MiB as its own tools report it (nvidia-smi, npu-smi) or as its maker states it (TPU), by the beginning of
-# its name. One die of an Atlas A3 package is a device of its own.
+# Memory of one device in MiB, by the prefix of its name: as nvidia-smi and npu-smi report it, or as the maker states it (TPU).
+# One die of an Atlas A3 package counts as a device.
 KNOWN_MEMORY_MIB: dict[str, int] = {
     "NVIDIA A100 40GB": 40960,
     "NVIDIA A100 80GB": 81920,
@@ -44,7 +44,7 @@ class Limit:
     """Memory of one device.
 
     Attributes:
-      whole: bytes that it has. usable: bytes that a plan may fill. said: how the second follows from the first.
+      whole: bytes of memory. usable: bytes that a plan may fill. said: how `usable` follows from `whole`, for the report.
     """
 
     whole: int
@@ -53,7 +53,7 @@ class Limit:
 
 
 def parse_memory(text: str) -> int:
-    """`64GiB`, `80GB`, `24576MiB` -> bytes. UserError for anything else."""
+    """Parse `64GiB`, `80GB` or `24576MiB` to bytes. Raises UserError for anything else."""
     try:
         size = parse_bytes(text)
     except ValueError:
@@ -64,10 +64,10 @@ def parse_memory(text: str) -> int:
 
 
 def known_memory(device_kind: str) -> int:
-    """Bytes of a device kind: the longest known name that it begins with, or the only ones that begin with it.
+    """Memory in bytes of a device kind, by the longest known prefix of it, or by known names that start with it if they agree.
 
     Raises:
-      UserError: unknown, or several kinds of different memory are meant.
+      UserError: unknown, or the name matches kinds of different memory.
     """
     wanted = device_kind.lower()
     fits = [name for name in KNOWN_MEMORY_MIB if wanted.startswith(name.lower())]
@@ -81,10 +81,10 @@ def known_memory(device_kind: str) -> int:
 
 
 def limit_of(memory: str | None, device_kind: str | None, *, margin: float, backend: str) -> Limit | None:
-    """What one device may hold; None when nothing was said about it.
+    """Memory limit of one device; None when neither `memory` nor `device_kind` is given.
 
     Args:
-      margin: share of the memory that is left to what no plan sees: fragments of the allocator, the driver, workspaces of kernels.
+      margin: share of the memory kept free for what no plan sees: allocator fragments, the driver, kernel workspaces.
     """
     if memory is not None:
         whole = parse_memory(memory)
@@ -94,7 +94,7 @@ def limit_of(memory: str | None, device_kind: str | None, *, margin: float, back
         return None
     share, said = 1 - margin, f"{margin:.0%} left to allocator, driver and kernels"
     if backend == "xla" and device_kind is not None and device_kind.upper().startswith("NVIDIA"):
-        # XLA takes this share of a GPU when it starts and never more.
+        # XLA preallocates this share of a GPU and never takes more.
         taken = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
         if taken < share:
             share, said = taken, f"XLA takes {taken:.0%} of a GPU; XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 gives it more"

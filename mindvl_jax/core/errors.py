@@ -6,7 +6,7 @@ class UserError(ValueError):
 
 
 def at_least_one(arguments: object, *names: str) -> None:
-    """Raises UserError for options of a command line, by their attributes' names, that are given and smaller than 1."""
+    """Raise UserError for command line options, named by attribute, that are given and smaller than 1."""
     for name in names:
         value = getattr(arguments, name)
         if value is not None and value < 1:

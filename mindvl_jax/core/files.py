@@ -1,4 +1,4 @@
-"""Files that are complete or absent: scores, predictions, pages."""
+"""Read and write small files; writes are atomic, so a file is complete or absent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a file in one move, so that a reader or a killed run never sees half of it."""
+    """Write a file atomically (temporary file, then rename): readers and killed runs never see half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -56,7 +56,7 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
 
 
 def read_json(path: str | Path, default: Any = None) -> Any:
-    """Content of a JSON file; `default` when there is none.
+    """Read a JSON file; `default` if it does not exist.
 
     Raises:
       ValueError: the file is not JSON.
@@ -66,7 +66,7 @@ def read_json(path: str | Path, default: Any = None) -> Any:
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
-    """Rows of a JSONL file, none when it does not exist. A last line cut off by a kill is left out."""
+    """Read the rows of a JSONL file; no rows if it does not exist. A last line truncated by a kill is dropped."""
     path = Path(path)
     if not path.is_file():
         return []
@@ -79,7 +79,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            if number == len(lines):  # no newline after it: it was being written
+            if number == len(lines):  # no newline at the end: truncated while being written
                 continue
             raise
     return rows

@@ -1,1 +1,1 @@
-"""Which dim goes on which mesh axis. Knows nothing of files or tokens."""
+"""Mesh, sharding rules, processes. Knows no files and no tokens."""

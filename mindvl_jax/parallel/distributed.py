@@ -1,4 +1,4 @@
-"""Several processes through jax.distributed."""
+"""Join several processes by jax.distributed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from mindvl_jax.core.errors import UserError
 
 
 def initialize(config: DistributedConfig) -> None:
-    """Joins the other processes when `distributed.coordinator` is set; must run before the first use of a device.
+    """Join the other processes if `distributed.coordinator` is set. Call it before the first use of a device.
 
-    On CPU the processes exchange through gloo. Calling it again in a process that has joined does nothing.
+    On CPU, collectives run over gloo. A second call in a process that has joined does nothing.
 
     Raises:
       UserError: `processes` or `process_id` is missing or out of range, or the coordinator does not answer.

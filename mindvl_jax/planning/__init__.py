@@ -1,1 +1,1 @@
-"""Does a run fit its devices? Answered before it starts, on any machine: `mindvl plan`, docs/plan.md."""
+"""Estimate the memory of a run before it starts, on any machine: `mindvl plan`, docs/plan.md."""

@@ -1,4 +1,4 @@
-"""What would make a run fit: changes that users make, each planned like the configuration itself. Nothing here is a rule of thumb."""
+"""Search for changes that make a run fit. Each is planned like the configuration itself; nothing here is a rule of thumb."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mindvl_jax.planning.phase import PhasePlan, Planner
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """Overrides as `--set` takes them, and what they cost the run in words.
+    """Overrides as `--set` takes them, and a description of their cost.
 
     Attributes:
-      free: neither devices nor data change, nor is more exchanged: what one does first, and together with all else.
+      free: needs no more devices, data or communication, so it is tried first and combined with the others.
     """
 
     overrides: tuple[str, ...]
@@ -24,7 +24,7 @@ class Change:
     free: bool = False
 
     def __add__(self, other: Change) -> Change:
-        """Both; where they set one key the second wins."""
+        """Combine two changes; the second wins where both set a key."""
         keys = {override.split("=")[0] for override in other.overrides}
         kept = tuple(override for override in self.overrides if override.split("=")[0] not in keys)
         return Change((*kept, *other.overrides), "; ".join(filter(None, (self.cost, other.cost))), self.free and other.free)
@@ -32,7 +32,7 @@ class Change:
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-    """A change and the bytes of its worst phase; `why_not` when it could not be planned (the configuration refuses it) or cannot fit."""
+    """A change and the bytes of its largest phase; `why_not` if the configuration refuses it or it cannot fit."""
 
     change: Change
     bytes: int | None
@@ -44,7 +44,7 @@ REMAT = {"none": ("dots", "attention", "full"), "dots": ("attention", "full"), "
 
 
 def families(config: Config, phases: Sequence[int]) -> dict[str, list[Change]]:
-    """Changes by kind, each kind from mild to strong; `phases` are the ones that do not fit."""
+    """Changes by kind, each kind ordered from mild to strong. `phases` are the ones that do not fit."""
     mesh = config.mesh
     found = {
         "remat": [Change((f"model.remat={policy}",), "recomputes more in the backward pass", free=True) for policy in REMAT[config.model.remat]],
@@ -64,7 +64,7 @@ def families(config: Config, phases: Sequence[int]) -> dict[str, list[Change]]:
 
 
 def _smaller_micro_steps(config: Config, phases: Sequence[int], groups: int) -> Iterator[Change]:
-    """Fewer rows at a time, the same rows a step."""
+    """More micro-steps of fewer rows, with the same rows in each step."""
     factor = 2
     while any(_divides(config.training.phases[index].rows, groups * factor) for index in phases):
         overrides = []
@@ -80,7 +80,7 @@ def _smaller_micro_steps(config: Config, phases: Sequence[int], groups: int) -> 
 
 
 def _bounded_samples(config: Config, phases: Sequence[int]) -> Iterator[Change]:
-    """XLA's attention holds the scores of a whole row unless it is promised that samples are shorter."""
+    """Bound the sample length: without a bound XLA's attention may hold the scores of a whole row."""
     for divisor in (2, 4, 8):
         overrides = []
         for index in phases:
@@ -105,7 +105,7 @@ def _shorter_rows(config: Config, phases: Sequence[int]) -> Iterator[Change]:
 
 
 def _bounded_images(config: Config, index: int, patches: int) -> list[str]:
-    """Overrides that keep pictures within `patches`."""
+    """Overrides that limit images to `patches`."""
     phase, vision = config.training.phases[index], config.model.vision
     patches = patches // vision.merge_unit * vision.merge_unit
     pixels = patches * vision.patch_size**2
@@ -116,7 +116,7 @@ def _bounded_images(config: Config, index: int, patches: int) -> list[str]:
 
 
 def _more_devices(config: Config, factor: int) -> Change:
-    """fsdp over more devices; where there would be less than one row a device, micro-steps become fewer, and only then rows more."""
+    """Spread fsdp over more devices. Below one row a device, use fewer micro-steps; only then more rows."""
     mesh = config.mesh
     groups = mesh.data * mesh.fsdp * factor
     overrides, grown = [f"mesh.fsdp={mesh.fsdp * factor}"], []
@@ -137,22 +137,22 @@ def _divides(rows: int, groups: int) -> bool:
 
 
 def _splits(config: Config, tensor: int) -> bool:
-    """Whether the decoder's key and value heads and the tower's heads go evenly over `tensor` devices; what does not divide is not split at all."""
+    """Whether the key/value heads and the vision heads divide by `tensor`. Dims that do not divide are replicated, which saves nothing."""
     return config.model.text.num_kv_heads % tensor == 0 and config.model.vision.num_heads % tensor == 0
 
 
 def search(config: Config, plans: Sequence[PhasePlan], usable: int, planner_of: Callable[[Sequence[str]], Planner], say: Callable[[str], None] = lambda _: None) -> list[Tried]:
-    """Plans each kind of change from mild to strong until one fits; when none does alone, the free ones together, then those with each other kind.
+    """Plan each kind of change from mild to strong until one fits. If none does alone, combine the free ones, then add each other kind.
 
     Args:
-      planner_of: overrides -> a planner of the configuration with them; raises UserError for one that cannot be.
+      planner_of: overrides -> a planner of the configuration with them; raises UserError if the configuration is invalid.
     """
     phases = [index for index, plan in enumerate(plans) if plan.total > usable]
     now = max(plan.total for plan in plans)
     tried: list[Tried] = []
 
     def first_that_fits(changes: Iterable[Change]) -> Tried | None:
-        """Of those that can be planned: the first that fits, else the one that needs least."""
+        """The first change that fits, else the one that needs least, of those that can be planned."""
         own: list[Tried] = []
         for change in changes:
             say(" ".join(change.overrides))
@@ -170,7 +170,7 @@ def search(config: Config, plans: Sequence[PhasePlan], usable: int, planner_of: 
     if len(free) > 1 and first_that_fits([together]).fits:
         return tried
     if free:
-        # What the other kinds change is counted from the configuration with the free changes in it.
+        # The other kinds start from the configuration with the free changes applied.
         for changes in families(planner_of(together.overrides).config, phases).values():
             if not changes[0].free:
                 first_that_fits(together + change for change in changes)
@@ -178,7 +178,7 @@ def search(config: Config, plans: Sequence[PhasePlan], usable: int, planner_of: 
 
 
 def evaluate(change: Change, planner_of: Callable[[Sequence[str]], Planner], phases: Sequence[int], usable: int) -> Tried:
-    """Plans a change: the phases that did not fit first, all others only when those do."""
+    """Plan a change: first the phases that did not fit, the others only if those do."""
     try:
         planner = planner_of(change.overrides)
         least = max(planner.least(index) for index in phases)

@@ -1,6 +1,6 @@
-"""What one device holds in one phase: the state by exact arithmetic, the rest from a compiler's plan of the trainer's own step.
+"""Memory of one device in one phase: the state by exact arithmetic, the rest from a compiler's plan of the trainer's own step.
 
-Nothing is allocated: parameters are shapes, the mesh has no devices behind it.
+Nothing is allocated: parameters are shapes and the mesh is abstract.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ProgramBytes:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Programs of one step by name, and memory beside them that the runtime takes (`extra`, by what it is)."""
+    """Programs of one step by name, and memory that the runtime takes beside them (`extra`, by name)."""
 
     programs: Mapping[str, ProgramBytes]
     extra: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -55,11 +55,11 @@ class PhasePlan:
     """Bytes on one device at the highest point of a phase.
 
     Attributes:
-      parameters, trained: numbers in the whole model.
-      rows: name -> bytes, in the order in which they are shown; they add up to `total`.
-      fixed: of these, what follows from the configuration by arithmetic alone (no compiler asked).
-      highest: which moment the total is of: a program's name or "hand-over".
-      programs: what the compiler said.
+      parameters, trained: counts for the whole model.
+      rows: name -> bytes, in display order; they add up to `total`.
+      fixed: the part of them that follows from the configuration by arithmetic, without a compiler.
+      highest: when the peak occurs: a program's name or "hand-over".
+      programs: the compiler's plans.
     """
 
     name: str
@@ -80,10 +80,10 @@ EMA, BATCH, ACTIVATIONS, OLD_MOMENTS = "moving average (float32)", "batches", "a
 
 
 def planned_mesh(config: MeshConfig, devices: int | None) -> MeshConfig:
-    """The mesh with every axis a number.
+    """Replace -1 in the mesh by numbers.
 
     Raises:
-      UserError: an axis is -1 and nobody said how many devices there are, or they do not fit.
+      UserError: an axis is -1 and the number of devices is not given, or they do not fit.
     """
     sizes = [getattr(config, axis) for axis in AXES]
     if devices is None:
@@ -95,12 +95,12 @@ def planned_mesh(config: MeshConfig, devices: int | None) -> MeshConfig:
 
 
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:
-    """The mesh of the run without devices; every axis must be a number."""
+    """Mesh of the run without devices; no axis may be -1."""
     return AbstractMesh(tuple(getattr(config, axis) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def abstract_batch(shape: BatchShape, mesh: AnyMesh) -> Batch:
-    """Shapes, dtypes and shardings of a global batch; only one row is ever made."""
+    """Shapes, dtypes and shardings of a global batch."""
     sharding = row_sharding(mesh)
     row = dataclasses.replace(shape, rows=1).empty()
     of = lambda x: jax.ShapeDtypeStruct((shape.rows, *x.shape[1:]), x.dtype, sharding=sharding)
@@ -108,13 +108,13 @@ def abstract_batch(shape: BatchShape, mesh: AnyMesh) -> Batch:
 
 
 def local_bytes(tree: Any) -> int:
-    """Bytes on one device of ShapeDtypeStructs (or arrays) with shardings."""
+    """Bytes on one device of ShapeDtypeStructs or arrays with shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a phase's programs are made of and called with."""
+    """State and batch of a phase, for its programs."""
 
     state: TrainState
     batch: Batch
@@ -128,10 +128,10 @@ class Planner:
     """Plans the phases of one configuration whose mesh has no -1.
 
     Args:
-      measure: (config, indexes of phases) -> what the programs of each need on one device, see `peak`.
+      measure: (config, indexes of phases) -> memory of the programs of each phase on one device, see `peak`.
 
     Raises:
-      UserError: what the trainer would refuse when the run or a phase begins.
+      UserError: whatever the trainer would refuse when the run or a phase starts.
     """
 
     def __init__(self, config: Config, measure: Callable[[Config, Sequence[int]], list[Measured]]):
@@ -143,12 +143,12 @@ class Planner:
         self._measured: dict[tuple, Measured] = {}
 
     def fixed_rows(self, index: int) -> dict[str, int]:
-        """What lies on a device through the whole phase, and its gradients: arithmetic, no compiler."""
+        """Bytes held through the whole phase, and gradients: arithmetic, no compiler."""
         parts, phase = self.parts[index], self.config.training.phases[index]
         state = parts.state
         gradients = local_bytes({p: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) for p, x in state.trained.items()})
         rows = {PARAMETERS: local_bytes(state.trained), FROZEN: local_bytes(state.frozen), MOMENTS: local_bytes((state.mu, state.nu))}
-        # With accumulation the totals lie beside each micro-step's own gradients.
+        # With accumulation the running sums exist beside each micro-step's gradients.
         rows[GRADIENTS] = gradients * (1 if phase.gradient_accumulation == 1 else 2)
         if self.config.training.ema_decay is not None:
             rows[EMA] = local_bytes({p: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) for p, x in state.params.items()})
@@ -157,7 +157,7 @@ class Planner:
         return rows
 
     def plan(self, indexes: Sequence[int] | None = None) -> list[PhasePlan]:
-        """Plans of these phases (default: all). Phases that run the same programs are measured once."""
+        """Plan these phases (default: all). Phases with equal programs are measured once."""
         indexes = range(len(self.parts)) if indexes is None else indexes
         missing = {self.parts[index].key: index for index in indexes if self.parts[index].key not in self._measured}
         if missing:
@@ -170,11 +170,11 @@ class Planner:
         gradients = rows[GRADIENTS]
         resident = sum(rows.values()) - gradients
         totals = gradients // 2 if phase.gradient_accumulation > 1 else 0
-        # Arguments of a program are resident; what it needs beyond them comes on top. `gradients` are among that, or (totals) arguments.
+        # A program's arguments are resident; its temporaries come on top. Gradients are among the temporaries, or (sums) arguments.
         heights = {name: resident + totals + program.temporaries for name, program in measured.programs.items()}
         highest = max(heights, key=heights.get)
         rows[ACTIVATIONS] = max(0, heights[highest] - resident - gradients)
-        # Where less than the gradients is above the arguments, they never exist together.
+        # Temporaries smaller than the gradients mean that the gradients never exist all at once.
         rows[GRADIENTS] = heights[highest] - resident - rows[ACTIVATIONS]
         handed = self.hand_over(index)
         if handed is not None and sum(handed.values()) > sum(rows.values()):
@@ -184,7 +184,7 @@ class Planner:
         return PhasePlan(phase.name, numbers([*parts.trained, *parts.frozen]), numbers(parts.trained), {n: v for n, v in rows.items() if v}, self.least(index), highest, measured.programs)
 
     def hand_over(self, index: int) -> dict[str, int] | None:
-        """Bytes while a phase takes over from the one before: fresh moments beside the old ones. None where that happens off the device or not at all."""
+        """Bytes while a phase replaces the one before: new moments beside the old ones. None if that happens on the host or not at all."""
         phase = self.config.training.phases[index]
         if index == 0 or phase.keep_optimizer or self.config.backend != "xla":
             return None
@@ -193,13 +193,13 @@ class Planner:
         return rows | {OLD_MOMENTS: local_bytes((before.mu, before.nu))}
 
     def least(self, index: int) -> int:
-        """A lower bound of the total by arithmetic alone."""
+        """Lower bound of the total by arithmetic alone."""
         rows = self.fixed_rows(index)
         return sum(rows.values()) - rows[GRADIENTS]
 
 
 def parts_of(config: Config, index: int, mesh: AnyMesh) -> Parts:
-    """The state and batch of a phase as shapes, after the checks that the trainer makes before it starts."""
+    """State and batch of a phase as shapes, after the trainer's own checks."""
     phase, where, model = config.training.phases[index], f"training.phases[{index}]", outline_of(config.model)
     trained, frozen = states.split_trained(list(model.shapes), phase.train, f"{where}.train")
     learning_rates(phase, where)
@@ -213,7 +213,7 @@ def parts_of(config: Config, index: int, mesh: AnyMesh) -> Parts:
 
 
 def lowerings(config: Config, index: int, mesh: AnyMesh, compile: Callable[..., Callable]) -> Iterable[tuple[str, Any]]:
-    """(name, lowered) of each program that a step of the phase runs, as the trainer calls it."""
+    """Yield (name, lowered) of each program that a step of the phase runs, as the trainer calls it."""
     parts, phase = parts_of(config, index, mesh), config.training.phases[index]
     programs: StepPrograms = make_programs(
         outline_of(config.model), phase=phase, optimizer=config.training.optimizer, shape=parts.shape, trained=parts.trained, frozen=parts.frozen, mesh=mesh,

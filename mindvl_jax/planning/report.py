@@ -1,4 +1,4 @@
-"""A plan as a table, and as plain data."""
+"""Format a plan as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def show_tried(console: Console, tried: Sequence[Tried], limit: Limit) -> None:
 
 
 def record(config: Config, plans: Sequence[PhasePlan], limit: Limit | None, tried: Sequence[Tried]) -> dict[str, Any]:
-    """Bytes, as `--json` prints them."""
+    """The plan in bytes, as `--json` prints it."""
     return {
         "backend": config.backend,
         "mesh": {axis: getattr(config.mesh, axis) for axis in AXES},

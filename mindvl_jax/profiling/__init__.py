@@ -1,4 +1,4 @@
-"""Where the time of a step goes: traces of a running training, told in the names of the model's blocks."""
+"""Time of a training step by block of the model, from traces of a running training."""
 
 from mindvl_jax.profiling.profiler import StepProfiler, request
 

@@ -1,4 +1,4 @@
-"""Which part of the model a `named_scope` path belongs to, and the times of these parts."""
+"""Map `named_scope` paths to blocks of the model, and sum times by block."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class BlockTimes:
 
     Attributes:
       seconds: by block; adds up to `busy`.
-      busy: time in which anything of the step's programs ran.
-      aside: of the wall time, what profiling itself took.
-      notes: what the reader of the table must know.
+      busy: time in which at least one operation of the step's programs ran.
+      aside: wall time spent by profiling itself.
+      notes: caveats, printed below the table.
     """
 
     seconds: dict[str, float]
@@ -30,9 +30,9 @@ class BlockTimes:
 
 
 def block_of(path: str) -> str:
-    """The block of a scope's path (an `op_name` of XLA, a scope of npu_bridge), for example "language mlp, backward".
+    """Return the block of a scope path (XLA's `op_name` or a scope of npu_bridge), such as "language mlp, backward".
 
-    The first named part counts (`vision`, `projector`, `language`, `loss`, `optimizer`), then the piece of a layer inside of it.
+    The first part of the model in the path counts (`vision`, `projector`, `language`, `loss`, `optimizer`), then the sub-layer in it.
     JAX writes the backward pass of a scope as `transpose(jvp(scope))`.
     """
     words = re.findall(r"\w+", path)

@@ -1,4 +1,4 @@
-"""Profiles of npu_bridge's programs: times between the marks of their scopes, and the trace of torch's or torch_npu's profiler."""
+"""Profile npu_bridge programs: times between scope marks, and the trace of torch's or torch_npu's profiler."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ROWS = 20
 
 
 class BridgeTracer:
-    """See `mindvl_jax.profiling.profiler.Tracer`. `device`: "npu", "cuda" or "cpu", where the programs run.
+    """Tracer for programs on `device`: "npu", "cuda" or "cpu". See `mindvl_jax.profiling.profiler.Tracer`.
 
-    The folder gets what the profiler leaves: on cpu and cuda `trace.json` (Perfetto, chrome://tracing) and `operators.txt`, on npu the
+    Files in the folder: on cpu and cuda `trace.json` (Perfetto, chrome://tracing) and `operators.txt`, on npu the
     files of torch_npu (MindStudio Insight; `trace_view.json` for Perfetto).
     """
 
@@ -54,7 +54,7 @@ class BridgeTracer:
     def times(self, programs: Callable[[], Any]) -> BlockTimes:
         notes = []
         if self._device == "npu":
-            # torch_npu says on standard error why it could not start or parse, and goes on.
+            # torch_npu only prints to standard error why it could not start or parse.
             if not any(self._folder.glob("*/ASCEND_PROFILER_OUTPUT/*")):
                 notes.append("torch_npu's profiler left no trace: CANN's profiler is missing or was refused; its messages stand above.")
         else:

@@ -1,4 +1,4 @@
-"""Which part of the model each operation of a compiled program belongs to, read from the program's text."""
+"""Map each operation of a compiled program to a block of the model, from the program's text."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ SPANS = "(spans others)"
 
 
 def blocks_of_program(text: str) -> dict[str, str]:
-    """Block of each instruction of an optimised program (`compiled.as_text()`), by the instruction's name.
+    """Return instruction name -> block for an optimised program (`compiled.as_text()`).
 
-    An instruction that the compiler made has no name of its own: then most of what is inside of it decides, or whom it feeds from.
+    Instructions added by the compiler carry no scope: they get the most frequent block inside them, or that of their operands.
     """
     opcode: dict[str, str] = {}
     path: dict[str, str] = {}
@@ -55,5 +55,5 @@ def blocks_of_program(text: str) -> dict[str, str]:
             block = next((source for operand in operands.get(name, ()) if (source := resolve(operand, depth + 1)) != OTHER), OTHER)
         return block
 
-    # A loop's own event spans those of what runs inside of it.
+    # The event of a loop spans the events of its body.
     return {name: SPANS if opcode[name] in ("while", "conditional") else resolve(name) for name in opcode}

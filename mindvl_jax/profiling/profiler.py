@@ -1,13 +1,13 @@
-"""Profiling inside a run: steps named beforehand, or asked for while it trains.
+"""Profile steps of a run, named in its configuration or requested while it trains.
 
-Beforehand: `profile.steps: [a, b]` in the configuration. While it trains: `request(run_dir, steps)`, which leaves a file that the
-trainer looks for between steps (one `stat` a step). Either way RUN/profiles/STEP/ then holds
+In the configuration: `profile.steps: [a, b]`. While it trains: `request(run_dir, steps)` writes a file that the trainer looks for
+between steps (one `stat` a step). RUN/profiles/STEP/ then holds
 
-  trace/         what the back end's profiler wrote (jax.profiler, torch.profiler, torch_npu.profiler): TensorBoard, Perfetto
-  blocks.json    time by block, seconds a step
+  trace/         output of the back end's profiler (jax.profiler, torch.profiler, torch_npu.profiler), for TensorBoard or Perfetto
+  blocks.json    time by block, in seconds a step
   profile.txt    the same as a table
   memory.json    memory of the device, or of the process on a CPU, over time
-  profile.png    both as a picture
+  profile.png    a plot of both
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ FOLDER = "profiles"
 
 
 class Tracer(Protocol):
-    """What a back end knows of the steps that ran between `start` and `stop`."""
+    """Interface of a back end's profiler for the steps between `start` and `stop`."""
 
     def start(self, folder: Path) -> None:
-        """Begins; the trace goes into `folder`. All earlier work is done."""
+        """Start tracing into `folder`. The caller has waited for earlier work."""
 
     def stop(self) -> None:
-        """Ends; waits for what still runs."""
+        """Wait for running work and stop."""
 
     def times(self, programs: Callable[[], Any]) -> BlockTimes:
-        """Times by block of what ran; `programs` says the step's functions with arguments to lower them again, by name."""
+        """Times by block. `programs`: name -> the step's functions with arguments, to lower them again."""
 
     def bytes_in_use(self) -> int | None:
-        """Of this process's first device; None where the device is the host. Called from another thread."""
+        """Memory in use on this process's first device; None if the device is the host. Called from another thread."""
 
 
 def make_tracer(config: Config) -> Tracer:
@@ -56,10 +56,10 @@ def make_tracer(config: Config) -> Tracer:
 
 
 def request(run_dir: Path, steps: int) -> Path:
-    """Asks the run that trains in `run_dir` to profile its next `steps` steps; returns the file that says so.
+    """Ask the run in `run_dir` to profile its next `steps` steps. Returns the request file.
 
     Raises:
-      UserError: no run there, or an earlier request is not answered yet.
+      UserError: no run there, or an earlier request is still pending.
     """
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir} is no run folder: it holds no config.yaml")
@@ -73,14 +73,14 @@ def request(run_dir: Path, steps: int) -> Path:
 
 
 class StepProfiler:
-    """Traces the steps that are asked for; costs nothing else."""
+    """Trace the requested steps."""
 
     def __init__(self, run_dir: Path, config: ProfileConfig, say: Callable[[str], None], make_tracer: Callable[[], Tracer]):
         self._run_dir, self._config, self._say, self._make_tracer = run_dir, config, say, make_tracer
         self._running: _Capture | None = None
 
     def before_step(self, step: int, wait: Callable[[], None]) -> None:
-        """Called before step `step` (from 1) is dispatched; `wait` returns when all earlier work is done."""
+        """Call before dispatching step `step` (from 1). `wait` blocks until earlier work is done."""
         if self._running is not None:
             return
         steps = self._asked(step)
@@ -89,10 +89,10 @@ class StepProfiler:
             self._running = _Capture(self._run_dir / FOLDER / f"{step:08d}", step, steps, self._make_tracer())
 
     def after_step(self, step: int, programs: Callable[[], Any], wait: Callable[[], None]) -> None:
-        """Called after step `step` was dispatched.
+        """Call after dispatching step `step`.
 
         Args:
-          programs: what the step ran; called when the trace is complete.
+          programs: returns the step's programs; called when the trace is complete.
         """
         capture = self._running
         if capture is None or step < capture.first + capture.steps - 1:
@@ -102,7 +102,7 @@ class StepProfiler:
         self._say(capture.finish(programs))
 
     def close(self) -> None:
-        """Ends a trace that the run's end has cut."""
+        """Finish a trace cut short by the end of the run."""
         if self._running is not None:
             self._running.abandon()
             self._running = None
@@ -131,7 +131,7 @@ class _Capture:
         self._start = time.perf_counter()
 
     def finish(self, programs: Callable[[], Any]) -> str:
-        from mindvl_jax.profiling import report  # matplotlib loads slowly
+        from mindvl_jax.profiling import report  # matplotlib is slow to import
 
         seconds = time.perf_counter() - self._start
         self._tracer.stop()
@@ -152,7 +152,7 @@ class MemorySample:
 
 
 class _MemoryWatch:
-    """Samples memory every ten milliseconds: what the device reports, else what this process holds (Linux)."""
+    """Sample memory every ten milliseconds: as the device reports it, else that of this process (Linux)."""
 
     def __init__(self, of_device: Callable[[], int | None]):
         self._of_device = of_device

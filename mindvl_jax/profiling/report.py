@@ -1,4 +1,4 @@
-"""The table and the picture of a profile."""
+"""Table and plot of a profile."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROWS = 20
 
 
 def write(folder: Path, times: BlockTimes, *, first: int, steps: int, seconds: float, memory: Sequence[Any]) -> str:
-    """Writes blocks.json, profile.txt, memory.json and profile.png into `folder`; returns the table.
+    """Write blocks.json, profile.txt, memory.json and profile.png into `folder`. Returns the table.
 
     Args:
       seconds: wall time of all profiled steps. memory: samples of `seconds` and `bytes`.

@@ -1,4 +1,4 @@
-"""Device time of each operation, out of a trace that `jax.profiler` has written."""
+"""Read the device time of each operation from a trace of `jax.profiler`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class DeviceTime:
 
 
 def read(folder: Path) -> DeviceTime:
-    """Reads the newest trace under `folder`.
+    """Read the newest trace under `folder`.
 
     Raises:
-      UserError: there is none, or it holds no device operation.
+      UserError: no trace, or no device operation in it.
     """
     from jax.profiler import ProfileData
 

@@ -1,4 +1,4 @@
-"""Profiles of XLA's programs: jax.profiler's trace, told in blocks by what the optimised programs say of their operations."""
+"""Profile XLA programs: join jax.profiler's trace with the scopes in the optimised programs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Programs = Mapping[str, tuple[Callable, tuple]]
 
 
 class XlaTracer:
-    """See `mindvl_jax.profiling.profiler.Tracer`."""
+    """Tracer for XLA. See `mindvl_jax.profiling.profiler.Tracer`."""
 
     def start(self, folder: Path) -> None:
         self._folder = folder
@@ -30,7 +30,7 @@ class XlaTracer:
         texts = {name: function.lower(*arguments).compile().as_text() for name, (function, arguments) in programs().items()}
         times = trace.read(self._folder)
         blocks = by_block(times.operations, texts)
-        # Several threads or devices work at once: their shares are of the time in which anything ran, so that all lines add up to the wall.
+        # Threads and devices overlap: scale their times to the busy time, so that all lines add up to the wall time.
         scale = times.busy / sum(blocks.values())
         return BlockTimes({name: value * scale for name, value in blocks.items()}, times.busy)
 
@@ -40,11 +40,11 @@ class XlaTracer:
 
 
 def by_block(operations: Mapping[tuple[str, str], float], texts: Mapping[str, str]) -> dict[str, float]:
-    """Seconds by block.
+    """Sum seconds by block.
 
     Args:
       operations: seconds by (program, operation); the trace calls a program `jit_NAME`.
-      texts: optimised programs by name; operations of others are `other`.
+      texts: optimised programs by name; operations of other programs count as `other`.
     """
     known = {f"jit_{name}": hlo.blocks_of_program(text) for name, text in texts.items()}
     total: collections.Counter[str] = collections.Counter()

@@ -1,4 +1,4 @@
-"""torch_npu without an NPU: CANN's libraries in software, so that the wheel from PyPI runs on a CPU.
+"""Run torch_npu without an NPU: CANN's libraries in software, so that the wheel from PyPI runs on a CPU.
 
     python -m npu_bridge.emulator --devices 4 -- python anything.py
 

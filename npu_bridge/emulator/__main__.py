@@ -1,4 +1,4 @@
-"""``python -m npu_bridge.emulator [options] -- python anything.py``: runs a command with software NPUs."""
+"""Run a command with emulated NPUs: ``python -m npu_bridge.emulator [options] -- python anything.py``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not command:
         p.error("no command; write it after --, such as: -- python train.py")
     if command[0] in ("python", "python3"):
-        command = [sys.executable, *command[1:]]  # the environment that was checked, whatever PATH says
+        command = [sys.executable, *command[1:]]  # the environment that was checked, not the first on PATH
     elif shutil.which(command[0]) is None:
         p.error(f"command {command[0]!r} was not found on PATH")
     try:

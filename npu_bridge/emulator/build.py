@@ -1,8 +1,8 @@
-"""Builds the emulated CANN libraries on first use, against the installed torch and torch_npu, and keeps them in the user's cache.
+"""Build the emulated CANN libraries on first use, against the installed torch and torch_npu, into the user's cache.
 
-One folder a build, named by the hash of everything that went into it: sources, versions, compiler, flags. Nothing built is ever
-part of the repository. Objects are kept by the hash of what they depend on, so a changed file costs its own compilation only;
-`NPU_EMULATOR_KEEP_HEADER=1` keeps the precompiled header as well (hundreds of megabytes), for work on the operators.
+Each build has a folder named by the hash of its inputs: sources, versions, compiler, flags. Objects are cached by the hash of their
+dependencies, so a changed file only recompiles itself. `NPU_EMULATOR_KEEP_HEADER=1` also keeps the precompiled header (hundreds of
+megabytes), for work on the operators.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from npu_bridge.emulator.errors import EmulatorError
 SOURCES = Path(__file__).parent / "src"
 # Warnings of the vendor's headers are not ours to fix.
 FLAGS = ("-std=c++20", "-fPIC", "-pthread", "-Wall", "-Wno-unused-function", "-D_GLIBCXX_USE_CXX11_ABI=1")
-# The header that every file of a library begins with, read once instead of once a file, and how the file is optimised. Operators: the
-# work is ATen's, and what is compiled here runs for microseconds a call, so their time goes into compiling.
+# Precompiled header of each library, and its optimisation level. Operators compile without optimisation: ATen does the work, this
+# code runs for microseconds a call, and most time goes into compiling it.
 RUNTIME, OPERATORS = "runtime/runtime.h", "opapi/operator.h"
 LEVELS = {RUNTIME: ("-O1",), OPERATORS: ("-O0",)}
-FIRST = "first.h"  # includes that header; g++ finds what it was compiled to beside it
-LIGHT = "opapi/light"  # empty stand-ins of headers of torch, found before them
+FIRST = "first.h"  # includes that header; g++ finds the precompiled form beside it
+LIGHT = "opapi/light"  # empty headers that shadow expensive ones of torch
 EMPTY = ("ge_runner", "graph", "acl_tdt_channel")  # linked by torch_npu, never called
-ALIASES = {"hcomm": "hccl", "nnopbase": "opapi"}  # torch_npu looks for some functions of the latter there
+ALIASES = {"hcomm": "hccl", "nnopbase": "opapi"}  # torch_npu looks up some functions of the latter there
 
 
 @dataclasses.dataclass(frozen=True)
 class Library:
-    """One shared library: folders of its sources, and what it links."""
+    """One shared library: source folders and linked libraries."""
 
     name: str
     folders: tuple[str, ...]
@@ -73,7 +73,7 @@ def _digest(*parts: str | bytes) -> str:
 
 
 def _base(toolchain: Toolchain) -> str:
-    """What every object depends on, beside its sources."""
+    """Inputs of every object besides its sources."""
     return _digest(*FLAGS, *LEVELS[RUNTIME], *LEVELS[OPERATORS], toolchain.compiler_version, str(toolchain.torch), *(f"{k}={v}" for k, v in sorted(toolchain.versions.items())))
 
 
@@ -84,32 +84,32 @@ def key_of(toolchain: Toolchain) -> str:
 
 
 def _keep(made: Path, kept: Path) -> None:
-    """Moves a file into the cache in one step: others may look at the same moment."""
+    """Move a file into the cache atomically: other processes may read at the same time."""
     kept.parent.mkdir(parents=True, exist_ok=True)
     made.replace(kept)
 
 
 def operator_names(torch_npu: Path) -> list[str]:
-    """Every operator the wheel can look up in libopapi.so, from the strings of its binary."""
+    """Names of all operators that the wheel can look up in libopapi.so, from the strings of its binary."""
     binary = (torch_npu / "lib" / "libtorch_npu.so").read_bytes()
     return sorted({m.group(1).decode() for m in re.finditer(rb"(?<![A-Za-z0-9_])(acl(?:nn)?[A-Z][A-Za-z0-9_]*)GetWorkspaceSize\0", binary)})
 
 
 def unknown_source(names: list[str]) -> str:
-    """Weak entries for every operator, in assembly (a second of C++ for a hundred of them): those nobody wrote refuse.
+    """Weak symbols for every operator, so that those not implemented refuse by name.
 
-    An entry hands its name on, with the addresses of the words in registers and on the stack (the calling convention of x86-64), for
-    its argument list is not known: npu_emulator_refuse_unknown looks the words through for tensors.
+    In assembly, because C++ takes a second for a hundred of them. The argument list is not known: an entry passes its name and the
+    addresses of its register and stack arguments (x86-64 calling convention), where npu_emulator_refuse_unknown looks for tensors.
     """
     lines = [
         "# Generated.",
         ".text",
-        "refuse:",  # the six words in registers, then the return address, then the words on the stack
+        "refuse:",  # six register arguments, the return address, the stack arguments
         *(f"  push %{register}" for register in ("r9", "r8", "rcx", "rdx", "rsi", "rdi")),
         "  mov %rax, %rdi",
         "  mov %rsp, %rsi",
         "  lea 56(%rsp), %rdx",
-        "  sub $8, %rsp",  # the stack is a multiple of 16 at a call
+        "  sub $8, %rsp",  # the stack is 16-byte aligned at a call
         "  call npu_emulator_refuse_unknown@PLT",
         "  add $56, %rsp",
         "  ret",
@@ -149,10 +149,10 @@ class _Builder:
         system = (npu / "third_party/acl/inc", npu / "third_party/hccl/inc", npu, torch, torch / "torch/csrc/api/include")
         self.objects = work.parent / "objects"
         headers = [p for p in source_files() if p.suffix == ".h"]
-        plain = [p for p in headers if p.relative_to(SOURCES).parts[0] != "opapi"]  # no other folder reads those of opapi
+        plain = [p for p in headers if p.relative_to(SOURCES).parts[0] != "opapi"]  # no other folder includes opapi's headers
         self.bases = {header: _digest(_base(toolchain), *(p.read_bytes() for p in read)) for header, read in ((RUNTIME, plain), (OPERATORS, headers))}
         self.objects.mkdir(exist_ok=True)
-        # Of this build alone, unless they are to be kept: another build would remove them at its end.
+        # Private to this build unless kept: another build would remove it when it ends.
         place = self.objects if os.environ.get("NPU_EMULATOR_KEEP_HEADER") == "1" else work
         self.folders = {header: place / f"header.{base}" for header, base in self.bases.items()}
         self.includes = [f"-I{SOURCES}", f"-I{SOURCES / LIGHT}", *(f"-isystem{path}" for path in system)]
@@ -165,7 +165,7 @@ class _Builder:
         if not kept.exists():
             if precompiled:
                 precompiled.result()
-            # Named here, it comes before everything else a file includes; otherwise g++ does not use it.
+            # g++ uses a precompiled header only if it is included first.
             first = ["-include", str(self.folders[header] / FIRST)] if precompiled else []
             _run([*self._command(header), *first, "-c", str(source), "-o", str(target)], source.name)
             _keep(target, kept)
@@ -187,12 +187,12 @@ class _Builder:
                 sources.append(generated)
             objects[library.name] = [self.work / library.name / (p.stem + ".o") for p in sources]
             jobs += [(source, target, self._kept(source, library.header), library.header) for source, target in zip(sources, objects[library.name])]
-        # Operators last and the longest first: while torch's headers are read, the other processor has the rest to do.
+        # Operators last, the longest first: the other core compiles the rest while torch's headers are precompiled.
         jobs.sort(key=lambda job: (job[3] == OPERATORS, -job[0].stat().st_size))
         missing = {header for source, _, kept, header in jobs if source.suffix == ".cpp" and not kept.exists()}
         total, done = len(jobs), 0
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            # Both are taken up before any file, so a file that waits for its header never waits for nobody.
+            # Headers are queued before all files, so no file waits for a header that was never started.
             headers = {header: pool.submit(self._precompile, header) for header in (OPERATORS, RUNTIME) if header in missing}
             files = [pool.submit(self._compile, *job, headers.get(job[3])) for job in jobs]
             for future in concurrent.futures.as_completed(files):
@@ -247,7 +247,7 @@ def _reporter(quiet: bool):
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Only one process builds; the others wait and find the result."""
+    """Hold the build lock: one process builds, the others wait and reuse the result."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -255,10 +255,10 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def build(toolchain: Toolchain | None = None, *, cache: Path | None = None, quiet: bool = False) -> Path:
-    """Folder of the libraries, built when this is their first use.
+    """Return the folder of the libraries, building them on first use.
 
     Raises:
-      EmulatorError: the machine does not fit (see `environment.check`), or the compiler failed; the message holds its command and words.
+      EmulatorError: the machine does not fit (see `environment.check`), or the compiler failed; the message holds its command and output.
     """
     toolchain = toolchain or check()
     folder = (cache or cache_folder()) / key_of(toolchain)

@@ -1,4 +1,4 @@
-"""``make conformance``: runs tests/emulator/device in the emulator and writes what they found to docs/conformance.md.
+"""Run tests/emulator/device in the emulator and write the results to docs/conformance.md (``make conformance``).
 
 `python -m npu_bridge.emulator.conformance [--page FILE] [options of pytest]`
 """
@@ -24,7 +24,7 @@ from npu_bridge.emulator.errors import EmulatorError
 ROOT = Path(__file__).parents[2]
 TESTS, PAGE = ROOT / "tests" / "emulator" / "device", ROOT / "docs" / "conformance.md"
 
-TABLE = "table:"  # a test's property of such a name is a table, shown below the list of its file
+TABLE = "table:"  # test properties with this prefix are tables, printed below the list of their file
 
 HEAD = """# Conformance: the real torch_npu on an emulated CANN runtime
 
@@ -38,7 +38,7 @@ mathematics made of these calls is right if the formula of each kernel is. It do
 
 
 def read(path: Path) -> list[dict]:
-    """Test cases of a JUnit file: file, name, outcome, properties, message."""
+    """Read the test cases of a JUnit file: file, name, outcome, properties, message."""
     cases = []
     for case in ElementTree.parse(path).iter("testcase"):
         bad = case.find("failure") if case.find("failure") is not None else case.find("error")
@@ -53,7 +53,7 @@ def read(path: Path) -> list[dict]:
 
 
 def page(cases: list[dict], versions: str, machine: str, date: str, seconds: float, build_seconds: float) -> str:
-    """The whole page; `seconds` by the clock."""
+    """Format the page; `seconds` is wall time."""
     outcomes = collections.Counter(case["outcome"] for case in cases)
     lines = [HEAD.format(versions=versions, machine=machine, date=date, passed=outcomes["passed"], failed=outcomes["failed"], skipped=outcomes["skipped"],
                          seconds=seconds, build_seconds=build_seconds)]  # fmt: skip
@@ -62,7 +62,7 @@ def page(cases: list[dict], versions: str, machine: str, date: str, seconds: flo
         files[case["file"]].append(case)
     def cell(text):
         return text.replace("|", "\\|")
-    for file, group in sorted(files.items()):  # several processes end in any order
+    for file, group in sorted(files.items()):  # processes end in any order
         lines += [f"## {file.removeprefix('test_').replace('_', ' ').capitalize()}", "", "| Test | Outcome | Found |", "|---|---|---|"]
         for case in group:
             figures = {name: value for name, value in case["found"].items() if not name.startswith(TABLE)}
@@ -91,12 +91,12 @@ def main(arguments: list[str]) -> int:
     build_seconds = time.monotonic() - start
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        # Figures of a test are properties of its case, which the newer of pytest's two forms of the report does not know.
+        # xunit1, because properties of a test case do not exist in xunit2.
         form = ["-o", "junit_family=xunit1", f"--junitxml={report}"]
         shared = ["-n", str(given.processes), "--dist", "loadscope", "--no-loadscope-reorder"]
         command = [sys.executable, "-m", "npu_bridge.emulator", "--devices", "4", "--", "python", "-m", "pytest", str(TESTS), "--durations=10", *shared, *form, *selection]
         start = time.monotonic()
-        # Each of the processes, and each of those that tests start, keeps to one core.
+        # One thread for each test process and its children.
         code = subprocess.run(command, cwd=ROOT, env={"OMP_NUM_THREADS": "1"} | os.environ).returncode
         seconds = time.monotonic() - start
         if not report.exists():
@@ -104,7 +104,7 @@ def main(arguments: list[str]) -> int:
         cases = read(report)
     versions = ", ".join(f"{name} {version}" for name, version in toolchain.versions.items())
     machine = f"Python {platform.python_version()}, {platform.machine()}, {toolchain.compiler_version}"
-    if not selection:  # a selection is no result for the page
+    if not selection:  # do not write the page from a selection of tests
         given.page.parent.mkdir(parents=True, exist_ok=True)
         given.page.write_text(page(cases, versions, machine, datetime.date.today().isoformat(), seconds, build_seconds))
         print(f"{given.page}: {len(cases)} tests")

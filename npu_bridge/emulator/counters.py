@@ -1,4 +1,4 @@
-"""What the emulated device did: kernels by name, synchronisations, copies, bytes, memory. For people and for assertions.
+"""Counters of the emulated device: kernels by name, synchronisations, copies, bytes, memory.
 
     with npu_bridge.emulator.count() as counts:
         step()
@@ -29,8 +29,8 @@ class Counts:
 
     Attributes:
       raw: kind -> name -> {"calls", "captured", "replayed", "bytes", "host_us", "compute_us"}. `calls` counts launches by the program,
-        `captured` those of them that went into a graph instead of running, `replayed` runs inside replays of a graph.
-      memory: one entry a device: bytes asked from the device (with torch_npu: reserved by its caching allocator) now and at most.
+        `captured` those recorded into a graph instead of run, `replayed` runs inside graph replays.
+      memory: for each device, bytes allocated now and at peak (with torch_npu: reserved by its caching allocator).
     """
 
     raw: dict[str, dict[str, dict[str, float]]]
@@ -43,11 +43,11 @@ class Counts:
 
     @classmethod
     def read(cls, path: str | Path) -> Counts:
-        """From the file of `--trace`."""
+        """Read the file written by `--trace`."""
         return cls.parse(Path(path).read_text())
 
     def run(self, kind: str) -> dict[str, int]:
-        """Name -> how often it ran: launched and not captured, or inside a replay."""
+        """Name -> number of runs: launched and not captured, or inside a replay."""
         counts = {name: int(c["calls"] - c["captured"] + c["replayed"]) for name, c in self.raw[kind].items()}
         return {name: n for name, n in counts.items() if n}
 
@@ -76,7 +76,7 @@ class Counts:
         return max((device["peak"] for device in self.memory), default=0)
 
     def table(self) -> str:
-        """All of it as text, the most frequent first."""
+        """Format all counters as text, the most frequent first."""
         lines = []
         for kind in KINDS:
             rows = sorted(self.raw[kind].items(), key=lambda item: -(item[1]["calls"] + item[1]["replayed"]))
@@ -102,7 +102,7 @@ def _library(environment: Mapping[str, str] = os.environ) -> ctypes.CDLL:
 def counters() -> Counts:
     """The counters of this process so far. Raises EmulatorError outside the emulator."""
     library = _library()
-    size = library.npu_emulator_counters(None, 0) + 65536  # others may count on meanwhile
+    size = library.npu_emulator_counters(None, 0) + 65536  # other threads may keep counting
     buffer = ctypes.create_string_buffer(size)
     library.npu_emulator_counters(buffer, size)
     return Counts.parse(buffer.value.decode())
@@ -110,7 +110,7 @@ def counters() -> Counts:
 
 @contextlib.contextmanager
 def count() -> Iterator[Counts]:
-    """Counts what happens inside the block: the object is filled when the block ends."""
+    """Count what happens inside the block; the object is filled when the block ends."""
     library = _library()
     library.npu_emulator_reset_counters()
     counts = Counts({kind: {} for kind in KINDS}, [])

@@ -1,4 +1,4 @@
-"""What the emulator needs of a machine, looked at before anything is built. Imports neither torch nor torch_npu."""
+"""Check the machine before anything is built. Imports neither torch nor torch_npu."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEVICE_NODE = "/dev/davinci_manager"
 
 @dataclasses.dataclass(frozen=True)
 class Toolchain:
-    """What a build is made with. Paths of the installed wheels, and the compiler with its version line."""
+    """Inputs of a build: paths of the installed wheels, the compiler and its version line."""
 
     torch: Path
     torch_npu: Path
@@ -50,7 +50,7 @@ def folder_of(name: str) -> Path | None:
 
 
 def find_cann(environment: Mapping[str, str] = os.environ, folders=CANN_FOLDERS, device_node: str = DEVICE_NODE) -> str | None:
-    """Where a real CANN or an NPU driver is, or None."""
+    """Path of a real CANN or NPU driver, or None."""
     for name in CANN_VARIABLES:
         if environment.get(name):
             return f"{name}={environment[name]}"
@@ -61,7 +61,7 @@ def find_cann(environment: Mapping[str, str] = os.environ, folders=CANN_FOLDERS,
 
 
 def refuse_beside_cann(environment: Mapping[str, str] = os.environ) -> None:
-    """Raises RealCannFound where CANN is installed."""
+    """Raise RealCannFound if CANN is installed."""
     where = find_cann(environment)
     if where:
         raise RealCannFound(
@@ -71,10 +71,10 @@ def refuse_beside_cann(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def check(find=shutil.which, machine: str | None = None, python: tuple[int, int] | None = None) -> Toolchain:
-    """The toolchain of this machine.
+    """Return the toolchain of this machine.
 
     Raises:
-      EmulatorError: all that is missing or does not fit, in one message.
+      EmulatorError: lists everything that is missing or does not fit.
     """
     problems = []
     machine, python = machine or platform.machine(), python or sys.version_info[:2]

@@ -1,4 +1,4 @@
-"""Errors of the emulator, in the project's manner: what was found, what was expected, what to do next."""
+"""Errors of the emulator. Messages say what was found, what was expected and what to do next."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ class EmulatorError(BridgeError):
 
 
 class RealCannFound(EmulatorError):
-    """CANN is installed: the emulator steps aside."""
+    """CANN is installed, so the emulator must not shadow it."""

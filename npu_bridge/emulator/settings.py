@@ -11,13 +11,13 @@ from pathlib import Path
 from npu_bridge.emulator.errors import EmulatorError
 
 PREFIX = "NPU_EMULATOR_"
-# What chooses code inside torch_npu. Others would take paths that nobody looked at.
+# Names that select code paths inside torch_npu. Others select paths that were never tested.
 SOCS = ("Ascend910B1", "Ascend910B2", "Ascend910B3", "Ascend910B4", "Ascend910_9391", "Ascend910_9392", "Ascend950PR_957b")
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "M": 1 << 20, "G": 1 << 30}
 
 
 def parse_bytes(text: str) -> int:
-    """`64GiB`, `80 GB`, `24576mib` -> bytes. Raises ValueError with the units known."""
+    """Parse `64GiB`, `80 GB` or `24576mib` to bytes. Raises ValueError that lists the known units."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = match and next((size for name, size in _UNITS.items() if name.lower() == match[2].lower()), None)
     if not unit:
@@ -27,9 +27,15 @@ def parse_bytes(text: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """devices that a process sees; soc; memory in bytes a device; execute: False counts kernels and computes nothing; asynchronous:
-    every stream works on a thread, each task at least `delay` seconds after its launch; trace: file for the counters of each
-    process; timeout: seconds a collective waits for its peers; transport: "shm" or "tcp" between the processes of a communicator."""
+    """Settings of the emulated machine.
+
+    Attributes:
+      devices: number that a process sees. soc: name of the chip. memory: bytes of each device.
+      execute: False counts kernels and computes nothing.
+      asynchronous: run every stream on its own thread, each task at least `delay` seconds after its launch.
+      trace: file for the counters of each process. timeout: seconds a collective waits for its peers.
+      transport: "shm" or "tcp" between the processes of a communicator.
+    """
 
     devices: int = 1
     soc: str = "Ascend910B2"
@@ -52,7 +58,7 @@ class Settings:
             raise EmulatorError(f"npu_bridge.emulator: --transport {self.transport}; expected shm or tcp")
 
     def variables(self) -> dict[str, str]:
-        """The environment variables that the libraries read."""
+        """Environment variables that the libraries read."""
         def text(value):
             return str(int(value)) if isinstance(value, bool) else str(value)
         values = {PREFIX + name.upper(): text(value) for name, value in dataclasses.asdict(self).items()}
@@ -62,18 +68,18 @@ class Settings:
 
 
 def environment_for(settings: Settings, libraries: Path, base: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """`base` with all that a process needs to run torch_npu in the emulator."""
+    """Return `base` plus the variables that a process needs to run torch_npu in the emulator."""
     environment = dict(base) | settings.variables()
     environment[PREFIX + "LIBRARIES"] = str(libraries)
     environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [str(libraries), base.get("LD_LIBRARY_PATH", "")]))
     # With torch_npu's own queue an error comes one call late, and what follows it is skipped without a word; without it every refusal
     # is raised where it arises. A program that measures the queue sets the variable itself.
     environment.setdefault("TASK_QUEUE_ENABLE", "0")
-    # Importing torch brings in torch_npu by itself, where it is installed.
+    # Importing torch imports an installed torch_npu automatically.
     environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "1"
     return environment
 
 
 def active(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process was started in the emulator."""
+    """Whether this process runs in the emulator."""
     return PREFIX + "LIBRARIES" in environment
