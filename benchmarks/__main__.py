@@ -1,10 +1,10 @@
-"""Measures this project beside what one would use instead.
+"""Measure this project beside what one would use instead.
 
     python -m benchmarks list
     python -m benchmarks run [--suite cpu|gpu|npu-emulated] [--quick] [--one-core] [--only CASE,...] [--out DIR]
     python -m benchmarks compare A.json B.json
 
-Each case runs in a process of its own with a fixed number of threads for every side. A run prints one table and leaves a dated
+Each case runs in its own process with a fixed number of threads for every side. A run prints one table and leaves a dated
 JSON file and an HTML page.
 """
 
@@ -85,7 +85,7 @@ def _run(console: Console, args: argparse.Namespace, chosen: list[Case]) -> int:
     record = dict(machine=machine.describe(settings.threads), suite=args.suite, settings=dataclasses.asdict(settings), cases={})
     environment = dict(os.environ)
     environment.setdefault("GLIBC_TUNABLES", TUNABLES)  # as train.py sets it; every side of a comparison runs in one process and has it
-    environment.pop("XLA_FLAGS", None)  # pretended devices would share the threads that a figure is for
+    environment.pop("XLA_FLAGS", None)  # virtual devices would share the threads that a figure is for
     if args.suite != "gpu" or args.dry:
         environment["JAX_PLATFORMS"] = "cpu"
     for entry in chosen:

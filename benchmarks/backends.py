@@ -49,7 +49,7 @@ PAIRS = (
 
 
 def measure(config_path: str, overrides: Sequence[str], steps: int, out: Path, names: Sequence[str]) -> dict:
-    """Trains every named run that is not there yet and returns the distance of each pair that is complete."""
+    """Train every named run that is not there yet and return the distance of each pair that is complete."""
     out.mkdir(parents=True, exist_ok=True)
     def load(name):
         return config_loader.load(config_path, ["model.matmul_precision=default", *overrides, *RUNS[name].overrides])

@@ -2,7 +2,7 @@
 
     python -m benchmarks.generation [--requests 16] [--new-tokens 64] [--repeats 3]
 
-Both sides are warmed up, read the same pictures and prompts of mixed length, and answer every request to its own length (end
+Both sides are warmed up, read the same images and prompts of mixed length, and answer every request to its own length (end
 tokens ignored); that their tokens are the same is checked before anything is timed. Tokens a second counts the tokens asked for
 over the whole call, reading of prompts included. The figure of interest is the ratio, measured in turns in one run. On a machine
 that others use too, the ratio of processor times says more: with --one-core both sides get one core and one thread, so that no

@@ -1,10 +1,10 @@
-"""Pictures a second on one core, from encoded bytes to patches, beside transformers' Pillow processor.
+"""Images a second on one core, from encoded bytes to patches, beside transformers' Pillow processor.
 
     python -m benchmarks.images [--seconds 5]
 
 Both sides decode the same JPEG and PNG bytes with Pillow and cut the same patches; theirs are float32 and normalised, ours
 stay uint8 (the model normalises on the device) and come out in window order. Ratios are medians of alternating rounds in
-one run on one thread. A "noise" picture is coarse noise, the hardest there is for PNG; a "page" is printed text on white, in
+one run on one thread. A "noise" image is coarse noise, the hardest there is for PNG; a "page" is printed text on white, in
 colour or grey as scanners give it. "reduced" is data.resample's fast way for JPEG, whose values are not the published ones.
 """
 

@@ -1,4 +1,4 @@
-"""Peak memory of one side, measured in a process of its own."""
+"""Peak memory of one side, measured in its own process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def anonymous_bytes() -> int:
 
 
 def trim() -> None:
-    """Gives freed memory back to the system, so that what was used before is not counted."""
+    """Return freed memory back to the system, so that what was used before is not counted."""
     with contextlib.suppress(OSError, AttributeError):  # another C library: its figures then include what it keeps
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

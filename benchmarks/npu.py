@@ -34,7 +34,7 @@ def slice_of(layers: int, blocks: int, full_every: int = 8):
 
 
 def batch_of(model):
-    """Eight samples of 512 tokens and one picture of 1,024 patches each, in windows of 64."""
+    """Eight samples of 512 tokens and one image of 1,024 patches each, in windows of 64."""
     from mindvl_jax.data.packing.collate import shape_for
 
     shape = shape_for(model.vision, rows=1, tokens=TOKENS, patches=PATCHES, samples=SAMPLES, min_pixels=56 * 56)

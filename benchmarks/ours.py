@@ -84,7 +84,7 @@ def initial(config: MindVLConfig) -> Params:
 
 
 def agree(ours: Callable[[], tuple[float, float]], others: dict[str, Callable[[], tuple[float, float]]], *, tolerance: float, steps: int = 2) -> dict[str, float]:
-    """Runs the first steps of every side and refuses to go on unless they compute the same.
+    """Run the first steps of every side and refuse to go on unless they compute the same.
 
     Both the loss and the gradient norm are compared, and the loss again after the update, which the whole backward pass and AdamW made.
 

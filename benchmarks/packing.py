@@ -27,7 +27,7 @@ WORK = WorkModel(token=28 * 233_046_016 / 1.0 + 3584 * 152064, token_pair=28 * 3
 # Patch places a row over what a row of the mean mixture needs: rows that are full of tokens differ in patches.
 ROOM = 1.03
 
-# Sizes of COCO's pictures (width, height) and how often they occur, roughly.
+# Sizes of COCO's images (width, height) and how often they occur, roughly.
 COCO = [((640, 480), 0.36), ((640, 427), 0.22), ((480, 640), 0.14), ((640, 426), 0.10), ((427, 640), 0.06), ((500, 375), 0.05), ((640, 360), 0.03), ((612, 612), 0.02), ((375, 500), 0.02)]
 
 
@@ -38,7 +38,7 @@ def _pictures(rng: np.random.Generator, sizes: list, max_pixels: int, count: int
 
 
 def llava_like(rng: np.random.Generator) -> tuple[int, list[int]]:
-    """LLaVA-Instruct: one COCO picture of at most 512 x 512 pixels, short answers or long descriptions; 6 % text only."""
+    """LLaVA-Instruct: one COCO image of at most 512 x 512 pixels, short answers or long descriptions; 6 % text only."""
     text = int(np.clip(rng.lognormal(5.6, 0.75), 30, 2500))
     if rng.random() < 0.06:
         return text + 120, []
@@ -59,7 +59,7 @@ def document_like(rng: np.random.Generator) -> tuple[int, list[int]]:
 
 
 def video_like(rng: np.random.Generator) -> tuple[int, list[int]]:
-    """Clips of 8 to 64 frames at about 128 merged tokens a frame pair, with pictures and text between."""
+    """Clips of 8 to 64 frames at about 128 merged tokens a frame pair, with images and text between."""
     kind = rng.random()
     if kind < 0.35:
         return llava_like(rng)
@@ -80,7 +80,7 @@ def table(samples: list[tuple[int, list[int]]]) -> tuple[np.ndarray, np.ndarray]
 
 
 def measure(method, mix: str, rows: int, batches: int, buffer: int, seed: int = 0) -> dict[str, float]:
-    """Runs `batches` batches of `rows` rows through a packing method with refilled look-ahead, and averages."""
+    """Run `batches` batches of `rows` rows through a packing method with refilled look-ahead, and average."""
     draw, tokens = MIXES[mix]
     rng = np.random.default_rng(seed)
     probe, _ = table([draw(np.random.default_rng(10**6 + k)) for k in range(2000)])

@@ -1,4 +1,4 @@
-"""Draws docs/packing.svg: the same waiting samples packed by first fit and by `plan_rows`.
+"""Draw docs/packing.svg: the same waiting samples packed by first fit and by `plan_rows`.
 
     python -m benchmarks.packing_picture docs/packing.svg
 """

@@ -1,4 +1,4 @@
-"""The HTML page of a run: tables and a picture of each comparison, in one file."""
+"""The HTML page of a run: tables and an image of each comparison, in one file."""
 
 from __future__ import annotations
 

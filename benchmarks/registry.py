@@ -60,7 +60,7 @@ CASES: dict[str, Case] = {}
 
 
 def case(name: str, *, suite: str = "cpu") -> Callable:
-    """Registers `build(settings) -> Iterator[Comparison]`; the first line of its docstring is the summary."""
+    """Register `build(settings) -> Iterator[Comparison]`; the first line of its docstring is the summary."""
     if suite not in SUITES:
         raise ValueError(f"suite {suite!r}; there are {', '.join(SUITES)}")
 
@@ -74,7 +74,7 @@ def case(name: str, *, suite: str = "cpu") -> Callable:
 
 
 def load_cases() -> dict[str, Case]:
-    """Imports every module of `benchmarks.cases`; they import jax and torch only when they run."""
+    """Import every module of `benchmarks.cases`; they import jax and torch only when they run."""
     from benchmarks import cases
 
     for module in pkgutil.iter_modules(cases.__path__):

@@ -76,7 +76,7 @@ def case_results_table(name: str, outcome: Mapping[str, Any]) -> Table:
 
 
 def write(record: Record, folder: Path) -> tuple[Path, Path]:
-    """Writes DATE-COMMIT-SUITE.json and .html; a second run of the minute does not overwrite the first."""
+    """Write DATE-COMMIT-SUITE.json and .html; a second run of the minute does not overwrite the first."""
     from benchmarks.page import render
 
     folder.mkdir(parents=True, exist_ok=True)

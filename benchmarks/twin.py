@@ -64,7 +64,7 @@ def load(folder: Path, config: MindVLConfig) -> Twin:
 
 
 def packed_inputs(packed: Packed) -> Inputs:
-    """Rows of several samples: a (B, 1, T, T) mask keeps them apart; the tower keeps pictures apart by itself."""
+    """Rows of several samples: a (B, 1, T, T) mask keeps them apart; the tower keeps images apart by itself."""
     batch = packed.batch
     segments = torch.tensor(batch.segment_ids)
     T = segments.shape[1]

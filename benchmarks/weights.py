@@ -126,7 +126,7 @@ def measure(mode: str, folder: Path) -> dict[str, float]:
 
 
 def warm(folder: Path) -> bool:
-    """Reads the files once; whether the page cache can hold them beside the arrays."""
+    """Read the files once; whether the page cache can hold them beside the arrays."""
     size = 0
     for path in folder.glob("*.safetensors"):
         size += path.stat().st_size

@@ -1,6 +1,6 @@
 """Samples for training benchmarks: the same ids and pixels as packed rows of ours and as inputs of transformers.
 
-B rows, T token places a row, P patch places a row.
+B rows, T token positions a row, P patch positions a row.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Draw = Callable[[np.random.Generator], tuple[int, int, list[tuple[int, int]]]]
 
 
 def small_pictures(rng: np.random.Generator) -> tuple[int, int, list[tuple[int, int]]]:
-    """What the quickstart trains on: pictures of 28 to 168 pixels, a short question, an answer of a few tokens; 1 of 8 text only."""
+    """What the quickstart trains on: images of 28 to 168 pixels, a short question, an answer of a few tokens; 1 of 8 text only."""
     grid = (2 * int(rng.integers(1, 4)), 2 * int(rng.integers(1, 7)))
     return int(rng.integers(6, 24)), int(rng.integers(2, 12)), [] if rng.random() < 0.125 else [grid]
 
 
 def photographs(rng: np.random.Generator) -> tuple[int, int, list[tuple[int, int]]]:
-    """LLaVA-Instruct's lengths: one COCO picture of at most 512 x 512 pixels, a lognormal text of which half is answer."""
+    """LLaVA-Instruct's lengths: one COCO image of at most 512 x 512 pixels, a lognormal text of which half is answer."""
     total, images = llava_like(rng)
     text = total - sum(images) // 4
     grids = [_near_grid(patches, rng) for patches in images]
@@ -121,7 +121,7 @@ def normalised(sample: ParitySample) -> ParitySample:
 
 
 def build(workload: Workload, config: MindVLConfig, reference, seed: int = 0) -> Packed:
-    """Draws samples and packs them as training does.
+    """Draw samples and pack them as training does.
 
     Args:
       reference: transformers model that says rotary positions.

@@ -14,7 +14,7 @@ from benchmarks.registry import Settings, case
 
 @case("images")
 def images_case(settings: Settings) -> Iterator[Comparison]:
-    """Decode, resize, patchify: pictures a second of one core beside transformers' Pillow processor."""
+    """Decode, resize, patchify: images a second of one core beside transformers' Pillow processor."""
     from benchmarks import images
 
     for name, size, kind, content, resample in images.CASES[-1:] if settings.dry else images.CASES:

@@ -1,4 +1,4 @@
-"""Answers to prompts with pictures: reading the prompt and decoding, beside transformers' generate."""
+"""Answers to prompts with images: reading the prompt and decoding, beside transformers' generate."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _sections(head_dim: int) -> tuple[int, int, int]:
 
 @case("generation")
 def generation_case(settings: Settings) -> Iterator[Comparison]:
-    """Greedy answers to a batch of prompts with a picture each; theirs padded on the left. Prompt reading alone, and with decoding."""
+    """Greedy answers to a batch of prompts with an image each; theirs padded on the left. Prompt reading alone, and with decoding."""
     import numpy as np
     import torch
     import transformers

@@ -226,7 +226,7 @@ def machine_peaks(settings: Settings) -> tuple[float, float]:
 
 
 def compare(operator: Operator, peaks: tuple[float, float]) -> Comparison:
-    """Compiles the three forms, checks results and gradients against each other, and hands them over."""
+    """Compile the three forms, check results and gradients against each other, and hand them over."""
     import jax
     import jax.numpy as jnp
     import torch

@@ -1,4 +1,4 @@
-"""What `mindvl plan` foretells of a step's memory, beside what a process then takes: each program alone in a process."""
+"""What `mindvl plan` predicts of a step's memory, beside what a process then takes: each program alone in a process."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _batch(config, mix):
 
 @case("plan")
 def plan_case(settings: Settings) -> Iterator[Comparison]:
-    """Activations and gradients that the plan foretells beside the growth of a process during a step, XLA and npu_bridge on torch CPU."""
+    """Activations and gradients that the plan predicts beside the growth of a process during a step, XLA and npu_bridge on torch CPU."""
     from benchmarks.memory import in_own_process
 
     chosen = (("dry", "DRY", "none", "float32"),) if settings.dry else (("tiny", "QUICKSTART", "none", "float32"), ("small", "QUICKSTART", "none", "float32"), ("small", "QUICKSTART", "full", "float32"), ("small", "QUICKSTART", "full", "bfloat16"))

@@ -13,7 +13,7 @@ KINDS = {"transformers SDPA, packed": ("packed", False), "transformers SDPA, pad
 
 
 def prepare(folder: str, model: str, workload: str) -> None:
-    """Writes parameters, our batch and their inputs, so that no side's process computes anything but its steps."""
+    """Write parameters, our batch and their inputs, so that no side's process computes anything but its steps."""
     import pickle
 
     import numpy as np

@@ -14,7 +14,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3}
 
 
 def compare_steps(settings: Settings, model: str, workload, dtype: str, kinds: dict[str, tuple[str, str]], bars: dict[str, float]) -> Comparison:
-    """Builds ours and the twins, checks that they agree, and hands them over for timing.
+    """Build ours and the twins, check that they agree, and hand them over for timing.
 
     Args:
       kinds: name of a side -> (attention implementation, "packed" or "padded").

@@ -1,7 +1,7 @@
 """The real material: handwritten digits, emoji drawings, fonts, words, tables, and the published easy-VQA set.
 
 Everything is split here, once, by what must not be shared between training and scoring: columns of handwriting, artists,
-font families, words, tables, published pictures. Generators ask for the part of a split and cannot reach another one.
+font families, words, tables, published images. Generators ask for the part of a split and cannot reach another one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mindvl_jax.core.errors import UserError
 Split = Literal["train", "validation", "test"]
 FOLDER = Path(__file__).parent / "assets"
 
-# digits.png: 50 rows of 100 cells, 500 cells a class; within a class five rows, so a column is 5 pictures of it.
+# digits.png: 50 rows of 100 cells, 500 cells a class; within a class five rows, so a column is 5 images of it.
 VALIDATION_COLUMNS = range(76, 80)
 TEST_COLUMNS = range(80, 100)
 # share_alike/digits-more.png: 5,000 digits more, all for training, in the order of their classes.
@@ -92,7 +92,7 @@ def _drawings(artist: str) -> Mapping:
 
 @functools.lru_cache(maxsize=1024)
 def drawing(artist: str, concept: int, side: int = 64) -> Image.Image:
-    """The RGBA picture, `side` pixels square, of one concept by one artist."""
+    """The RGBA image, `side` pixels square, of one concept by one artist."""
     import resvg_py
 
     drawings = _drawings(artist)
@@ -167,14 +167,14 @@ def columns(split: Split) -> tuple[Column, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """One picture of easy-VQA with its published (question, answer) pairs."""
+    """One image of easy-VQA with its published (question, answer) pairs."""
 
     file: Path
     questions: tuple[tuple[str, str], ...]
 
 
 def shape_pictures(split: Split) -> tuple[Picture, ...]:
-    """Pictures of easy-VQA.
+    """Images of easy-VQA.
 
     Raises:
       UserError: the package is not installed.

@@ -46,7 +46,7 @@ def scores(folder: Path) -> dict[str, float]:
 
 def training_pairs(folder: Path, task: str) -> list[Pair]:
     if task == "easyvqa":
-        # All of the published training questions: the file asks some of them, drawn anew for each pass over the pictures.
+        # All of the published training questions: the file asks some of them, drawn anew for each pass over the images.
         return [pair for picture in assets.shape_pictures("train") for pair in picture.questions]
     return _pairs(folder / "train" / f"{task}.parquet")
 

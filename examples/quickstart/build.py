@@ -1,8 +1,8 @@
-"""Builds the quickstart data: `python -m examples.quickstart.build --out data/quickstart`.
+"""Build the quickstart data: `python -m examples.quickstart.build --out data/quickstart`.
 
 Into the folder go one parquet file a source and split (`train/digits.parquet` ...), `id_table.json` (the compact
 vocabulary), `standins/` (the stand-in benchmark sets, `examples.quickstart.standins`), `manifest.json` (counts, what is held out,
-licences, blind scores, digests) and, in `contact/`, a sheet of pictures for each file, to look at. The same arguments give the same files; a second call with them does nothing.
+licences, blind scores, digests) and, in `contact/`, a sheet of images for each file, to look at. The same arguments give the same files; a second call with them does nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ HELD_OUT = {
 
 
 def build(out: Path, size: str = "standard", seed: int = 0, processes: int | None = None, console: Console | None = None) -> dict:
-    """Builds, or finds already built, and returns the manifest.
+    """Build, or finds already built, and return the manifest.
 
     Args:
       processes: working processes; None takes one a core, at most 8; 0 works in this one.
@@ -91,7 +91,7 @@ def build(out: Path, size: str = "standard", seed: int = 0, processes: int | Non
 
 
 def prepare(config: QuickstartDataConfig) -> None:
-    """Builds the data that a configuration asks for; of several processes that start at once, one builds and the others wait."""
+    """Build the data that a configuration asks for; of several processes that start at once, one builds and the others wait."""
     out = Path(config.folder)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as lock:
@@ -100,13 +100,13 @@ def prepare(config: QuickstartDataConfig) -> None:
 
 
 def _write_standins(out: Path) -> tuple[dict[str, dict], list[str]]:
-    """Writes `standins/`; returns its files as the manifest names them, and every question as an evaluation asks it."""
+    """Write `standins/`; return its files as the manifest names them, and every question as an evaluation asks it."""
     # They read as an evaluation reads them, and that imports JAX, which the processes that draw do without.
     from examples.quickstart.standins.build import build as build_standins
     from mindvl_jax.evaluation.benchmarks import load_items
 
     counts = build_standins(out / "standins")
-    # Without the marks of pictures: a word splits in another way behind `>`.
+    # Without the marks of images: a word splits in another way behind `>`.
     questions = [message["content"].replace("<image>", "") for task in counts for item in load_items(task, out / "standins") for message in item.messages]
     paths = sorted((out / "standins").glob("*.parquet"))
     return {str(path.relative_to(out)): {"about": "stand-in benchmark set", "samples": pq.read_metadata(path).num_rows, **_describe(path)} for path in paths}, questions

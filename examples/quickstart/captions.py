@@ -1,4 +1,4 @@
-"""One line about a picture: what the projector learns from while everything else is frozen."""
+"""One line about an image: what the projector learns from while everything else is frozen."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PAPERS = {"white": (255, 255, 255)} | NAMED_COLOURS
 
 
 def captions(rng: random.Random, split: assets.Split, pairs: list[tuple[str, int]], start: int, count: int) -> Iterator[Sample]:
-    """Half the pictures are emoji, drawn from `pairs` (artist, concept)."""
+    """Half the images are emoji, drawn from `pairs` (artist, concept)."""
     pictures = shapes.described(split)
     for number in range(start, start + count):
         kind = number % 6

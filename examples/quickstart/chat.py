@@ -1,4 +1,4 @@
-"""Instruction data: other wordings of each task, choices, yes or no, several turns about one picture, refusals."""
+"""Instruction data: other wordings of each task, choices, yes or no, several turns about one image, refusals."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _with_follow_ups(rng: random.Random, kind: str, text: str, answer: str) -> t
     turns = [(_instructed(rng, rng.choice(WORDINGS[kind])), answer)]
     for question in rng.sample(sorted(FOLLOW_UPS[kind]), rng.randint(0, 2)):
         turns.append((question, FOLLOW_UPS[kind][question](text)))
-    # Asked first, a follow-up must be answered from the picture; asked later, from the answer before it.
+    # Asked first, a follow-up must be answered from the image; asked later, from the answer before it.
     rng.shuffle(turns)
     return tuple(turns)
 
@@ -119,7 +119,7 @@ def _chart(rng: random.Random, split: assets.Split, pairs: list[tuple[str, int]]
 
 
 def _refusal(rng: random.Random, split: assets.Split, pairs: list[tuple[str, int]]) -> Sample:
-    """A task's question about a picture that has nothing to answer it with."""
+    """A task's question about an image that has nothing to answer it with."""
     shown = rng.choice(("digits", "word", "emoji"))
     if shown == "digits":
         picture, _ = digits.draw(rng, split, rng.randint(1, digits.LONGEST))

@@ -1,4 +1,4 @@
-"""Contact sheets: some pictures of each file with what is asked and answered, because data that nobody saw is not checked."""
+"""Contact sheets: some images of each file with what is asked and answered, because data that nobody saw is not checked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CAPTION_LINES, LINE = 4, 12
 
 
 def write_sheets(folder: Path, files: Iterable[str], pictures: int) -> None:
-    """One PNG of at most `pictures` pictures for each of the parquet files below `folder` that has any, into `folder/contact`."""
+    """One PNG of at most `pictures` images for each of the parquet files below `folder` that has any, into `folder/contact`."""
     target = folder / "contact"
     target.mkdir(exist_ok=True)
     for path in sorted(folder / file for file in files):
@@ -32,7 +32,7 @@ def _spread(path: Path, count: int) -> list[dict]:
 
 
 def sheet(rows: Sequence[dict]) -> Image.Image:
-    """The pictures in a grid, twice their size, each over its conversation."""
+    """The images in a grid, twice their size, each over its conversation."""
     pictures = [Image.open(io.BytesIO(row["images"][0]["bytes"])).convert("RGB") for row in rows if row["images"]]
     captions = [_caption(row) for row in rows if row["images"]]
     width = max(max(picture.width for picture in pictures) * ZOOM, 150) + 8

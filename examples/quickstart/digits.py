@@ -29,7 +29,7 @@ def digit_strings(rng: random.Random, split: assets.Split, count: int, longest: 
 
 
 def draw(rng: random.Random, split: assets.Split, length: int, bent: bool = True, more: bool = False) -> tuple[np.ndarray, str]:
-    """A picture 28 pixels high and 28 wide for each of `length` digits, and what it says."""
+    """An image 28 pixels high and 28 wide for each of `length` digits, and what it says."""
     cells, labels = assets.digit_cells(split, more)
     chosen = [rng.randrange(len(cells)) for _ in range(length)]
     coverage = np.concatenate([_place(rng, cells[index], plain=split != "train", bent=bent) for index in chosen], axis=1)

@@ -17,7 +17,7 @@ QUESTION = "What is this?"
 SIDE = 56
 ONE_WITHHELD_OF = 5  # every fifth concept lacks one training artist, whose drawing of it is for validation
 
-# Names that a mirrored picture would contradict.
+# Names that a mirrored image would contradict.
 _HANDED = re.compile(r"\b(left|right|quarter|crescent|gibbous|oclock|thirty|flag|raised|lowered)\b")
 
 

@@ -1,4 +1,4 @@
-"""Colours and small drawing helpers that several tasks share. Pictures are multiples of 28 pixels: no resizing blurs them."""
+"""Colours and small drawing helpers that several tasks share. Images are multiples of 28 pixels: no resizing blurs them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def paint(coverage: np.ndarray, ink: tuple[int, int, int], paper: tuple[int, int
 
 
 def warp(rng: random.Random, picture: Image.Image, side: int, affine: tuple[float, ...], wobble: float, cells: int) -> Image.Image:
-    """The picture seen through a map from a square of `side` pixels to its own, bent a little.
+    """The image seen through a map from a square of `side` pixels to its own, bent a little.
 
     Args:
       affine: (a, b, c, d, e, f), from a place (x, y) of the result to (a x + b y + c, d x + e y + f) of `picture`, as PIL wants it.

@@ -25,12 +25,12 @@ SCHEMA = pyarrow.schema(
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A conversation about at most one picture.
+    """A conversation about at most one image.
 
     Attributes:
       task: what is asked, finer than the file's name (`digits`, `chat/choice` ...).
       image: PNG bytes, or None.
-      turns: (question, answer) pairs in order. The picture belongs to the first question.
+      turns: (question, answer) pairs in order. The image belongs to the first question.
       held_out: whether the last answer is only for scoring: then the messages end with the question.
     """
 

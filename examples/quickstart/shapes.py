@@ -1,8 +1,8 @@
-"""easy-VQA: a coloured shape in a 64-pixel picture, asked about in 107 published wordings.
+"""easy-VQA: a coloured shape in a 64-pixel image, asked about in 107 published wordings.
 
-Each published picture shows one shape in one colour, and its questions give both away. From them every wording can be asked of
-every training picture. Open questions come first, as they cannot be answered blind: the published mix answers 67 % of its test
-questions without a look at the picture, and a small model finds that first. What is asked in the end is as published.
+Each published image shows one shape in one colour, and its questions give both away. From them every wording can be asked of
+every training image. Open questions come first, as they cannot be answered blind: the published mix answers 67 % of its test
+questions without a look at the image, and a small model finds that first. What is asked in the end is as published.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def asked_value(question: str) -> str | None:
 
 
 def answer(question: str, shape: str, colour: str) -> str:
-    """The true answer to a published wording about a picture of one `colour` `shape`."""
+    """The true answer to a published wording about an image of one `colour` `shape`."""
     if question.startswith("what"):
         wants_colour = "color" in question
         return colour if wants_colour else shape
@@ -69,7 +69,7 @@ def open_question(rng: random.Random, shape: str, colour: str, about_colour: boo
 def yes_no_question(rng: random.Random, shape: str, colour: str) -> str:
     """About a shape as often as about a colour, and each about something present as often as about something absent.
 
-    Drawn from all wordings at once, questions about shapes would be about the shape shown in 69 % of cases, as a picture lacks
+    Drawn from all wordings at once, questions about shapes would be about the shape shown in 69 % of cases, as an image lacks
     seven colours but only two shapes; a small model then says so without a look (0.30 of the published shape questions right).
     """
     asked, shown = rng.choice(((SHAPES, shape), (COLOURS, colour)))
@@ -79,14 +79,14 @@ def yes_no_question(rng: random.Random, shape: str, colour: str) -> str:
 
 
 def open_questions(rng: random.Random, split: assets.Split, start: int, count: int) -> Iterator[Sample]:
-    """Colour and shape of each picture, neither of which can be told blind or from the other."""
+    """Colour and shape of each image, neither of which can be told blind or from the other."""
     for picture, shape, colour in _cycle(split, start, count):
         questions = [open_question(rng, shape, colour, about_colour) for about_colour in rng.sample((True, False), 2)]
         yield Sample("easyvqa", picture.file.read_bytes(), tuple((question, answer(question, shape, colour)) for question in questions))
 
 
 def conversations(rng: random.Random, split: assets.Split, start: int, count: int) -> Iterator[Sample]:
-    """One to four of the published questions about each picture; loss falls on every answer.
+    """One to four of the published questions about each image; loss falls on every answer.
 
     As published, so that what the set teaches can be compared: nine in eleven of its yes-or-no answers follow from the question's kind.
     Balanced ones (`yes_no_question`) were tried here: two thousand steps and 400 more on them alone left yes or no a coin's throw.
@@ -105,7 +105,7 @@ def published(split: assets.Split, count: int) -> list[Sample]:
 
 @functools.cache
 def described(split: assets.Split) -> tuple[tuple[assets.Picture, str, str], ...]:
-    """(picture, shape, colour) of each picture whose published questions tell both."""
+    """(image, shape, colour) of each image whose published questions tell both."""
     return tuple((picture, *facts) for picture in assets.shape_pictures(split) if (facts := shown(picture)))
 
 

@@ -1,4 +1,4 @@
-"""Text without pictures: the answer formats of every task, so that the language model knows them before it sees anything.
+"""Text without images: the answer formats of every task, so that the language model knows them before it sees anything.
 
 It also learns here what must be reasoned about what is seen: negation, counting, comparing. Only words of the training
 part occur.

@@ -1,4 +1,4 @@
-"""Short words in real fonts, spelled letter by letter: an answer is made of units that the picture shows.
+"""Short words in real fonts, spelled letter by letter: an answer is made of units that the image shows.
 
 Two settings: `cells` puts each letter into its own 28-pixel square, as forms do, so that a letter is a visual token;
 `typeset` is ordinary setting, where letters stand as the font spaces them and straddle tokens.
@@ -55,7 +55,7 @@ def characters(rng: random.Random, split: assets.Split, count: int) -> Iterator[
 
 
 def draw(rng: random.Random, split: assets.Split, text: str, setting: Setting) -> np.ndarray:
-    """A picture 28 pixels high; (height, width) when grey, else (height, width, 3)."""
+    """An image 28 pixels high; (height, width) when grey, else (height, width, 3)."""
     face = rng.choice(assets.faces(split, lining_figures=text.isdigit()))
     size = rng.randint(20, 25)
     font = assets.font(face, size)

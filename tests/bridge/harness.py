@@ -1,4 +1,4 @@
-"""Runs a case through XLA and through the bridge, in one process or on a pool of gloo processes."""
+"""Run a case through XLA and through the bridge, in one process or on a pool of gloo processes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def value_and_gradient(fn, grad: bool, args):
 
 
 def even_spec(x) -> P:
-    """Splits the first two dimensions over the mesh where they are even."""
+    """Split the first two dimensions over the mesh where they are even."""
     shape = np.shape(x)
     names = [axis if n % 2 == 0 else None for n, axis in zip(shape, ("x", "y"))]
     return P(*names)
@@ -81,7 +81,7 @@ CALLS = 3  # a program that damages itself is right in its first call
 
 
 def call_three_times(fn, *args, rtol: float = 1e-5, atol: float = 1e-6, **options) -> Jitted:
-    """Calls one compiled program with fresh arguments and compares each call with XLA. Returns the compiled function."""
+    """Call one compiled program with fresh arguments and compare each call with XLA. Returns the compiled function."""
     ours, theirs = npu_bridge.jit(fn, **options), jax.jit(fn)
     for call in range(CALLS):
         now = fresh_arguments(args, call)
@@ -203,7 +203,7 @@ class Pool:
             p.start()
 
     def steps(self, low: Lowered, state, batches) -> list[Any]:
-        """Runs a training step over batches. Returns for each rank (metrics of each step, final state)."""
+        """Run a training step over batches. Returns for each rank (metrics of each step, final state)."""
         flat = jax.tree.leaves((state, batches[0]))
         assert low.traced.kept == list(range(len(flat))), "a training step reads all of its arguments"
         return self.run(low, flat, state=len(jax.tree.leaves(state)), batches=[[np.asarray(x) for x in jax.tree.leaves(b)] for b in batches])

@@ -50,7 +50,7 @@ def published(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def squares(tmp_path_factory):
-    """Pictures of one colour and a LLaVA file that asks for it."""
+    """Images of one colour and a LLaVA file that asks for it."""
     folder = tmp_path_factory.mktemp("squares")
     rng, records = np.random.default_rng(0), []
     for index in range(24):

@@ -1,4 +1,4 @@
-"""Small configurations, pictures and samples for the tests of the data room."""
+"""Small configurations, images and samples for the tests of the data room."""
 
 from __future__ import annotations
 

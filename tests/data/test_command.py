@@ -16,7 +16,7 @@ from mindvl_jax.data.sources.readers import Source
 
 @pytest.fixture
 def llava(tmp_path):
-    """LLaVA-Instruct as published: bare file names, the pictures in COCO's folder; one picture is missing."""
+    """LLaVA-Instruct as published: bare file names, the images in COCO's folder; one image is missing."""
     (tmp_path / "coco" / "train2017").mkdir(parents=True)
     records = []
     for index in range(6):

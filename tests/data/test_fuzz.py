@@ -1,6 +1,6 @@
 """Mutated samples and files: each is read or refused with a reason, in bounded time and memory, never a crash.
 
-`MINDVL_FUZZ=100000` sets the number of mutated samples, a tenth of it that of mutated pictures; the default takes seconds.
+`MINDVL_FUZZ=100000` sets the number of mutated samples, a tenth of it that of mutated images; the default takes seconds.
 """
 
 from __future__ import annotations

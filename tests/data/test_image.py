@@ -1,4 +1,4 @@
-"""Pictures against transformers' Pillow processor and window index, and every odd form a file may take."""
+"""Images against transformers' Pillow processor and window index, and every odd form a file may take."""
 
 from __future__ import annotations
 
@@ -174,11 +174,11 @@ def test_a_picture_in_memory_is_taken_as_it_is():
     np.testing.assert_array_equal(np.asarray(images.load_image(file.getvalue())), np.asarray(source))
 
 
-# --- pictures without colour, and JPEG files decoded smaller ---
+# --- images without colour, and JPEG files decoded smaller ---
 
 
 def batch_patches(media, resample="bicubic", min_pixels=3136, max_pixels=200704):
-    """Patches of a picture as they lie in a batch, (P, patch_dim) uint8: the whole way from bytes."""
+    """Patches of an image as they lie in a batch, (P, patch_dim) uint8: the whole way from bytes."""
     height, width = images.image_size(media)
     layout = images.visual_layout(images.image_grid(height, width, VISION, min_pixels=min_pixels, max_pixels=max_pixels), VISION)
     pixels = read_pixels(VisualItem(media, "image", layout), VISION, resample)

@@ -42,7 +42,7 @@ def test_rows_hold_every_budget_and_use_each_sample_once(drawn, rows):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.integers(2, 120), st.integers(2, 120), st.integers(0, 40), st.integers(0, 3)), min_size=0, max_size=50), st.integers(1, 6))
 def test_both_answers_of_a_preference_pair_lie_side_by_side_in_one_row(drawn, rows):
-    """A pair asks the same question of the same pictures twice."""
+    """A pair asks the same question of the same images twice."""
     sizes = np.array([(tokens, 4 * groups if images else 0, 1, images, 2 * images) for *both, groups, images in drawn for tokens in both], np.int64).reshape(-1, 5)
     work = WorkModel.of(MODEL)
     loads = np.array([work.loads(size[0], np.array([size[1]])) for size in sizes]).reshape(-1, 2)
@@ -123,7 +123,7 @@ def test_a_packed_row_is_its_samples_one_after_another():
     np.testing.assert_array_equal(batch.positions[0, :, cut:end], second.positions)
     assert batch.targets[0, cut - 1] == 0 and batch.loss_weights[0, cut - 1] == 0, "nothing is learned across samples"
     assert batch.image_lengths[0, :3].tolist() == [120, 4, -1]
-    # 140 x 168 pixels are 5 x 6 merged tokens: windows of 4x4, 4x2, 1x4, 1x2, and one of the small picture.
+    # 140 x 168 pixels are 5 x 6 merged tokens: windows of 4x4, 4x2, 1x4, 1x2, and one of the small image.
     assert batch.window_lengths[0, :6].tolist() == [64, 32, 16, 8, 4, -1]
     assert [int((batch.patch_window_ids[0] == k).sum()) for k in range(1, 7)] == [64, 32, 16, 8, 4, 0]
     assert (batch.patch_segment_ids[0] > 0).sum() == 124 and batch.patch_segment_ids[0, 120] == 2

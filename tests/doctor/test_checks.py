@@ -63,7 +63,7 @@ def test_the_golden_batches_are_those_that_the_losses_were_stored_with():
     _shape, made = golden.batches(config.model)
     assert golden.digest(made) == stored()["batches"]
     assert all((batch.loss_weights.sum(axis=1) > 0).all() for batch in made)
-    assert min(batch.visual_index.max() for batch in made) >= 0  # every batch has pictures
+    assert min(batch.visual_index.max() for batch in made) >= 0  # every batch has images
 
 
 def test_the_stored_losses_fall_and_bfloat16_is_near_float32():

@@ -170,7 +170,7 @@ def totals(name: str, results: dict[str, Any], summary: dict[str, Any], count: i
 
 
 def compare(data: Path, scratch: Path, rounds: int, weights: str | None = None, only: list[str] | None = None) -> dict[str, Any]:
-    """Runs both and returns counts and every disagreement, by task (all of TASKS unless `only` names some)."""
+    """Run both and return counts and every disagreement, by task (all of TASKS unless `only` names some)."""
     from lmms_eval import evaluator
     from lmms_eval.tasks import TaskManager
     from lmms_eval.tasks.ocrbench import utils as ocrbench

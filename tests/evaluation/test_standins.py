@@ -88,7 +88,7 @@ def test_an_unknown_stand_in_is_refused(tmp_path):
 
 
 def test_evaluate_scores_them_and_says_that_they_are_stand_ins(folder, model_folder, tmp_path, capsys):
-    tasks = ["docvqa_val", "ocrbench", "mmmu_dev_val"]  # a list of answers, categories, two pictures
+    tasks = ["docvqa_val", "ocrbench", "mmmu_dev_val"]  # a list of answers, categories, two images
     assert cli.main(["evaluate", "--weights", str(model_folder), "--data", str(folder), "--tasks", ",".join(tasks), "--limit", "3", "--max-new-tokens", "2", "--batch", "3",
                      "--max-pixels", "3136", "--no-language-only", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out

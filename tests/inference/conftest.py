@@ -38,7 +38,7 @@ def tiny_config(tokenizer, **text) -> MindVLConfig:
 
 
 def tiny_model(config: MindVLConfig, seed: int = 0) -> MindVL:
-    """Random weights large enough that the pictures and the words decide what comes next."""
+    """Random weights large enough that the images and the words decide what comes next."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: MindVL(config, rngs=nnx.Rngs(0))))
 
     def draw(path, leaf):

@@ -11,7 +11,7 @@ from mindvl_jax.inference.backends import BridgePrograms
 
 @pytest.fixture(scope="module")
 def small(opened, tokenizer):
-    """One picture size only: few programs to compile twice."""
+    """One image size only: few programs to compile twice."""
     return types.SimpleNamespace(model=opened.model, tokenizer=tokenizer, min_pixels=56 * 56, max_pixels=56 * 56)
 
 

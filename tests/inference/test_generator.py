@@ -48,7 +48,7 @@ def _reference(opened, generator, request, steps):
     return tokens, logprobs
 
 
-@pytest.mark.parametrize("index", [0, 3])  # no picture, two pictures
+@pytest.mark.parametrize("index", [0, 3])  # no image, two images
 def test_cached_decoding_gives_the_tokens_of_reading_everything_again(opened, generator, requests, answers, index):
     tokens, logprobs = _reference(opened, generator, requests[index], requests[index].sampling.max_new_tokens)
     assert list(answers[index].tokens) == tokens
@@ -58,7 +58,7 @@ def test_cached_decoding_gives_the_tokens_of_reading_everything_again(opened, ge
 
 def test_a_batch_of_mixed_requests_answers_as_each_would_alone(opened, requests, answers):
     alone = Generator(opened, slots=1, context=256)
-    for request, batched in list(zip(requests, answers))[:4]:  # none, none, one and two pictures
+    for request, batched in list(zip(requests, answers))[:4]:  # none, none, one and two images
         assert alone.generate([request])[0].tokens == batched.tokens, request.id
 
 

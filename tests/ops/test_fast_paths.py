@@ -52,7 +52,7 @@ def products(function, *arrays):
 
 @pytest.fixture(scope="module")
 def matrix_units():
-    """Skips where this CPU has no bfloat16 products: XLA then widens everything, rightly."""
+    """Skip where this CPU has no bfloat16 products: XLA then widens everything, rightly."""
     if products(lambda x, w: jnp.dot(x, w, preferred_element_type=jnp.float32), ONE_ROW[0], W)[2]:
         pytest.skip("XLA widens even the plainest bfloat16 product here: this CPU has no bfloat16 matrix units")
 

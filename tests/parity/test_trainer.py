@@ -44,7 +44,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def padded(items):
-    """Right padding, pictures of all samples one after another: what every collator of this family does."""
+    """Right padding, images of all samples one after another: what every collator of this family does."""
     width = max(item["input_ids"].shape[1] for item in items)
     fill = dict(input_ids=0, attention_mask=0, labels=-100, mm_token_type_ids=0)
     batch = {key: torch.cat([torch.nn.functional.pad(item[key], (0, width - item[key].shape[1]), value=value) for item in items]) for key, value in fill.items()}

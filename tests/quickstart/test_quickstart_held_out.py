@@ -1,4 +1,4 @@
-"""Nothing that is scored was shown in training: no handwriting, artist, font, word, table or published picture."""
+"""Nothing that is scored was shown in training: no handwriting, artist, font, word, table or published image."""
 
 import hashlib
 import json

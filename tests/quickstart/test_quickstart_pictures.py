@@ -1,4 +1,4 @@
-"""Pictures show what their answers say, by witnesses that look at pixels or at the published answers."""
+"""Images show what their answers say, by witnesses that look at pixels or at the published answers."""
 
 import collections
 import io
@@ -24,7 +24,7 @@ def test_digit_labels_fit_the_handwriting():
 
 
 def test_digits_stand_in_their_own_squares_in_the_order_of_the_answer():
-    """Matched against the cells they were drawn from: test pictures are neither turned nor shifted."""
+    """Matched against the cells they were drawn from: test images are neither turned nor shifted."""
     cells, labels = assets.digit_cells("test")
     small = np.stack([np.asarray(Image.fromarray(cell).resize((25, 25), Image.Resampling.BILINEAR), np.float32) for cell in cells])
     small -= small.mean((1, 2), keepdims=True)

@@ -99,7 +99,7 @@ def test_a_run_that_stopped_early_is_refused(tmp_path):
 
 
 def test_two_meshes_train_alike(path, tmp_path, capsys):
-    """Two real trainings in processes of their own: one device, and two with fsdp."""
+    """Two real trainings in their own processes: one device, and two with fsdp."""
     out = tmp_path / "equal"
     code = main(["compare", "--a", str(path), "--steps", "3", "--devices-a", "1", "--devices-b", "2", "--set-b", "mesh.fsdp=2", "--out", str(out)])
     assert code == 0, capsys.readouterr()

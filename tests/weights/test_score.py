@@ -1,4 +1,4 @@
-"""`mindvl score` against the summed cross entropy of transformers on the same text and picture."""
+"""`mindvl score` against the summed cross entropy of transformers on the same text and image."""
 
 import io
 import json

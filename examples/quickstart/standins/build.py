@@ -1,4 +1,4 @@
-"""Writes the stand-ins: `python -m examples.quickstart.standins.build --out data/standins`.
+"""Write the stand-ins: `python -m examples.quickstart.standins.build --out data/standins`.
 
 Into the folder go lmms-eval's parquet files, into its `tsv/` VLMEvalKit's; `standins.json` in both says that these are not the
 benchmarks, and marks every score and page made from them. The same call gives the same files.
@@ -21,13 +21,13 @@ from mindvl_jax.evaluation.benchmarks import STANDINS_MARK
 
 
 def build(out: Path, tasks: Sequence[str] | None = None) -> dict[str, int]:
-    """Writes both forms of each stand-in and returns the number of questions by task.
+    """Write both forms of each stand-in and return the number of questions by task.
 
     Args:
       tasks: names of `mindvl evaluate --tasks`; None is all eight.
 
     Raises:
-      UserError: an unknown task, or the package with easy-VQA's pictures is missing.
+      UserError: an unknown task, or the package with easy-VQA's images is missing.
     """
     known = [standin.task for standin in STANDINS]
     if unknown := [task for task in tasks or () if task not in known]:

@@ -1,4 +1,4 @@
-"""Pictures of the stand-ins: lines of text, forms, posters, diagrams and charts, all from the held-out side of the material."""
+"""Images of the stand-ins: lines of text, forms, posters, diagrams and charts, all from the held-out side of the material."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def handwritten(rng: random.Random, length: int) -> tuple[Image.Image, str]:
 
 
 def turned(rng: random.Random, picture: Image.Image) -> Image.Image:
-    """The picture turned by 8 to 20 degrees, on its own corner's colour."""
+    """The image turned by 8 to 20 degrees, on its own corner's colour."""
     angle = rng.choice((-1, 1)) * rng.uniform(8, 20)
     whole = picture.rotate(angle, Image.Resampling.BICUBIC, expand=True, fillcolor=picture.getpixel((0, 0)))
     return on_cells(whole, picture.getpixel((0, 0)))
 
 
 def on_cells(picture: Image.Image, paper: Colour = (255, 255, 255)) -> Image.Image:
-    """The picture in the middle of the smallest sheet whose sides are whole visual tokens: nothing is resized later."""
+    """The image in the middle of the smallest sheet whose sides are whole visual tokens: nothing is resized later."""
     width, height = (CELL * math.ceil(side / CELL) for side in picture.size)
     sheet = Image.new("RGB", (width, height), paper)
     sheet.paste(picture, ((width - picture.width) // 2, (height - picture.height) // 2))
@@ -83,7 +83,7 @@ def drawing(concept: int, artist: str, side: int = 2 * CELL) -> Image.Image:
 
 
 def poster(rng: random.Random, rows: Sequence[tuple[int, str]]) -> Image.Image:
-    """Mixed pictures and text: one row for each (concept, figure): its drawing and the figure in large type."""
+    """Mixed images and text: one row for each (concept, figure): its drawing and the figure in large type."""
     chosen, artist = face(rng), rng.choice(assets.TEST_ARTISTS)
     side = 2 * CELL
     sheet = Image.new("RGB", (side * 2, side * len(rows)), tuple(rng.randint(225, 255) for _ in range(3)))
@@ -146,7 +146,7 @@ def chart(rng: random.Random) -> tuple[charts.Chart, Image.Image]:
 
 
 def sum_of_digits(rng: random.Random) -> tuple[Image.Image, int, int]:
-    """A written addition of two handwritten digits with a printed plus sign: picture and both digits."""
+    """A written addition of two handwritten digits with a printed plus sign: image and both digits."""
     (left, first), (right, second) = (handwritten_black(rng) for _ in range(2))
     sheet = Image.new("RGB", (3 * CELL, CELL), (255, 255, 255))
     sheet.paste(left, (0, 0))

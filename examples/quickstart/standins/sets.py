@@ -1,6 +1,6 @@
 """The questions of the eight stand-ins. Each maker gives rows in lmms-eval's columns and rows in VLMEvalKit's columns.
 
-Wordings are those of the benchmarks' own kinds of question; what a picture shows is known exactly, because it was drawn from it.
+Wordings are those of the benchmarks' own kinds of question; what an image shows is known exactly, because it was drawn from it.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def chart_questions(rng: random.Random, count: int):
 
 
 def _read(rng: random.Random, kind: str) -> tuple[Image.Image, str, list[str], str]:
-    """(picture, question, answers, name of a data set) of one category of OCRBench."""
+    """(image, question, answers, name of a data set) of one category of OCRBench."""
     written = "what is written in the image?"
     if kind == "Regular Text Recognition":
         text = pictures.word(rng)
@@ -174,7 +174,7 @@ def diagrams(rng: random.Random, count: int):
 
 
 def _choice(rng: random.Random, number: int) -> tuple[Image.Image, str, str, list[str], str, str]:
-    """(picture, question, right, wrong, category, upper category)."""
+    """(image, question, right, wrong, category, upper category)."""
     names = assets.concepts()
     kind = number % 4
     if kind == 0:
@@ -214,7 +214,7 @@ def rotations(rng: random.Random, count: int):
 
 
 def _pair(rng: random.Random, category: str) -> tuple[Image.Image, str, str]:
-    """(picture, what is asked when the answer is yes, when it is no)."""
+    """(image, what is asked when the answer is yes, when it is no)."""
     names = assets.concepts()
     if category in ("existence", "count", "position"):
         shown = rng.sample(range(len(names)), rng.randint(2, 4))
@@ -250,11 +250,11 @@ def pairs(rng: random.Random, count: int):
             yield ({"question_id": name, "image": picture, **common}, {"index": 2 * number + turn, "image": picture, **common, "image_path": name})
 
 
-# --- several pictures ---------------------------------------------------------------------------------------------------
+# --- several images ---------------------------------------------------------------------------------------------------
 
 
 def exams(rng: random.Random, count: int):
-    """MMMU's form: subjects, choices and open questions, one or two pictures named in the text."""
+    """MMMU's form: subjects, choices and open questions, one or two images named in the text."""
     for number in range(count):
         open_question = number % 4 == 3
         if number % 2:

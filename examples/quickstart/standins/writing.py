@@ -1,4 +1,4 @@
-"""The two published forms: lmms-eval's parquet (pictures as bytes, typed for the `datasets` library) and VLMEvalKit's TSV (base64)."""
+"""The two published forms: lmms-eval's parquet (images as bytes, typed for the `datasets` library) and VLMEvalKit's TSV (base64)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Row = Mapping[str, Any]
 
 
 def write_parquet(path: Path, rows: Sequence[Row]) -> None:
-    """One parquet file. Values are texts, whole numbers, lists of texts, pictures or None; a column keeps one kind.
+    """One parquet file. Values are texts, whole numbers, lists of texts, images or None; a column keeps one kind.
 
-    The schema's metadata names the picture columns the way the `datasets` library does, so that it opens them as pictures.
+    The schema's metadata names the image columns the way the `datasets` library does, so that it opens them as images.
     """
     columns = list(rows[0])
     kinds = {column: _kind([row[column] for row in rows], column) for column in columns}
@@ -51,7 +51,7 @@ def _cell(value: Any) -> Any:
 
 
 def write_tsv(path: Path, rows: Sequence[Row]) -> None:
-    """One TSV file. The first column is `index`; a list is written as Python spells it; pictures are base64, and a picture that an
+    """One TSV file. The first column is `index`; a list is written as Python spells it; images are base64, and an image that an
     earlier row has already shown is named by that row's index, as the published files do."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     shown: dict[int, str] = {}

@@ -75,7 +75,7 @@ def test_rows_with_open_prefixes_follow_the_formula(mode, heads_of_mask):
     assert error <= TOLERANCE, f"output or a gradient is off by {error:.1e}"
 
 
-# A batch of four sequences of which the second is cut between two devices, each with all its keys. `cut` query places go to the first.
+# A batch of four sequences of which the second is cut between two devices, each with all its keys. `cut` query positions go to the first.
 CUTS = {
     "last of the first device, counted from the lower right": dict(mode=7, whole=3, queries=[3, 4, 5, 4], keys=[3, 6, 5, 4], limits=(6, -2), banded=0),
     "first of the second device, counted from the upper left": dict(mode=8, whole=2, queries=[3, 5, 5, 4], keys=[3, 4, 5, 4], limits=(4, 1), banded=1),

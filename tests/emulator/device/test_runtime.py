@@ -16,7 +16,7 @@ def on_npu(x):
 
 
 def fresh(script, *options, **environment):
-    """Runs a script in an emulator of its own."""
+    """Run a script in an emulator of its own."""
     command = [sys.executable, "-m", "npu_bridge.emulator", *options, "--", "python", "-c", script]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | environment)
 

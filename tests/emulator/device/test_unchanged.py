@@ -23,7 +23,7 @@ def tiny(attention):
 
 
 def inputs():
-    """Two rows: a picture of 24 patches (6 visual tokens) and text, the second row shorter and padded."""
+    """Two rows: an image of 24 patches (6 visual tokens) and text, the second row shorter and padded."""
     generator = torch.Generator().manual_seed(1)
     def row(n):
         return [START, *[IMAGE] * 6, END, *torch.randint(0, 150, (n,), generator=generator).tolist()]
