@@ -88,7 +88,7 @@ def _check(args: argparse.Namespace) -> int:
     if (args.config is None) == (args.path is None):
         raise UserError("give either a path or --config FILE")
     if args.config is not None:
-    
+
         config = common.load_config(args.config, args.set)
         if not 0 <= args.phase < len(config.training.phases):
             raise UserError(f"--phase {args.phase}: the configuration has phases 0 to {len(config.training.phases) - 1}")

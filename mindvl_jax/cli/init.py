@@ -132,12 +132,12 @@ def measure(request: Request, source: dict, model: ModelConfig, tokenizer: Token
     per_row = max(length / tokens.mean(), 1.0)
     unit = model.vision.merge_unit
     budget = _up(max(1.03 * patches.sum() / tokens.sum() * length, patches.max(), unit), unit)
-    return Sizes(length, budget, max(8, int(math.ceil(length / tokens.min()))) if tokens.min() * 64 < length else 64,
+    return Sizes(length, budget, max(8, math.ceil(length / tokens.min())) if tokens.min() * 64 < length else 64,
                  max(1, round(wanted / (per_row * ROWS))), longest, per_row, found.kept, sum(found.reasons.values()), reasons)
 
 
 def _up(value: float, unit: int) -> int:
-    return int(math.ceil(value / unit)) * unit
+    return math.ceil(value / unit) * unit
 
 
 def _columns(pairs: tuple[str, ...]) -> dict[str, str]:

@@ -54,11 +54,13 @@ class _Parser(argparse.ArgumentParser):
     def _nearest(self, message: str) -> str:
         import difflib
 
-        known = [option for action in self._actions for option in (action.option_strings or (action.choices or ()) if action.choices is None or action.option_strings else action.choices)]
+        known = []
+        for action in self._actions:
+            known += action.option_strings or map(str, action.choices or ())
         for word in message.replace("'", " ").split():
-            if near := difflib.get_close_matches(word.split("=")[0].rstrip(","), [str(k) for k in known], n=1, cutoff=0.6):
-                if near[0] != word:
-                    return f"; did you mean {near[0]}?"
+            near = difflib.get_close_matches(word.split("=")[0].rstrip(","), known, n=1, cutoff=0.6)
+            if near and near[0] != word:
+                return f"; did you mean {near[0]}?"
         return ""
 
 

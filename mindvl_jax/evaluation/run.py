@@ -17,17 +17,20 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
 
 from mindvl_jax.config.schema import Config, EvaluationTask, SourceConfig, TokenizerConfig
 from mindvl_jax.data.sources.readers import Source
 from mindvl_jax.data.text.tokenizer import load_tokenizer
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.evaluation.items import Item, item_from_sample
-from mindvl_jax.evaluation.run_benchmarks import evaluate_benchmarks
+from mindvl_jax.evaluation.run_benchmarks import Show, counted, evaluate_benchmarks
 from mindvl_jax.evaluation.scorers import exact_match
 from mindvl_jax.evaluation.images import keep_pictures
 from mindvl_jax.evaluation.statistics import bootstrap_interval
+from mindvl_jax.evaluation.tables import score_table
 from mindvl_jax.core.files import read_json, write_json, write_jsonl
+from mindvl_jax.core.progress import counting
 from mindvl_jax.inference import Generator, Sampling
 from mindvl_jax.inference.prompts import without_media
 
@@ -42,7 +45,7 @@ class LiveModel:
     max_pixels: int
 
 
-def evaluate_run(config: Config, model, step: int, phase: str, run_dir: str | Path) -> dict[str, Any]:
+def evaluate_run(config: Config, model, step: int, phase: str, run_dir: str | Path, console: Console | None = None) -> dict[str, Any]:
     """Scores the model on `config.evaluation.tasks`, after the last phase on `config.evaluation.benchmarks` too, updates scores.json
     and returns its content.
 
@@ -50,11 +53,20 @@ def evaluate_run(config: Config, model, step: int, phase: str, run_dir: str | Pa
       model: a live MindVL module. Its parameters may be spread over a mesh of any shape.
       step: optimizer steps so far. phase: name of the phase that just ended; after the last phase all samples are taken and the
         language-only score is measured beside, in between `phase_samples` of each task.
+      console: told how far it is, and the scores at the end.
 
     Raises:
       UserError: a task's data cannot be read.
     """
     run_dir = Path(run_dir)
+    console = console or Console(quiet=True)
+    with counting(console) as show:
+        scores = _evaluate(config, model, step, phase, run_dir, show)
+    console.print(score_table(scores, f"held-out scores after {phase}, step {step}"))
+    return scores
+
+
+def _evaluate(config: Config, model, step: int, phase: str, run_dir: Path, show: Show) -> dict[str, Any]:
     settings = config.evaluation
     final = phase == config.training.phases[-1].name
     limits = config.training.phases[-1]
@@ -67,7 +79,7 @@ def evaluate_run(config: Config, model, step: int, phase: str, run_dir: str | Pa
         started = time.perf_counter()
         limit = min((value for value in (task.max_samples, None if final else settings.phase_samples) if value is not None), default=None)
         items = sample_items(task.name, task.source, limit)
-        result, rows = score_items(generator, items, max_new_tokens=task.max_new_tokens, language_only=settings.language_only and final)
+        result, rows = score_items(generator, items, max_new_tokens=task.max_new_tokens, language_only=settings.language_only and final, on_progress=lambda done, total, what, name=task.name: show(done, total, name + what))
         result |= {"step": step, "seconds": round(time.perf_counter() - started, 2), "blind_majority": _blind_majority(task)}
         entry = scores["tasks"].setdefault(task.name, {})
         by_phase = entry.get("by_phase", {})
@@ -77,25 +89,28 @@ def evaluate_run(config: Config, model, step: int, phase: str, run_dir: str | Pa
             keep_pictures(items, rows, run_dir / "predictions" / phase / task.name)
             write_jsonl(run_dir / "predictions" / phase / f"{task.name}.jsonl", rows)
     if settings.benchmarks is not None and final:
-        scores["benchmarks"] = evaluate_benchmarks(generator, settings.benchmarks, run_dir / "predictions" / phase / "benchmarks", language_only=settings.language_only)
+        scores["benchmarks"] = evaluate_benchmarks(
+            generator, settings.benchmarks, run_dir / "predictions" / phase / "benchmarks", language_only=settings.language_only, on_progress=show
+        )
     scores |= {"step": step, "phase": phase, "metric": "exact_match"}
     if jax.process_index() == 0:
         write_json(run_dir / "scores.json", scores)
     return scores
 
 
-def score_items(generator: Generator, items: list[Item], *, max_new_tokens: int, language_only: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def score_items(generator: Generator, items: list[Item], *, max_new_tokens: int, language_only: bool, on_progress: Show | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Exact match over items, greedy.
 
     Args:
       language_only: also answer with the pictures taken away.
+      on_progress: called with answers done, their number and "" or " without images".
 
     Returns:
       The task's scores, and one row an item for the predictions file.
     """
     sampling = Sampling(max_new_tokens=max_new_tokens)
     requests = [item.request(sampling) for item in items]
-    answers = generator.generate(requests, skip_errors=True)
+    answers = counted(generator, requests, on_progress, "")
     rows = [
         {"id": item.id, "question": item.question, "answers": list(item.answers), "prediction": answer.text, "score": exact_match(answer.text, item.answers)}
         | ({"error": answer.error} if answer.error else {})
@@ -108,7 +123,7 @@ def score_items(generator: Generator, items: list[Item], *, max_new_tokens: int,
         "errors": sum("error" in row for row in rows),
     }
     if language_only:
-        blind = generator.generate([without_media(request) for request in requests], skip_errors=True)
+        blind = counted(generator, [without_media(request) for request in requests], on_progress, " without images")
         for row, item, answer in zip(rows, items, blind, strict=True):
             row |= {"language_only_prediction": answer.text, "language_only_score": exact_match(answer.text, item.answers)}
         result["language_only"] = _mean([row["language_only_score"] for row in rows])

@@ -7,6 +7,7 @@ leave slots empty at their end.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,29 @@ from mindvl_jax.evaluation.items import Item
 from mindvl_jax.evaluation.readers import read_rows
 from mindvl_jax.evaluation.images import keep_pictures
 from mindvl_jax.core.files import read_json, write_jsonl
-from mindvl_jax.inference import Answer, Generator, Sampling
+from mindvl_jax.inference import Answer, Generator, Request, Sampling
 from mindvl_jax.inference.prompts import without_media
 
 SHOWN = 4  # samples a benchmark whose pictures are kept for the report
+
+
+Show = Callable[[int, int, str], None]
+"""Told of progress: done, total, what."""
+
+
+def counted(generator: Generator, requests: Sequence[Request], show: Show | None, label: str) -> list[Answer]:
+    """Return the answers of all requests, those that failed too, and tell of each that is done."""
+    if show is None:
+        return generator.generate(requests, skip_errors=True)
+    done = 0
+
+    def count(index: int, answer: Answer) -> None:
+        nonlocal done
+        done += 1
+        show(done, len(requests), label)
+
+    show(0, len(requests), label)
+    return generator.generate(requests, skip_errors=True, on_answer=count)
 
 
 def check_benchmarks(config: BenchmarksConfig) -> None:
@@ -43,7 +63,7 @@ def check_benchmarks(config: BenchmarksConfig) -> None:
         raise UserError("\n".join(problems))
 
 
-def evaluate_benchmarks(generator: Generator, config: BenchmarksConfig, out: Path, *, language_only: bool) -> dict[str, Any]:
+def evaluate_benchmarks(generator: Generator, config: BenchmarksConfig, out: Path, *, language_only: bool, on_progress: Show | None = None) -> dict[str, Any]:
     """Scores every benchmark of `config` and writes OUT/TASK.jsonl, one line a question, with pictures of a few beside.
 
     Args:
@@ -66,8 +86,8 @@ def evaluate_benchmarks(generator: Generator, config: BenchmarksConfig, out: Pat
         item.request(Sampling(max_new_tokens=min(benchmark.max_new_tokens, config.max_new_tokens or benchmark.max_new_tokens)))
         for benchmark, items in opened.values() for item in items
     ]
-    answers = iter(generator.generate(requests, skip_errors=True))
-    blind = iter(generator.generate([without_media(request) for request in requests], skip_errors=True)) if language_only else None
+    answers = iter(counted(generator, requests, on_progress, "benchmarks"))
+    blind = iter(counted(generator, [without_media(request) for request in requests], on_progress, "benchmarks without images")) if language_only else None
     results = {}
     for name, (benchmark, items) in opened.items():
         rows = [_row(benchmark, item, next(answers)) for item in items]

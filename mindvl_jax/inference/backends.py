@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-
 import npu_bridge
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.inference import programs

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import math
 import platform
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from mindvl_jax.config.schema import Config, PhaseConfig
+from mindvl_jax.core.progress import LogConsole, duration, heartbeat
 from mindvl_jax.data.batch import BatchShape
 from mindvl_jax.parallel.mesh import describe_mesh
 from mindvl_jax.core.params import Outline
@@ -28,15 +30,6 @@ def human(number: float) -> str:
         if abs(number) >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """3725 -> 1:02:05."""
-    if not math.isfinite(seconds):
-        return "?"
-    hours, rest = divmod(int(seconds + 0.5), 3600)
-    minutes, seconds = divmod(rest, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def print_startup(console: Console, config: Config, outline: Outline, mesh: Mesh, peak: float | None, device_kind: str) -> None:
@@ -117,23 +110,43 @@ def shrinking(phase: PhaseConfig, patch_size: int) -> str | None:
 
 
 class LiveLine:
-    """One line that keeps up with the run; on a terminal it redraws, elsewhere a plain line appears every few seconds."""
+    """One line that keeps up with the run; on a terminal it redraws, elsewhere a plain line appears every few seconds.
 
-    def __init__(self, console: Console, total_steps: int, *, plain_seconds: float = 10.0):
+    Args:
+      phases: name, steps and work of a step (in any unit) of each phase, for the time that later phases will take.
+    """
+
+    def __init__(self, console: Console, total_steps: int, *, plain_seconds: float = 10.0, phases: Sequence[tuple[str, int, float]] = ()):
         self._console = console
         self._total = total_steps
         self._plain_seconds = plain_seconds
         self._last_plain = -math.inf
         self._recent: collections.deque[Mapping[str, float]] = collections.deque(maxlen=WINDOW)
+        self._phases = list(phases)
         self._progress = None
         if console.is_terminal:
             self._progress = Progress(TextColumn("{task.percentage:3.0f}%"), BarColumn(bar_width=16), TextColumn("{task.fields[line]}"), console=console)
-            self._task = self._progress.add_task("", total=total_steps, line="compiling")
+            self._task = self._progress.add_task("", total=total_steps, line="starting")
             self._progress.start()
 
     def new_phase(self) -> None:
         """Rates of another batch shape do not mix with those before."""
         self._recent.clear()
+        if self._progress is not None and not self._progress.live.is_started:  # closed for an evaluation
+            self._progress.start()
+
+    @contextlib.contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """Say what holds the next step up: in the line itself on a terminal, in lines of its own elsewhere."""
+        if self._progress is not None:
+            self._progress.update(self._task, line=what)
+            yield
+            return
+        started = time.monotonic()
+        with heartbeat(lambda text: self._console.print(text, highlight=False), what):
+            yield
+        if (seconds := time.monotonic() - started) > 2:
+            self._console.print(f"{what}: done in {duration(seconds)}", highlight=False)
 
     def update(self, record: Mapping[str, float], *, first_of_phase: bool) -> None:
         """Shows one step's record (see `trainer`); the first step of a phase holds its compilation and does not count for rates."""
@@ -142,9 +155,29 @@ class LiveLine:
         text = self.text(record)
         if self._progress is not None:
             self._progress.update(self._task, completed=record["step"], line=text)
-        elif record["step"] == self._total or time.monotonic() - self._last_plain >= self._plain_seconds:
+        if record["step"] == self._total or time.monotonic() - self._last_plain >= self._plain_seconds:
             self._last_plain = time.monotonic()
-            self._console.print(f"{100 * record['step'] / self._total:3.0f}% {text}", highlight=False, soft_wrap=True)
+            line = f"{100 * record['step'] / self._total:3.0f}% {text}"
+            if self._progress is None:
+                self._console.print(line, highlight=False, soft_wrap=True)
+            elif isinstance(self._console, LogConsole):
+                self._console.log_only(line)
+
+    def _left(self, step: int, seconds: float) -> float:
+        """Seconds that are left: steps of this phase at its own speed, those of later phases by the work of their steps."""
+        if not self._phases:
+            return (self._total - step) * seconds
+        end, here, left = 0, None, 0.0
+        for _, steps, work in self._phases:
+            end += steps
+            if here is None:
+                if step > end or (step == end and end < self._total):
+                    continue
+                here = work
+                left += (end - step) * seconds
+            else:
+                left += steps * seconds * work / here
+        return left
 
     def text(self, record: Mapping[str, float]) -> str:
         recent = self._recent or [record]
@@ -166,8 +199,10 @@ class LiveLine:
             parts.append(f"quarantined {record['quarantined']:.0f}")
         if record.get("shrunk"):
             parts.append(f"shrunk {record['shrunk']:.0f}")
-        left = (self._total - record["step"]) * seconds / len(recent)
-        parts.append(f"ETA {duration(left)}")
+        if record.get("validation_loss") is not None:
+            parts.append(f"validation {record['validation_loss']:.4f}")
+        # The first step of a phase holds its compilation: it says nothing of the speed.
+        parts.append(f"ETA {duration(self._left(int(record['step']), seconds / len(recent))) if self._recent else '?'}")
         return " | ".join(parts)
 
     def close(self) -> None:

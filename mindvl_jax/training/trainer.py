@@ -24,6 +24,7 @@ from mindvl_jax.config import loader as config_loader
 from mindvl_jax.data.batch import BatchShape
 from mindvl_jax.config.schema import Config, PhaseConfig
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.progress import LogConsole, working
 from mindvl_jax.data.epochs import resolve_epochs
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import RowShare, row_share
@@ -44,6 +45,10 @@ from mindvl_jax.training.state import TrainState
 from mindvl_jax.training.step import COUNTS, StepPrograms, make_programs, program_key
 from mindvl_jax.training.stopping import StopRequest
 from mindvl_jax.training.validation import Best, Validation
+
+
+LOG = "run.log"
+"""What the run said, with date and time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +95,18 @@ def train(config: Config, *, stop_after: int | None = None, console: Console | N
     backend.join()
     use_compilation_cache()
     quiet = jax.process_index() != 0
-    console = console or Console(quiet=quiet)
+    console = console or LogConsole(quiet=quiet)
     config = resolve_epochs(config, console.print)
-    with _claim(Path(config.run.dir)), backend.precision(), room_in(config.run.dir):
-        return Trainer(config, backend, console).run(stop_after)
+    with _claim(Path(config.run.dir)), backend.precision(), room_in(config.run.dir), contextlib.ExitStack() as stack:
+        if isinstance(console, LogConsole) and not quiet:
+            console.log_to(Path(config.run.dir) / LOG)
+            stack.callback(console.close_log)
+        try:
+            return Trainer(config, backend, console).run(stop_after)
+        except UserError as error:
+            if isinstance(console, LogConsole):
+                console.log_only(f"stopped: {error}")
+            raise
 
 
 @contextlib.contextmanager
@@ -147,7 +160,8 @@ class Trainer:
 
         state = plan.state
         if state is None:
-            params = starting_params(self.config, self.outline, self.mesh, self.console)
+            with working(self.console, "preparing the parameters"):
+                params = starting_params(self.config, self.outline, self.mesh, self.console)
         if self.config.training.ema_decay is not None:
             start = plan.ema or (params if state is None else state.params)
             if state is not None and plan.ema is None:
@@ -161,7 +175,8 @@ class Trainer:
             self.log = MetricsLog(self.run_dir, tensorboard=self.config.logging.tensorboard, first_step=plan.step) if self.is_main else None
             if self.log is not None:
                 stack.callback(self.log.close)
-            self.live = LiveLine(self.console, self.total_steps)
+            phases = [(each.name, each.steps, each.gradient_accumulation * each.rows * (each.sequence_length + each.patches_per_row)) for each in self.config.training.phases]
+            self.live = LiveLine(self.console, self.total_steps, phases=phases)
             stack.callback(self.live.close)
             tracer = functools.partial(profiler.make_tracer, self.config)
             self.profiler = StepProfiler(self.run_dir, self.config.profile, self.console.print, tracer) if self.is_main else None
@@ -183,14 +198,14 @@ class Trainer:
                     loader_state = plan.loader if here else None
                     state, step, ended = self._run_phase(index, state, trained, frozen, step, begin, loader_state, stop, stop_after)
                     if not ended:
-                        self.writer.wait()
+                        self._wait(step)
                         self.live.close()
                         why = stop.reason or "stop_after"
                         self.console.print(f"stopped by {why} after step {step} of {self.total_steps}: saved, `run.resume: auto` continues exactly here")
                         return RunResult(self.run_dir, step, finished=False, stopped_by=why)
                 if self.config.evaluation.after_phases and index + 1 < len(parts):
                     self._evaluate(state, step, phase.name)
-            self.writer.wait()
+            self._wait(step)
             self.live.close()
             self._finish(state, step)
         return RunResult(self.run_dir, step, finished=True, stopped_by=None)
@@ -264,7 +279,9 @@ class Trainer:
             for phase_step in range(begin, phase.steps):
                 if self.profiler is not None:
                     self.profiler.before_step(step + 1, lambda: jax.block_until_ready(state.step))
-                done = self._step(programs, state, rates[phase_step], feed, phase.gradient_accumulation, step + 1, lambda: stop.requested(step + 1))
+                first = self.live.working(f"reading data and compiling the step of {phase.name}") if phase_step == begin else contextlib.nullcontext()
+                with first:
+                    done = self._step(programs, state, rates[phase_step], feed, phase.gradient_accumulation, step + 1, lambda: stop.requested(step + 1))
                 if done is None:  # asked to stop between micro-steps: the state is still that of the last step
                     self._save(state, step, index, phase_step, trained, loader_state, recorder)
                     return state, step, False
@@ -355,7 +372,12 @@ class Trainer:
             step=step, phase=index, phase_name=phase.name, phase_step=phase_step, trained=tuple(trained), loader=loader_state,
             totals=dict(self.totals),
         )  # fmt: skip
-        self.writer.save(self._as_jax(state), progress, self.config, None if self.ema is None else self.ema.params)
+        with self.live.working(f"saving step {step}"):
+            self.writer.save(self._as_jax(state), progress, self.config, None if self.ema is None else self.ema.params)
+
+    def _wait(self, step: int) -> None:
+        with self.live.working(f"writing the checkpoint of step {step}"):
+            self.writer.wait()
 
     def _as_jax(self, state: TrainState | None) -> TrainState | None:
         if state is None:
@@ -370,6 +392,7 @@ class Trainer:
             return
         from mindvl_jax.evaluation.run import evaluate_run
 
+        self.live.close()
         self.console.print(f"scoring held-out tasks after {phase}")
         # Decoding runs on XLA whatever trained: with npu_bridge on JAX's host devices.
         if settings.ema:
@@ -377,7 +400,7 @@ class Trainer:
         else:
             params = self._as_jax(state).params
         params = scoring.for_scoring(params, self.outline)
-        scoring.in_main_process(lambda: evaluate_run(self.config, self.outline.merge(params), step, phase, self.run_dir))
+        scoring.in_main_process(lambda: evaluate_run(self.config, self.outline.merge(params), step, phase, self.run_dir, self.console))
 
     def _finish(self, state: TrainState, step: int) -> None:
         self._evaluate(state, step, self.config.training.phases[-1].name)

@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import re
@@ -8,6 +9,7 @@ import yaml
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.files import read_jsonl
+from mindvl_jax.core.progress import LogConsole
 from mindvl_jax.evaluation import run as evaluation_run
 from mindvl_jax.evaluation.images import SHOWN
 from mindvl_jax.evaluation.report import write_report
@@ -75,7 +77,9 @@ def test_the_score_is_the_share_of_exact_answers(config, opened, tmp_path, monke
         return [Answer(id=r.id, sample=0, text=say(r), tokens=(1,), logprobs=(0.0,), finish="stop", prompt_tokens=1) for r in requests]
 
     monkeypatch.setattr(evaluation_run.Generator, "generate", answers)
-    scores = evaluate_run(config, opened.model, 20, "sft", tmp_path)
+    console = LogConsole(file=io.StringIO())
+    scores = evaluate_run(config, opened.model, 20, "sft", tmp_path, console)
+    assert re.search(r"numbers │ exact match │ 0\.333 │ .* │ +24 │ +0\.000 │ +0\.125 ", console.file.getvalue()), console.file.getvalue()
     assert scores["tasks"]["numbers"]["exact_match"] == pytest.approx(8 / 24, abs=1e-4)
     assert scores["tasks"]["numbers"]["language_only"] == 0
 

@@ -43,6 +43,8 @@ def test_the_best_checkpoint_is_kept_and_its_loss_is_that_of_scoring_each_sample
     expected = sum(line["nll"] for line in lines) / sum(line["tokens"] for line in lines)
     assert abs(expected - losses[4]) < 1e-5, (expected, losses[4])
     quick = [row["step_seconds"] for row in rows if not row.get("includes_compilation")]
+    log = (folder / "run.log").read_text()
+    assert f"step 4: validation loss {losses[4]:.4f} (lowest so far)" in log and "done: 8 steps" in log
     assert all(seconds > 0 for seconds in quick), "the time of a check is not a step's"
 
 
