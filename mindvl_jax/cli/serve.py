@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mindvl_jax.core.errors import UserError, at_least_one
-from mindvl_jax.inference.backends import add_backend_arguments, chosen_programs
+from mindvl_jax.cli.backend import add_backend_arguments, chosen_programs
 
 KEY_VARIABLE = "MINDVL_API_KEYS"
 EPILOG = """examples:
