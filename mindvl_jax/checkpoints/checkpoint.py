@@ -357,7 +357,7 @@ def load_params(path: str | Path, mesh: Mesh | None = None, *, ema: bool = False
             try:
                 _, prints, plain = reader.progress(step)
                 config = Config.model_validate(plain)
-                target = abstract_params(outline_of(config.model), mesh)
+                target = abstract_params(outline_of(config.model, config.adapters), mesh)
                 params = reader.ema(step, target, prints) if ema else reader.params(step, target, prints)
             except DamagedCheckpoint as error:
                 log.warning("damaged checkpoint passed over: %s", error)
@@ -372,6 +372,6 @@ def load_params(path: str | Path, mesh: Mesh | None = None, *, ema: bool = False
 def load_weights(path: str | Path, mesh: Mesh | None = None, *, ema: bool = False) -> tuple[Config, nnx.State]:
     """As `load_params`, with the parameters as an nnx.State that `nnx.update(model, state)` takes."""
     config, params = load_params(path, mesh, ema=ema)
-    return config, outline_of(config.model).state(params)
+    return config, outline_of(config.model, config.adapters).state(params)
 
 

@@ -12,6 +12,7 @@ from mindvl_jax.core.errors import UserError, at_least_one
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", required=True, metavar="DIR", help="one of our runs or checkpoints, or a Hugging Face folder")
+    parser.add_argument("--adapter", metavar="DIR", help="PEFT folder (LoRA, DoRA) to use on top of the weights")
     parser.add_argument("--tasks", metavar="NAMES", help="comma list: benchmarks (docvqa_val, chartqa_test, ...) found in --data, or NAME=FILE of samples in a training format "
                         "(scored by exact match); default: the run's own tasks")
     parser.add_argument("--data", metavar="DIR", default=".", help="folder with the benchmarks' files (VLMEvalKit .tsv or lmms-eval .parquet)")
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     at_least_one(args, "batch", "limit", "max_new_tokens", "min_pixels", "max_pixels")
     programs = chosen_programs(args)
     wanted = named_tasks(args)  # before the weights are opened: a typo should not cost minutes
-    opened = open_for_inference(args.weights, mesh=args.mesh)
+    opened = open_for_inference(args.weights, mesh=args.mesh, adapter=args.adapter)
     tasks = wanted if wanted is not None else _own_tasks(opened)
     if args.limit:
         tasks = [(name, benchmark, items[: args.limit]) for name, benchmark, items in tasks]

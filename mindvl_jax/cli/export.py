@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mindvl_jax.config.schema import ADAPTER_PARAMETERS, Config
 from mindvl_jax.core.errors import UserError
 
 
@@ -15,9 +16,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--language", metavar="DIR", help="Qwen3 or Qwen2.5 folder whose language model is taken; the projector between them is new")
     source.add_argument("--positions", choices=("mrope", "1d"), default="mrope", help="how the assembled language model counts positions")
     source.add_argument("--seed", type=int, default=0, help="of the new projector")
+    source.add_argument("--merge", action="store_true", help="of a run with adapters: fold them into the base, in float32, and write the whole model; without it the adapters alone are written, as a PEFT folder")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must be empty or absent")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the files; default: as stored")
     parser.add_argument("--shard-gigabytes", type=float, default=5.0, help="largest weight file")
+
+
+def _export_adapter(out: Path, opened, layout, parameters) -> int:
+    """Write the adapters of a run as a PEFT folder."""
+    from mindvl_jax.core.params import matches_any
+    from mindvl_jax.models.adapters import is_adapter
+    from mindvl_jax.weights.adapters import write_adapter
+
+    learned = sorted({glob for phase in opened.config.training.phases for glob in phase.train} - {ADAPTER_PARAMETERS})
+    base = [path for path in parameters if not is_adapter(path) and matches_any(path, learned)]
+    if base:
+        raise UserError(f"the run trained {len(base)} base parameters too, such as {base[0]}, which an adapter folder cannot hold; export it with --merge")
+    write_adapter(out, opened.model_config, layout, parameters, base=opened.config.run.init_from)
+    count = sum(value.size for path, value in parameters.items() if is_adapter(path))
+    print(f"{out}: {count:,} adapter parameters on {len(layout)} stacked layers (opened by PEFT and `mindvl generate --adapter`)")
+    return 0
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("give either --run, or both --vision and --language")
     if args.shard_gigabytes <= 0:
         raise UserError(f"--shard-gigabytes is {args.shard_gigabytes}, expected a positive number")
+    from mindvl_jax.models.adapters import merge
+    from mindvl_jax.weights.adapter_layout import layout_of
     from mindvl_jax.weights.companions import write_companions
     from mindvl_jax.weights.hf_config import model_type
     from mindvl_jax.weights.resolve import open_companions, open_model
@@ -36,6 +56,14 @@ def run(args: argparse.Namespace) -> int:
     if args.source:
         opened = open_model(args.source)
         config, parameters = opened.model_config, opened.parameters()
+        adapters = opened.config.adapters if isinstance(opened.config, Config) else None
+        if args.merge and adapters is None:
+            raise UserError(f"--merge: {args.source} has no adapters; for a Hugging Face folder and a PEFT folder use `mindvl merge --base DIR --adapter DIR --out DIR`")
+        if adapters is not None:
+            layout = layout_of(adapters, config)
+            if not args.merge:
+                return _export_adapter(out, opened, layout, parameters)
+            parameters = merge(parameters, layout)
         tokenizer, pixels = opened.tokenizer, (opened.min_pixels, opened.max_pixels)
     else:
         from mindvl_jax.weights.assemble import assemble

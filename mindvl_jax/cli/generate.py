@@ -15,6 +15,7 @@ DEFAULTS = dict(max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, repetit
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", required=True, metavar="DIR", help="one of our runs or checkpoints, or a Hugging Face folder")
+    parser.add_argument("--adapter", metavar="DIR", help="PEFT folder (LoRA, DoRA) to use on top of the weights")
     asked = parser.add_argument_group("what to answer")
     asked.add_argument("--prompt", metavar="TEXT", help="the question; <image> in it marks an image's place (\\\\<image> is text), otherwise images come first")
     asked.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     at_least_one(args, "batch", "context", "min_pixels", "max_pixels")
     requests = _requests(args)
     programs = chosen_programs(args)
-    opened = open_for_inference(args.weights, mesh=args.mesh)
+    opened = open_for_inference(args.weights, mesh=args.mesh, adapter=args.adapter)
     generator = Generator(opened, slots=min(args.batch, sum(request.sampling.n for request in requests)), context=args.context, programs=programs)
     single = args.prompt is not None and args.n == 1
     if single and not args.no_stream and not args.out:

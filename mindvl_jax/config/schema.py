@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from mindvl_jax.config.adapters import ADAPTER_PARAMETERS, AdaptersConfig
 from mindvl_jax.config.base import ModelConfig, Section
 from mindvl_jax.config.families import AnyFamily
 
@@ -258,6 +259,7 @@ class Config(Section):
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
     model: Annotated[ModelConfig, AnyFamily]
+    adapters: AdaptersConfig | None = Field(None, description="Train low-rank adapters in place of the parameters themselves.")
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig
     training: TrainingConfig
@@ -266,6 +268,22 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
     profile: ProfileConfig = ProfileConfig()
+
+    @model_validator(mode="after")
+    def _adapters_alone(self):
+        """With adapters a phase that says nothing trains these alone: `**` would be a full fine-tune."""
+        if self.adapters is None:
+            return self
+        phases = []
+        for index, phase in enumerate(self.training.phases):
+            if "**" in phase.train and "train" in phase.model_fields_set:
+                raise ValueError(
+                    f"training.phases[{index}].train is **, which would train the whole base beside the adapters; leave it out to train the adapters alone, "
+                    f"or name them and the parts that learn too, such as [{ADAPTER_PARAMETERS}, projector/**]"
+                )
+            phases.append(phase if "train" in phase.model_fields_set else phase.model_copy(update=dict(train=(ADAPTER_PARAMETERS,))))
+        object.__setattr__(self, "training", self.training.model_copy(update=dict(phases=tuple(phases))))
+        return self
 
     @model_validator(mode="after")
     def _known_sources(self):

@@ -133,7 +133,7 @@ class Training:
         self.backend = make_backend(config)
         self.backend.join()
         mesh = make_mesh(config.mesh, self.backend.devices())
-        self.outline = outline_of(config.model)
+        self.outline = outline_of(config.model, config.adapters)
         self.state = start_phase(initial_params(self.outline, mesh, config.run.seed), list(self.outline.shapes), [], mesh)
         shape, made = batches(config.model)
         place = lambda x: jax.make_array_from_callback(x.shape, row_sharding(mesh), lambda part: x[part])

@@ -12,19 +12,21 @@ SETTINGS = "inference.json"
 """In a model's folder: `{"min_pixels": ..., "max_pixels": ...}`, written by a resolution search."""
 
 
-def open_for_inference(folder: str | Path, *, mesh: str | None = None):
+def open_for_inference(folder: str | Path, *, mesh: str | None = None, adapter: str | None = None):
     """The model of a folder (see `weights.open_model`) with the folder's own inference settings.
 
     Args:
-      mesh: devices as `data=2,fsdp=2,tensor=2`; None is the default device.
+      mesh: devices as `data=2,fsdp=2,tensor=2`; None is the default device. adapter: PEFT folder to use on top.
 
     Raises:
       UserError: no usable model, no tokenizer, settings or a mesh that make no sense.
     """
     from mindvl_jax.weights import open_model
-    from mindvl_jax.weights.resolve import named_folder
+    from mindvl_jax.weights.resolve import add_adapter, named_folder
 
     opened = open_model(folder, mesh=parse_mesh(mesh) if mesh else None)
+    if adapter is not None:
+        opened = add_adapter(opened, adapter)
     if opened.tokenizer is None:
         raise UserError(f"{folder} has no tokenizer.json, so there is no text to read or write; save the tokenizer beside the weights")
     path = named_folder(folder)[0] / SETTINGS

@@ -138,7 +138,7 @@ class Planner:
         self.config, self._measure = config, measure
         ema.require_possible(config)
         self.mesh = abstract_mesh(config.mesh)
-        self.outline = outline_of(config.model)
+        self.outline = outline_of(config.model, config.adapters)
         self.parts = [parts_of(config, index, self.mesh) for index in range(len(config.training.phases))]
         self._measured: dict[tuple, Measured] = {}
 
@@ -200,7 +200,7 @@ class Planner:
 
 def parts_of(config: Config, index: int, mesh: AnyMesh) -> Parts:
     """State and batch of a phase as shapes, after the trainer's own checks."""
-    phase, where, model = config.training.phases[index], f"training.phases[{index}]", outline_of(config.model)
+    phase, where, model = config.training.phases[index], f"training.phases[{index}]", outline_of(config.model, config.adapters)
     trained, frozen = states.split_trained(list(model.shapes), phase.train, f"{where}.train")
     learning_rates(phase, where)
     parameter_rules(trained, phase, config.training.optimizer, where)
@@ -216,7 +216,7 @@ def lowerings(config: Config, index: int, mesh: AnyMesh, compile: Callable[..., 
     """Yield (name, lowered) of each program that a step of the phase runs, as the trainer calls it."""
     parts, phase = parts_of(config, index, mesh), config.training.phases[index]
     programs: StepPrograms = make_programs(
-        outline_of(config.model), phase=phase, optimizer=config.training.optimizer, shape=parts.shape, trained=parts.trained, frozen=parts.frozen, mesh=mesh,
+        outline_of(config.model, config.adapters), phase=phase, optimizer=config.training.optimizer, shape=parts.shape, trained=parts.trained, frozen=parts.frozen, mesh=mesh,
         loss_chunk=config.training.loss_chunk, where=f"training.phases[{index}]", compile=compile,
     )  # fmt: skip
     rate = jax.ShapeDtypeStruct((), jnp.float32)

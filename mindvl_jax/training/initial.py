@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
@@ -11,7 +16,11 @@ from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.checkpoints.checkpoint import abstract_params
 from mindvl_jax.core.params import Outline, Params, flatten
+from mindvl_jax.models.adapters import base_magnitude, is_adapter
+from mindvl_jax.models.layers.lora import initial_lora_a
 from mindvl_jax.training.state import initial_params
+from mindvl_jax.weights.adapter_layout import layout_of
+from mindvl_jax.weights.adapters import read_adapter, require_layout
 
 
 def starting_params(config: Config, outline: Outline, mesh: Mesh, console: Console) -> Params:
@@ -21,8 +30,12 @@ def starting_params(config: Config, outline: Outline, mesh: Mesh, console: Conso
       UserError: `run.init_from` holds another model; every parameter that differs is listed, up to ten.
     """
     source = config.run.init_from
-    if source is None:
+    if source is None and config.adapters is None:
         return initial_params(outline, mesh, config.run.seed)
+    if config.adapters is not None:
+        base = dataclasses.replace(outline, shapes={path: shape for path, shape in outline.shapes.items() if not is_adapter(path)})
+        params = starting_params(config.model_copy(update=dict(adapters=None)), base, mesh, console) if source else initial_params(outline, mesh, config.run.seed)
+        return {**params, **starting_adapters(config, outline, params, mesh, console)}
     from mindvl_jax.weights import open_model
 
     console.print(f"starting from the weights of {source}")
@@ -46,3 +59,34 @@ def starting_params(config: Config, outline: Outline, mesh: Mesh, console: Conso
         out_shardings={path: want.sharding for path, want in target.items()},
     )
     return place({path: given[path] for path in target})
+
+
+def starting_adapters(config: Config, outline: Outline, base: Mapping[str, jax.Array], mesh: Mesh, console: Console) -> Params:
+    """Adapter parameters for step 0, on the mesh: fresh, or those of the PEFT folder `adapters.init_from`.
+
+    Fresh ones leave the model as it is: B is zero, and DoRA's magnitude is the norm of the base column.
+
+    Raises:
+      UserError: the folder has other targets, another rank, alpha or kind than the configuration.
+    """
+    target = {path: want for path, want in abstract_params(outline, mesh).items() if is_adapter(path)}
+    if (source := config.adapters.init_from) is not None:
+        console.print(f"starting from the adapter of {source}")
+        adapter = read_adapter(Path(source), config.model)
+        require_layout(adapter.layout, layout_of(config.adapters, config.model), source)
+        return {path: jax.device_put(jnp.asarray(adapter.parameters[path], want.dtype), want.sharding) for path, want in target.items()}
+
+    def fresh(key: jax.Array, kernels: Mapping[str, jax.Array]) -> Params:
+        made = {}
+        for number, (path, want) in enumerate(sorted(target.items())):
+            module, _, leaf = path.rpartition("/")
+            if leaf == "lora_a":
+                made[path] = initial_lora_a(jax.random.fold_in(key, number), want.shape)
+            else:
+                made[path] = jnp.zeros(want.shape, want.dtype) if leaf == "lora_b" else base_magnitude(kernels[module])
+        return made
+
+    # Only DoRA reads the kernels: they may be most of the model.
+    kernels = {path.rpartition("/")[0]: base[path.rpartition("/")[0] + "/kernel"] for path in target if path.endswith("/lora_magnitude")}
+    make = jax.jit(fresh, out_shardings={path: want.sharding for path, want in target.items()})
+    return make(jax.random.fold_in(jax.random.key(config.run.seed), 1), kernels)

@@ -132,6 +132,10 @@ def _require_same_run(config: Config, progress: Progress, plain: dict, parts: Se
     other = [line for line in _differences(theirs, ours, "model") if line.split(":")[0].split(".")[1] not in free]
     if other:
         raise UserError(f"{where} holds another model than the configuration:\n  " + "\n  ".join(other))
+    mine = None if config.adapters is None else config.adapters.model_dump(mode="json")
+    other = [line for line in _differences(plain.get("adapters"), mine, "adapters") if not line.startswith("adapters.init_from:")]
+    if other:
+        raise UserError(f"{where} holds other adapters than the configuration:\n  " + "\n  ".join(other))
     phases = config.training.phases
     if progress.phase >= len(phases):
         raise UserError(f"{where} is in phase {progress.phase + 1} ({progress.phase_name}), but the configuration has {len(phases)} phases")

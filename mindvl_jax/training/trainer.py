@@ -134,7 +134,7 @@ class Trainer:
         self.run_dir = Path(config.run.dir)
         self.is_main = jax.process_index() == 0
         self.mesh: Mesh = make_mesh(config.mesh, backend.devices())
-        self.outline: Outline = outline_of(config.model)
+        self.outline: Outline = outline_of(config.model, config.adapters)
         self.device_kind = backend.device_kind(self.mesh)
         self.peak = config.logging.peak_flops or known_peak(self.device_kind)
         self.total_steps = sum(phase.steps for phase in config.training.phases)

@@ -11,7 +11,9 @@ from jax.sharding import Mesh
 
 from mindvl_jax.config.schema import Config, ModelConfig, TokenizerConfig
 from mindvl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
+from mindvl_jax.models.adapters import attach_values
 from mindvl_jax.models.outline import outline_of
+from mindvl_jax.weights.adapters import read_adapter
 from mindvl_jax.weights.hf_config import WeightsError, read_config, read_json
 from mindvl_jax.weights.load import load_parameters
 
@@ -66,7 +68,7 @@ def open_model(folder: str | Path, mesh: Mesh | None = None, dtype=None) -> Open
     """Opens a run, one of its checkpoints, or a Hugging Face folder.
 
     Args:
-      folder: its path; `RUN:ema` is the moving average that the run kept.
+      folder: its path; `RUN:ema` is the moving average that the run kept. A run with adapters opens with them, not merged.
       mesh: devices to spread over; None is the default device.
       dtype: of parameters and computation; None keeps the stored one (and a run's own compute dtype).
 
@@ -97,7 +99,7 @@ def _open_run(folder: Path, mesh: Mesh | None, dtype, ema: bool) -> OpenedModel:
         values = {path: value.astype(dtype) for path, value in values.items()}
     last = config.training.phases[-1]
     pixels = (config.evaluation.min_pixels or last.min_pixels, config.evaluation.max_pixels or last.max_pixels)
-    return OpenedModel(outline_of(config.model).merge(values), config, load_tokenizer(config.tokenizer), *pixels, folder)
+    return OpenedModel(outline_of(config.model, config.adapters).merge(values), config, load_tokenizer(config.tokenizer), *pixels, folder)
 
 
 def _open_published(folder: Path, mesh: Mesh | None, dtype) -> OpenedModel:
@@ -108,6 +110,18 @@ def _open_published(folder: Path, mesh: Mesh | None, dtype) -> OpenedModel:
     config = config.model_copy(update=dict(compute_dtype=compute, param_dtype=compute))
     tokenizer, pixels = open_companions(folder)
     return OpenedModel(outline_of(config).merge(values), config, tokenizer, *pixels, folder)
+
+
+def add_adapter(opened: OpenedModel, folder: str | Path) -> OpenedModel:
+    """The model with the adapter of a PEFT folder beside its base weights.
+
+    Raises:
+      UserError: the folder does not fit (see `read_adapter`), or the model has adapters already.
+    """
+    if isinstance(opened.config, Config) and opened.config.adapters is not None:
+        raise WeightsError(f"{opened.folder} is a run with adapters of its own; merge it (`mindvl export --run {opened.folder} --merge --out DIR`) before another is added")
+    adapter = read_adapter(Path(folder).expanduser(), opened.model_config)
+    return dataclasses.replace(opened, model=attach_values(opened.model, adapter.layout, adapter.parameters))
 
 
 def open_companions(folder: Path) -> tuple[Tokenizer | None, tuple[int, int]]:

@@ -69,10 +69,10 @@ def equal_runs_trace_and_compile_once():
     """
     make, outline_of, programs, outlines = trainer.make_programs, trainer.outline_of, {}, {}
 
-    def shared_outline(config):
-        key = config.model_dump_json()
+    def shared_outline(config, adapters=None):
+        key = config.model_dump_json(), adapters and adapters.model_dump_json()
         if key not in outlines:
-            outlines[key] = outline_of(config)
+            outlines[key] = outline_of(config, adapters)
         return outlines[key]
 
     def shared_programs(outline, *, compile, **options):

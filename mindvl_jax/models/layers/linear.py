@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.core import spmd
 
+from mindvl_jax.models.layers.lora import adapted_linear
 from npu_bridge import ops
 
 LOGICAL_AXES = ("layers", "patch", "embed", "heads", "kv_heads", "head_dim", "mlp", "merged", "vocab")
@@ -43,7 +44,13 @@ class Linear(nnx.Module):
     Attributes:
       kernel: (D, F), or (L, D, F) stacked.
       bias: (F,), or (L, F) stacked; None without.
+      lora_a, lora_b, lora_magnitude, lora_scale: of a low-rank adapter, set by `models.adapters.attach`; see `layers.lora`.
     """
+
+    lora_a: nnx.Param | None = None
+    lora_b: nnx.Param | None = None
+    lora_magnitude: nnx.Param | None = None
+    lora_scale: float = 1.0
 
     def __init__(self, inputs: int, outputs: int, names: tuple[str | None, str | None], *, bias: bool, rngs: nnx.Rngs, dtype,
                  layers: int | None = None, scale: float = 1.0):
@@ -53,7 +60,11 @@ class Linear(nnx.Module):
         self.bias = parameter(jnp.zeros((*lead, outputs), dtype), (*lead_names, names[1])) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return ops.linear(x, self.kernel[...], None if self.bias is None else self.bias[...])
+        kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
+        if self.lora_a is None:
+            return ops.linear(x, kernel, bias)
+        magnitude = None if self.lora_magnitude is None else self.lora_magnitude[...]
+        return adapted_linear(x, kernel, bias, self.lora_a[...], self.lora_b[...], self.lora_scale, magnitude)
 
 
 class RMSNorm(nnx.Module):
