@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from mindvl_jax.config.schema import OptimizerConfig
-from mindvl_jax.data.batch import Batch
 from mindvl_jax.models.mindvl.config import MindVLConfig, VisionConfig
 from mindvl_jax.models.mindvl.vision import IMAGE_MEAN, IMAGE_STD
+from mindvl_jax.models.vision_language.batch import Batch
 
 Tensors = dict[str, torch.Tensor]
 

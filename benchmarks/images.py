@@ -20,9 +20,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mindvl_jax.config import families
-from mindvl_jax.data.example import VisualItem, read_pixels
 from mindvl_jax.data.media.image import image_grid, image_size, visual_layout
 from mindvl_jax.data.sample import Media
+from mindvl_jax.models.vision_language.example import VisualItem, read_pixels
 
 # name, (height, width), file format, content, data.resample
 CASES = [

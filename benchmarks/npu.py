@@ -35,7 +35,7 @@ def slice_of(layers: int, blocks: int, full_every: int = 8):
 
 def batch_of(model):
     """Eight samples of 512 tokens and one image of 1,024 patches each, in windows of 64."""
-    from mindvl_jax.data.packing.collate import shape_for
+    from mindvl_jax.models.vision_language.collate import shape_for
 
     shape = shape_for(model.vision, rows=1, tokens=TOKENS, patches=PATCHES, samples=SAMPLES, min_pixels=56 * 56)
     batch = shape.empty()
@@ -57,6 +57,7 @@ def through_bridge(model) -> tuple[Callable[[], Any], Facts]:
     import npu_bridge
     from mindvl_jax.config.schema import MeshConfig, OptimizerConfig, PhaseConfig
     from mindvl_jax.models.outline import outline_of
+    from mindvl_jax.objectives.registry import make_objective
     from mindvl_jax.parallel.mesh import make_mesh
     from mindvl_jax.training.state import abstract_state
     from mindvl_jax.training.step import make_programs
@@ -71,7 +72,8 @@ def through_bridge(model) -> tuple[Callable[[], Any], Facts]:
         return npu_bridge.jit(function, donate_argnums=donate_argnums, device="npu")
 
     programs = make_programs(
-        outline, phase=phase, optimizer=OptimizerConfig(), shape=shape, trained=list(outline.shapes), frozen=[], mesh=mesh, loss_chunk=1024, compile=on_npu,
+        outline, phase=phase, objective=make_objective(model, phase, loss_chunk=1024), optimizer=OptimizerConfig(), spec=shape.spec(), trained=list(outline.shapes),
+        frozen=[], mesh=mesh, compile=on_npu,
     )  # fmt: skip
     state = abstract_state(outline, list(outline.shapes), [], mesh)
     lowered = programs.train_step.lower(state, batch, np.float32(1e-5))

@@ -12,9 +12,10 @@ import numpy as np
 from benchmarks.workloads import Workload
 from mindvl_jax.config.schema import MeshConfig, OptimizerConfig, PhaseConfig
 from mindvl_jax.core.params import Params
-from mindvl_jax.data.batch import Batch, BatchShape
 from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.models.outline import outline_of
+from mindvl_jax.models.vision_language.batch import Batch, BatchShape
+from mindvl_jax.objectives.registry import make_objective
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import row_sharding
 from mindvl_jax.training.backend import compile_xla, compiler_options
@@ -47,8 +48,7 @@ class Step:
                            images=batch.image_lengths.shape[1], windows=batch.window_lengths.shape[1], patch_dim=batch.patches.shape[2])
         phase = PhaseConfig(name="benchmark", steps=1, mixture=(), rows=shape.rows, sequence_length=shape.tokens, patches_per_row=shape.patches, learning_rate=LEARNING_RATE,
                             weight_decay=WEIGHT_DECAY, max_sample_length=workload.longest_sample, max_image_patches=workload.longest_image)
-        programs = make_programs(self.outline, phase=phase, optimizer=OPTIMIZER, shape=shape, trained=list(self.outline.shapes), frozen=[], mesh=mesh,
-                                 loss_chunk=workload.loss_chunk,
+        programs = make_programs(self.outline, phase=phase, objective=make_objective(config, phase, loss_chunk=workload.loss_chunk), optimizer=OPTIMIZER, spec=shape.spec(), trained=list(self.outline.shapes), frozen=[], mesh=mesh,
                                  compile=functools.partial(compile_xla, options=compiler_options(config, mesh)) if bridge is None else functools.partial(_through_bridge, device=bridge))
         self.batch = jax.device_put(batch, row_sharding(mesh))
         start = time.perf_counter()

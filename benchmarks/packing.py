@@ -19,7 +19,9 @@ import numpy as np
 
 from mindvl_jax.data.media.image import smart_resize
 from mindvl_jax.data.packing.planner import AHEAD
-from mindvl_jax.data.packing.rows import PATCHES, TOKENS, Budgets, WorkModel, plan_rows
+from mindvl_jax.data.packing.rows import Budgets, plan_rows
+from mindvl_jax.models.vision_language.collate import visual_budgets
+from mindvl_jax.models.vision_language.work import PATCHES, TOKENS, WorkModel
 
 # Multiply-adds of Qwen2.5-VL-7B (its published sizes): what decides which rows are heavy.
 WORK = WorkModel(token=28 * 233_046_016 / 1.0 + 3584 * 152064, token_pair=28 * 3584, patch=32 * (4 * 1280**2 + 3 * 1280 * 3420) + 28 * 2 * 1280 * 64, patch_pair=4 * 2 * 1280)
@@ -86,7 +88,7 @@ def measure(method, mix: str, rows: int, batches: int, buffer: int, seed: int = 
     probe, _ = table([draw(np.random.default_rng(10**6 + k)) for k in range(2000)])
     # Patches a row: what the data has a token, and 3 % of room.
     patches = int(tokens * probe[:, PATCHES].sum() / probe[:, TOKENS].sum() * ROOM) // 4 * 4
-    budgets = Budgets(tokens, patches, 10**6, 10**6, 10**6)
+    budgets = visual_budgets(tokens, patches, 10**6, 10**6, 10**6)
     waiting: list[tuple[int, list[int]]] = []
     filled, balance, seconds, oldest = [], [], [], 0
     ages: list[int] = []

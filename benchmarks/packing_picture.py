@@ -12,7 +12,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.packing import document_like, in_order_first_fit, table
-from mindvl_jax.data.packing.rows import LANGUAGE, PATCHES, TOKENS, Budgets, plan_rows
+from mindvl_jax.data.packing.rows import plan_rows
+from mindvl_jax.models.vision_language.collate import visual_budgets
+from mindvl_jax.models.vision_language.work import LANGUAGE, PATCHES, TOKENS
 
 ROWS, T = 8, 8192
 
@@ -22,7 +24,7 @@ def main(path: str) -> None:
     samples = [document_like(rng) for _ in range(256)]
     sizes, loads = table(samples)
     ratio = sizes[:, PATCHES].sum() / sizes[:, TOKENS].sum()
-    budgets = Budgets(T, int(T * ratio * 1.03), 10**6, 10**6, 10**6)
+    budgets = visual_budgets(T, int(T * ratio * 1.03), 10**6, 10**6, 10**6)
     plans = {"first fit": in_order_first_fit(sizes, loads, budgets, ROWS), "best fit under both budgets, with even work": plan_rows(sizes, loads, budgets, ROWS)}
     figure = Figure(figsize=(9.6, 4.6), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", width_ratios=(3, 1))

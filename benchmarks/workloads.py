@@ -12,10 +12,12 @@ import numpy as np
 
 from benchmarks.packing import llava_like
 from mindvl_jax.config import families
-from mindvl_jax.data.batch import Batch
-from mindvl_jax.data.packing.rows import Budgets, WorkModel, plan_rows
+from mindvl_jax.data.packing.rows import plan_rows
 from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.models.mindvl.vision import IMAGE_MEAN, IMAGE_STD
+from mindvl_jax.models.vision_language.batch import Batch
+from mindvl_jax.models.vision_language.collate import visual_budgets
+from mindvl_jax.models.vision_language.work import WorkModel
 from mindvl_jax.parity.samples import ParitySample, pack, random_sample
 
 Draw = Callable[[np.random.Generator], tuple[int, int, list[tuple[int, int]]]]
@@ -134,7 +136,7 @@ def build(workload: Workload, config: MindVLConfig, reference, seed: int = 0) ->
         if _length(one) <= min(workload.longest_sample, workload.tokens) and _patches(one) <= min(workload.patches, workload.longest_image):
             drawn.append(one)
     sizes = np.array([(_length(one), _patches(one), 1, len(one[2]), _patches(one) // 4) for one in drawn], np.int64)
-    budgets = Budgets(workload.tokens, workload.patches, workload.samples, 64, workload.patches)
+    budgets = visual_budgets(workload.tokens, workload.patches, workload.samples, 64, workload.patches)
     work = WorkModel(token=1.0, token_pair=0.0, patch=0.1, patch_pair=0.0)
     loads = np.array([work.loads(_length(one), np.array([h * w for h, w in one[2]], np.int64)) for one in drawn])
     plan = plan_rows(sizes, loads, budgets, workload.rows)

@@ -26,14 +26,14 @@ def checkpoint_case(settings: Settings) -> Iterator[Comparison]:
     from mindvl_jax.config.schema import CheckpointConfig, MeshConfig
     from mindvl_jax.models.outline import outline_of
     from mindvl_jax.parallel.mesh import make_mesh
-    from mindvl_jax.training.state import abstract_state, start_phase
+    from mindvl_jax.training.state import abstract_state, optimizer_arrays, start_phase, state_of
 
     name = "dry" if settings.dry else "small"
     config = workloads.MODELS[name]("float32")
     outline = outline_of(config)
     mesh = make_mesh(MeshConfig())
     state = start_phase(ours.initial(config), list(outline.shapes), [], mesh)
-    arrays = {f"{part}/{path}": value for part in ("trained", "mu", "nu") for path, value in getattr(state, part).items()}
+    arrays = {**state.params, **{name: value for name, value in optimizer_arrays(state).items() if value.ndim}}
     megabytes = sum(value.nbytes for value in arrays.values()) / 1e6
     work = {"MB": megabytes}
     run = config_loader.from_mapping(_run_mapping(config))
@@ -47,7 +47,7 @@ def checkpoint_case(settings: Settings) -> Iterator[Comparison]:
 
         with CheckpointWriter(folder / "run", CheckpointConfig(keep=1, asynchronous=False)) as writer:
             def save():
-                writer.save(state, progress(next(numbers)), run)
+                writer.save(state.params, optimizer_arrays(state), progress(next(numbers)), run)
                 writer.wait()
 
             def save_plain():
@@ -61,7 +61,7 @@ def checkpoint_case(settings: Settings) -> Iterator[Comparison]:
         target = abstract_state(outline, list(outline.shapes), [], mesh)
 
         def restore():
-            restored = reader.state(step, target, fingerprints)
+            restored = state_of(target, *reader.state(step, target.params, optimizer_arrays(target), fingerprints))
             jax.block_until_ready(restored)
             return restored
 
@@ -91,6 +91,7 @@ def _stall(settings: Settings, folder: Path, model: str, workload, steps: int, p
     from mindvl_jax.checkpoints.checkpoint import CheckpointWriter
     from mindvl_jax.config import loader as config_loader
     from mindvl_jax.config.schema import CheckpointConfig
+    from mindvl_jax.training.state import optimizer_arrays
 
     config = workloads.MODELS[model]("float32")
     parameters = ours.initial(config)
@@ -108,7 +109,7 @@ def _stall(settings: Settings, folder: Path, model: str, workload, steps: int, p
 
     def saving_block() -> tuple[float, float, float]:
         start = clock()
-        writer.save(step.state, progress(next(numbers)), run)
+        writer.save(step.state.params, optimizer_arrays(step.state), progress(next(numbers)), run)
         called = clock() - start
         ran, start = block(), clock()
         writer.wait()
@@ -130,7 +131,7 @@ def _stall(settings: Settings, folder: Path, model: str, workload, steps: int, p
         "the loop waits in the call s": float(np.median(called)), "steps beside the writer take longer by s": float(np.median(slower)), "the writer outlasts them by s": float(np.median(waited)),
         "lost to a save s": lost, "largest loss s": float(losses.max()), "a step s": each, f"share lost at a save every {every} steps": lost / (every * each),
     }  # fmt: skip
-    megabytes = sum(value.nbytes for part in (step.state.trained, step.state.mu, step.state.nu) for value in part.values()) / 1e6
+    megabytes = sum(value.nbytes for part in (step.state.trained, step.state.opt_state.mu, step.state.opt_state.nu) for value in part.values()) / 1e6
     run_of = f"{every} steps"
     sides = [Side(f"{run_of} and an asynchronous save", size=every * each + lost, facts=facts), Side(run_of, size=every * each)]
     return Comparison(f"lost to a save, {model}, {megabytes:.0f} MB", sides, unit="s", bars={run_of: 0.95},

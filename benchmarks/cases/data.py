@@ -39,9 +39,12 @@ def loader_case(settings: Settings) -> Iterator[Comparison]:
 
     from mindvl_jax.config import families
     from mindvl_jax.config.schema import TokenizerConfig
-    from mindvl_jax.data import EncodeLimits, ExampleEncoder, Media, Message, Sample, load_tokenizer
-    from mindvl_jax.data.packing.collate import budgets_of, collate, shape_for, size_of
-    from mindvl_jax.data.packing.rows import WorkModel, plan_rows
+    from mindvl_jax.data.packing.rows import plan_rows
+    from mindvl_jax.data.sample import Media, Message, Sample
+    from mindvl_jax.data.text.tokenizer import load_tokenizer
+    from mindvl_jax.models.vision_language.collate import budgets_of, collate, shape_for, size_of
+    from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
+    from mindvl_jax.models.vision_language.work import WorkModel
 
     model = families.preset("mindvl-8b")
     tokenizer = load_tokenizer(TokenizerConfig(path="qwen3"))

@@ -30,7 +30,8 @@ def _waiting(mix: str, ranks: int):
 
     from benchmarks import packing
     from mindvl_jax.data.packing.planner import AHEAD
-    from mindvl_jax.data.packing.rows import PATCHES, TOKENS, Budgets
+    from mindvl_jax.models.vision_language.collate import visual_budgets
+    from mindvl_jax.models.vision_language.work import PATCHES, TOKENS
 
     draw, tokens = packing.MIXES[mix]
     rng = np.random.default_rng(0)
@@ -42,4 +43,4 @@ def _waiting(mix: str, ranks: int):
     sizes, loads = packing.table(samples)
     patches = int(tokens * sizes[:, PATCHES].sum() / sizes[:, TOKENS].sum() * packing.ROOM) // 4 * 4
     fits = sizes[:, PATCHES] <= patches
-    return sizes[fits], loads[fits], Budgets(tokens, patches, 10**6, 10**6, 10**6)
+    return sizes[fits], loads[fits], visual_budgets(tokens, patches, 10**6, 10**6, 10**6)

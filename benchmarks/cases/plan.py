@@ -53,7 +53,7 @@ def _chosen(model: str, workload: str, dtype: str, remat: str):
 
 def _batch(config, mix):
     """Full rows without a reference model: sizes matter here, values do not."""
-    from mindvl_jax.data import shape_for
+    from mindvl_jax.models.vision_language.collate import shape_for
 
     shape = shape_for(config.vision, rows=mix.rows, tokens=mix.tokens, patches=mix.patches, samples=mix.samples)
     batch = shape.empty()

@@ -22,8 +22,8 @@ def compare_steps(settings: Settings, model: str, workload, dtype: str, kinds: d
     import torch
 
     from benchmarks import ours, twin, workloads
+    from mindvl_jax.models.vision_language.counts import batch_counts
     from mindvl_jax.training.flops import FlopCounter
-    from mindvl_jax.training.step import batch_counts
 
     torch.set_num_threads(settings.threads)
     config = workloads.MODELS[model](dtype)

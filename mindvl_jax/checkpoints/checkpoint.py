@@ -1,8 +1,9 @@
 """Checkpoints by Orbax: asynchronous, atomic, the newest N kept, restored onto any mesh.
 
-A checkpoint is `checkpoints/<step>/` with four items: `params` (nested by path), `optimizer` (moments and counters), `progress` (JSON:
-phase, loader state, fingerprints) and `config` (JSON: the resolved configuration); a run with `training.ema_decay` adds `ema`. Every array carries a fingerprint of its bits, so a
-checkpoint that reads without an error but with other values counts as damaged too.
+A checkpoint is `checkpoints/<step>/` with four items: `params` (nested by path), `optimizer` (optimizer state and counters),
+`progress` (JSON: phase, loader state, fingerprints) and `config` (JSON: the resolved configuration); a run with `training.ema_decay`
+adds `ema`. Every array carries a fingerprint of its bits, so a checkpoint that reads without an error but with other values counts as
+damaged too.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import parameter_shardings
 from mindvl_jax.core.params import Outline, Params
 from mindvl_jax.models.outline import outline_of
-from mindvl_jax.training.state import COUNTERS, TrainState
 
 FOLDER = "checkpoints"
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def _fingerprints(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     def one(x: jax.Array) -> jax.Array:
         width = jnp.dtype(x.dtype).itemsize
         bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[width]).astype(jnp.uint32)
-        # An odd weight for each place: swapped values change the sum too. Integer sums wrap and do not depend on the mesh.
+        # An odd weight for each element: swapped values change the sum too. Integer sums wrap and do not depend on the mesh.
         place = jnp.zeros(bits.shape, jnp.uint32)
         stride = 1
         for axis in reversed(range(bits.ndim)):
@@ -94,12 +94,9 @@ def _flat(tree: dict) -> dict[str, Any]:
     return traverse_util.flatten_dict(tree, sep="/")
 
 
-def _optimizer_item(state: TrainState) -> dict:
-    return {"mu": _nest(state.mu), "nu": _nest(state.nu), **{name: getattr(state, name) for name in COUNTERS}}
-
-
-def _moment_arrays(state: TrainState) -> dict[str, jax.Array]:
-    return {f"{moment}/{path}": value for moment in ("mu", "nu") for path, value in getattr(state, moment).items()}
+def _fingerprinted(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays of the optimizer item that carry a fingerprint: all but scalar counters."""
+    return {name: value for name, value in optimizer.items() if value.ndim}
 
 
 def _ema_arrays(ema: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -189,21 +186,26 @@ class CheckpointWriter:
         handlers |= {name: ocp.JsonCheckpointHandler() for name in ("progress", "config")}
         self._manager = ocp.CheckpointManager((Path(run_dir) / FOLDER).absolute(), options=options, item_handlers=handlers)
 
-    def save(self, state: TrainState, progress: Progress, config: Config, ema: Mapping[str, jax.Array] | None = None) -> bool:
-        """Takes a copy of the state (and of the moving average), then writes it; returns False when this step is saved already.
+    def save(
+        self, params: Mapping[str, jax.Array], optimizer: Mapping[str, jax.Array], progress: Progress, config: Config, ema: Mapping[str, jax.Array] | None = None
+    ) -> bool:
+        """Copy the arrays, then write them; returns False when this step is saved already.
 
-        The copy is complete on return: the caller may donate the state at once.
+        The copy is complete on return: the caller may donate the arrays at once.
+
+        Args:
+          optimizer: optimizer state and counters by name, such as `mu/<path>` and `step`. ema: the moving average by path.
         """
         if progress.step in self._manager.all_steps():
             return False
         record = dataclasses.asdict(progress)
-        record["fingerprints"] = {**fingerprints(state.params), **fingerprints(_moment_arrays(state)), **fingerprints(_ema_arrays(ema or {}))}
+        record["fingerprints"] = {**fingerprints(params), **fingerprints(_fingerprinted(optimizer)), **fingerprints(_ema_arrays(ema or {}))}
         average = {} if ema is None else {"ema": ocp.args.PyTreeSave(_nest(ema))}
         return self._manager.save(
             progress.step,
             args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(_nest(state.params)),
-                optimizer=ocp.args.PyTreeSave(_optimizer_item(state)),
+                params=ocp.args.PyTreeSave(_nest(params)),
+                optimizer=ocp.args.PyTreeSave(_nest(optimizer)),
                 progress=ocp.args.JsonSave(record),
                 config=ocp.args.JsonSave(config.model_dump(mode="json")),
                 **average,
@@ -258,25 +260,16 @@ class CheckpointReader:
         except Exception as error:  # Orbax, tensorstore and json each raise their own; all mean the same here.
             raise DamagedCheckpoint(f"{self.folder / str(step)}: {_first_line(error)}") from error
 
-    def state(self, step: int, target: TrainState, prints: Mapping[str, int]) -> TrainState:
-        """The state, placed as `target` (shapes, dtypes, shardings) says.
+    def state(self, step: int, params: Mapping[str, Any], optimizer: Mapping[str, Any], prints: Mapping[str, int]) -> tuple[Params, dict[str, jax.Array]]:
+        """(parameters, optimizer state and counters by name), placed as the `jax.ShapeDtypeStruct`s given say.
 
         Raises:
           DamagedCheckpoint: it cannot be read, or its values are not those that were saved.
         """
-        item = self._restore(
-            step, params=ocp.args.StandardRestore(_nest(target.params)), optimizer=ocp.args.StandardRestore(_optimizer_item(target))
-        )
-        params, optimizer = _flat(item["params"]), item["optimizer"]
-        state = TrainState(
-            trained={path: params[path] for path in target.trained},
-            frozen={path: params[path] for path in target.frozen},
-            mu=_flat(optimizer["mu"]),
-            nu=_flat(optimizer["nu"]),
-            **{name: optimizer[name] for name in COUNTERS},
-        )
-        self._verify(step, {**state.params, **_moment_arrays(state)}, prints)
-        return state
+        item = self._restore(step, params=ocp.args.StandardRestore(_nest(params)), optimizer=ocp.args.StandardRestore(_nest(optimizer)))
+        found, arrays = _flat(item["params"]), _flat(item["optimizer"])
+        self._verify(step, {**found, **_fingerprinted(arrays)}, prints)
+        return found, arrays
 
     def params(self, step: int, target: Mapping[str, jax.ShapeDtypeStruct], prints: Mapping[str, int]) -> Params:
         """The parameters alone, placed as `target` says; DamagedCheckpoint as `state`."""

@@ -10,7 +10,7 @@ from mindvl_jax.config.schema import RunConfig, TokenizerConfig
 from mindvl_jax.data.text.tokenizer import read_id_table
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.checkpoints import checkpoint
-from mindvl_jax.weights.resolve import ID_TABLE, named_folder
+from mindvl_jax.checkpoints.names import ID_TABLE, named_folder
 
 KEPT = "id_table.json"
 

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     configs = {side: common.load_config(path, [*args.set, *own]) for side, path, own in (("a", args.a, args.set_a), ("b", args.b or args.a, args.set_b))}
     for config in configs.values():
         common.prepare_data(config)
-    from mindvl_jax.data.epochs import resolve_epochs
+    from mindvl_jax.models.loading import resolve_epochs
 
     out.mkdir(parents=True, exist_ok=True)
     configs = {side: resolve_epochs(config) for side, config in configs.items()}

@@ -55,21 +55,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from mindvl_jax.data.packing.collate import batch_shape, budgets_of
-    from mindvl_jax.data.encoding import encode_record
-    from mindvl_jax.data.example import ExampleEncoder
     from mindvl_jax.data.packing.lengths import index_phase
-    from mindvl_jax.data.loader import cached_tokenizer, training_limits
+    from mindvl_jax.models.registry import spec_of
 
     config = common.load_config(args.config, args.set)
     if config.data.length_index is None:
         raise UserError("data.length_index names no folder; add it to the configuration, or --set data.length_index=FOLDER")
     console = Console()
     for number, phase in enumerate(config.training.phases):
-        limits, budgets = training_limits(config, number), budgets_of(batch_shape(config, phase))
-        encoder = ExampleEncoder(config.model, cached_tokenizer(config.tokenizer), limits)
-        outcomes = lambda source: (encode_record(source, index, encoder, budgets) for index in range(len(source)))
-        for name, path, kept, refused in index_phase(config, phase.sources, limits, budgets, outcomes):
+        processor = spec_of(config.model).processor(config, number)
+        for name, path, kept, refused in index_phase(config, phase.sources, processor):
             console.print(f"{phase.name}, {name}: " + ("there already" if kept < 0 else f"{kept} samples, {refused} refused") + f" ({path})", soft_wrap=True)
     return 0
 
@@ -79,11 +74,11 @@ def _source_config(args: argparse.Namespace) -> SourceConfig:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from mindvl_jax.data.check import advice, check_source
-    from mindvl_jax.data.check_page import write_page
-    from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
-    from mindvl_jax.data.loader import cached_tokenizer, training_limits
+    from mindvl_jax.models.vision_language.check import advice, check_source
+    from mindvl_jax.models.vision_language.check_page import write_page
+    from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
     from mindvl_jax.data.sources.readers import open_sources
+    from mindvl_jax.models.vision_language.processor import cached_tokenizer, training_limits
 
     if (args.config is None) == (args.path is None):
         raise UserError("give either a path or --config FILE")

@@ -112,9 +112,9 @@ def measure(request: Request, source: dict, model: ModelConfig, tokenizer: Token
     Raises:
       UserError: no sample can be used; names the reasons.
     """
-    from mindvl_jax.data.check import check_source
-    from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
-    from mindvl_jax.data.loader import cached_tokenizer
+    from mindvl_jax.models.vision_language.check import check_source
+    from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
+    from mindvl_jax.models.vision_language.processor import cached_tokenizer
     from mindvl_jax.data.sources.readers import Source
 
     opened = Source("data", SourceConfig(**source, max_samples=SAMPLED))

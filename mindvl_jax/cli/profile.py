@@ -36,14 +36,14 @@ def run(args: argparse.Namespace) -> int:
     first, last = _range(args.steps or "4..6")
     config = common.load_config(args.config, args.set)
     common.prepare_data(config)
-    from mindvl_jax.data.epochs import resolve_epochs
+    from mindvl_jax.models.loading import resolve_epochs
 
     total = sum(phase.steps for phase in resolve_epochs(config).training.phases)
     if last > total:
         raise UserError(f"--steps {first}..{last}: the configuration trains {total} steps")
     folder = args.out or f"{config.run.dir.rstrip('/')}-profile"
     config = common.load_config(args.config, [*args.set, f"run.dir={folder}", f"profile.steps=[{first},{last}]"])
-    from mindvl_jax.training.trainer import train
+    from mindvl_jax.cli.run_hooks import train
 
     result = train(config, stop_after=last)
     if result.step < first:

@@ -57,8 +57,8 @@ def score(opened, samples: Sequence, *, batch: int = 16, train_on: str = "answer
     import jax
     from flax import nnx
 
-    from mindvl_jax.data.packing.collate import collate, shape_for
-    from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
+    from mindvl_jax.models.vision_language.collate import collate, shape_for
+    from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
     from mindvl_jax.data.sample import SampleError
     from mindvl_jax.inference.buckets import next_size
     from mindvl_jax.inference.prompts import prompt_config, vision_of

@@ -23,6 +23,10 @@ class ModelConfig(Section):
     matmul_precision: Literal["default", "bfloat16"] = Field("default", description="bfloat16: products of float32 operands read them in bfloat16 and sum in float32, for processors with bfloat16 matrix units.")
     param_dtype: Literal["float32", "bfloat16"] = "float32"
 
+    def phase_warnings(self, phase: Any) -> list[str]:
+        """Return sentences about sizes of a phase that are allowed and probably not meant."""
+        return []
+
     def phase_problems(self, phase: Any) -> dict[str, str]:
         """Sizes of a phase (a `PhaseConfig`) that this model cannot work with: key of the phase -> what is expected of it."""
         return {}

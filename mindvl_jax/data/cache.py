@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 from typing import Hashable
 
-from mindvl_jax.data.example import Example
+from mindvl_jax.data.processor import Example
 
 # A quarter of a usual host's memory would hurt; what does not fit is decoded anew each epoch.
 LIMIT_BYTES = 4 << 30
 
 
 class ExampleCache:
-    """Examples with their pixels by source and record. Phases that encode alike share it, so a new phase starts warm."""
+    """Loaded examples by source and record. Phases that encode alike share it, so a new phase starts warm."""
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES):
         self._limit = limit_bytes
@@ -24,12 +24,11 @@ class ExampleCache:
         return self._kept.get(key)
 
     def put(self, key: Hashable, example: Example) -> None:
-        """Keeps an example whose pixels have been read, while there is room."""
-        # Arrays of a layout are shared by all pictures of its size and count nothing.
-        size = 1024 + example.tokens.nbytes * 7 + sum(pixels.nbytes for pixels in example.pixels or ())
+        """Keep an example whose media have been read, while there is room."""
+        size = example.nbytes
         with self._lock:
             if key not in self._kept and self._bytes + size <= self._limit:
-                self._kept[key] = example.without_media()
+                self._kept[key] = example.for_cache()
                 self._bytes += size
 
     def __len__(self) -> int:

@@ -7,18 +7,16 @@ from collections.abc import Callable
 
 from mindvl_jax.config.schema import Config
 from mindvl_jax.data.encoding import InlineEncoder
-from mindvl_jax.data.example import ExampleEncoder
-from mindvl_jax.data.loader import cached_tokenizer, phase_seed, phase_stream, training_limits
-from mindvl_jax.data.packing.collate import batch_shape, budgets_of
+from mindvl_jax.data.loader import phase_seed, phase_stream
 from mindvl_jax.data.packing.planner import Planner
-from mindvl_jax.data.packing.rows import WorkModel
+from mindvl_jax.data.processor import MakeProcessor
 from mindvl_jax.data.quarantine import Quarantine
 
 EXACT = 5000
 """Samples that are planned to count steps. Longer phases are extrapolated from so many."""
 
 
-def resolve_epochs(config: Config, say: Callable[[str], None] = lambda line: None) -> Config:
+def resolve_epochs(config: Config, make_processor: MakeProcessor, say: Callable[[str], None] = lambda line: None) -> Config:
     """Return the configuration with the length of every phase in steps.
 
     The count depends on data, seed and sizes alone, so a run that goes on comes to the same steps.
@@ -31,22 +29,20 @@ def resolve_epochs(config: Config, say: Callable[[str], None] = lambda line: Non
         steps = phase.steps
         if phase.epochs is not None:
             say(f"counting the steps of {phase.name}: {phase.epochs:g} epochs of {', '.join(phase.sources)}")
-            steps, exact = count_steps(config, index)
+            steps, exact = count_steps(config, index, make_processor)
             say(f"{phase.name}: {phase.epochs:g} epochs are {'' if exact else 'about '}{steps} steps" + ("" if exact else f" (from the lengths of {EXACT} samples)"))
         phases.append(phase.with_steps(steps))
     return config.model_copy(update=dict(training=config.training.model_copy(update=dict(phases=tuple(phases)))))
 
 
-def count_steps(config: Config, index: int) -> tuple[int, bool]:
+def count_steps(config: Config, index: int, make_processor: MakeProcessor) -> tuple[int, bool]:
     """Return (steps after which every source has been used `epochs` times, whether that is exact)."""
     phase = config.training.phases[index]
     stream = phase_stream(config, index, phase_seed(config, index))
-    budgets = budgets_of(batch_shape(config, phase))
-    encoder = ExampleEncoder(config.model, cached_tokenizer(config.tokenizer), training_limits(config, index))
+    processor = make_processor(config, index)
     quarantine = Quarantine(None, policy="quarantine", max_rate=1.0, limit_in_a_row=min(2 * stream.records + 16, EXACT))
     planner = Planner(
-        stream, InlineEncoder(stream, encoder, budgets), budgets, rows=phase.rows, work=WorkModel.of(config.model),
-        buffer=config.data.packing_buffer, quarantine=quarantine, cache=None,
+        stream, InlineEncoder(stream, processor), processor, rows=phase.rows, buffer=config.data.packing_buffer, quarantine=quarantine, cache=None,
     )  # fmt: skip
     least = 0.0
     while least < phase.epochs - 1e-9 and quarantine.seen < EXACT:

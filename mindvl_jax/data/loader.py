@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import os
 import queue
 import threading
@@ -13,81 +12,57 @@ from typing import Any, Callable, Iterator
 
 import numpy as np
 
-from mindvl_jax.data.batch import PackedBatch
-from mindvl_jax.config.schema import Config, TokenizerConfig
+from mindvl_jax.data.processor import MakeProcessor, PackedBatch, Processor
+from mindvl_jax.config.schema import Config
 from mindvl_jax.data.cache import shared_cache
-from mindvl_jax.data.packing.collate import batch_shape, budgets_of, collate
 from mindvl_jax.data.encoding import InlineDecoder, InlineEncoder
-from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
-from mindvl_jax.data.packing.lengths import IndexedEncoder, LengthIndex, encoding_of, index_path
-from mindvl_jax.data.packing.rows import WorkModel
+from mindvl_jax.data.packing.lengths import IndexedEncoder, LengthIndex, index_path
 from mindvl_jax.data.packing.planner import Planner, RecordEncoder
 from mindvl_jax.data.quarantine import Quarantine
 from mindvl_jax.data.sample import SampleError
 from mindvl_jax.data.sources.readers import open_sources
 from mindvl_jax.data.sources.mixture import MixtureStream
-from mindvl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from mindvl_jax.data.workers import Job, PoolDecoder, PoolEncoder, WorkerPool
 from mindvl_jax.core.errors import UserError
 
 STATE_FORMAT = 1
 
 
-def make_loader(config: Config, phase_index: int, *, process_index: int = 0, process_count: int = 1, seed: int | None = None) -> "Loader":
+def make_loader(
+    config: Config, phase_index: int, make_processor: MakeProcessor, *, process_index: int = 0, process_count: int = 1, seed: int | None = None
+) -> "Loader":
     """The loader of a phase for one process.
 
     Args:
+      make_processor: of the model's family (`ModelSpec.processor`).
       seed: order of the data; default: from run.seed and the phase.
-    Raises UserError for sources that cannot be read, or rows that do not divide among the processes.
+
+    Raises:
+      UserError: sources that cannot be read, rows that do not divide among the processes, or what the processor refuses.
     """
-    phase = config.training.phases[phase_index]
+    phase, data = config.training.phases[phase_index], config.data
     if phase.rows % process_count:
         raise UserError(f"training.phases[{phase_index}].rows ({phase.rows}) must be a multiple of the {process_count} processes")
-    names = phase.sources
     seed = phase_seed(config, phase_index) if seed is None else seed
     stream = phase_stream(config, phase_index, seed)
-    sources = stream.sources
-    tokenizer = cached_tokenizer(config.tokenizer)
-    if tokenizer.vocab_size > config.model.text.vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, model.text.vocab_size is {config.model.text.vocab_size}; the model must not be smaller")
+    processor = make_processor(config, phase_index)
     suffix = f"-{process_index}" if process_index else ""
     quarantine = Quarantine(
         os.path.join(config.run.dir, f"quarantine{suffix}.jsonl"),
-        policy=config.data.on_error,
-        max_rate=config.data.max_error_rate,
+        policy=data.on_error,
+        max_rate=data.max_error_rate,
         limit_in_a_row=min(2 * stream.records + 16, 5000),
     )
-    shape = batch_shape(config, phase)
-    limits = training_limits(config, phase_index)
-    encoding = (config.model.model_dump_json(), config.tokenizer.model_dump_json(), limits)
-    own_shape = dataclasses.replace(shape, rows=phase.rows // process_count)
-    if config.data.workers:
-        if config.data.cache_examples:
-            raise UserError("data.cache_examples keeps decoded samples in this process and data.workers decodes in others: set one of them")
-        if not hasattr(os, "memfd_create"):
-            raise UserError("data.workers hands pixels over in anonymous shared memory, which this system lacks (Linux has it); set data.workers to 0")
-        pool = WorkerPool(Job(config, tuple(names), limits, budgets_of(shape)), config.data.workers)
-        encoder, decoder = PoolEncoder(stream, pool), PoolDecoder(pool, shape.patches, shape.patch_dim)
-    else:
-        encoder = InlineEncoder(stream, ExampleEncoder(config.model, tokenizer, limits), budgets_of(shape))
-        decoder = InlineDecoder(config.model.vision, config.data.resample)
-    if config.data.length_index is not None:
-        kind = encoding_of(config, limits, budgets_of(shape))
-        encoder = IndexedEncoder(stream, [LengthIndex(index_path(config.data.length_index, source, kind), source) for source in sources], encoder)
-    planner = Planner(
-        stream,
-        encoder,
-        budgets_of(shape),
-        rows=phase.rows,
-        work=WorkModel.of(config.model),
-        buffer=config.data.packing_buffer,
-        quarantine=quarantine,
-        cache=shared_cache(encoding) if config.data.cache_examples else None,
-    )
+    encoder, decoder = _coders(config, phase_index, make_processor, processor, stream)
+    if data.length_index is not None:
+        indices = [LengthIndex(index_path(data.length_index, source, processor.lengths), source) for source in stream.sources]
+        encoder = IndexedEncoder(stream, indices, encoder, processor)
+    cache = shared_cache(processor.encoding) if data.cache_examples else None
+    planner = Planner(stream, encoder, processor, rows=phase.rows, buffer=data.packing_buffer, quarantine=quarantine, cache=cache)
     identity = {"format": STATE_FORMAT, "phase": phase.name, "phase_index": phase_index, "seed": seed}
-    rows = slice(process_index * own_shape.rows, (process_index + 1) * own_shape.rows)
-    collate_own = functools.partial(collate, shape=own_shape, pad_id=tokenizer.pad_id, vision=config.model.vision)
-    return Loader(planner, encoder, decoder, quarantine, rows=rows, collate_rows=collate_own, identity=identity, prefetch=config.data.prefetch)
+    own = phase.rows // process_count
+    rows = slice(process_index * own, (process_index + 1) * own)
+    return Loader(planner, encoder, decoder, quarantine, rows=rows, collate_rows=processor.collate, identity=identity, prefetch=data.prefetch)
 
 
 def phase_seed(config: Config, phase_index: int) -> int:
@@ -102,28 +77,19 @@ def phase_stream(config: Config, phase_index: int, seed: int) -> MixtureStream:
     return MixtureStream(open_sources(config.data.sources, phase.sources), [weights[name] for name in phase.sources], seed)
 
 
-@functools.lru_cache(maxsize=4)
-def cached_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """Reading 151,000 entries takes a second; every phase asks for the same ones."""
-    return load_tokenizer(config)
-
-
-def training_limits(config: Config, phase_index: int) -> EncodeLimits:
-    """Budgets and pixel rules of a phase for one sample."""
-    phase, vision, data = config.training.phases[phase_index], config.model.vision, config.data
-    largest = phase.max_image_patches or phase.max_pixels // vision.patch_size**2
-    return EncodeLimits(
-        min_pixels=phase.min_pixels,
-        max_pixels=phase.max_pixels,
-        max_tokens=min(phase.max_sample_length or phase.sequence_length, phase.sequence_length),
-        max_patches=phase.patches_per_row,
-        limit_image_patches=min(largest, phase.patches_per_row),
-        refuse_shrunk=data.on_shrink == "refuse",
-        train_on=data.train_on,
-        resample=data.resample,
-        video_fps=data.video_fps,
-        video_max_frames=data.video_max_frames,
-    )
+def _coders(
+    config: Config, phase_index: int, make_processor: MakeProcessor, processor: Processor, stream: MixtureStream
+) -> tuple[RecordEncoder, InlineDecoder | PoolDecoder]:
+    """Encoder and decoder, in this process or in `data.workers` others."""
+    if not config.data.workers:
+        return InlineEncoder(stream, processor), InlineDecoder(processor)
+    if config.data.cache_examples:
+        raise UserError("data.cache_examples keeps decoded samples in this process and data.workers decodes in others: set one of them")
+    if not hasattr(os, "memfd_create"):
+        raise UserError("data.workers hands pixels over in anonymous shared memory, which this system lacks (Linux has it); set data.workers to 0")
+    pool = WorkerPool(Job(config, phase_index, make_processor), config.data.workers)
+    decoder = InlineDecoder(processor) if processor.media is None else PoolDecoder(pool, processor.media, processor.media_of)
+    return PoolEncoder(stream, pool), decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +221,7 @@ class Loader:
             ready.put(error)
 
     def _finish(self, started: Any, lost: list[tuple[int, SampleError]]) -> PackedBatch:
-        """Collects a batch's pixels. What does not decode leaves a gap in its row: other processes have planned with it too."""
+        """Collect a batch's media. What does not decode leaves a gap in its row: other processes have planned with it too."""
         decoded = self._decoder.finish(started)
         for position, error in [*lost, *decoded.failures]:
             self._quarantine.refuse(id=str(error.sample_id), where=self._planner.where(position), error=error, stage="decode")
@@ -263,4 +229,4 @@ class Loader:
             self._quarantine.decoded()
         for position, example in decoded.fresh:
             self._planner.remember(position, example)
-        return self._collate(decoded.rows, patches=decoded.patches)
+        return self._collate(decoded.rows, media=decoded.media)

@@ -1,6 +1,6 @@
-"""Encoding and decoding in other processes. Pixels are written by them straight into the memory of the batch.
+"""Encoding and decoding in other processes. Media are written by them straight into the memory of the batch.
 
-The batch's patches lie in a memory file that the decoding processes map too: no pixel is copied or pickled on its way.
+The batch's media lie in a memory file that the decoding processes map too: no pixel is copied or pickled on its way.
 Order never depends on who was faster: results are taken in the order of the stream.
 """
 
@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import math
 import mmap
 import multiprocessing
 import os
 import threading
 import time
-from typing import Any, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from mindvl_jax.config.schema import Config
-from mindvl_jax.data.encoding import DecodedRows, Planned, encode_record, fill_row
-from mindvl_jax.data.example import EncodeLimits, Example, ExampleEncoder
-from mindvl_jax.data.packing.rows import Budgets
+from mindvl_jax.data.encoding import DecodedRows, Planned, encode_record
+from mindvl_jax.data.processor import Example, MakeProcessor, MediaArea, Processor
 from mindvl_jax.data.sample import SampleError
 from mindvl_jax.data.sources.readers import Source
 from mindvl_jax.data.sources.mixture import MixtureStream
-from mindvl_jax.data.text.tokenizer import load_tokenizer
 from mindvl_jax.core.errors import UserError
 
 CHUNK = 16  # records a task: enough to pay for the hand-over, few enough not to wait for
@@ -36,24 +36,22 @@ class Job:
     """What a process needs to know; pickled once to each."""
 
     config: Config
-    names: tuple[str, ...]
-    limits: EncodeLimits
-    budgets: Budgets
+    phase_index: int
+    make_processor: MakeProcessor
 
 
 class _Worker:
     """State of a decoding process."""
 
-    job: Job
     sources: list[Source]
-    encoder: ExampleEncoder
+    processor: Processor
 
 
 def _start(job: Job, parent: int) -> None:
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-    _Worker.job = job
-    _Worker.sources = [Source(name, job.config.data.sources[name]) for name in job.names]
-    _Worker.encoder = ExampleEncoder(job.config.model, load_tokenizer(job.config.tokenizer), job.limits)
+    names = job.config.training.phases[job.phase_index].sources
+    _Worker.sources = [Source(name, job.config.data.sources[name]) for name in names]
+    _Worker.processor = job.make_processor(job.config, job.phase_index)
 
 
 def _leave_with(parent: int) -> None:
@@ -65,16 +63,16 @@ def _leave_with(parent: int) -> None:
 
 def _encode(references: Sequence[tuple[int, int]]) -> list[Example | SampleError]:
     worker = _Worker
-    return [encode_record(worker.sources[source], index, worker.encoder, worker.job.budgets) for source, index in references]
+    return [encode_record(worker.sources[source], index, worker.processor) for source, index in references]
 
 
-def _fill(memory: str, offset: int, places: int, visuals: Sequence[Sequence[Any]]) -> list[SampleError | None]:
-    vision = _Worker.job.config.model.vision
+def _fill(memory: str, offset: int, media: Sequence[Any]) -> list[SampleError | None]:
+    area = _Worker.processor.media
     with open(memory, "r+b") as file:
         # Unmapped when the last array that looks into it is gone; closing it here would be too early for error tracebacks.
         mapped = mmap.mmap(file.fileno(), 0)
-    place = np.frombuffer(mapped, np.uint8, places * vision.patch_dim, offset).reshape(places, vision.patch_dim)
-    return fill_row(place, visuals, vision, _Worker.job.config.data.resample)
+    row = np.frombuffer(mapped, area.dtype, math.prod(area.shape), offset).reshape(area.shape)
+    return _Worker.processor.fill(row, media)
 
 
 class WorkerPool:
@@ -149,13 +147,11 @@ class PoolDecoder:
 
     depth = 3
 
-    def __init__(self, pool: WorkerPool, patches: int, patch_dim: int):
-        self._pool = pool
-        self._patches = patches
-        self._patch_dim = patch_dim
+    def __init__(self, pool: WorkerPool, area: MediaArea, media_of: Callable[[Example], Any]):
+        self._pool, self._area, self._media_of = pool, area, media_of
 
     def begin(self, rows: Sequence[Sequence[Planned]]) -> Any:
-        row_bytes = self._patches * self._patch_dim
+        row_bytes = math.prod(self._area.shape) * np.dtype(self._area.dtype).itemsize
         # Anonymous memory with a name for others: no file to leave behind, no limit of /dev/shm.
         handle = os.memfd_create("mindvl-batch")
         os.ftruncate(handle, max(1, len(rows) * row_bytes))
@@ -163,8 +159,8 @@ class PoolDecoder:
         name = f"/proc/{os.getpid()}/fd/{handle}"
         tasks = []
         for index, row in enumerate(rows):
-            visuals = [example.visuals for _, example in row]
-            tasks.append(self._pool.submit(_fill, name, index * row_bytes, self._patches, visuals) if any(visuals) else None)
+            media = [self._media_of(example) for _, example in row]
+            tasks.append(self._pool.submit(_fill, name, index * row_bytes, media) if any(media) else None)
         return rows, handle, memory, tasks
 
     def finish(self, started: Any) -> DecodedRows:
@@ -182,8 +178,8 @@ class PoolDecoder:
             raise self._pool.broken() from error
         finally:
             os.close(handle)  # the mapping lives on for as long as the array
-        patches = np.frombuffer(memory, np.uint8, len(rows) * self._patches * self._patch_dim).reshape(len(rows), self._patches, self._patch_dim)
-        return DecodedRows(kept, failures, patches=patches)
+        shape = (len(rows), *self._area.shape)
+        return DecodedRows(kept, failures, media=np.frombuffer(memory, self._area.dtype, math.prod(shape)).reshape(shape))
 
     def close(self) -> None:
         self._pool.close()

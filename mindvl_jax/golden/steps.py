@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from mindvl_jax.config.schema import Config, ModelConfig
-from mindvl_jax.data.packing.collate import collate, shape_for
-from mindvl_jax.data.example import Example
+from mindvl_jax.models.vision_language.collate import collate, shape_for
+from mindvl_jax.models.vision_language.example import Example
 from mindvl_jax.data.media.image import visual_layout
-from mindvl_jax.data.positions import rotary_positions
+from mindvl_jax.models.vision_language.positions import rotary_positions
 
 STORED = Path(__file__).with_name("golden.json")
 STEPS, ROWS, TOKENS, PATCHES, SAMPLES, BATCHES, LEARNING_RATE = 20, 8, 64, 64, 3, 4, 1e-3
@@ -129,6 +129,7 @@ class Training:
         from mindvl_jax.models.outline import outline_of
         from mindvl_jax.training.state import initial_params, start_phase
         from mindvl_jax.training.step import make_programs
+        from mindvl_jax.objectives.registry import make_objective
 
         self.backend = make_backend(config)
         self.backend.join()
@@ -138,8 +139,11 @@ class Training:
         shape, made = batches(config.model)
         place = lambda x: jax.make_array_from_callback(x.shape, row_sharding(mesh), lambda part: x[part])
         self.batches = [jax.tree.map(place, batch) for batch in made]
-        programs = make_programs(self.outline, phase=config.training.phases[0], optimizer=config.training.optimizer, shape=shape, trained=list(self.outline.shapes),
-                                 frozen=[], mesh=mesh, loss_chunk=ROWS * TOKENS, compile=functools.partial(self.backend.compile, mesh=mesh))  # fmt: skip
+        phase = config.training.phases[0]
+        programs = make_programs(
+            self.outline, phase=phase, objective=make_objective(config.model, phase, loss_chunk=ROWS * TOKENS), optimizer=config.training.optimizer,
+            spec=shape.spec(), trained=list(self.outline.shapes), frozen=[], mesh=mesh, compile=functools.partial(self.backend.compile, mesh=mesh),
+        )  # fmt: skip
         self.program, self.device_kind, self.steps = programs.train_step, self.backend.device_kind(mesh), 0
 
     def step(self) -> dict[str, Any]:

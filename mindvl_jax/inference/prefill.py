@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from mindvl_jax.data.packing.rows import WorkModel
 from mindvl_jax.inference.buckets import Bucket, next_size, row_counts
 from mindvl_jax.inference.prompts import Prompt, samples_of, vision_of
+from mindvl_jax.models.vision_language.work import WorkModel
 
 COMPILATION = {"cpu": 2e11}
 """Multiply-adds that a device does in the time of a compilation, some four seconds; an accelerator: 1e15."""

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mindvl_jax.data.batch import Batch
 from mindvl_jax.inference import sampling
 from mindvl_jax.models.layers.cache import KVCache
 from mindvl_jax.models.layers.config import TextConfig
+from mindvl_jax.models.vision_language.batch import Batch
 
 ALTERNATIVES = 20  # likeliest tokens that an answer may ask for beside each of its own
 CHUNK = 32  # most tokens a slot can gain in one call of `decode`: the size of the arrays that come back

@@ -10,17 +10,17 @@ import numpy as np
 from PIL import Image
 
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.data.batch import Batch, BatchShape
-from mindvl_jax.data.example import EncodeLimits, Example, ExampleEncoder
 from mindvl_jax.data.marks import literal, plain
 from mindvl_jax.data.media.files import named_file
 from mindvl_jax.data.media.image import load_image
-from mindvl_jax.data.packing.collate import collate
 from mindvl_jax.data.record import conversation
 from mindvl_jax.data.sample import Media, Message
 from mindvl_jax.inference.buckets import Bucket, bucket_of
 from mindvl_jax.inference.request import Request
 from mindvl_jax.models.mindvl.config import MindVLConfig, VisionConfig
+from mindvl_jax.models.vision_language.batch import Batch, BatchShape
+from mindvl_jax.models.vision_language.collate import collate
+from mindvl_jax.models.vision_language.example import EncodeLimits, Example, ExampleEncoder
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 import jax
 
-from mindvl_jax.data.batch import Batch
+from mindvl_jax.models.vision_language.batch import Batch
 
 __all__ = ["Batch"]
 

@@ -37,7 +37,8 @@ class ModelSpec:
       config: class of the `model` section.
       presets: name -> function that makes a published size; names are unique over all families.
       build: (config, nnx.Rngs) -> nnx.Module with values; traced under `nnx.eval_shape` it needs no memory.
-      processor: (config, tokenizer) -> Processor, which turns samples into batches.
+      processor: class of the family's `data.processor.Processor`, called with (whole Config, index of the phase).
+      counts: `models.counts.Counts` of a batch, for objectives that do not count themselves.
       objective: name of the loss that the family trains with unless the configuration names another.
       hf: HFMapping of the published files; None where there are none.
       parts: name -> parameter glob of the parts that people freeze, profile or give a rate of their own.
@@ -48,7 +49,8 @@ class ModelSpec:
     config: type[ModelConfig]
     presets: Mapping[str, Callable[[], ModelConfig]]
     build: Callable[..., Any]
-    processor: Callable[..., Any] | None
+    processor: Named | None
+    counts: Named | None
     objective: str
     hf: Named | None
     parts: Mapping[str, str]

@@ -23,6 +23,8 @@ RULES: tuple[tuple[str, str], ...] = (
     ("mlp", "tensor"),
     ("embed", "fsdp"),
 )
+# Dims of a batch's arrays. Names that stand in no rule stay whole on every device.
+BATCH_RULES: dict[str, tuple[str, ...]] = {"rows": ROW_AXES}
 STACK = "layers"  # the scanned dim: every device walks through all layers
 
 
@@ -62,8 +64,22 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading dim (rows) over data and fsdp, all else whole; holds for every field of a Batch."""
+    """Leading dim (rows) over data and fsdp, all else whole: the sharding of an array with rows alone."""
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))
+
+
+def batch_sharding(dims: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Sharding of one array of a batch from the names of its dims, by BATCH_RULES. An array without rows is whole everywhere.
+
+    Raises:
+      ValueError: `dims` and `shape` differ in length.
+    """
+    if len(dims) != len(shape):
+        raise ValueError(f"an array of shape {tuple(shape)} names {len(dims)} dims {tuple(dims)}")
+    spec = [BATCH_RULES.get(dim) if dim else None for dim in dims]
+    while spec and spec[-1] is None:
+        spec.pop()
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from mindvl_jax.data.batch import Batch, BatchShape
-from mindvl_jax.config.schema import ModelConfig
+from mindvl_jax.models.vision_language.batch import Batch, BatchShape
 from mindvl_jax.models.mindvl.config import VisionConfig
+from mindvl_jax.config.schema import ModelConfig
 from mindvl_jax.parity.reference import rope_index
 
 IMAGE, VIDEO = 1, 2  # transformers' mm_token_type_ids

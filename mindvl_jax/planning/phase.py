@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from mindvl_jax import data
-from mindvl_jax.data.batch import Batch, BatchShape
+from mindvl_jax.data.processor import BatchSpec
+from mindvl_jax.models.loading import batch_spec
+from mindvl_jax.objectives.base import Objective
+from mindvl_jax.objectives.registry import make_objective
 from mindvl_jax.config.schema import Config, MeshConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.mesh import AXES, ROW_AXES, mesh_shape
-from mindvl_jax.parallel.rules import row_sharding
+from mindvl_jax.parallel.rules import batch_sharding
 from mindvl_jax.training import ema, state as states
 from mindvl_jax.training.optimizer import learning_rates, parameter_rules
 from mindvl_jax.models.outline import outline_of
@@ -99,12 +101,9 @@ def abstract_mesh(config: MeshConfig) -> AbstractMesh:
     return AbstractMesh(tuple(getattr(config, axis) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def abstract_batch(shape: BatchShape, mesh: AnyMesh) -> Batch:
+def abstract_batch(spec: BatchSpec, mesh: AnyMesh) -> Any:
     """Shapes, dtypes and shardings of a global batch."""
-    sharding = row_sharding(mesh)
-    row = dataclasses.replace(shape, rows=1).empty()
-    of = lambda x: jax.ShapeDtypeStruct((shape.rows, *x.shape[1:]), x.dtype, sharding=sharding)
-    return Batch(**{name: of(x) for name, x in row.fields().items()})
+    return spec.map(lambda field: jax.ShapeDtypeStruct(field.shape, jnp.dtype(field.dtype), sharding=batch_sharding(field.dims, field.shape, mesh)))
 
 
 def local_bytes(tree: Any) -> int:
@@ -117,8 +116,9 @@ class Parts:
     """State and batch of a phase, for its programs."""
 
     state: TrainState
-    batch: Batch
-    shape: BatchShape
+    batch: Any
+    spec: BatchSpec
+    objective: Objective
     trained: list[str]
     frozen: list[str]
     key: tuple
@@ -147,7 +147,7 @@ class Planner:
         parts, phase = self.parts[index], self.config.training.phases[index]
         state = parts.state
         gradients = local_bytes({p: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) for p, x in state.trained.items()})
-        rows = {PARAMETERS: local_bytes(state.trained), FROZEN: local_bytes(state.frozen), MOMENTS: local_bytes((state.mu, state.nu))}
+        rows = {PARAMETERS: local_bytes(state.trained), FROZEN: local_bytes(state.frozen), MOMENTS: local_bytes(state.opt_state)}
         # With accumulation the running sums exist beside each micro-step's gradients.
         rows[GRADIENTS] = gradients * (1 if phase.gradient_accumulation == 1 else 2)
         if self.config.training.ema_decay is not None:
@@ -190,7 +190,7 @@ class Planner:
             return None
         before = self.parts[index - 1].state
         rows = {name: value for name, value in self.fixed_rows(index).items() if name not in (GRADIENTS, BATCH)}
-        return rows | {OLD_MOMENTS: local_bytes((before.mu, before.nu))}
+        return rows | {OLD_MOMENTS: local_bytes(before.opt_state)}
 
     def least(self, index: int) -> int:
         """Lower bound of the total by arithmetic alone."""
@@ -207,17 +207,17 @@ def parts_of(config: Config, index: int, mesh: AnyMesh) -> Parts:
     groups = math.prod(mesh.shape[axis] for axis in ROW_AXES)
     if phase.rows % groups:
         raise UserError(f"{where}.rows={phase.rows} rows cannot be spread over mesh.data x mesh.fsdp = {groups}: use a multiple of {groups}, or a smaller mesh")
-    shape = data.batch_shape(config, phase)
-    key = (*program_key(phase, shape, trained), phase.gradient_accumulation > 1)
-    return Parts(states.abstract_state(model, trained, frozen, mesh), abstract_batch(shape, mesh), shape, trained, frozen, key)
+    spec, objective = batch_spec(config, phase), make_objective(config.model, phase, loss_chunk=config.training.loss_chunk)
+    key = (*program_key(phase, objective, spec, trained), phase.gradient_accumulation > 1)
+    return Parts(states.abstract_state(model, trained, frozen, mesh), abstract_batch(spec, mesh), spec, objective, trained, frozen, key)
 
 
 def lowerings(config: Config, index: int, mesh: AnyMesh, compile: Callable[..., Callable]) -> Iterable[tuple[str, Any]]:
     """Yield (name, lowered) of each program that a step of the phase runs, as the trainer calls it."""
     parts, phase = parts_of(config, index, mesh), config.training.phases[index]
     programs: StepPrograms = make_programs(
-        outline_of(config.model, config.adapters), phase=phase, optimizer=config.training.optimizer, shape=parts.shape, trained=parts.trained, frozen=parts.frozen, mesh=mesh,
-        loss_chunk=config.training.loss_chunk, where=f"training.phases[{index}]", compile=compile,
+        outline_of(config.model, config.adapters), phase=phase, objective=parts.objective, optimizer=config.training.optimizer, spec=parts.spec,
+        trained=parts.trained, frozen=parts.frozen, mesh=mesh, seed=config.run.seed, where=f"training.phases[{index}]", compile=compile,
     )  # fmt: skip
     rate = jax.ShapeDtypeStruct((), jnp.float32)
     if phase.gradient_accumulation == 1:

@@ -17,9 +17,9 @@ from rich.table import Table
 
 from mindvl_jax.config.schema import Config, PhaseConfig
 from mindvl_jax.core.progress import LogConsole, duration, heartbeat
-from mindvl_jax.data.batch import BatchShape
+from mindvl_jax.data.processor import BatchSpec
 from mindvl_jax.parallel.mesh import describe_mesh
-from mindvl_jax.core.params import Outline
+from mindvl_jax.core.params import Outline, matches_any
 
 WINDOW = 20  # steps that the shown rates average over
 
@@ -65,8 +65,6 @@ def kernels_in_use(config: Config, platform_name: str) -> str:
 
 def parameter_table(config: Config, outline: Outline) -> Table:
     """Parameters of each part, and in which phase each part learns."""
-    from mindvl_jax.core.params import matches_any
-
     table = Table(title=None, box=None, padding=(0, 2), header_style="bold")
     table.add_column("part")
     table.add_column("parameters", justify="right")
@@ -87,25 +85,11 @@ def parameter_table(config: Config, outline: Outline) -> Table:
     return table
 
 
-def print_phase(console: Console, phase: PhaseConfig, index: int, count: int, shape: BatchShape, trained: Collection[str], start: int) -> None:
+def print_phase(console: Console, phase: PhaseConfig, index: int, count: int, spec: BatchSpec, trained: Collection[str], start: int) -> None:
     resumed = f", from step {start}" if start else ""
     console.print(
-        f"[bold]phase {index + 1}/{count} {phase.name}[/bold]: {phase.steps} steps{resumed} of {phase.gradient_accumulation} x {shape.rows} rows, "
-        f"tokens {shape.rows}x{shape.tokens}, patches {shape.rows}x{shape.patches}x{shape.patch_dim}, "
+        f"[bold]phase {index + 1}/{count} {phase.name}[/bold]: {phase.steps} steps{resumed} of {phase.gradient_accumulation} x {spec.rows} rows, {spec.describe()}, "
         f"{len(trained)} arrays learn ({', '.join(phase.train)}), {phase.schedule} {phase.learning_rate:g}, loss by {phase.loss_reduction}"
-    )
-
-
-def shrinking(phase: PhaseConfig, patch_size: int) -> str | None:
-    """Return a warning when a row or `max_image_patches` has no room for the largest image that max_pixels allows."""
-    needed = phase.max_pixels // patch_size**2
-    room = min(phase.patches_per_row, phase.max_image_patches or needed)
-    if room >= needed:
-        return None
-    what = "max_image_patches" if phase.max_image_patches and phase.max_image_patches < phase.patches_per_row else "patches_per_row"
-    return (
-        f"{phase.name}: max_pixels {phase.max_pixels:,} allows images of {needed:,} patches, {what} has room for {room:,}: larger images are shrunk and counted as "
-        f"`shrunk`. Raise {what} to {-(-needed // 4) * 4:,}, or lower max_pixels to {room * patch_size**2:,}; data.on_shrink: refuse leaves such samples out"
     )
 
 

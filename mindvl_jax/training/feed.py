@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh
 
-from mindvl_jax.data.batch import Batch, PackedBatch
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.parallel.rules import row_sharding
+from mindvl_jax.data.processor import BatchSpec, PackedBatch
+from mindvl_jax.parallel.rules import batch_sharding
 
 
 class Loader(Protocol):
@@ -37,7 +37,7 @@ class MicroBatch:
       counters: the loader's counters right after this batch.
     """
 
-    batch: Batch
+    batch: Any
     sample_ids: tuple[str, ...]
     loader_state: dict | None
     counters: dict[str, Any]
@@ -47,13 +47,14 @@ class Feed:
     """Pulls from a loader and places rows on the mesh, `ahead` micro-steps early; transfers run beside the computation.
 
     Args:
+      spec: of the loader's batches; says how each array is spread over the mesh.
       micro_steps: how many more to pull at all: the loader is never asked for a batch that no step takes.
       accumulation: micro-steps of one optimizer step.
     """
 
-    def __init__(self, loader: Loader, mesh: Mesh, *, micro_steps: int, accumulation: int, ahead: int = 1):
+    def __init__(self, loader: Loader, mesh: Mesh, spec: BatchSpec, *, micro_steps: int, accumulation: int, ahead: int = 1):
         self._loader = loader
-        self._sharding = row_sharding(mesh)
+        self._shardings = spec.map(lambda field: batch_sharding(field.dims, field.shape, mesh))
         self._micro_steps = micro_steps
         self._accumulation = accumulation
         self._pulled = 0
@@ -79,10 +80,13 @@ class Feed:
             ) from None
         self._pulled += 1
         border = self._pulled % self._accumulation == 0
-        if jax.process_count() > 1:
-            place = lambda rows: jax.make_array_from_process_local_data(self._sharding, rows)
-            batch = Batch(**{name: place(rows) for name, rows in packed.batch.fields().items()})
-        else:
-            batch = jax.device_put(packed.batch, self._sharding)
+        batch = place(packed.batch, self._shardings)
         ids = tuple(sample for row in packed.sample_ids for sample in row)
         self._queue.append(MicroBatch(batch, ids, self._loader.state() if border else None, dict(self._loader.counters)))
+
+
+def place(batch: Any, shardings: Any) -> Any:
+    """A host batch on the mesh; with several processes each gives its own rows."""
+    if jax.process_count() > 1:
+        return jax.tree.map(jax.make_array_from_process_local_data, shardings, batch)
+    return jax.device_put(batch, shardings)

@@ -21,6 +21,7 @@ from mindvl_jax.models.layers.lora import initial_lora_a
 from mindvl_jax.training.state import initial_params
 from mindvl_jax.weights.adapter_layout import layout_of
 from mindvl_jax.weights.adapters import read_adapter, require_layout
+from mindvl_jax.weights.resolve import open_model
 
 
 def starting_params(config: Config, outline: Outline, mesh: Mesh, console: Console) -> Params:
@@ -36,8 +37,6 @@ def starting_params(config: Config, outline: Outline, mesh: Mesh, console: Conso
         base = dataclasses.replace(outline, shapes={path: shape for path, shape in outline.shapes.items() if not is_adapter(path)})
         params = starting_params(config.model_copy(update=dict(adapters=None)), base, mesh, console) if source else initial_params(outline, mesh, config.run.seed)
         return {**params, **starting_adapters(config, outline, params, mesh, console)}
-    from mindvl_jax.weights import open_model
-
     console.print(f"starting from the weights of {source}")
     given = flatten(nnx.state(open_model(source, mesh=mesh).model, nnx.Param))
     target = abstract_params(outline, mesh)

@@ -1,12 +1,14 @@
-"""Learning-rate schedules and AdamW over flat parameter dicts.
+"""Learning-rate schedules and optimizers over flat parameter dicts.
 
-The update itself is `npu_bridge.ops.fused_adamw`, so that a device with a fused kernel uses it; schedules come from optax.
+An optimizer is an optax transformation. AdamW is our own one around `npu_bridge.ops.fused_adamw`, so that a device with a fused
+kernel uses it; schedules come from optax.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,43 +70,84 @@ def parameter_rules(trained: Iterable[str], phase: PhaseConfig, optimizer: Optim
     return rules
 
 
-def zero_moments(trained: Params) -> Params:
-    """Float32 zeros beside the trained parameters: a moment before the first update."""
-    return {path: jnp.zeros(value.shape, jnp.float32, device=value.sharding) for path, value in trained.items()}
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdamState:
+    """Optimizer state of AdamW. Field names are names in checkpoints.
 
-
-def adamw(
-    trained: Params,
-    gradients: Params,
-    mu: Params,
-    nu: Params,
-    *,
-    count: jax.Array,
-    learning_rate: jax.Array,
-    keep: jax.Array,
-    config: OptimizerConfig,
-    rules: dict[str, ParameterRule],
-) -> tuple[Params, Params, Params]:
-    """One update of every trained parameter.
-
-    Args:
-      count: number of this update, from 1. learning_rate: before the parameter's factor.
-      keep: bool scalar on the device; False leaves parameters and moments bitwise as they are, without a host round trip.
+    Attributes:
+      mu, nu: float32 moments by parameter path.
+      updates: int32, updates that these moments have seen (skipped steps do not count).
     """
-    new_trained, new_mu, new_nu = {}, {}, {}
-    for path, value in trained.items():
-        rule = rules[path]
-        new_trained[path], new_mu[path], new_nu[path] = ops.fused_adamw(
-            value,
-            gradients[path],
-            mu[path],
-            nu[path],
-            step=count,
-            learning_rate=learning_rate * rule.learning_rate_factor,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=rule.weight_decay,
-            keep=keep,
-        )
-    return new_trained, new_mu, new_nu
+
+    mu: Params
+    nu: Params
+    updates: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NewValue:
+    """An update that is the parameter's new value. A fused kernel returns that; new value minus old would round once more."""
+
+    value: jax.Array
+
+
+def adam_state(trained: Params) -> AdamState:
+    """Zero moments beside the trained parameters."""
+
+    def zeros() -> Params:
+        return {path: jnp.zeros(value.shape, jnp.float32, device=_sharding(value)) for path, value in trained.items()}
+
+    # Two calls: mu and nu must not share buffers, both are donated.
+    return AdamState(zeros(), zeros(), jnp.zeros((), jnp.int32))
+
+
+def _sharding(value: jax.Array) -> jax.sharding.Sharding | None:
+    return None if isinstance(value, jax.core.Tracer) else getattr(value, "sharding", None)
+
+
+def fused_adamw(config: OptimizerConfig, rules: Mapping[str, ParameterRule]) -> optax.GradientTransformationExtraArgs:
+    """AdamW by `npu_bridge.ops.fused_adamw`, one call a parameter.
+
+    Its update takes, beside gradients, state and parameters: `learning_rate` (before the parameter's own factor), and `keep`, a bool
+    scalar on the device; False leaves parameters and moments bitwise as they are, without a host round trip. Updates are `NewValue`s.
+    """
+
+    def update(gradients: Params, state: AdamState, params: Params, *, learning_rate: jax.Array, keep: jax.Array) -> tuple[dict[str, NewValue], AdamState]:
+        new, mu, nu = {}, {}, {}
+        for path, value in params.items():
+            rule = rules[path]
+            new[path], mu[path], nu[path] = ops.fused_adamw(
+                value,
+                gradients[path],
+                state.mu[path],
+                state.nu[path],
+                step=state.updates + 1,
+                learning_rate=learning_rate * rule.learning_rate_factor,
+                b1=config.b1,
+                b2=config.b2,
+                eps=config.eps,
+                weight_decay=rule.weight_decay,
+                keep=keep,
+            )
+        return {path: NewValue(value) for path, value in new.items()}, AdamState(mu, nu, state.updates + keep.astype(jnp.int32))
+
+    return optax.GradientTransformationExtraArgs(adam_state, update)
+
+
+def apply_update(
+    transformation: optax.GradientTransformationExtraArgs, gradients: Params, state: Any, params: Params, *, learning_rate: jax.Array, keep: jax.Array
+) -> tuple[Params, Any]:
+    """(parameters, optimizer state) after one update, or unchanged where `keep` is False.
+
+    Takes `fused_adamw` and any transformation of optax. Those of optax know neither `learning_rate` nor `keep`: their updates are
+    scaled by the rate here, and their state is selected.
+    """
+    updates, new_state = optax.with_extra_args_support(transformation).update(gradients, state, params, learning_rate=learning_rate, keep=keep)
+    if all(isinstance(update, NewValue) for update in updates.values()):
+        return {path: update.value for path, update in updates.items()}, new_state
+    rate = {path: jnp.asarray(learning_rate, jnp.float32) * update for path, update in updates.items()}
+    moved = optax.apply_updates(params, rate)
+    choose = lambda new, old: jnp.where(keep, new, old)
+    return jax.tree.map(choose, moved, params), jax.tree.map(choose, new_state, state)

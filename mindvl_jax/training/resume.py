@@ -18,7 +18,7 @@ from mindvl_jax.training import metrics
 from mindvl_jax.checkpoints import checkpoint
 from mindvl_jax.checkpoints.checkpoint import CheckpointReader, DamagedCheckpoint, Progress
 from mindvl_jax.core.params import Outline, Params
-from mindvl_jax.training.state import TrainState, abstract_state
+from mindvl_jax.training.state import TrainState, abstract_state, optimizer_arrays, state_of
 
 # May change between a checkpoint and its continuation without a word: they do not change what is learned.
 SILENT = ("run", "mesh", "distributed", "checkpoint", "validation", "logging", "evaluation", "backend", "bridge", "model.remat", "data.workers", "data.prefetch")
@@ -82,7 +82,8 @@ def _restore(config: Config, outline: Outline, mesh: Mesh, parts: Sequence[tuple
             try:
                 progress, prints, plain = reader.progress(step)
                 _require_same_run(config, progress, plain, parts, folder / str(step))
-                state = reader.state(step, abstract_state(outline, *parts[progress.phase], mesh), prints)
+                target = abstract_state(outline, *parts[progress.phase], mesh)
+                state = state_of(target, *reader.state(step, target.params, optimizer_arrays(target), prints))
                 ema = reader.ema(step, checkpoint.abstract_params(outline, mesh), prints) if config.training.ema_decay is not None else None
                 found = progress, state, plain, ema
                 break

@@ -1,9 +1,10 @@
-"""What training changes: parameters, optimizer moments, counters. A plain pytree of arrays."""
+"""What training changes: parameters, optimizer state, counters. A plain pytree of arrays."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.rules import parameter_shardings, replicated
-from mindvl_jax.training.optimizer import zero_moments
+from mindvl_jax.training.optimizer import adam_state
 from mindvl_jax.core.params import Outline, Params, matches_any, require_matches
+
+Init = Callable[[Params], Any]  # trained parameters -> fresh optimizer state
 
 
 @jax.tree_util.register_dataclass
@@ -23,9 +26,8 @@ class TrainState:
 
     Attributes:
       trained: parameters that learn, by path (the masters, in `model.param_dtype`).
-      frozen: the other parameters; no gradient and no moments exist for them.
-      mu, nu: float32 moments of the trained parameters.
-      updates: int32, updates that these moments have seen (skipped steps do not count).
+      frozen: the other parameters; no gradient and no optimizer state exist for them.
+      opt_state: of the optax transformation, a pytree whose dicts are keyed by parameter path (`optimizer.AdamState`).
       step: int32, optimizer steps since the start of the run, over all phases, skipped ones included.
       phase_step: int32, the same within the phase; drives the schedule.
       bad_steps: int32, consecutive steps whose loss or gradient was not finite.
@@ -34,9 +36,7 @@ class TrainState:
 
     trained: Params
     frozen: Params
-    mu: Params
-    nu: Params
-    updates: jax.Array
+    opt_state: Any
     step: jax.Array
     phase_step: jax.Array
     bad_steps: jax.Array
@@ -47,7 +47,7 @@ class TrainState:
         return {**self.trained, **self.frozen}
 
 
-COUNTERS = ("updates", "step", "phase_step", "bad_steps", "skipped")
+COUNTERS = ("step", "phase_step", "bad_steps", "skipped")
 
 
 def split_trained(paths: Sequence[str], globs: Sequence[str], where: str) -> tuple[list[str], list[str]]:
@@ -63,32 +63,40 @@ def split_trained(paths: Sequence[str], globs: Sequence[str], where: str) -> tup
     return trained, [path for path in paths if path not in set(trained)]
 
 
-def state_of(build: Callable[[str], object], trained: Sequence[str], frozen: Sequence[str], counter: object) -> TrainState:
-    """A TrainState with `build(path)` in the place of every array and `counter` for every counter."""
-    leaves = {path: build(path) for path in (*trained, *frozen)}
-    own = {path: leaves[path] for path in trained}
-    return TrainState(trained=own, frozen={path: leaves[path] for path in frozen}, mu=dict(own), nu=dict(own), **dict.fromkeys(COUNTERS, counter))
+def _optimizer_like(init: Init, trained: Mapping[str, jax.ShapeDtypeStruct], of_parameter: Mapping[str, Any], other: Any) -> Any:
+    """A pytree shaped like the optimizer state: `of_parameter[path]` for arrays kept beside a parameter, `other` for the rest."""
+
+    def choose(keys: tuple, leaf: jax.ShapeDtypeStruct) -> Any:
+        path = getattr(keys[-1], "key", None)
+        return of_parameter[path] if path in trained and leaf.shape == trained[path].shape else other
+
+    return jax.tree_util.tree_map_with_path(choose, jax.eval_shape(init, dict(trained)))
 
 
-def state_shardings(outline: Outline, trained: Sequence[str], frozen: Sequence[str], mesh: Mesh) -> TrainState:
-    """The sharding of every array of the state; moments lie where their parameters lie."""
+def state_shardings(outline: Outline, trained: Sequence[str], frozen: Sequence[str], mesh: Mesh, *, init: Init = adam_state) -> TrainState:
+    """The sharding of every array of the state; optimizer arrays lie where their parameters lie."""
     shardings = parameter_shardings(outline.axis_names, {path: s.shape for path, s in outline.shapes.items()}, mesh)
-    return state_of(shardings.__getitem__, trained, frozen, replicated(mesh))
+    return TrainState(
+        trained={path: shardings[path] for path in trained},
+        frozen={path: shardings[path] for path in frozen},
+        opt_state=_optimizer_like(init, {path: outline.shapes[path] for path in trained}, shardings, replicated(mesh)),
+        **dict.fromkeys(COUNTERS, replicated(mesh)),
+    )
 
 
-def abstract_state(outline: Outline, trained: Sequence[str], frozen: Sequence[str], mesh: Mesh) -> TrainState:
+def abstract_state(outline: Outline, trained: Sequence[str], frozen: Sequence[str], mesh: Mesh, *, init: Init = adam_state) -> TrainState:
     """Shapes, dtypes and shardings of the state, as a checkpoint is restored into."""
-    shardings = state_shardings(outline, trained, frozen, mesh)
+    shardings = state_shardings(outline, trained, frozen, mesh, init=init)
 
-    def like(tree: Mapping[str, NamedSharding], dtype=None) -> dict[str, jax.ShapeDtypeStruct]:
-        return {p: jax.ShapeDtypeStruct(outline.shapes[p].shape, dtype or outline.shapes[p].dtype, sharding=s) for p, s in tree.items()}
+    def place(like: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
 
+    own = {path: outline.shapes[path] for path in trained}
     counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     return TrainState(
-        trained=like(shardings.trained),
-        frozen=like(shardings.frozen),
-        mu=like(shardings.mu, jnp.float32),
-        nu=like(shardings.nu, jnp.float32),
+        trained=jax.tree.map(place, own, shardings.trained),
+        frozen={path: place(outline.shapes[path], sharding) for path, sharding in shardings.frozen.items()},
+        opt_state=jax.tree.map(place, jax.eval_shape(init, own), shardings.opt_state),
         **dict.fromkeys(COUNTERS, counter),
     )
 
@@ -100,16 +108,18 @@ def initial_params(outline: Outline, mesh: Mesh, seed: int) -> Params:
 
 
 def start_phase(
-    params: Params, trained: Sequence[str], frozen: Sequence[str], mesh: Mesh, *, before: TrainState | None = None, keep_optimizer: bool = False
+    params: Params, trained: Sequence[str], frozen: Sequence[str], mesh: Mesh, *, before: TrainState | None = None, keep_optimizer: bool = False,
+    init: Init = adam_state,
 ) -> TrainState:
-    """The state at the first step of a phase: counters of the run go on, those of the phase start at 0, moments too unless kept.
+    """The state at the first step of a phase: counters of the run go on, those of the phase start at 0, the optimizer too unless kept.
 
     Args:
       before: state at the end of the phase before; its counters are read (a host synchronisation).
-      keep_optimizer: carry the moments; the trained parts must be those of `before`.
+      keep_optimizer: carry the optimizer state; the trained parts must be those of `before`.
+      init: fresh optimizer state of the trained parameters.
 
     Raises:
-      UserError: moments shall be kept, but the trained parts differ.
+      UserError: the optimizer state shall be kept, but the trained parts differ.
     """
     counter = lambda value: jax.device_put(np.int32(value), replicated(mesh))
     own = {path: params[path] for path in trained}
@@ -121,18 +131,36 @@ def start_phase(
                 f"keep_optimizer: the phase before trained other parts ({len(changed)} parameters differ, such as {changed[0]}); "
                 "give both phases the same `train` globs, or leave keep_optimizer out"
             )
-        mu, nu, updates = before.mu, before.nu, before.updates
+        opt_state = before.opt_state
     else:
-        # Two calls: mu and nu must not share buffers, both are donated.
-        mu, nu, updates = zero_moments(own), zero_moments(own), counter(0)
+        # What stands beside no parameter (a counter) has no sharding yet.
+        opt_state = jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, replicated(mesh)), init(own))
     return TrainState(
         trained=own,
         frozen={path: params[path] for path in frozen},
-        mu=mu,
-        nu=nu,
-        updates=updates,
+        opt_state=opt_state,
         step=counter(counts["step"]),
         phase_step=counter(0),
         bad_steps=counter(counts["bad_steps"]),
         skipped=counter(counts["skipped"]),
+    )
+
+
+# --- as checkpoints hold it ------------------------------------------------------------------------------------------
+
+
+def optimizer_arrays(state: TrainState) -> dict[str, Any]:
+    """Optimizer state and counters by name: `mu/<path>`, `nu/<path>`, `updates`, `step`, ..."""
+    named = {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)}
+    return named | {name: getattr(state, name) for name in COUNTERS}
+
+
+def state_of(target: TrainState, params: Mapping[str, jax.Array], optimizer: Mapping[str, jax.Array]) -> TrainState:
+    """The state with the structure of `target` from arrays by name (see `optimizer_arrays`)."""
+    names = list(optimizer_arrays(target))[: -len(COUNTERS)]
+    return TrainState(
+        trained={path: params[path] for path in target.trained},
+        frozen={path: params[path] for path in target.frozen},
+        opt_state=jax.tree.unflatten(jax.tree.structure(target.opt_state), [optimizer[name] for name in names]),
+        **{name: optimizer[name] for name in COUNTERS},
     )

@@ -4,30 +4,33 @@ A step without accumulation is one program. With accumulation it is three: `zero
 totals) and `update`. The state changes only in `update`, so a run that is cut between micro-steps still has the state of the last
 step, whole. Nothing here waits for the device: a non-finite step is undone by a select inside the program.
 
-Legend: B rows, T tokens, P patches.
+The step knows no field of a batch: what is learned from it, and what is counted, is the objective's (`mindvl_jax.objectives`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mindvl_jax.data.batch import Batch, BatchShape
 from mindvl_jax.config.schema import OptimizerConfig, PhaseConfig
-from mindvl_jax.parallel.rules import replicated, row_sharding
-from mindvl_jax.training import losses
+from mindvl_jax.data.processor import BatchSpec
+from mindvl_jax.objectives.base import Objective
+from mindvl_jax.parallel.rules import batch_sharding, replicated
 from mindvl_jax.training.backend import compile_xla
-from mindvl_jax.training.optimizer import adamw, parameter_rules
+from mindvl_jax.training.optimizer import apply_update, fused_adamw, parameter_rules
 from mindvl_jax.core.params import Outline, Params
 from mindvl_jax.training.state import TrainState, state_shardings
 from npu_bridge import ops
 
 Metrics = dict[str, jax.Array]
+STEP_METRICS = ("loss", "grad_norm", "learning_rate", "applied", "finite", "bad_steps", "skipped_steps")
+"""What every step reports, whatever the objective; the objective's own metrics stand beside them."""
 
 
 @jax.tree_util.register_dataclass
@@ -37,40 +40,14 @@ class Totals:
 
     Attributes:
       gradients: of the loss numerator, by path, in float32.
-      numerator, denominator: of the loss (see `losses.loss_terms`), float32.
-      counts: what the batches held, float32 each (see `batch_counts`).
-      sources: (K, 2) float32, sums of losses and of weights by source of the mixture, for display; rows past the last source are 0.
+      numerator, denominator, metrics, aux: see `objectives.base.LossTerms`.
     """
 
     gradients: Params
     numerator: jax.Array
     denominator: jax.Array
-    counts: dict[str, jax.Array]
-    sources: jax.Array
-
-
-COUNTS = ("tokens", "label_tokens", "samples", "patches", "segment_squares", "image_squares", "window_squares")
-
-
-def batch_counts(batch: Batch) -> dict[str, jax.Array]:
-    """What the global batch holds: real tokens, labelled tokens, samples, real patches, and the sums of squared lengths that the
-    attention of each kind works on. Float32: exact up to 2^24, and only for display and FLOPs."""
-
-    def squares(lengths):
-        return jnp.sum(jnp.square(jnp.maximum(lengths, 0).astype(jnp.float32)))
-
-    def count(mask):
-        return jnp.sum(mask.astype(jnp.float32))
-
-    return {
-        "tokens": count(batch.segment_ids > 0),
-        "label_tokens": count(batch.loss_weights > 0),
-        "samples": count(batch.segment_lengths > 0),
-        "patches": count(batch.patch_segment_ids > 0),
-        "segment_squares": squares(batch.segment_lengths),
-        "image_squares": squares(batch.image_lengths),
-        "window_squares": squares(batch.window_lengths),
-    }
+    metrics: Metrics
+    aux: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,42 +62,29 @@ class StepPrograms:
       shardings: of the state.
     """
 
-    train_step: Callable[[TrainState, Batch, np.float32], tuple[TrainState, Metrics]]
+    train_step: Callable[[TrainState, Any, np.float32], tuple[TrainState, Metrics]]
     zeros: Callable[[], Totals]
-    accumulate: Callable[[TrainState, Totals, Batch], Totals]
+    accumulate: Callable[[TrainState, Totals, Any], Totals]
     update: Callable[[TrainState, Totals, np.float32], tuple[TrainState, Metrics]]
     shardings: TrainState
 
 
-def _source_rows(phase: PhaseConfig) -> int:
-    """K: the phase's sources, rounded up to eights, so that phases of other mixtures run the same programs."""
-    return -(-len(phase.sources) // 8) * 8
-
-
-def program_key(phase: PhaseConfig, shape: BatchShape, trained: Sequence[str]) -> tuple:
+def program_key(phase: PhaseConfig, objective: Objective, spec: BatchSpec, trained: Sequence[str]) -> tuple:
     """What of a phase stands in its programs: phases with equal keys run the same compiled code."""
-    return (
-        shape,
-        _source_rows(phase),
-        tuple(trained),
-        phase.loss_reduction,
-        phase.weight_decay,
-        tuple(phase.learning_rate_multipliers.items()),
-        phase.max_sample_length,
-        phase.max_image_patches,
-    )
+    return spec, objective, tuple(trained), phase.weight_decay, tuple(phase.learning_rate_multipliers.items())
 
 
 def make_programs(
     outline: Outline,
     *,
     phase: PhaseConfig,
+    objective: Objective,
     optimizer: OptimizerConfig,
-    shape: BatchShape,
+    spec: BatchSpec,
     trained: Sequence[str],
     frozen: Sequence[str],
     mesh: Mesh,
-    loss_chunk: int,
+    seed: int = 0,
     where: str = "training.phases[?]",
     compile: Callable[..., Callable] = compile_xla,
 ) -> StepPrograms:
@@ -128,36 +92,34 @@ def make_programs(
 
     The learning rate is an argument, so that phases which differ in schedule or mixture alone share their programs (see `program_key`).
 
+    Args:
+      seed: of the random key; in the programs only if the objective uses one.
+
     Raises:
       UserError: a multiplier does not fit the phase.
     """
-    rules = parameter_rules(trained, phase, optimizer, where)
-    sources = _source_rows(phase)
-    # Promises for banded attention; a bound that equals the row promises nothing.
-    bounds = {"max_sample_length": phase.max_sample_length, "max_image_patches": phase.max_image_patches}
-    bounds = {name: bound for name, bound in bounds.items() if bound is not None}
+    transformation = fused_adamw(optimizer, parameter_rules(trained, phase, optimizer, where))
 
-    def loss_numerator(trained_params: Params, frozen_params: Params, batch: Batch):
-        model = outline.merge({**trained_params, **frozen_params})
-        token_losses_BT = model.token_losses(batch, chunk=loss_chunk, **bounds)
-        with jax.named_scope("reduce_loss"):
-            numerator, denominator = losses.loss_terms(
-                token_losses_BT, batch.loss_weights, batch.segment_ids, samples=shape.samples, reduction=phase.loss_reduction
-            )
-            return numerator, (denominator, losses.by_source(token_losses_BT, batch.loss_weights, batch.source_ids, sources))
+    def loss_numerator(trained_params: Params, frozen_params: Params, batch: Any, key: jax.Array | None):
+        terms = objective.loss(outline.merge({**trained_params, **frozen_params}), batch, key)
+        return terms.numerator, terms
 
-    def micro_step(state: TrainState, batch: Batch) -> Totals:
+    def micro_step(state: TrainState, batch: Any) -> Totals:
+        # No micro-step number in the key: a sample's random numbers must not depend on how a step is cut into micro-steps.
+        key = jax.random.fold_in(jax.random.key(seed), state.step) if objective.uses_key else None
         # Differentiates the trained parts alone: no gradient of a frozen part ever exists.
-        (numerator, (denominator, by_source)), gradients = jax.value_and_grad(loss_numerator, has_aux=True)(state.trained, state.frozen, batch)
+        (_, terms), gradients = jax.value_and_grad(loss_numerator, has_aux=True)(state.trained, state.frozen, batch, key)
         gradients = {path: gradient.astype(jnp.float32) for path, gradient in gradients.items()}
-        return Totals(gradients, numerator, denominator, batch_counts(batch), by_source)
+        return Totals(gradients, terms.numerator, terms.denominator, terms.metrics, terms.aux)
 
     def zeros() -> Totals:
         gradients = {path: jnp.zeros(outline.shapes[path].shape, jnp.float32) for path in trained}
         nothing = jnp.zeros((), jnp.float32)
-        return Totals(gradients, nothing, nothing, dict.fromkeys(COUNTS, nothing), jnp.zeros((sources, 2), jnp.float32))
+        metrics = {name: jnp.zeros(shape, jnp.float32) for name, shape in objective.metric_shapes.items()}
+        aux = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), objective.aux_shapes)
+        return Totals(gradients, nothing, nothing, metrics, aux)
 
-    def accumulate(state: TrainState, totals: Totals, batch: Batch) -> Totals:
+    def accumulate(state: TrainState, totals: Totals, batch: Any) -> Totals:
         return jax.tree.map(jnp.add, totals, micro_step(state, batch))
 
     def update(state: TrainState, totals: Totals, learning_rate: jax.Array) -> tuple[TrainState, Metrics]:
@@ -172,24 +134,15 @@ def make_programs(
             if optimizer.clip_norm > 0:
                 scale = scale * jnp.where(norm > optimizer.clip_norm, optimizer.clip_norm / norm, 1.0)
             gradients = {path: gradient * scale for path, gradient in totals.gradients.items()}
-            new_trained, mu, nu = adamw(
-                state.trained,
-                gradients,
-                state.mu,
-                state.nu,
-                count=state.updates + 1,
-                learning_rate=learning_rate,
-                keep=keep,
-                config=optimizer,
-                rules=rules,
-            )
+            new_trained, opt_state = apply_update(transformation, gradients, state.opt_state, state.trained, learning_rate=learning_rate, keep=keep)
+            if totals.aux is not None:
+                changed = objective.after_update(new_trained, totals.aux)
+                new_trained = {path: value if value is new_trained[path] else jnp.where(keep, value, new_trained[path]) for path, value in changed.items()}
         bad = (~finite).astype(jnp.int32)
         new_state = TrainState(
             trained=new_trained,
             frozen=state.frozen,
-            mu=mu,
-            nu=nu,
-            updates=state.updates + keep.astype(jnp.int32),
+            opt_state=opt_state,
             step=state.step + 1,
             phase_step=state.phase_step + 1,
             bad_steps=(state.bad_steps + bad) * bad,
@@ -203,21 +156,26 @@ def make_programs(
             "finite": finite,
             "bad_steps": new_state.bad_steps,
             "skipped_steps": new_state.skipped,
-            "sources": totals.sources,
-            **totals.counts,
+            **totals.metrics,
         }
         return new_state, metrics
 
-    def train_step(state: TrainState, batch: Batch, learning_rate: jax.Array) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Any, learning_rate: jax.Array) -> tuple[TrainState, Metrics]:
         return update(state, micro_step(state, batch), learning_rate)
 
-    states = state_shardings(outline, trained, frozen, mesh)
-    scalar, rows = replicated(mesh), row_sharding(mesh)
-    totals = Totals(gradients=states.trained, numerator=scalar, denominator=scalar, counts=dict.fromkeys(COUNTS, scalar), sources=scalar)
+    states, scalar = state_shardings(outline, trained, frozen, mesh), replicated(mesh)
+    batches = spec.map(lambda field: batch_sharding(field.dims, field.shape, mesh))
+    totals = Totals(
+        gradients=states.trained,
+        numerator=scalar,
+        denominator=scalar,
+        metrics=dict.fromkeys(objective.metric_shapes, scalar),
+        aux=jax.tree.map(lambda like: scalar, objective.aux_shapes),
+    )
     return StepPrograms(
-        train_step=compile(train_step, in_shardings=(states, rows, scalar), out_shardings=(states, scalar), donate_argnums=(0,)),
+        train_step=compile(train_step, in_shardings=(states, batches, scalar), out_shardings=(states, scalar), donate_argnums=(0,)),
         zeros=compile(zeros, in_shardings=(), out_shardings=totals),
-        accumulate=compile(accumulate, in_shardings=(states, totals, rows), out_shardings=totals, donate_argnums=(1,)),
+        accumulate=compile(accumulate, in_shardings=(states, totals, batches), out_shardings=totals, donate_argnums=(1,)),
         # The totals have no successor that could take their buffers; the caller drops them.
         update=compile(update, in_shardings=(states, totals, scalar), out_shardings=(states, scalar), donate_argnums=(0,)),
         shardings=states,

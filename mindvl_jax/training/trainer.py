@@ -1,59 +1,54 @@
-"""A run from start to end: phases, steps, checkpoints, evaluation, report.
-
-The loop never waits for the step it has just dispatched: metrics of step k are fetched while step k+1 runs.
-"""
+"""A run from start to end: phases, checkpoints, evaluation, report. The steps of a phase are in `phase_loop.py`."""
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import fcntl
 import functools
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from mindvl_jax.checkpoints import id_table
+from mindvl_jax.checkpoints.checkpoint import CheckpointWriter, Progress, room_in
 from mindvl_jax.config import loader as config_loader
-from mindvl_jax.data.batch import BatchShape
-from mindvl_jax.config.schema import Config, PhaseConfig
+from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.progress import LogConsole, working
-from mindvl_jax.data.epochs import resolve_epochs
+from mindvl_jax.data.sources.readers import find_files
+from mindvl_jax.models.loading import resolve_epochs
 from mindvl_jax.parallel.mesh import make_mesh
-from mindvl_jax.parallel.rules import RowShare, row_share
-from mindvl_jax.profiling import StepProfiler, profiler
+from mindvl_jax.parallel.rules import row_share
 from mindvl_jax.training import ema, resume, scoring, state as states
-from mindvl_jax.checkpoints import id_table as vocabulary
 from mindvl_jax.training.backend import Backend, make_backend, use_compilation_cache
-from mindvl_jax.checkpoints.checkpoint import CheckpointWriter, Progress, room_in
-from mindvl_jax.training.display import LiveLine, print_phase, print_startup, shrinking
-from mindvl_jax.training.feed import Feed
-from mindvl_jax.training.flops import FlopCounter, known_peak
+from mindvl_jax.training.display import LiveLine, print_startup
+from mindvl_jax.training.flops import known_peak
+from mindvl_jax.training.hooks import Hooks
 from mindvl_jax.training.initial import starting_params
 from mindvl_jax.training.metrics import MetricsLog
 from mindvl_jax.training.optimizer import learning_rates, parameter_rules
 from mindvl_jax.core.params import Outline
 from mindvl_jax.models.outline import outline_of
+from mindvl_jax.training.phase_loop import PhaseLoop, RunContext
+from mindvl_jax.training.recorder import RunLog, TrainingDiverged
 from mindvl_jax.training.state import TrainState
-from mindvl_jax.training.step import COUNTS, StepPrograms, make_programs, program_key
+from mindvl_jax.training.step import StepPrograms, make_programs
 from mindvl_jax.training.stopping import StopRequest
-from mindvl_jax.training.validation import Best, Validation
-
+from mindvl_jax.training.validation import Best
 
 LOG = "run.log"
 """What the run said, with date and time."""
 
+__all__ = ["RunResult", "Trainer", "TrainingDiverged", "train"]
+
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """What `train` hands back.
+    """Result of `train`.
 
     Attributes:
       step: optimizer steps done over all phases. finished: whether that is all of them.
@@ -66,27 +61,12 @@ class RunResult:
     stopped_by: str | None
 
 
-@dataclasses.dataclass
-class _Dispatched:
-    """A step whose metrics are not fetched yet."""
-
-    step: int
-    metrics: dict[str, jax.Array]
-    sample_ids: tuple[str, ...]
-    counters: dict[str, Any]
-    first_of_phase: bool = False
-    checked: dict[str, float] = dataclasses.field(default_factory=dict)
-
-
-class TrainingDiverged(UserError):
-    """Loss or gradients stayed non-finite."""
-
-
-def train(config: Config, *, stop_after: int | None = None, console: Console | None = None) -> RunResult:
-    """Trains through all phases, or goes on where the run folder stands.
+def train(config: Config, *, stop_after: int | None = None, console: Console | None = None, hooks: Hooks | None = None) -> RunResult:
+    """Train through all phases, or continue where the run folder stands.
 
     Args:
       stop_after: stop cleanly, as by SIGTERM, once this many optimizer steps of the run are done.
+      hooks: evaluation, report and profiler; without them none is made.
 
     Raises:
       UserError: configuration, data, checkpoint or mesh do not fit, or training diverged; the message says which and what to do.
@@ -102,7 +82,7 @@ def train(config: Config, *, stop_after: int | None = None, console: Console | N
             console.log_to(Path(config.run.dir) / LOG)
             stack.callback(console.close_log)
         try:
-            return Trainer(config, backend, console).run(stop_after)
+            return Trainer(config, backend, console, hooks or Hooks()).run(stop_after)
         except UserError as error:
             if isinstance(console, LogConsole):
                 console.log_only(f"stopped: {error}")
@@ -111,7 +91,7 @@ def train(config: Config, *, stop_after: int | None = None, console: Console | N
 
 @contextlib.contextmanager
 def _claim(run_dir: Path) -> Iterator[None]:
-    """Keeps a second run out of the folder; the lock goes with the process, however it ends."""
+    """Keep a second run out of the folder. The lock goes with the process, however it ends."""
     if jax.process_index() != 0:
         yield
         return
@@ -127,10 +107,11 @@ def _claim(run_dir: Path) -> Iterator[None]:
 class Trainer:
     """Holds what lives as long as the run."""
 
-    def __init__(self, config: Config, backend: Backend, console: Console):
+    def __init__(self, config: Config, backend: Backend, console: Console, hooks: Hooks):
         self.config = config
         self.backend = backend
         self.console = console
+        self.hooks = hooks
         self.run_dir = Path(config.run.dir)
         self.is_main = jax.process_index() == 0
         self.mesh: Mesh = make_mesh(config.mesh, backend.devices())
@@ -140,6 +121,7 @@ class Trainer:
         self.total_steps = sum(phase.steps for phase in config.training.phases)
         ema.require_possible(config)
         self.ema: ema.MovingAverage | None = None
+        # By what stands in them: phases with equal keys share what was compiled.
         self.programs: dict[tuple, StepPrograms] = {}
         self.totals: dict[str, float] = {"tokens": 0, "samples": 0, "seconds": 0.0}
 
@@ -150,53 +132,30 @@ class Trainer:
         if plan.step == self.total_steps and (self.run_dir / "report.html").exists():
             self.console.print(f"{self.run_dir}: finished already, after {plan.step} steps; the report is {self.run_dir / 'report.html'}")
             return RunResult(self.run_dir, plan.step, finished=True, stopped_by=None)
-        print_startup(self.console, self.config, self.outline, self.mesh, self.peak, self.device_kind)
-        for line in plan.notes:
-            self.console.print(line)
-        self.totals.update(plan.totals)
-        vocabulary.keep(self.config.run, self.config.tokenizer, resumed=plan.step > 0, write=self.is_main)
-        if self.is_main:
-            (self.run_dir / "config.yaml").write_text(config_loader.dump(self.config), encoding="utf-8")
-
+        self._announce(plan)
         state = plan.state
-        if state is None:
+        if state is not None:
+            params = state.params
+        else:
             with working(self.console, "preparing the parameters"):
                 params = starting_params(self.config, self.outline, self.mesh, self.console)
         if self.config.training.ema_decay is not None:
-            start = plan.ema or (params if state is None else state.params)
-            if state is not None and plan.ema is None:
-                self.console.print("the checkpoint holds no moving average: it starts from the parameters there")
-            self.ema = ema.MovingAverage(start, self.config.training.ema_decay)
+            self._start_average(plan, params)
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
-            self.writer = stack.enter_context(CheckpointWriter(self.run_dir, self.config.checkpoint))
-            self.best = Best(self.run_dir, resumed=plan.step)
-            self.writer.best = self.best.step if self.config.checkpoint.keep_best else None
-            self.log = MetricsLog(self.run_dir, tensorboard=self.config.logging.tensorboard, first_step=plan.step) if self.is_main else None
-            if self.log is not None:
-                stack.callback(self.log.close)
-            phases = [(each.name, each.steps, each.gradient_accumulation * each.rows * (each.sequence_length + each.patches_per_row)) for each in self.config.training.phases]
-            self.live = LiveLine(self.console, self.total_steps, phases=phases)
-            stack.callback(self.live.close)
-            tracer = functools.partial(profiler.make_tracer, self.config)
-            self.profiler = StepProfiler(self.run_dir, self.config.profile, self.console.print, tracer) if self.is_main else None
-            if self.profiler is not None:
-                stack.callback(self.profiler.close)
-
+            context = self._open(stack, plan.step)
             step = plan.step
             for index in range(plan.phase, len(parts)):
-                trained, frozen = parts[index]
                 phase = self.config.training.phases[index]
                 here = state is not None and index == plan.phase  # the restored state belongs to this phase
                 if not here:
                     state = self._as_jax(state)
                     source = state.params if state is not None else params
-                    state = states.start_phase(source, trained, frozen, self.mesh, before=state, keep_optimizer=phase.keep_optimizer)
-                    params = None  # the state owns them from here on: its buffers are donated
+                    state = states.start_phase(source, *parts[index], self.mesh, before=state, keep_optimizer=phase.keep_optimizer)
+                params = None  # the state owns them from here on: its buffers are donated
                 begin = plan.phase_step if here else 0
                 if begin < phase.steps:
-                    loader_state = plan.loader if here else None
-                    state, step, ended = self._run_phase(index, state, trained, frozen, step, begin, loader_state, stop, stop_after)
+                    state, step, ended = PhaseLoop(context, index, *parts[index], stop, stop_after).run(state, step, begin, plan.loader if here else None)
                     if not ended:
                         self._wait(step)
                         self.live.close()
@@ -210,7 +169,7 @@ class Trainer:
             self._finish(state, step)
         return RunResult(self.run_dir, step, finished=True, stopped_by=None)
 
-    # --- one phase ---------------------------------------------------------------------------------------------------
+    # --- before the steps --------------------------------------------------------------------------------------------
 
     def _check(self, index: int) -> tuple[list[str], list[str]]:
         """(trained, frozen) paths of a phase; refuses before any work what would fail when the phase begins."""
@@ -222,290 +181,105 @@ class Trainer:
         return trained, frozen
 
     def _check_files(self) -> None:
-        """Refuses files that are missing, of every phase and task: not hours later, when the phase begins or the run is scored."""
-        from mindvl_jax.data.sources.readers import find_files
-
-        used = dict.fromkeys(name for phase in self.config.training.phases for name in phase.sources)
-        wanted = [(self.config.data.sources[name], f"data.sources.{name}") for name in used]
+        """Refuse files that are missing, of every phase and task: not hours later, when the phase begins or the run is scored."""
+        wanted = {f"data.sources.{name}": name for phase in self.config.training.phases for name in phase.sources}
         if self.config.validation is not None:
-            wanted.append((self.config.data.sources[self.config.validation.source], "validation.source"))
-        wanted += [(task.source, f"evaluation.tasks[{index}].source") for index, task in enumerate(self.config.evaluation.tasks)]
+            wanted["validation.source"] = self.config.validation.source
         problems = []
-        for source, where in wanted:
+        for where, name in wanted.items():
             try:
-                find_files(source, where)
+                find_files(self.config.data.sources[name], where)
             except UserError as error:
                 problems.append(str(error))
-        if self.config.evaluation.benchmarks is not None:
-            from mindvl_jax.evaluation.run_benchmarks import check_benchmarks
-
-            try:
-                check_benchmarks(self.config.evaluation.benchmarks)
-            except UserError as error:
-                problems.append(str(error))
-        if problems:
+        if problems := problems + self.hooks.problems():
             raise UserError("\n".join(problems))
 
-    def _run_phase(
-        self, index: int, state: TrainState, trained: list[str], frozen: list[str], step: int, begin: int, loader_state: dict | None,
-        stop: StopRequest, stop_after: int | None,
-    ) -> tuple[TrainState, int, bool]:
-        """Steps `begin` .. phase.steps; returns (state, step, whether the phase came to its end). The state is saved in every case."""
-        from mindvl_jax import data
+    def _announce(self, plan: resume.Plan) -> None:
+        print_startup(self.console, self.config, self.outline, self.mesh, self.peak, self.device_kind)
+        for line in plan.notes:
+            self.console.print(line)
+        self.totals.update(plan.totals)
+        id_table.keep(self.config.run, self.config.tokenizer, resumed=plan.step > 0, write=self.is_main)
+        if self.is_main:
+            (self.run_dir / "config.yaml").write_text(config_loader.dump(self.config), encoding="utf-8")
 
-        phase = self.config.training.phases[index]
-        where = f"training.phases[{index}]"
-        shape = data.batch_shape(self.config, phase)
-        share = row_share(self.mesh, phase.rows, f"{where}.rows")
-        key = program_key(phase, shape, trained)
+    def _start_average(self, plan: resume.Plan, params: dict[str, jax.Array]) -> None:
+        if plan.state is not None and plan.ema is None:
+            self.console.print("the checkpoint holds no moving average: it starts from the parameters there")
+        self.ema = ema.MovingAverage(plan.ema or params, self.config.training.ema_decay, functools.partial(self.backend.compile, mesh=self.mesh))
+
+    def _open(self, stack: contextlib.ExitStack, step: int) -> RunContext:
+        """Open what is written to during the run, which `stack` closes, and gather what the phases share."""
+        self.writer = stack.enter_context(CheckpointWriter(self.run_dir, self.config.checkpoint))
+        best = Best(self.run_dir, resumed=step)
+        self.writer.best = best.step if self.config.checkpoint.keep_best else None
+        log = MetricsLog(self.run_dir, tensorboard=self.config.logging.tensorboard, first_step=step) if self.is_main else None
+        if log is not None:
+            stack.callback(log.close)
+        phases = [
+            (each.name, each.steps, each.gradient_accumulation * each.rows * (each.sequence_length + each.patches_per_row)) for each in self.config.training.phases
+        ]
+        self.live = LiveLine(self.console, self.total_steps, phases=phases)
+        stack.callback(self.live.close)
+        watcher = self.hooks.watcher(self.console.print) if self.is_main else None
+        if watcher is not None:
+            stack.callback(watcher.close)
+        peak = self.peak * self.mesh.devices.size if self.peak else None
+        return RunContext(
+            config=self.config, backend=self.backend, mesh=self.mesh, outline=self.outline, total_steps=self.total_steps,
+            report=RunLog(self.config, self.console, self.live, log, peak, self.totals),
+            programs_for=self._programs_for, save=self._save, watcher=watcher, ema=self.ema, best=best, keep=self._keep, is_main=self.is_main,
+        )  # fmt: skip
+
+    # --- what the phase loop calls --------------------------------------------------------------------------------
+
+    def _programs_for(self, key: tuple, **options) -> StepPrograms:
+        """The compiled programs of a phase, shared between phases of equal keys."""
         if key not in self.programs:
+            compile = functools.partial(self.backend.compile, mesh=self.mesh)
             self.programs[key] = make_programs(
-                self.outline, phase=phase, optimizer=self.config.training.optimizer, shape=shape, trained=trained, frozen=frozen, mesh=self.mesh,
-                loss_chunk=self.config.training.loss_chunk, where=where, compile=functools.partial(self.backend.compile, mesh=self.mesh),
-            )  # fmt: skip
-        programs = self.programs[key]
-        rates = learning_rates(phase, where)
-        count_flops = FlopCounter(self.config.model, self.outline.shapes, trained)
-        print_phase(self.console, phase, index, len(self.config.training.phases), shape, trained, begin)
-        if warning := shrinking(phase, self.config.model.vision.patch_size):
-            self.console.print(f"[yellow]{warning}[/yellow]", soft_wrap=True)
-        self.live.new_phase()
-        with contextlib.closing(data.make_loader(self.config, index, process_index=share.index, process_count=share.count)) as loader:
-            if loader_state is not None:
-                loader.restore(loader_state)
-            feed = Feed(loader, self.mesh, micro_steps=(phase.steps - begin) * phase.gradient_accumulation, accumulation=phase.gradient_accumulation)
-            recorder = _Recorder(self, phase, shape, count_flops)
-            validation = self._validation(index, shape, share, programs)
-            for phase_step in range(begin, phase.steps):
-                if self.profiler is not None:
-                    self.profiler.before_step(step + 1, lambda: jax.block_until_ready(state.step))
-                first = self.live.working(f"reading data and compiling the step of {phase.name}") if phase_step == begin else contextlib.nullcontext()
-                with first:
-                    done = self._step(programs, state, rates[phase_step], feed, phase.gradient_accumulation, step + 1, lambda: stop.requested(step + 1))
-                if done is None:  # asked to stop between micro-steps: the state is still that of the last step
-                    self._save(state, step, index, phase_step, trained, loader_state, recorder)
-                    return state, step, False
-                state, loader_state, dispatched = done
-                if self.ema is not None:
-                    self.ema.update(state.params, dispatched.metrics["applied"])
-                step += 1
-                if self.profiler is not None:
-                    self.profiler.after_step(step, lambda: _ran(programs, state, shape, phase), lambda: jax.block_until_ready(state.step))
-                ended = phase_step + 1 == phase.steps
-                checked, is_best = self._validate(validation, state, step, recorder, ended=ended)
-                recorder.add(dataclasses.replace(dispatched, first_of_phase=phase_step == begin, checked=checked))
-                feed.refill()
-                recorder.drain(keep=self.backend.in_flight)
-                # A request that arrives now is answered before the next step; asking twice for one step would break the agreement.
-                enough = stop_after is not None and step >= stop_after and step < self.total_steps
-                if ended or enough or is_best or step % self.config.checkpoint.every_steps == 0:
-                    self._save(state, step, index, phase_step + 1, trained, None if ended else loader_state, recorder)
-                if enough:
-                    return state, step, False
-            recorder.drain(keep=0)
-        return state, step, True
+                self.outline, optimizer=self.config.training.optimizer, mesh=self.mesh, seed=self.config.run.seed, compile=compile, **options
+            )
+        return self.programs[key]
 
-    def _step(
-        self, programs: StepPrograms, state: TrainState, learning_rate: np.float32, feed: Feed, micro_steps: int, step: int,
-        stopping: Callable[[], bool],
-    ) -> tuple[TrainState, dict | None, _Dispatched] | None:
-        """Dispatches optimizer step `step`; returns (state, loader state after it, what is to be recorded).
-
-        None when a stop was asked for before it was complete: the state given is then untouched.
-        """
-        if stopping():
-            return None
-        micro = feed.next()
-        if micro_steps == 1:
-            state, metrics = programs.train_step(state, micro.batch, learning_rate)
-            return state, micro.loader_state, _Dispatched(step, metrics, micro.sample_ids, micro.counters)
-        totals = programs.zeros()
-        ids: list[str] = []
-        for number in range(micro_steps):
-            if number:
-                if jax.process_count() == 1 and stopping():  # one process may stop inside a step; several agree only between steps
-                    return None
-                micro = feed.next()
-            totals = programs.accumulate(state, totals, micro.batch)
-            ids.extend(micro.sample_ids)
-            if number + 1 < micro_steps:
-                feed.refill()
-                # At most two micro-steps in flight, so that placed batches do not pile up.
-                if number % 2:
-                    jax.block_until_ready(totals.numerator)
-        state, metrics = programs.update(state, totals, learning_rate)
-        return state, micro.loader_state, _Dispatched(step, metrics, tuple(ids), micro.counters)
-
-    def _validation(self, index: int, shape: BatchShape, share: RowShare, programs: StepPrograms) -> Validation | None:
-        if self.config.validation is None:
-            return None
-        own = shape.rows // share.count
-        made = Validation(
-            self.config, index, outline=self.outline, mesh=self.mesh, shape=shape, rows=slice(share.index * own, (share.index + 1) * own),
-            compile=functools.partial(self.backend.compile, mesh=self.mesh), shardings=programs.shardings,
-        )  # fmt: skip
-        self.console.print(f"validation: {made.samples} samples of {self.config.validation.source} every {self.config.validation.every_steps} steps")
-        return made
-
-    def _validate(self, validation: Validation | None, state: TrainState, step: int, recorder: _Recorder, *, ended: bool) -> tuple[dict[str, float], bool]:
-        """(metrics of a check that is due, whether this step is to be kept as the best)."""
-        if validation is None or not validation.due(step, ended=ended):
-            return {}, False
-        recorder.drain(keep=0)
-        jax.block_until_ready(state.step)
-        loss, seconds = validation.loss(state)
-        recorder.pause(seconds)
-        best = self.best.offer(step, loss, write=self.is_main and self.config.checkpoint.keep_best)
-        self.console.print(f"step {step}: validation loss {loss:.4f}" + (" (lowest so far)" if best else f" (lowest {self.best.loss:.4f} at step {self.best.step})") + f", {seconds:.1f} s")
-        keep = best and self.config.checkpoint.keep_best
-        if keep:
-            self.writer.best = step
-        return {"validation_loss": loss, "validation_seconds": seconds}, keep
-
-    def _save(
-        self, state: TrainState, step: int, index: int, phase_step: int, trained: list[str], loader_state: dict | None, recorder: _Recorder
-    ) -> None:
-        # First the lines, then the checkpoint: on resume every line up to its step is there.
-        recorder.drain(keep=0)
-        phase = self.config.training.phases[index]
-        progress = Progress(
-            step=step, phase=index, phase_name=phase.name, phase_step=phase_step, trained=tuple(trained), loader=loader_state,
-            totals=dict(self.totals),
-        )  # fmt: skip
-        with self.live.working(f"saving step {step}"):
-            self.writer.save(self._as_jax(state), progress, self.config, None if self.ema is None else self.ema.params)
+    def _save(self, state: TrainState, progress: Progress) -> None:
+        state = self._as_jax(state)
+        with self.live.working(f"saving step {progress.step}"):
+            self.writer.save(state.params, states.optimizer_arrays(state), progress, self.config, None if self.ema is None else self._average())
 
     def _wait(self, step: int) -> None:
         with self.live.working(f"writing the checkpoint of step {step}"):
             self.writer.wait()
+
+    def _keep(self, step: int) -> None:
+        """Keep the checkpoint of this step, whatever comes after it."""
+        self.writer.best = step
 
     def _as_jax(self, state: TrainState | None) -> TrainState | None:
         if state is None:
             return None
         return self.backend.as_jax(state, states.state_shardings(self.outline, list(state.trained), list(state.frozen), self.mesh))
 
+    def _average(self) -> dict[str, jax.Array]:
+        return self.backend.as_jax(self.ema.params, self.ema.shardings)
+
     # --- after the steps ---------------------------------------------------------------------------------------------
 
     def _evaluate(self, state: TrainState, step: int, phase: str) -> None:
-        settings = self.config.evaluation
-        if not settings.tasks and settings.benchmarks is None:
+        if not self.hooks.evaluates:
             return
-        from mindvl_jax.evaluation.run import evaluate_run
-
         self.live.close()
         self.console.print(f"scoring held-out tasks after {phase}")
-        # Decoding runs on XLA whatever trained: with npu_bridge on JAX's host devices.
-        if settings.ema:
-            params = {path: value.astype(self.outline.shapes[path].dtype) for path, value in self.ema.params.items()}
+        # Evaluation runs on XLA whatever trained: with npu_bridge on JAX's host devices.
+        if self.config.evaluation.ema:
+            params = {path: value.astype(self.outline.shapes[path].dtype) for path, value in self._average().items()}
         else:
             params = self._as_jax(state).params
         params = scoring.for_scoring(params, self.outline)
-        scoring.in_main_process(lambda: evaluate_run(self.config, self.outline.merge(params), step, phase, self.run_dir, self.console))
+        scoring.in_main_process(lambda: self.hooks.evaluate(self.outline.merge(params), step, phase, self.console))
 
     def _finish(self, state: TrainState, step: int) -> None:
         self._evaluate(state, step, self.config.training.phases[-1].name)
         if self.is_main:
-            from mindvl_jax.evaluation.report import write_report
-
-            write_report(self.run_dir)
-            self.console.print(f"done: {step} steps, {self.run_dir / 'report.html'}")
-
-
-def _ran(programs: StepPrograms, state: TrainState, shape: BatchShape, phase: PhaseConfig) -> dict[str, tuple[Callable, tuple]]:
-    """The programs of one step of a phase, with arguments to lower them again."""
-    batch, rate = shape.empty(), np.float32(0)
-    if phase.gradient_accumulation == 1:
-        return {"train_step": (programs.train_step, (state, batch, rate))}
-    totals = jax.eval_shape(programs.zeros)
-    return {"accumulate": (programs.accumulate, (state, totals, batch)), "update": (programs.update, (state, totals, rate))}
-
-
-class _Recorder:
-    """Fetches metrics one step late, writes them down, and stops a run that diverges."""
-
-    def __init__(self, trainer: Trainer, phase: PhaseConfig, shape: BatchShape, count_flops: FlopCounter):
-        self._trainer, self._phase, self._shape, self._count_flops = trainer, phase, shape, count_flops
-        self._pending: collections.deque[_Dispatched] = collections.deque()
-        self._bad: collections.deque[_Dispatched] = collections.deque(maxlen=trainer.config.training.max_bad_steps)
-        self._last = time.perf_counter()
-
-    def add(self, dispatched: _Dispatched) -> None:
-        self._pending.append(dispatched)
-
-    def pause(self, seconds: float) -> None:
-        """Leave out of the next step's time what was spent on something else."""
-        self._last += seconds
-
-    def drain(self, keep: int) -> None:
-        """Waits for all dispatched steps but the newest `keep`."""
-        while len(self._pending) > keep:
-            done = self._pending.popleft()
-            fetched = jax.device_get(done.metrics)
-            by_source = fetched.pop("sources").tolist()
-            values = {name: value.item() for name, value in fetched.items()}
-            values["losses"] = {f"loss/{name}": total / weight for name, (total, weight) in zip(self._phase.sources, by_source) if weight > 0}
-            values |= {name: int(values[name]) for name in ("tokens", "label_tokens", "samples", "patches")}
-            now = time.perf_counter()
-            self._write(done, values, now - self._last)
-            self._last = now
-
-    def _write(self, done: _Dispatched, values: dict[str, Any], seconds: float) -> None:
-        trainer, places = self._trainer, self._shape.rows * self._phase.gradient_accumulation
-        totals = trainer.totals
-        totals["tokens"] += values["tokens"]
-        totals["samples"] += values["samples"]
-        totals["seconds"] += seconds
-        flops = self._count_flops({name: values[name] for name in COUNTS})
-        whole_peak = trainer.peak * trainer.mesh.devices.size * seconds if trainer.peak and seconds else None
-        record = {
-            "step": done.step,
-            "phase": self._phase.name,
-            "loss": values["loss"],
-            **done.checked,
-            **values["losses"],
-            "grad_norm": values["grad_norm"],
-            "learning_rate": values["learning_rate"],
-            "tokens": values["tokens"],
-            "label_tokens": values["label_tokens"],
-            "samples": values["samples"],
-            "patches": values["patches"],
-            "step_seconds": seconds,
-            "tokens_per_second": values["tokens"] / seconds,
-            "samples_per_second": values["samples"] / seconds,
-            "token_efficiency": values["tokens"] / (places * self._shape.tokens),
-            "patch_efficiency": values["patches"] / (places * self._shape.patches),
-            "flops": flops.language + flops.vision,
-            "mfu": (flops.language + flops.vision) / whole_peak if whole_peak else None,
-            "mfu_language": flops.language / whole_peak if whole_peak else None,
-            "tokens_total": totals["tokens"],
-            "samples_total": totals["samples"],
-            "seconds_total": totals["seconds"],
-            "applied": bool(values["applied"]),
-            "skipped_steps": values["skipped_steps"],
-            **{name: done.counters[name] for name in ("quarantined", "truncated", "shrunk", "epochs") if name in done.counters},
-        }
-        if done.first_of_phase:
-            record["includes_compilation"] = True
-        if not values["finite"]:
-            record["sample_ids"] = list(done.sample_ids)
-        if trainer.log is not None and (done.step % trainer.config.logging.every_steps == 0 or not values["applied"]):
-            trainer.log.write(record)
-        trainer.live.update(record, first_of_phase=done.first_of_phase)
-        if not values["finite"]:
-            self._on_bad_step(done, values)
-
-    def _on_bad_step(self, done: _Dispatched, values: dict[str, Any]) -> None:
-        limit = self._trainer.config.training.max_bad_steps
-        self._bad.append(done)
-        self._trainer.console.print(
-            f"step {done.step}: loss {values['loss']}, gradient norm {values['grad_norm']}: skipped ({values['bad_steps']} in a row, the run stops at {limit})"
-        )
-        if values["bad_steps"] < limit:
-            return
-        ids = list(dict.fromkeys(sample for bad in self._bad for sample in bad.sample_ids))
-        shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more (all stand in metrics.jsonl)" if len(ids) > 20 else "")
-        raise TrainingDiverged(
-            f"{limit} steps in a row ({done.step - limit + 1} to {done.step}, phase {self._phase.name}) had a non-finite loss or gradient; "
-            f"parameters are those from before them. Samples: {shown}. Look at these samples, lower learning_rate, or use compute_dtype: float32; "
-            f"the last checkpoint is in {self._trainer.run_dir / 'checkpoints'}"
-        )
+            page = self.hooks.report(self.run_dir)
+            self.console.print(f"done: {step} steps" + (f", {page}" if page else ""))

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from mindvl_jax.checkpoints import id_table as vocabulary
+from mindvl_jax.checkpoints.checkpoint import load_weights, locate
+from mindvl_jax.checkpoints.names import EMA, ID_TABLE, named_folder
 from mindvl_jax.config.schema import Config, ModelConfig, TokenizerConfig
 from mindvl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from mindvl_jax.models.adapters import attach_values
@@ -17,8 +20,6 @@ from mindvl_jax.weights.adapters import read_adapter
 from mindvl_jax.weights.hf_config import WeightsError, read_config, read_json
 from mindvl_jax.weights.load import load_parameters
 
-ID_TABLE = "mindvl_id_table.json"
-"""Compact vocabulary of an exported model, beside the full tokenizer.json."""
 _PUBLISHED_PIXELS = (3136, 12845056)
 
 
@@ -55,15 +56,6 @@ def is_run(folder: Path) -> bool:
     return not (folder / "config.json").is_file() and ((folder / "checkpoints").is_dir() or (folder / "params").exists() or (folder / "_CHECKPOINT_METADATA").exists())
 
 
-EMA = ":ema"
-
-
-def named_folder(name: str | Path) -> tuple[Path, bool]:
-    """(folder, whether its moving average is meant) of `DIR` or `DIR:ema`."""
-    text = str(name)
-    return Path(text.removesuffix(EMA)).expanduser(), text.endswith(EMA)
-
-
 def open_model(folder: str | Path, mesh: Mesh | None = None, dtype=None) -> OpenedModel:
     """Opens a run, one of its checkpoints, or a Hugging Face folder.
 
@@ -86,9 +78,6 @@ def open_model(folder: str | Path, mesh: Mesh | None = None, dtype=None) -> Open
 
 
 def _open_run(folder: Path, mesh: Mesh | None, dtype, ema: bool) -> OpenedModel:
-    from mindvl_jax.checkpoints import id_table as vocabulary  # weights know nothing of training otherwise
-    from mindvl_jax.checkpoints.checkpoint import load_weights, locate
-
     config, state = load_weights(folder, mesh, ema=ema)
     config = config.model_copy(update=dict(tokenizer=vocabulary.of_run(locate(folder)[0], config.tokenizer)))
     if dtype is not None:

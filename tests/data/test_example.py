@@ -9,9 +9,9 @@ from data_toys import encoded, model_config, picture, tokenizer
 from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
-from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
-from mindvl_jax.data.positions import rotary_positions
 from mindvl_jax.data.sample import Media, Message, Sample, SampleError
+from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
+from mindvl_jax.models.vision_language.positions import rotary_positions
 
 MODEL = model_config()
 START, END, PAD, VISION_START, VISION_END = 151644, 151645, 151655, 151652, 151653

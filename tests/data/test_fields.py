@@ -9,12 +9,12 @@ import pytest
 from data_toys import encoded, model_config, picture, tokenizer
 
 from mindvl_jax.config.schema import ColumnMapping, SourceConfig
-from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
 from mindvl_jax.data.marks import before_mark, literal, marks, pieces, plain
 from mindvl_jax.data.record import conversation, sample_from_record
 from mindvl_jax.data.sample import SampleError
 from mindvl_jax.data.sources.convert import ENDINGS, convert
 from mindvl_jax.data.sources.readers import Source
+from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
 
 ASK = {"role": "user", "content": "Weather in Oslo?"}
 TOOL = {"name": "get_weather", "description": "Weather of a city", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}

@@ -160,13 +160,3 @@ def test_paths_that_leave_the_root_or_lead_nowhere_are_refused(folder, path):
 
 def test_an_absolute_path_inside_the_root_is_fine(folder):
     assert load_image(Media(path=str(folder / "pictures" / "bild 0 图.png"), root=str(folder))).size == (56, 56)
-
-
-def test_no_name_of_the_package_is_also_a_module():
-    """`from mindvl_jax.data import collate` would give the function or the module, depending on what was imported before."""
-    import pkgutil
-
-    from mindvl_jax import data
-
-    assert not {module.name for module in pkgutil.iter_modules(data.__path__)}.intersection(data.__all__)
-    assert all(getattr(data, name) for name in data.__all__)

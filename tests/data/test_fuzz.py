@@ -15,10 +15,10 @@ from data_toys import encoded, model_config, picture, record, tokenizer
 from PIL import Image
 
 from mindvl_jax.config.schema import ColumnMapping
-from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
-from mindvl_jax.data.packing.collate import collate, shape_for
 from mindvl_jax.data.record import sample_from_record
 from mindvl_jax.data.sample import Media, SampleError
+from mindvl_jax.models.vision_language.collate import collate, shape_for
+from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
 
 COUNT = int(os.environ.get("MINDVL_FUZZ", "1500"))
 SECONDS_EACH = 2.0  # the longest that one input may take, on a busy machine

@@ -14,10 +14,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as published_resize
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from mindvl_jax.data.example import VisualItem, read_pixels
 from mindvl_jax.data.media import image as images
-from mindvl_jax.data.packing.collate import write_pixels
 from mindvl_jax.data.sample import Media, SampleError
+from mindvl_jax.models.vision_language.collate import write_pixels
+from mindvl_jax.models.vision_language.example import VisualItem, read_pixels
 
 VISION = model_config().vision
 SIZES = [(56, 56), (200, 300), (1, 1), (30, 5000), (640, 480), (47, 33), (28, 700), (999, 1001), (3000, 20), (113, 112)]

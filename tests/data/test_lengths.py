@@ -13,7 +13,7 @@ from data_toys import config, encoded, picture, write_mllm
 from mindvl_jax.cli.main import main
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.data.encoding import InlineEncoder
-from mindvl_jax.data.loader import make_loader
+from mindvl_jax.models.loading import make_loader
 
 
 @pytest.fixture(scope="module")

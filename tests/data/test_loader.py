@@ -11,8 +11,8 @@ import pytest
 from data_toys import config, encoded, picture, record, write_mllm
 
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.data.loader import make_loader
 from mindvl_jax.data.sources.readers import Source
+from mindvl_jax.models.loading import make_loader
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ import numpy as np
 from data_toys import MODEL, TEXT, encoded, picture, tokenizer
 from flax import nnx
 
-from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
-from mindvl_jax.data.packing.collate import collate, shape_for
 from mindvl_jax.data.sample import Media, Message, Sample
 from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.models.mindvl.model import MindVL
+from mindvl_jax.models.vision_language.collate import collate, shape_for
+from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
 
 
 def test_a_packed_row_gives_the_losses_and_gradients_of_its_samples_alone():

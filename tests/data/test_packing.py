@@ -10,13 +10,21 @@ from hypothesis import strategies as st
 
 from benchmarks.packing import in_order_first_fit, measure
 from mindvl_jax.config.schema import PhaseConfig
-from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
-from mindvl_jax.data.packing.collate import budgets_of, collate, pack_prompts, shape_for, size_of
-from mindvl_jax.data.packing.rows import Budgets, WorkModel, balanced_order, plan_rows, plan_units
+from mindvl_jax.data.packing.rows import balanced_order, plan_rows, plan_units
 from mindvl_jax.data.sample import Media, Message, Sample
+from mindvl_jax.models.vision_language.collate import (
+    budgets_of,
+    collate,
+    pack_prompts,
+    shape_for,
+    size_of,
+    visual_budgets,
+)
+from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
+from mindvl_jax.models.vision_language.work import WorkModel
 
 MODEL = model_config()
-BUDGETS = Budgets(tokens=256, patches=400, samples=12, images=9, windows=40)
+BUDGETS = visual_budgets(tokens=256, patches=400, samples=12, images=9, windows=40)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

@@ -10,12 +10,15 @@ from data_toys import config, encoded, picture, record
 from rich.console import Console
 
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.data.check import advice, check_source
 from mindvl_jax.data.epochs import count_steps
-from mindvl_jax.data.example import ExampleEncoder
-from mindvl_jax.data.loader import cached_tokenizer, make_loader, training_limits
+from mindvl_jax.data.media.geometry import shrinking
 from mindvl_jax.data.sources.readers import Source
-from mindvl_jax.training.display import LiveLine, shrinking
+from mindvl_jax.models.loading import make_loader
+from mindvl_jax.models.registry import spec_of
+from mindvl_jax.models.vision_language.check import advice, check_source
+from mindvl_jax.models.vision_language.example import ExampleEncoder
+from mindvl_jax.models.vision_language.processor import cached_tokenizer, training_limits
+from mindvl_jax.training.display import LiveLine
 
 
 @pytest.fixture
@@ -75,7 +78,7 @@ def test_samples_that_would_shrink_are_refused_when_asked(tmp_path, data):
 
 def test_steps_of_an_epoch_are_those_after_which_the_loader_has_used_every_sample(tmp_path, data):
     settings = config(tmp_path, data, phase__steps=None, phase__epochs=3, phase__gradient_accumulation=2, data__packing_buffer=4)
-    steps, exact = count_steps(settings, 0)
+    steps, exact = count_steps(settings, 0, spec_of(settings.model).processor)
     loader = make_loader(settings, 0)
     after = []
     for _ in range(2 * steps):

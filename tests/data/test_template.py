@@ -8,10 +8,10 @@ from data_toys import encoded, model_config, picture, tokenizer
 
 from mindvl_jax.config.schema import TokenizerConfig
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
 from mindvl_jax.data.sample import Media, Message, Sample
 from mindvl_jax.data.text.template import OwnTemplate
 from mindvl_jax.data.text.tokenizer import load_tokenizer
+from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
 
 # Two forms in circulation: a default system turn, and an empty thought in the last answer.
 WITH_SYSTEM = """{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from data_toys import model_config, tokenizer
 
-from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
 from mindvl_jax.data.media.video import plan_frames, read_frames
-from mindvl_jax.data.packing.collate import pack_prompts
 from mindvl_jax.data.sample import Media, Message, Sample, SampleError
+from mindvl_jax.models.vision_language.collate import pack_prompts
+from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
 
 MODEL = model_config()
 VISION = MODEL.vision

@@ -11,7 +11,7 @@ import pytest
 from data_toys import config, encoded, picture, write_mllm
 
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.data.loader import make_loader
+from mindvl_jax.models.loading import make_loader
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from mindvl_jax.cli import main as cli
+from mindvl_jax.cli.run_hooks import train
 from mindvl_jax.config import loader as config_loader
 from mindvl_jax.core.files import read_jsonl
 from mindvl_jax.evaluation.run import sample_items
 from mindvl_jax.inference import Generator, Sampling
-from mindvl_jax.training.trainer import train
 from mindvl_jax.weights import open_model
 
 _spec = importlib.util.spec_from_file_location("training_fixtures", Path(__file__).parents[1] / "training" / "conftest.py")

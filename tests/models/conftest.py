@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mindvl_jax.data.batch import BatchShape
 from mindvl_jax.models.layers.config import TextConfig
 from mindvl_jax.models.mindvl.config import MindVLConfig, VisionConfig
 from mindvl_jax.models.mindvl.model import MindVL
+from mindvl_jax.models.vision_language.batch import BatchShape
 
 
 def tiny_config(**changes):

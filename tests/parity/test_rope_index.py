@@ -9,11 +9,11 @@ import torch
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
-from mindvl_jax.data.example import Example
-from mindvl_jax.data.packing.collate import collate, shape_for
-from mindvl_jax.data.positions import rotary_positions
 from mindvl_jax.models.layers.config import TextConfig
 from mindvl_jax.models.mindvl.config import MindVLConfig, VisionConfig
+from mindvl_jax.models.vision_language.collate import collate, shape_for
+from mindvl_jax.models.vision_language.example import Example
+from mindvl_jax.models.vision_language.positions import rotary_positions
 
 IMAGE, VIDEO = 1, 2
 

@@ -10,8 +10,9 @@ import torch
 import transformers
 
 from mindvl_jax.config.schema import MeshConfig, MixtureEntry, OptimizerConfig, PhaseConfig
-from mindvl_jax.data.batch import BatchShape
 from mindvl_jax.models.outline import outline_of
+from mindvl_jax.models.vision_language.batch import BatchShape
+from mindvl_jax.objectives.registry import make_objective
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parity.reference import load_reference
 from mindvl_jax.parity.samples import pack, random_sample, reference_inputs
@@ -84,7 +85,7 @@ def test_twenty_losses_equal_those_of_an_untouched_trainer(family, samples, thei
     def quick(function, donate_argnums=(), **shardings):
         return jax.jit(function, donate_argnums=donate_argnums, compiler_options={"xla_backend_optimization_level": 0}, **shardings)
     shape = BatchShape(ROWS, TOKENS, PATCHES, samples=8, images=64, windows=PATCHES, patch_dim=1176)
-    programs = make_programs(outline, phase=phase, optimizer=optimizer, shape=shape, trained=trained, frozen=[], mesh=mesh, loss_chunk=32, compile=quick)
+    programs = make_programs(outline, phase=phase, objective=make_objective(made.config, phase, loss_chunk=32), optimizer=optimizer, spec=shape.spec(), trained=trained, frozen=[], mesh=mesh, compile=quick)
     state = start_phase(jax.device_put(load_parameters(made.folder, mesh=mesh)), trained, [], mesh)
     batch_of = functools.cache(lambda number: pack([[sample] for sample in samples[ROWS * number : ROWS * (number + 1)]], made.config, made.reference, tokens=TOKENS, patches=PATCHES))
     ours = []

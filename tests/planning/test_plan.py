@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mindvl_jax import data
 from mindvl_jax.cli import plan as command
 from mindvl_jax.config import loader as config_loader
 from mindvl_jax.core.devices import known_memory, limit_of, parse_memory
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.models.loading import batch_spec
 from mindvl_jax.models.outline import outline_of
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import row_sharding
@@ -57,8 +57,8 @@ def test_state_and_batch_are_the_bytes_of_live_arrays_on_a_device(mesh):
     outline, live_mesh = outline_of(config.model), make_mesh(config.mesh)
     trained, frozen = split_trained(list(outline.shapes), config.training.phases[0].train, "train")
     state = start_phase(initial_params(outline, live_mesh, 0), trained, frozen, live_mesh)
-    batch = jax.device_put(data.batch_shape(config, config.training.phases[0]).empty(), row_sharding(live_mesh))
-    found = {PARAMETERS: on_one_device(state.trained), FROZEN: on_one_device(state.frozen), MOMENTS: on_one_device((state.mu, state.nu)), BATCH: 2 * on_one_device(batch)}
+    batch = jax.device_put(batch_spec(config, config.training.phases[0]).empty(), row_sharding(live_mesh))
+    found = {PARAMETERS: on_one_device(state.trained), FROZEN: on_one_device(state.frozen), MOMENTS: on_one_device(state.opt_state), BATCH: 2 * on_one_device(batch)}
     assert {name: rows[name] for name in found} == found
 
 
@@ -242,8 +242,8 @@ def ask(arguments):
 
 def test_abstract_batch_has_the_shapes_and_types_of_a_real_one():
     config = load()
-    shape = data.batch_shape(config, config.training.phases[0])
-    planned, real = phase.abstract_batch(shape, phase.abstract_mesh(config.mesh)), shape.empty()
+    spec = batch_spec(config, config.training.phases[0])
+    planned, real = phase.abstract_batch(spec, phase.abstract_mesh(config.mesh)), spec.empty()
     for name, value in real.fields().items():
         assert (getattr(planned, name).shape, np.dtype(getattr(planned, name).dtype)) == (value.shape, value.dtype), name
     assert jnp.dtype(planned.patches.dtype) == jnp.uint8

@@ -80,8 +80,8 @@ def equal_runs_trace_and_compile_once():
         if not isinstance(backend, Xla):
             return make(outline, compile=compile, **options)
         key = (
-            id(outline), program_key(options["phase"], options["shape"], options["trained"]), tuple(options["frozen"]), options["mesh"], options["loss_chunk"],
-            options["optimizer"].model_dump_json(),
+            id(outline), program_key(options["phase"], options["objective"], options["spec"], options["trained"]), tuple(options["frozen"]), options["mesh"],
+            options["seed"] if options["objective"].uses_key else None, options["optimizer"].model_dump_json(),
         )  # fmt: skip
         if key not in programs:
             programs[key] = make(outline, compile=compile, **options)

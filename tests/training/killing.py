@@ -74,9 +74,9 @@ class Subject:
     def _train(self) -> None:
         import jax
 
+        from mindvl_jax.cli.run_hooks import train
         from mindvl_jax.config import loader as config_loader
         from mindvl_jax.evaluation import report
-        from mindvl_jax.training.trainer import train
 
         jax.config.update("jax_compilation_cache_dir", self.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -188,9 +188,7 @@ def require_no_devices() -> None:
     import pyarrow.parquet  # noqa: F401
     from jax._src import xla_bridge
 
-    import mindvl_jax.data.loader
-    import mindvl_jax.evaluation.report
-    import mindvl_jax.training.trainer  # noqa: F401
+    import mindvl_jax.cli.run_hooks  # noqa: F401
 
     if xla_bridge._backends:
         raise RuntimeError("this process has initialised its devices; a fork of it would stop in a lock")

@@ -12,13 +12,13 @@ import pytest
 import yaml
 
 from mindvl_jax.checkpoints import checkpoint
+from mindvl_jax.cli.run_hooks import train
 from mindvl_jax.config import families
 from mindvl_jax.config import loader as config_loader
 from mindvl_jax.config.schema import MeshConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.training.backend import compiler_options, launched_processes, make_backend
-from mindvl_jax.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
 # The program of one step, and the three of accumulation; a border between phases that train different parts.
@@ -30,7 +30,7 @@ LOSS, NORM = 1e-5, 1e-4
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
-    monkeypatch.setattr("mindvl_jax.evaluation.report.write_report", lambda run_dir: Path(run_dir) / "report.html")
+    monkeypatch.setattr("mindvl_jax.cli.run_hooks.write_report", lambda run_dir: Path(run_dir) / "report.html")
 
 
 def on(mapping, folder, backend, **run):

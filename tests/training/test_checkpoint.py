@@ -11,7 +11,7 @@ from mindvl_jax.checkpoints import checkpoint
 from mindvl_jax.config.schema import CheckpointConfig, MeshConfig
 from mindvl_jax.models.outline import outline_of
 from mindvl_jax.parallel.mesh import make_mesh
-from mindvl_jax.training.state import abstract_state, initial_params, start_phase
+from mindvl_jax.training.state import abstract_state, initial_params, optimizer_arrays, start_phase, state_of
 
 
 @pytest.fixture
@@ -28,21 +28,20 @@ def trained(run_config):
 def restored(folder, target):
     with checkpoint.CheckpointReader(folder) as reader:
         progress, prints, _ = reader.progress(3)
-        return progress, reader.state(3, target, prints)
+        return progress, state_of(target, *reader.state(3, target.params, optimizer_arrays(target), prints))
 
 
 def assert_same(got, state):
-    for part in ("trained", "mu", "nu"):
-        for path, value in getattr(state, part).items():
-            assert np.array_equal(getattr(got, part)[path], value), f"{part}/{path}"
+    for (keys, value), other in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(got), strict=True):
+        assert np.array_equal(other, value), jax.tree_util.keystr(keys)
 
 
 def test_arrays_are_written_as_they_are_without_time_spent_on_compression(trained, tmp_path):
     config, state, target, progress = trained
     with checkpoint.CheckpointWriter(tmp_path, CheckpointConfig(asynchronous=True)) as writer:
-        assert writer.save(state, progress, config)
+        assert writer.save(state.params, optimizer_arrays(state), progress, config)
         writer.wait()
-    held = sum(value.nbytes for part in ("trained", "mu", "nu") for value in getattr(state, part).values())
+    held = sum(value.nbytes for value in jax.tree.leaves(state))
     written = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
     # Two thirds are zeros, which any compressor would take away.
     assert held <= written < 1.5 * held, f"{held} bytes held, {written} written"
@@ -52,12 +51,16 @@ def test_arrays_are_written_as_they_are_without_time_spent_on_compression(traine
 
 
 def test_a_compressed_checkpoint_is_opened_too(trained, tmp_path):
-    """As runs wrote them before: Orbax's standard items with zstd."""
+    """As runs wrote them before: Orbax's standard items with zstd, and moments as the two dicts `mu` and `nu` beside the counters."""
     config, state, target, progress = trained
-    record = dataclasses.asdict(progress) | {"fingerprints": {**checkpoint.fingerprints(state.params), **checkpoint.fingerprints(checkpoint._moment_arrays(state))}}
+    adam = state.opt_state
+    moments = {f"{name}/{path}": value for name in ("mu", "nu") for path, value in getattr(adam, name).items()}
+    record = dataclasses.asdict(progress) | {"fingerprints": {**checkpoint.fingerprints(state.params), **checkpoint.fingerprints(moments)}}
+    counters = {name: getattr(state, name) for name in ("step", "phase_step", "bad_steps", "skipped")}
+    optimizer = {"mu": checkpoint._nest(adam.mu), "nu": checkpoint._nest(adam.nu), "updates": adam.updates, **counters}
     with ocp.CheckpointManager(tmp_path / checkpoint.FOLDER) as manager:
         manager.save(3, args=ocp.args.Composite(
-            params=ocp.args.StandardSave(checkpoint._nest(state.params)), optimizer=ocp.args.StandardSave(checkpoint._optimizer_item(state)),
+            params=ocp.args.StandardSave(checkpoint._nest(state.params)), optimizer=ocp.args.StandardSave(optimizer),
             progress=ocp.args.JsonSave(record), config=ocp.args.JsonSave(config.model_dump(mode="json")),
         ))  # fmt: skip
         manager.wait_until_finished()

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from mindvl_jax.checkpoints import checkpoint
+from mindvl_jax.cli.run_hooks import train
 from mindvl_jax.config import loader as config_loader
-from mindvl_jax.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +27,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_that_nobody_to
 
 def test_a_disk_that_fills_during_a_save_ends_the_run_with_what_is_safe_and_room_lets_it_go_on(run_config, tmp_path, monkeypatch):
     """No file may grow beyond 20 KB: what a full disk looks like to a save. In a process of its own, for Orbax's threads complain to the end."""
-    monkeypatch.setattr("mindvl_jax.evaluation.report.write_report", lambda run_dir: Path(run_dir) / "report.html")
+    monkeypatch.setattr("mindvl_jax.cli.run_hooks.write_report", lambda run_dir: Path(run_dir) / "report.html")
     plan = {"steps": 3, "gradient_accumulation": 2}
     saving = {"checkpoint": {"every_steps": 1, "keep": 9, "asynchronous": True}}
     untouched, filled = run_config(plan, name="untouched", **saving), run_config(plan, name="filled", **saving)

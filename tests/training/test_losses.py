@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mindvl_jax.training.losses import by_source, loss_terms
+from mindvl_jax.objectives.sft import by_source, loss_terms
 
 REDUCTIONS = ("token", "sample", "micro_batch")
 

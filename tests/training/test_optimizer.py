@@ -10,7 +10,16 @@ import pytest
 
 from mindvl_jax.config.schema import OptimizerConfig, PhaseConfig
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.training.optimizer import adamw, learning_rates, parameter_rules, zero_moments
+from mindvl_jax.training.optimizer import (
+    AdamState,
+    adam_state,
+    apply_update,
+    fused_adamw,
+    learning_rates,
+    parameter_rules,
+)
+
+SGD = optax.chain(optax.trace(0.9), optax.scale(-1.0))  # an optimizer that is not ours
 
 
 def phase(**changes):
@@ -58,15 +67,16 @@ def test_updates_agree_with_optax_over_several_steps():
     config = OptimizerConfig(b1=0.9, b2=0.95, eps=1e-8)
     rules = parameter_rules(shapes, phase(weight_decay=0.1, learning_rate_multipliers={"vision/**": 0.5}), config, "p")
     params = {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()}
-    mu, nu = zero_moments(params), zero_moments(params)
+    state = adam_state(params)
 
     # An independent optimizer for each parameter: its own rate and decay.
     witness = {path: optax.adamw(0.01 * r.learning_rate_factor, b1=0.9, b2=0.95, eps=1e-8, weight_decay=r.weight_decay) for path, r in rules.items()}
     theirs, states = dict(params), {path: witness[path].init(params[path]) for path in shapes}
-    step = jax.jit(lambda p, g, m, v, n: adamw(p, g, m, v, count=n, learning_rate=0.01, keep=jnp.bool_(True), config=config, rules=rules))
-    for count in range(1, 6):
+    ours = fused_adamw(config, rules)
+    step = jax.jit(lambda p, g, s: apply_update(ours, g, s, p, learning_rate=0.01, keep=jnp.bool_(True)))
+    for _ in range(5):
         gradients = {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()}
-        params, mu, nu = step(params, gradients, mu, nu, count)
+        params, state = step(params, gradients, state)
         for path in shapes:
             update, states[path] = witness[path].update(gradients[path], states[path], theirs[path])
             theirs[path] = optax.apply_updates(theirs[path], update)
@@ -78,11 +88,19 @@ def test_updates_agree_with_optax_over_several_steps():
 def test_an_update_that_is_not_kept_leaves_every_bit():
     path = "vision/kernel"
     before = {path: jnp.asarray([1.0, -0.0, 3.5])}
-    moments = {path: jnp.asarray([0.1, 0.2, 0.3])}
+    state = AdamState({path: jnp.asarray([0.1, 0.2, 0.3])}, {path: jnp.asarray([0.1, 0.2, 0.3])}, jnp.int32(1))
     rules = parameter_rules(before, phase(), OptimizerConfig(), "p")
-    after = adamw(
-        before, {path: jnp.asarray([jnp.nan, jnp.inf, 1.0])}, moments, moments, count=1, learning_rate=0.1, keep=jnp.bool_(False),
-        config=OptimizerConfig(), rules=rules,
-    )  # fmt: skip
-    for got, want in zip(after, (before, moments, moments), strict=True):
-        assert np.asarray(got[path]).tobytes() == np.asarray(want[path]).tobytes()
+    gradients = {path: jnp.asarray([jnp.nan, jnp.inf, 1.0])}
+    for transformation, start in ((fused_adamw(OptimizerConfig(), rules), state), (SGD, SGD.init(before))):
+        after = apply_update(transformation, gradients, start, before, learning_rate=0.1, keep=jnp.bool_(False))
+        for got, want in zip(jax.tree.leaves(after), jax.tree.leaves((before, start)), strict=True):
+            assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
+
+
+def test_a_transformation_of_optax_is_applied_at_the_rate_of_the_step():
+    params, gradients = {"w": jnp.asarray([1.0, -2.0])}, {"w": jnp.asarray([0.5, 4.0])}
+    state, expected = SGD.init(params), np.array([1.0, -2.0])
+    for count, rate in enumerate((0.1, 0.2)):
+        params, state = apply_update(SGD, gradients, state, params, learning_rate=jnp.float32(rate), keep=jnp.bool_(True))
+        expected = expected - rate * np.array([0.5, 4.0]) * (1.9 if count else 1.0)  # momentum 0.9 of the first gradient
+    np.testing.assert_allclose(params["w"], expected, rtol=1e-6)

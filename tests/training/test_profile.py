@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from mindvl_jax.cli.main import main
+from mindvl_jax.cli.run_hooks import train
 from mindvl_jax.config import loader as config_loader
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.profiling import hlo, request, xla
-from mindvl_jax.training.trainer import train
 
 ON_BRIDGE = {"backend": "npu_bridge"}
 PROGRAM = """

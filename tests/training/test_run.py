@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mindvl_jax import data
 from mindvl_jax.checkpoints import checkpoint
+from mindvl_jax.cli.run_hooks import train
 from mindvl_jax.config import loader as config_loader
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.evaluation.run import evaluate_run
-from mindvl_jax.training.trainer import TrainingDiverged, train
+from mindvl_jax.models.loading import make_loader
+from mindvl_jax.training.trainer import TrainingDiverged
 from mindvl_jax.weights import open_model
 from tests.training.conftest import write_data
 
@@ -32,7 +33,7 @@ ALL = {"steps": 7, "gradient_accumulation": 2}  # programs of the second phase a
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
     """The report has its own tests."""
-    monkeypatch.setattr("mindvl_jax.evaluation.report.write_report", lambda run_dir: Path(run_dir) / "report.html")
+    monkeypatch.setattr("mindvl_jax.cli.run_hooks.write_report", lambda run_dir: Path(run_dir) / "report.html")
 
 
 @pytest.fixture
@@ -208,7 +209,7 @@ def test_what_changed_since_the_checkpoint_is_said(whole, tmp_path, say):
 
 def test_only_the_newest_checkpoints_are_kept_and_a_finished_run_is_left_alone(assets, run_config, monkeypatch, say):
     calls = []
-    monkeypatch.setattr("mindvl_jax.evaluation.run.evaluate_run", lambda config, model, step, phase, run_dir: calls.append((phase, step, type(model).__name__)))
+    monkeypatch.setattr("mindvl_jax.cli.run_hooks.evaluate_run", lambda config, model, step, phase, run_dir: calls.append((phase, step, type(model).__name__)))
     task = {"name": "t", "source": {"path": str(assets / "squares.parquet")}}
     config = run_config(*PHASES, checkpoint={"every_steps": 1, "keep": 2}, evaluation={"tasks": [task], "after_phases": True})
     train(config)
@@ -276,7 +277,7 @@ def start(config_file, *overrides, devices=8):
 def test_metrics_hold_the_loss_of_each_source(assets, run_config, read_metrics):
     write_data(assets, count=24, seed=1, source="others")
     config = run_config({"mixture": [{"source": "squares"}, {"source": "others", "weight": 2}]}, data={"sources": {"others": {"path": str(assets / "others.parquet")}}})
-    with contextlib.closing(data.make_loader(config, 0)) as loader:
+    with contextlib.closing(make_loader(config, 0)) as loader:
         packed = next(loader)
     for sources, segments, ids in zip(packed.batch.source_ids, packed.batch.segment_ids, packed.sample_ids, strict=True):
         expected = [-1] + [["squares", "others"].index(name.split("-")[0]) for name in ids]

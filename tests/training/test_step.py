@@ -13,7 +13,9 @@ import mindvl_jax.models.batch  # noqa: F401  registers Batch as a pytree
 from mindvl_jax.config.schema import MeshConfig, OptimizerConfig, PhaseConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.params import Outline, matches
-from mindvl_jax.data.batch import BatchShape
+from mindvl_jax.models.vision_language.batch import BatchShape
+from mindvl_jax.models.vision_language.counts import COUNTS
+from mindvl_jax.objectives import sft
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import replicated, row_sharding
 from mindvl_jax.training.state import initial_params, split_trained, start_phase
@@ -85,11 +87,12 @@ class Harness:
         } | changes))  # fmt: skip
         self.mesh = mesh
         self.trained, self.frozen = split_trained(list(outline.shapes), phase.train, "train")
-        shape, optimizer = dataclasses.replace(SHAPE, rows=rows), OptimizerConfig(clip_norm=clip)
-        key = program_key(phase, shape, self.trained), clip
+        spec, optimizer = dataclasses.replace(SHAPE, rows=rows).spec(), OptimizerConfig(clip_norm=clip)
+        objective = sft.for_phase(phase, loss_chunk=16, counts=COUNTS)
+        key = program_key(phase, objective, spec, self.trained), clip
         if key not in COMPILED:
             COMPILED[key] = make_programs(
-                outline, phase=phase, optimizer=optimizer, shape=shape, trained=self.trained, frozen=self.frozen, mesh=mesh, loss_chunk=16
+                outline, phase=phase, objective=objective, optimizer=optimizer, spec=spec, trained=self.trained, frozen=self.frozen, mesh=mesh
             )
         self.programs = COMPILED[key]
         if "params" not in COMPILED:
@@ -124,7 +127,7 @@ def test_frozen_parts_keep_every_bit_and_have_neither_gradient_nor_moments(outli
     harness.step(make_batch())
     changed = {path for path, bits in harness.bits().items() if bits != before[path]}
     assert changed == {"projector/kernel"}
-    assert set(harness.state.mu) == set(harness.state.nu) == {"projector/kernel"}
+    assert set(harness.state.opt_state.mu) == set(harness.state.opt_state.nu) == {"projector/kernel"}
     totals = jax.eval_shape(harness.programs.zeros)
     assert set(totals.gradients) == {"projector/kernel"}
 
@@ -145,7 +148,7 @@ def test_accumulating_over_micro_steps_equals_one_large_batch(outline, mesh, red
     for name in ("loss", "grad_norm", "tokens", "label_tokens", "samples", "segment_squares"):
         assert abs(one[name] - two[name]) <= 1e-6 * abs(one[name]), f"{name}: {one[name]} whole, {two[name]} in parts"
     # Compared are gradients: the first moments are 0.1 of them. Sums in another order, float32.
-    worst = max(float(jnp.abs(whole.state.mu[path] - parts.state.mu[path]).max()) for path in whole.state.mu)
+    worst = max(float(jnp.abs(whole.state.opt_state.mu[path] - parts.state.opt_state.mu[path]).max()) for path in whole.state.opt_state.mu)
     assert worst < 1e-7, f"largest difference of gradients / 10: {worst:.2e}"
 
 
@@ -170,7 +173,7 @@ def test_the_loss_and_its_gradient_agree_with_plain_jax(outline, mesh):
     norm = np.sqrt(sum(float((g**2).sum()) for g in gradients.values()))
     metrics = harness.step(batch)
     assert abs(metrics["loss"] - float(value)) < 1e-6 and abs(metrics["grad_norm"] - norm) < 1e-6 * max(1, norm), (metrics, value, norm)
-    worst = max(float(jnp.abs(harness.state.mu[path] - 0.1 * gradients[path]).max()) for path in gradients)
+    worst = max(float(jnp.abs(harness.state.opt_state.mu[path] - 0.1 * gradients[path]).max()) for path in gradients)
     assert worst < 1e-7, f"largest difference of first moments {worst:.2e}"
 
 
@@ -179,7 +182,7 @@ def test_clipping_scales_the_whole_gradient_to_the_norm(outline, mesh):
     norm = free.step(make_batch(4))["grad_norm"]
     assert norm > 0.01
     assert abs(clipped.step(make_batch(4))["grad_norm"] - norm) < 1e-6 * norm  # what is reported is the norm before clipping
-    ratio = {path: np.asarray(clipped.state.mu[path]) / np.asarray(free.state.mu[path]) for path in free.state.mu}
+    ratio = {path: np.asarray(clipped.state.opt_state.mu[path]) / np.asarray(free.state.opt_state.mu[path]) for path in free.state.opt_state.mu}
     worst = max(np.abs(r[np.isfinite(r)] / (0.01 / norm) - 1).max() for r in ratio.values())
     assert worst < 1e-5, f"largest relative difference {worst:.2e}"
 
@@ -187,16 +190,16 @@ def test_clipping_scales_the_whole_gradient_to_the_norm(outline, mesh):
 def test_a_non_finite_step_changes_no_parameter_and_is_counted_until_a_good_one_comes(outline, mesh):
     harness = Harness(outline, mesh)
     harness.step(make_batch(5))
-    before, moments = harness.bits(), jax.device_get((harness.state.mu, harness.state.nu))
+    before, moments = harness.bits(), jax.device_get((harness.state.opt_state.mu, harness.state.opt_state.nu))
     poisoned = make_batch(6)
     poisoned.patches[1, 2, 3] = np.nan
     first, second = harness.step(poisoned), harness.step(poisoned)
     assert (first["bad_steps"], second["bad_steps"], second["skipped_steps"], second["applied"]) == (1, 2, 2, False)
     assert harness.bits() == before
-    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), jax.device_get((harness.state.mu, harness.state.nu)), moments))
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), jax.device_get((harness.state.opt_state.mu, harness.state.opt_state.nu)), moments))
     good = harness.step(make_batch(7))
     assert (good["bad_steps"], good["skipped_steps"], good["applied"]) == (0, 2, True)
-    assert int(harness.state.updates) == 2 and int(harness.state.step) == 4
+    assert int(harness.state.opt_state.updates) == 2 and int(harness.state.step) == 4
 
 
 def test_a_step_without_any_label_changes_nothing_and_is_not_called_bad(outline, mesh):
@@ -213,7 +216,8 @@ def test_phases_of_one_shape_share_their_programs_whatever_their_mixture_and_sch
     def key(sources=("a",), **changes):
         mixture = tuple({"source": name} for name in sources)
         common = {"name": "p", "steps": 5, "mixture": mixture, "rows": 4, "sequence_length": 10, "patches_per_row": 8, "learning_rate": 0.1}
-        return program_key(PhaseConfig(**(common | changes)), SHAPE, ["w"])
+        phase = PhaseConfig(**(common | changes))
+        return program_key(phase, sft.for_phase(phase, loss_chunk=16, counts=COUNTS), SHAPE.spec(), ["w"])
 
     assert key() == key(sources=tuple("abcdefgh"), name="q", steps=9, learning_rate=0.2, schedule="cosine", warmup_steps=2)
     different = [key(sources=tuple("abcdefghi")), key(weight_decay=0.1), key(loss_reduction="sample"), key(learning_rate_multipliers={"w": 0.5})]
@@ -225,10 +229,10 @@ def test_moments_start_anew_with_a_phase_unless_they_are_kept(outline, mesh):
     harness.step(make_batch(9))
     parts = harness.trained, harness.frozen
     kept = start_phase(harness.state.params, *parts, mesh, before=harness.state, keep_optimizer=True)
-    assert int(kept.updates) == 1 and float(jnp.abs(kept.mu["language/kernel"]).max()) > 0
+    assert int(kept.opt_state.updates) == 1 and float(jnp.abs(kept.opt_state.mu["language/kernel"]).max()) > 0
     fresh = start_phase(harness.state.params, *parts, mesh, before=harness.state)
-    assert int(fresh.updates) == 0 and int(fresh.step) == 1 and int(fresh.phase_step) == 0
-    assert all(not np.asarray(value).any() for value in (*fresh.mu.values(), *fresh.nu.values()))
+    assert int(fresh.opt_state.updates) == 0 and int(fresh.step) == 1 and int(fresh.phase_step) == 0
+    assert all(not np.asarray(value).any() for value in (*fresh.opt_state.mu.values(), *fresh.opt_state.nu.values()))
     with pytest.raises(UserError, match="keep_optimizer: the phase before trained other parts"):
         start_phase(harness.state.params, ["language/kernel"], ["vision/kernel", "projector/kernel"], mesh, before=harness.state, keep_optimizer=True)
 

@@ -115,9 +115,9 @@ def test_assembling_on_a_mesh_gives_the_same_values(speaking):
 def test_a_question_about_pictures_becomes_the_ids_and_pixels_that_transformers_own_parts_give(speaking, tmp_path):
     """The exported template and tokenizer, and the Pillow image processor; the processor that joins them wants torchvision, so
     the one thing it adds is written out: a placeholder for every merged patch. docs/weights.md tells of the whole one."""
-    from mindvl_jax.data.example import EncodeLimits, ExampleEncoder
     from mindvl_jax.data.sample import Media, Message
     from mindvl_jax.models.mindvl.vision import IMAGE_MEAN, IMAGE_STD
+    from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
 
     assert main(["export", "--run", str(speaking("qwen2.5-vl")), "--out", str(tmp_path / "out")]) == 0
     random = np.random.default_rng(0)

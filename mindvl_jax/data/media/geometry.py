@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, PositiveInt
 
-from mindvl_jax.config.schema import Section
+from mindvl_jax.config.schema import PhaseConfig, Section
 
 
 class PatchGeometry(Section):
@@ -34,3 +34,16 @@ class PatchGeometry(Section):
     def pixels_per_token(self) -> int:
         """Side of the square of pixels that one merged token covers."""
         return self.patch_size * self.spatial_merge_size
+
+
+def shrinking(phase: PhaseConfig, patch_size: int) -> str | None:
+    """Return a warning when a row or `max_image_patches` has no room for the largest image that max_pixels allows."""
+    needed = phase.max_pixels // patch_size**2
+    room = min(phase.patches_per_row, phase.max_image_patches or needed)
+    if room >= needed:
+        return None
+    what = "max_image_patches" if phase.max_image_patches and phase.max_image_patches < phase.patches_per_row else "patches_per_row"
+    return (
+        f"{phase.name}: max_pixels {phase.max_pixels:,} allows images of {needed:,} patches, {what} has room for {room:,}: larger images are shrunk and counted as "
+        f"`shrunk`. Raise {what} to {-(-needed // 4) * 4:,}, or lower max_pixels to {room * patch_size**2:,}; data.on_shrink: refuse leaves such samples out"
+    )

@@ -1,8 +1,7 @@
-"""Lengths of all samples of a source, kept on disk: with them every host plans rows without encoding the other hosts' samples.
+"""Costs of all samples of a source, kept on disk: with them every host plans rows without encoding the other hosts' samples.
 
-Planning needs of a sample its tokens, its patches, its picture and window counts, and the patches of each picture; or why it is
-refused. `mindvl data index` writes that once; a run with `data.length_index` then encodes its own rows alone. Plans are the same
-as without.
+Planning needs of a sample what it takes of each budget and its work; or why it is refused. `mindvl data index` writes that once; a
+run with `data.length_index` then encodes its own rows alone. Plans are the same as without.
 """
 
 from __future__ import annotations
@@ -11,77 +10,67 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mindvl_jax.config.schema import Config
-from mindvl_jax.data.example import EncodeLimits, Example
-from mindvl_jax.data.packing.rows import Budgets
+from mindvl_jax.data.encoding import encode_record
+from mindvl_jax.data.processor import Cost, Example, Processor
 from mindvl_jax.data.sample import SampleError
-from mindvl_jax.data.sources.readers import Source
+from mindvl_jax.data.sources.readers import Source, open_sources
 from mindvl_jax.data.sources.mixture import MixtureStream
 from mindvl_jax.core.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Measured:
-    """What the planner reads of an `Example`, without the example."""
+    """What the planner reads of an example, without the example."""
 
     id: str
-    length: int
-    patches: int
-    image_lengths: np.ndarray
-    window_lengths: range  # their number is all that counts
+    cost: Cost
     truncated: int
     shrunk: int
     source: int = 0
-    pixels: None = None
-
-    def matches(self, example: Example) -> bool:
-        return (self.length, self.patches, len(self.window_lengths)) == (example.length, example.patches, len(example.window_lengths)) and np.array_equal(
-            self.image_lengths, example.image_lengths
-        )
-
-
-def encoding_of(config: Config, limits: EncodeLimits, budgets: Budgets) -> dict[str, Any]:
-    """What lengths depend on beside the data, JSON-able."""
-    model = config.model.model_dump(mode="json", exclude={"compute_dtype", "param_dtype", "remat"})
-    return {"format": FORMAT, "model": model, "tokenizer": config.tokenizer.model_dump(mode="json"), "limits": dataclasses.asdict(limits), "budgets": dataclasses.asdict(budgets)}
+    number: int = 0
+    loaded: bool = False
 
 
 def index_path(folder: str | Path, source: Source, encoding: dict[str, Any]) -> Path:
     """File of a source's lengths. Its name changes with the records, their files and everything that encoding depends on."""
     files = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in source.paths]
-    said = json.dumps([source.identity, files, encoding], sort_keys=True)
+    said = json.dumps([FORMAT, source.identity, files, encoding], sort_keys=True)
     return Path(folder) / f"{source.name}-{hashlib.sha256(said.encode()).hexdigest()[:16]}.npz"
 
 
-def write_index(path: Path, outcomes: Iterable[Example | SampleError]) -> tuple[int, int]:
-    """Writes the lengths of a source's samples in order; returns how many were kept and refused. The file appears whole or not at all."""
-    numbers, images, refused, ids = [], [], [], []
+def write_index(path: Path, outcomes: Iterable[Example | SampleError], processor: Processor) -> tuple[int, int]:
+    """Write the costs of a source's samples in order; returns how many were kept and refused. The file appears whole or not at all."""
+    costs, counts, refused, ids = [], [], [], []
+    nothing = Cost((-1,) * len(processor.budgets.names), (0.0,) * len(processor.works))
     for outcome in outcomes:
         if isinstance(outcome, SampleError):
-            refused.append({"index": len(numbers), "id": str(outcome.sample_id), "reason": outcome.reason, "message": str(outcome)})
-            numbers.append((-1, 0, 0, 0, 0, 0))
+            refused.append({"index": len(costs), "id": str(outcome.sample_id), "reason": outcome.reason, "message": str(outcome)})
+            costs.append(nothing)
+            counts.append((0, 0))
             ids.append("")
         else:
-            numbers.append((outcome.length, outcome.patches, len(outcome.image_lengths), len(outcome.window_lengths), outcome.truncated, outcome.shrunk))
-            images.append(outcome.image_lengths)
+            costs.append(processor.cost(outcome))
+            counts.append((outcome.truncated, outcome.shrunk))
             ids.append(outcome.id)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     with unfinished.open("wb") as file:
         np.savez(
-            file, numbers=np.array(numbers, np.int32).reshape(-1, 6), images=np.concatenate([*images, np.zeros(0, np.int32)]).astype(np.int32),
+            file, sizes=np.array([cost.size for cost in costs], np.int32).reshape(-1, len(nothing.size)),
+            works=np.array([cost.work for cost in costs], np.float64).reshape(-1, len(nothing.work)), counts=np.array(counts, np.int32).reshape(-1, 2),
             text=np.frombuffer(json.dumps({"ids": ids, "refused": refused}).encode(), np.uint8),
         )  # fmt: skip
     os.replace(unfinished, path)
-    return len(numbers) - len(refused), len(refused)
+    return len(costs) - len(refused), len(refused)
 
 
 class LengthIndex:
@@ -95,30 +84,27 @@ class LengthIndex:
             raise UserError(f"data.length_index: {path} does not exist{found}. Write it with `mindvl data index --config FILE`, or unset data.length_index")
         try:
             with np.load(path, allow_pickle=False) as stored:
-                self._numbers, self._images = stored["numbers"], stored["images"]
+                self._sizes, self._works, self._counts = stored["sizes"].tolist(), stored["works"].tolist(), stored["counts"].tolist()
                 text = json.loads(stored["text"].tobytes())
         except Exception as error:  # a damaged archive raises anything from BadZipFile to ValueError
             raise UserError(f"data.length_index: {path} cannot be read ({type(error).__name__}: {error}); delete it and write it again with `mindvl data index`") from None
-        if len(self._numbers) != len(source):
-            raise UserError(f"data.length_index: {path} holds {len(self._numbers)} samples, the source has {len(source)}; delete it and write it again")
+        if len(self._sizes) != len(source):
+            raise UserError(f"data.length_index: {path} holds {len(self._sizes)} samples, the source has {len(source)}; delete it and write it again")
         self._ids = text["ids"]
         self._refused = {entry["index"]: entry for entry in text["refused"]}
-        self._ends = np.cumsum(self._numbers[:, 2])
 
     def __getitem__(self, index: int) -> Measured | SampleError:
         if index in self._refused:
             entry = self._refused[index]
             return SampleError(entry["reason"], entry["message"], entry["id"])
-        length, patches, images, windows, truncated, shrunk = self._numbers[index].tolist()
-        end = int(self._ends[index])
-        return Measured(self._ids[index], length, patches, self._images[end - images : end], range(windows), truncated, shrunk)
+        return Measured(self._ids[index], Cost(tuple(self._sizes[index]), tuple(self._works[index])), *self._counts[index])
 
 
 class IndexedEncoder:
-    """The planner's source of lengths: nothing is read but the index. `own` encodes what this process will decode."""
+    """The planner's source of costs: nothing is read but the index. `own` encodes what this process will decode."""
 
-    def __init__(self, stream: MixtureStream, indices: list[LengthIndex], encoder: Any):
-        self._stream, self._indices, self._encoder = stream, indices, encoder
+    def __init__(self, stream: MixtureStream, indices: list[LengthIndex], encoder: Any, processor: Processor):
+        self._stream, self._indices, self._encoder, self._processor = stream, indices, encoder, processor
 
     def encode(self, position: int) -> Measured | SampleError:
         reference = self._stream[position]
@@ -140,11 +126,11 @@ class IndexedEncoder:
                     if isinstance(outcome, SampleError):
                         lost.append((position, outcome))
                         continue
-                    if not example.matches(outcome):
+                    if example.cost != self._processor.cost(outcome):
                         reference = self._stream[position]
                         where = self._stream.sources[reference.source].where(reference.index)
                         raise UserError(f"sample {outcome.id!r} ({where}) has other lengths than data.length_index says: its media were changed after `mindvl data index`; write the index again")
-                    example = dataclasses.replace(outcome, source=example.source)
+                    example = dataclasses.replace(outcome, source=example.source, number=position)
                 complete[-1].append((position, example))
         return complete, lost
 
@@ -152,13 +138,14 @@ class IndexedEncoder:
         self._encoder.close()
 
 
-def index_phase(config: Config, names: Iterable[str], limits: EncodeLimits, budgets: Budgets, outcomes_of: Callable[[Source], Iterable[Example | SampleError]]) -> list[tuple[str, Path, int, int]]:
-    """Writes the missing indices of a phase's sources; returns (source, file, kept, refused) of each, -1 where one was there."""
-    from mindvl_jax.data.sources.readers import open_sources
-
+def index_phase(config: Config, names: Iterable[str], processor: Processor) -> list[tuple[str, Path, int, int]]:
+    """Write the missing indices of a phase's sources; returns (source, file, kept, refused) of each, -1 where one was there."""
     done = []
-    encoding = encoding_of(config, limits, budgets)
     for source in open_sources(config.data.sources, list(names)):
-        path = index_path(config.data.length_index, source, encoding)
-        done.append((source.name, path, -1, -1) if path.is_file() else (source.name, path, *write_index(path, outcomes_of(source))))
+        path = index_path(config.data.length_index, source, processor.lengths)
+        if path.is_file():
+            done.append((source.name, path, -1, -1))
+        else:
+            outcomes = (encode_record(source, index, processor) for index in range(len(source)))
+            done.append((source.name, path, *write_index(path, outcomes, processor)))
     return done

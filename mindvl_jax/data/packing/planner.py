@@ -1,6 +1,6 @@
 """Stream of samples to planned rows of the global batch. Every process plans the same rows.
 
-Plans depend on lengths alone; no pixel is decoded here. What is waiting is remembered by stream positions, so the state
+Plans depend on lengths alone; no medium is decoded here. What is waiting is remembered by stream positions, so the state
 is a few numbers a waiting sample, and a resumed run encodes those again and goes on with the same rows.
 """
 
@@ -14,15 +14,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from mindvl_jax.data.cache import ExampleCache
-from mindvl_jax.data.packing.collate import size_of
-from mindvl_jax.data.example import Example
-from mindvl_jax.data.packing.rows import PATCHES, TOKENS, Budgets, WorkModel, plan_rows
+from mindvl_jax.data.packing.lengths import Measured
+from mindvl_jax.data.packing.rows import plan_rows
+from mindvl_jax.data.processor import Cost, Example, Processor
 from mindvl_jax.data.quarantine import Quarantine
 from mindvl_jax.data.sample import SampleError
 from mindvl_jax.data.sources.mixture import MixtureStream, Reference
 from mindvl_jax.core.errors import UserError
 
-# Waiting samples hold at least this many batches' worth of tokens (or patches), so that rows have a choice.
+# Waiting samples hold at least this many batches' worth of a filled budget, so that rows have a choice.
 AHEAD = 2.0
 
 
@@ -37,20 +37,23 @@ class RecordEncoder(Protocol):
 class Planner:
     """Draws samples ahead, refuses bad ones, and packs rows."""
 
-    def __init__(self, stream: MixtureStream, encoder: RecordEncoder, budgets: Budgets, *, rows: int, work: WorkModel, buffer: int, quarantine: Quarantine, cache: ExampleCache | None):
+    def __init__(
+        self, stream: MixtureStream, encoder: RecordEncoder, processor: Processor, *, rows: int, buffer: int, quarantine: Quarantine, cache: ExampleCache | None
+    ):
         self._stream = stream
         self._encoder = encoder
-        self._budgets = budgets
-        self._caps = budgets.array()
+        self._processor = processor
+        self._budgets = processor.budgets
+        self._caps = self._budgets.array()
+        self._filling = range(len(self._budgets.filled))
         self._rows = rows
-        self._work = work
         self._buffer = buffer
         self._quarantine = quarantine
         self._cache = cache
         self._position = 0
         self._waiting: list[tuple[int, Example]] = []
         self._sizes: list[tuple[int, ...]] = []
-        self._loads: list[tuple[float, float]] = []
+        self._loads: list[tuple[float, ...]] = []
         self._totals = np.zeros(len(self._caps), np.int64)
         self._drawn = collections.Counter()
         self._fingerprint = 0
@@ -59,13 +62,13 @@ class Planner:
         self.truncated = 0
         self.shrunk = 0
         self._filled = np.zeros(len(self._caps), np.int64)
-        self.last_efficiency = (0.0, 0.0)
-        self.last_imbalance = (1.0, 1.0)
+        self.last_efficiency = (0.0,) * len(self._filling)
+        self.last_imbalance = (1.0,) * len(processor.works)
 
     # --- planning ---
 
     def next_rows(self) -> list[list[tuple[int, Example]]]:
-        """(stream position, example) of each row of the next global batch, without pixels unless they were cached."""
+        """(stream position, example) of each row of the next global batch, without media unless they were cached."""
         self._draw()
         sizes, loads = np.array(self._sizes, np.int64), np.array(self._loads)
         rows = plan_rows(sizes, loads, self._budgets, self._rows)
@@ -74,7 +77,7 @@ class Planner:
         taken = sizes[used].sum(0)
         row_loads = np.array([loads[row].sum(0) for row in rows])
         self.last_imbalance = tuple((row_loads.max(0) / np.maximum(row_loads.mean(0), 1e-9)).tolist())
-        self.last_efficiency = tuple((taken / (self._caps * self._rows))[[TOKENS, PATCHES]].tolist())
+        self.last_efficiency = tuple((taken / (self._caps * self._rows))[: len(self._filling)].tolist())
         self._filled += taken
         self._totals -= taken
         gone = set(used)
@@ -92,7 +95,7 @@ class Planner:
 
     def _draw(self) -> None:
         enough = AHEAD * self._rows * self._caps
-        while len(self._waiting) < self._buffer or (self._totals[TOKENS] < enough[TOKENS] and self._totals[PATCHES] < enough[PATCHES]):
+        while len(self._waiting) < self._buffer or all(self._totals[budget] < enough[budget] for budget in self._filling):
             position = self._position
             self._position += 1
             example = self._example(position)
@@ -100,11 +103,11 @@ class Planner:
                 self._add(position, example)
 
     def _add(self, position: int, example: Example) -> None:
-        size = size_of(example)
+        cost: Cost = example.cost if isinstance(example, Measured) else self._processor.cost(example)
         self._waiting.append((position, example))
-        self._sizes.append(size)
-        self._loads.append(self._work.loads(example.length, example.image_lengths))
-        self._totals += size
+        self._sizes.append(cost.size)
+        self._loads.append(cost.work)
+        self._totals += cost.size
 
     def _example(self, position: int) -> Example | None:
         reference = self._stream[position]
@@ -112,13 +115,13 @@ class Planner:
         source = self._stream.sources[reference.source]
         if self._cache is not None and (known := self._cache.get(self._key(reference))) is not None:
             self._quarantine.encoded()
-            return dataclasses.replace(known, source=reference.source)  # the same record may serve another phase's mixture
+            return dataclasses.replace(known, source=reference.source, number=position)  # the same record may serve another phase's mixture
         example = self._encoder.encode(position)
         if isinstance(example, SampleError):
             self._quarantine.refuse(id=str(example.sample_id), where=source.where(reference.index), error=example)
             return None
         self._quarantine.encoded()
-        return dataclasses.replace(example, source=reference.source)
+        return dataclasses.replace(example, source=reference.source, number=position)
 
     def remember(self, position: int, example: Example) -> None:
         """Keeps a decoded example for later epochs (when caching is on)."""
@@ -151,12 +154,9 @@ class Planner:
             "waiting": len(self._waiting),
             "truncated": self.truncated,
             "shrunk": self.shrunk,
-            "token_efficiency": float(self._filled[TOKENS] / capacity[TOKENS]),
-            "patch_efficiency": float(self._filled[PATCHES] / capacity[PATCHES]),
-            "batch_token_efficiency": self.last_efficiency[0],
-            "batch_patch_efficiency": self.last_efficiency[1],
-            "language_imbalance": self.last_imbalance[0],
-            "vision_imbalance": self.last_imbalance[1],
+            **{f"{name}_efficiency": float(self._filled[budget] / capacity[budget]) for budget, name in enumerate(self._budgets.filled)},
+            **{f"batch_{name}_efficiency": value for name, value in zip(self._budgets.filled, self.last_efficiency, strict=True)},
+            **{f"{name}_imbalance": value for name, value in zip(self._processor.works, self.last_imbalance, strict=True)},
             # Equal on all processes, or they do not see the same data (a file that one host lacks, say).
             "plan_fingerprint": self._fingerprint,
         }
@@ -197,7 +197,7 @@ class Planner:
         # After the waiting samples were drawn again: those were counted the first time.
         self._drawn = collections.Counter(dict(enumerate(state["drawn"])))
         self.batches, self.samples, self.truncated = state["batches"], state["samples"], state["truncated"]
-        self.shrunk = state["shrunk"]
+        self.shrunk = state.get("shrunk", 0)  # checkpoints from before it was counted lack it
         self._filled = np.array(state["filled"], np.int64)
         self.last_efficiency, self.last_imbalance = tuple(state["efficiency"]), tuple(state["imbalance"])
         self._fingerprint = state["fingerprint"]

@@ -9,16 +9,10 @@ R rows of the batch, N samples waiting, C budgets.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Sequence
 
 import numpy as np
-
-from mindvl_jax.config.schema import ModelConfig
-
-# Columns of the size table, one budget each.
-TOKENS, PATCHES, SAMPLES, IMAGES, WINDOWS = range(5)
-# Columns of the load table.
-LANGUAGE, VISION = range(2)
 
 # Candidates that one row looks at: more hardly fills better and makes each choice slower.
 CANDIDATES = 512
@@ -33,65 +27,34 @@ GOOD = 4 * 0.003**2
 
 
 @dataclasses.dataclass(frozen=True)
-class WorkModel:
-    """Multiply-adds of one sample: linear per token and patch, quadratic per attention segment. Units cancel out."""
-
-    token: float
-    token_pair: float
-    patch: float
-    patch_pair: float
-
-    @classmethod
-    def of(cls, model: ModelConfig) -> "WorkModel":
-        """Counts matrix products of a decoder layer and a vision block (window attention is linear in patches)."""
-        text, vision = model.text, model.vision
-        heads = text.num_heads * text.head_dim
-        kv_heads = text.num_kv_heads * text.head_dim
-        layer = text.hidden_size * (2 * heads + 2 * kv_heads) + 3 * text.hidden_size * text.intermediate_size
-        window = (vision.window_size // vision.patch_size) ** 2
-        full = len(vision.fullatt_block_indexes)
-        width = vision.hidden_size
-        block = 4 * width**2 + 3 * width * vision.intermediate_size
-        return cls(
-            token=text.num_layers * layer + text.hidden_size * text.vocab_size,
-            token_pair=text.num_layers * heads,  # two products, half of them masked by causality
-            patch=vision.depth * block + (vision.depth - full) * 2 * width * window,
-            patch_pair=full * 2 * width,
-        )
-
-    def loads(self, tokens: int, image_lengths: np.ndarray) -> tuple[float, float]:
-        """Work of one sample in the language model and in the vision tower."""
-        patches = float(image_lengths.sum())
-        squares = float((image_lengths.astype(np.float64) ** 2).sum())
-        return self.token * tokens + self.token_pair * float(tokens) ** 2, self.patch * patches + self.patch_pair * squares
-
-
-@dataclasses.dataclass(frozen=True)
 class Budgets:
-    """Places of one row for each column of the size table."""
+    """Room of one row, one budget for each column of the size table.
 
-    tokens: int
-    patches: int
-    samples: int
-    images: int
-    windows: int
+    Attributes:
+      names: of the budgets, for messages. capacities: room of a row in each.
+      filled: singular names of the first budgets, which rows are meant to fill ("token" of "tokens"); the others only limit.
+    """
+
+    names: tuple[str, ...]
+    capacities: tuple[int, ...]
+    filled: tuple[str, ...]
 
     def array(self) -> np.ndarray:
-        return np.array([self.tokens, self.patches, self.samples, self.images, self.windows], np.int64)
+        return np.array(self.capacities, np.int64)
 
 
 def plan_rows(sizes: np.ndarray, loads: np.ndarray, budgets: Budgets, rows: int) -> list[list[int]]:
     """Chooses samples for `rows` rows.
 
     Every row starts with one of the oldest samples, so that none waits for ever: a sample is used after at most N / R
-    batches. Then the emptiest row takes the sample that brings it nearest to its target (all token places, the patches
-    and the work that a full row of this data has), until none brings a row nearer; last, single samples are exchanged
-    with waiting ones and between rows where that brings rows nearer still.
+    batches. Then the emptiest row takes the sample that brings it nearest to its target (the filled budgets and the work
+    that a full row of this data has), until none brings a row nearer; last, single samples are exchanged with waiting ones
+    and between rows where that brings rows nearer still.
 
     Args:
-      sizes: (N, 5) int64, tokens, patches, 1, images and windows of each waiting sample, oldest first. Each fits a row alone.
-      loads: (N, 2) float64, language and vision work of each.
-      budgets: places of a row.
+      sizes: (N, C) int64, what each waiting sample takes of each budget, oldest first. Each fits a row alone.
+      loads: (N, W) float64, its work in each part of the model.
+      budgets: room of a row.
     Returns:
       For each row the indices of its samples, in order of age; rows are ordered so that neighbours carry equal work.
     """
@@ -99,7 +62,8 @@ def plan_rows(sizes: np.ndarray, loads: np.ndarray, budgets: Budgets, rows: int)
     if count == 0:
         return [[] for _ in range(rows)]
     caps = budgets.array()
-    points, target = _points(sizes, loads, caps)
+    filled_budgets = len(budgets.filled)
+    points, target = _points(sizes, loads, caps, filled_budgets)
     free = np.ones(count, bool)
     filled = np.zeros((rows, len(caps)), np.int64)
     reached = np.zeros((rows, len(points)))
@@ -113,11 +77,11 @@ def plan_rows(sizes: np.ndarray, loads: np.ndarray, budgets: Budgets, rows: int)
 
     for row in range(min(rows, count)):
         put(row, row)
-    _grow(sizes, points, target, caps, free, filled, reached, put, max(16, int(SLACK * rows * caps[TOKENS] / max(sizes[:, TOKENS].mean(), 1))))
+    _grow(sizes, points, target, caps, free, filled, reached, put, filled_budgets, max(16, int(SLACK * rows * caps[0] / max(sizes[:, 0].mean(), 1))))
     _exchange(sizes, points, target, caps, free, filled, reached, chosen)
-    _grow(sizes, points, target, caps, free, filled, reached, put, CANDIDATES)
-    _level(sizes, points, caps, filled, reached, chosen)
-    order = balanced_order(reached[:, 2] + reached[:, 3])
+    _grow(sizes, points, target, caps, free, filled, reached, put, filled_budgets, CANDIDATES)
+    _level(sizes, points, caps, filled, reached, chosen, filled_budgets)
+    order = balanced_order(_sum(reached.T[filled_budgets:]))
     return [sorted(chosen[row]) for row in order]
 
 
@@ -138,33 +102,37 @@ def plan_units(units: Sequence[Sequence[int]], sizes: np.ndarray, loads: np.ndar
         raise ValueError(f"{len(members)} units do not hold each of the {len(sizes)} samples once")
     summed = np.array([sizes[unit].sum(0) for unit in members], np.int64).reshape(-1, len(budgets.array()))
     if len(large := np.flatnonzero((summed > budgets.array()).any(1))):
-        raise ValueError(f"unit {large[0]} needs {summed[large[0]].tolist()} (tokens, patches, samples, images, windows) in one row, the budgets are {budgets.array().tolist()}")
-    work = np.array([loads[unit].sum(0) for unit in members]).reshape(-1, 2)
+        raise ValueError(f"unit {large[0]} needs {summed[large[0]].tolist()} ({', '.join(budgets.names)}) in one row, the budgets are {budgets.array().tolist()}")
+    work = np.array([loads[unit].sum(0) for unit in members]).reshape(len(members), loads.shape[1])
     return [[index for unit in row for index in members[unit]] for row in plan_rows(summed, work, budgets, rows)]
 
 
-def _points(sizes: np.ndarray, loads: np.ndarray, caps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each sample as a step (tokens, patches, language work, vision work), scaled to a row; and the target of a row.
+def _sum(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Sum in order, written out: a library's order of summation may differ between machines, and every process must choose the same."""
+    return functools.reduce(np.add, rows)
+
+
+def _points(sizes: np.ndarray, loads: np.ndarray, caps: np.ndarray, filled: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each sample as a step (filled budgets, work of each part), scaled to a row; and the target of a row.
 
     The target is the mean of what waits, as large as the budgets allow: with it, rows keep the mixture of the data and
     hard samples are not put off. The budget that binds counts most.
     """
-    tokens, patches = sizes[:, TOKENS].sum(), sizes[:, PATCHES].sum()
-    full = np.concatenate([sizes[:, [TOKENS, PATCHES]], loads], 1).astype(np.float64)
+    full = np.concatenate([sizes[:, :filled], loads], 1).astype(np.float64)
     mean = full.sum(0)
-    by_tokens, by_patches = caps[TOKENS] / max(tokens, 1), caps[PATCHES] / max(patches, 1)
-    share = min(by_tokens, by_patches)
+    ratios = [caps[budget] / max(sizes[:, budget].sum(), 1) for budget in range(filled)]
+    share = min(ratios)
     scale = np.where(mean > 0, mean * share, 1.0)
-    scale[TOKENS], scale[PATCHES] = caps[TOKENS], max(caps[PATCHES], 1)
-    weights = np.array([1.0, LOOSE, BALANCE, BALANCE] if by_tokens <= by_patches else [LOOSE, 1.0, BALANCE, BALANCE])
+    scale[:filled] = np.maximum(caps[:filled], 1)
+    weights = np.array([LOOSE] * filled + [BALANCE] * loads.shape[1])
+    weights[ratios.index(share)] = 1.0
     factor = weights / scale
-    # (4, N): one row a quantity, so that scans over samples read neighbouring numbers.
+    # (quantities, N): one row a quantity, so that scans over samples read neighbouring numbers.
     return np.ascontiguousarray((full * factor).T), mean * share * factor
 
 
-def _grow(sizes, points, target, caps, free, filled, reached, put, limit) -> None:
-    """Gives samples to the emptiest rows until none gets nearer to the target."""
-    rows = len(filled)
+def _grow(sizes, points, target, caps, free, filled, reached, put, filled_budgets, limit) -> None:
+    """Give samples to the emptiest rows until none gets nearer to the target."""
     window = np.flatnonzero(free)
     first = min(CANDIDATES, limit)
     later = window[first:]
@@ -175,13 +143,13 @@ def _grow(sizes, points, target, caps, free, filled, reached, put, limit) -> Non
     squares = (near * near).sum(0)
     room = sizes[window].T.copy()
     largest = room.max(1, initial=0)
-    emptiness = reached[:, 0] + reached[:, 1]
+    emptiness = _sum(reached.T[:filled_budgets]).copy()
     while len(window):
         row = int(np.argmin(emptiness))
         if emptiness[row] == np.inf:
             break
         gap = target - reached[row]
-        gain = squares - 2.0 * (near[0] * gap[0] + near[1] * gap[1] + near[2] * gap[2] + near[3] * gap[3])
+        gain = squares - 2.0 * _sum([values * away for values, away in zip(near, gap, strict=True)])
         left = caps - filled[row]
         for budget in np.flatnonzero(largest > left).tolist():
             gain[room[budget] > left[budget]] = np.inf
@@ -191,7 +159,7 @@ def _grow(sizes, points, target, caps, free, filled, reached, put, limit) -> Non
             continue
         sample = int(window[best])
         put(row, sample)
-        emptiness[row] = reached[row, 0] + reached[row, 1]
+        emptiness[row] = _sum(reached[row, :filled_budgets])
         if len(later):  # the next oldest takes the place
             window[best], later = later[0], later[1:]
             near[:, best] = points[:, window[best]]
@@ -239,10 +207,10 @@ def _exchange(sizes, points, target, caps, free, filled, reached, chosen) -> Non
             squares[enter] = float((points[:, old] ** 2).sum())
 
 
-def _level(sizes, points, caps, filled, reached, chosen) -> None:
+def _level(sizes, points, caps, filled, reached, chosen, filled_budgets) -> None:
     """Swaps samples between the rows of most and least work where that makes them more equal and both still fit."""
     rows = len(chosen)
-    for axis in (2, 3):
+    for axis in range(filled_budgets, len(points)):
         for _ in range(rows):
             work = reached[:, axis]
             heavy, light = int(np.argmax(work)), int(np.argmin(work))

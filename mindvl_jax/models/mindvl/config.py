@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from mindvl_jax.config.schema import ModelConfig, PhaseConfig
-from mindvl_jax.data.media.geometry import PatchGeometry
+from mindvl_jax.data.media.geometry import PatchGeometry, shrinking
 from mindvl_jax.models.layers.config import TextConfig
 
 
@@ -35,6 +35,10 @@ class MindVLConfig(ModelConfig):
     video_token_id: int
     vision_start_token_id: int
     vision_end_token_id: int
+
+    def phase_warnings(self, phase: PhaseConfig) -> list[str]:
+        warning = shrinking(phase, self.vision.patch_size)
+        return [warning] if warning else []
 
     def phase_problems(self, phase: PhaseConfig) -> dict[str, str]:
         if phase.patches_per_row % self.vision.merge_unit:

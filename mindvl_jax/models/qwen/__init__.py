@@ -10,6 +10,7 @@ SPEC = ModelSpec(
     presets=MODELS,
     build=Named("mindvl_jax.models.layers.language_model:LanguageModel"),
     processor=None,
+    counts=None,
     objective="sft",
     hf=None,
     parts={"language": "language/**"},

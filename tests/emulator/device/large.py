@@ -16,8 +16,9 @@ import npu_bridge
 import npu_bridge.emulator as emulator
 from mindvl_jax.config import families
 from mindvl_jax.config.schema import MeshConfig, OptimizerConfig, PhaseConfig
-from mindvl_jax.data.packing.collate import shape_for
 from mindvl_jax.models.outline import outline_of
+from mindvl_jax.models.vision_language.collate import shape_for
+from mindvl_jax.objectives.registry import make_objective
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.training.state import abstract_state
 from mindvl_jax.training.step import make_programs
@@ -33,7 +34,7 @@ mesh = make_mesh(MeshConfig(), jax.devices()[:1])
 outline = outline_of(model)
 shape = shape_for(model.vision, rows=1, tokens=TOKENS, patches=PATCHES, samples=SAMPLES, min_pixels=56 * 56)
 phase = PhaseConfig(name="large", steps=1, mixture=(), rows=1, sequence_length=TOKENS, patches_per_row=PATCHES, learning_rate=1e-5)
-programs = make_programs(outline, phase=phase, optimizer=OptimizerConfig(), shape=shape, trained=list(outline.shapes), frozen=[], mesh=mesh, loss_chunk=1024,
+programs = make_programs(outline, phase=phase, objective=make_objective(model, phase, loss_chunk=1024), optimizer=OptimizerConfig(), spec=shape.spec(), trained=list(outline.shapes), frozen=[], mesh=mesh,
                          compile=lambda function, *, in_shardings, out_shardings, donate_argnums=(): npu_bridge.jit(function, donate_argnums=donate_argnums, device="npu"))  # fmt: skip
 batch = shape.empty()
 # Eight samples of 512 tokens and of 1,024 patches in windows of 64.

@@ -12,8 +12,8 @@ import npu_bridge
 import npu_bridge.emulator as emulator
 from mindvl_jax.golden import steps as golden
 from mindvl_jax.models.outline import outline_of
+from mindvl_jax.objectives import sft
 from mindvl_jax.parallel.mesh import make_mesh
-from mindvl_jax.training import losses
 from mindvl_jax.training.state import initial_params
 from tests.emulator.device.handwritten import Handwritten
 
@@ -33,7 +33,7 @@ def both(text_layers, vision_blocks):
 
     def mean_loss(parameters, batch):
         token_losses = outline.merge(parameters).token_losses(batch, chunk=golden.ROWS * golden.TOKENS)
-        numerator, denominator = losses.loss_terms(token_losses, batch.loss_weights, batch.segment_ids, samples=shape.samples, reduction="token")
+        numerator, denominator = sft.loss_terms(token_losses, batch.loss_weights, batch.segment_ids, samples=shape.samples, reduction="token")
         return numerator / denominator
 
     jitted = npu_bridge.jit(jax.value_and_grad(mean_loss), device="npu", capture=False)

@@ -11,8 +11,8 @@ import pytest
 import torch_npu  # noqa: F401  (a broken installation fails here; nothing is skipped)
 import yaml
 
+from mindvl_jax.cli.run_hooks import train
 from mindvl_jax.config import loader as config_loader
-from mindvl_jax.training.trainer import train
 from tests.training.conftest import configuration, write_data, write_tokenizer
 
 ROOT = Path(__file__).parents[3]

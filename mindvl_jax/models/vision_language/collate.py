@@ -1,20 +1,21 @@
 """Planned rows of examples to the arrays of a batch.
 
-B rows, T token places, P patch places a row; see `mindvl_jax.data.batch` for every field.
+B rows, T token places, P patch places a row; see `mindvl_jax.models.vision_language.batch` for every field.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from mindvl_jax.data.batch import Batch, BatchShape, PackedBatch
+from mindvl_jax.data.processor import PackedBatch
+from mindvl_jax.models.vision_language.batch import Batch, BatchShape
 from mindvl_jax.config.schema import Config, PhaseConfig
 from mindvl_jax.data.media.geometry import PatchGeometry
-from mindvl_jax.data.example import Example
+from mindvl_jax.models.vision_language.example import Example
 from mindvl_jax.data.packing.rows import Budgets
 
 
@@ -43,12 +44,17 @@ def _windows_per_patch(smallest_tokens: int, window: int, merge_unit: int) -> fl
     return float((np.ceil(side / window) * np.ceil(other / window) / (side * other)).max() / merge_unit)
 
 
+def visual_budgets(tokens: int, patches: int, samples: int, images: int, windows: int) -> Budgets:
+    """Room of one row; tokens and patches are to be filled."""
+    return Budgets(("tokens", "patches", "samples", "images", "windows"), (tokens, patches, samples, images, windows), filled=("token", "patch"))
+
+
 def budgets_of(shape: BatchShape) -> Budgets:
-    return Budgets(tokens=shape.tokens, patches=shape.patches, samples=shape.samples, images=shape.images, windows=shape.windows)
+    return visual_budgets(shape.tokens, shape.patches, shape.samples, shape.images, shape.windows)
 
 
 def size_of(example: Example) -> tuple[int, int, int, int, int]:
-    """What an example takes of each budget, in the order of `packing`'s size table."""
+    """What an example takes of each budget, in the order of `visual_budgets`."""
     return example.length, example.patches, 1, len(example.image_lengths), len(example.window_lengths)
 
 

@@ -7,7 +7,8 @@ T tokens and P patches of this one sample.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Sequence
+from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from mindvl_jax.data.media.geometry import PatchGeometry
 from mindvl_jax.data.media import image as images
 from mindvl_jax.data.media import video as videos
 from mindvl_jax.data.text.chat import ChatEncoder, TextTokenizer, Turn, check_turn_order
-from mindvl_jax.data.positions import rotary_positions
+from mindvl_jax.models.vision_language.positions import rotary_positions
 from mindvl_jax.data.marks import IMAGE, marks
 from mindvl_jax.data.sample import Media, Message, Sample, SampleError
 
@@ -88,6 +89,7 @@ class Example:
     task: str | None = None
     answers: tuple[str, ...] = ()
     source: int = 0  # place of its source among the phase's (`PhaseConfig.sources`)
+    number: int = 0  # position in the phase's data stream
     pixels: tuple[np.ndarray, ...] | None = None  # one (P_i, ...) array a medium, once read
 
     @property
@@ -98,13 +100,22 @@ class Example:
     def patches(self) -> int:
         return len(self.patch_positions)
 
+    @property
+    def loaded(self) -> bool:
+        return self.pixels is not None
+
+    @property
+    def nbytes(self) -> int:
+        # Arrays of a layout are shared by all images of its size and count nothing.
+        return 1024 + self.tokens.nbytes * 7 + sum(pixels.nbytes for pixels in self.pixels or ())
+
     def with_pixels(self, vision: PatchGeometry, resample: str) -> "Example":
         """Reads the pixels of all media. Raises SampleError when one does not decode."""
         if self.pixels is not None:
             return self
         return dataclasses.replace(self, pixels=tuple(read_pixels(item, vision, resample) for item in self.visuals))
 
-    def without_media(self) -> "Example":
+    def for_cache(self) -> "Example":
         """The same with the encoded media let go, to be kept in memory beside its pixels."""
         light = tuple(dataclasses.replace(item, media=Media(path=item.media.path)) for item in self.visuals)
         return dataclasses.replace(self, visuals=light)
@@ -238,7 +249,7 @@ class ExampleEncoder:
         return turns[:best], last_answer - best
 
     def _build(self, sample: Sample, turns: list[Turn], visuals: list[VisualItem], truncated: int, *, prompt: bool) -> Example:
-        merge_unit, vision, text = self._model.vision.merge_unit, self._model.vision, self._model.text
+        vision, text = self._model.vision, self._model.text
         ids: list[int] = []
         learned: list[float] = []
         starts: list[tuple[int, str]] = []

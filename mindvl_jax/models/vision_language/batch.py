@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import numpy as np
+from mindvl_jax.data.processor import BatchSpec, Field
 
 Array = Any  # np.ndarray on the host, jax.Array on devices
 
@@ -70,36 +70,32 @@ class BatchShape:
     windows: int
     patch_dim: int
 
+    def spec(self) -> BatchSpec:
+        """Every field with its shape, dtype and named dims."""
+        B, T, P = self.rows, self.tokens, self.patches
+
+        def field(*sizes_and_dims: tuple[int, str | None], dtype: str = "int32", fill: int = 0) -> Field:
+            sizes, dims = zip((B, "rows"), *sizes_and_dims, strict=True)
+            return Field(sizes, dtype, dims, fill)
+
+        token, patch = (T, "tokens"), (P, "patches")
+        return BatchSpec((
+            ("tokens", field(token)),
+            ("targets", field(token)),
+            ("loss_weights", field(token, dtype="float32")),
+            ("segment_ids", field(token)),
+            ("positions", field((3, None), token)),
+            ("visual_index", field(token, fill=-1)),
+            ("source_ids", field(token, fill=-1)),
+            ("segment_lengths", field((self.samples, None), fill=-1)),
+            ("patches", field(patch, (self.patch_dim, None), dtype="uint8")),
+            ("patch_positions", field(patch, (2, None))),
+            ("patch_segment_ids", field(patch)),
+            ("patch_window_ids", field(patch)),
+            ("image_lengths", field((self.images, None), fill=-1)),
+            ("window_lengths", field((self.windows, None), fill=-1)),
+        ), make=Batch, capacities=(("tokens", "token_efficiency"), ("patches", "patch_efficiency")))  # fmt: skip
+
     def empty(self) -> Batch:
         """A batch of nothing but padding, on the host."""
-        B, T, P = self.rows, self.tokens, self.patches
-        token_zeros = lambda: np.zeros((B, T), np.int32)
-        patch_zeros = lambda: np.zeros((B, P), np.int32)
-        return Batch(
-            tokens=token_zeros(),
-            targets=token_zeros(),
-            loss_weights=np.zeros((B, T), np.float32),
-            segment_ids=token_zeros(),
-            positions=np.zeros((B, 3, T), np.int32),
-            visual_index=np.full((B, T), -1, np.int32),
-            source_ids=np.full((B, T), -1, np.int32),
-            segment_lengths=np.full((B, self.samples), -1, np.int32),
-            patches=np.zeros((B, P, self.patch_dim), np.uint8),
-            patch_positions=np.zeros((B, P, 2), np.int32),
-            patch_segment_ids=patch_zeros(),
-            patch_window_ids=patch_zeros(),
-            image_lengths=np.full((B, self.images), -1, np.int32),
-            window_lengths=np.full((B, self.windows), -1, np.int32),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class PackedBatch:
-    """A batch with what only the host needs to know about it."""
-
-    batch: Batch
-    sample_ids: tuple[tuple[str, ...], ...]  # one tuple a row, in segment order
-
-    @property
-    def samples(self) -> int:
-        return sum(len(row) for row in self.sample_ids)
+        return self.spec().empty()

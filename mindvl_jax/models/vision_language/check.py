@@ -5,12 +5,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from mindvl_jax.data.media.geometry import PatchGeometry
-from mindvl_jax.data.example import Example, ExampleEncoder
+from mindvl_jax.models.vision_language.example import Example, ExampleEncoder
 from mindvl_jax.data.media.files import read_bytes
 from mindvl_jax.data.sample import Sample, SampleError
 from mindvl_jax.data.sources.readers import Source

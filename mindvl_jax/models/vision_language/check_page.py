@@ -5,14 +5,14 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
-from typing import Sequence
+from collections.abc import Sequence
 
 import jinja2
 import matplotlib
 import numpy as np
 from PIL import Image
 
-from mindvl_jax.data.check import SourceFindings
+from mindvl_jax.models.vision_language.check import SourceFindings
 from mindvl_jax.data.media.image import load_image
 from mindvl_jax.data.sample import Media, SampleError
 

@@ -1,0 +1,13 @@
+"""The objective of a phase, by the model family's choice."""
+
+from __future__ import annotations
+
+from mindvl_jax.config.schema import ModelConfig, PhaseConfig
+from mindvl_jax.models.vision_language.counts import COUNTS
+from mindvl_jax.objectives import sft
+from mindvl_jax.objectives.base import Objective
+
+
+def make_objective(model: ModelConfig, phase: PhaseConfig, *, loss_chunk: int) -> Objective:
+    """What `model` learns in `phase`."""
+    return sft.for_phase(phase, loss_chunk=loss_chunk, counts=COUNTS)

@@ -1,0 +1,145 @@
+"""Metrics of dispatched steps: fetched one step late, written down, and a run that diverges is stopped."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from mindvl_jax.config.schema import Config, PhaseConfig
+from mindvl_jax.core.errors import UserError
+from mindvl_jax.data.processor import BatchSpec
+from mindvl_jax.objectives.base import Objective
+from mindvl_jax.training.display import LiveLine
+from mindvl_jax.training.flops import StepFlops
+from mindvl_jax.training.metrics import MetricsLog
+from mindvl_jax.training.step import STEP_METRICS
+
+LISTED_IDS = 20  # sample ids in the message of a diverged run
+
+
+class TrainingDiverged(UserError):
+    """Loss or gradients stayed non-finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatched:
+    """A step whose metrics are not fetched yet.
+
+    Attributes:
+      counters: of the loader, right after the step's last batch.
+      first_of_phase: its time includes compilation.
+      checked: metrics of a validation after the step.
+    """
+
+    step: int
+    metrics: dict[str, jax.Array]
+    sample_ids: tuple[str, ...]
+    counters: dict[str, Any]
+    first_of_phase: bool = False
+    checked: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class RunLog:
+    """Where a run reports to, and its running totals.
+
+    Attributes:
+      log: None in all processes but the main one.
+      peak: FLOP/s of all devices together, None if unknown.
+      totals: tokens, samples and seconds since the start of the run.
+    """
+
+    config: Config
+    console: Console
+    live: LiveLine
+    log: MetricsLog | None
+    peak: float | None
+    totals: dict[str, float]
+
+
+class Recorder:
+    """Records the steps of one phase."""
+
+    def __init__(self, run: RunLog, phase: PhaseConfig, objective: Objective, spec: BatchSpec, count_flops: Callable[[Mapping[str, float]], StepFlops]):
+        self._run, self._phase, self._objective, self._spec, self._count_flops = run, phase, objective, spec, count_flops
+        self._pending: collections.deque[Dispatched] = collections.deque()
+        self._bad: collections.deque[Dispatched] = collections.deque(maxlen=run.config.training.max_bad_steps)
+        self._last = time.perf_counter()
+
+    def add(self, dispatched: Dispatched) -> None:
+        self._pending.append(dispatched)
+
+    def pause(self, seconds: float) -> None:
+        """Leave out of the next step's time what was spent on something else."""
+        self._last += seconds
+
+    def drain(self, keep: int) -> None:
+        """Wait for all dispatched steps but the newest `keep`, and write them down."""
+        while len(self._pending) > keep:
+            done = self._pending.popleft()
+            fetched = jax.device_get(done.metrics)
+            values = {name: fetched.pop(name).item() for name in STEP_METRICS}
+            now = time.perf_counter()
+            self._write(done, values, fetched, now - self._last)
+            self._last = now
+
+    def _write(self, done: Dispatched, values: dict[str, Any], counted: dict[str, Any], seconds: float) -> None:
+        run, shown = self._run, self._objective.display(counted, self._phase.sources)
+        for name in ("tokens", "samples"):
+            run.totals[name] += shown[name]
+        run.totals["seconds"] += seconds
+        # The counts as summed on the device, not as displayed.
+        flops = self._count_flops({name: value.item() for name, value in counted.items() if value.ndim == 0})
+        peak = run.peak * seconds if run.peak and seconds else None
+        record = {
+            "step": done.step,
+            "phase": self._phase.name,
+            "loss": values["loss"],
+            **done.checked,
+            **shown,
+            "grad_norm": values["grad_norm"],
+            "learning_rate": values["learning_rate"],
+            "step_seconds": seconds,
+            "tokens_per_second": shown["tokens"] / seconds,
+            "samples_per_second": shown["samples"] / seconds,
+            **self._spec.efficiencies(shown, self._phase.gradient_accumulation),
+            "flops": flops.language + flops.vision,
+            "mfu": (flops.language + flops.vision) / peak if peak else None,
+            "mfu_language": flops.language / peak if peak else None,
+            **{f"{name}_total": value for name, value in run.totals.items()},
+            "applied": bool(values["applied"]),
+            "skipped_steps": values["skipped_steps"],
+            **{name: done.counters[name] for name in ("quarantined", "truncated", "shrunk", "epochs") if name in done.counters},
+        }
+        if done.first_of_phase:
+            record["includes_compilation"] = True
+        if not values["finite"]:
+            record["sample_ids"] = list(done.sample_ids)
+        if run.log is not None and (done.step % run.config.logging.every_steps == 0 or not values["applied"]):
+            run.log.write(record)
+        run.live.update(record, first_of_phase=done.first_of_phase)
+        if not values["finite"]:
+            self._on_bad_step(done, values)
+
+    def _on_bad_step(self, done: Dispatched, values: dict[str, Any]) -> None:
+        limit = self._run.config.training.max_bad_steps
+        self._bad.append(done)
+        self._run.console.print(
+            f"step {done.step}: loss {values['loss']}, gradient norm {values['grad_norm']}: skipped ({values['bad_steps']} in a row, the run stops at {limit})"
+        )
+        if values["bad_steps"] < limit:
+            return
+        ids = list(dict.fromkeys(sample for bad in self._bad for sample in bad.sample_ids))
+        shown = ", ".join(ids[:LISTED_IDS]) + (f" and {len(ids) - LISTED_IDS} more (all stand in metrics.jsonl)" if len(ids) > LISTED_IDS else "")
+        raise TrainingDiverged(
+            f"{limit} steps in a row ({done.step - limit + 1} to {done.step}, phase {self._phase.name}) had a non-finite loss or gradient; "
+            f"parameters are those from before them. Samples: {shown}. Look at these samples, lower learning_rate, or use compute_dtype: float32; "
+            f"the last checkpoint is in {Path(self._run.config.run.dir) / 'checkpoints'}"
+        )
