@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax._src import core, dispatch, sharding_impls, source_info_util
+from jax._src import core, dispatch, shard_map, sharding_impls, source_info_util
 from jax._src import util as jax_util
 from jax._src import xla_bridge
 from jax._src.interpreters import batching, mlir
@@ -389,9 +389,21 @@ def abstract_mesh(mesh: jax.sharding.AbstractMesh | None):
     """Traces under a mesh of which no device exists in this process."""
     if mesh is None:
         yield
-    else:
+        return
+    check = shard_map._shmap_checks
+
+    def of_this_mesh(given: Any, *rest: Any, **named: Any) -> Any:
+        """A shard_map that names devices of a mesh with the same axes means the mesh it is traced under."""
+        context = jax.sharding.get_abstract_mesh()
+        same = given is not None and not context.empty and (given.axis_names, given.axis_sizes) == (context.axis_names, context.axis_sizes)
+        return check(None if same else given, *rest, **named)
+
+    shard_map._shmap_checks = of_this_mesh
+    try:
         with jax.sharding.use_abstract_mesh(mesh):
             yield
+    finally:
+        shard_map._shmap_checks = check
 
 
 # ---- reading programs ---------------------------------------------------------------------------------------------------
@@ -464,3 +476,22 @@ def threefry_primitive() -> core.Primitive:
     from jax.extend.core import primitives
 
     return primitives.threefry2x32_p
+
+
+def approximate_top_k_primitive() -> core.Primitive:
+    """The primitive behind jax.lax.approx_max_k and approx_min_k, which jax.lax does not export."""
+    from jax._src.lax import ann
+
+    return ann.approx_top_k_p
+
+
+def key_implementation(dtype: Any) -> str:
+    """Name of the generator of a key array's dtype, as `jax.random.wrap_key_data` takes it."""
+    return dtype._impl.name
+
+
+def total_order_primitives() -> Any:
+    """Where comparisons in IEEE 754's total order (`lt_to_p`, ..) live, which jax.lax does not export."""
+    from jax._src.lax import lax
+
+    return lax

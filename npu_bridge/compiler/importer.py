@@ -12,6 +12,7 @@ import math
 import re
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy, stablehlo
@@ -59,9 +60,13 @@ NOT_LOWERED = {
     "Shardy's own bookkeeping, gone or dissolved before code is written": "data_flow_edge func_data_flow_edge manual_computation mesh "
     "named_computation propagation_barrier replicated_to_unreduced reshard sharded_to_unreduced sharding_constraint sharding_group",
 }
-_SKIPPED = frozenset({"sdy.sharding", "sdy.sharding_rule", "channel_handle", "precision_config", "compare_type", "mhlo.backend_config",
+_SKIPPED = frozenset({"sdy.sharding", "sdy.sharding_rule", "channel_handle", "precision_config", "mhlo.backend_config",
                       "backend_config", "result_accuracy", "out_sharding", "api_version", "use_global_device_ids"})  # fmt: skip
 
+
+# What numpy calls the types of which MLIR gives no buffer, and the integers of their bits.
+_BIT_TYPES = {"bf16": (ml_dtypes.bfloat16, np.uint16), "f8E4M3FN": (ml_dtypes.float8_e4m3fn, np.uint8), "f8E5M2": (ml_dtypes.float8_e5m2, np.uint8),
+              "f8E4M3FNUZ": (ml_dtypes.float8_e4m3fnuz, np.uint8), "f8E5M2FNUZ": (ml_dtypes.float8_e5m2fnuz, np.uint8)}  # fmt: skip
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MOVES = re.compile(r"\{([^{}]*)\}: *(\d+) *-> *(\d+)")
@@ -71,6 +76,22 @@ _AXIS = re.compile(r'"([^"]+)"(?::\((\d+)\)(\d+))?')
 def _axes_of(text: str) -> tuple[str, ...]:
     """``"x", "y":(1)2`` -> ("x", "y:1:2")."""
     return tuple(f"{name}:{before}:{size}" if size else name for name, before, size in _AXIS.findall(text))
+
+
+def dense_array(attr: ir.DenseElementsAttr, dtype: str) -> np.ndarray:
+    """The elements of a constant. MLIR's Python bindings know no buffers of bfloat16 and of 8-bit floats: their bits are read from the text."""
+    if dtype not in _BIT_TYPES:
+        return np.array(attr)
+    named, bits = _BIT_TYPES[dtype]
+    shape = tuple(ir.RankedTensorType(attr.type).shape)
+    text = str(attr)
+    if found := re.match(r'dense<"0x([0-9A-Fa-f]*)">', text):
+        return np.frombuffer(bytes.fromhex(found[1]), bits).view(named).reshape(shape)
+    numbers = re.findall(r"0x[0-9A-Fa-f]+|[-+]?\d[\d.]*(?:[eE][-+]?\d+)?", text[text.index("<") + 1 : text.rindex("> :")])
+    made = np.empty(len(numbers), named)
+    for n, number in enumerate(numbers):
+        made[n] = np.array(int(number, 16), bits).view(named) if number.startswith("0x") else float(number)
+    return made.reshape(shape)
 
 
 def _plain(value: Any) -> Any:
@@ -262,6 +283,8 @@ class Importer:
                 found[key] = list(attr)
             elif key == "comparison_direction":
                 found[key] = stablehlo.ComparisonDirectionAttr(attr).value
+            elif key == "compare_type":
+                found[key] = stablehlo.ComparisonTypeAttr(attr).value
             elif key == "rng_algorithm":
                 found[key] = stablehlo.RngAlgorithmAttr(attr).value
             elif not isinstance(attr, ir.DenseElementsAttr):
@@ -315,7 +338,7 @@ class Importer:
             scalar = attr.get_splat_value().value
             made.attrs["splat"] = bool(scalar) if value.dtype == "i1" else scalar
         else:
-            made.attrs["array"] = np.array(attr)
+            made.attrs["array"] = dense_array(attr, value.dtype)
             made.attrs["dims"] = [list(a) for a in value.layout] or [[] for _ in value.shape]
         out.ops.append(made)
         return made.results

@@ -34,6 +34,7 @@ ELEMENT_BYTES = {
     "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f8E4M3FN": 1, "f8E5M2": 1, "f8E4M3FNUZ": 1, "f8E5M2FNUZ": 1,
 }  # fmt: skip
 FLOATS = frozenset(t for t in ELEMENT_BYTES if "f" in t)
+FLOAT8 = frozenset(t for t in ELEMENT_BYTES if t.startswith("f8"))
 UNSIGNED = frozenset(t for t in ELEMENT_BYTES if t.startswith("ui"))
 
 

@@ -31,7 +31,6 @@ REFUSED = {
     "outfeed": "host transfer inside a step; return the data from the step",
     "fft": "FFT is outside what the bridge lowers",
     "rng_uniform": "is not reproducible across devices; use jax.random",
-    "approx_top_k": "approximate top-k depends on the hardware; use jax.lax.top_k",
     "pallas_call": "a Pallas kernel is written for one accelerator; use npu_bridge.ops or plain jax",
 }
 _LINEAR_ALGEBRA = {"cholesky", "eig", "eigh", "geqrf", "householder_product", "lu", "qr", "schur", "svd", "triangular_solve",
@@ -73,14 +72,14 @@ def _refused_by_arguments(eqn: Any) -> str | None:
 @functools.cache
 def refused_dtype(dtype: Any, x64: bool) -> str | None:
     """Why arrays of a dtype cannot be lowered. Cached: a deep program asks some hundred thousand times about five dtypes."""
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jax.dtypes.float0:  # tangents of integers, which hold nothing
         return None
     if np.issubdtype(dtype, np.complexfloating):
         return "complex numbers are outside what the bridge lowers"
     name = np.dtype(dtype).name
     if name == "float64" and not x64:
         return "float64 found while jax_enable_x64 is off"
-    return None if name in _DTYPES or name == "float0" else f"dtype {name} has no torch storage; use one of {', '.join(_DTYPES)}"
+    return None if name in _DTYPES else f"dtype {name} has no torch storage; use one of {', '.join(_DTYPES)}"
 
 
 def check(jaxpr: Any) -> list[str]:

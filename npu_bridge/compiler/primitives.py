@@ -28,6 +28,11 @@ def _unsigned(aval: Any) -> bool:
     return str(aval.dtype) in ("uint16", "uint32", "uint64")
 
 
+def _stored(aval: Any) -> str:
+    """torch's name of the type that an array is kept in: an unsigned integer wider than a byte as signed bits."""
+    return str(aval.dtype).removeprefix("u") if _unsigned(aval) else str(aval.dtype)
+
+
 def _along(axis: int, operands: Sequence[ir.Value], rank: int) -> str:
     one = _dims(rank, (axis,))
     return ", ".join([one] * len(operands))
@@ -51,7 +56,7 @@ def _argument_of_extreme(name: str):
         rank = len(ctx.avals_in[0].shape)
         rest = " ".join(f"d{i}" for i in range(rank) if i != axis)
         rule = f"{_dims(rank, (axis,))} -> {rest}"
-        params = {"axis": int(axis), "unsigned": _unsigned(ctx.avals_in[0])}
+        params = {"axis": int(axis), "unsigned": _unsigned(ctx.avals_in[0]), "dtype": _stored(ctx.avals_out[0])}
         return jaxcompat.custom_call_with_rule(ctx, f"math.{name}", [x], ctx.avals_out, rule, params, replicate=[f"r{axis}"])
 
     return lower
@@ -64,6 +69,14 @@ def _top_k(ctx: Any, x: ir.Value, *, k: int, **other: Any):
     rule = f"{_dims(rank, (axis,))} -> {lead}, {lead}"
     params = {"k": int(k), "axis": axis, "unsigned": _unsigned(ctx.avals_in[0])}
     return jaxcompat.custom_call_with_rule(ctx, "math.top_k", [x], ctx.avals_out, rule, params, replicate=[f"r{axis}", "k"])
+
+
+def _approximate_top_k(x: Any, *, k: int, reduction_dimension: int, is_max_k: bool, **options: Any) -> Sequence[Any]:
+    """The exact answer, which every recall allows."""
+    if is_max_k:
+        return lax.top_k(x, k, axis=reduction_dimension)
+    values, indices = lax.top_k(-x, k, axis=reduction_dimension)
+    return -values, indices
 
 
 def _sort(ctx: Any, *operands: ir.Value, dimension: int, is_stable: bool, num_keys: int):
@@ -111,4 +124,5 @@ def register() -> None:
     table(lax.argmin_p, _argument_of_extreme("argmin"))
     table(lax.top_k_p, _top_k)
     table(lax.sort_p, _sort)
+    table(jaxcompat.approximate_top_k_primitive(), jaxcompat.lower_with(_approximate_top_k))
     table(jaxcompat.threefry_primitive(), _threefry)

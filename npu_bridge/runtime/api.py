@@ -141,9 +141,11 @@ class Compiled:
         results = _apart(program_to_run(self)(local, host), others)
         out = []
         for tensor, aval, layout in zip(results, traced.out_avals, low.result_layouts):
-            if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+            if aval.dtype == jax.dtypes.float0:
+                out.append(np.zeros(aval.shape, jax.dtypes.float0))
+            elif jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
                 data = Array(tensor, (*aval.shape, *tensor.shape[len(aval.shape) :]), np.uint32, layout, self.runtime)
-                out.append(jax.random.wrap_key_data(np.asarray(data), impl=jax.random.key_impl(aval)))
+                out.append(jax.random.wrap_key_data(np.asarray(data), impl=jaxcompat.key_implementation(aval.dtype)))
             else:
                 out.append(Array(tensor, aval.shape, aval.dtype, layout, self.runtime, weak_type=aval.weak_type))
         return out
@@ -300,9 +302,9 @@ class Jitted:
             else:
                 problems.append(f"{where}: {type(x).__name__} is no array; pass an array, or name the argument in static_argnums")
                 return jax.ShapeDtypeStruct((), np.float32)
-            if not jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) and np.dtype(dtype).name in ("float64", "int64", "uint64") and not jax.config.jax_enable_x64:
-                problems.append(f"{where}: {np.dtype(dtype).name} while jax_enable_x64 is off; convert it to 32 bits, or enable x64")
-            elif (reason := lower.refused_dtype(dtype, jax.config.jax_enable_x64)) is not None:
+            if not jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+                dtype = jax.dtypes.canonicalize_dtype(dtype)  # 64 bits become 32 unless jax_enable_x64 is on
+            if (reason := lower.refused_dtype(dtype, jax.config.jax_enable_x64)) is not None:
                 problems.append(f"{where}: {reason}")
                 return jax.ShapeDtypeStruct(shape, np.float32)
             if self.mesh is None:
@@ -401,7 +403,7 @@ class Jitted:
             program = Importer(module).run(donated)
         program.name = self._name
         passes.run(program, device=self.device, reduce_in_float32=self.options.reduce_in_float32, overlap=self.options.overlap)
-        source = generate(program, allow_host_sync=self.options.allow_host_sync)
+        source = generate(program, allow_host_sync=self.options.allow_host_sync, device=self.device)
         body = program.body
         extra = {"args": [v.layout for v in body.params], "results": [v.layout for v in body.results], "mesh": program.mesh.axes,
                  "devices": program.mesh.devices}  # fmt: skip

@@ -15,6 +15,11 @@ def unsigned_order(x: torch.Tensor) -> torch.Tensor:
     return x ^ _MIN[x.dtype]
 
 
+def unsigned_index(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Unsigned bits as an int64 index: 64-bit values above 2^63 become the largest index there is."""
+    return widen_unsigned(x, bits) if bits < 64 else torch.where(x < 0, ~_MIN[torch.int64], x)
+
+
 def widen_unsigned(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Unsigned bits as an int64 of the same value. 64-bit values above 2^63 do not fit and stay negative."""
     return x.to(torch.int64) & ((1 << bits) - 1) if bits < 64 else x
@@ -81,6 +86,8 @@ def shift_left(x: torch.Tensor, y: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def shift_right_arithmetic(x: torch.Tensor, y: torch.Tensor, bits: int) -> torch.Tensor:
+    if x.dtype == torch.uint8:
+        return (x.view(torch.int8) >> torch.where(y < bits, y, bits - 1).to(torch.int8)).view(torch.uint8)
     return x >> torch.where((y >= 0) & (y < bits), y, bits - 1)
 
 
@@ -128,11 +135,52 @@ def float_to_integer(x: torch.Tensor, dtype: torch.dtype, unsigned: bool) -> tor
     return torch.where(over, wrap(high), torch.where(under, low, inside)).to(dtype)
 
 
+def float_remainder(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x - trunc(x / y) y, exact. torch's vectorised fmod divides and gives NaN where the quotient overflows: there x is first reduced by
+    multiples of y, which leaves the result as it is."""
+    if x.dtype.itemsize < 4:
+        return float_remainder(x.float(), y.float()).to(x.dtype)
+    rest, step = x, 2.0 ** (700 if x.dtype == torch.float64 else 90)  # the quotient is below 2 ** 2100, or 2 ** 277
+    for multiple in (y * step * step, y * step):
+        rest = torch.where(torch.isfinite(multiple) & torch.isinf(rest / y), torch.fmod(rest, multiple), rest)
+    return torch.fmod(torch.where(torch.isfinite(x) & (y != 0), rest, x), y)
+
+
+def total_order(x: torch.Tensor) -> torch.Tensor:
+    """Integers in the order -NaN < -inf < .. < -0 < 0 < .. < inf < NaN (IEEE 754, totalOrder)."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize]
+    bits = x.contiguous().view(kind)
+    return bits ^ ((bits >> (_WIDTH[kind] - 1)) & ~_MIN[kind])
+
+
+def unsigned_to_float(x: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """Unsigned bits as a float. Of 64 bits, what does not fit into an int64 is halved, keeping the last bit so that it is rounded once."""
+    if bits < 64:
+        return widen_unsigned(x, bits).to(dtype)
+    half = ((x >> 1) & ~_MIN[torch.int64]) | (x & 1)
+    return torch.where(x < 0, half.to(torch.float64) * 2, x.to(torch.float64)).to(dtype) if dtype != torch.float32 else torch.where(x < 0, half.to(dtype) * 2, x.to(dtype))
+
+
+def to_float8(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounds to an 8-bit float. What rounds beyond its largest number is NaN where the type has no infinity; torch saturates."""
+    x = x.float()
+    y = x.to(dtype)
+    if dtype == torch.float8_e5m2:
+        return y
+    # Half a step above the largest number; the tie goes to it when its last bit is even, to NaN otherwise.
+    largest, step, even = {torch.float8_e4m3fn: (448.0, 32.0, True), torch.float8_e4m3fnuz: (240.0, 16.0, False), torch.float8_e5m2fnuz: (57344.0, 8192.0, False)}[dtype]
+    beyond = (x.abs() > largest + step / 2) | ((x.abs() == largest + step / 2) & (not even))
+    nan = torch.full((), float("nan"), device=x.device).to(dtype)
+    return torch.where(beyond, nan.view(torch.uint8), y.view(torch.uint8)).view(dtype)
+
+
 def sign(x: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.isnan(x) | (x == 0), x, torch.sign(x))
 
 
 def cbrt(x: torch.Tensor) -> torch.Tensor:
+    if x.dtype.itemsize < 4:
+        return cbrt(x.float()).to(x.dtype)
     return torch.copysign(x.abs().pow(1.0 / 3.0), x)
 
 
@@ -143,6 +191,20 @@ def round_half_away(x: torch.Tensor) -> torch.Tensor:
 
 def bessel_i1e(x: torch.Tensor) -> torch.Tensor:
     return torch.special.i1e(x.float()).to(x.dtype) if x.dtype.itemsize < 4 else torch.special.i1e(x)
+
+
+def digamma(x: torch.Tensor) -> torch.Tensor:
+    """NaN at both zeros, as XLA has it; torch gives infinities."""
+    return torch.where(x == 0, float("nan"), torch.digamma(x))
+
+
+def zeta(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Hurwitz zeta. At its poles, q = 0, -1, .., XLA gives infinity where x is even or one, and NaN elsewhere."""
+    if x.dtype.itemsize < 4:
+        return zeta(x.float(), q.float()).to(x.dtype)
+    pole = (q <= 0) & (q == torch.floor(q))
+    at_pole = torch.where((torch.remainder(x, 2) == 0) | (x == 1), float("inf"), float("nan")).to(x.dtype)
+    return torch.where(torch.isinf(x) | torch.isnan(x), float("nan"), torch.where(pole, at_pole, torch.special.zeta(x, q)))
 
 
 def polygamma(n: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

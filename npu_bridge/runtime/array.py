@@ -23,6 +23,7 @@ _AS_BITS = {
     torch.float8_e4m3fnuz: (torch.uint8, ml_dtypes.float8_e4m3fnuz),
     torch.float8_e5m2fnuz: (torch.uint8, ml_dtypes.float8_e5m2fnuz),
 }
+_NARROWED = {torch.float64: torch.float32, torch.int64: torch.int32, torch.complex128: torch.complex64}
 
 
 def storage_dtype(dtype: Any) -> torch.dtype:
@@ -72,6 +73,8 @@ def to_torch(x: Any, dtype: Any) -> torch.Tensor:
                 t = torch.from_numpy(host if host.flags.writeable else host.copy())
     if t.dtype in (torch.uint16, torch.uint32, torch.uint64):
         t = t.view({torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}[t.dtype])
+    if t.dtype != wanted and t.dtype.itemsize == 8 and wanted == _NARROWED.get(t.dtype):  # jax without x64 takes 64 bits as 32
+        t = t.to(wanted)
     if t.dtype != wanted:
         raise PlacementError(f"npu_bridge: array of dtype {t.dtype} found, the program was compiled for {np.dtype(dtype).name}")
     return t

@@ -6,9 +6,11 @@ dropped by the whole array's size, then each device answers for its own part onl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+
+from npu_bridge.runtime.arithmetic import unsigned_order
 
 Shards = Mapping[int, tuple[int, int]]
 
@@ -20,8 +22,8 @@ def write(base: torch.Tensor, view: torch.Tensor, update: torch.Tensor) -> torch
 
 
 def _clamped(start, size: int, whole: int):
-    if isinstance(start, torch.Tensor):
-        return start.clamp(0, whole - size)
+    if isinstance(start, torch.Tensor):  # widened first: the bound may not fit into a narrow index
+        return start.long().clamp(0, whole - size)
     return min(max(int(start), 0), whole - size)
 
 
@@ -67,16 +69,16 @@ def pad(x: torch.Tensor, fill: torch.Tensor, low: Sequence[int], high: Sequence[
 
 def take(x: torch.Tensor, indices: torch.Tensor, dim: int, shards: Shards | None = None) -> torch.Tensor:
     """Whole slices of `x` along `dim`; indices (..., 1) are clamped."""
-    indices = indices.squeeze(-1)
+    indices = indices.squeeze(-1).long()
     start, whole = (shards or {}).get(dim, (0, x.shape[dim]))
     rows = indices.clamp(0, whole - 1) - start
     if shards:
         mine = (rows >= 0) & (rows < x.shape[dim])
         rows = rows.clamp(0, x.shape[dim] - 1)
-    y = x.index_select(dim, rows.reshape(-1)).reshape(*x.shape[:dim], *indices.shape, *x.shape[dim + 1 :])
+    y = x.index_select(dim, rows.reshape(-1)).reshape((*x.shape[:dim], *indices.shape, *x.shape[dim + 1 :]))
     if not shards:
         return y
-    return torch.where(mine.reshape(*indices.shape, *[1] * (x.dim() - dim - 1)), y, torch.zeros((), dtype=x.dtype, device=x.device))
+    return torch.where(mine.reshape((*indices.shape, *[1] * (x.dim() - dim - 1))), y, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 def _in_last(x: torch.Tensor, index: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,7 +204,7 @@ def scatter_(
     x: torch.Tensor,
     indices: torch.Tensor,
     updates: torch.Tensor,
-    mode: str,
+    mode: str | Callable[..., Sequence[torch.Tensor]],
     *,
     update_window_dims: Sequence[int],
     inserted_window_dims: Sequence[int],
@@ -211,8 +213,22 @@ def scatter_(
     scattered_dims_to_operand_dims: Sequence[int],
     index_vector_dim: int,
     shards: Shards | None = None,
+    unsigned: bool = False,
+    unique: bool = False,
 ) -> torch.Tensor:
-    """Writes into `x` and returns it. A window that leaves the array is dropped whole, as XLA does."""
+    """Writes into `x` and returns it. A window that leaves the array is dropped whole, as XLA does.
+
+    mode: how an update meets what is there, by name or as a function of both. unsigned: the order of `x` is that of unsigned bits.
+    unique: no element is named twice.
+    """
+    if unsigned:
+        scattered = scatter_(
+            unsigned_order(x), indices, unsigned_order(updates), mode, update_window_dims=update_window_dims,
+            inserted_window_dims=inserted_window_dims, input_batching_dims=input_batching_dims,
+            scatter_indices_batching_dims=scatter_indices_batching_dims, scattered_dims_to_operand_dims=scattered_dims_to_operand_dims,
+            index_vector_dim=index_vector_dim, shards=shards,
+        )  # fmt: skip
+        return x.copy_(unsigned_order(scattered))
     rank = updates.dim()
     scatter_places = [d for d in range(rank) if d not in update_window_dims]
     windows = [d for d in range(x.dim()) if d not in inserted_window_dims and d not in input_batching_dims]
@@ -237,25 +253,50 @@ def scatter_(
         linear = linear * x.shape[d] + i
     linear, valid = (t.expand(updates.shape).reshape(-1) for t in (linear, valid))
     values = updates.reshape(-1)
-    if mode == "add":
+    numbers = flat
+    if x.dtype == torch.bool and not callable(mode):  # or, and
+        mode = {"add": "maximum", "multiply": "minimum"}.get(mode, mode)
+        numbers, values = flat.view(torch.uint8), values.view(torch.uint8)
+    if callable(mode):
+        _scatter_with(mode, flat, linear, values, valid, unique)
+    elif mode == "add":
         values = torch.where(valid, values, torch.zeros((), dtype=values.dtype, device=x.device))
-        flat.index_put_((linear,), values, accumulate=True) if values.dtype == torch.bool else flat.index_add_(0, linear, values)
+        flat.index_add_(0, linear, values)
     elif mode == "replace":
-        spare = torch.cat([flat, flat.new_zeros(1)])  # dropped updates land in one element behind the end
+        spare = torch.cat([numbers, numbers.new_zeros(1)])  # dropped updates land in one element behind the end
         spare[torch.where(valid, linear, flat.numel())] = values
-        flat.copy_(spare[:-1])
+        numbers.copy_(spare[:-1])
     else:
         name, neutral = _NEUTRAL[mode]
         if neutral is None:
-            limits = torch.finfo(x.dtype) if x.dtype.is_floating_point else torch.iinfo(x.dtype)
+            limits = torch.finfo(x.dtype) if x.dtype.is_floating_point else torch.iinfo(values.dtype)
             neutral = limits.min if mode == "maximum" else limits.max
             if x.dtype.is_floating_point:
                 neutral = float("-inf") if mode == "maximum" else float("inf")
         values = torch.where(valid, values, torch.full((), neutral, dtype=values.dtype, device=x.device))
-        flat.scatter_reduce_(0, linear, values, name, include_self=True)
+        numbers.scatter_reduce_(0, linear, values, name, include_self=True)
     if flat.data_ptr() != x.data_ptr() or not x.is_contiguous():
         x.copy_(flat.view(x.shape))
     return x
+
+
+def _scatter_with(body: Callable, flat: torch.Tensor, linear: torch.Tensor, values: torch.Tensor, valid: torch.Tensor, unique: bool) -> None:
+    """Combines by any body. Updates of one element are applied one after the other, in their order: in the n-th round every element
+    meets its n-th update."""
+    linear = torch.where(valid, linear, flat.numel())
+    if unique:
+        rounds, number = 1, torch.zeros_like(linear)
+    else:
+        order = torch.sort(linear, stable=True).indices
+        ordered = linear[order]
+        number = torch.empty_like(linear)
+        number[order] = torch.arange(linear.numel(), device=flat.device) - torch.searchsorted(ordered, ordered)
+        rounds = int(torch.where(valid, number, -1).max()) + 1 if linear.numel() else 0  # reads the device
+    spare = torch.cat([flat, flat.new_zeros(1)])  # dropped updates meet one element behind the end
+    for n in range(rounds):
+        now = torch.where(number == n, linear, flat.numel())
+        spare[now] = body(spare[now], values)[0]
+    flat.copy_(spare[:-1])
 
 
 def _row_scatter(x, sizes, windows, update_window_dims, scattered, batching, rank) -> bool:

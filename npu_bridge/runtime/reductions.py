@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
-from npu_bridge.runtime.arithmetic import unsigned_order
+from npu_bridge.runtime.arithmetic import total_order, unsigned_order
 from npu_bridge.runtime.index_ops import pad
 
 # ---- products -----------------------------------------------------------------------------------------------------------
@@ -19,7 +21,9 @@ def _product(function: Callable, x: torch.Tensor, y: torch.Tensor, dtype: torch.
     if dtype == torch.float32 and x.device.type == "npu" and x.dtype == y.dtype:
         # The cube unit accumulates in float32 and rounds once on the way out; widening the operands would leave the cube.
         return function(x, y).to(dtype)
-    wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), dtype)
+    if dtype == torch.bool:  # any(x and y): a count that is not zero
+        return function(x.float(), y.float()) != 0
+    wide = torch.promote_types(torch.promote_types(*(torch.float32 if d.itemsize < 2 and d.is_floating_point else d for d in (x.dtype, y.dtype))), dtype)
     wide = torch.float32 if wide.itemsize < 2 and wide.is_floating_point else wide
     return function(x.to(wide), y.to(wide)).to(dtype)
 
@@ -61,9 +65,26 @@ def convolution(
         x = x.unflatten(0, (batch_groups, n)).transpose(0, 1).flatten(1, 2)
     narrow = x.dtype
     wide = dtype if dtype.itemsize > narrow.itemsize else narrow
+    if not wide.is_floating_point:
+        return _whole_convolution(x.to(wide), kernel.to(wide), stride, rhs_dilation, feature_groups * batch_groups).to(dtype)
+    if wide.itemsize < 2:
+        wide = torch.float32
     function = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
     y = function(x.to(wide), kernel.to(wide), stride=list(stride), dilation=list(rhs_dilation), groups=feature_groups * batch_groups)
     return y.to(dtype)
+
+
+def _whole_convolution(x: torch.Tensor, kernel: torch.Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int) -> torch.Tensor:
+    """Of integers, which wrap: one product for each place of the kernel. torch has convolutions of floats."""
+    if x.dtype == torch.bool:
+        return _whole_convolution(x.int(), kernel.int(), stride, dilation, groups) != 0
+    size = [max((n - (k - 1) * d - 1) // s + 1, 0) for n, k, d, s in zip(x.shape[2:], kernel.shape[2:], dilation, stride)]
+    x, kernel = x.unflatten(1, (groups, x.shape[1] // groups)), kernel.unflatten(0, (groups, kernel.shape[0] // groups))
+    out = torch.zeros(x.shape[0], groups, kernel.shape[1], *size, dtype=x.dtype, device=x.device)
+    for at in itertools.product(*(range(k) for k in kernel.shape[3:])):
+        part = x[(..., *(slice(a * d, a * d + (n - 1) * s + 1, s) if n else slice(0, 0) for a, d, n, s in zip(at, dilation, size, stride)))]
+        out += torch.einsum("bgc...,goc->bgo...", part, kernel[(..., *at)])
+    return out.flatten(1, 2)
 
 
 # ---- reductions ---------------------------------------------------------------------------------------------------------
@@ -106,7 +127,10 @@ def reduce_window(
     x: torch.Tensor, init: torch.Tensor, kind: str, *, window, strides, base_dilations, window_dilations, padding
 ) -> torch.Tensor:
     rank = x.dim()
-    view = _windows(x, init, window, strides, base_dilations, window_dilations, padding)
+    # What is padded takes no part: it is filled with what changes nothing, and the start comes in once.
+    limits = (-math.inf, math.inf) if x.dtype.is_floating_point else (torch.iinfo(x.dtype).min, torch.iinfo(x.dtype).max)
+    neutral = {"add": 0, "multiply": 1, "maximum": limits[0], "minimum": limits[1]}[kind]
+    view = _windows(x, torch.full((), neutral, dtype=x.dtype, device=x.device), window, strides, base_dilations, window_dilations, padding)
     dims = [rank + d for d in range(rank) if window[d] > 1]
     view = view.squeeze([rank + d for d in range(rank) if window[d] == 1])
     dims = list(range(rank, view.dim()))
@@ -115,7 +139,7 @@ def reduce_window(
     if not dims:
         reduced = view
     else:
-        reduced = {"add": torch.sum, "maximum": torch.amax, "minimum": torch.amin}[kind](view, dims)
+        reduced = view.sum(dims, dtype=x.dtype) if kind == "add" else {"maximum": torch.amax, "minimum": torch.amin}[kind](view, dims)
     combine = {"add": torch.add, "maximum": torch.maximum, "minimum": torch.minimum}[kind]
     return combine(reduced, init)
 
@@ -123,9 +147,20 @@ def reduce_window(
 def reduce_window_with(
     body: Callable, xs: Sequence[torch.Tensor], inits: Sequence[torch.Tensor], *, window, strides, base_dilations, window_dilations, padding
 ) -> tuple[torch.Tensor, ...]:
+    """Reduces windows by any body. Padding takes no part in it, whatever the body makes of the start."""
     rank = xs[0].dim()
     views = [_windows(x, i, window, strides, base_dilations, window_dilations, padding) for x, i in zip(xs, inits)]
-    return tree_reduce(body, views, inits, list(range(rank, 2 * rank)))
+    inside = torch.ones(xs[0].shape, dtype=torch.bool, device=xs[0].device)
+    inside = _windows(inside, torch.zeros((), dtype=torch.bool, device=inside.device), window, strides, base_dilations, window_dilations, padding)
+    count, dims = len(xs), list(range(rank, 2 * rank))
+
+    def of_both(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        (*a, in_a), (*b, in_b) = operands[: count + 1], operands[count + 1 :]
+        both = body(*a, *b)
+        return (*(torch.where(in_a & in_b, z, torch.where(in_a, x, y)) for x, y, z in zip(a, b, both)), in_a | in_b)
+
+    reached = torch.ones((), dtype=torch.bool, device=inside.device)
+    return tree_reduce(of_both, [*views, inside], [*inits, reached], dims)[:count]
 
 
 def select_and_scatter_add(x: torch.Tensor, source: torch.Tensor, init: torch.Tensor, direction: str, *, window, strides, padding) -> torch.Tensor:
@@ -185,8 +220,8 @@ def math_cumlogsumexp(x: torch.Tensor, *, axis: int, reverse: bool):
     return _cumulative(lambda t: torch.logcumsumexp(t, axis), x, axis, reverse)
 
 
-def _argument(x: torch.Tensor, axis: int, extreme: Callable, unsigned: bool) -> tuple[torch.Tensor]:
-    """First index of the extreme; the first NaN wins. torch.argmax promises no order among equals."""
+def _argument(x: torch.Tensor, axis: int, extreme: Callable, unsigned: bool, dtype: str) -> tuple[torch.Tensor]:
+    """First index of the extreme, as an integer of `dtype`; the first NaN wins. torch.argmax promises no order among equals."""
     if unsigned:
         x = unsigned_order(x)
     if x.dtype == torch.bool:
@@ -197,22 +232,23 @@ def _argument(x: torch.Tensor, axis: int, extreme: Callable, unsigned: bool) -> 
         hit = torch.where(nan.any(axis, keepdim=True), nan, hit)
     n = x.shape[axis]
     numbers = torch.arange(n, dtype=torch.int32, device=x.device).view([n if d == axis else 1 for d in range(x.dim())])
-    return (torch.where(hit, numbers, n).amin(axis),)
+    return (torch.where(hit, numbers, n).amin(axis).to(getattr(torch, dtype)),)
 
 
-def math_argmax(x: torch.Tensor, *, axis: int, unsigned: bool = False):
-    return _argument(x, axis, torch.amax, unsigned)
+def math_argmax(x: torch.Tensor, *, axis: int, unsigned: bool = False, dtype: str = "int32"):
+    return _argument(x, axis, torch.amax, unsigned, dtype)
 
 
-def math_argmin(x: torch.Tensor, *, axis: int, unsigned: bool = False):
-    return _argument(x, axis, torch.amin, unsigned)
+def math_argmin(x: torch.Tensor, *, axis: int, unsigned: bool = False, dtype: str = "int32"):
+    return _argument(x, axis, torch.amin, unsigned, dtype)
 
 
 def math_top_k(x: torch.Tensor, *, k: int, axis: int, unsigned: bool):
-    """Largest first, the lower index first among equals (torch.topk promises no order), NaN above everything."""
-    values, indices = torch.sort(unsigned_order(x) if unsigned else x, dim=axis, descending=True, stable=True)
-    values = unsigned_order(values) if unsigned else values
-    return values.narrow(axis, 0, k), indices.narrow(axis, 0, k).to(torch.int32)
+    """Largest first in IEEE 754's total order (0 above -0, NaN above everything, -NaN below), the lower index first among equals.
+    torch.topk promises no order among equals."""
+    key = total_order(x) if x.is_floating_point() else unsigned_order(x) if unsigned else x
+    indices = torch.sort(key, dim=axis, descending=True, stable=True).indices.narrow(axis, 0, k)
+    return x.gather(axis, indices), indices.to(torch.int32)
 
 
 def math_sort(*operands: torch.Tensor, axis: int, keys: int, unsigned: Sequence[bool]):

@@ -4,6 +4,8 @@ from npu_bridge.runtime.arithmetic import (
     bessel_i1e,
     cbrt,
     count_leading_zeros,
+    digamma,
+    float_remainder,
     float_to_integer,
     integer_divide,
     integer_remainder,
@@ -15,12 +17,17 @@ from npu_bridge.runtime.arithmetic import (
     shift_right_arithmetic,
     shift_right_logical,
     sign,
+    to_float8,
+    total_order,
     unsigned_divide,
+    unsigned_index,
     unsigned_maximum,
     unsigned_minimum,
     unsigned_order,
     unsigned_remainder,
+    unsigned_to_float,
     widen_unsigned,
+    zeta,
 )
 from npu_bridge.runtime.index_ops import add_at, dynamic_slice, dynamic_update_slice, gather, pad, pick, scatter_, take, write
 from npu_bridge.runtime.masks import math_attention_mask

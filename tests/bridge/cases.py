@@ -95,6 +95,7 @@ case("population count, leading zeros", lambda i: (lax.population_count(i), lax.
 case("unsigned arithmetic", lambda a, b: (a + b, a * b, a - b, a // (b | 1), a % (b | 1), a >> 7, a << 5, a ^ b), u32(4, 8), u32(4, 8), grad=False)
 case("unsigned order", lambda a, b: (a < b, a >= b, lax.max(a, b), lax.min(a, b), jnp.clip(a, np.uint32(5), np.uint32(1 << 31)), jnp.sort(a, 1), jnp.argmax(a, 1)), u32(4, 8), u32(4, 8), grad=False)  # fmt: skip
 case("unsigned conversion", lambda a: (a.astype(jnp.float32), a.astype(jnp.int32), a.astype(jnp.uint8), a.astype(jnp.uint16).astype(jnp.float32)), u32(4, 8), grad=False)  # fmt: skip
+case("unsigned widening", lambda a: (a.astype(jnp.uint16).astype(jnp.uint32), a.astype(jnp.uint8).astype(jnp.int32)), u32(4, 8), grad=False)
 case("unsigned shift by arrays", lambda a, b: lax.shift_right_logical(a, b % 40), u32(4, 8), u32(4, 8), grad=False)
 case("convert to integers", lambda x: (x.astype(jnp.int32), x.astype(jnp.int8), x.astype(jnp.uint32), (x * 1e12).astype(jnp.int32), (x > 0).astype(jnp.int32)), np.abs(X), grad=False)  # fmt: skip
 case("convert NaN and infinity to integers", lambda x: x.astype(jnp.int32), SPECIAL, grad=False)
@@ -174,6 +175,7 @@ case("integer cumsum", lambda i: jnp.cumsum(i, 1), I, grad=False)
 case("sort", lambda x: jnp.sort(x, 1) * jnp.arange(8), X)
 case("sort with NaN", lambda x: jnp.sort(x, 1), SPECIAL, grad=False)
 case("sort by two keys", lambda i, j: lax.sort((i % 3, j, i), dimension=1, num_keys=2), I, J, grad=False)
+case("search", lambda x, y: tuple(jnp.searchsorted(jnp.sort(x.ravel()), y.ravel(), method=m) for m in ("scan", "sort", "compare_all")), SPECIAL, SPECIAL[::-1].copy(), grad=False)  # fmt: skip
 case("argsort", lambda x, i: (jnp.argsort(x, 0), jnp.argsort(i, 1, descending=True)), X, I, grad=False)
 case("top_k", lambda x: lax.top_k(x, 3), X)
 case("top_k with ties", lambda i: lax.top_k(i, 5), I, grad=False)
@@ -189,6 +191,7 @@ case("integer window", lambda i: lax.reduce_window(i, np.int32(0), lax.add, (1, 
 # ---- gather and scatter ------------------------------------------------------------------------------------------------------------
 ROWS = np.array([3, 0, 2, 2, 1, 3], np.int32)
 case("take rows", lambda x, r: jnp.take(x, r, axis=0, mode="clip"), X, ROWS)
+case("slices at unsigned and narrow indices", lambda x, r: (lax.dynamic_slice(x, (r[0].astype(jnp.uint32), r[1].astype(jnp.uint32)), (2, 8)), lax.dynamic_update_slice(x, x[:2] * 2, (r[2].astype(jnp.uint16) - np.uint16(9), r[1].astype(jnp.uint16)))), X, np.array([3, 0, 2, 2], np.int32))  # fmt: skip
 case("take columns", lambda x, r: x[:, r], X, ROWS)
 case("index out of range: fill, wrap, clip", lambda x, r: (x.at[r + 2].get(mode="fill", fill_value=7.0), jnp.take(x, r + 2, axis=0, mode="wrap"), x.at[r + 2].get(mode="clip")), X, ROWS)  # fmt: skip
 case("take_along_axis", lambda x, i: jnp.take_along_axis(x, jnp.abs(i) % 4, 0), X, I)

@@ -57,13 +57,15 @@ def test_a_problem_inside_a_scan_is_found():
     assert "debug_callback" in _refused(step, X)
 
 
-def test_float64_without_x64_is_refused_with_the_argument_named():
-    text = _refused(lambda d: d["a"] * 2, {"a": np.ones(4)})
-    assert "argument 0['a']: float64 while jax_enable_x64 is off" in text
+def test_64_bit_arguments_are_taken_as_32_bits_as_in_jax_without_x64():
+    fn = npu_bridge.jit(lambda d, i: d["a"][i] * 2)
+    for dtype, narrow in ((np.float64, np.float32), (np.int64, np.int32), (np.uint64, np.uint32)):
+        made = fn({"a": np.arange(4, dtype=dtype)}, np.int64(3))
+        assert made.dtype == narrow and made.item() == 6, made
 
 
 def test_several_bad_arguments_are_named_together():
-    text = _refused(lambda d, n: n, {"a": np.ones(4), "b": "text", "c": object()}, 3)
+    text = _refused(lambda d, n: n, {"a": np.ones(4, np.complex64), "b": "text", "c": object()}, 3)
     assert "3 problems found" in text and "['b']: str is no array" in text and "static_argnums" in text
 
 

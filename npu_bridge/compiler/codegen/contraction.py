@@ -87,6 +87,14 @@ def _is_identity(kind: str, init: Operand) -> bool:
     return value == {"maximum": -(1 << (bits - 1)), "minimum": (1 << (bits - 1)) - 1, "or": 0, "and": -1}[kind]
 
 
+def broadcast_scalar(e: Emitter, x: Operand, type: Type) -> Operand:
+    """One number for a whole array."""
+    if isinstance(x, Literal):
+        return Literal(x.value, type)
+    x = e.tensor(x)
+    return e.emit(f"{x.name}.expand({type.shape})", [x], type, alias=x, expands=True, kind="broadcast_in_dim") if type.shape else x
+
+
 @lowering("reduce")
 def reduce(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
     count = len(op.results)
@@ -97,6 +105,8 @@ def reduce(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
     if simple and not (kind in ("or", "and") and dtype != "i1") and not (kind in ("add", "multiply") and dtype == "i1"):
         if not dims:
             return [args[0]]
+        if any(args[0].type.shape[d] == 0 for d in dims):  # torch has no extreme of nothing
+            return [broadcast_scalar(e, args[1], op.result.type)]
         x, init = e.tensor(args[0]), args[1]
         if kind == "multiply" and len(dims) > 1:
             code = f"T.product({x.name}, {dims})"
@@ -136,7 +146,7 @@ def reduce_window(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
     count = len(op.results)
     xs, inits = [e.tensor(a) for a in args[:count]], [e.tensor(a) for a in args[count:]]
     kind = body_kind(op.regions[0])
-    if count == 1 and kind in ("add", "maximum", "minimum", "multiply") and op.result.dtype in FLOATS:
+    if count == 1 and kind in ("add", "maximum", "minimum", "multiply") and (op.result.dtype in FLOATS or op.result.dtype in ("i8", "i16", "i32", "i64")):
         code = f"T.reduce_window({xs[0].name}, {inits[0].name}, {kind!r}, {_window(op)})"
         return [e.emit(code, [*xs, *inits], op.result.type, kind="reduce_window")]
     body = e.function(op, op.regions[0], "combine")

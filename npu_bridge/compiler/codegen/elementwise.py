@@ -9,7 +9,7 @@ import numpy as np
 
 from npu_bridge.compiler.codegen.emitter import Emitter, lowering
 from npu_bridge.compiler.codegen.operands import BIT_UNSIGNED, BITS, HostInt, Literal, Operand, Tensor, torch_dtype
-from npu_bridge.compiler.ir import FLOATS, UNSIGNED, Op, Type
+from npu_bridge.compiler.ir import FLOAT8, FLOATS, UNSIGNED, Op, Type
 
 _NUMPY = {"i1": np.bool_, "i8": np.int8, "ui8": np.uint8, "i16": np.int16, "ui16": np.uint16, "i32": np.int32, "ui32": np.uint32,
           "i64": np.int64, "ui64": np.uint64, "f16": np.float16, "bf16": ml_dtypes.bfloat16, "f32": np.float32, "f64": np.float64}  # fmt: skip
@@ -22,10 +22,10 @@ _UNARY = {
     "logistic": "sigmoid", "rsqrt": "rsqrt", "sqrt": "sqrt", "sine": "sin", "cosine": "cos", "tan": "tan", "abs": "abs",
     "floor": "floor", "ceil": "ceil", "round_nearest_even": "round", "erf": "erf", "erfc": "erfc", "erf_inv": "erfinv", "acos": "acos",
     "acosh": "acosh", "asin": "asin", "asinh": "asinh", "atan": "atan", "atanh": "atanh", "cosh": "cosh", "sinh": "sinh",
-    "lgamma": "lgamma", "digamma": "digamma",
+    "lgamma": "lgamma",
 }  # fmt: skip
 # name -> helper in runtime/tensor_ops.py
-_UNARY_HELPER = {"cbrt": "cbrt", "round_nearest_afz": "round_half_away", "bessel_i1e": "bessel_i1e", "count_leading_zeros": "count_leading_zeros",
+_UNARY_HELPER = {"cbrt": "cbrt", "round_nearest_afz": "round_half_away", "bessel_i1e": "bessel_i1e", "digamma": "digamma", "count_leading_zeros": "count_leading_zeros",
                  "popcnt": "population_count"}  # fmt: skip
 _INFIX = {"add": ("+", "add_"), "subtract": ("-", "sub_"), "multiply": ("*", "mul_"), "divide": ("/", "div_"),
           "and": ("&", "bitwise_and_"), "or": ("|", "bitwise_or_"), "xor": ("^", "bitwise_xor_")}  # fmt: skip
@@ -55,7 +55,7 @@ def _fold(op: Op, args: list[Operand]) -> float | int | bool | None:
     if op.name == "compare":
         compare = {"EQ": np.equal, "NE": np.not_equal, "LT": np.less, "LE": np.less_equal, "GT": np.greater, "GE": np.greater_equal}
         function = compare[op.attrs["comparison_direction"]]
-    if function is None:
+    if function is None or op.attrs.get("compare_type") == "TOTALORDER":
         return None
     if op.name == "convert" and integer and not math.isfinite(float(values[0])):
         return None
@@ -283,7 +283,8 @@ def remainder(e: Emitter, op: Op, args: list[Operand]) -> Operand:
         return known
     x, y = _at_least_one_tensor(e, args)
     if op.result.dtype in FLOATS:
-        return e.emit(f"torch.fmod({e.text(e.tensor(x))}, {e.text(y)})", [x, y], op.result.type, kind="remainder")
+        x, y = e.tensor(x), e.tensor(y)
+        return e.emit(f"T.float_remainder({x.name}, {y.name})", [x, y], op.result.type, kind="remainder")
     return _integer_division(e, op, x, y, "remainder")
 
 
@@ -329,13 +330,15 @@ def power(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     if op.result.dtype not in FLOATS:
         e.problem(op, "power of integers, which jax writes as multiplications; use lax.integer_pow")
         return Literal(0, op.result.type)
+    if isinstance(y, Literal) and y.value in (0.5, -0.5):  # torch takes a square root, which is NaN for minus infinity
+        x, y = e.tensor(x), e.tensor(Literal(y.value, Type((), y.type.dtype)))
     return e.emit(f"torch.pow({e.text(x)}, {e.text(y)})", [x, y], op.result.type, kind="power")
 
 
 @lowering("atan2", "next_after", "polygamma", "zeta")
 def binary_helper(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     x, y = (e.tensor(a) for a in args)
-    function = {"atan2": "torch.atan2", "next_after": "torch.nextafter", "polygamma": "T.polygamma", "zeta": "torch.special.zeta"}[op.name]
+    function = {"atan2": "torch.atan2", "next_after": "torch.nextafter", "polygamma": "T.polygamma", "zeta": "T.zeta"}[op.name]
     return e.emit(f"{function}({x.name}, {y.name})", [x, y], op.result.type, kind=op.name)
 
 
@@ -351,6 +354,8 @@ def shift(e: Emitter, op: Op, args: list[Operand]) -> Operand:
             return x
         if op.name == "shift_left":
             return e.emit(f"{x.name} << {n}", [x], op.result.type, inplace=[(x, f"{x.name}.bitwise_left_shift_({n})")], kind=op.name)
+        if op.name == "shift_right_arithmetic" and op.result.dtype == "ui8":  # copies of its top bit come in, as if it were signed
+            return e.emit(f"({x.name}.view(torch.int8) >> {n}).view(torch.uint8)", [x], op.result.type, kind=op.name)
         if op.name == "shift_right_arithmetic" or op.result.dtype == "ui8":
             return e.emit(f"{x.name} >> {n}", [x], op.result.type, kind=op.name)
         mask = (1 << (bits - n)) - 1  # the sign bits that came in from the left go
@@ -368,6 +373,10 @@ def compare(e: Emitter, op: Op, args: list[Operand]) -> Operand:
         return known
     x, y = _at_least_one_tensor(e, args)
     direction = op.attrs["comparison_direction"]
+    if op.attrs.get("compare_type") == "TOTALORDER" and x.type.dtype in FLOATS:
+        x, y = e.tensor(x), e.tensor(y)
+        code = f"T.total_order({x.name}) {_COMPARE[direction]} T.total_order({y.name})"
+        return e.emit(code, [x, y], op.result.type, kind="compare")
     if x.type.dtype in BIT_UNSIGNED and direction not in ("EQ", "NE"):
         x, y = e.tensor(x), e.tensor(y)
         code = f"T.unsigned_order({x.name}) {_COMPARE[direction]} T.unsigned_order({y.name})"
@@ -429,7 +438,12 @@ def convert(e: Emitter, op: Op, args: list[Operand]) -> Operand:
         return x
     if target == "i1":
         code = f"{x.name} != 0"
-    elif source in BIT_UNSIGNED and (target in FLOATS or BITS.get(target, 0) > BITS[source]):
+    elif target in FLOAT8:
+        wide = f"T.unsigned_to_float({x.name}, {BITS[source]}, torch.float32)" if source in BIT_UNSIGNED else x.name
+        code = f"T.to_float8({wide}, {torch_dtype(target)})"
+    elif source in BIT_UNSIGNED and target in FLOATS:
+        code = f"T.unsigned_to_float({x.name}, {BITS[source]}, {torch_dtype(target)})"
+    elif source in BIT_UNSIGNED and BITS.get(target, 0) > BITS[source]:
         code = f"T.widen_unsigned({x.name}, {BITS[source]}).to({torch_dtype(target)})"
     elif source in BITS and target in BITS and torch_dtype(source) == torch_dtype(target):
         return e.emit(x.name, [x], op.result.type, alias=x, kind="convert")  # the same bits read with another sign

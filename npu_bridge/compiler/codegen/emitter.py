@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 from npu_bridge.compiler.codegen.operands import BIT_UNSIGNED, BITS, HostInt, Literal, Operand, Tensor, literal_code, torch_dtype
@@ -30,8 +31,9 @@ def lowering(*names: str) -> Callable[[Lowering], Lowering]:
 class Emitter:
     """State of one program being written."""
 
-    def __init__(self, program: Program, *, allow_host_sync: bool = False):
+    def __init__(self, program: Program, *, allow_host_sync: bool = False, device: str = "cpu"):
         self.program = program
+        self.device = device
         self.mesh: MeshShape = program.mesh
         self.allow_host_sync = allow_host_sync
         self.items: list[Item] = []
@@ -133,9 +135,10 @@ class Emitter:
                 value = f"rt.wrap({operand.code}, {BITS[operand.type.dtype]}, False)"  # stored as signed bits
             return self.emit(f"torch.full({shape}, {value}, dtype={dtype}, device=rt.device)", [], operand.type, kind="fill")
         value = literal_code(operand.value, operand.type.dtype)
-        if not operand.value and dtype.startswith("torch.float8"):
-            return self.emit(f"torch.zeros({shape}, dtype=torch.float32, device=rt.device).to({dtype})", [], operand.type, kind="fill")
-        fill = f"torch.zeros({shape}, " if not operand.value else f"torch.full({shape}, {value}, "
+        zero = operand.value == 0 and math.copysign(1, operand.value) > 0
+        fill = f"torch.zeros({shape}, " if zero else f"torch.full({shape}, {value}, "
+        if dtype.startswith("torch.float8"):
+            return self.emit(f"{fill}dtype=torch.float32, device=rt.device).to({dtype})", [], operand.type, kind="fill")
         return self.emit(f"{fill}dtype={dtype}, device=rt.device)", [], operand.type, kind="fill")
 
     def text(self, operand: Operand) -> str:

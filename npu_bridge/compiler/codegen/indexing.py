@@ -7,7 +7,8 @@ write nothing) and Shardy's all_reduce puts the answers together. An embedding t
 from __future__ import annotations
 
 from npu_bridge.compiler.codegen.emitter import Emitter, lowering
-from npu_bridge.compiler.codegen.operands import Literal, Operand
+from npu_bridge.compiler.codegen.operands import BIT_UNSIGNED, Literal, Operand
+from npu_bridge.compiler.codegen.shaping import index_code
 from npu_bridge.compiler.ir import Op, body_kind
 
 
@@ -40,26 +41,42 @@ def gather(e: Emitter, op: Op, args: list[Operand]) -> Operand:
         batch = len(indices.type.shape) - 1
         in_place = list(a["offset_dims"]) == [d if d < dim else d + batch - 1 for d in range(len(x.type.shape)) if d != dim]
         if whole and in_place:
-            code = f"T.take({x.name}, {indices.name}, {dim}{_shard_text(op)})"
+            code = f"T.take({x.name}, {index_code(e, indices)}, {dim}{_shard_text(op)})"
             return e.emit(code, [x, indices], op.result.type, kind="gather")
     numbers = {k: a[k] for k in ("offset_dims", "collapsed_slice_dims", "operand_batching_dims", "start_indices_batching_dims",
                                  "start_index_map", "index_vector_dim", "slice_sizes")}  # fmt: skip
     text = ", ".join(f"{k}={v}" for k, v in numbers.items())
-    return e.emit(f"T.gather({x.name}, {indices.name}, {text}{_shard_text(op)})", [x, indices], op.result.type, kind="gather")
+    return e.emit(f"T.gather({x.name}, {index_code(e, indices)}, {text}{_shard_text(op)})", [x, indices], op.result.type, kind="gather")
+
+
+_SCATTERS = ("add", "multiply", "maximum", "minimum", "replace")
 
 
 @lowering("scatter")
 def scatter(e: Emitter, op: Op, args: list[Operand]) -> Operand:
+    """One array, whose updates are combined by a known operation, or by any body of the program."""
     x, indices, updates = (e.tensor(a) for a in args)
     a = op.attrs
     mode = body_kind(op.regions[0])
-    if mode not in ("add", "multiply", "maximum", "minimum", "replace"):
-        e.problem(op, "its body is not one of add, multiply, maximum, minimum, replace")
-        return Literal(0, op.result.type)
+    if mode == "subtract" and op.regions[0].ops[0].operands == op.regions[0].params:
+        mode, updates = "add", e.emit(f"-{updates.name}", [updates], updates.type, kind="negate")
     numbers = {k: a[k] for k in ("update_window_dims", "inserted_window_dims", "input_batching_dims", "scatter_indices_batching_dims",
                                  "scattered_dims_to_operand_dims", "index_vector_dim")}  # fmt: skip
     text = ", ".join(f"{k}={v}" for k, v in numbers.items())
-    rest = f"{indices.name}, {updates.name}, {mode!r}, {text}{_shard_text(op)})"
+    if mode not in _SCATTERS:
+        unique = bool(a.get("unique_indices"))
+        if not unique and e.device != "cpu" and not e.allow_host_sync:
+            e.problem(op, "its body is not one of add, multiply, maximum, minimum, replace, and indices may repeat, which the host must count; "
+                      "pass unique_indices=True, or compile with allow_host_sync=True")  # fmt: skip
+        mode = e.function(op, op.regions[0], "combine")
+        if mode is None:
+            return Literal(0, op.result.type)
+        text += f", unique={unique}"
+    else:
+        mode = repr(mode)
+        if x.type.dtype in BIT_UNSIGNED and mode in ("'maximum'", "'minimum'"):
+            text += ", unsigned=True"
+    rest = f"{index_code(e, indices)}, {updates.name}, {mode}, {text}{_shard_text(op)})"
     return e.emit(
         f"T.scatter_({x.name}.clone(), {rest}", [x, indices, updates], op.result.type, inplace=[(x, f"T.scatter_({x.name}, {rest}")],
         kind="scatter",

@@ -33,9 +33,9 @@ def _scope(location: Location) -> str:
     return "/".join(parts)
 
 
-def generate(program: Program, *, allow_host_sync: bool = False) -> Source:
+def generate(program: Program, *, allow_host_sync: bool = False, device: str = "cpu") -> Source:
     """Writes a program. Raises UnsupportedError with everything that has no torch form."""
-    emitter = Emitter(program, allow_host_sync=allow_host_sync)
+    emitter = Emitter(program, allow_host_sync=allow_host_sync, device=device)
     params, results = emitter.run()
     items = remove_dead(emitter.items, set(results))
     types = {p: v.type for p, v in zip(params, program.body.params)}

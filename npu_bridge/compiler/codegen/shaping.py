@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from npu_bridge.compiler.codegen.emitter import Emitter, lowering
-from npu_bridge.compiler.codegen.operands import HostInt, Literal, Operand, Tensor, literal_code, torch_dtype
+from npu_bridge.compiler.codegen.operands import BIT_UNSIGNED, BITS, HostInt, Literal, Operand, Tensor, literal_code, torch_dtype
 from npu_bridge.compiler.ir import Op, Type
 
 
@@ -157,7 +157,12 @@ def _host_index(e: Emitter, whole: tuple[int, ...], part: tuple[int, ...], start
 
 def _starts(e: Emitter, starts: list[Operand]) -> tuple[str, list[Tensor]]:
     tensors = [s for s in starts if isinstance(s, Tensor)]
-    return ", ".join(e.text(s) for s in starts), tensors
+    return ", ".join(index_code(e, s) if isinstance(s, Tensor) else str(int(s.value)) if isinstance(s, Literal) else f"({s.code})" for s in starts), tensors
+
+
+def index_code(e: Emitter, index: Tensor) -> str:
+    """Code of an index by its value: an unsigned one is kept as signed bits."""
+    return f"T.unsigned_index({index.name}, {BITS[index.type.dtype]})" if index.type.dtype in BIT_UNSIGNED else index.name
 
 
 @lowering("dynamic_slice")

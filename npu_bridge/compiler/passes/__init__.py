@@ -5,6 +5,7 @@ from __future__ import annotations
 from npu_bridge.compiler.ir import Program
 from npu_bridge.compiler.passes.biases import add_biases_before_rounding
 from npu_bridge.compiler.passes.collectives import fuse_collectives, widen_reductions
+from npu_bridge.compiler.passes.float8 import widen_float8
 from npu_bridge.compiler.passes.fused_calls import fit_fused_calls
 from npu_bridge.compiler.passes.hoist import hoist_invariants
 from npu_bridge.compiler.passes.indices import index_instead_of_comparing
@@ -18,6 +19,7 @@ from npu_bridge.compiler.passes.simplify import remove_unread, share_equal_opera
 def run(program: Program, *, device: str = "cpu", reduce_in_float32: bool = False, overlap: bool = True) -> None:
     """Rewrites a program for a kind of device in place."""
     merge_kernel_parts(program)
+    widen_float8(program.body)
     share_equal_operations(program.body)
     fuse_collectives(program)
     if reduce_in_float32:

@@ -34,7 +34,7 @@ def _forward_slices(block: Block) -> None:
         if op.name == "slice" and all(step == 1 for step in op.attrs["strides"]):
             _look_through(op)
         elif op.name == "concatenate":
-            op.operands = [v for v in op.operands if v.type.size] or op.operands[:1]
+            op.operands = [v for v in op.operands if v.shape[op.attrs["dimension"]]] or op.operands[:1]
         elif _keeps_order(op):
             if _keeps_order(op.operands[0].producer):
                 op.name, op.operands, op.attrs = "reshape", list(op.operands[0].producer.operands), {}
