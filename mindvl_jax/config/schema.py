@@ -166,10 +166,19 @@ class OptimizerConfig(Section):
     no_decay: tuple[str, ...] = Field(("**/scale", "**/bias"), description="Parameter globs without weight decay.")
 
 
+class FlowMatchingConfig(Section):
+    """How noise is drawn for models that generate by flow matching."""
+
+    times: Literal["uniform", "logit_normal"] = Field("logit_normal", description="Law of the noise levels; logit_normal prefers the middle.")
+    shift: PositiveFloat = Field(1.0, description="Noise levels t become shift * t / (1 + (shift - 1) * t); above 1 noisier ones are preferred.")
+    condition_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="Share of the samples whose class is withheld, for guidance.")
+
+
 class TrainingConfig(Section):
     phases: tuple[PhaseConfig, ...]
     optimizer: OptimizerConfig = OptimizerConfig()
     loss_chunk: PositiveInt = Field(1024, description="Tokens whose logits exist at one time.")
+    flow_matching: FlowMatchingConfig = FlowMatchingConfig()
     max_bad_steps: PositiveInt = Field(10, description="Consecutive non-finite steps (each skipped and counted) before the run stops.")
     ema_decay: float | None = Field(None, ge=0, lt=1, description="Keep an exponential moving average of the parameters, such as 0.999; used as RUN:ema.")
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.data.batch import BatchShape
+from mindvl_jax.models.vision_language.batch import BatchShape
 from mindvl_jax.models.adapters import attach_values
 from mindvl_jax.models.outline import outline_of
 from mindvl_jax.weights.adapters import PeftAdapter, published_updates, read_adapter
