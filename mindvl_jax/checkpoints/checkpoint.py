@@ -2,8 +2,8 @@
 
 A checkpoint is `checkpoints/<step>/` with four items: `params` (nested by path), `optimizer` (optimizer state and counters),
 `progress` (JSON: phase, loader state, fingerprints) and `config` (JSON: the resolved configuration); a run with `training.ema_decay`
-adds `ema`. Every array carries a fingerprint of its bits, so a checkpoint that reads without an error but with other values counts as
-damaged too.
+adds `ema`. Every array carries a fingerprint of its bits, and progress and config a seal over both, so a checkpoint that reads without
+an error but with other values counts as damaged too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import hashlib
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,7 +48,8 @@ class Progress:
       step: optimizer steps done over all phases. phase: index of the phase that the state belongs to. phase_name: its name.
       phase_step: steps done in it.
       trained: paths of the parameters that it trains.
-      loader: the loader's state after the last batch of `step`; None at the end of a phase.
+      loader: the loader's state after the last batch of `step`, at the end of a phase too: the phase may be made longer.
+        None before the first batch of a phase.
       totals: running counts over the run (tokens, samples, seconds).
     """
 
@@ -81,6 +84,11 @@ def _fingerprints(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 def fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
     """32 bits a parameter that change with (nearly) every change of its values; the same on every mesh."""
     return {path: int(value) for path, value in jax.device_get(_fingerprints(dict(arrays))).items()}
+
+
+def _seal(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """Digest of what the host knows of a run: step, phase, data position, waiting samples, totals, fingerprints, configuration."""
+    return hashlib.blake2b(json.dumps([record, config], sort_keys=True, allow_nan=True).encode(), digest_size=16).hexdigest()
 
 
 # --- layout ----------------------------------------------------------------------------------------------------------
@@ -200,6 +208,8 @@ class CheckpointWriter:
             return False
         record = dataclasses.asdict(progress)
         record["fingerprints"] = {**fingerprints(params), **fingerprints(_fingerprinted(optimizer)), **fingerprints(_ema_arrays(ema or {}))}
+        plain = config.model_dump(mode="json")
+        record["seal"] = _seal(record, plain)
         average = {} if ema is None else {"ema": ocp.args.PyTreeSave(_nest(ema))}
         return self._manager.save(
             progress.step,
@@ -207,7 +217,7 @@ class CheckpointWriter:
                 params=ocp.args.PyTreeSave(_nest(params)),
                 optimizer=ocp.args.PyTreeSave(_nest(optimizer)),
                 progress=ocp.args.JsonSave(record),
-                config=ocp.args.JsonSave(config.model_dump(mode="json")),
+                config=ocp.args.JsonSave(plain),
                 **average,
             ),
             force=True,
@@ -254,6 +264,8 @@ class CheckpointReader:
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore(), config=ocp.args.JsonRestore()))
             record = dict(restored["progress"])
+            if record.pop("seal", None) != _seal(record, restored["config"]):
+                raise ValueError("progress or config is not what was saved (its seal does not fit)")
             prints = record.pop("fingerprints")
             record["trained"] = tuple(record["trained"])
             return Progress(**record), prints, restored["config"]

@@ -65,21 +65,30 @@ def read_json(path: str | Path, default: Any = None) -> Any:
     return json.loads(read_text(path)) if path.is_file() else default
 
 
-def read_jsonl(path: str | Path) -> list[dict]:
-    """Read the rows of a JSONL file; no rows if it does not exist. A last line truncated by a kill is dropped."""
+def read_jsonl(path: str | Path, *, whole: bool = True) -> list[dict]:
+    """Read the rows of a JSONL file; no rows if it does not exist. A last line truncated by a kill is dropped.
+
+    Args:
+      whole: False leaves out every line that is no JSON object, for files whose lines can be made again.
+
+    Raises:
+      ValueError: with `whole`, a line that is no JSON object.
+    """
     path = Path(path)
     if not path.is_file():
         return []
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="strict" if whole else "replace") as file:
         lines = file.read().split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number == len(lines):  # no newline at the end: truncated while being written
-                continue
-            raise
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} holds a {type(row).__name__}; expected an object")
+            rows.append(row)
+        except (ValueError, RecursionError):
+            if whole and number < len(lines):  # with no newline after it, it was being written
+                raise
     return rows

@@ -25,7 +25,7 @@ from mindvl_jax.data.sources.mixture import MixtureStream
 from mindvl_jax.data.workers import Job, PoolDecoder, PoolEncoder, WorkerPool
 from mindvl_jax.core.errors import UserError
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 
 
 def make_loader(
@@ -59,10 +59,15 @@ def make_loader(
         encoder = IndexedEncoder(stream, indices, encoder, processor)
     cache = shared_cache(processor.encoding) if data.cache_examples else None
     planner = Planner(stream, encoder, processor, rows=phase.rows, buffer=data.packing_buffer, quarantine=quarantine, cache=cache)
-    identity = {"format": STATE_FORMAT, "phase": phase.name, "phase_index": phase_index, "seed": seed}
+    identity = {"format": STATE_FORMAT, "phase": phase.name, "phase_index": phase_index, "seed": seed, "tokenizer": processor_vocabulary(processor)}
     own = phase.rows // process_count
     rows = slice(process_index * own, (process_index + 1) * own)
     return Loader(planner, encoder, decoder, quarantine, rows=rows, collate_rows=processor.collate, identity=identity, prefetch=data.prefetch)
+
+
+def processor_vocabulary(processor: Processor) -> str | None:
+    """Return the digest of a processor's tokenizer; None for families that read no text."""
+    return getattr(getattr(processor, "tokenizer", None), "digest", None)
 
 
 def phase_seed(config: Config, phase_index: int) -> int:
@@ -166,6 +171,8 @@ class Loader:
         """
         for key, here in self._identity.items():
             if state.get(key) != here:
+                if key == "tokenizer":
+                    raise UserError("the checkpoint was trained with another tokenizer (vocabulary, id table or chat template): its tokens would mean other words; set tokenizer back, or set run.resume to `never`")
                 raise UserError(f"the checkpoint's data state has {key} {state.get(key)!r}, this run has {here!r}; resume with the configuration of the checkpoint, or set run.resume to `never`")
         self._halt()
         self._planner.restore(state["planner"])

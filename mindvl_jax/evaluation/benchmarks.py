@@ -5,7 +5,6 @@ Each entry reads both published forms of its file; columns that differ between t
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import hashlib
@@ -16,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.files import foreign
 from mindvl_jax.evaluation import choices, scorers
 from mindvl_jax.evaluation.items import Item
-from mindvl_jax.evaluation.readers import Picture64, Row, read_rows
+from mindvl_jax.evaluation.readers import Picture64, Row, read_rows, spelled_list
 
 WORD_OR_PHRASE = "\nAnswer the question using a single word or phrase."
 SINGLE_WORD = "\nAnswer the question with a single word."
@@ -141,7 +141,10 @@ def _options(row: Row) -> list[str]:
     """Texts of the options: a list, text that spells one, or columns A, B, C ..."""
     if "options" in row.values:
         options = row.values["options"]
-        return [str(option) for option in (ast.literal_eval(options) if isinstance(options, str) else options)]
+        listed = spelled_list(options) if isinstance(options, str) else options
+        if not isinstance(listed, (list, tuple)):
+            raise UserError(f"{row.where}: options are {str(listed)[:80]!r}; expected a list")
+        return [str(option) for option in listed]
     return [str(row.values[letter]) for letter in choices.LETTERS[:9] if letter in row.values and str(row.values[letter]) != "nan"]
 
 
@@ -268,7 +271,7 @@ def find_file(name: str, folder: Path) -> Path:
         for suffix in (".parquet", ".tsv"):
             if (folder / f"{stem}{suffix}").is_file():
                 return folder / f"{stem}{suffix}"
-        if any((folder / stem).glob("*.parquet")):
+        if any(not foreign(file.name) for file in (folder / stem).glob("*.parquet")):
             return folder / stem
     wanted = ", ".join(f"{stem}.parquet, {stem}.tsv" for stem in benchmark.files[:2])
     held = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) if folder.is_dir() else "no such folder"
@@ -278,7 +281,7 @@ def find_file(name: str, folder: Path) -> Path:
 def find_files(name: str, folder: Path) -> list[Path]:
     """The benchmark's file, or the parts of its folder in order. Raises UserError as `find_file`."""
     path = find_file(name, folder)
-    return sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    return sorted(file for file in path.glob("*.parquet") if not foreign(file.name)) if path.is_dir() else [path]
 
 
 def load_items(name: str, folder: Path) -> list[Item]:
@@ -292,8 +295,11 @@ def load_items(name: str, folder: Path) -> list[Item]:
     for file in find_files(name, folder):
         for row in read_rows(file, benchmark.columns):
             try:
-                items.append(benchmark.read(row, len(items)))
-            except (ValueError, KeyError, IndexError, SyntaxError) as error:
+                item = benchmark.read(row, len(items))
+                if not any(answer.strip() for answer in item.answers):
+                    raise UserError(f"{row.where}: the row has no answer to compare with")
+                items.append(item)
+            except (ValueError, KeyError, IndexError, SyntaxError, TypeError, OverflowError, AttributeError) as error:
                 raise UserError(str(error) if str(error).startswith(row.where) else f"{row.where}: {error}") from error
     counts: dict[str, int] = defaultdict(int)
     for item in items:

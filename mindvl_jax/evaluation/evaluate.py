@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.evaluation.benchmarks import Benchmark
 from mindvl_jax.evaluation.items import Item
 from mindvl_jax.evaluation.statistics import bootstrap_interval
@@ -41,6 +42,9 @@ class Settings:
         return hashlib.sha256(json.dumps([weights, dataclasses.asdict(self)]).encode()).hexdigest()[:16]
 
 
+_KEPT = {"id", "language_only", "prediction", "prompt_tokens"}
+
+
 class Predictions:
     """Predictions of one task, appended to a JSONL file as they are made and found again by id.
 
@@ -51,12 +55,14 @@ class Predictions:
     def __init__(self, path: Path, fingerprint: str):
         self._path, self._fingerprint = path, fingerprint
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = read_jsonl(path)
+        rows = read_jsonl(path, whole=False)
         if path.is_file() and not path.read_bytes().endswith(b"\n"):  # a line cut off by a kill: what follows must not join it
             with open(path, "r+b") as file:
                 content = file.read()
                 file.truncate(content.rfind(b"\n") + 1)
-        self._known: dict[tuple[str, bool], dict] = {(row["id"], row["language_only"]): row for row in rows if row["fingerprint"] == fingerprint}
+        self._known: dict[tuple[str, bool], dict] = {
+            (row["id"], row["language_only"]): row for row in rows if row.get("fingerprint") == fingerprint and _KEPT <= row.keys()
+        }
         self._file = open(path, "a", encoding="utf-8")
 
     def __enter__(self) -> "Predictions":
@@ -109,6 +115,25 @@ def _request(item: Item, sampling: Sampling, settings: Settings, language_only: 
     if language_only:
         return without_media(item.request(sampling))
     return item.request(sampling, min_pixels=settings.min_pixels, max_pixels=settings.max_pixels)
+
+
+def require_scorable(benchmark: Benchmark, items: Sequence[Item]) -> None:
+    """Scores every item with an answer that is never right, and sums up: a row that breaks scoring is found before the first token.
+
+    Raises:
+      UserError: no items, or one that the benchmark's rule cannot score; the message names it.
+    """
+    if not items:
+        raise UserError(f"{benchmark.title}: no samples to score")
+    for item in items:
+        try:
+            benchmark.score(item, "-")
+        except Exception as error:  # rules read what the row holds, whatever that is
+            raise UserError(f"{benchmark.title}: sample {item.id} cannot be scored ({type(error).__name__}: {error}); take the row out, or correct it") from None
+    try:
+        summarise(benchmark, items, [{"prediction": "-"}] * len(items), None)
+    except Exception as error:
+        raise UserError(f"{benchmark.title}: its {len(items)} samples cannot be summed up ({type(error).__name__}: {error})") from None
 
 
 def summarise(benchmark: Benchmark, items: Sequence[Item], rows: Sequence[dict], blind: Sequence[dict] | None) -> dict[str, Any]:
@@ -170,6 +195,7 @@ def evaluate_task(generator: Generator, name: str, benchmark: Benchmark, items: 
     Returns:
       scores, prediction rows, language-only rows (None when not asked for).
     """
+    require_scorable(benchmark, items)
     report = lambda label: (lambda done: on_progress(done, len(items), label)) if on_progress else None
     with Predictions(out / f"{name}.jsonl", settings.fingerprint(weights)) as predictions:
         rows = predict(generator, items, settings, predictions, language_only=False, on_progress=report(name))

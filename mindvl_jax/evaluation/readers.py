@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ast
-import base64
-import binascii
 import csv
 import dataclasses
+import io
 import math
+import re
+import tokenize
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.data.media.inline import InlineError, decode_base64
 
 
 class Picture64:
@@ -24,9 +26,9 @@ class Picture64:
     def read(self) -> bytes:
         """Raises UserError when the text is not base64."""
         try:
-            return base64.b64decode(self.text, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise UserError(f"the picture is not base64: {error}") from None
+            return decode_base64(self.text)
+        except InlineError as error:
+            raise UserError(str(error)) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +59,25 @@ class Row:
         if value is None:
             raise UserError(f"{self.where}: no {column!r} (the row has: {', '.join(self.values)})")
         if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
-            try:
-                value = ast.literal_eval(value)
-            except (ValueError, SyntaxError):  # an answer that merely stands in brackets
-                pass
+            value = spelled_list(value)
         return [str(entry) for entry in value] if isinstance(value, (list, tuple)) else [str(value)]
+
+
+LONGEST_LIST = 100_000  # characters of a cell that is taken for a list written out
+
+
+def spelled_list(text: str) -> Any:
+    """What a cell that spells a list holds: `['a', 'b']` as Python writes it, `['a' 'b']` as numpy prints it. The text itself when it
+    merely stands in brackets."""
+    if len(text) > LONGEST_LIST:
+        return text
+    try:
+        kinds = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in (tokenize.NEWLINE, tokenize.NL, tokenize.ENDMARKER)]
+        if len(kinds) > 3 and all(token.type == tokenize.STRING for token in kinds[1:-1]):
+            return [ast.literal_eval(token.string) for token in kinds[1:-1]]  # Python would join them into one word
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
+        return text
 
 
 def read_rows(path: Path, required: Sequence[str]) -> Iterator[Row]:
@@ -88,26 +104,37 @@ def _check(path: Path, columns: Sequence[str], required: Sequence[str]) -> None:
 
 def _tsv(path: Path, required: Sequence[str]) -> Iterator[Row]:
     csv.field_size_limit(1 << 30)
-    with open(path, encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t")
-        _check(path, reader.fieldnames or (), (*required, "image"))
-        seen: dict[str, str] = {}  # rows may name another row's index instead of repeating its picture
-        count = 0
-        for count, cells in enumerate(reader, 1):
-            values = {column: value for column, value in cells.items() if column is not None and value not in (None, "")}
-            where = f"{path} row {count} (index {values.get('index', '?')})"
-            image = values.pop("image", None)
-            pictures: tuple[Any, ...] = ()
-            if image is not None:
-                if len(image) <= 64 and image in seen:
-                    image = seen[image]
-                elif "index" in values:
-                    seen[values["index"]] = image
-                parts = ast.literal_eval(image) if image.startswith("[") else [image]
-                pictures = tuple(Picture64(part) for part in parts)
-            yield Row(where, values, pictures)
-        if not count:
-            raise UserError(f"{path} has a header but no rows")
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t")
+            _check(path, reader.fieldnames or (), (*required, "image"))
+            rows = [{column: value for column, value in cells.items() if column is not None and value not in (None, "")} for cells in reader]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from None
+    except (csv.Error, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not rows:
+        raise UserError(f"{path} has a header but no rows")
+    # Rows may name another row's index instead of repeating its image; that row may come later.
+    stored = {cells["index"]: cells["image"] for cells in rows if "index" in cells and len(cells.get("image", "")) > 64}
+    for count, cells in enumerate(rows, 1):
+        where = f"{path} row {count} (index {cells.get('index', '?')})"
+        image = cells.pop("image", None)
+        parts = []
+        if image is not None:
+            if len(image) <= 64:
+                image = stored.get(image, image)
+            parts = spelled_list(image) if image.startswith("[") and len(image) <= LONGEST_LIST else _image_list(image)
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            raise UserError(f"{where}: the image cell is neither base64 nor a list of it")
+        yield Row(where, cells, tuple(Picture64(part) for part in parts))
+
+
+def _image_list(cell: str) -> list[str]:
+    """The base64 texts of a cell: one, or a list written out. No character of base64 is a quote, so nothing needs to be evaluated."""
+    if not cell.startswith("["):
+        return [cell]
+    return [part for part in re.split(r"[\[\]'\",\s]+", cell) if part]
 
 
 def _parquet(path: Path, required: Sequence[str]) -> Iterator[Row]:

@@ -32,8 +32,13 @@ def write_report(run_dir: str | Path) -> Path:
       UserError: no such folder, or nothing in it to report.
     """
     run_dir = Path(run_dir)
-    metrics = read_jsonl(run_dir / "metrics.jsonl")
-    scores = read_json(run_dir / "scores.json", {"tasks": {}})
+    metrics = [row for row in read_jsonl(run_dir / "metrics.jsonl", whole=False) if isinstance(row.get("step"), int)]
+    try:
+        scores = read_json(run_dir / "scores.json", {"tasks": {}})
+    except ValueError as error:
+        raise UserError(f"{run_dir / 'scores.json'} is not JSON ({error}); delete it to write the report without scores") from None
+    if not isinstance(scores, dict) or not isinstance(scores.get("tasks"), dict):
+        raise UserError(f"{run_dir / 'scores.json'} is no file of scores; delete it to write the report without scores")
     if not metrics and not scores["tasks"] and "benchmarks" not in scores:
         raise UserError(f"{run_dir} has neither metrics.jsonl nor scores.json: it is no run folder, or the run has not taken a step")
     config = run_dir / "config.yaml"
@@ -154,7 +159,7 @@ def _benchmarks(folder: Path, found: dict | None) -> dict[str, Any] | None:
 def _samples(folder: Path, tasks: dict) -> list[dict[str, Any]]:
     groups = []
     for name in tasks:
-        rows = [row for row in read_jsonl(folder / f"{name}.jsonl") if "shown" in row]
+        rows = [row for row in read_jsonl(folder / f"{name}.jsonl", whole=False) if "shown" in row]
         shown = []
         for row in rows:
             pictures = [picture_uri(Image.open(folder / picture), largest=320) for picture in row["shown"] if (folder / picture).is_file()]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ from mindvl_jax.core.files import read_json, write_json, write_jsonl
 from mindvl_jax.core.progress import counting
 from mindvl_jax.inference import Generator, Sampling
 from mindvl_jax.inference.prompts import without_media
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +78,13 @@ def _evaluate(config: Config, model, step: int, phase: str, run_dir: Path, show:
         LiveModel(model, _tokenizer(config.tokenizer), settings.min_pixels or limits.min_pixels, settings.max_pixels or limits.max_pixels),
         slots=settings.batch, resample=config.data.resample, video_fps=config.data.video_fps, video_max_frames=config.data.video_max_frames,
     )
-    scores = read_json(run_dir / "scores.json", {"tasks": {}})
+    scores = _earlier_scores(run_dir / "scores.json")
+    limit = lambda task: min((value for value in (task.max_samples, None if final else settings.phase_samples) if value is not None), default=None)
+    # All samples are read before the first token is generated: one that cannot be used is said at once.
+    prepared = {task.name: sample_items(task.name, task.source, limit(task)) for task in settings.tasks}
     for task in settings.tasks:
         started = time.perf_counter()
-        limit = min((value for value in (task.max_samples, None if final else settings.phase_samples) if value is not None), default=None)
-        items = sample_items(task.name, task.source, limit)
+        items = prepared.pop(task.name)
         result, rows = score_items(generator, items, max_new_tokens=task.max_new_tokens, language_only=settings.language_only and final, on_progress=lambda done, total, what, name=task.name: show(done, total, name + what))
         result |= {"step": step, "seconds": round(time.perf_counter() - started, 2), "blind_majority": _blind_majority(task)}
         entry = scores["tasks"].setdefault(task.name, {})
@@ -98,6 +104,20 @@ def _evaluate(config: Config, model, step: int, phase: str, run_dir: Path, show:
     return scores
 
 
+def _earlier_scores(path: Path) -> dict[str, Any]:
+    """Scores of earlier phases. A damaged file is set aside: what is scored now must not be lost with it."""
+    try:
+        content = read_json(path, {"tasks": {}})
+        if isinstance(content, dict) and isinstance(content.get("tasks"), dict) and all(isinstance(task, dict) for task in content["tasks"].values()):
+            return content
+        problem = "of another form"
+    except ValueError as error:
+        problem = str(error)
+    path.replace(path.with_name(path.name + ".damaged"))
+    log.warning("%s is damaged (%s); it was moved to %s.damaged, and scores begin anew", path, problem, path.name)
+    return {"tasks": {}}
+
+
 def score_items(generator: Generator, items: list[Item], *, max_new_tokens: int, language_only: bool, on_progress: Show | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Exact match over items, greedy.
 
@@ -108,6 +128,8 @@ def score_items(generator: Generator, items: list[Item], *, max_new_tokens: int,
     Returns:
       The task's scores, and one row an item for the predictions file.
     """
+    if not items:
+        raise UserError("no samples to score")
     sampling = Sampling(max_new_tokens=max_new_tokens)
     requests = [item.request(sampling) for item in items]
     answers = counted(generator, requests, on_progress, "")

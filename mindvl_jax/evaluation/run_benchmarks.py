@@ -16,7 +16,7 @@ import jax
 from mindvl_jax.config.schema import BenchmarksConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.evaluation.benchmarks import STANDINS_MARK, Benchmark, find_benchmark, find_files, open_task
-from mindvl_jax.evaluation.evaluate import summarise
+from mindvl_jax.evaluation.evaluate import require_scorable, summarise
 from mindvl_jax.evaluation.items import Item
 from mindvl_jax.evaluation.readers import read_rows
 from mindvl_jax.evaluation.images import keep_pictures
@@ -82,6 +82,7 @@ def evaluate_benchmarks(generator: Generator, config: BenchmarksConfig, out: Pat
     for name in config.tasks:
         benchmark, items = open_task(name, folder)
         opened[name] = benchmark, items[: config.max_samples]
+        require_scorable(*opened[name])
     requests = [
         item.request(Sampling(max_new_tokens=min(benchmark.max_new_tokens, config.max_new_tokens or benchmark.max_new_tokens)))
         for benchmark, items in opened.values() for item in items

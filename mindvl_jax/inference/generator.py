@@ -52,8 +52,7 @@ class Generator:
                                     video_fps=video_fps, video_max_frames=video_max_frames)
         self._engine: Engine | None = None
         self._programs = {} if programs is None else {"programs": programs}
-        # A base model ends documents with <|endoftext|>, a chat model turns with <|im_end|>: both end an answer.
-        self.eos_ids = tuple(dict.fromkeys((self.tokenizer.eos_id, self.tokenizer.pad_id)))
+        self.eos_ids = self.tokenizer.stop_ids
 
     def generate(self, requests: Sequence[Request], *, on_answer: Callable[[int, Answer], None] | None = None, skip_errors: bool = False) -> list[Answer]:
         """All answers, in the order of the requests (a request with n > 1 has n in a row).

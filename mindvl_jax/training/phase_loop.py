@@ -118,7 +118,7 @@ class PhaseLoop:
                 # A request that arrives now is answered before the next step; asking twice for one step would break the agreement.
                 enough = self._stop_after is not None and step >= self._stop_after and step < run.total_steps
                 if ended or enough or is_best or step % run.config.checkpoint.every_steps == 0:
-                    self._save(state, step, phase_step + 1, None if ended else loader_state)
+                    self._save(state, step, phase_step + 1, loader_state)
                 if enough:
                     return state, step, False
             recorder.drain(keep=0)

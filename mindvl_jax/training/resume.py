@@ -140,9 +140,16 @@ def _require_same_run(config: Config, progress: Progress, plain: dict, parts: Se
     phases = config.training.phases
     if progress.phase >= len(phases):
         raise UserError(f"{where} is in phase {progress.phase + 1} ({progress.phase_name}), but the configuration has {len(phases)} phases")
+    if config.run.seed != plain["run"]["seed"]:
+        raise UserError(f"run.seed is {config.run.seed}, but {where} was begun with {plain['run']['seed']}: the order of the data would be another one; set it back, or start a new run with run.init_from")
     phase = phases[progress.phase]
     if phase.name != progress.phase_name:
         raise UserError(f"{where} is in phase {progress.phase_name!r}, which is {phase.name!r} in the configuration; phases before it must stay as they were")
+    # What is done is done: a change there would have no effect, or shift which step is which.
+    done = [line for index in range(min(progress.phase, len(plain["training"]["phases"]))) for line in _differences(
+        plain["training"]["phases"][index], phases[index].model_dump(mode="json"), f"training.phases[{index}]")]
+    if done:
+        raise UserError(f"{where} is past phases that the configuration changes:\n  " + "\n  ".join(done[:10]) + "\nSet them back, or start a new run with run.init_from")
     if set(parts[progress.phase][0]) != set(progress.trained):
         changed = sorted(set(parts[progress.phase][0]) ^ set(progress.trained))
         raise UserError(
@@ -151,6 +158,13 @@ def _require_same_run(config: Config, progress: Progress, plain: dict, parts: Se
         )
     if phase.steps < progress.phase_step:
         raise UserError(f"training.phases[{progress.phase}].steps={phase.steps}, but {where} has done {progress.phase_step} steps of it already")
+    if progress.phase_step and phase.keep_optimizer != plain["training"]["phases"][progress.phase]["keep_optimizer"]:
+        raise UserError(f"training.phases[{progress.phase}].keep_optimizer has changed, but the phase has begun in {where}; set it back")
+    if progress.loader is not None and progress.loader["tokenizer"] is not None:
+        from mindvl_jax.models.vision_language.processor import cached_tokenizer
+
+        if progress.loader["tokenizer"] != cached_tokenizer(config.tokenizer).digest:
+            raise UserError(f"{where} was trained with another tokenizer (vocabulary, id table or chat template): its tokens would mean other words; set tokenizer back, or start a new run with run.init_from")
 
 
 def _differences(before: Any, now: Any, path: str) -> list[str]:

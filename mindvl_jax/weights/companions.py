@@ -7,42 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from mindvl_jax.config.schema import ModelConfig
+from mindvl_jax.core.files import read_text
+from mindvl_jax.data.text.template import QWEN_TEMPLATE
 from mindvl_jax.models.layers.config import TextConfig
 from mindvl_jax.data.text.tokenizer import Tokenizer
 from mindvl_jax.models.mindvl.vision import IMAGE_MEAN, IMAGE_STD
 from mindvl_jax.weights.resolve import ID_TABLE
-
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\\n' }}
-{%- if message.content is string %}
-{{- message.content }}
-{%- else %}
-{%- for part in message.content %}
-{%- if part.type == 'image' or 'image' in part or 'image_url' in part %}
-{{- '<|vision_start|><|image_pad|><|vision_end|>' }}
-{%- elif part.type == 'video' or 'video' in part %}
-{{- '<|vision_start|><|video_pad|><|vision_end|>' }}
-{%- elif 'text' in part %}
-{{- part.text }}
-{%- endif %}
-{%- endfor %}
-{%- endif %}
-{{- '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-"""The published Qwen chat format, without the system turn that some releases add by themselves."""
 
 
 def write_companions(folder: Path, config: ModelConfig, tokenizer: Tokenizer | None, min_pixels: int, max_pixels: int) -> None:
     """Writes everything but config.json and the weights."""
     if tokenizer is not None:
         _write_tokenizer(folder, tokenizer, config.text)
-        ends = list(dict.fromkeys((tokenizer.eos_id, tokenizer.pad_id)))
-        _dump(folder / "generation_config.json", {"eos_token_id": ends, "pad_token_id": tokenizer.pad_id, "do_sample": False})
+        _dump(folder / "generation_config.json", {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id, "do_sample": False})
     if hasattr(config, "vision"):
         vision = config.vision
         shared = dict(
@@ -55,7 +32,7 @@ def write_companions(folder: Path, config: ModelConfig, tokenizer: Tokenizer | N
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, text: TextConfig) -> None:
-    content = json.loads(Path(tokenizer.file).read_text(encoding="utf-8"))
+    content = json.loads(read_text(tokenizer.file))
     if tokenizer.real_ids is not None:
         _renumber(content, tokenizer.real_ids)
         _dump(folder / ID_TABLE, list(range(len(tokenizer.real_ids))))
@@ -65,7 +42,8 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, text: TextConfig) -> No
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": text.max_position_embeddings, "eos_token": name(tokenizer.eos_id), "pad_token": name(tokenizer.pad_id),
         "clean_up_tokenization_spaces": False,
     })
-    template = tokenizer.chat_template if tokenizer.chat_template is not None else CHAT_TEMPLATE
+    # The one that the conversations were written with: a folder's own may add turns that the model never saw.
+    template = QWEN_TEMPLATE if tokenizer.template is None else tokenizer.template
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 

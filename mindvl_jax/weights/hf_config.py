@@ -17,6 +17,7 @@ from mindvl_jax.models.layers.config import TextConfig
 from mindvl_jax.models.mindvl.config import MindVLConfig, VisionConfig
 from mindvl_jax.models.qwen.config import QwenConfig
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.files import read_text
 
 SUPPORTED = {"qwen2_5_vl": "Qwen2.5-VL", "qwen3": "Qwen3", "qwen2": "Qwen2.5", "mindvl": "MindVL"}
 _TOKEN_DEFAULTS = {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653}
@@ -33,10 +34,10 @@ def read_json(path: Path) -> dict[str, Any]:
       WeightsError: unreadable, not JSON or not an object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: expected a JSON object, found a {type(content).__name__}")
@@ -51,6 +52,9 @@ def read_config(folder: Path) -> ModelConfig:
         all problems at once.
     """
     path = folder / "config.json"
+    if not path.is_file() and (folder / "adapter_config.json").is_file():
+        base = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))[:200]
+        raise WeightsError(f"{folder}: a LoRA adapter (adapter_config.json), not a model; merge it into its base model ({base}) and name the merged folder")
     if not path.is_file():
         raise WeightsError(f"{folder}: no config.json; expected a Hugging Face folder or one of our runs (config.yaml and checkpoints/)")
     content = read_json(path)

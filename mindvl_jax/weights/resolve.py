@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -13,6 +15,7 @@ from mindvl_jax.checkpoints import id_table as vocabulary
 from mindvl_jax.checkpoints.checkpoint import load_weights, locate
 from mindvl_jax.checkpoints.names import EMA, ID_TABLE, named_folder
 from mindvl_jax.config.schema import Config, ModelConfig, TokenizerConfig
+from mindvl_jax.models.mindvl.vision import IMAGE_MEAN, IMAGE_STD
 from mindvl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from mindvl_jax.models.adapters import attach_values
 from mindvl_jax.models.outline import outline_of
@@ -84,6 +87,7 @@ def _open_run(folder: Path, mesh: Mesh | None, dtype, ema: bool) -> OpenedModel:
         name = jnp.dtype(dtype).name
         config = config.model_copy(update=dict(model=config.model.model_copy(update=dict(compute_dtype=name, param_dtype=name))))
     values = {"/".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+    _require_finite(values, folder)
     if dtype is not None:
         values = {path: value.astype(dtype) for path, value in values.items()}
     last = config.training.phases[-1]
@@ -94,10 +98,11 @@ def _open_run(folder: Path, mesh: Mesh | None, dtype, ema: bool) -> OpenedModel:
 def _open_published(folder: Path, mesh: Mesh | None, dtype) -> OpenedModel:
     config = read_config(folder)
     values = load_parameters(folder, config, mesh=mesh, dtype=dtype)
+    _require_finite(values, folder)
     stored = values["language/embed/embedding"].dtype
     compute = "bfloat16" if stored == jnp.bfloat16 else "float32"
     config = config.model_copy(update=dict(compute_dtype=compute, param_dtype=compute))
-    tokenizer, pixels = open_companions(folder)
+    tokenizer, pixels = open_companions(folder, config)
     return OpenedModel(outline_of(config).merge(values), config, tokenizer, *pixels, folder)
 
 
@@ -113,21 +118,79 @@ def add_adapter(opened: OpenedModel, folder: str | Path) -> OpenedModel:
     return dataclasses.replace(opened, model=attach_values(opened.model, adapter.layout, adapter.parameters))
 
 
-def open_companions(folder: Path) -> tuple[Tokenizer | None, tuple[int, int]]:
-    """Tokenizer (None without a tokenizer.json) and pixel limits of a Hugging Face folder."""
+@jax.jit
+def _finite(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {path: jnp.all(jnp.isfinite(value)) for path, value in values.items()}
+
+
+def _require_finite(values: dict[str, jax.Array], folder: Path) -> None:
+    """Raises WeightsError for weights with NaN or infinite values: every answer, score and average of them would be without meaning."""
+    bad = [path for path, finite in jax.device_get(_finite(values)).items() if not finite]
+    if bad:
+        raise WeightsError(f"{folder}: {len(bad)} of {len(values)} parameters hold values that are NaN or infinite, such as {bad[0]}; the weights are damaged, or their training diverged")
+
+
+def open_companions(folder: Path, config: ModelConfig | None = None) -> tuple[Tokenizer | None, tuple[int, int]]:
+    """Tokenizer (None without a tokenizer.json) and pixel limits of a Hugging Face folder.
+
+    Conversations are written by the folder's own chat template where it has one, as transformers writes them.
+
+    Args:
+      config: the folder's model, to which tokenizer and image processor must fit; None does not compare.
+
+    Raises:
+      WeightsError: files that are damaged, or settings of another model.
+    """
     tokenizer = None
     if (folder / "tokenizer.json").is_file():
         table = folder / ID_TABLE
         tokenizer = load_tokenizer(TokenizerConfig(path=str(folder), id_table=str(table) if table.is_file() else None))
-    return tokenizer, _pixel_limits(folder)
+        if tokenizer.chat_template is not None:
+            tokenizer.use_own_template()
+        rows = None if config is None else config.text.vocab_size
+        if rows is not None and tokenizer.largest_id >= rows:
+            raise WeightsError(f"{folder}: tokenizer.json has ids up to {tokenizer.largest_id}, but the model's table has {rows} rows: the tokenizer belongs to another model")
+    return tokenizer, _pixel_limits(folder, config)
 
 
-def _pixel_limits(folder: Path) -> tuple[int, int]:
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        return _PUBLISHED_PIXELS
-    content = read_json(path)
+def _pixel_limits(folder: Path, config: ModelConfig | None) -> tuple[int, int]:
+    """Pixel limits of the image processor's settings, wherever the release of transformers that wrote them puts them."""
+    path, content = folder / "processor_config.json", None
+    if path.is_file():
+        content = read_json(path).get("image_processor")  # as transformers 5 writes it
+    if content is None:
+        path = folder / "preprocessor_config.json"
+        if not path.is_file():
+            return _PUBLISHED_PIXELS
+        content = read_json(path)
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: image_processor is a {type(content).__name__}; expected a JSON object")
     size = content.get("size") if isinstance(content.get("size"), dict) else {}
-    low = content.get("min_pixels") or size.get("shortest_edge") or _PUBLISHED_PIXELS[0]
-    high = content.get("max_pixels") or size.get("longest_edge") or _PUBLISHED_PIXELS[1]
-    return int(low), int(high)
+    limits = []
+    for name, edge, default in (("min_pixels", "shortest_edge", 3136), ("max_pixels", "longest_edge", 1003520)):
+        value = content.get(name) if content.get(name) is not None else size.get(edge, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 1 <= value <= 1e12:
+            raise WeightsError(f"{path}: {name} is {str(value)[:80]}; expected a number of pixels")
+        limits.append(int(value))
+    if hasattr(config, "vision"):
+        _require_our_pixels(path, content, config.vision)
+    return limits[0], limits[1]
+
+
+def _require_our_pixels(path: Path, content: dict, vision) -> None:
+    """Raises WeightsError for settings under which another preparation of pixels would be right."""
+    ours = {
+        "patch_size": vision.patch_size, "temporal_patch_size": vision.temporal_patch_size, "merge_size": vision.spatial_merge_size, "do_resize": True, "do_rescale": True,
+        "do_normalize": True, "rescale_factor": 1 / 255, "image_mean": list(IMAGE_MEAN), "image_std": list(IMAGE_STD), "resample": 3,
+    }  # fmt: skip
+    wrong = []
+    for name, value in ours.items():
+        found = content.get(name, value)
+        try:
+            same = np.allclose(np.asarray(found, np.float64), np.asarray(value, np.float64), rtol=1e-4, atol=0)
+        except (TypeError, ValueError):
+            same = False
+        if not same:
+            wrong.append(f"{name} is {str(found)[:80]}, built is {value}")
+    if wrong:
+        raise WeightsError(f"{path}: images are prepared in a way that is not built: {'; '.join(wrong)}")

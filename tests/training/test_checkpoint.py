@@ -56,6 +56,7 @@ def test_a_compressed_checkpoint_is_opened_too(trained, tmp_path):
     adam = state.opt_state
     moments = {f"{name}/{path}": value for name in ("mu", "nu") for path, value in getattr(adam, name).items()}
     record = dataclasses.asdict(progress) | {"fingerprints": {**checkpoint.fingerprints(state.params), **checkpoint.fingerprints(moments)}}
+    record["seal"] = checkpoint._seal(record, config.model_dump(mode="json"))
     counters = {name: getattr(state, name) for name in ("step", "phase_step", "bad_steps", "skipped")}
     optimizer = {"mu": checkpoint._nest(adam.mu), "nu": checkpoint._nest(adam.nu), "updates": adam.updates, **counters}
     with ocp.CheckpointManager(tmp_path / checkpoint.FOLDER) as manager:

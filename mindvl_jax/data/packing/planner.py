@@ -183,8 +183,8 @@ class Planner:
         """Goes on after `state`. Raises UserError when the data is not the same any more."""
         if state["records"] != self._stream.describe():
             raise UserError(
-                f"the data has changed since the checkpoint: it had {state['records']} records, now {self._stream.describe()}. "
-                "Put the files back, or set run.resume to `never` and start from the weights with run.init_from"
+                f"the data has changed since the checkpoint: {_difference(state['records'], self._stream.describe())}. Its order would be another one. "
+                "Put the files and the mixture back, or set run.resume to `never` and start from the weights with run.init_from"
             )
         self._position = int(state["position"])
         self._waiting, self._sizes, self._loads = [], [], []
@@ -202,3 +202,19 @@ class Planner:
         self.last_efficiency, self.last_imbalance = tuple(state["efficiency"]), tuple(state["imbalance"])
         self._fingerprint = state["fingerprint"]
         self._quarantine.restore("encode", state["quarantine"])
+
+
+def _difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
+    """What differs between two descriptions of a mixture, in words."""
+    names = lambda sources: [source["name"] for source in sources]
+    if names(before) != names(now):
+        return f"it mixed {', '.join(names(before))}, now {', '.join(names(now))}"
+    told = []
+    for old, new in zip(before, now, strict=True):
+        if old["records"] != new["records"]:
+            told.append(f"{old['name']} had {old['records']} records, now {new['records']}")
+        elif old["digest"] != new["digest"]:
+            told.append(f"{old['name']} has the same number of records with another content or in another order")
+        if old["weight"] != new["weight"]:
+            told.append(f"the weight of {old['name']} was {old['weight']:g}, now {new['weight']:g}")
+    return "; ".join(told)

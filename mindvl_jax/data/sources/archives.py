@@ -13,12 +13,13 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from mindvl_jax.data.sample import SampleError
+from mindvl_jax.data.sample import SampleError, Unreadable
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.files import decode_text, foreign
 
 # Bytes of row groups kept decoded for random access: shuffled reading would decode a group again for every sample.
 KEPT_BYTES = 1 << 30
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif", ".ico", ".mpo", ".jfif")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg")
 
 
@@ -46,7 +47,7 @@ class ParquetRecords:
         group = bisect.bisect_right(self._ends, index)
         table = self._group(group)
         row = index - (self._ends[group - 1] if group else 0)
-        return {name: column[row].as_py() for name, column in zip(table.column_names, table.columns)}
+        return {name: _cell(column, row) for name, column in zip(table.column_names, table.columns)}
 
     def where(self, index: int) -> str:
         return f"{self.path} row {index}"
@@ -58,6 +59,8 @@ class ParquetRecords:
                 try:
                     with pyarrow.parquet.ParquetFile(self.path, memory_map=True) as file:
                         table = file.read_row_group(group, use_threads=False).combine_chunks()
+                except FileNotFoundError:
+                    raise UserError(f"the data file {self.path} is not there any more; put it back") from None
                 except (pyarrow.ArrowException, OSError) as error:
                     raise SampleError("malformed", f"row group {group} of {self.path} does not decode: {error}") from None
                 self._kept[group] = table
@@ -72,6 +75,15 @@ class ParquetRecords:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _kept=collections.OrderedDict(), _lock=threading.Lock())
+
+
+def _cell(column: pyarrow.ChunkedArray, row: int) -> Any:
+    """A cell as Python has it. One that Python cannot hold (text that is not UTF-8, a date beyond the year 9999) matters only to a
+    sample that needs it."""
+    try:
+        return column[row].as_py()
+    except (ValueError, OverflowError, pyarrow.ArrowException, ImportError) as error:
+        return Unreadable(f"{type(error).__name__}: {error}")
 
 
 class TarRecords:
@@ -89,7 +101,7 @@ class TarRecords:
         try:
             with tarfile.open(path, "r:") as archive:
                 for member in archive:
-                    if not member.isfile():
+                    if not member.isfile() or foreign(member.name):
                         continue
                     folder, base = os.path.split(member.name)
                     key, dot, suffix = base.partition(".")
@@ -108,25 +120,28 @@ class TarRecords:
     def read(self, index: int) -> Any:
         key, members = self._samples[index]
         contents = {}
-        with open(self.path, "rb") as file:
-            for suffix in sorted(members):
-                offset, size = members[suffix]
-                file.seek(offset)
-                contents[suffix] = file.read(size)
-                if len(contents[suffix]) != size:
-                    raise SampleError("malformed", f"the tar ends inside {key}{suffix}: it was cut off")
+        try:
+            with open(self.path, "rb") as file:
+                for suffix in sorted(members):
+                    offset, size = members[suffix]
+                    file.seek(offset)
+                    contents[suffix] = file.read(size)
+                    if len(contents[suffix]) != size:
+                        raise SampleError("malformed", f"the tar ends inside {key}{suffix}: it was cut off")
+        except OSError as error:
+            raise UserError(f"the data file {self.path} cannot be read ({error.strerror or error}); put it back") from None
         images = [{"bytes": data, "path": key + suffix} for suffix, data in contents.items() if suffix.endswith(IMAGE_SUFFIXES)]
         videos = [{"bytes": data, "path": key + suffix} for suffix, data in contents.items() if suffix.endswith(VIDEO_SUFFIXES)]
         if ".json" in contents:
             try:
-                record = json.loads(contents[".json"])
+                record = json.loads(decode_text(contents[".json"]))
             except (ValueError, RecursionError) as error:
                 raise SampleError("malformed", f"{key}.json is not JSON: {error}") from None
             if not isinstance(record, dict):
                 raise SampleError("malformed", f"{key}.json holds a {type(record).__name__}; expected an object")
         elif ".txt" in contents:
             try:
-                caption = contents[".txt"].decode("utf-8").strip()
+                caption = decode_text(contents[".txt"]).strip()
             except UnicodeDecodeError as error:
                 raise SampleError("malformed", f"{key}.txt is not UTF-8: {error}") from None
             question = "<image>" * len(images) + "<video>" * len(videos)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from typing import Sequence
+from typing import Any, Sequence
 
 import grain
 import numpy as np
@@ -36,6 +36,7 @@ class MixtureStream:
         if not sources:
             raise UserError("the phase's mixture is empty; name at least one source")
         self.sources = tuple(sources)
+        self._weights = [float(weight) for weight in weights]
         lengths = [len(source) for source in sources]
         self._starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).tolist()
         seeds = np.random.SeedSequence(seed).generate_state(len(lengths))
@@ -55,6 +56,9 @@ class MixtureStream:
         """Records of all sources together."""
         return sum(len(source) for source in self.sources)
 
-    def describe(self) -> dict[str, int]:
-        """Records by source: a resumed run must find the same."""
-        return {source.name: len(source) for source in self.sources}
+    def describe(self) -> list[dict[str, Any]]:
+        """What the order of the samples depends on beside the seed, JSON-able: a resumed run must find the same."""
+        return [
+            {"name": source.name, "records": len(source), "weight": weight, "digest": source.digest}
+            for source, weight in zip(self.sources, self._weights, strict=True)
+        ]

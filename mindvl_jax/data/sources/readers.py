@@ -6,10 +6,15 @@ A source knows how many records it has and reads the k-th; what a record means i
 from __future__ import annotations
 
 import bisect
+import contextlib
+import functools
 import glob
+import hashlib
 import json
 import os
-from typing import Any, Protocol, Sequence
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, Sequence
 
 import numpy as np
 
@@ -17,6 +22,7 @@ from mindvl_jax.config.schema import SourceConfig
 from mindvl_jax.data.record import sample_from_record
 from mindvl_jax.data.sample import Sample, SampleError
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.files import decode_text, foreign
 
 SUFFIXES = {".parquet": "parquet", ".tar": "webdataset", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
 # Shapes of records that are told apart by their fields, not by the file: all are JSON or JSONL.
@@ -45,14 +51,17 @@ class JsonRecords:
     def __init__(self, path: str):
         self.path = path
         try:
-            with open(path, encoding="utf-8") as file:
-                content = json.load(file)
+            content = json.loads(decode_text(Path(path).read_bytes()))
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text: {error}. Is it a JSON file?") from None
         except json.JSONDecodeError as error:
             raise UserError(f"{path} line {error.lineno} column {error.colno}: {error.msg}. The file must hold one JSON list of samples (one object a line goes into .jsonl)") from None
+        except ValueError as error:  # a whole number of thousands of digits
+            raise UserError(f"{path} holds a value that cannot be read: {error}") from None
         except RecursionError:
             raise UserError(f"{path} is nested too deeply to be a list of samples") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror})") from None
         if not isinstance(content, list):
             raise UserError(f"{path} holds one {type(content).__name__}; expected a list of samples")
         self._content = content
@@ -73,8 +82,12 @@ class JsonLines:
     def __init__(self, path: str):
         self.path = path
         starts, position = [], 0
-        with open(path, "rb") as file:
+        with _opened(path) as file:
             for line in file:
+                if position == 0 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                    raise UserError(f"{path} is text in UTF-16; save it as UTF-8 (one JSON object a line)")
+                if position == 0 and line.startswith(b"\xef\xbb\xbf"):  # a byte order mark, which some editors put before the text
+                    position, line = 3, line[3:]
                 if line.strip():
                     starts.append(position)
                 position += len(line)
@@ -85,7 +98,7 @@ class JsonLines:
 
     def read(self, index: int) -> Any:
         start = int(self._starts[index])
-        with open(self.path, "rb") as file:
+        with _opened(self.path) as file:
             file.seek(start)
             line = file.readline()
         try:
@@ -95,9 +108,22 @@ class JsonLines:
 
     def where(self, index: int) -> str:
         # Blank lines carry no record, so the line number is counted when somebody asks for it.
-        with open(self.path, "rb") as file:
-            lines = file.read(int(self._starts[index])).count(b"\n")
+        try:
+            with open(self.path, "rb") as file:
+                lines = file.read(int(self._starts[index])).count(b"\n")
+        except OSError:  # gone meanwhile: what asks for the place is on its way to say so
+            return f"{self.path} record {index}"
         return f"{self.path} line {lines + 1}"
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
+    """A source's file. One that cannot be opened any more ends the run: leaving out every sample of it would be another data set."""
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"the data file {path} cannot be read ({error.strerror or error}); put it back") from None
 
 
 def _records(path: str, kind: str) -> Records:
@@ -129,6 +155,11 @@ class Source:
     def __len__(self) -> int:
         return self._length
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """Tells this content, in this order, from any other: a run that goes on must find the same records in the same places."""
+        return content_digest(self.paths)
+
     def locate(self, index: int) -> tuple[Records, int]:
         file = bisect.bisect_right(self._ends, index)
         return self._files[file], index - (self._ends[file - 1] if file else 0)
@@ -154,18 +185,45 @@ class Source:
             raise
 
 
+DIGEST_BYTES = 256 << 20
+"""Read for a source's digest at most; of larger files evenly spread blocks count, beside their sizes."""
+_BLOCK = 1 << 16
+
+
+def content_digest(paths: Sequence[str]) -> str:
+    """Digest of the files' contents in their order; the folders that they lie in do not count. Raises UserError for a file that is gone."""
+    digest = hashlib.blake2b(digest_size=16)
+    share = max(2 * _BLOCK, DIGEST_BYTES // max(1, len(paths)))
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(f"{size};".encode())
+                if size <= share:
+                    while block := file.read(1 << 20):
+                        digest.update(block)
+                    continue
+                blocks = share // _BLOCK
+                for number in range(blocks):
+                    file.seek((size - _BLOCK) * number // (blocks - 1))
+                    digest.update(file.read(_BLOCK))
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    return digest.hexdigest()
+
+
 def find_files(config: SourceConfig, where: str) -> list[str]:
     """Files of a source in a fixed order. Raises UserError, which names the place `where` in the configuration, when there is none."""
     path = os.path.expanduser(config.path)
     if os.path.isdir(path):
-        found = sorted(entry.path for entry in os.scandir(path) if os.path.splitext(entry.name)[1] in SUFFIXES and entry.is_file())
+        found = sorted(entry.path for entry in os.scandir(path) if os.path.splitext(entry.name)[1].lower() in SUFFIXES and not foreign(entry.name) and entry.is_file())
         kinds = {_kind(file, config.format) for file in found}
         if len(kinds) > 1:
             raise UserError(f"{where}: the folder {path} mixes {', '.join(sorted(kinds))} files; give a glob that names one kind, such as {os.path.join(path, '*.parquet')}")
     elif os.path.exists(path):
         found = [path]
     else:
-        found = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+        found = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file) and not foreign(file))
     if not found:
         raise UserError(f"{where}: nothing to read at {config.path!r} (working directory {os.getcwd()}); expected a file, a folder or a glob with {', '.join(SUFFIXES)} files")
     return found

@@ -7,12 +7,13 @@ placeholder for each merged token, `<|vision_end|>`. No system turn is added tha
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Iterable, Iterator, Protocol, Sequence
 
 from mindvl_jax.config.schema import ModelConfig
 from mindvl_jax.data.marks import literal, pieces
 from mindvl_jax.data.sample import Message, SampleError
-from mindvl_jax.data.text.template import Frame, OwnTemplate
+from mindvl_jax.data.text.template import TOOLS_AFTER, TOOLS_BEFORE, Frame, OwnTemplate
 from mindvl_jax.core.errors import UserError
 
 
@@ -47,16 +48,6 @@ class Turn:
     weight: float = 1.0
 
 
-# What the published Qwen2.5 and Qwen3 formats write around the descriptions of tools, in the system turn.
-_TOOLS_BEFORE = (
-    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
-)
-_TOOLS_AFTER = (
-    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n"
-    '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
-)
-
-
 class ChatEncoder:
     """Encodes turns; remembers the ids of short texts, which recur in every sample (headers, common questions)."""
 
@@ -66,7 +57,9 @@ class ChatEncoder:
         self._start = tokenizer.token_id("<|im_start|>")
         self._end = tokenizer.token_id("<|im_end|>")
         own = getattr(tokenizer, "template", None)
-        self._template = None if own is None else OwnTemplate(own, tokenizer.decode([tokenizer.eos_id], skip_special=False))
+        self._template = None if own is None else OwnTemplate(own, tokenizer.decode([tokenizer.eos_id], skip_special=False), "<|im_end|>")
+        names = sorted(getattr(tokenizer, "special", ()), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, names)) or "(?!)")
         self._vision = (model.vision_start_token_id, model.vision_end_token_id)
         self._pad = {"image": model.image_token_id, "video": model.video_token_id}
         named = {
@@ -112,7 +105,7 @@ class ChatEncoder:
         last_user = max((index for index, message in enumerate(messages) if message.role == "user"), default=-1)
         index = 0
         if tools:
-            described = literal(_TOOLS_BEFORE + "\n".join(tools) + _TOOLS_AFTER)
+            described = literal(TOOLS_BEFORE + "\n".join(tools) + TOOLS_AFTER)
             system = messages[0].content + "\n\n" if messages[0].role == "system" else ""
             turns.append(self._turn(Message("system", system + described), images, videos))
             index = int(messages[0].role == "system")
@@ -165,10 +158,18 @@ class ChatEncoder:
         """A turn as the tokenizer's own template has it. What it writes after the text up to the end of the turn is learned."""
         turn = _Building(self, images, videos)
         answer = message.role == "assistant"
-        turn.add(self._tokenizer.encode(frame.before, allow_special=True))
-        turn.content(message.content, learn=answer)
         closing = frame.after.rstrip("\n")
-        turn.add(self._tokenizer.encode(closing, allow_special=True), learn=answer)
+        if answer:
+            turn.add(self._tokenizer.encode(frame.before, allow_special=True))
+            turn.content(frame.content, learn=True)
+            turn.add(self._tokenizer.encode(closing, allow_special=True), learn=True)
+        else:
+            # Plain text beside the content is encoded with it, as when the whole conversation is encoded at once: newlines merge.
+            last = max((match.end() for match in self._special.finditer(frame.before)), default=0)
+            first = min((match.start() for match in self._special.finditer(closing)), default=len(closing))
+            turn.add(self._tokenizer.encode(frame.before[:last], allow_special=True))
+            turn.content(literal(frame.before[last:]) + frame.content + literal(closing[:first]))
+            turn.add(self._tokenizer.encode(closing[first:], allow_special=True))
         if frame.after != closing:
             turn.add(self.encode_text(frame.after[len(closing) :]))
         return turn.done("user" if message.role == "tool" else message.role, message.weight)

@@ -10,15 +10,19 @@ real ids) maps one to the other; everything outside this file sees compact ids o
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
 from mindvl_jax.config.schema import TokenizerConfig
 from mindvl_jax.data.text.qwen_tokenizer import QWEN_NAMES, qwen_tokenizer_file
+from mindvl_jax.data.text.template import QWEN_TEMPLATE
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.files import read_text
 
 
 class TokenizerError(UserError):
@@ -31,14 +35,17 @@ class Tokenizer:
     Attributes:
       vocab_size: number of ids; the model's `text.vocab_size` must not be smaller.
       pad_id: id of padding places; never learned.
-      eos_id: id that ends an assistant's turn.
+      eos_id: the tokenizer's own end of text; a chat tokenizer's is the end of a turn.
+      stop_ids: every id that ends an answer: `eos_id`, `<|im_end|>` that closes a turn of the Qwen format, padding, and what the
+        folder's generation_config.json names. The tokenizer of a base model ends texts with another token than turns.
       special: control tokens (`<|im_start|>`, `<|image_pad|>` ...) by name; those that the compact table leaves out are absent.
       chat_template: Jinja text that came with a Hugging Face folder, or None.
       template: the one that conversations are written with; None is the published Qwen format.
       real_ids: for each compact id its real id; None without a table.
     """
 
-    def __init__(self, file: str | Path, *, id_table: Sequence[int] | None = None, pad_token: str = "<|endoftext|>", eos_token: str = "<|im_end|>", chat_template: str | None = None):
+    def __init__(self, file: str | Path, *, id_table: Sequence[int] | None = None, pad_token: str = "<|endoftext|>", eos_token: str = "<|im_end|>", chat_template: str | None = None,
+                 stop_ids: Sequence[int] = ()):
         """Reads `file` (a tokenizer.json).
 
         Raises:
@@ -60,11 +67,30 @@ class Tokenizer:
         self._special_ids = frozenset(self.special.values())
         self.pad_id = self.token_id(pad_token)
         self.eos_id = self.token_id(eos_token)
+        named = [compact for real in stop_ids if real < self._size and (compact := self._to_compact_or_none(real)) is not None]
+        turn_end = [self.special["<|im_end|>"]] if "<|im_end|>" in self.special else []
+        self.stop_ids = tuple(dict.fromkeys((self.eos_id, *turn_end, self.pad_id, *named)))
 
     @property
     def file(self) -> Path:
         """The tokenizer.json that it reads; its ids are real ids."""
         return self._file
+
+    def use_own_template(self) -> None:
+        """Write conversations by the template that came with the folder. Our own exports carry the format that is written natively."""
+        self.template = None if self.chat_template == QWEN_TEMPLATE else self.chat_template
+
+    @functools.cached_property
+    def largest_id(self) -> int:
+        """The largest id that a text can get: a folder may have holes in its numbers."""
+        return self.vocab_size - 1 if self.real_ids is not None else max(self._text.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Tells this vocabulary, table and template from any other, wherever their files lie."""
+        digest = hashlib.blake2b(self._file.read_bytes(), digest_size=16)
+        digest.update(repr((self.real_ids, self.template, self.pad_id, self.eos_id)).encode())
+        return digest.hexdigest()
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Ids of `text`; no token is added at its ends.
@@ -142,7 +168,7 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     if config.template == "tokenizer":
         if tokenizer.chat_template is None:
             raise TokenizerError(f"tokenizer.template is `tokenizer`, but {config.path!r} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); use `qwen`")
-        tokenizer.template = tokenizer.chat_template
+        tokenizer.use_own_template()
     return tokenizer
 
 
@@ -170,7 +196,7 @@ def read_id_table(path: str | Path) -> tuple[int, ...]:
       TokenizerError: missing file, or content of another form.
     """
     try:
-        content = json.loads(Path(path).expanduser().read_text())
+        content = json.loads(read_text(Path(path).expanduser()))
     except OSError as error:
         raise TokenizerError(f"tokenizer.id_table {str(path)!r} cannot be read ({error.strerror}). `make quickstart` builds the one of the quickstart data") from None
     except ValueError as error:
@@ -180,35 +206,58 @@ def read_id_table(path: str | Path) -> tuple[int, ...]:
     return tuple(content)
 
 
-def _folder_settings(folder: Path) -> dict[str, str | None]:
-    """Pad token, end of turn and chat template as a Hugging Face folder gives them; Qwen's names where it gives none."""
-    settings: dict[str, str | None] = {}
-    file = folder / "tokenizer_config.json"
-    content: dict = {}
-    if file.is_file():
-        try:
-            content = json.loads(file.read_text())
-        except ValueError as error:
-            raise TokenizerError(f"{file} is not JSON: {error}") from None
+def _folder_settings(folder: Path) -> dict[str, Any]:
+    """Pad token, end of text, stop ids and chat template as a Hugging Face folder gives them; Qwen's names where it gives none."""
+    settings: dict[str, Any] = {}
+    content = _read_object(folder / "tokenizer_config.json")
     for name in ("pad_token", "eos_token"):
         value = content.get(name)
         value = value.get("content") if isinstance(value, dict) else value
+        if value is not None and not isinstance(value, str):
+            raise TokenizerError(f"{folder / 'tokenizer_config.json'}: {name} is {str(value)[:80]}; expected the text of a token")
         if value:
             settings[name] = value
     if settings and "pad_token" not in settings:
         settings["pad_token"] = settings["eos_token"]  # Llama's files name no padding; padding is never learned
-    template = folder / "chat_template.jinja"  # transformers 5 writes the template beside the file, earlier releases inside it
-    if template.is_file():
-        settings["chat_template"] = template.read_text()
-    elif isinstance(content.get("chat_template"), str):
-        settings["chat_template"] = content["chat_template"]
-    elif (folder / "chat_template.json").is_file():
-        settings["chat_template"] = json.loads((folder / "chat_template.json").read_text()).get("chat_template")
+    stops = _read_object(folder / "generation_config.json").get("eos_token_id")
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    if not all(type(stop) is int and stop >= 0 for stop in stops):
+        raise TokenizerError(f"{folder / 'generation_config.json'}: eos_token_id is {str(stops)[:80]}; expected token ids")
+    settings["stop_ids"] = stops
+    template: Any = content.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = next((entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"), None)
+    if (folder / "chat_template.jinja").is_file():  # transformers 5 writes the template beside the file, earlier releases inside it
+        try:
+            template = read_text(folder / "chat_template.jinja")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TokenizerError(f"{folder / 'chat_template.jinja'} cannot be read: {error}") from None
+    elif template is None:
+        template = _read_object(folder / "chat_template.json").get("chat_template")
+    if isinstance(template, str):
+        settings["chat_template"] = template
     return settings
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """A JSON object of a folder; empty when the file is not there. Raises TokenizerError for anything else."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(read_text(file))
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{file} is not JSON: {error}") from None
+    except OSError as error:
+        raise TokenizerError(f"{file} cannot be read ({error.strerror})") from None
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{file}: expected a JSON object, found a {type(content).__name__}")
+    return content
 
 
 def _read_tokenizer(file: Path) -> tokenizers.Tokenizer:
     try:
+        if file.read_bytes()[:3] == b"\xef\xbb\xbf":
+            return tokenizers.Tokenizer.from_str(read_text(file))
         return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for every kind of bad file
         raise TokenizerError(f"{file} is not a readable tokenizer.json: {error}") from None
