@@ -61,7 +61,7 @@ class Predictions:
                 content = file.read()
                 file.truncate(content.rfind(b"\n") + 1)
         self._known: dict[tuple[str, bool], dict] = {
-            (row["id"], row["language_only"]): row for row in rows if row.get("fingerprint") == fingerprint and _KEPT <= row.keys()
+            (row["id"], row["language_only"]): row for row in rows if row.get("fingerprint") == fingerprint and row.keys() >= _KEPT
         }
         self._file = open(path, "a", encoding="utf-8")
 

@@ -54,7 +54,7 @@ def read_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     if not path.is_file() and (folder / "adapter_config.json").is_file():
         base = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))[:200]
-        raise WeightsError(f"{folder}: a LoRA adapter (adapter_config.json), not a model; merge it into its base model ({base}) and name the merged folder")
+        raise WeightsError(f"{folder}: a LoRA adapter (adapter_config.json), not a model; open its base model ({base}) with --adapter {folder}, or merge both by `mindvl merge`")
     if not path.is_file():
         raise WeightsError(f"{folder}: no config.json; expected a Hugging Face folder or one of our runs (config.yaml and checkpoints/)")
     content = read_json(path)
