@@ -30,6 +30,7 @@ from examples.quickstart import assets, blind, contact, samples, vocabulary
 from examples.quickstart.sources import SIZES, SOURCES, Piece, Source, make, pieces
 from mindvl_jax.config.schema import QuickstartDataConfig, TokenizerConfig
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.files import replacing, write_text
 from mindvl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 2  # of the manifest
@@ -67,7 +68,7 @@ def build(out: Path, size: str = "standard", seed: int = 0, processes: int | Non
 
     standins, questions = _write_standins(out)
     table = vocabulary.id_table(questions)
-    _write(out / "id_table.json", json.dumps(table))
+    write_text(out / "id_table.json", json.dumps(table))
     tokenizer = load_tokenizer(TokenizerConfig(path=vocabulary.TOKENIZER, id_table=str(out / "id_table.json")))
     console.print(f"{out}: id_table.json, {len(table):,} ids")
     files = _write_sources(out, size, seed, processes, tokenizer, console)
@@ -85,7 +86,7 @@ def build(out: Path, size: str = "standard", seed: int = 0, processes: int | Non
         "licences": "see ATTRIBUTIONS.md",
         "blind": blind.scores(out),
     }
-    _write(out / "manifest.json", json.dumps(manifest, indent=1))
+    write_text(out / "manifest.json", json.dumps(manifest, indent=1))
     console.print(f"{out}: {manifest['samples']:,} samples in {len(files)} files, {sum(file['bytes'] for file in files.values()) / 1e6:.0f} MB, {time.monotonic() - began:.0f} s")
     return manifest
 
@@ -134,9 +135,8 @@ def _write_sources(out: Path, size: str, seed: int, processes: int | None, token
         for number, results in _make_all(work, size, seed, processes):
             source = SOURCES[number]
             progress.update(bar, description=f"{source.path:28}")
-            part = out / (source.path + ".part")
-            samples.write_parquet(tables(source, results), part)
-            os.replace(part, out / source.path)
+            with replacing(out / source.path) as temporary:
+                samples.write_parquet(tables(source, results), temporary)
             files[source.path] |= _describe(out / source.path)
     return files
 
@@ -197,12 +197,6 @@ def _fingerprint(size: str, seed: int) -> str:
 
 def _describe(path: Path) -> dict:
     return {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-
-
-def _write(path: Path, content: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(content)
-    os.replace(part, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ class AdaptersConfig(Section):
     alphas: dict[str, PositiveFloat] = Field({}, description="Another alpha for some of the targets.")
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) in place of alpha / rank.")
     dora: bool = Field(False, description="Learn the norm of each output apart from its direction.")
-    dropout: Literal[0, 0.0] = Field(0, description="Only 0: dropout on the adapters' input is not built.")
+    dropout: Literal[0, 0.0] = Field(0, description="Only 0: dropout on the adapters' input is not built.")  # type: ignore[valid-type]
     init_from: str | None = Field(None, description="PEFT folder to start from; its targets, rank and alpha must be those given here.")
 
     def __hash__(self) -> int:

@@ -1,4 +1,4 @@
-"""Device memory by kind, and the share of it that a plan may fill."""
+"""The table of known devices: memory, peak, and the share of the memory that a plan may fill."""
 
 from __future__ import annotations
 
@@ -11,32 +11,54 @@ from npu_bridge.emulator.settings import parse_bytes
 
 GIB = 2**30
 
-# Memory of one device in MiB, by the prefix of its name: as nvidia-smi and npu-smi report it, or as the maker states it (TPU).
-# One die of an Atlas A3 package counts as a device.
-KNOWN_MEMORY_MIB: dict[str, int] = {
-    "NVIDIA A100 40GB": 40960,
-    "NVIDIA A100 80GB": 81920,
-    "NVIDIA A800 80GB": 81920,
-    "NVIDIA H100": 81559,
-    "NVIDIA H800": 81559,
-    "NVIDIA H20": 97871,
-    "NVIDIA H200": 143771,
-    "NVIDIA B200": 183359,
-    "NVIDIA L40S": 46068,
-    "NVIDIA GeForce RTX 4090": 24564,
-    "TPU v4": 32 * 1024,
-    "TPU v5 lite": 16 * 1024,
-    "TPU v5e": 16 * 1024,
-    "TPU v5p": 95 * 1024,
-    "TPU v6 lite": 32 * 1024,
-    "TPU v6e": 32 * 1024,
-    "Ascend 910B": 64 * 1024,
-    "Ascend910B1": 64 * 1024,
-    "Ascend910B2": 64 * 1024,
-    "Ascend910B3": 64 * 1024,
-    "Ascend910B4": 32 * 1024,
-    "Ascend910_93": 64 * 1024,
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One kind of device.
+
+    Attributes:
+      mib: memory in MiB, as nvidia-smi and npu-smi report it or as the maker states it (TPU); None if the name does not tell.
+      flops: dense bfloat16 peak in FLOP/s from the maker's data sheet; None where it is not listed here.
+    """
+
+    mib: int | None = None
+    flops: float | None = None
+
+
+# By the prefix of the name: as JAX reports it (`device_kind`), as people write it. One die of an Atlas A3 package counts as a device.
+DEVICES: dict[str, Device] = {
+    "NVIDIA A100": Device(flops=312e12),
+    "NVIDIA A100 40GB": Device(40960, 312e12),
+    "NVIDIA A100 80GB": Device(81920, 312e12),
+    "NVIDIA A800 80GB": Device(81920),
+    "NVIDIA H100": Device(81559, 989e12),
+    "NVIDIA H100 PCIe": Device(81559, 756e12),
+    "NVIDIA H800": Device(81559),
+    "NVIDIA H20": Device(97871),
+    "NVIDIA H200": Device(143771, 989e12),
+    "NVIDIA B200": Device(183359),
+    "NVIDIA L40S": Device(46068),
+    "NVIDIA GeForce RTX 4090": Device(24564),
+    "TPU v4": Device(32 * 1024, 275e12),
+    "TPU v5": Device(flops=459e12),
+    "TPU v5 lite": Device(16 * 1024, 197e12),
+    "TPU v5e": Device(16 * 1024, 197e12),
+    "TPU v5p": Device(95 * 1024, 459e12),
+    "TPU v6 lite": Device(32 * 1024, 918e12),
+    "TPU v6e": Device(32 * 1024, 918e12),
+    "Ascend 910B": Device(64 * 1024),
+    "Ascend910B1": Device(64 * 1024),
+    "Ascend910B2": Device(64 * 1024),
+    "Ascend910B3": Device(64 * 1024),
+    "Ascend910B4": Device(32 * 1024),
+    "Ascend910_93": Device(64 * 1024),
 }
+
+
+def known_peak(device_kind: str) -> float | None:
+    """Peak FLOP/s of a device kind, by the longest known prefix of it; None if it is not known."""
+    fits = [name for name in DEVICES if device_kind.startswith(name)]
+    return DEVICES[max(fits, key=len)].flops if fits else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +92,14 @@ def known_memory(device_kind: str) -> int:
       UserError: unknown, or the name matches kinds of different memory.
     """
     wanted = device_kind.lower()
-    fits = [name for name in KNOWN_MEMORY_MIB if wanted.startswith(name.lower())]
+    mib = {name: device.mib for name, device in DEVICES.items() if device.mib is not None}
+    fits = [name for name in mib if wanted.startswith(name.lower())]
     if fits:
-        return KNOWN_MEMORY_MIB[max(fits, key=len)] * 2**20
-    meant = [name for name in KNOWN_MEMORY_MIB if wanted in name.lower()]
-    if len({KNOWN_MEMORY_MIB[name] for name in meant}) == 1:
-        return KNOWN_MEMORY_MIB[meant[0]] * 2**20
-    near = meant or difflib.get_close_matches(device_kind, KNOWN_MEMORY_MIB, n=3, cutoff=0.4) or list(KNOWN_MEMORY_MIB)
+        return mib[max(fits, key=len)] * 2**20
+    meant = [name for name in mib if wanted in name.lower()]
+    if len({mib[name] for name in meant}) == 1:
+        return mib[meant[0]] * 2**20
+    near = meant or difflib.get_close_matches(device_kind, mib, n=3, cutoff=0.4) or list(mib)
     raise UserError(f"--device-kind {device_kind!r}: {'which of them' if meant else 'unknown; did you mean one of'} {', '.join(near)}? Or give its memory, such as --memory 64GiB")
 
 

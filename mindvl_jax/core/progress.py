@@ -80,9 +80,10 @@ class LogConsole(Console):
     def _plain(self, *objects: Any, **options: Any) -> str:
         if all(isinstance(each, str) for each in objects):
             options["soft_wrap"] = True
-        sink = Console(file=io.StringIO(), width=WIDTH, color_system=None, force_terminal=False, highlight=False)
+        text = io.StringIO()
+        sink = Console(file=text, width=WIDTH, color_system=None, force_terminal=False, highlight=False)
         sink.print(*objects, **options)
-        return sink.file.getvalue()
+        return text.getvalue()
 
 
 @contextlib.contextmanager

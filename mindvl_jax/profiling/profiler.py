@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from mindvl_jax.config.schema import Config, ProfileConfig
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.files import write_text
 from mindvl_jax.profiling.blocks import BlockTimes
 
 REQUEST = "profile-request.json"
@@ -66,9 +67,7 @@ def request(run_dir: Path, steps: int) -> Path:
     path = run_dir / REQUEST
     if path.exists():
         raise UserError(f"{path} is not answered yet; is a run training in this folder? Delete the file to withdraw the request")
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps({"steps": steps}), encoding="utf-8")
-    fresh.replace(path)
+    write_text(path, json.dumps({"steps": steps}))
     return path
 
 

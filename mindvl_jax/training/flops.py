@@ -14,27 +14,6 @@ import jax
 
 from mindvl_jax.config.schema import ModelConfig
 
-# Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets, by device_kind as JAX reports it.
-KNOWN_PEAKS: dict[str, float] = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
-
-
-def known_peak(device_kind: str) -> float | None:
-    """Peak of a device kind; the longest known name that it starts with counts, None when there is none."""
-    fits = [name for name in KNOWN_PEAKS if device_kind.startswith(name)]
-    return KNOWN_PEAKS[max(fits, key=len)] if fits else None
-
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:

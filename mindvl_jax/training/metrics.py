@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mindvl_jax.core.files import replacing
+
 FILE = "metrics.jsonl"
 
 
@@ -36,12 +38,10 @@ def cut_metrics(path: Path, last_step: int) -> int:
             else:
                 dropped += 1
     if dropped:
-        fresh = path.with_suffix(".tmp")
-        with fresh.open("w", encoding="utf-8") as file:
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(kept)
             file.flush()
             os.fsync(file.fileno())
-        fresh.replace(path)
     return dropped
 
 

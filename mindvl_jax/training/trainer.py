@@ -25,8 +25,8 @@ from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import row_share
 from mindvl_jax.training import ema, resume, scoring, state as states
 from mindvl_jax.training.backend import Backend, make_backend, use_compilation_cache
+from mindvl_jax.core.devices import known_peak
 from mindvl_jax.training.display import LiveLine, print_startup
-from mindvl_jax.training.flops import known_peak
 from mindvl_jax.training.hooks import Hooks
 from mindvl_jax.training.initial import starting_params
 from mindvl_jax.training.metrics import MetricsLog

@@ -47,7 +47,7 @@ def test_the_files_are_those_of_the_manifest(quickstart):
         assert pyarrow.parquet.read_metadata(quickstart / path).num_rows == described["samples"] > 0, path
         assert hashlib.sha256((quickstart / path).read_bytes()).hexdigest() == described["sha256"], path
     assert set(manifest["blind"]) == set(manifest["held_out"]) == TEST
-    assert not list(quickstart.rglob("*.part"))
+    assert not list(quickstart.rglob(".*"))
 
 
 def test_samples_have_distinct_ids_and_alternating_roles(rows):

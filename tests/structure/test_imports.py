@@ -59,6 +59,9 @@ LATE_TODAY: set[str] = {
     "npu_bridge.runtime.program",
 }
 
+# Modules that rename files for another reason than an atomic write.
+ATOMIC_BY_HAND = ("mindvl_jax.training.resume",)  # moves damaged checkpoint folders aside
+
 
 @dataclass(frozen=True)
 class Import:
@@ -225,6 +228,19 @@ def test_imports_inside_functions_have_an_optional_package_as_their_reason():
         and not optional_packages(each.target) - optional_packages(each.source)
     }
     compare(found, LATE_TODAY, "these modules import our own code inside a function, and no optional package is the reason")
+
+
+def test_files_are_replaced_in_one_place():
+    """`core.files.replacing` is the one atomic write; a rename by hand forgets the mode, the clean-up or a second writer."""
+    renames = {"os.replace", "os.rename", "shutil.move", "tempfile.mkstemp"}
+    found = {
+        (name, ast.unparse(node.func))
+        for name, path in modules().items()
+        if name.startswith(("mindvl_jax.", "examples.")) and name not in ("mindvl_jax.core.files", *ATOMIC_BY_HAND)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in renames
+    }
+    assert not found, f"use mindvl_jax.core.files.replacing: {sorted(found)}"
 
 
 def test_the_check_sees_imports_inside_functions_and_cycles_of_three():

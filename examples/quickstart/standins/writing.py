@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import csv
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pyarrow.parquet
 from PIL import Image
 
 from examples.quickstart.samples import png
+from mindvl_jax.core.files import replacing
 
 IMAGE = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
 Row = Mapping[str, Any]
@@ -33,9 +33,8 @@ def write_parquet(path: Path, rows: Sequence[Row]) -> None:
     schema = pyarrow.schema([(column, arrow[kinds[column]]) for column in columns])
     schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": {column: named[kinds[column]] for column in columns}}})})
     cells = {column: [_cell(row[column]) for row in rows] for column in columns}
-    part = path.with_name(path.name + ".part")
-    pyarrow.parquet.write_table(pyarrow.table(cells, schema=schema), part, compression="zstd")
-    os.replace(part, path)
+    with replacing(path) as temporary:
+        pyarrow.parquet.write_table(pyarrow.table(cells, schema=schema), temporary, compression="zstd")
 
 
 def _kind(values: Sequence[Any], column: str) -> str:
@@ -67,9 +66,7 @@ def write_tsv(path: Path, rows: Sequence[Row]) -> None:
             return str([base64.b64encode(png(picture)).decode() for picture in value])
         return "" if value is None else str(value)
 
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8", newline="") as file:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow(columns)
         writer.writerows([cell(row, column) for column in columns] for row in rows)
-    os.replace(part, path)

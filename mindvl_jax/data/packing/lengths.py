@@ -23,6 +23,7 @@ from mindvl_jax.data.sample import SampleError
 from mindvl_jax.data.sources.readers import Source, open_sources
 from mindvl_jax.data.sources.mixture import MixtureStream
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.files import replacing
 
 FORMAT = 3
 
@@ -61,15 +62,12 @@ def write_index(path: Path, outcomes: Iterable[Example | SampleError], processor
             costs.append(processor.cost(outcome))
             counts.append((outcome.truncated, outcome.shrunk))
             ids.append(outcome.id)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with unfinished.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file, sizes=np.array([cost.size for cost in costs], np.int32).reshape(-1, len(nothing.size)),
             works=np.array([cost.work for cost in costs], np.float64).reshape(-1, len(nothing.work)), counts=np.array(counts, np.int32).reshape(-1, 2),
             text=np.frombuffer(json.dumps({"ids": ids, "refused": refused}).encode(), np.uint8),
         )  # fmt: skip
-    os.replace(unfinished, path)
     return len(costs) - len(refused), len(refused)
 
 

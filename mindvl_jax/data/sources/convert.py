@@ -8,7 +8,6 @@ import io
 import json
 import os
 import tarfile
-import tempfile
 from typing import Any, Callable, Iterator
 
 import pyarrow as pa
@@ -21,6 +20,7 @@ from mindvl_jax.data.record import turns_of
 from mindvl_jax.data.sample import Media, Sample, SampleError
 from mindvl_jax.data.sources.readers import Source
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.files import replacing
 
 FORMATS = ("mllm", "llava", "sharegpt", "jsonl", "parquet", "webdataset")
 ENDINGS = {"mllm": ".json", "llava": ".json", "sharegpt": ".json", "jsonl": ".jsonl", "parquet": ".parquet", "webdataset": ".tar"}
@@ -75,23 +75,14 @@ def convert(source: Source, to: str, out: str, *, prefix: str = "", overwrite: b
 
     store = _MediaStore(folder, media_folder, roots)
     written = 0
-    # Into a neighbour first: a conversion that is cut off leaves no half file under the final name.
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".converting-")
-    os.close(handle)
-    try:
-        with _WRITERS[to](temporary, store) as write:
+    with replacing(out) as temporary:
+        with _WRITERS[to](str(temporary), store) as write:
             for sample in samples():
                 write(sample)
                 written += 1
         if written == 0:
             reasons = sorted({f"{entry['reason']}: {entry['message']}" for entry in skipped})[:3]
             raise UserError(f"none of the {len(source)} samples can be converted; for instance {'; '.join(reasons)}")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, out)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
     listed = None
     if skipped:
         listed = out + ".skipped.jsonl"

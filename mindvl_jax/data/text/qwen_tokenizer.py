@@ -12,12 +12,12 @@ import base64
 import hashlib
 import importlib.util
 import os
-import tempfile
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.files import write_text
 
 QWEN_NAMES = ("qwen2.5", "qwen3")
 
@@ -51,7 +51,7 @@ def qwen_tokenizer_file(name: str) -> Path:
         tokenizer = build_qwen_tokenizer(name)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_atomically(tokenizer, file)
+            write_text(file, tokenizer.to_str())  # several processes may build at once; all write the same
         except OSError as error:
             raise UserError(f"cannot keep the built tokenizer in {folder} ({error.strerror}); set XDG_CACHE_HOME to a folder that can be written") from None
     return file
@@ -131,15 +131,3 @@ def _byte_letters() -> dict[int, str]:
         if byte not in letters:
             letters[byte] = chr(0x100 + len(letters) - len(printable))
     return letters
-
-
-def _write_atomically(tokenizer: Tokenizer, file: Path) -> None:
-    # Several processes may build at once (tests, loader workers): each writes its own file, the last rename wins, all are equal.
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".part")
-    os.close(handle)
-    try:
-        Path(temporary).write_text(tokenizer.to_str(), encoding="utf-8")
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
