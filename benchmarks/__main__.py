@@ -22,7 +22,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import machine, results
+from benchmarks import machine, page, results
 from benchmarks.registry import CASES, SUITES, Case, Settings, load_cases
 from mindvl_jax.core.host_memory import TUNABLES
 
@@ -99,7 +99,7 @@ def _run(console: Console, args: argparse.Namespace, chosen: list[Case]) -> int:
             comparisons = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
         record["cases"][entry.name] = dict(summary=entry.summary, comparisons=comparisons, seconds=time.perf_counter() - start, failed=code != 0)
         console.print(results.case_results_table(entry.name, record["cases"][entry.name]))
-    json_path, page_path = results.write(record, args.out)
+    json_path, page_path = page.write(record, args.out)
     console.print(f"{json_path}\n{page_path}", highlight=False)
     failed = [name for name, outcome in record["cases"].items() if outcome["failed"]]
     if failed:

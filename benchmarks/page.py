@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 from benchmarks import results
+from benchmarks.results import Record
 
 OURS, OTHER = "#2f6f9f", "#b8c2cc"
 
@@ -45,3 +47,18 @@ def picture(comparison: Mapping[str, Any]) -> str:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     return base64.b64encode(file.getvalue()).decode()
+
+
+def write(record: Record, folder: Path) -> tuple[Path, Path]:
+    """Write DATE-COMMIT-SUITE.json and .html; a second run of the minute does not overwrite the first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = record["machine"]
+    stem = f"{about['date'][:16].replace(':', '')}-{about['commit'].replace('+', '-')}-{record['suite']}{'-dry' if record['settings']['dry'] else ''}"
+    path, count = folder / f"{stem}.json", 1
+    while path.exists():
+        count += 1
+        path = folder / f"{stem}-{count}.json"
+    path.write_text(json.dumps(record) + "\n")
+    page = path.with_suffix(".html")
+    page.write_text(render(record), encoding="utf-8")
+    return path, page

@@ -75,23 +75,6 @@ def case_results_table(name: str, outcome: Mapping[str, Any]) -> Table:
     return table
 
 
-def write(record: Record, folder: Path) -> tuple[Path, Path]:
-    """Write DATE-COMMIT-SUITE.json and .html; a second run of the minute does not overwrite the first."""
-    from benchmarks.page import render
-
-    folder.mkdir(parents=True, exist_ok=True)
-    about = record["machine"]
-    stem = f"{about['date'][:16].replace(':', '')}-{about['commit'].replace('+', '-')}-{record['suite']}{'-dry' if record['settings']['dry'] else ''}"
-    path, count = folder / f"{stem}.json", 1
-    while path.exists():
-        count += 1
-        path = folder / f"{stem}-{count}.json"
-    path.write_text(json.dumps(record) + "\n")
-    page = path.with_suffix(".html")
-    page.write_text(render(record), encoding="utf-8")
-    return path, page
-
-
 def read(path: Path) -> Record:
     """A stored run.
 

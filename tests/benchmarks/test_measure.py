@@ -71,9 +71,9 @@ def record():
 
 
 def test_stored_run_reads_back_and_shows_in_table_and_page(record, tmp_path):
-    path, html = results.write(record, tmp_path)
+    path, html = page.write(record, tmp_path)
     assert results.read(path) == record
-    again, _ = results.write(record, tmp_path)
+    again, _ = page.write(record, tmp_path)
     assert again != path, "a second run overwrote the first"
     text = html.read_text()
     assert "other &lt;b&gt;" in text and "other <b>" not in text

@@ -43,7 +43,8 @@ def filled(dtype, *shape):
 
 def compare(functions, *args, dtype="float32"):
     """All functions in one program, called three times: the arguments, then moved on by one and by two elements."""
-    run = lambda *a: {name: f(*a) for name, f in functions.items()}
+    def run(*a):
+        return {name: f(*a) for name, f in functions.items()}
     ours, theirs = npu_bridge.jit(run), jax.jit(run)
     for call in range(CALLS):
         moved = [np.roll(a, call) if a.dtype.kind not in "iu" or dtype in WHOLE else a for a in args]
@@ -145,7 +146,8 @@ def test_windows_with_any_body_leave_their_padding_out(dtype):
             functions[f"{name} {padding}"] = lambda x, b=body, s=start, p=padding: lax.reduce_window(x, s, b, (2, 3), (1, 2), p)
     functions["of nothing"] = lambda x: lax.reduce_window(x[:0], zero, lax.add, (2, 2), (1, 1), "SAME")
     if dtype == "float32":
-        window = lambda x: lax.reduce_window(x * 0.1, np.float32(-np.inf), jnp.logaddexp, (2, 3), (1, 2), "SAME")
+        def window(x):
+            return lax.reduce_window(x * 0.1, np.float32(-np.inf), jnp.logaddexp, (2, 3), (1, 2), "SAME")
         functions["tangent of a body of its own"] = lambda x: jax.jvp(window, (x,), (jnp.cos(x),))
     compare(functions, x, dtype=dtype)
 

@@ -6,7 +6,7 @@ import math
 
 from npu_bridge.compiler.codegen.emitter import Emitter, lowering
 from npu_bridge.compiler.codegen.operands import BIT_UNSIGNED, Literal, Operand, Tensor, torch_dtype
-from npu_bridge.compiler.ir import FLOATS, Op, body_kind
+from npu_bridge.compiler.ir import FLOATS, Op, Type, body_kind
 
 
 @lowering("dot_general")
