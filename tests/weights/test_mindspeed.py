@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mindvl_jax.cli.main import main
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.weights.mindspeed import torch_zip
 from mindvl_jax.weights.mindspeed.convert import (
@@ -173,3 +174,14 @@ def test_a_pickle_that_would_run_a_command_runs_nothing(tmp_path, monkeypatch):
             new.writestr(info.filename, old.read(info)[: 4 if info.filename.endswith("data/0") else None])
     with pytest.raises(UserError, match="reaches past its storage"):
         torch_zip.read(tmp_path / "short.pt")
+
+
+def test_the_command_finds_the_layout_and_writes_it_anew(folders, tmp_path, capsys):
+    base = folders()
+    to_theirs = ["convert", "mindspeed", "--from", str(base), "--to", str(tmp_path / "mm"), "--tp", "2", "--llm-pp-layers", "[[5,7]]", "--vit-pp-layers", "[[4,0]]"]
+    assert main(to_theirs) == 0
+    assert main(["convert", "mindspeed", "--from", str(tmp_path / "mm"), "--to", str(tmp_path / "hf"), "--like", str(base)]) == 0
+    assert "tp 2, pp 2, vpp 1, fused, llm_pp_layers [[5, 7]], vit_pp_layers [[4, 0]]" in capsys.readouterr().out
+    assert all((tmp_path / "hf" / path.name).read_bytes() == path.read_bytes() for path in base.iterdir())
+    assert main(["convert", "mindspeed", "--from", str(tmp_path / "mm"), "--to", str(tmp_path / "other")]) == 2
+    assert "how many heads" in capsys.readouterr().err
