@@ -13,10 +13,12 @@ import torch
 
 from benchmarks.workloads import Packed, normalised
 from mindvl_jax.config.schema import OptimizerConfig
+from mindvl_jax.models.layers.qwen_vl_reference import rope_index
 from mindvl_jax.models.mindvl.config import MindVLConfig
-from mindvl_jax.parity.reference import ComposedMindVL, load_reference, rope_index
+from mindvl_jax.models.mindvl.reference import ComposedMindVL
+from mindvl_jax.parity.reference import load_reference
 from mindvl_jax.parity.samples import ParitySample, reference_inputs
-from mindvl_jax.weights.hf_config import read_json
+from mindvl_jax.weights.errors import read_json
 from mindvl_jax.weights.save import save_parameters
 
 Inputs = dict[str, torch.Tensor]

@@ -67,8 +67,7 @@ def write_folder(folder: Path, preset: str, layers: int | None, shard_bytes: int
 
     from mindvl_jax.config import families
     from mindvl_jax.models.outline import outline_of
-    from mindvl_jax.weights.families import slots
-    from mindvl_jax.weights.hf_config import write_config
+    from mindvl_jax.weights.mapping import config_content, slots
 
     config = families.preset(preset)
     if layers is not None:
@@ -93,7 +92,7 @@ def write_folder(folder: Path, preset: str, layers: int | None, shard_bytes: int
     if shards[-1]:
         write()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    (folder / "config.json").write_text(json.dumps(write_config(config, "bfloat16")))
+    (folder / "config.json").write_text(json.dumps(config_content(config, "bfloat16")))
 
 
 def measure(mode: str, folder: Path) -> dict[str, float]:
@@ -115,7 +114,7 @@ def measure(mode: str, folder: Path) -> dict[str, float]:
             held: dict[str, np.ndarray] = {}
             for path in files:
                 with safe_open(path, framework="numpy") as file:
-                    held |= {name: file.get_tensor(name) for name in file}
+                    held |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             size = sum(value.nbytes for value in held.values())
         else:
             held = load_parameters(folder, mesh=mesh)

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from mindvl_jax.core.files import write_json
     from mindvl_jax.inference import Generator
     from mindvl_jax.inference.loading import open_for_inference
-    from mindvl_jax.weights.resolve import EMA, named_folder
+    from mindvl_jax.checkpoints.names import EMA, named_folder
 
     at_least_one(args, "batch", "limit", "max_new_tokens", "min_pixels", "max_pixels")
     programs = chosen_programs(args)
@@ -158,7 +158,7 @@ def _search(args, console, generator, opened, tasks, out: Path, weights: str, se
     from mindvl_jax.evaluation.evaluate import Predictions, predict
     from mindvl_jax.core.files import write_json
     from mindvl_jax.inference.loading import SETTINGS
-    from mindvl_jax.weights.resolve import named_folder
+    from mindvl_jax.checkpoints.names import named_folder
 
     if args.min_pixels or args.max_pixels:
         raise UserError("--search tries picture sizes itself; leave out --min-pixels and --max-pixels")

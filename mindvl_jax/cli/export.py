@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from mindvl_jax.models.adapters import merge
     from mindvl_jax.weights.adapter_layout import layout_of
     from mindvl_jax.weights.companions import write_companions
-    from mindvl_jax.weights.hf_config import model_type
+    from mindvl_jax.weights.mapping import model_type
     from mindvl_jax.weights.resolve import open_companions, open_model
     from mindvl_jax.weights.save import save_parameters
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     save_parameters(out, config, parameters, dtype=args.dtype, shard_bytes=int(args.shard_gigabytes * 1e9), **ids)
     write_companions(out, config, tokenizer, *pixels)
     count = sum(value.size for value in parameters.values())
-    kind = model_type(config)
-    reader = "MindVL only; transformers has no class for this pairing" if kind == "mindvl" else "transformers and MindVL"
+    kind, described = model_type(config)
+    reader = "transformers and MindVL" if described.in_transformers else "MindVL only; transformers has no class for this pairing"
     print(f"{out}: {count:,} parameters, model_type {kind} (opened by {reader})")
     return 0

@@ -21,8 +21,9 @@ def open_for_inference(folder: str | Path, *, mesh: str | None = None, adapter: 
     Raises:
       UserError: no usable model, no tokenizer, settings or a mesh that make no sense.
     """
+    from mindvl_jax.checkpoints.names import named_folder
     from mindvl_jax.weights import open_model
-    from mindvl_jax.weights.resolve import add_adapter, named_folder
+    from mindvl_jax.weights.resolve import add_adapter
 
     opened = open_model(folder, mesh=parse_mesh(mesh) if mesh else None)
     if adapter is not None:

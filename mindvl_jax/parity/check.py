@@ -14,9 +14,9 @@ import torch
 from flax import nnx
 
 from mindvl_jax.config.schema import ModelConfig
-from mindvl_jax.weights.hf_config import read_config
 from mindvl_jax.models.outline import outline_of
 from mindvl_jax.weights.load import load_parameters
+from mindvl_jax.weights.mapping import read_config
 from mindvl_jax.parity.probe import Part, compare_parts
 from mindvl_jax.parity.reference import load_reference, to_numpy
 from mindvl_jax.parity.samples import ParitySample, pack, random_sample, reference_inputs

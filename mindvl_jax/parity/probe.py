@@ -8,6 +8,7 @@ B rows, T tokens, P patches, D width.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from mindvl_jax.models.layers.rope import text_tables, vision_tables
-from mindvl_jax.models.mindvl.vision import window_patches
+from mindvl_jax.models.layers.rope import text_tables
 from mindvl_jax.parity.reference import to_numpy
 from mindvl_jax.parity.samples import ParitySample, pack, reference_inputs
+from mindvl_jax.weights.mapping import mapping_of
 from npu_bridge import ops
 
 
@@ -33,22 +34,28 @@ class Part:
     layer: int | None = None
 
 
-def _modules(reference) -> dict[str, Any]:
-    """The reference's submodules by our names."""
-    inner = reference.model
-    decoder = getattr(inner, "language_model", inner)
-    visual = getattr(inner, "visual", getattr(reference, "visual", None))
-    found = {"embed": decoder.embed_tokens, "norm": decoder.norm, "head": reference.lm_head}
-    for number, layer in enumerate(decoder.layers):
-        found |= {f"layer {number} norm1": layer.input_layernorm, f"layer {number} attention": layer.self_attn,
-                  f"layer {number} norm2": layer.post_attention_layernorm, f"layer {number} mlp": layer.mlp}
-    if visual is not None:
-        found |= {"vision patch_embed": visual.patch_embed, "projector": visual.merger}
-        found |= {f"vision block {number}": block for number, block in enumerate(visual.blocks)}
+def _modules(reference, config) -> dict[str, Any]:
+    """The reference's submodules by our names, as the family's mapping lists them."""
+    found = {}
+    for name, paths in mapping_of(config).reference_parts.items():
+        for number in itertools.count():
+            module = next((module for path in paths if (module := _submodule(reference, path.format(layer=number))) is not None), None)
+            if module is not None:
+                found[name.format(layer=number)] = module
+            if module is None or "{layer}" not in name:
+                break
     return found
 
 
-def record(reference, inputs: dict[str, Any]) -> tuple[dict[str, list[tuple[np.ndarray, np.ndarray]]], np.ndarray]:
+def _submodule(module, path: str):
+    """A submodule by dotted path; None where there is none."""
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def record(reference, config, inputs: dict[str, Any]) -> tuple[dict[str, list[tuple[np.ndarray, np.ndarray]]], np.ndarray]:
     """Runs the reference once: (input, output) of every submodule in call order, and the logits (T, V)."""
     calls: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
 
@@ -59,7 +66,7 @@ def record(reference, inputs: dict[str, Any]) -> tuple[dict[str, list[tuple[np.n
             calls.setdefault(name, []).append((given.detach().numpy() if not given.is_floating_point() else to_numpy(given), to_numpy(output)))
         return keep
 
-    handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in _modules(reference).items()]
+    handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in _modules(reference, config).items()]
     try:
         with torch.no_grad():
             logits = to_numpy(reference(**inputs).logits[0])
@@ -78,7 +85,7 @@ def compare_parts(model, reference, samples: Sequence[ParitySample]) -> list[Par
     worst: dict[str, Part] = {}
     jitted: dict[str, Callable] = {}
     for sample in samples:
-        calls, _ = record(reference, reference_inputs(sample, model.config))
+        calls, _ = record(reference, model.config, reference_inputs(sample, model.config))
         batch = pack([[sample]], model.config, reference, tokens=len(sample.tokens), patches=sum(len(visual.pixels) for visual in sample.visuals))
         images = _visual_batches(model, reference, sample)
         for name, pairs in calls.items():
@@ -124,15 +131,8 @@ def _run(model, name: str, given: np.ndarray, batch, jitted: dict[str, Callable]
     if name in whole:
         return jitted.setdefault(name, jax.jit(whole[name]))(model, x)
     if kind == "vision":
-        config = model.config.vision
-        full = number in config.fullatt_block_indexes
-
-        def block(block, x, positions, ids):
-            tables = vision_tables(positions, config.hidden_size // config.num_heads, config.rope_theta)
-            return block(x, *tables, ids, None, None if full else window_patches(config), "none")
-
-        program = jitted.setdefault(f"vision {full}", jax.jit(block))
-        return program(_layer(model.vision.blocks, number), x[None], batch.patch_positions, batch.patch_segment_ids if full else batch.patch_window_ids)
+        program = jitted.setdefault(f"vision {number}", jax.jit(lambda model, x, batch: model.vision.run_block(number, x, batch)))
+        return program(model, x[None], batch)
     layer = _layer(model.language.layers, number)
     if kind != "attention":
         return jitted.setdefault(kind, jax.jit(lambda layer, x, kind=kind: getattr(layer, kind)(x)))(layer, x)

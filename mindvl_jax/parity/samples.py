@@ -14,9 +14,9 @@ import torch
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from mindvl_jax.models.vision_language.batch import Batch, BatchShape
-from mindvl_jax.models.mindvl.config import VisionConfig
 from mindvl_jax.config.schema import ModelConfig
-from mindvl_jax.parity.reference import rope_index
+from mindvl_jax.data.media.geometry import PatchGeometry
+from mindvl_jax.models.layers.qwen_vl_reference import rope_index
 
 IMAGE, VIDEO = 1, 2  # transformers' mm_token_type_ids
 
@@ -89,9 +89,12 @@ def reference_inputs(sample: ParitySample, config: ModelConfig) -> dict[str, Any
     return inputs
 
 
-def _layout(visual: Visual, vision: VisionConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _layout(visual: Visual, vision: PatchGeometry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Order of merged groups in window order, patches of each window, (h, w) of each patch in published order."""
     grid = torch.tensor([visual.grid])
+    if vision.window_size is None:
+        frames, height, width = visual.grid
+        return np.arange(len(visual.pixels) // vision.merge_unit), np.full(frames, height * width), get_vision_position_ids(grid, vision.spatial_merge_size).numpy()
     order, bounds = get_vision_window_index(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
     return order.numpy(), np.diff(bounds.numpy()), get_vision_position_ids(grid, vision.spatial_merge_size).numpy()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 _HOMES = {
     "OpenedModel": "resolve",
-    "WeightsError": "hf_config",
+    "WeightsError": "errors",
     "load_parameters": "load",
     "open_model": "resolve",
     "save_parameters": "save",

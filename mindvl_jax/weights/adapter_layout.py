@@ -17,8 +17,9 @@ from mindvl_jax.config.adapters import AdaptersConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.params import matches
 from mindvl_jax.models.adapters import Adapter, Layout
+from mindvl_jax.models.hf import TRANSPOSE
 from mindvl_jax.models.outline import outline_of
-from mindvl_jax.weights.families import rules_for
+from mindvl_jax.weights.mapping import mapping_of
 
 
 class LinearShapes(NamedTuple):
@@ -53,11 +54,11 @@ class PublishedLinear:
 @functools.lru_cache(maxsize=16)
 def _tables(config: Any) -> tuple[tuple[PublishedLinear, ...], tuple[str, ...]]:
     linears, others = [], []
-    for rule in rules_for(config):
+    for rule in mapping_of(config).rules(config):
         name, _, leaf = rule.published.rpartition(".")
         if leaf != "weight":
             continue
-        if rule.form == "transpose" and name != "lm_head":
+        if rule.form == TRANSPOSE and name != "lm_head":
             linears.append(PublishedLinear(name, tuple(path.removesuffix("/kernel") for path in rule.ours)))
         else:
             others.append(name)

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.models.adapters import LEAVES, Adapter, Layout
 from mindvl_jax.weights.adapter_layout import PublishedLinear, names_that_cannot_adapt, published_linears
-from mindvl_jax.weights.families import canonical
+from mindvl_jax.weights.mapping import mapping_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -90,7 +90,7 @@ def read_adapter(folder: Path, config: Any) -> PeftAdapter:
             continue
         stored, leaf = match.groups()
         modern |= stored.startswith(("model.language_model.", "model.visual."))
-        found[canonical(stored), leaf.removesuffix(".weight")] = value
+        found[mapping_of(config).canonical(stored), leaf.removesuffix(".weight")] = value
     layout, parameters, problems = {}, {}, []
     for linear in published_linears(config):
         _take_linear(linear, found, settings, config, layout, parameters, problems, modern)

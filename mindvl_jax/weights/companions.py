@@ -6,32 +6,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mindvl_jax.checkpoints.names import ID_TABLE
 from mindvl_jax.config.schema import ModelConfig
 from mindvl_jax.core.files import read_text
-from mindvl_jax.data.text.template import QWEN_TEMPLATE
-from mindvl_jax.models.layers.config import TextConfig
 from mindvl_jax.data.text.tokenizer import Tokenizer
-from mindvl_jax.models.mindvl.vision import IMAGE_MEAN, IMAGE_STD
-from mindvl_jax.weights.resolve import ID_TABLE
+from mindvl_jax.models.hf import Pixels
+from mindvl_jax.weights.mapping import mapping_of
 
 
 def write_companions(folder: Path, config: ModelConfig, tokenizer: Tokenizer | None, min_pixels: int, max_pixels: int) -> None:
-    """Writes everything but config.json and the weights."""
+    """Write everything but config.json and the weights."""
+    mapping = mapping_of(config)
     if tokenizer is not None:
-        _write_tokenizer(folder, tokenizer, config.text)
+        _write_tokenizer(folder, tokenizer, config.text.max_position_embeddings, mapping.chat_template)
         _dump(folder / "generation_config.json", {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id, "do_sample": False})
-    if hasattr(config, "vision"):
-        vision = config.vision
-        shared = dict(
-            patch_size=vision.patch_size, temporal_patch_size=vision.temporal_patch_size, merge_size=vision.spatial_merge_size, do_resize=True, do_rescale=True,
-            do_normalize=True, do_convert_rgb=True, rescale_factor=1 / 255, image_mean=list(IMAGE_MEAN), image_std=list(IMAGE_STD), resample=3,
-            size={"shortest_edge": min_pixels, "longest_edge": max_pixels},
-        )
-        _dump(folder / "preprocessor_config.json", {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor", **shared})
-        _dump(folder / "video_preprocessor_config.json", {"video_processor_type": "Qwen2VLVideoProcessor", "processor_class": "Qwen2_5_VLProcessor", **shared})
+    for name, content in mapping.companions(config, Pixels(min_pixels, max_pixels)).items():
+        _dump(folder / name, content)
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, text: TextConfig) -> None:
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, longest: int, chat_template: str | None) -> None:
     content = json.loads(read_text(tokenizer.file))
     if tokenizer.real_ids is not None:
         _renumber(content, tokenizer.real_ids)
@@ -39,12 +32,13 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, text: TextConfig) -> No
     (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     name = lambda token: _content_of(content, token)
     _dump(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": text.max_position_embeddings, "eos_token": name(tokenizer.eos_id), "pad_token": name(tokenizer.pad_id),
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": longest, "eos_token": name(tokenizer.eos_id), "pad_token": name(tokenizer.pad_id),
         "clean_up_tokenization_spaces": False,
     })
     # The one that the conversations were written with: a folder's own may add turns that the model never saw.
-    template = QWEN_TEMPLATE if tokenizer.template is None else tokenizer.template
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    template = chat_template if tokenizer.template is None else tokenizer.template
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _renumber(content: dict[str, Any], kept: tuple[int, ...]) -> None:

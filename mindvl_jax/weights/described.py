@@ -8,7 +8,7 @@ from typing import Any
 from mindvl_jax.config import loader
 from mindvl_jax.config.schema import ModelConfig
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.weights.hf_config import read_config
+from mindvl_jax.weights.mapping import read_config
 
 _OWN = ("remat", "compute_dtype", "param_dtype", "matmul_precision", "preset")
 """Keys of the model section that say how a run computes. A folder does not decide them."""
@@ -31,7 +31,7 @@ def described(folder: str) -> dict[str, Any]:
             sections["tokenizer"]["id_table"] = str(run.parent / "id_table.json")
         return sections
     model = read_config(path)
-    if not isinstance(model, ModelConfig):
+    if not hasattr(model, "vision"):
         raise UserError(f"{path} holds a language model alone; join it with a vision tower first: mindvl export --vision DIR --language {path} --out DIR")
     sections = {"model": _sizes(model)}
     if (path / "tokenizer.json").is_file():

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mindvl_jax.weights.families import canonical, ignorable
-from mindvl_jax.weights.hf_config import WeightsError, read_json
+from mindvl_jax.models.hf import HFMapping
+from mindvl_jax.weights.errors import WeightsError, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOAT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
@@ -54,15 +54,18 @@ class WeightsFolder:
       metadata: of each file, by file name.
     """
 
-    def __init__(self, folder: Path):
-        """Reads headers only.
+    def __init__(self, folder: Path, mapping: HFMapping):
+        """Read headers only.
+
+        Args:
+          mapping: of the model's family: how it spells names, and what it ignores.
 
         Raises:
           WeightsError: everything that is wrong with the files, at once: no weights, pickles only, an index that names absent
             files or climbs out of the folder, truncated files, damaged headers, tensors that are not where the index says, dtypes
             that are not floating point, names twice.
         """
-        self.folder = folder
+        self.folder, self._mapping = folder, mapping
         self.entries: dict[str, Entry] = {}
         self.metadata: dict[str, dict[str, str]] = {}
         problems: list[str] = []
@@ -113,10 +116,10 @@ class WeightsFolder:
                 self.metadata[path.name] = dict(file.metadata() or {})
                 starts = _starts(path)
                 for stored in file.offset_keys():
-                    if ignorable(stored):
+                    if self._mapping.ignorable(stored):
                         continue
                     view = file.get_slice(stored)
-                    dtype, name = view.get_dtype(), canonical(stored)
+                    dtype, name = view.get_dtype(), self._mapping.canonical(stored)
                     if dtype not in FLOAT_DTYPES:
                         problems.append(f"{path.name}: {stored} has dtype {dtype}; expected one of {', '.join(FLOAT_DTYPES)} (quantised weights are not supported)")
                     elif name in self.entries:
@@ -130,7 +133,7 @@ class WeightsFolder:
         readable = set(self.metadata)
         where = {entry.stored: entry.file.name for entry in self.entries.values()}
         for name, file in expected.items():
-            if ignorable(name) or file not in readable:
+            if self._mapping.ignorable(name) or file not in readable:
                 continue
             if name not in where and not any(name in problem for problem in problems):
                 problems.append(f"{INDEX}: places {name} in {file}, which does not hold it")

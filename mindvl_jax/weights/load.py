@@ -20,11 +20,12 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from mindvl_jax.config.schema import ModelConfig
+from mindvl_jax.models.hf import Rows
 from mindvl_jax.models.outline import outline_of
 from mindvl_jax.parallel.rules import parameter_shardings
-from mindvl_jax.weights.families import Slot, slots
+from mindvl_jax.weights.errors import WeightsError
 from mindvl_jax.weights.folder import Reader, WeightsFolder
-from mindvl_jax.weights.hf_config import WeightsError, read_config
+from mindvl_jax.weights.mapping import Slot, mapping_of, read_config, slots
 
 _BLOCK_ROWS = 512  # rows of a published matrix turned at once: runs of a kilobyte in the turned one, and one line of each fits the first-level cache
 _TILE_BYTES = 1024  # of each of these rows at a time: together they stay in the second-level cache
@@ -51,25 +52,26 @@ def load_parameters(folder: str | Path, config: ModelConfig | None = None, *, me
     """
     folder = Path(folder)
     config = read_config(folder) if config is None else config
-    files = WeightsFolder(folder)
+    mapping = mapping_of(config)
+    files, tied = WeightsFolder(folder, mapping), mapping.tied(config)
     outline = outline_of(config)
     shapes = {path: like.shape for path, like in outline.shapes.items()}
     wanted = {path for path in shapes if parts is None or path.startswith(parts)}
     all_slots = [slot for slot in slots(config, shapes) if wanted.intersection(slot.rule.ours)]
-    _check(files, config, all_slots, whole=parts is None)
+    _check(files, tied, all_slots, whole=parts is None)
 
-    by_path: dict[str, list[tuple[Slot, slice]]] = {}
+    by_path: dict[str, list[tuple[Slot, int]]] = {}
     for slot in all_slots:
-        for path, rows in slot.parts:
-            by_path.setdefault(path, []).append((slot, rows))
+        for member, path in enumerate(slot.rule.ours):
+            by_path.setdefault(path, []).append((slot, member))
     shardings: Mapping[str, jax.sharding.Sharding] = {}
     if mesh is not None:
         shardings = parameter_shardings(outline.axis_names, shapes, mesh)
     default = SingleDeviceSharding(jax.local_devices()[0])
     with files.reader() as reader, concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        if config_is_tied(config) and "lm_head.weight" in files.entries and not _equal(reader, files, "lm_head.weight", "model.embed_tokens.weight"):
-            raise WeightsError(f"{folder}: config.json ties the word embeddings, but lm_head.weight differs from model.embed_tokens.weight; "
-                               "set tie_word_embeddings to false, or remove lm_head.weight")
+        if tied is not None and tied[0] in files.entries and not _equal(reader, files, *tied):
+            raise WeightsError(f"{folder}: config.json ties the word embeddings, but {tied[0]} differs from {tied[1]}; "
+                               f"set tie_word_embeddings to false, or remove {tied[0]}")
         parameters = {}
         for path in sorted(wanted):
             kind = jnp.dtype(dtype) if dtype is not None else _stored_dtype(files, by_path[path])
@@ -77,12 +79,8 @@ def load_parameters(folder: str | Path, config: ModelConfig | None = None, *, me
     return parameters
 
 
-def config_is_tied(config: ModelConfig) -> bool:
-    return config.text.tie_word_embeddings
-
-
-def _check(files: WeightsFolder, config, expected: list[Slot], *, whole: bool) -> None:
-    """Raises one error with every missing, misshapen and unexpected tensor."""
+def _check(files: WeightsFolder, tied: tuple[str, str] | None, expected: list[Slot], *, whole: bool) -> None:
+    """Raise one error with every missing, misshapen and unexpected tensor."""
     problems = []
     for slot in expected:
         entry = files.entries.get(slot.name)
@@ -91,7 +89,7 @@ def _check(files: WeightsFolder, config, expected: list[Slot], *, whole: bool) -
         elif entry.shape != slot.shape:
             problems.append(f"misshapen   {slot.name}: shape {list(entry.shape)} in {entry.file.name}, but config.json asks for {list(slot.shape)}")
     if whole:
-        known = {slot.name for slot in expected} | ({"lm_head.weight"} if config_is_tied(config) else set())
+        known = {slot.name for slot in expected} | set(tied[:1] if tied else ())
         problems += [f"unexpected  {entry.stored} in {entry.file.name}: no parameter of this model" for name, entry in files.entries.items() if name not in known]
     if problems:
         raise WeightsError("\n".join([f"{files.folder}: config.json and weights do not fit ({len(problems)} tensor{'s' if len(problems) > 1 else ''}):", *(f"  {p}" for p in problems)]))
@@ -106,25 +104,27 @@ def _equal(reader: Reader, files: WeightsFolder, one: str, other: str) -> bool:
     return all(np.array_equal(bits(one, start), bits(other, start)) for start in range(0, a.shape[0], step))
 
 
-def _stored_dtype(files: WeightsFolder, pieces: list[tuple[Slot, slice]]):
+def _stored_dtype(files: WeightsFolder, pieces: list[tuple[Slot, int]]):
     kinds = {jnp.dtype(files.entries[slot.name].dtype) for slot, _ in pieces}
     widest = kinds.pop() if len(kinds) == 1 else jnp.result_type(*kinds)
     return jnp.dtype("float32") if widest == jnp.dtype("float64") else widest  # JAX computes in 32 bits
 
 
-def _place(reader: Reader, pieces: list[tuple[Slot, slice]], shape: tuple[int, ...], dtype, sharding, pool) -> jax.Array:
+def _place(reader: Reader, pieces: list[tuple[Slot, int]], shape: tuple[int, ...], dtype, sharding, pool) -> jax.Array:
     """One parameter: allocate each distinct shard, copy every layer into them, hand them to their devices."""
     indices = {device: _bounds(index, shape) for device, index in sharding.addressable_devices_indices_map(shape).items()}
     shards = {bounds: _aligned_empty(tuple(stop - start for start, stop in bounds), dtype) for bounds in set(indices.values())}
     jobs = []
-    for slot, rows in pieces:
-        if slot.layer is None:
-            targets = list(shards.items())
-        else:
-            targets = [(bounds[1:], shard[slot.layer - bounds[0][0]]) for bounds, shard in shards.items() if bounds[0][0] <= slot.layer < bounds[0][1]]
+    for slot, member in pieces:
+        axes = len(slot.index)
+        targets = []
+        for bounds, shard in shards.items():
+            if all(low <= number < high for number, (low, high) in zip(slot.index, bounds, strict=False)):
+                own = shard[tuple(number - low for number, (low, _) in zip(slot.index, bounds, strict=False))]
+                targets.append((bounds[axes:], own))
         if targets:
             reader.announce(slot.name)
-            jobs += _copies(reader, slot, rows, targets)
+            jobs += _copies(reader, slot, member, targets) if isinstance(slot.rule.form, Rows) else [_whole_copy(reader, slot, member, targets)]
     for done in concurrent.futures.as_completed([pool.submit(job) for job in jobs]):
         done.result()
     arrays = [jax.device_put(shards[bounds], device) for device, bounds in indices.items()]
@@ -158,7 +158,18 @@ def _scratch_of(use: str, size: int) -> np.ndarray:
     return memory[:size]
 
 
-def _copies(reader: Reader, slot: Slot, rows: slice, targets) -> list[Callable[[], None]]:
+def _whole_copy(reader: Reader, slot: Slot, member: int, targets) -> Callable[[], None]:
+    """Job for the forms that no run of rows serves: read the tensor whole, take the member's part, copy each shard's block."""
+
+    def copy() -> None:
+        own = slot.rule.form.to_ours(reader.rows(slot.name, 0, slot.shape[0]), slot.shapes)[member]
+        for bounds, memory in targets:
+            np.copyto(memory, own[tuple(slice(begin, end) for begin, end in bounds)], casting="unsafe")
+
+    return copy
+
+
+def _copies(reader: Reader, slot: Slot, member: int, targets) -> list[Callable[[], None]]:
     """Jobs that copy one published tensor's part into (unstacked) shards: each block of rows is read once, for all of them.
 
     Args:
@@ -166,7 +177,8 @@ def _copies(reader: Reader, slot: Slot, rows: slice, targets) -> list[Callable[[
     """
     entry = reader.entry(slot.name)
     stored = jnp.dtype(entry.dtype)
-    turned = slot.rule.form != "same"
+    turned = slot.rule.form.transpose
+    rows = slot.rule.form.rows(slot.shapes, member)
     # A turned parameter's last axis is the published rows; otherwise the first.
     axis = -1 if turned else 0
     low = min(bounds[axis][0] for bounds, _ in targets)

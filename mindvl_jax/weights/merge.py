@@ -23,9 +23,8 @@ from mindvl_jax.models.vision_language.batch import BatchShape
 from mindvl_jax.models.adapters import attach_values
 from mindvl_jax.models.outline import outline_of
 from mindvl_jax.weights.adapters import PeftAdapter, published_updates, read_adapter
-from mindvl_jax.weights.families import canonical
 from mindvl_jax.weights.folder import WeightsFolder
-from mindvl_jax.weights.hf_config import read_config
+from mindvl_jax.weights.mapping import mapping_of, read_config
 from mindvl_jax.weights.load import load_parameters
 
 
@@ -39,7 +38,8 @@ def merge_folder(base: Path, folder: Path, out: Path) -> int:
     """
     config = read_config(base)
     adapter = read_adapter(folder, config)
-    files = WeightsFolder(base)  # checks every header, so that a damaged file stops the work before it begins
+    mapping = mapping_of(config)
+    files = WeightsFolder(base, mapping)  # checks every header, so that a damaged file stops the work before it begins
     updates = published_updates(adapter, config)
     absent = sorted(name for name in updates if f"{name}.weight" not in files.entries)
     if absent:
@@ -54,7 +54,7 @@ def merge_folder(base: Path, folder: Path, out: Path) -> int:
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 (a file handle, no dict)
                 value = file.get_tensor(name)
-                update = updates.get(canonical(name).removesuffix(".weight"))
+                update = updates.get(mapping.canonical(name).removesuffix(".weight"))
                 tensors[name] = value if update is None else update.merged(value)
             save_file(tensors, out / path.name, metadata=dict(file.metadata() or {}))
     return len(updates)
@@ -83,7 +83,7 @@ def check_merged(base: Path, folder: Path, merged: Path) -> LogitsCheck:
     config = read_config(base)
     before = _logits(base, config, read_adapter(folder, config))
     after = _logits(merged, config, None)
-    dtype = WeightsFolder(merged).entries["model.embed_tokens.weight"].dtype
+    dtype = WeightsFolder(merged, mapping_of(config)).entries["model.embed_tokens.weight"].dtype
     return LogitsCheck(float(np.max(np.abs(before - after))), float(np.max(np.abs(before))), dtype)
 
 

@@ -12,17 +12,20 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mindvl_jax.checkpoints import id_table as vocabulary
-from mindvl_jax.checkpoints.checkpoint import load_weights, locate
-from mindvl_jax.checkpoints.names import EMA, ID_TABLE, named_folder
+from mindvl_jax.checkpoints.checkpoint import load_params, locate
+from mindvl_jax.checkpoints.names import EMA, ID_TABLE, is_run, named_folder
 from mindvl_jax.config.schema import Config, ModelConfig, TokenizerConfig
-from mindvl_jax.models.mindvl.vision import IMAGE_MEAN, IMAGE_STD
+from mindvl_jax.models.hf import Pixels
 from mindvl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from mindvl_jax.models.adapters import attach_values
 from mindvl_jax.models.outline import outline_of
 from mindvl_jax.weights.adapters import read_adapter
-from mindvl_jax.weights.hf_config import WeightsError, read_config, read_json
+from mindvl_jax.weights.errors import WeightsError, read_json
 from mindvl_jax.weights.load import load_parameters
+from mindvl_jax.weights.mapping import mapping_of, read_config
 
+_FREE = ("size", "image_processor_type", "processor_class", "do_convert_rgb")
+"""Keys of preprocessor_config.json that may differ: sizes are read, classes of other releases do the same."""
 _PUBLISHED_PIXELS = (3136, 12845056)
 
 
@@ -31,10 +34,10 @@ class OpenedModel:
     """A model with all that is needed to feed it.
 
     Attributes:
-      model: MindVL or LanguageModel with its parameters.
+      model: the family's module with its parameters.
       config: the run's whole Config, or the model's own configuration for a Hugging Face folder.
       tokenizer: None when a Hugging Face folder has none.
-      min_pixels, max_pixels: areas that pictures are resized into.
+      min_pixels, max_pixels: areas that images are resized into, in pixels.
       folder: where it came from.
     """
 
@@ -52,11 +55,6 @@ class OpenedModel:
     def parameters(self) -> dict:
         """Parameters by path."""
         return {"/".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(self.model, nnx.Param))}
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is one of our runs or checkpoints rather than a Hugging Face folder."""
-    return not (folder / "config.json").is_file() and ((folder / "checkpoints").is_dir() or (folder / "params").exists() or (folder / "_CHECKPOINT_METADATA").exists())
 
 
 def open_model(folder: str | Path, mesh: Mesh | None = None, dtype=None) -> OpenedModel:
@@ -81,12 +79,11 @@ def open_model(folder: str | Path, mesh: Mesh | None = None, dtype=None) -> Open
 
 
 def _open_run(folder: Path, mesh: Mesh | None, dtype, ema: bool) -> OpenedModel:
-    config, state = load_weights(folder, mesh, ema=ema)
+    config, values = load_params(folder, mesh, ema=ema)
     config = config.model_copy(update=dict(tokenizer=vocabulary.of_run(locate(folder)[0], config.tokenizer)))
     if dtype is not None:
         name = jnp.dtype(dtype).name
         config = config.model_copy(update=dict(model=config.model.model_copy(update=dict(compute_dtype=name, param_dtype=name))))
-    values = {"/".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
     _require_finite(values, folder)
     if dtype is not None:
         values = {path: value.astype(dtype) for path, value in values.items()}
@@ -173,18 +170,17 @@ def _pixel_limits(folder: Path, config: ModelConfig | None) -> tuple[int, int]:
             raise WeightsError(f"{path}: {name} is {str(value)[:80]}; expected a number of pixels")
         limits.append(int(value))
     if hasattr(config, "vision"):
-        _require_our_pixels(path, content, config.vision)
+        _require_our_pixels(path, content, config)
     return limits[0], limits[1]
 
 
-def _require_our_pixels(path: Path, content: dict, vision) -> None:
+def _require_our_pixels(path: Path, content: dict, config: ModelConfig) -> None:
     """Raises WeightsError for settings under which another preparation of pixels would be right."""
-    ours = {
-        "patch_size": vision.patch_size, "temporal_patch_size": vision.temporal_patch_size, "merge_size": vision.spatial_merge_size, "do_resize": True, "do_rescale": True,
-        "do_normalize": True, "rescale_factor": 1 / 255, "image_mean": list(IMAGE_MEAN), "image_std": list(IMAGE_STD), "resample": 3,
-    }  # fmt: skip
+    ours = mapping_of(config).companions(config, Pixels(0, 0)).get("preprocessor_config.json", {})
     wrong = []
     for name, value in ours.items():
+        if name in _FREE:
+            continue
         found = content.get(name, value)
         try:
             same = np.allclose(np.asarray(found, np.float64), np.asarray(value, np.float64), rtol=1e-4, atol=0)

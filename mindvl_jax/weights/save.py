@@ -16,9 +16,8 @@ from safetensors.numpy import save_file
 
 from mindvl_jax.config.schema import ModelConfig
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.weights.families import Slot, slots, to_published
 from mindvl_jax.weights.folder import INDEX, SINGLE
-from mindvl_jax.weights.hf_config import write_config
+from mindvl_jax.weights.mapping import Slot, config_content, slots
 
 SHARD_BYTES = 5 * 10**9
 """Largest weight file, as transformers chooses it."""
@@ -43,11 +42,11 @@ def save_parameters(folder: str | Path, config: ModelConfig, parameters: Mapping
         all_slots = list(slots(config, shapes))
     except KeyError as error:
         raise UserError(f"the parameters lack {error.args[0]}, which the configuration asks for") from error
-    unknown = set(shapes) - {path for slot in all_slots for path, _ in slot.parts}
+    unknown = set(shapes) - {path for slot in all_slots for path in slot.rule.ours}
     if unknown:
         raise UserError(f"parameters that have no published name: {', '.join(sorted(unknown))}")
     kinds = {path: jnp.dtype(dtype) if dtype is not None else np.dtype(value.dtype) for path, value in parameters.items()}
-    sizes = {slot.name: int(np.prod(slot.shape, dtype=np.int64)) * kinds[slot.parts[0][0]].itemsize for slot in all_slots}
+    sizes = {slot.name: int(np.prod(slot.shape, dtype=np.int64)) * kinds[slot.rule.ours[0]].itemsize for slot in all_slots}
     groups = _group(all_slots, sizes, shard_bytes)
     names = [SINGLE] if len(groups) == 1 else [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
 
@@ -56,17 +55,16 @@ def save_parameters(folder: str | Path, config: ModelConfig, parameters: Mapping
         folder.mkdir(parents=True, exist_ok=True)
         for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
             old.unlink(missing_ok=True)
-    vision = getattr(config, "vision", None)
     for name, group in zip(names, groups, strict=True):
-        tensors = {slot.name: _published(slot, parameters, kinds, vision) for slot in group}
+        tensors = {slot.name: _published(slot, parameters, kinds) for slot in group}
         if writes:
             save_file(tensors, folder / name, metadata=METADATA)
     if writes:
         if len(groups) > 1:
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": {slot.name: name for name, group in zip(names, groups) for slot in group}}
             (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        stored = kinds[all_slots[0].parts[0][0]].name
-        content = write_config(config, stored, pad_token_id=pad_token_id, eos_token_id=eos_token_id)
+        stored = kinds[all_slots[0].rule.ours[0]].name
+        content = config_content(config, stored, pad_token_id=pad_token_id, eos_token_id=eos_token_id)
         (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -82,12 +80,9 @@ def _group(all_slots: list[Slot], sizes: Mapping[str, int], limit: int) -> list[
     return groups
 
 
-def _published(slot: Slot, parameters: Mapping[str, jax.Array], kinds: Mapping[str, np.dtype], vision) -> np.ndarray:
-    pieces = []
-    for path, _ in slot.parts:
-        value = parameters[path] if slot.layer is None else parameters[path][slot.layer]
-        pieces.append(to_published(slot.rule.form, _gather(value).astype(kinds[path], copy=False), vision))
-    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+def _published(slot: Slot, parameters: Mapping[str, jax.Array], kinds: Mapping[str, np.dtype]) -> np.ndarray:
+    arrays = [_gather(parameters[path][slot.index] if slot.index else parameters[path]).astype(kinds[path], copy=False) for path in slot.rule.ours]
+    return slot.rule.form.to_published(arrays)
 
 
 def _gather(value: jax.Array) -> np.ndarray:

@@ -10,10 +10,11 @@ import torch
 import transformers
 from flax import nnx
 
+from mindvl_jax.models.mindvl.reference import ComposedMindVL
 from mindvl_jax.models.outline import outline_of
-from mindvl_jax.parity.reference import ComposedMindVL, load_reference
-from mindvl_jax.weights import hf_config
+from mindvl_jax.parity.reference import load_reference
 from mindvl_jax.weights.load import load_parameters
+from mindvl_jax.weights.mapping import read_config
 
 torch.set_num_threads(1)
 TOKENS = dict(image_token_id=192, video_token_id=193, vision_start_token_id=190, vision_end_token_id=191)
@@ -72,7 +73,7 @@ def family(tmp_path_factory):
             reference.config._attn_implementation = "eager"
             reference.save_pretrained(folder)
         reference = load_reference(folder)
-        config = hf_config.read_config(folder)
+        config = read_config(folder)
         config = config.model_copy(update=dict(compute_dtype="float32"))
         model = outline_of(config).merge(load_parameters(folder, config))
         graph, state = nnx.split(model, nnx.Param)

@@ -211,7 +211,8 @@ def test_rooms_import_none_of_the_packages_they_must_not_know():
         (each.source, each.target)
         for each in all_imports()
         for room, packages in NEVER.items()
-        if (each.source + ".").startswith(room + ".") and each.target.split(".")[0] in packages
+        if not each.source.endswith("reference")  # a family's reference for comparisons is made of transformers' classes
+        and (each.source + ".").startswith(room + ".") and each.target.split(".")[0] in packages
     }
     assert not found, sorted(found)
 

@@ -18,7 +18,7 @@ from mindvl_jax.core.errors import UserError
 from mindvl_jax.models.adapters import is_adapter
 from mindvl_jax.weights.adapter_layout import layout_of
 from mindvl_jax.weights.adapters import CONFIG, WEIGHTS, read_adapter, require_layout, write_adapter
-from mindvl_jax.weights.hf_config import read_config
+from mindvl_jax.weights.mapping import read_config
 from mindvl_jax.weights.merge import probe
 from mindvl_jax.weights.resolve import add_adapter, open_model
 

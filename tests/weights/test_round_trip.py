@@ -9,7 +9,7 @@ from safetensors import safe_open
 from mindvl_jax.config.schema import MeshConfig
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.weights import load_parameters, save_parameters
-from mindvl_jax.weights.hf_config import read_config
+from mindvl_jax.weights.mapping import read_config
 
 
 def tensors(folder):
@@ -18,7 +18,7 @@ def tensors(folder):
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="numpy") as file:
             metadata.append(file.metadata())
-            for name in file:
+            for name in file.keys():  # noqa: SIM118  safe_open yields no iterator
                 found[name] = (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape()), file.get_tensor(name).tobytes())
     return found, metadata
 

@@ -8,6 +8,10 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from mindvl_jax.config.schema import Section
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Channel statistics of CLIP, which the published preprocessing of the Qwen-VL line uses."""
+
 
 class TextConfig(Section):
     """Qwen2.5 or Qwen3 decoder."""

@@ -12,7 +12,7 @@ SPEC = ModelSpec(
     processor=Named("mindvl_jax.models.vision_language.processor:VisionLanguageProcessor"),
     counts=Named("mindvl_jax.models.vision_language.counts:COUNTS"),
     objective="sft",
-    hf=None,
+    hf=Named("mindvl_jax.models.mindvl.hf:MAPPING"),
     parts={"vision": "vision/**", "projector": "projector/**", "language": "language/**"},
     flops=None,
 )

@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mindvl_jax.models.batch import Batch
+from mindvl_jax.models.layers.config import CLIP_MEAN, CLIP_STD
 from mindvl_jax.models.layers.linear import GatedMLP, Linear, RMSNorm
 from mindvl_jax.models.layers.rope import vision_tables
 from mindvl_jax.models.layers.stack import in_pieces, keep, rematerialise_attention, scan_alternating
 from mindvl_jax.models.mindvl.config import VisionConfig
 from npu_bridge import ops
 
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Channel statistics of CLIP, which the published preprocessing uses."""
+IMAGE_MEAN, IMAGE_STD = CLIP_MEAN, CLIP_STD
 
 
 def normalize_patches(patches: jax.Array, config: VisionConfig, dtype) -> jax.Array:
@@ -129,3 +129,12 @@ class VisionTower(nnx.Module):
         whole_image = run(segment_ids_BP, image_lengths, max_image_patches)
         with jax.named_scope("blocks"):
             return scan_alternating(inside_window, whole_image, x_BPD, self.blocks, config.depth, config.fullatt_block_indexes, remat=self.remat)
+
+    def run_block(self, number: int, x_BPD: jax.Array, batch: Batch) -> jax.Array:
+        """One block on any input, for comparisons part by part."""
+        config = self.config
+        full = number in config.fullatt_block_indexes
+        ids = batch.patch_segment_ids if full else batch.patch_window_ids
+        tables = vision_tables(batch.patch_positions, config.hidden_size // config.num_heads, config.rope_theta)
+        block = jax.tree.map(lambda leaf: leaf[number], self.blocks)
+        return block(x_BPD, *tables, ids, None, None if full else window_patches(config), "none")

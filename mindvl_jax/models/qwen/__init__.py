@@ -12,7 +12,7 @@ SPEC = ModelSpec(
     processor=None,
     counts=None,
     objective="sft",
-    hf=None,
+    hf=Named("mindvl_jax.models.qwen.hf:MAPPING"),
     parts={"language": "language/**"},
     flops=None,
 )

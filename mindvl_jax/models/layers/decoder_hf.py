@@ -1,0 +1,113 @@
+"""Published files of the shared decoder: tensors of Qwen2.5 and Qwen3, their part of config.json. Imports no jax."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mindvl_jax.data.text.template import QWEN_TEMPLATE
+from mindvl_jax.models.hf import ConfigReader, Rule, TRANSPOSE, linear, norm
+from mindvl_jax.models.layers.config import TextConfig
+
+# Spellings of transformers 4.52 and later in memory, and of language models saved alone.
+ALIASES = (("model.language_model.", "model."), ("language_model.model.", "model."), ("language_model.lm_head.", "lm_head."))
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+CHAT_TEMPLATE = QWEN_TEMPLATE
+
+# Our names of the decoder's parts -> paths in transformers' models.
+_DECODERS = ("model.language_model", "model")
+PARTS: dict[str, tuple[str, ...]] = {
+    "embed": tuple(f"{path}.embed_tokens" for path in _DECODERS),
+    "norm": tuple(f"{path}.norm" for path in _DECODERS),
+    "head": ("lm_head",),
+    **{
+        f"layer {{layer}} {ours}": tuple(f"{path}.layers.{{layer}}.{theirs}" for path in _DECODERS)
+        for ours, theirs in (("norm1", "input_layernorm"), ("attention", "self_attn"), ("norm2", "post_attention_layernorm"), ("mlp", "mlp"))
+    },
+}
+
+
+def text_rules(config: TextConfig) -> list[Rule]:
+    """Decoder of Qwen2.5 (q/k/v biases) or Qwen3 (q/k norms); the head only when it is not tied."""
+    layer, ours = "model.layers.{layer}", "language/layers"
+    qwen2 = config.family == "qwen2"
+    rules = [
+        Rule(EMBEDDING, ("language/embed/embedding",)),
+        *norm(f"{layer}.input_layernorm", f"{ours}/norm1"),
+        *(rule for short, part in (("q", "query"), ("k", "key"), ("v", "value"))
+          for rule in linear(f"{layer}.self_attn.{short}_proj", f"{ours}/attention/{part}", bias=qwen2)),
+        *linear(f"{layer}.self_attn.o_proj", f"{ours}/attention/output", bias=False),
+        *norm(f"{layer}.post_attention_layernorm", f"{ours}/norm2"),
+        *(rule for part in ("gate", "up", "down") for rule in linear(f"{layer}.mlp.{part}_proj", f"{ours}/mlp/{part}", bias=False)),
+        *norm("model.norm", "language/norm"),
+    ]  # fmt: skip
+    if not qwen2:
+        rules += [*norm(f"{layer}.self_attn.q_norm", f"{ours}/attention/query_norm"), *norm(f"{layer}.self_attn.k_norm", f"{ours}/attention/key_norm")]
+    if not config.tie_word_embeddings:
+        rules.append(Rule(HEAD, ("language/head/kernel",), TRANSPOSE))
+    return rules
+
+
+def tied(config: Any) -> tuple[str, str] | None:
+    """The output matrix may be left out of the files of a model that ties it to its token table."""
+    return (HEAD, EMBEDDING) if config.text.tie_word_embeddings else None
+
+
+def read_text(reader: ConfigReader, content: Mapping[str, Any], family: str, where: str = "", *, mrope: bool = False) -> TextConfig | None:
+    """The decoder that (a part of) config.json describes.
+
+    Args:
+      family: `qwen2` or `qwen3`. where: prefix of its keys in messages. mrope: positions in three sections.
+    """
+    reader.expect(content, "hidden_act", ("silu",), "silu", where)
+    reader.expect(content, "use_sliding_window", (False, None), False, where)
+    if family == "qwen3":
+        reader.expect(content, "attention_bias", (False, None), False, where)
+    rope = {**(content.get("rope_scaling") or {}), **(content.get("rope_parameters") or {})}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "mrope"):
+        reader.problems.append(f"{where}rope type is {rope_type!r}; supported: 'default', 'mrope' (frequencies are not rescaled)")
+    heads, width = content.get("num_attention_heads"), content.get("hidden_size")
+    head_dim = content.get("head_dim") or (width // heads if isinstance(heads, int) and isinstance(width, int) and heads else None)
+    # transformers falls back to the published sections too; for another head dim TextConfig refuses them.
+    section = rope.get("mrope_section") or [16, 24, 24]
+    values = dict(
+        family=family, vocab_size=content.get("vocab_size"), hidden_size=width, intermediate_size=content.get("intermediate_size"),
+        num_layers=content.get("num_hidden_layers"), num_heads=heads, num_kv_heads=content.get("num_key_value_heads", heads),
+        head_dim=head_dim, rope_theta=rope.get("rope_theta", content.get("rope_theta", 10000.0)),
+        rms_norm_eps=content.get("rms_norm_eps", 1e-6), tie_word_embeddings=bool(content.get("tie_word_embeddings", False)),
+        rope="mrope" if mrope else "1d", mrope_section=tuple(section) if mrope else None,
+        max_position_embeddings=content.get("max_position_embeddings", 32768),
+    )  # fmt: skip
+    return reader.build(TextConfig, values, where)
+
+
+def nested_text(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """The decoder's keys and their prefix in messages: `text_config` where there is one (transformers 5), else the whole file.
+
+    In the nested form the outer `tie_word_embeddings` is the one that ties: transformers reads it there.
+    """
+    nested = content.get("text_config")
+    if not isinstance(nested, Mapping):
+        return content, ""
+    outer = {"tie_word_embeddings": content["tie_word_embeddings"]} if "tie_word_embeddings" in content else {}
+    return {**nested, **outer}, "text_config."
+
+
+def write_text(text: TextConfig) -> dict[str, Any]:
+    """The decoder's part of config.json."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": text.rope_theta}
+    if text.rope == "mrope":
+        rope["mrope_section"] = list(text.mrope_section)
+    content = dict(
+        vocab_size=text.vocab_size, hidden_size=text.hidden_size, intermediate_size=text.intermediate_size, num_hidden_layers=text.num_layers,
+        num_attention_heads=text.num_heads, num_key_value_heads=text.num_kv_heads, rms_norm_eps=text.rms_norm_eps, hidden_act="silu",
+        tie_word_embeddings=text.tie_word_embeddings, max_position_embeddings=text.max_position_embeddings, rope_parameters=rope,
+        use_sliding_window=False, sliding_window=None, attention_dropout=0.0, use_cache=True,
+    )  # fmt: skip
+    if text.family == "qwen3":
+        content |= dict(head_dim=text.head_dim, attention_bias=False)
+    elif text.num_heads * text.head_dim != text.hidden_size:
+        content["head_dim"] = text.head_dim
+    return content
