@@ -22,6 +22,7 @@ class ModelConfig(Section):
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     matmul_precision: Literal["default", "bfloat16"] = Field("default", description="bfloat16: products of float32 operands read them in bfloat16 and sum in float32, for processors with bfloat16 matrix units.")
     param_dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["auto", "reference", "blocked", "splash"] = Field("auto", description="Form of attention on XLA. auto: by platform and shape; reference: holds the scores of a row; blocked: linear in the row, any platform; splash: Pallas kernels for TPU.")
 
     def phase_warnings(self, phase: Any) -> list[str]:
         """Return sentences about sizes of a phase that are allowed and probably not meant."""

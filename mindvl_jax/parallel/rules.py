@@ -1,16 +1,18 @@
-"""Logical axis names of parameters -> mesh axes; rows of a batch -> mesh axes.
+"""Logical axis names of parameters and activations -> mesh axes; rows of a batch -> mesh axes.
 
-Models name the dims of their parameters ("layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", ...) and know no mesh.
+Models name the dims of their parameters ("layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", ...) and of their activations
+("rows", "tokens", and the same) and know no mesh.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.mesh import ROW_AXES
@@ -25,6 +27,16 @@ RULES: tuple[tuple[str, str], ...] = (
 )
 # Dims of a batch's arrays. Names that stand in no rule stay whole on every device.
 BATCH_RULES: dict[str, tuple[str, ...]] = {"rows": ROW_AXES}
+# Of activations. `embed` is whole here: parameters are gathered over fsdp for each layer, activations never.
+ACTIVATION_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("rows", ROW_AXES),
+    ("outer_rows", ("data",)),  # with `columns`: what a table that is split over fsdp yields for all rows of a data group
+    ("columns", ("fsdp",)),
+    ("vocab", ("tensor",)),
+    ("heads", ("tensor",)),
+    ("kv_heads", ("tensor",)),
+    ("mlp", ("tensor",)),
+)
 STACK = "layers"  # the scanned dim: every device walks through all layers
 
 
@@ -50,6 +62,25 @@ def partition_spec(names: Sequence[str | None] | None, shape: Sequence[int], mes
         taken.add(axis)
         spec.append(axis)
     return PartitionSpec(*spec)
+
+
+def activation_spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, manual: Collection[str] = ()) -> PartitionSpec:
+    """Mesh axes of each dim of an activation.
+
+    A dim whose size is not a multiple of its axes stays whole, as for parameters.
+
+    Args:
+      manual: axes of a shard_map around it, over which a value is one device's part already.
+    """
+    if len(names) != len(shape):
+        raise ValueError(f"an activation of shape {tuple(shape)} is given {len(names)} dim names {tuple(names)}")
+    rules = dict(ACTIVATION_RULES)
+
+    def axes_of(name: str | None, size: int) -> tuple[str, ...] | None:
+        axes = tuple(axis for axis in rules.get(name, ()) if axis not in manual)
+        return axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
+
+    return PartitionSpec(*(axes_of(name, size) for name, size in zip(names, shape, strict=True)))
 
 
 def parameter_shardings(

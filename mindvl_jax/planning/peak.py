@@ -69,7 +69,7 @@ def measure_xla(config: Config, index: int) -> Measured:
     mesh = make_mesh(config.mesh)
     programs = {}
     with Xla(config).precision():
-        for name, lowered in lowerings(config, index, mesh, functools.partial(compile_xla, options=compiler_options(config.model, mesh))):
+        for name, lowered in lowerings(config, index, mesh, functools.partial(compile_xla, options=compiler_options(config.model, mesh), attention=config.model.attention)):
             # LLVM's work does not move a buffer: they are assigned before it.
             analysis = lowered.compile({"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}).memory_analysis()
             beyond = analysis.output_size_in_bytes - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from mindvl_jax.config.schema import Config, ModelConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel import distributed
+from mindvl_jax.parallel.activations import Placement, tracing
 
 Tree = TypeVar("Tree")
 
@@ -76,7 +77,9 @@ class Xla:
 
     def compile(self, function: Callable, *, mesh: Mesh, in_shardings: Any, out_shardings: Any, donate_argnums: tuple[int, ...] = ()) -> Callable:
         options = compiler_options(self._config.model, mesh)
-        return compile_xla(function, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=donate_argnums, options=options)
+        return compile_xla(
+            function, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=donate_argnums, options=options, attention=self._config.model.attention
+        )  # fmt: skip
 
     def as_jax(self, tree: Tree, shardings: Any) -> Tree:
         return tree
@@ -90,9 +93,22 @@ class Xla:
 
 
 def compile_xla(
-    function: Callable, *, in_shardings: Any, out_shardings: Any, donate_argnums: tuple[int, ...] = (), options: Mapping[str, str] | None = None
+    function: Callable,
+    *,
+    in_shardings: Any,
+    out_shardings: Any,
+    donate_argnums: tuple[int, ...] = (),
+    options: Mapping[str, str] | None = None,
+    attention: str = "auto",
 ) -> Callable:
-    """jax.jit; `options` are of XLA, for this program alone (see `compiler_options`)."""
+    """jax.jit of a function whose activations are placed on the mesh of its shardings.
+
+    Args:
+      options: of XLA, for this program alone (see `compiler_options`).
+      attention: its form (`model.attention`).
+    """
+    placement = Placement(jax.tree.leaves(out_shardings)[0].mesh, attention=attention)
+    function = tracing(function, placement)
     return jax.jit(function, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=donate_argnums, compiler_options=dict(options or {}) or None)
 
 

@@ -13,6 +13,7 @@ import npu_bridge
 from mindvl_jax.config.schema import BridgeConfig, Config
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel import distributed
+from mindvl_jax.parallel.activations import Placement, tracing
 from mindvl_jax.training.backend import launched_processes
 from npu_bridge.errors import BridgeError
 
@@ -93,6 +94,7 @@ class Bridge:
 def program_of(bridge: BridgeConfig, function: Callable, *, mesh: Mesh | AbstractMesh, in_shardings: Any, out_shardings: Any, donate_argnums: tuple[int, ...] = ()) -> Callable:
     """`function` as the bridge's program for one place of `mesh`. Its `lower` needs neither devices nor other processes, so that a mesh may be abstract."""
     alone = mesh.size == 1  # then no sharding says anything
+    function = tracing(function, Placement(mesh, manual=False))
     return npu_bridge.jit(
         function, mesh=None if alone else mesh, in_shardings=None if alone else in_shardings, out_shardings=None if alone else out_shardings,
         donate_argnums=donate_argnums, device=bridge.device, reduce_in_float32=bridge.reduce_gradients_in_float32, capture=bridge.capture,

@@ -18,6 +18,7 @@ from mindvl_jax.models.layers.cache import KVCache
 from mindvl_jax.models.layers.linear import GatedMLP, Linear, RMSNorm, parameter
 from mindvl_jax.models.layers.rope import text_tables
 from mindvl_jax.models.layers.stack import UNROLLED_LAYERS, keep, rematerialise_attention, scan_layers
+from mindvl_jax.parallel.activations import attention, exchange_rows
 from npu_bridge import ops
 
 
@@ -42,7 +43,7 @@ class Embedding(nnx.Module):
         self.embedding = parameter(table, ("vocab", "embed"))
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
-        return ops.embedding(self.embedding[...], ids_BT)
+        return exchange_rows(ops.embedding(self.embedding[...], ids_BT))
 
 
 class Attention(nnx.Module):
@@ -180,5 +181,4 @@ class Decoder(nnx.Module):
 
 def _among(q, k, v, segment_ids_BT, segment_lengths, max_sample_length: int | None) -> jax.Array:
     """Attention among the places of packed rows. Padding bears no loss and no place of a sample attends it: nobody reads what it yields."""
-    return ops.attention(q, k, v, segment_ids_q=segment_ids_BT, segment_ids_kv=segment_ids_BT, causal=True, max_segment_length=max_sample_length, lengths=segment_lengths,
-                         padding="unread")
+    return attention(q, k, v, segment_ids=segment_ids_BT, causal=True, max_segment_length=max_sample_length, lengths=segment_lengths, padding="unread")

@@ -13,6 +13,7 @@ from flax import nnx
 
 from mindvl_jax.models.batch import Batch
 from mindvl_jax.models.layers.decoder import Decoder
+from mindvl_jax.parallel.activations import within_rows
 from npu_bridge import ops
 
 
@@ -65,4 +66,8 @@ class LanguageModel(nnx.Module):
         """
         hidden_BTD = self(batch, max_sample_length=max_sample_length, max_image_patches=max_image_patches)
         with jax.named_scope("loss"):
-            return ops.cross_entropy(hidden_BTD, self.head_kernel(), batch.targets, batch.loss_weights, chunk=chunk)
+
+            def loss(hidden, targets, weights, head):
+                return ops.cross_entropy(hidden, head, targets, weights, chunk=chunk)
+
+            return within_rows(loss, (hidden_BTD, batch.targets, batch.loss_weights), (self.head_kernel(),))

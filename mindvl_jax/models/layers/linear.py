@@ -15,6 +15,7 @@ from flax import nnx
 from flax.core import spmd
 
 from mindvl_jax.models.layers.lora import adapted_linear
+from mindvl_jax.parallel.activations import constrain
 from npu_bridge import ops
 
 LOGICAL_AXES = ("layers", "patch", "embed", "heads", "kv_heads", "head_dim", "mlp", "merged", "vocab")
@@ -57,14 +58,17 @@ class Linear(nnx.Module):
         lead, lead_names = ((), ()) if layers is None else ((layers,), ("layers",))
         kernel = jax.random.normal(rngs.params(), (*lead, inputs, outputs), dtype) * (initial_std(inputs) * scale)
         self.kernel = parameter(kernel, (*lead_names, *names))
+        self.output_dim = names[1]
         self.bias = parameter(jnp.zeros((*lead, outputs), dtype), (*lead_names, names[1])) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
         if self.lora_a is None:
-            return ops.linear(x, kernel, bias)
-        magnitude = None if self.lora_magnitude is None else self.lora_magnitude[...]
-        return adapted_linear(x, kernel, bias, self.lora_a[...], self.lora_b[...], self.lora_scale, magnitude)
+            y = ops.linear(x, kernel, bias)
+        else:
+            magnitude = None if self.lora_magnitude is None else self.lora_magnitude[...]
+            y = adapted_linear(x, kernel, bias, self.lora_a[...], self.lora_b[...], self.lora_scale, magnitude)
+        return constrain(y, "rows", *[None] * (y.ndim - 2), self.output_dim) if y.ndim > 1 else y
 
 
 class RMSNorm(nnx.Module):

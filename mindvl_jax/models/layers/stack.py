@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from mindvl_jax.parallel.activations import constrain_rows
+
 SAVED_PRODUCT = "matrix_product"
 """Name of the activations that remat policy `dots` keeps: the results of the attention and feed-forward products."""
 
@@ -47,8 +49,16 @@ four-layer model on a CPU a third of its step (benchmarks/LOG.md); deeper stacks
 
 
 def scan_layers(body: Callable[[jax.Array, Any], jax.Array], x: jax.Array, stack: Any, *, remat: str = "none") -> jax.Array:
-    """`x = body(x, layer)` over the leading axis of `stack`, one compiled body for all layers of a deep stack."""
-    return _scan(rematerialise(body, remat, looped=_depth(stack) > 1), x, stack, remat)
+    """`x = body(x, layer)` over the leading axis of `stack`, one compiled body for all layers of a deep stack.
+
+    An array that is carried lies with its rows on the devices of those rows, before and after each layer.
+    """
+    return _scan(rematerialise(_in_rows(body), remat, looped=_depth(stack) > 1), x, stack, remat)
+
+
+def _in_rows(body: Callable) -> Callable:
+    place = lambda x: constrain_rows(x) if isinstance(x, jax.Array) else x
+    return lambda x, layer: place(body(place(x), layer))
 
 
 PIECES = 8

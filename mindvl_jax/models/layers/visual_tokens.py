@@ -36,10 +36,10 @@ def _backward(residuals, g_BTD):
     # The transpose of a gather is a scatter-add of whole rows, slow everywhere. Each visual token has at most one place, so a
     # scatter of integers finds that place and the gradient is a gather again.
     index_BT, like_visual = residuals
-    B, T = index_BT.shape
-    groups = like_visual.shape[0]
-    rows, unused = jnp.arange(B)[:, None], groups
-    place_BG = jnp.full((B, groups + 1), -1, jnp.int32).at[rows, jnp.where(index_BT >= 0, index_BT, unused)].set(jnp.arange(T, dtype=jnp.int32)[None])[:, :groups]
+    T, groups = index_BT.shape[1], like_visual.shape[0]
+    # Row by row under vmap: XLA sees that rows are independent, and does not gather the indexes of rows on other devices.
+    tokens_of = lambda index_T: jnp.full(groups + 1, -1, jnp.int32).at[jnp.where(index_T >= 0, index_T, groups)].set(jnp.arange(T, dtype=jnp.int32))[:groups]
+    place_BG = jax.vmap(tokens_of)(index_BT)
     visual = jnp.where(place_BG[..., None] >= 0, _rows(g_BTD, jnp.maximum(place_BG, 0)), 0).astype(like_visual.dtype)
     return jnp.where(index_BT[..., None] >= 0, 0, g_BTD), visual, np.zeros(index_BT.shape, jax.dtypes.float0)
 

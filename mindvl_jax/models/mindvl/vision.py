@@ -19,6 +19,7 @@ from mindvl_jax.models.layers.linear import GatedMLP, Linear, RMSNorm
 from mindvl_jax.models.layers.rope import vision_tables
 from mindvl_jax.models.layers.stack import in_pieces, keep, rematerialise_attention, scan_alternating
 from mindvl_jax.models.mindvl.config import VisionConfig
+from mindvl_jax.parallel.activations import attention
 from npu_bridge import ops
 
 IMAGE_MEAN, IMAGE_STD = CLIP_MEAN, CLIP_STD
@@ -63,8 +64,8 @@ class VisionAttention(nnx.Module):
         heads = lambda layer: keep(layer(x_BPD)).reshape(B, P, self.num_heads, -1)
         q_BPNH = ops.rotary(heads(self.query), cos_BPH, sin_BPH)
         k_BPNH = ops.rotary(heads(self.key), cos_BPH, sin_BPH)
-        out_BPNH = ops.attention(q_BPNH, k_BPNH, heads(self.value), segment_ids_q=ids_BP, segment_ids_kv=ids_BP, causal=False,
-                                 max_segment_length=longest, lengths=lengths_BM, padding="unread")
+        out_BPNH = attention(q_BPNH, k_BPNH, heads(self.value), segment_ids=ids_BP, causal=False,
+                             max_segment_length=longest, lengths=lengths_BM, padding="unread")
         return self.output(keep(out_BPNH.reshape(B, P, -1)))
 
 

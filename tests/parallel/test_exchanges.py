@@ -1,0 +1,100 @@
+"""What a compiled training step exchanges on eight CPU devices: that of hand-written FSDP, HSDP and tensor parallelism.
+
+On a CPU XLA sums a gradient on all devices and cuts its shard out where TPU and GPU scatter it: all-reduces of whole weights stand
+here for reduce-scatters.
+"""
+
+import functools
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+
+from mindvl_jax.config import loader
+from mindvl_jax.config.schema import MeshConfig
+from mindvl_jax.parallel.mesh import AXES, make_mesh
+from mindvl_jax.planning.exchanges import Exchange, exchanges
+from mindvl_jax.planning.phase import lowerings
+from mindvl_jax.training.backend import compile_xla
+
+# Sizes that tell what an array is: no parameter has a dim of 104, 26 or 112, no other part has the decoder's matrices.
+TOKENS, CHUNK, PATCHES, WIDTH = 104, 26, 112, 64
+ACTIVATION_DIMS = {TOKENS, CHUNK, PATCHES}
+SETTINGS = [
+    "model.remat=full", "model.compute_dtype=float32", "model.text.num_heads=4", "model.text.num_kv_heads=2", "model.text.head_dim=24",
+    "model.text.mrope_section=[4,4,4]", "model.vision.depth=1", "model.vision.fullatt_block_indexes=[0]", "model.vision.hidden_size=56",
+    "model.vision.intermediate_size=72", "training.phases.0.rows=8", f"training.phases.0.sequence_length={TOKENS}",
+    f"training.phases.0.patches_per_row={PATCHES}", f"training.loss_chunk={CHUNK}",
+]  # fmt: skip
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # exchanges are settled before LLVM
+
+
+@functools.cache
+def step_exchanges(*sizes: int) -> list[Exchange]:
+    config = loader.load("configs/smoke.yaml", SETTINGS)
+    mesh = make_mesh(MeshConfig(**dict(zip(AXES, sizes, strict=True))), jax.devices()[: int(np.prod(sizes))])
+    ((_, lowered),) = lowerings(config, 0, mesh, compile_xla)
+    return exchanges(lowered.compile(QUICK).as_text())
+
+
+def floats(found, kind):
+    return [e for e in found if e.kind == kind and e.is_float]
+
+
+def of_activations(found):
+    return [e for e in found if e.is_float and len(e.shape) > 1 and ACTIVATION_DIMS & set(e.shape)]
+
+
+def layer_matrices(tensor):
+    """The seven matrices of a decoder layer as one device multiplies them, in either orientation."""
+    heads, key_heads, hidden = 96 // tensor, 48 // tensor, 128 // tensor
+    return Counter({tuple(sorted((WIDTH, heads))): 2, tuple(sorted((WIDTH, key_heads))): 2, tuple(sorted((WIDTH, hidden))): 3})
+
+
+def matrices(found, kind, tensor):
+    shapes = Counter(tuple(sorted(e.shape)) for e in floats(found, kind))
+    return Counter({shape: shapes[shape] for shape in layer_matrices(tensor)})
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=str)
+def test_each_matrix_of_a_layer_is_gathered_once_forward_and_once_back(sizes):
+    assert matrices(step_exchanges(*sizes), "all-gather", sizes[2]) == layer_matrices(sizes[2]) + layer_matrices(sizes[2])
+
+
+def test_fsdp_exchanges_no_activation_but_the_embeddings_columns_for_rows():
+    found = step_exchanges(1, 8, 1)
+    others = [e for e in of_activations(found) if e.kind != "all-to-all"]
+    assert not others, "\n".join(map(str, others))
+    changed = of_activations(found)
+    assert len(changed) == 2 and all(e.shape[-1] * 8 == WIDTH for e in changed), "one forward, one back: " + "; ".join(map(str, changed))
+
+
+def test_fsdp_sums_each_gradient_of_a_layer_once():
+    assert matrices(step_exchanges(1, 8, 1), "all-reduce", 1) == layer_matrices(1)
+
+
+def test_the_head_is_gathered_once_and_its_gradient_summed_once_however_many_chunks_the_loss_has():
+    for sizes in ((1, 8, 1), (2, 2, 2)):
+        found = step_exchanges(*sizes)
+        vocabulary = loader.load("configs/smoke.yaml", SETTINGS).model.text.vocab_size // sizes[2]
+        of_head = Counter(e.kind for e in found if sorted(e.shape) == [WIDTH, vocabulary])
+        assert of_head == {"all-gather": 1, "all-reduce": 1}
+        inside = [e for e in found if "loss" in e.scope and "/while/" in e.scope and vocabulary in e.shape]
+        assert not inside, "\n".join(map(str, inside))
+
+
+def test_data_parallelism_exchanges_gradients_and_scalars_alone():
+    found = step_exchanges(8, 1, 1)
+    assert not [e for e in found if e.is_float and e.kind != "all-reduce"]
+    assert not of_activations(found)
+
+
+def test_tensor_parallelism_sums_two_block_outputs_forward_one_of_them_again_and_the_input_gradients():
+    """Rows lie on data 2 x fsdp 2, so 2 of 8 on a device. Of the gradients of one input XLA on a CPU sums each product's (two of the
+    feed-forward, three of attention), where TPU, GPU and the bridge add them first."""
+    found = [e for e in step_exchanges(2, 2, 2) if e.is_float and e.shape[1:2] == (TOKENS,) and "language" in e.scope]
+    assert {(e.kind, e.shape) for e in found} == {("all-reduce", (2, TOKENS, WIDTH))}, "\n".join(map(str, found))
+    forward = [e for e in found if "transpose(" not in e.scope]
+    assert len(forward) == 2, "\n".join(map(str, forward))
+    assert len(found) <= 2 + 1 + 5, "\n".join(map(str, found))
