@@ -10,7 +10,7 @@ from mindvl_jax.config.schema import ModelConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.weights.mapping import read_config
 
-_OWN = ("remat", "compute_dtype", "param_dtype", "matmul_precision", "preset")
+_OWN = ("remat", "compute_dtype", "param_dtype", "matmul_precision", "attention", "preset")
 """Keys of the model section that say how a run computes. A folder does not decide them."""
 
 
