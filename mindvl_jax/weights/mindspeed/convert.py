@@ -23,10 +23,8 @@ from safetensors.numpy import save_file
 
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.models.outline import outline_of
-from mindvl_jax.weights.families import canonical as published_name
-from mindvl_jax.weights.families import slots
 from mindvl_jax.weights.folder import WeightsFolder
-from mindvl_jax.weights.hf_config import read_config
+from mindvl_jax.weights.mapping import mapping_of, read_config, slots
 from mindvl_jax.weights.mindspeed import torch_zip
 from mindvl_jax.weights.mindspeed.layout import VIT_HEADS, VIT_ROWS, Heads, Item, MegatronLayout, items, join, pack, split, split_shape, unpack
 
@@ -78,7 +76,7 @@ class HuggingFace:
     """Tensors of a Hugging Face folder; use as a context manager."""
 
     def __init__(self, folder: Path):
-        self._files = WeightsFolder(folder)
+        self._files = WeightsFolder(folder, mapping_of(read_config(folder)))
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> HuggingFace:
@@ -308,6 +306,7 @@ def write_huggingface(out: Path, source: Source, sizes: Sizes, like: Path, say: 
     plan = _files_like(like)
     if plan is None:
         plan = _files_anew(source, sizes)
+    published_name = mapping_of(read_config(like)).canonical
     wanted = {published_name(name) for names, _ in plan.values() for name in names}
     _refuse(f"{like}: its weight files do not hold this model", [f"unknown {name}" for name in sorted(wanted - set(sizes.shapes) - {"lm_head.weight"})])
     with _whole_folder(out) as folder:
