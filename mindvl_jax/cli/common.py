@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Iterable, Sequence
 
 from mindvl_jax.config import loader
-from mindvl_jax.config.schema import Config
+from mindvl_jax.config.schema import ColumnMapping, Config
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.weights.described import described
 
 
@@ -37,3 +38,28 @@ def prepare_data(config: Config) -> None:
         from examples.quickstart.build import prepare
 
         prepare(config.data.quickstart)
+
+
+def pairs(args: argparse.Namespace, option: str) -> dict[str, str]:
+    """Return NAME=VALUE arguments of an option as a mapping.
+
+    Raises:
+      UserError: one without `=`.
+    """
+    given = getattr(args, option, None) or ()
+    if wrong := [pair for pair in given if "=" not in pair]:
+        raise UserError(f"--{option.replace('_', '-')} {wrong[0]}: expected NAME=VALUE")
+    return dict(pair.split("=", 1) for pair in given)
+
+
+def columns_of(args: argparse.Namespace) -> ColumnMapping:
+    """Return the columns that `--columns` names.
+
+    Raises:
+      UserError: a name that is none of the mapping's.
+    """
+    given = pairs(args, "columns")
+    given = {{"image": "images", "video": "videos"}.get(name, name): column for name, column in given.items()}
+    if unknown := [name for name in given if name not in ColumnMapping.model_fields]:
+        raise UserError(f"--columns {unknown[0]}: unknown; valid are {', '.join(ColumnMapping.model_fields)}")
+    return ColumnMapping(**given)

@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from mindvl_jax.cli import common
 from mindvl_jax.cli.backend import add_backend_arguments, chosen_programs
 from mindvl_jax.core.errors import UserError, at_least_one
 
+if TYPE_CHECKING:
+    from mindvl_jax.core.progress import LogConsole
+
+EPILOG = common.examples(
+    "mindvl evaluate --weights runs/mine",
+    "mindvl evaluate --weights runs/mine Qwen2.5-VL-3B-Instruct --data benchmarks --tasks docvqa_val,mme --max-samples 200",
+    "mindvl evaluate --weights runs/mine --tasks own=answers.csv:anls --columns question=text answer=label image=path",
+    "mindvl evaluate --weights runs/mine --tasks own=answers.jsonl:my_metrics.py:score --json",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", required=True, metavar="DIR", help="one of our runs or checkpoints, or a Hugging Face folder")
+    parser.add_argument("--weights", required=True, nargs="+", metavar="DIR", help="one of our runs or checkpoints, or a Hugging Face folder; several are compared in one table")
     parser.add_argument("--adapter", metavar="DIR", help="PEFT folder (LoRA, DoRA) to use on top of the weights")
-    parser.add_argument("--tasks", metavar="NAMES", help="comma list: benchmarks (docvqa_val, chartqa_test, ...) found in --data, or NAME=FILE of samples in a training format "
-                        "(scored by exact match); default: the run's own tasks")
+    parser.add_argument("--tasks", metavar="NAMES", help="comma list: benchmarks (docvqa_val, chartqa_test, ...) found in --data, or NAME=FILE[:METRIC] of one's own samples in any format "
+                        "that training reads; METRIC is exact_match (default), exact_match_any_case, contains, anls, relaxed_accuracy, vqa_accuracy, yes_no, or FILE.py:FUNCTION, "
+                        "which is called with (prediction, answers); default: the run's own tasks")
+    parser.add_argument("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="columns of one's own files, such as question=text answer=label image=path")
+    parser.add_argument("--media-root", metavar="DIR", help="folder that media paths of one's own files start from; default: the folder of the file")
     parser.add_argument("--data", metavar="DIR", default=".", help="folder with the benchmarks' files (VLMEvalKit .tsv or lmms-eval .parquet)")
     parser.add_argument("--prompts", choices=("published", "question"), default="published", help="how a benchmark asks: with its published instruction, or the question and its options "
                         "alone, for a model whose vocabulary lacks the instruction's words")
     parser.add_argument("--out", metavar="DIR", help="folder of results; default: evaluation/ in the weights' folder. Finished samples in it are not asked again")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N samples of each task")
+    parser.add_argument("--max-samples", "--limit", dest="limit", type=int, metavar="N", help="only the first N samples of each task")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON; everything else goes to standard error")
     parser.add_argument("--batch", type=int, default=16, help="answers that decode together")
     parser.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,tensor=4; default: one")
     add_backend_arguments(parser)
@@ -34,44 +51,97 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from mindvl_jax.evaluation.browse import write_index, write_task_page
-    from mindvl_jax.evaluation.evaluate import Settings, evaluate_task, weights_identity
-    from mindvl_jax.core.files import write_json
-    from mindvl_jax.inference import Generator
-    from mindvl_jax.inference.loading import open_for_inference
-    from mindvl_jax.checkpoints.names import EMA, named_folder
+    from mindvl_jax.core.progress import LogConsole
+    from mindvl_jax.evaluation.tables import leaderboard, results_table
 
     at_least_one(args, "batch", "limit", "max_new_tokens", "min_pixels", "max_pixels")
+    if len(set(args.weights)) < len(args.weights):
+        raise UserError("--weights names a model twice")
+    if args.search and (len(args.weights) > 1 or args.json):
+        raise UserError("--search is for one model at a time, and has no --json: it writes search.json")
     programs = chosen_programs(args)
     wanted = named_tasks(args)  # before the weights are opened: a typo should not cost minutes
-    opened = open_for_inference(args.weights, mesh=args.mesh, adapter=args.adapter)
-    tasks = wanted if wanted is not None else _own_tasks(opened)
-    if args.limit:
-        tasks = [(name, benchmark, items[: args.limit]) for name, benchmark, items in tasks]
-    folder, ema = named_folder(args.weights)
-    out = Path(args.out) if args.out else folder / ("evaluation-ema" if ema else "evaluation")
-    console = Console(highlight=False)
-    generator = Generator(opened, slots=args.batch, programs=programs)
-    weights = weights_identity(folder) + EMA * ema
-    settings = lambda benchmark: Settings(max_new_tokens=args.max_new_tokens or benchmark.max_new_tokens, min_pixels=args.min_pixels or opened.min_pixels,
-                                          max_pixels=args.max_pixels or opened.max_pixels, prompts=args.prompts)
+    console = LogConsole(stderr=args.json, stamp=False, highlight=False)
     if args.search:
-        return _search(args, console, generator, opened, tasks, out, weights, settings)
-    results = {}
-    for name, benchmark, items in tasks:
-        with _progress(console) as show:
-            result, rows, blind = evaluate_task(generator, name, benchmark, items, out, weights=weights, settings=settings(benchmark),
-                                                language_only=not args.no_language_only, on_progress=show)
-        write_task_page(out, name, benchmark, items, rows, blind, result)
-        results[name] = result
-        console.print(_summary_line(name, result), soft_wrap=True)
-    if len(results) > 1:
-        console.print(f"mean of {len(results)} tasks: {sum(result['score'] for result in results.values()) / len(results):.4f}")
-    write_json(out / "scores.json", results)
-    console.print(f"predictions and scores: {out}, page: {write_index(out, results)}", soft_wrap=True)
+        return _search(args, console, _Scored(args, args.weights[0], wanted, programs, console))
+    models = {}
+    for name in args.weights:
+        if len(args.weights) > 1:
+            console.print(name, style="bold", markup=False)
+        models[name] = _Scored(args, name, wanted, programs, console).score()
+        if not args.json:
+            console.print(results_table(models[name], name))
+    if len(models) > 1:
+        console.print(leaderboard(models))
+    if args.json:
+        print(json.dumps(models, indent=2, ensure_ascii=False))
     return 0
+
+
+class _Scored:
+    """One model with its tasks and its folder of results."""
+
+    def __init__(self, args: argparse.Namespace, name: str, wanted: list | None, programs: Any, console: LogConsole):
+        from mindvl_jax.core.progress import working
+        from mindvl_jax.evaluation.evaluate import weights_identity
+        from mindvl_jax.inference import Generator
+        from mindvl_jax.inference.loading import open_for_inference
+        from mindvl_jax.checkpoints.names import EMA, named_folder
+
+        self.args, self.console = args, console
+        with working(console, f"reading {name}"):
+            self.opened = open_for_inference(name, mesh=args.mesh, adapter=args.adapter)
+        tasks = wanted if wanted is not None else _own_tasks(self.opened)
+        self.tasks = [(task, benchmark, items[: args.limit]) for task, benchmark, items in tasks]
+        self.folder, ema = named_folder(name)
+        self.out = self.folder / ("evaluation-ema" if ema else "evaluation")
+        if args.out:
+            self.out = Path(args.out) / name.strip("/").replace("/", "-").replace(":", "-") if len(args.weights) > 1 else Path(args.out)
+        self.generator = Generator(self.opened, slots=args.batch, programs=programs)
+        # Answers of another adapter are not this model's.
+        self.weights = weights_identity(self.folder) + EMA * ema + (f"+{weights_identity(args.adapter)}" if args.adapter else "")
+
+    def settings(self, benchmark: Any) -> Any:
+        """Return the settings in force for a task."""
+        from mindvl_jax.evaluation.evaluate import Settings
+
+        args, opened = self.args, self.opened
+        return Settings(max_new_tokens=args.max_new_tokens or benchmark.max_new_tokens, min_pixels=args.min_pixels or opened.min_pixels,
+                        max_pixels=args.max_pixels or opened.max_pixels, prompts=args.prompts)
+
+    def score(self) -> dict[str, dict]:
+        """Score every task and write its files; return the results of these tasks."""
+        from mindvl_jax.core.files import write_json
+        from mindvl_jax.core.progress import counting
+        from mindvl_jax.evaluation.browse import write_index, write_task_page
+        from mindvl_jax.evaluation.evaluate import evaluate_task
+
+        results = {}
+        for name, benchmark, items in self.tasks:
+            with counting(self.console) as show:
+                result, rows, blind = evaluate_task(self.generator, name, benchmark, items, self.out, weights=self.weights, settings=self.settings(benchmark),
+                                                    language_only=not self.args.no_language_only, on_progress=show)
+            write_task_page(self.out, name, benchmark, items, rows, blind, result)
+            reused = result.pop("reused")
+            results[name] = result
+            self.console.print(_summary_line(name, result) + (f"; {reused} of {len(items)} answers reused" if reused else ""), soft_wrap=True, markup=False)
+        merged, others = merge(self.out / "scores.json", results, self.weights)
+        if len(results) > 1:
+            self.console.print(f"mean of {len(results)} tasks: {sum(result['score'] for result in results.values()) / len(results):.4f}")
+        write_json(self.out / "scores.json", merged)
+        if others:
+            self.console.print(f"left out of scores.json: {', '.join(others)}, scored with other weights", markup=False, soft_wrap=True)
+        self.console.print(f"predictions and scores: {self.out}, page: {write_index(self.out, merged)}", soft_wrap=True, markup=False)
+        return results
+
+
+def merge(path: Path, results: dict[str, dict], weights: str) -> tuple[dict[str, dict], list[str]]:
+    """Return (results with those of other tasks that the file holds for the same weights, names of tasks of other weights)."""
+    from mindvl_jax.core.files import read_json
+
+    known = read_json(path, {})
+    same = {name: result for name, result in known.items() if isinstance(result, dict) and result.get("weights") == weights}
+    return {**same, **results}, [name for name in known if name not in same and name not in results]
 
 
 def _summary_line(name: str, result: dict) -> str:
@@ -103,56 +173,39 @@ def named_tasks(args):
         benchmark, items = open_task(name, folder)
         return name, benchmark, [shorten(item) for item in items]
 
-    return [_samples_task(*name.split("=", 1)) if "=" in name else published(name) for name in names]
+    return [_samples_task(args, name) if "=" in name else published(name) for name in names]
 
 
-def _samples_task(name: str, path: str):
+def _samples_task(args: argparse.Namespace, text: str):
     from mindvl_jax.config.schema import SourceConfig
+    from mindvl_jax.evaluation.metrics import parse_task
 
-    return _exact_match_task(name, SourceConfig(path=path), None, 32)
+    name, path, metric = parse_task(text)
+    columns = common.columns_of(args)
+    return _own_task(name, SourceConfig(path=path, media_root=getattr(args, "media_root", None), columns=columns), None, 32, metric)
 
 
 def _own_tasks(opened) -> list:
     tasks = getattr(getattr(opened.config, "evaluation", None), "tasks", ())
     if not tasks:
         raise UserError("these weights bring no held-out tasks of their own; name some with --tasks (and --data)")
-    return [_exact_match_task(task.name, task.source, task.max_samples, task.max_new_tokens) for task in tasks]
+    return [_own_task(task.name, task.source, task.max_samples, task.max_new_tokens, "exact_match") for task in tasks]
 
 
-def _exact_match_task(name: str, source, most: int | None, max_new_tokens: int):
+def _own_task(name: str, source, most: int | None, max_new_tokens: int, metric: str):
     from mindvl_jax.evaluation.benchmarks import Benchmark
+    from mindvl_jax.evaluation.metrics import rule_of
     from mindvl_jax.evaluation.run import sample_items
-    from mindvl_jax.evaluation.scorers import exact_match
 
-    score = lambda item, prediction: {"exact_match": exact_match(prediction, item.answers)}
-    benchmark = Benchmark(name, "exact_match", (), (), read=None, rule=score, max_new_tokens=max_new_tokens)
+    main, rule = rule_of(metric)
+    benchmark = Benchmark(name, main, (), (), read=None, rule=rule, max_new_tokens=max_new_tokens)
     return name, benchmark, sample_items(name, source, most)
 
 
-def _progress(console):
-    """A context that gives a callback (done, total, label) drawing one bar."""
-    import contextlib
-
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    @contextlib.contextmanager
-    def open_bar():
-        with Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
-            bars = {}
-
-            def show(done: int, total: int, label: str) -> None:
-                if label not in bars:
-                    bars[label] = progress.add_task(label, total=total)
-                progress.update(bars[label], completed=done)
-
-            yield show
-
-    return open_bar()
-
-
-def _search(args, console, generator, opened, tasks, out: Path, weights: str, settings) -> int:
+def _search(args, console, model: _Scored) -> int:
     import numpy as np
 
+    from mindvl_jax.core.progress import counting
     from mindvl_jax.evaluation import search
     from mindvl_jax.evaluation.browse import write_index
     from mindvl_jax.evaluation.evaluate import Predictions, predict
@@ -160,6 +213,7 @@ def _search(args, console, generator, opened, tasks, out: Path, weights: str, se
     from mindvl_jax.inference.loading import SETTINGS
     from mindvl_jax.checkpoints.names import named_folder
 
+    generator, opened, tasks, out, weights, settings = model.generator, model.opened, model.tasks, model.out, model.weights, model.settings
     if args.min_pixels or args.max_pixels:
         raise UserError("--search tries picture sizes itself; leave out --min-pixels and --max-pixels")
     own = search.Pixels(opened.min_pixels, opened.max_pixels)
@@ -171,7 +225,7 @@ def _search(args, console, generator, opened, tasks, out: Path, weights: str, se
         def measure(pixels, part):
             chosen = settings(benchmark)
             chosen = dataclasses.replace(chosen, min_pixels=pixels.min_pixels or chosen.min_pixels, max_pixels=pixels.max_pixels or chosen.max_pixels)
-            with _progress(console) as show, Predictions(out / "search" / f"{name}.jsonl", chosen.fingerprint(weights)) as predictions:
+            with counting(console) as show, Predictions(out / "search" / f"{name}.jsonl", chosen.fingerprint(weights)) as predictions:
                 rows = predict(generator, part, chosen, predictions, language_only=False, on_progress=lambda done: show(done, len(part), f"{name}, {pixels}"))
             scores = tuple(benchmark.score(item, row["prediction"])[benchmark.metric] for item, row in zip(part, rows, strict=True))
             return search.Trial(pixels, scores, tuple(row["prompt_tokens"] for row in rows))
@@ -198,13 +252,13 @@ def _search(args, console, generator, opened, tasks, out: Path, weights: str, se
     chosen = max(whole, key=lambda pixels: (float(np.mean(whole[pixels])), pixels == search.Pixels(None, None)))
     found["all"] = {"best": dataclasses.asdict(chosen), "mean_validation_score": round(float(np.mean(whole[chosen])), 4)}
     write_json(out / "search.json", found)
-    page = write_index(out, results, figures, [f"Scores of the best picture sizes on the halves that the search did not see. Over all tasks: {chosen}."])
+    page = write_index(out, results, figures, [f"Scores of the best picture sizes on the halves that the search did not see. Over all tasks: {chosen}."], name="search")
     console.print(f"over all tasks: {chosen}; search: {out / 'search.json'}, page: {page}", soft_wrap=True)
     if not args.no_save:
         if chosen == search.Pixels(None, None):
             console.print("the model's own setting is the best; nothing to save")
         else:
-            settings_file = named_folder(args.weights)[0] / SETTINGS
+            settings_file = named_folder(args.weights[0])[0] / SETTINGS
             low = opened.min_pixels if chosen.min_pixels is None else chosen.min_pixels
             high = opened.max_pixels if chosen.max_pixels is None else chosen.max_pixels
             write_json(settings_file, {"min_pixels": low, "max_pixels": high})

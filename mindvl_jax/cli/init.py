@@ -17,6 +17,7 @@ from mindvl_jax.config import families, loader
 from mindvl_jax.config.schema import ModelConfig, SourceConfig, TokenizerConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.files import write_text
+from mindvl_jax.data.questions import ACCEPTED
 from mindvl_jax.weights.described import described
 
 EPILOG = common.examples(
@@ -40,7 +41,7 @@ class Request:
     run_dir: str | None = None
     epochs: float = 3.0
     max_pixels: int | None = None
-    columns: tuple[str, ...] = ()
+    columns: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--out {args.out} exists; name another file, or add --overwrite")
     if not args.epochs > 0:
         raise UserError(f"--epochs is {args.epochs}, expected a positive number")
-    request = Request(args.model, args.data, args.media_root, args.format, args.run_dir, args.epochs, args.max_pixels, tuple(args.columns))
+    request = Request(args.model, args.data, args.media_root, args.format, args.run_dir, args.epochs, args.max_pixels, tuple(common.columns_of(args).model_dump(exclude_unset=True).items()))
     if args.out is None:
         print(text_of(request), end="")
     else:
@@ -98,7 +99,7 @@ def text_of(request: Request) -> str:
         raise UserError(f"{request.model} has no tokenizer.json; save the tokenizer there")
     low, high = _pixels(Path(request.model).expanduser())
     high = request.max_pixels or min(high, _LARGEST_PIXELS)
-    source = {"path": request.data, "format": request.format, "media_root": request.media_root, "columns": _columns(request.columns)}
+    source = {"path": request.data, "format": request.format, "media_root": request.media_root, "columns": dict(request.columns)}
     source = {key: value for key, value in source.items() if value not in (None, "auto", {})}
     sizes = measure(request, source, model, TokenizerConfig.model_validate(sections["tokenizer"]), low, high)
     text = _yaml(request, source, model, sizes, low, high)
@@ -122,7 +123,7 @@ def measure(request: Request, source: dict, model: ModelConfig, tokenizer: Token
     found = check_source(opened, request.data, encoder, model.vision, decode=False)
     reasons = ", ".join(f"{reason} ({count})" for reason, count in found.reasons.most_common(3))
     if not found.kept:
-        raise UserError(f"{request.data}: none of {found.records} samples can be used: {reasons}. First: {found.skipped[0][3]}")
+        raise UserError(f"{request.data}: none of {found.records} samples can be used: {reasons}. First: {found.skipped[0][3]}" + ("\nLines that are accepted:\n  " + "\n  ".join(ACCEPTED) if "malformed" in found.reasons else ""))
     tokens, patches = np.array(found.tokens), np.array(found.patches)
     longest = int(tokens.max())
     # About a twentieth of the data a step, so that a small file still gives some steps; at most 64 samples.
@@ -138,12 +139,6 @@ def measure(request: Request, source: dict, model: ModelConfig, tokenizer: Token
 
 def _up(value: float, unit: int) -> int:
     return math.ceil(value / unit) * unit
-
-
-def _columns(pairs: tuple[str, ...]) -> dict[str, str]:
-    if wrong := [pair for pair in pairs if "=" not in pair]:
-        raise UserError(f"--columns {wrong[0]}: expected NAME=COLUMN, such as question=text")
-    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def _pixels(folder: Path) -> tuple[int, int]:

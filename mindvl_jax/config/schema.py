@@ -66,6 +66,8 @@ class ColumnMapping(Section):
     messages: str = "messages"
     role: str = "role"
     content: str = "content"
+    question: str = "question"
+    answer: str = "answer"
     user: str = "user"
     assistant: str = "assistant"
     system: str = "system"
@@ -74,7 +76,7 @@ class ColumnMapping(Section):
 
 class SourceConfig(Section):
     path: str = Field(description="File, folder or glob.")
-    format: Literal["auto", "mllm", "llava", "sharegpt", "jsonl", "parquet", "webdataset"] = "auto"
+    format: Literal["auto", "mllm", "llava", "sharegpt", "jsonl", "parquet", "webdataset", "csv", "tsv", "arrow"] = "auto"
     media_root: str | None = Field(None, description="Folder that relative media paths start from; default: the folder of the file.")
     columns: ColumnMapping = ColumnMapping()
     max_samples: PositiveInt | None = None

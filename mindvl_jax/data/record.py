@@ -16,6 +16,7 @@ from typing import Any
 from mindvl_jax.config.schema import ColumnMapping
 from mindvl_jax.data.marks import IMAGE, VIDEO, before_mark, literal, pieces
 from mindvl_jax.data.media.inline import InlineError, decode_base64, inline_bytes
+from mindvl_jax.data.questions import with_turns
 from mindvl_jax.data.sample import Media, Message, Sample, SampleError, Unreadable, shortened
 
 # Role names of the shapes in circulation. A source's `columns` adds its own.
@@ -54,7 +55,8 @@ _MEDIA_KEYS = {"image": ("image", "image_url", "url", "path", "base64", "data", 
 
 
 def sample_from_record(record: Any, *, columns: ColumnMapping, media_root: str | None, default_id: str, origin: str, media_in_file: bool = False) -> Sample:
-    """Read one record of any accepted shape: `messages` (MLLM, parquet, JSONL) or `conversations` (LLaVA, ShareGPT).
+    """Read one record of any accepted shape: `messages` (MLLM, parquet, JSONL), `conversations` (LLaVA, ShareGPT), or a question and
+    its answer (see `questions`).
 
     Args:
       media_in_file: the record's media are the file's own (a tar): paths that its content parts name are not looked for.
@@ -65,9 +67,11 @@ def sample_from_record(record: Any, *, columns: ColumnMapping, media_root: str |
     if not isinstance(record, Mapping):
         raise SampleError("malformed", f"a sample must be an object with named fields, found {type(record).__name__}")
     turns = _either(record, columns.messages, "conversations")
+    if turns is None and (asked := with_turns(record, columns)) is not None:
+        record, turns = asked, asked[columns.messages]
     if not isinstance(turns, (list, tuple)):
         keys = shortened(", ".join(map(str, list(record)[:8])))
-        raise SampleError("malformed", f"no list of turns in {columns.messages!r} or 'conversations' (the record has: {keys}); name the column in columns.messages")
+        raise SampleError("malformed", f"no list of turns in {columns.messages!r} or 'conversations' (the record has: {keys}); name the column in columns.messages, or in columns.question and columns.answer")
     _refuse(record, REFUSED_IN_RECORD, "the record", keep=_used(columns))
     media = _Media({"image": _listed(_either(record, columns.images, "image")), "video": _listed(_either(record, columns.videos, "video"))}, media_root, media_in_file)
     messages: list[Message] = []

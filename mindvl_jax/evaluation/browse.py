@@ -40,15 +40,15 @@ def write_task_page(out: Path, name: str, benchmark: Benchmark, items: Sequence[
     return out / f"{name}.html"
 
 
-def write_index(out: Path, results: dict[str, dict[str, Any]], figures: Sequence[tuple[str, Any]] = (), notes: Sequence[str] = ()) -> Path:
-    """Writes OUT/index.html: the table of all tasks, linked to their pages, and pictures of a search."""
+def write_index(out: Path, results: dict[str, dict[str, Any]], figures: Sequence[tuple[str, Any]] = (), notes: Sequence[str] = (), *, name: str = "index") -> Path:
+    """Writes OUT/NAME.html: the table of all tasks, linked to their pages, and pictures of a search."""
     page = render(
         "predictions.html.jinja", title="Evaluation", subtitle=_subtitle(next(iter(results.values()))), notes=list(notes),
-        tasks=[score_line(result, f"{name}.html" if (out / f"{name}.html").is_file() else None) for name, result in results.items()],
-        plots=[{"name": name, "data": data_uri(figure)} for name, figure in figures], rows=[], categories=[],
+        tasks=[score_line(result, f"{task}.html" if (out / f"{task}.html").is_file() else None) for task, result in results.items()],
+        plots=[{"name": title, "data": data_uri(figure)} for title, figure in figures], rows=[], categories=[],
     )
-    write_text(out / "index.html", page)
-    return out / "index.html"
+    write_text(out / f"{name}.html", page)
+    return out / f"{name}.html"
 
 
 def score_line(result: dict[str, Any], page: str | None = None) -> dict[str, Any]:

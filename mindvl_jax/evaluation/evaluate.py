@@ -193,13 +193,14 @@ def evaluate_task(generator: Generator, name: str, benchmark: Benchmark, items: 
     """Predicts and scores one task, writes OUT/NAME.jsonl and OUT/NAME.json.
 
     Returns:
-      scores, prediction rows, language-only rows (None when not asked for).
+      scores (with `reused`, the answers that were there already), prediction rows, language-only rows (None when not asked for).
     """
     require_scorable(benchmark, items)
     report = lambda label: (lambda done: on_progress(done, len(items), label)) if on_progress else None
     with Predictions(out / f"{name}.jsonl", settings.fingerprint(weights)) as predictions:
+        reused = sum(predictions.get(item, False) is not None for item in items)
         rows = predict(generator, items, settings, predictions, language_only=False, on_progress=report(name))
         blind = predict(generator, items, settings, predictions, language_only=True, on_progress=report(f"{name} without pictures")) if language_only else None
     result = summarise(benchmark, items, rows, blind) | {"settings": dataclasses.asdict(settings), "weights": weights}
     write_json(out / f"{name}.json", result)
-    return result, rows, blind
+    return result | {"reused": reused}, rows, blind

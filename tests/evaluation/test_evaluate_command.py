@@ -97,7 +97,7 @@ def test_search_compares_settings_and_saves_the_best_with_the_model(model_folder
     assert len(found["numbers"]["trials"]) == 2 and found["numbers"]["held_out"]["n"] > 0
     low, high = found["numbers"]["held_out"]["gain_ci95"]
     assert low <= found["numbers"]["held_out"]["gain"] <= high
-    assert "data:image/png" in (tmp_path / "out" / "index.html").read_text()
+    assert "data:image/png" in (tmp_path / "out" / "search.html").read_text()
     best = found["all"]["best"]
     assert (weights / "inference.json").is_file() == (best != {"min_pixels": None, "max_pixels": None})
 
@@ -183,3 +183,53 @@ def test_averaging_two_folders_gives_a_model_that_opens(model_folder, tmp_path):
     assert difference == 0, f"the mean of a model and itself differs by {difference}"  # x + x and / 2 are exact
     assert json.loads((tmp_path / "mean" / "average.json").read_text())["models"][0]["weight"] == 0.5
     assert cli.main(["average", "--weights", str(model_folder), str(model_folder), "--out", str(tmp_path / "mean")]) == 2
+
+
+def test_a_second_task_joins_the_first_and_reused_answers_are_said(evaluated, model_folder, benchmark_folder, samples_file, tmp_path, capsys):
+    out = tmp_path / "joined"
+    shutil.copytree(evaluated, out)
+    (tmp_path / "rules.py").write_text("def sevens(prediction, answers):\n    return {'share': 0.25 * ('1' in answers[0]), 'length': min(1, len(prediction) / 100)}\n")
+    numbers = samples_file("joined", count=4)
+    asked = ["evaluate", "--weights", str(model_folder), "--data", str(benchmark_folder), "--out", str(out), "--batch", "4", "--max-new-tokens", "3"]
+    assert cli.main([*asked, "--tasks", f"docvqa_val,numbers={numbers}:{tmp_path / 'rules.py'}:sevens", "--json"]) == 0
+    told = capsys.readouterr()
+    assert "6 of 6 answers reused" in told.err
+    printed = json.loads(told.out)[str(model_folder)]
+    assert set(printed) == {"docvqa_val", "numbers"} and printed["numbers"]["score"] == 0.25 and printed["numbers"]["metric"] == "sevens"
+    assert set(json.loads((out / "scores.json").read_text())) == {"docvqa_val", "chartqa_test", "numbers"}
+    index = (out / "index.html").read_text()
+    assert all(f'href="{name}.html"' in index for name in ("docvqa_val", "chartqa_test", "numbers"))
+
+
+def test_several_models_stand_in_one_table(evaluated, model_folder, benchmark_folder, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    assert cli.main(["evaluate", "--weights", str(model_folder), str(other), "--data", str(benchmark_folder), "--tasks", "docvqa_val", "--out", str(tmp_path / "out"), "--batch", "4",
+                     "--max-new-tokens", "3", "--no-language-only"]) == 0
+    printed = capsys.readouterr().out
+    table = printed[printed.rindex("\nmodels\n") :]
+    assert table.count(" 0.") >= 4 and table.count("/other") == 1 and "docvqa_val" in table, table
+
+
+@pytest.mark.parametrize("task, message", [
+    ("own={file}:anl", "did you mean 'anls'"), ("own={file}:no.py:f", "no such file"), ("own={rules}:{rules}:g", "has no function 'g'"), ("=x", "expected NAME=FILE"),
+])
+def test_a_metric_that_does_not_exist_is_refused_before_the_weights_are_opened(samples_file, tmp_path, capsys, task, message):
+    (tmp_path / "rules.py").write_text("def f(prediction, answers):\n    return 1\n")
+    given = task.format(file=samples_file("refused", count=2), rules=tmp_path / "rules.py")
+    assert cli.main(["evaluate", "--weights", "nowhere", "--tasks", given]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_metrics_of_ones_own_tasks_agree_with_the_benchmarks_rules():
+    from mindvl_jax.evaluation.items import Item
+    from mindvl_jax.evaluation.metrics import METRICS, parse_task
+
+    item = Item(id="a", messages=(), answers=("Paris", "paris, France"))
+    number = Item(id="b", messages=(), answers=("100",))
+    assert [METRICS["exact_match"](item, text) for text in ("Paris", "paris")] == [1, 0]
+    assert METRICS["exact_match_any_case"](item, "paris.") == METRICS["contains"](item, "It is paris") == METRICS["relaxed_accuracy"](number, "104") == 1
+    assert METRICS["relaxed_accuracy"](number, "106") == 0 and METRICS["anls"](item, "Pariz") == pytest.approx(0.8)
+    assert METRICS["yes_no"](Item(id="c", messages=(), answers=("No",)), "no, it is not") == 1
+    assert parse_task("a=C:/x/y.csv") == ("a", "C:/x/y.csv", "exact_match") and parse_task("a=b.csv:anls") == ("a", "b.csv", "anls")
+    assert parse_task("a=b.csv:dir/m.py:f") == ("a", "b.csv", "dir/m.py:f")

@@ -209,7 +209,7 @@ def test_what_changed_since_the_checkpoint_is_said(whole, tmp_path, say):
 
 def test_only_the_newest_checkpoints_are_kept_and_a_finished_run_is_left_alone(assets, run_config, monkeypatch, say):
     calls = []
-    monkeypatch.setattr("mindvl_jax.cli.run_hooks.evaluate_run", lambda config, model, step, phase, run_dir: calls.append((phase, step, type(model).__name__)))
+    monkeypatch.setattr("mindvl_jax.cli.run_hooks.evaluate_run", lambda config, model, step, phase, run_dir, console: calls.append((phase, step, type(model).__name__)))
     task = {"name": "t", "source": {"path": str(assets / "squares.parquet")}}
     config = run_config(*PHASES, checkpoint={"every_steps": 1, "keep": 2}, evaluation={"tasks": [task], "after_phases": True})
     train(config)

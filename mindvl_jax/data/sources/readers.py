@@ -24,7 +24,7 @@ from mindvl_jax.data.sample import Sample, SampleError
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.files import decode_text, foreign
 
-SUFFIXES = {".parquet": "parquet", ".tar": "webdataset", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
+SUFFIXES = {".parquet": "parquet", ".tar": "webdataset", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".arrow": "arrow"}
 # Shapes of records that are told apart by their fields, not by the file: all are JSON or JSONL.
 JSON_SHAPES = ("mllm", "llava", "sharegpt")
 
@@ -127,9 +127,9 @@ def _opened(path: str) -> Iterator[BinaryIO]:
 
 
 def _records(path: str, kind: str) -> Records:
-    from mindvl_jax.data.sources import archives  # pyarrow loads slowly; JSON users need not wait for it
+    from mindvl_jax.data.sources import archives, tables  # pyarrow loads slowly; JSON users need not wait for it
 
-    opened = {"json": JsonRecords, "jsonl": JsonLines, "parquet": archives.ParquetRecords, "webdataset": archives.TarRecords}
+    opened = {"json": JsonRecords, "jsonl": JsonLines, "parquet": archives.ParquetRecords, "webdataset": archives.TarRecords, "csv": tables.CsvRecords, "tsv": tables.CsvRecords, "arrow": tables.ArrowRecords}
     return opened[kind](path)
 
 
@@ -215,7 +215,9 @@ def content_digest(paths: Sequence[str]) -> str:
 def find_files(config: SourceConfig, where: str) -> list[str]:
     """Files of a source in a fixed order. Raises UserError, which names the place `where` in the configuration, when there is none."""
     path = os.path.expanduser(config.path)
-    if os.path.isdir(path):
+    if os.path.isdir(path) and (saved := _saved_dataset(path, where)) is not None:
+        found = saved
+    elif os.path.isdir(path):
         found = sorted(entry.path for entry in os.scandir(path) if os.path.splitext(entry.name)[1].lower() in SUFFIXES and not foreign(entry.name) and entry.is_file())
         kinds = {_kind(file, config.format) for file in found}
         if len(kinds) > 1:
@@ -227,6 +229,15 @@ def find_files(config: SourceConfig, where: str) -> list[str]:
     if not found:
         raise UserError(f"{where}: nothing to read at {config.path!r} (working directory {os.getcwd()}); expected a file, a folder or a glob with {', '.join(SUFFIXES)} files")
     return found
+
+
+def _saved_dataset(path: str, where: str) -> list[str] | None:
+    from mindvl_jax.data.sources import tables
+
+    try:
+        return tables.saved_dataset(Path(path))
+    except (UserError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _kind(path: str, declared: str) -> str:
