@@ -20,7 +20,7 @@ class ModelConfig(Section):
     preset: str | None = Field(None, description="Name of a published size (`mindvl config --schema` lists the families); keys given beside it override it.")
     remat: Literal["none", "full", "dots", "attention"] = Field("none", description="What the backward pass recomputes.")
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    matmul_precision: Literal["default", "bfloat16"] = Field("default", description="bfloat16: products of float32 operands read them in bfloat16 and sum in float32, for processors with bfloat16 matrix units.")
+    matmul_precision: Literal["default", "bfloat16", "auto"] = Field("default", description="bfloat16: products of float32 operands read them in bfloat16 and sum in float32, for processors with bfloat16 matrix units. auto: bfloat16 unless this is a CPU without such units, where it would be slower.")
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["auto", "reference", "blocked", "splash"] = Field("auto", description="Form of attention on XLA. auto: by platform and shape; reference: holds the scores of a row; blocked: linear in the row, any platform; splash: Pallas kernels for TPU.")
 
