@@ -105,7 +105,7 @@ class PromptEncoder:
 
 
 # Sizes of the one empty patch group in a batch for a language model alone; it is never read.
-_NO_VISION = VisionConfig(depth=1, hidden_size=1, intermediate_size=1, num_heads=1, fullatt_block_indexes=())
+_NO_VISION = VisionConfig(depth=1, hidden_size=4, intermediate_size=1, num_heads=1, fullatt_block_indexes=())
 
 
 def vision_of(model) -> VisionConfig:
