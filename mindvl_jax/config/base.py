@@ -70,7 +70,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_values_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        kinds = _kinds(cls.model_fields[info.field_name].annotation)
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
         if kinds & {int, float} and bool not in kinds and Section not in kinds and any(isinstance(leaf, bool) for leaf in _leaves(value)):
             raise ValueError("expected a number, found true or false")
         return value
