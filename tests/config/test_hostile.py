@@ -6,10 +6,10 @@ import os
 import time
 
 import pytest
-from tests.config.test_config_loader import MINIMAL
 
 from mindvl_jax.config import loader
 from mindvl_jax.config.loader import ConfigError
+from tests.config.test_config_loader import MINIMAL
 
 PHASE = "training.phases[0]"
 REFUSED = [
@@ -30,7 +30,7 @@ REFUSED = [
     "model.text={head_dim: 15, rope: 1d}", "model.image_token_id=-1", "model.image_token_id=64", "model.video_token_id=true",
     # names and paths
     *(f"{PHASE}.name={name}" for name in ("''", "'../../x'", "/etc/x", "'[/x]'", "'a/b'", "'.hidden'", "'a\\\\b'", '"a\\0b"', '"\\e[31mred"', "'=1+1'", "'-x'", "'@x'", f"'{'n' * 300}'", "'ends.'", "' a'", "true", "[a]", '"a\\nb"', "'+cmd|calc'")),
-    f"training.phases=[{{name: A, steps: 1, mixture: [{{source: words}}], rows: 1, sequence_length: 8, patches_per_row: 4, learning_rate: 1}}, {{name: a, steps: 1, mixture: [{{source: words}}], rows: 1, sequence_length: 8, patches_per_row: 4, learning_rate: 1}}]",
+    "training.phases=[{name: A, steps: 1, mixture: [{source: words}], rows: 1, sequence_length: 8, patches_per_row: 4, learning_rate: 1}, {name: a, steps: 1, mixture: [{source: words}], rows: 1, sequence_length: 8, patches_per_row: 4, learning_rate: 1}]",
     "evaluation.tasks=[{name: '../../../ESCAPED', source: {path: x}}]", "evaluation.tasks=[{name: t, source: {path: x}}, {name: t, source: {path: y}}]", "data.sources={'../x': {path: a}}",
     "run.dir=''", "run.dir=' '", 'run.dir="a\\0b"', f"run.dir={'x' * 300}", f"run.dir={'x/' * 3000}", 'run.dir="a\\e[2Jb"', "run.dir=5", "data.sources.words.path=\"\\0\"",
     # not the shape of a configuration
