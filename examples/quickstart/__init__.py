@@ -1,4 +1,4 @@
-"""Data of the quickstart: six tasks on real images, small enough for two CPU cores, from packages and committed assets.
+"""Real images small enough to learn from on two processor cores: six tasks, built from packages and committed art.
 
-`python -m examples.quickstart.build --out data/quickstart` writes everything.
+`python -m examples.quickstart.build --out data/quickstart` writes everything; `build.py` says what and why.
 """

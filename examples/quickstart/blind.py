@@ -1,6 +1,7 @@
-"""Blind baseline: for each question text, the most frequent answer in the training data.
+"""What can be scored without looking: for each question text, the answer that training gives most often.
 
-`python -m examples.quickstart.blind --data data/quickstart` prints it for every test set. Scores should be read against it.
+`python -m examples.quickstart.blind --data data/quickstart` prints it for every test set. A score means something only
+beside this one.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Generate text: `Generator` turns `Request`s with `Sampling` settings into `Answer`s.
+"""Text out: requests in, answers out.
 
-Names are imported on first use, so that a help text does not load jax.
+`Generator` is the door; `Request`, `Sampling` and `Answer` are what goes through it. They are imported on first use: a help text
+must not load jax.
 """
 
 from __future__ import annotations

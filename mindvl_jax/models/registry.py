@@ -11,6 +11,8 @@ from mindvl_jax.models.spec import ModelSpec
 _FAMILIES = (
     "mindvl",
     "qwen",
+    "qwen3_moe",
+    "deepseek_v3",
 )  # fmt: skip
 
 SPECS: dict[str, ModelSpec] = {name: importlib.import_module(f"mindvl_jax.models.{name}").SPEC for name in _FAMILIES}

@@ -1,4 +1,4 @@
-"""Timing and statistics of the benchmarks, on work of known speed."""
+"""The clockwork of the benchmarks, on work whose speed is known."""
 
 import json
 

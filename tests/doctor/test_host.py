@@ -1,4 +1,4 @@
-"""Findings of the doctor on hosts made of files: driver, CANN, versions, failed imports."""
+"""What the doctor says of a host, on hosts made of files: driver, CANN, versions, what an import that fails means."""
 
 import dataclasses
 import subprocess

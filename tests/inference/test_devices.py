@@ -1,4 +1,4 @@
-"""Answers do not depend on the devices of the model."""
+"""The same answers wherever the model lies."""
 
 import types
 

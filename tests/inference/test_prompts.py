@@ -1,4 +1,4 @@
-"""Packing of prompts into rows: capacity, and positions in the row."""
+"""Prompts that share a row: what fits where, and where each lies."""
 
 import types
 

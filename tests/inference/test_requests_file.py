@@ -1,4 +1,4 @@
-"""Request files: accepted lines, and messages for invalid ones."""
+"""Files of requests: what a line may say, and what is said about lines that cannot be used."""
 
 import io
 

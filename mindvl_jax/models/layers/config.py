@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mindvl_jax.config.base import Section, bounded
+from mindvl_jax.config.schema import Section
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -17,24 +17,22 @@ class TextConfig(Section):
     """Qwen2.5 or Qwen3 decoder."""
 
     family: Literal["qwen2", "qwen3"] = Field(description="qwen2: q/k/v biases; qwen3: q/k norms, no biases.")
-    vocab_size: Annotated[int, bounded(2**24)]
-    hidden_size: Annotated[int, bounded(2**20)]
-    intermediate_size: Annotated[int, bounded(2**22)]
-    num_layers: Annotated[int, bounded(10**4)]
-    num_heads: Annotated[int, bounded(2**16)]
-    num_kv_heads: Annotated[int, bounded(2**16)]
-    head_dim: Annotated[int, bounded(2**14)]
-    rope_theta: Annotated[float, Field(gt=0, le=1e15)] = 1e6
-    rms_norm_eps: Annotated[float, Field(gt=0, le=1)] = 1e-6
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt
+    rope_theta: PositiveFloat = 1e6
+    rms_norm_eps: PositiveFloat = 1e-6
     tie_word_embeddings: bool
     rope: Literal["mrope", "1d"] = Field(description="mrope: temporal, height and width sections; 1d: one running index.")
     mrope_section: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
-    max_position_embeddings: Annotated[int, bounded(2**31 - 1)] = 32768
+    max_position_embeddings: PositiveInt = 32768
 
     @model_validator(mode="after")
     def _consistent(self):
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary positions turn pairs of values")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.rope == "mrope":
@@ -42,4 +40,104 @@ class TextConfig(Section):
                 raise ValueError("rope: mrope needs mrope_section (three numbers whose sum is head_dim / 2)")
             if sum(self.mrope_section) * 2 != self.head_dim:
                 raise ValueError(f"mrope_section {self.mrope_section} must sum to head_dim / 2 = {self.head_dim // 2}")
+        return self
+
+
+class MoEConfig(Section):
+    """Routed feed-forward layers."""
+
+    experts: PositiveInt
+    experts_per_token: PositiveInt
+    intermediate_size: PositiveInt = Field(description="Feed-forward width of one expert.")
+    shared_experts: NonNegativeInt = Field(0, description="Experts that every token passes, as one network of their summed width.")
+    scoring: Literal["softmax", "sigmoid"]
+    selection_bias: bool = Field(False, description="A bias, moved by load, enters the choice of experts but not their weights (DeepSeek-V3).")
+    groups: PositiveInt = Field(1, description="Equal groups of experts; the best `groups_kept` of them stay eligible for a token.")
+    groups_kept: PositiveInt = 1
+    renormalize: bool = Field(description="Divide the chosen scores by their sum.")
+    scale: PositiveFloat = Field(1.0, description="Factor on the weights of the routed experts.")
+    bias_update_rate: NonNegativeFloat = Field(0.0, description="Step of the selection bias after each optimizer step; 0 leaves it.")
+    balance_loss: NonNegativeFloat = Field(0.0, description="Factor of the load-balancing loss.")
+    balance: Literal["sequence", "pooled", "layer"] = Field(
+        "pooled",
+        description="sequence: per packed sample (DeepSeek-V3); pooled: counts and scores of all layers together, not divided by k (Hugging Face); "
+        "layer: per layer, divided by k (Megatron).",
+    )
+    z_loss: NonNegativeFloat = Field(0.0, description="Factor of the router's z-loss, a mean over tokens and layers.")
+
+    @property
+    def sequence_balance(self) -> bool:
+        return self.balance == "sequence" and self.balance_loss > 0
+
+    @model_validator(mode="after")
+    def _possible(self):
+        if self.experts % self.groups or self.groups_kept > self.groups:
+            raise ValueError(f"{self.experts} experts in {self.groups} groups of which {self.groups_kept} are kept does not work out")
+        if self.experts_per_token > self.groups_kept * (self.experts // self.groups):
+            raise ValueError(f"experts_per_token ({self.experts_per_token}) is more than the {self.groups_kept * (self.experts // self.groups)} eligible experts")
+        if self.groups > 1 and self.experts // self.groups < 2:
+            raise ValueError(f"{self.groups} groups of {self.experts} experts leave less than two a group")
+        if self.bias_update_rate and not self.selection_bias:
+            raise ValueError("bias_update_rate moves the selection bias, which needs selection_bias: true")
+        return self
+
+
+class YarnConfig(Section):
+    """Scaled rotary frequencies for contexts longer than the pretrained one (Peng et al., 2023)."""
+
+    factor: PositiveFloat
+    original_max_position_embeddings: PositiveInt
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    mscale: PositiveFloat = 1.0
+    mscale_all_dim: NonNegativeFloat = 0.0
+
+
+class Qwen3MoETextConfig(TextConfig):
+    """Qwen3 decoder whose feed-forward layers are all routed."""
+
+    family: Literal["qwen3_moe"] = "qwen3_moe"
+    intermediate_size: PositiveInt = Field(1, description="Of dense layers, of which there are none; kept for config.json.")
+    moe: MoEConfig
+
+
+class DeepSeekV3TextConfig(Section):
+    """DeepSeek-V3 decoder: latent attention, dense layers first, then routed ones."""
+
+    family: Literal["deepseek_v3"] = "deepseek_v3"
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt = Field(description="Feed-forward width of the dense layers.")
+    num_layers: PositiveInt
+    dense_layers: NonNegativeInt = Field(description="Layers at the start whose feed-forward is not routed.")
+    num_heads: PositiveInt
+    q_lora_rank: PositiveInt | None = Field(description="Width of the query latent; None projects queries directly.")
+    kv_lora_rank: PositiveInt = Field(description="Width of the latent that keys and values are made of.")
+    qk_nope_head_dim: PositiveInt
+    qk_rope_head_dim: PositiveInt
+    v_head_dim: PositiveInt
+    moe: MoEConfig
+    rope_theta: PositiveFloat = 1e4
+    yarn: YarnConfig | None = None
+    rms_norm_eps: PositiveFloat = 1e-6
+    tie_word_embeddings: bool = False
+    max_position_embeddings: PositiveInt = 163840
+    rope: Literal["1d"] = "1d"
+    mrope_section: None = None
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def cache_width(self) -> int:
+        """Values that a decode cache keeps for a token and layer: the latent and the shared rotary key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.dense_layers >= self.num_layers:
+            raise ValueError(f"dense_layers ({self.dense_layers}) leaves no routed layer of {self.num_layers}")
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim ({self.qk_rope_head_dim}) must be even")
         return self

@@ -57,7 +57,7 @@ class Attention(nnx.Module):
         self.key = Linear(D, config.num_kv_heads * H, ("embed", "kv_heads"), **common)
         self.value = Linear(D, config.num_kv_heads * H, ("embed", "kv_heads"), **common)
         self.output = Linear(config.num_heads * H, D, ("heads", "embed"), scale=1 / math.sqrt(2 * L), **{**common, "bias": False})
-        per_head = lambda: RMSNorm(H, eps=config.rms_norm_eps, dtype=dtype, name="head_dim", layers=L) if config.family == "qwen3" else None
+        per_head = lambda: RMSNorm(H, eps=config.rms_norm_eps, dtype=dtype, name="head_dim", layers=L) if config.family != "qwen2" else None
         self.query_norm, self.key_norm = per_head(), per_head()
 
     def project(self, x_BTD, cos_BTH, sin_BTH) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -91,11 +91,13 @@ class DecoderLayer(nnx.Module):
 class Decoder(nnx.Module):
     """Token table, layers, final norm and, unless tied, the output matrix."""
 
+    layer_type: type[nnx.Module] = DecoderLayer
+
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype, remat: str = "none"):
         self.config = config
         self.remat = remat
         self.embed = Embedding(config, rngs=rngs, dtype=dtype)
-        self.layers = DecoderLayer(config, rngs=rngs, dtype=dtype)
+        self.layers = self.layer_type(config, rngs=rngs, dtype=dtype)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         untied = lambda: Linear(config.hidden_size, config.vocab_size, ("embed", "vocab"), bias=False, rngs=rngs, dtype=dtype)
         self.head = None if config.tie_word_embeddings else untied()
@@ -118,7 +120,7 @@ class Decoder(nnx.Module):
         def layer_step(x, layer):
             def attend(layer, x):
                 q, k, v = layer.attention.project(layer.norm1(x), *rotary)
-                return layer.attention.finish(_among(q, k, v, segment_ids_BT, segment_lengths, max_sample_length))
+                return layer.attention.finish(self_attention(q, k, v, segment_ids_BT, segment_lengths, max_sample_length))
 
             with jax.named_scope("attention"):
                 x = x + rematerialise_attention(attend, self.remat)(layer, x)
@@ -138,7 +140,7 @@ class Decoder(nnx.Module):
 
         def layer_step(x, layer):
             q, k, v = layer.attention.project(layer.norm1(x), *rotary)
-            out = _among(q, k, v, segment_ids_BT, segment_lengths, None)
+            out = self_attention(q, k, v, segment_ids_BT, segment_lengths, None)
             return layer.feed_forward(x + layer.attention.finish(out)), (k, v)
 
         x, (keys, values) = jax.lax.scan(layer_step, inputs_BTD, self.layers, unroll=self.config.num_layers <= UNROLLED_LAYERS)
@@ -179,6 +181,9 @@ class Decoder(nnx.Module):
         return text_tables(positions_B3T, config.head_dim, config.rope_theta, config.mrope_section if config.rope == "mrope" else None)
 
 
-def _among(q, k, v, segment_ids_BT, segment_lengths, max_sample_length: int | None) -> jax.Array:
-    """Attention among the places of packed rows. Padding bears no loss and no place of a sample attends it: nobody reads what it yields."""
-    return attention(q, k, v, segment_ids=segment_ids_BT, causal=True, max_segment_length=max_sample_length, lengths=segment_lengths, padding="unread")
+def self_attention(q, k, v, segment_ids_BT, segment_lengths, max_sample_length: int | None, *, scale: float | None = None) -> jax.Array:
+    """Causal attention inside the segments of packed rows. Outputs at padding positions are never used."""
+    options = {} if scale is None else {"scale": scale}
+    return attention(
+        q, k, v, segment_ids=segment_ids_BT, causal=True, max_segment_length=max_sample_length, lengths=segment_lengths, padding="unread", **options
+    )

@@ -12,9 +12,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mindvl_jax.models.batch import Batch
+from mindvl_jax.models.layers.config import DeepSeekV3TextConfig, Qwen3MoETextConfig, TextConfig
 from mindvl_jax.models.layers.decoder import Decoder
+from mindvl_jax.models.layers.routed import DeepSeekV3Decoder, Qwen3MoEDecoder
 from mindvl_jax.parallel.activations import within_rows
 from npu_bridge import ops
+
+
+DECODERS = {TextConfig: Decoder, Qwen3MoETextConfig: Qwen3MoEDecoder, DeepSeekV3TextConfig: DeepSeekV3Decoder}
+"""The decoder of each kind of text configuration."""
 
 
 class LanguageModel(nnx.Module):
@@ -29,7 +35,7 @@ class LanguageModel(nnx.Module):
     def __init__(self, config: Any, *, rngs: nnx.Rngs):
         self.config = config
         self.compute_dtype = jnp.dtype(config.compute_dtype)
-        self.language = Decoder(config.text, rngs=rngs, dtype=jnp.dtype(config.param_dtype), remat=config.remat)
+        self.language = DECODERS[type(config.text)](config.text, rngs=rngs, dtype=jnp.dtype(config.param_dtype), remat=config.remat)
 
     def embed(self, batch: Batch, *, max_image_patches: int | None = None) -> jax.Array:
         """(B, T, D): token embeddings."""

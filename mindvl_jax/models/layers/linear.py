@@ -18,7 +18,7 @@ from mindvl_jax.models.layers.lora import adapted_linear
 from mindvl_jax.parallel.activations import constrain
 from npu_bridge import ops
 
-LOGICAL_AXES = ("layers", "patch", "embed", "heads", "kv_heads", "head_dim", "mlp", "merged", "vocab")
+LOGICAL_AXES = ("layers", "patch", "embed", "heads", "kv_heads", "head_dim", "mlp", "merged", "vocab", "experts")
 """Every axis name that a parameter of this package carries; `mindvl_jax.parallel` maps each to mesh axes."""
 
 

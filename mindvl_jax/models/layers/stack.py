@@ -136,3 +136,13 @@ def scan_alternating(
         return x
 
     return _scan(one_period, x, jax.tree.map(lambda leaf: leaf.reshape(repeats, period, *leaf.shape[1:]), stack), remat)
+
+
+def scan_layers_with_aux(body: Callable[[jax.Array, Any], tuple[jax.Array, Any]], x: jax.Array, stack: Any, *, remat: str = "none") -> tuple[jax.Array, Any]:
+    """`x, aux = body(x, layer)` over the leading axis of `stack`; aux comes back stacked.
+
+    Under remat the body runs twice, but its aux is returned by the first run alone, so sums over it count once.
+    """
+    depth = _depth(stack)
+    unroll = remat == "none" and depth <= UNROLLED_LAYERS
+    return jax.lax.scan(rematerialise(body, remat, looped=depth > 1), x, stack, unroll=unroll)

@@ -1,0 +1,129 @@
+"""Decoders with routed feed-forward layers: Qwen3-MoE and DeepSeek-V3 (references: transformers' Qwen3Moe, DeepseekV3).
+
+B rows, T tokens, D width, E experts, L routed layers.
+"""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from mindvl_jax.models.layers.config import DeepSeekV3TextConfig, Qwen3MoETextConfig
+from mindvl_jax.models.layers.decoder import Attention, Decoder, Embedding, self_attention, transposed
+from mindvl_jax.models.layers.linear import GatedMLP, Linear, RMSNorm
+from mindvl_jax.models.layers.mla import LatentAttention, rotary_tables, softmax_scale
+from mindvl_jax.models.layers.moe import MoE, Routing
+from mindvl_jax.models.layers.stack import rematerialise_attention, scan_layers, scan_layers_with_aux
+
+
+class RoutedLayer(nnx.Module):
+    """Pre-norm attention and a mixture of experts."""
+
+    def __init__(self, config: Qwen3MoETextConfig, *, rngs: nnx.Rngs, dtype):
+        L, D = config.num_layers, config.hidden_size
+        self.norm1 = RMSNorm(D, eps=config.rms_norm_eps, dtype=dtype, layers=L)
+        self.attention = Attention(config, rngs=rngs, dtype=dtype)
+        self.norm2 = RMSNorm(D, eps=config.rms_norm_eps, dtype=dtype, layers=L)
+        self.moe = MoE(config.moe, D, rngs=rngs, dtype=dtype, layers=L, depth=L)
+
+    def routed(self, x_BTD, segment_ids_BT) -> tuple[jax.Array, Routing]:
+        with jax.named_scope("moe"):
+            out, routing = self.moe(self.norm2(x_BTD), segment_ids_BT)
+        return x_BTD + out, routing
+
+    def feed_forward(self, x_BTD) -> jax.Array:
+        """As a dense layer's, for decoding, where nobody balances."""
+        return self.routed(x_BTD, None)[0]
+
+
+class Qwen3MoEDecoder(Decoder):
+    """Qwen3 with routed layers; the cache and the decode step are those of the dense decoder."""
+
+    layer_type = RoutedLayer
+
+    def routed(self, inputs_BTD, positions_B3T, segment_ids_BT, *, segment_lengths=None, max_sample_length: int | None = None) -> tuple[jax.Array, Routing]:
+        """Hidden states (B, T, D) after the final norm, and what each layer's router did, stacked (L, ..)."""
+        rotary = self._rotary(positions_B3T)
+
+        def layer_step(x, layer):
+            def attend(layer, x):
+                q, k, v = layer.attention.project(layer.norm1(x), *rotary)
+                return layer.attention.finish(self_attention(q, k, v, segment_ids_BT, segment_lengths, max_sample_length))
+
+            with jax.named_scope("attention"):
+                x = x + rematerialise_attention(attend, self.remat)(layer, x)
+            return layer.routed(x, segment_ids_BT)
+
+        with jax.named_scope("layers"):
+            x, routing = scan_layers_with_aux(layer_step, inputs_BTD, self.layers, remat=self.remat)
+        return self.norm(x), routing
+
+    def __call__(self, inputs_BTD, positions_B3T, segment_ids_BT, **options) -> jax.Array:
+        return self.routed(inputs_BTD, positions_B3T, segment_ids_BT, **options)[0]
+
+
+class LatentLayer(nnx.Module):
+    """Pre-norm latent attention and a dense or routed feed-forward."""
+
+    def __init__(self, config: DeepSeekV3TextConfig, *, routed: bool, layers: int, rngs: nnx.Rngs, dtype):
+        D = config.hidden_size
+        norm = dict(eps=config.rms_norm_eps, dtype=dtype, layers=layers)
+        self.norm1 = RMSNorm(D, **norm)
+        self.attention = LatentAttention(config, rngs=rngs, dtype=dtype, layers=layers)
+        self.norm2 = RMSNorm(D, **norm)
+        if routed:
+            self.moe = MoE(config.moe, D, rngs=rngs, dtype=dtype, layers=layers, depth=config.num_layers)
+        else:
+            scale = (2 * config.num_layers) ** -0.5
+            self.mlp = GatedMLP(D, config.intermediate_size, bias=False, rngs=rngs, dtype=dtype, layers=layers, residual_scale=scale)
+
+
+class DeepSeekV3Decoder(nnx.Module):
+    """Token table, dense layers, routed layers, final norm, output matrix."""
+
+    def __init__(self, config: DeepSeekV3TextConfig, *, rngs: nnx.Rngs, dtype, remat: str = "none"):
+        self.config, self.remat = config, remat
+        self.embed = Embedding(config, rngs=rngs, dtype=dtype)
+        layer = dict(rngs=rngs, dtype=dtype)
+        self.dense = LatentLayer(config, routed=False, layers=config.dense_layers, **layer) if config.dense_layers else None
+        self.layers = LatentLayer(config, routed=True, layers=config.num_layers - config.dense_layers, **layer)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, ("embed", "vocab"), bias=False, **layer)
+
+    def head_kernel(self) -> jax.Array:
+        """(D, V): the output matrix, which is the token table when tied."""
+        return transposed(self.embed.embedding[...]) if self.head is None else self.head.kernel[...]
+
+    def routed(self, inputs_BTD, positions_B3T, segment_ids_BT, *, segment_lengths=None, max_sample_length: int | None = None) -> tuple[jax.Array, Routing]:
+        """Hidden states (B, T, D) after the final norm, and what each routed layer's router did, stacked (L, ..)."""
+        tables, scale = rotary_tables(positions_B3T, self.config), softmax_scale(self.config)
+
+        def attend(layer, x):
+            def attention(layer, x):
+                inputs = layer.norm1(x)
+                nope, rotary = layer.attention.queries(inputs, *tables)
+                k, v = layer.attention.keys_and_values(*layer.attention.latents(inputs, *tables))
+                q = jax.numpy.concatenate([nope, rotary], -1)
+                return layer.attention.finish(self_attention(q, k, v, segment_ids_BT, segment_lengths, max_sample_length, scale=scale))
+
+            with jax.named_scope("attention"):
+                return x + rematerialise_attention(attention, self.remat)(layer, x)
+
+        def dense_step(x, layer):
+            x = attend(layer, x)
+            with jax.named_scope("mlp"):
+                return x + layer.mlp(layer.norm2(x))
+
+        def routed_step(x, layer):
+            x = attend(layer, x)
+            with jax.named_scope("moe"):
+                out, routing = layer.moe(layer.norm2(x), segment_ids_BT)
+            return x + out, routing
+
+        with jax.named_scope("layers"):
+            x = inputs_BTD if self.dense is None else scan_layers(dense_step, inputs_BTD, self.dense, remat=self.remat)
+            x, routing = scan_layers_with_aux(routed_step, x, self.layers, remat=self.remat)
+        return self.norm(x), routing
+
+    def __call__(self, inputs_BTD, positions_B3T, segment_ids_BT, **options) -> jax.Array:
+        return self.routed(inputs_BTD, positions_B3T, segment_ids_BT, **options)[0]
