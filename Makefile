@@ -11,7 +11,15 @@ RUN_DIR ?= runs/quickstart
 SET ?=
 WORKERS ?= 2
 
+# JAX runs on the CPU unless an accelerator is here: then JAX chooses, and ACCELERATOR says what `make setup` installs for it.
+ifneq ($(shell nvidia-smi -L 2>/dev/null),)
+ACCELERATOR ?= cuda13
+else ifneq ($(wildcard /dev/accel0 /dev/vfio/0),)
+ACCELERATOR ?= tpu
+else
+ACCELERATOR ?=
 export JAX_PLATFORMS ?= cpu
+endif
 
 .PHONY: quickstart average test lint docs conformance setup setup-test setup-npu clean
 
@@ -57,6 +65,7 @@ $(BIN)/python:
 
 $(VENV)/.main: $(BIN)/python requirements/main.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/main.txt
+	$(if $(ACCELERATOR),$(BIN)/python -m pip install --quiet --disable-pip-version-check "jax[$(ACCELERATOR)]==$$(sed -n 's/^jax==//p' requirements/main.txt)")
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 

@@ -7,7 +7,14 @@ import dataclasses
 import json
 from pathlib import Path
 
+from mindvl_jax.cli import common
 from mindvl_jax.core.errors import UserError
+
+EPILOG = common.examples(
+    "mindvl average --weights runs/short runs/long --out runs/average",
+    "mindvl average --weights runs/mine:all --method ema --out runs/mine-ema",
+    "mindvl average --weights runs/a runs/b --method soup --tasks docvqa_val --data benchmarks --out runs/soup",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decay", type=float, default=0.9, help="of the moving average")
     parser.add_argument("--tasks", metavar="NAMES", help="validation tasks of the soup, as in `mindvl evaluate`")
     parser.add_argument("--data", metavar="DIR", default=".", help="folder with the benchmarks' files")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N samples of each validation task")
+    parser.add_argument("--max-samples", "--limit", dest="limit", type=int, metavar="N", help="only the first N samples of each validation task")
     parser.add_argument("--batch", type=int, default=16, help="answers that decode together while scoring")
     parser.add_argument("--mesh", metavar="AXES", help="devices, such as fsdp=8; default: one")
 
@@ -40,8 +47,15 @@ def run(args: argparse.Namespace) -> int:
     if (args.method == "soup") != (args.tasks is not None):
         raise UserError("--method soup and --tasks belong together: the soup keeps what helps on them")
     mesh = parse_mesh(args.mesh) if args.mesh else None
-    first = open_model(names[0], mesh=mesh)
-    load = lambda name: first.parameters() if name == names[0] else open_model(name, mesh=mesh).parameters()
+    with common.busy(f"reading {names[0]}"):
+        first = open_model(names[0], mesh=mesh)
+
+    def load(name):
+        if name == names[0]:
+            return first.parameters()
+        with common.busy(f"reading {name} ({names.index(name) + 1} of {len(names)})"):
+            return open_model(name, mesh=mesh).parameters()
+
     if args.method == "soup":
         parameters, steps = average.greedy_soup(names, load, _scorer(args, first))
         for step in steps:
@@ -49,11 +63,13 @@ def run(args: argparse.Namespace) -> int:
         recipe = {"method": "soup", "steps": steps}
     else:
         weights = {"uniform": [1.0] * len(names), "weighted": args.by, "ema": average.ema_weights(len(names), args.decay)}[args.method]
-        parameters = average.weighted(names, load, weights)
+        with common.busy(f"averaging {len(names)} models"):
+            parameters = average.weighted(names, load, weights)
         recipe = {"method": args.method, "models": [{"model": name, "weight": round(weight / sum(weights), 6)} for name, weight in zip(names, weights, strict=True)]}
     tokenizer = first.tokenizer
     ids = dict(pad_token_id=tokenizer.pad_id, eos_token_id=tokenizer.eos_id) if tokenizer else {}
-    save_parameters(out, first.model_config, parameters, **ids)
+    with common.busy(f"writing {out}"):
+        save_parameters(out, first.model_config, parameters, **ids)
     write_companions(out, first.model_config, tokenizer, first.min_pixels, first.max_pixels)
     (out / "average.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
     print(f"{out}: {args.method} average of {len(names)} models (recipe in average.json)")

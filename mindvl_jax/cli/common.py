@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 
 from mindvl_jax.config import loader
 from mindvl_jax.config.schema import ColumnMapping, Config
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.progress import LogConsole, working
 from mindvl_jax.weights.described import described
 
 
@@ -32,12 +34,18 @@ def load_config(path: str, overrides: Sequence[str] | Iterable[str] = ()) -> Con
     return loader.load(path, overrides, describe=described)
 
 
+def busy(what: str) -> AbstractContextManager[None]:
+    """Say on standard error what takes long: a spinner on a terminal, lines in a pipe."""
+    return working(LogConsole(stderr=True, stamp=False), what)
+
+
 def prepare_data(config: Config) -> None:
     """Build the quickstart's data when the configuration asks for it and they are not there."""
     if config.data.quickstart:
         from examples.quickstart.build import prepare
 
-        prepare(config.data.quickstart)
+        with busy("building the quickstart's data"):
+            prepare(config.data.quickstart)
 
 
 def pairs(args: argparse.Namespace, option: str) -> dict[str, str]:

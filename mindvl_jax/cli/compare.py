@@ -26,6 +26,12 @@ from mindvl_jax.core.errors import UserError, at_least_one
 _CHILD = "import sys; from mindvl_jax.config.loader import load; from mindvl_jax.training.trainer import train; train(load(sys.argv[1]))\n"
 
 
+EPILOG = common.examples(
+    "mindvl compare --a smoke --set-b mesh.fsdp=4 --devices-b 4 --steps 10",
+    "mindvl compare --a my.yaml --commit-a main --commit-b HEAD --steps 20 --out compared",
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--a", required=True, metavar="YAML", help="first configuration")
     parser.add_argument("--b", metavar="YAML", help="second configuration; default: the first")
@@ -60,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
         path = out / f"{side}.yaml"
         revision = getattr(args, f"commit_{side}")
         path.write_text(written(shortened(config, steps=args.steps, start=str(start), folder=str(folder)), whole=revision is None), encoding="utf-8")
-        with code_of(revision) as root:
+        with contextlib.ExitStack() as stack, code_of(revision) as root:
+            stack.enter_context(common.busy(f"training {side}, log in {out / f'{side}.log'}"))
             train_apart(f"run {side}", path, root, out / f"{side}.log", devices=getattr(args, f"devices_{side}"), processes=getattr(args, f"processes_{side}"))
         losses[side] = read_losses(folder / "metrics.jsonl", args.steps)
     outcome = compare(losses["a"], losses["b"], args.tolerance, parameter_distance(out / "a", out / "b"))

@@ -9,6 +9,9 @@ from mindvl_jax.config import loader as config_loader
 from mindvl_jax.core.errors import UserError
 
 
+EPILOG = common.examples("mindvl config my.yaml --set run.seed=3", "mindvl config --schema > mindvl.schema.json", "mindvl config --list")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", nargs="?", help="configuration to check and print with everything it extends resolved")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="dotted overrides")

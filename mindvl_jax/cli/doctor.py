@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 
+from mindvl_jax.cli import common
 from mindvl_jax.core.errors import UserError, at_least_one
 from npu_bridge.doctor import Finding, Host, Outcome
 
@@ -16,6 +17,9 @@ GROUPS = ("host", "network", "operators", "collectives", "training")
 # wrong moves them by more than 1e-3.
 FLOAT32 = 1e-4
 STYLES = {Outcome.OK: "green", Outcome.UNSURE: "yellow", Outcome.FAILED: "bold red", Outcome.LEFT_OUT: "dim"}
+
+
+EPILOG = common.examples("mindvl doctor --device npu", "mindvl doctor --device cpu --only host operators --json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

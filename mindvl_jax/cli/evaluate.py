@@ -26,14 +26,7 @@ EPILOG = common.examples(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", required=True, nargs="+", metavar="DIR", help="one of our runs or checkpoints, or a Hugging Face folder; several are compared in one table")
     parser.add_argument("--adapter", metavar="DIR", help="PEFT folder (LoRA, DoRA) to use on top of the weights")
-    parser.add_argument("--tasks", metavar="NAMES", help="comma list: benchmarks (docvqa_val, chartqa_test, ...) found in --data, or NAME=FILE[:METRIC] of one's own samples in any format "
-                        "that training reads; METRIC is exact_match (default), exact_match_any_case, contains, anls, relaxed_accuracy, vqa_accuracy, yes_no, or FILE.py:FUNCTION, "
-                        "which is called with (prediction, answers); default: the run's own tasks")
-    parser.add_argument("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="columns of one's own files, such as question=text answer=label image=path")
-    parser.add_argument("--media-root", metavar="DIR", help="folder that media paths of one's own files start from; default: the folder of the file")
-    parser.add_argument("--data", metavar="DIR", default=".", help="folder with the benchmarks' files (VLMEvalKit .tsv or lmms-eval .parquet)")
-    parser.add_argument("--prompts", choices=("published", "question"), default="published", help="how a benchmark asks: with its published instruction, or the question and its options "
-                        "alone, for a model whose vocabulary lacks the instruction's words")
+    _task_arguments(parser)
     parser.add_argument("--out", metavar="DIR", help="folder of results; default: evaluation/ in the weights' folder. Finished samples in it are not asked again")
     parser.add_argument("--max-samples", "--limit", dest="limit", type=int, metavar="N", help="only the first N samples of each task")
     parser.add_argument("--json", action="store_true", help="print the results as JSON; everything else goes to standard error")
@@ -44,6 +37,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-pixels", type=int, help="smallest picture area after resizing; default: the model's own setting")
     parser.add_argument("--max-pixels", type=int, help="largest picture area after resizing")
     parser.add_argument("--no-language-only", action="store_true", help="leave out the baseline with the pictures taken away")
+    _search_arguments(parser)
+
+
+def _task_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tasks", metavar="NAMES", help="comma list: benchmarks (docvqa_val, chartqa_test, ...) found in --data, or NAME=FILE[:METRIC] of one's own samples in any format "
+                        "that training reads; METRIC is exact_match (default), exact_match_any_case, contains, anls, relaxed_accuracy, vqa_accuracy, yes_no, or FILE.py:FUNCTION, "
+                        "which is called with (prediction, answers); default: the run's own tasks")
+    parser.add_argument("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="columns of one's own files, such as question=text answer=label image=path")
+    parser.add_argument("--media-root", metavar="DIR", help="folder that media paths of one's own files start from; default: the folder of the file")
+    parser.add_argument("--data", metavar="DIR", default=".", help="folder with the benchmarks' files (VLMEvalKit .tsv or lmms-eval .parquet)")
+    parser.add_argument("--prompts", choices=("published", "question"), default="published", help="how a benchmark asks: with its published instruction, or the question and its options "
+                        "alone, for a model whose vocabulary lacks the instruction's words")
+
+
+def _search_arguments(parser: argparse.ArgumentParser) -> None:
     search = parser.add_argument_group("resolution search")
     search.add_argument("--search", metavar="GRID", help="for example min_pixels=784:3136:12544,max_pixels=50176:200704; chosen on one half of each task, judged on the other")
     search.add_argument("--method", choices=("halving", "grid"), default="halving")

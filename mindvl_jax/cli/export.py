@@ -6,7 +6,10 @@ import argparse
 from pathlib import Path
 
 from mindvl_jax.config.schema import ADAPTER_PARAMETERS, Config
+from mindvl_jax.cli import common
 from mindvl_jax.core.errors import UserError
+
+EPILOG = common.examples("mindvl export --run runs/mine --out exported --dtype bfloat16", "mindvl export --vision Qwen2.5-VL-3B-Instruct --language Qwen3-1.7B --out joined")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
     from mindvl_jax.weights.save import save_parameters
 
     if args.source:
-        opened = open_model(args.source)
+        with common.busy(f"reading {args.source}"):
+            opened = open_model(args.source)
         config, parameters = opened.model_config, opened.parameters()
         adapters = opened.config.adapters if isinstance(opened.config, Config) else None
         if args.merge and adapters is None:
@@ -71,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
         config, parameters = assemble(args.vision, args.language, mrope=args.positions == "mrope", seed=args.seed)
         tokenizer, pixels = open_companions(Path(args.language))[0], open_companions(Path(args.vision))[1]
     ids = dict(pad_token_id=tokenizer.pad_id, eos_token_id=tokenizer.eos_id) if tokenizer else {}
-    save_parameters(out, config, parameters, dtype=args.dtype, shard_bytes=int(args.shard_gigabytes * 1e9), **ids)
+    with common.busy(f"writing {out}"):
+        save_parameters(out, config, parameters, dtype=args.dtype, shard_bytes=int(args.shard_gigabytes * 1e9), **ids)
     write_companions(out, config, tokenizer, *pixels)
     count = sum(value.size for value in parameters.values())
     kind, described = model_type(config)

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+from mindvl_jax.cli import common
 from mindvl_jax.cli.backend import add_backend_arguments, chosen_programs
 from mindvl_jax.core.errors import UserError, at_least_one
+from mindvl_jax.core.progress import LogConsole, counting
 
+EPILOG = common.examples(
+    'mindvl generate --weights runs/mine --image cat.png --prompt "What is this?"',
+    "mindvl generate --weights runs/mine --requests questions.jsonl --out answers.jsonl --batch 32",
+    "mindvl generate --weights runs/quickstart --words",
+)
 DEFAULTS = dict(max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, n=1)
 
 
@@ -38,8 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,tensor=4; default: one")
     add_backend_arguments(sizes)
     sizes.add_argument("--context", type=int, help="longest prompt plus answer; default: what the requests need")
+    _output_arguments(parser)
+
+
+def _output_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="JSONL", help="write answers with tokens' log-probabilities to a file")
+    output.add_argument("--words", action="store_true", help="list the tokens that the model knows and end; of a compact vocabulary these are all its words")
+    output.add_argument("--json", action="store_true", help="print one JSON object an answer, with tokens and log-probabilities")
     output.add_argument("--logprobs", action="store_true", help="print each answer's mean log-probability")
     output.add_argument("--no-stream", action="store_true", help="print a single answer only when it is complete")
 
@@ -49,26 +65,37 @@ def run(args: argparse.Namespace) -> int:
     from mindvl_jax.inference.loading import open_for_inference
 
     at_least_one(args, "batch", "context", "min_pixels", "max_pixels")
+    if args.words:
+        return _words(args.weights)
     requests = _requests(args)
     programs = chosen_programs(args)
-    opened = open_for_inference(args.weights, mesh=args.mesh, adapter=args.adapter)
+    with common.busy(f"reading {args.weights}"):
+        opened = open_for_inference(args.weights, mesh=args.mesh, adapter=args.adapter)
     generator = Generator(opened, slots=min(args.batch, sum(request.sampling.n for request in requests)), context=args.context, programs=programs)
     single = args.prompt is not None and args.n == 1
-    if single and not args.no_stream and not args.out:
-        answers = []
-        for piece in generator.stream(requests):
+    if single and not args.no_stream and not args.out and not args.json:
+        answers, pieces = [], generator.stream(requests)
+        with common.busy("reading the prompt; programs that are new are compiled"):
+            first = next(pieces)
+        for piece in itertools.chain([first], pieces):
             print(piece.text, end="", flush=True)
             if piece.answer:
                 answers.append(piece.answer)
         print()
     else:
         started = time.perf_counter()
-        answers = generator.generate(requests, skip_errors=not single)
+        total, done = sum(request.sampling.n for request in requests), itertools.count(1)
+        with counting(LogConsole(stderr=True, stamp=False)) as show:
+            show(0, total, "answers")
+            answers = generator.generate(requests, skip_errors=not single, on_answer=lambda index, answer: show(next(done), total, "answers"))
         seconds = time.perf_counter() - started
         if args.out:
             _write(Path(args.out), requests, answers)
             tokens = sum(len(answer.tokens) for answer in answers)
             print(f"{len(answers)} answers, {tokens} tokens in {seconds:.1f} s (compilation included) -> {args.out}")
+        elif args.json:
+            for row in _rows(answers):
+                print(json.dumps(row, ensure_ascii=False))
         else:
             for answer in answers:
                 label = (answer.id + (f" [{answer.sample}]" if args.n > 1 else "")).strip()
@@ -101,10 +128,29 @@ def _requests(args: argparse.Namespace):
     return [with_system(request, args.system) for request in requests] if args.system else requests
 
 
+def _words(weights: str) -> int:
+    """Print every token of the model's vocabulary, one a line, as text."""
+    from mindvl_jax.weights.described import described
+    from mindvl_jax.config.schema import TokenizerConfig
+    from mindvl_jax.data.text.tokenizer import load_tokenizer
+
+    sections = described(weights)
+    if "tokenizer" not in sections:
+        raise UserError(f"{weights} has no tokenizer.json")
+    tokenizer = load_tokenizer(TokenizerConfig.model_validate(sections["tokenizer"]))
+    for token in range(tokenizer.vocab_size):
+        print(json.dumps(tokenizer.decode([token]), ensure_ascii=False))
+    return 0
+
+
+def _rows(answers) -> Iterator[dict]:
+    for answer in answers:
+        row = {"id": answer.id, "sample": answer.sample, "text": answer.text, "finish": answer.finish, "tokens": list(answer.tokens),
+               "logprobs": [round(value, 6) for value in answer.logprobs], "prompt_tokens": answer.prompt_tokens}
+        yield row | ({"error": answer.error} if answer.error else {})
+
+
 def _write(path: Path, requests, answers) -> None:
     from mindvl_jax.core.files import write_jsonl
 
-    write_jsonl(path, (
-        {"id": answer.id, "sample": answer.sample, "text": answer.text, "finish": answer.finish, "tokens": list(answer.tokens),
-         "logprobs": [round(value, 6) for value in answer.logprobs], "prompt_tokens": answer.prompt_tokens} | ({"error": answer.error} if answer.error else {})
-        for answer in answers))
+    write_jsonl(path, _rows(answers))

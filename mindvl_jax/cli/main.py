@@ -9,6 +9,7 @@ import sys
 from typing import Sequence
 
 from mindvl_jax import __version__
+from mindvl_jax.core.compiled import share_compiled_programs
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.host_memory import relaunch_with_large_pages
 
@@ -87,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = next((word for word in argv if not word.startswith("-")), None)
     if from_shell and chosen in COMPUTING and not {"-h", "--help"} & set(argv):
         relaunch_with_large_pages()
+    if from_shell:
+        share_compiled_programs()
     parser = build_parser(chosen)
     args, unknown = parser.parse_known_args(argv)
     if unknown:  # by the command's own parser, which shows the command's usage

@@ -6,7 +6,10 @@ import argparse
 import json
 from pathlib import Path
 
+from mindvl_jax.cli import common
 from mindvl_jax.core.errors import UserError
+
+EPILOG = common.examples("mindvl parity --weights Qwen2.5-VL-3B-Instruct", "mindvl parity --weights exported --samples 8 --tolerance 1e-4")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
 
     from mindvl_jax.parity.check import check, draw, table
 
-    outcome = check(folder, samples=args.samples, text_tokens=args.text_tokens, seed=args.seed, tolerance=args.tolerance)
+    with common.busy("running both models"):
+        outcome = check(folder, samples=args.samples, text_tokens=args.text_tokens, seed=args.seed, tolerance=args.tolerance)
     console = Console()
     console.print(table(outcome))
     out = Path(args.out)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -15,6 +16,12 @@ from collections.abc import Sequence
 from mindvl_jax.cli import common
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.progress import LogConsole, counting, working
+
+EPILOG = common.examples(
+    'mindvl plan --config qwen2.5-vl-7b --devices 8 --device-kind "NVIDIA H100"',
+    "mindvl plan --config my.yaml --set mesh.fsdp=8 --memory 80GiB --json",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,11 +51,11 @@ def run(args: argparse.Namespace) -> int:
     from mindvl_jax.planning.phase import Planner
 
     console = Console(width=None if sys.stdout.isatty() else 160)
-    watched = Console(stderr=True)
+    watched = LogConsole(stderr=True, stamp=False)
     config = load(args.config, args.set, args.devices)
     limit = limit_of(args.memory, args.device_kind, margin=args.margin, backend=config.backend)
     planner = Planner(config, measure)
-    with watched.status("planning " + ", ".join(phase.name for phase in config.training.phases)):
+    with working(watched, "planning " + ", ".join(phase.name for phase in config.training.phases)):
         plans = planner.plan()
     fits = limit is None or all(plan.total <= limit.usable for plan in plans)
     if not args.json:
@@ -58,8 +65,10 @@ def run(args: argparse.Namespace) -> int:
         # Overrides of a change come last; the mesh is then whole numbers, which --devices must not fill again.
         fixed = [*args.set, *(f"mesh.{axis}={size}" for axis, size in config.mesh.model_dump().items())]
         planner_of = lambda overrides: Planner(load(args.config, [*fixed, *overrides], None), measure)
-        with watched.status("") as status:
-            tried = search(config, plans, limit.usable, planner_of, say=lambda text: status.update(f"planning {text}"))
+        watched.print("does not fit; looking for what would (each change is compiled; --no-alternatives leaves this out)")
+        with counting(watched) as show:
+            number = itertools.count(1)
+            tried = search(config, plans, limit.usable, planner_of, say=lambda text: show(next(number), 0, f"planning {text}"))
         if not args.json:
             report.show_tried(console, tried, limit)
     if args.json:

@@ -9,11 +9,15 @@ On either back end; docs/profile.md says what is measured and how.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import re
 from pathlib import Path
 
 from mindvl_jax.cli import common
 from mindvl_jax.core.errors import UserError
+
+
+EPILOG = common.examples("mindvl profile --config quickstart --steps 10..12", "mindvl profile --run runs/mine --steps 3")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.asked:
         from mindvl_jax.profiling.profiler import FOLDER, request
 
+        require_training(Path(args.asked))
         path = request(Path(args.asked), _count(args.steps or "3"))
         print(f"asked by {path}; the run writes into {Path(args.asked) / FOLDER} and prints the table when the steps are done")
         return 0
@@ -49,6 +54,23 @@ def run(args: argparse.Namespace) -> int:
     if result.step < first:
         raise UserError(f"the run stopped after step {result.step}, before step {first}")
     return 0
+
+
+def require_training(run_dir: Path) -> None:
+    """Refuse a run folder in which no process trains now: nobody would answer. A training process holds the folder's lock.
+
+    Raises:
+      UserError: no run there, or nothing trains in it.
+    """
+    lock = run_dir / ".lock"
+    if lock.is_file():
+        with lock.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return
+    if (run_dir / "config.yaml").is_file():
+        raise UserError(f"nothing trains in {run_dir} now (on this machine); start it again, or profile its configuration: mindvl profile --config {run_dir / 'config.yaml'}")
 
 
 def _range(text: str) -> tuple[int, int]:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mindvl_jax.cli import common
 from mindvl_jax.core.errors import UserError, at_least_one
+from mindvl_jax.core.progress import LogConsole, counting
+from mindvl_jax.data.sample import Message, Sample
+
+EPILOG = common.examples("mindvl score --weights runs/mine --data held_out.jsonl --out nll.jsonl")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,21 +38,33 @@ def run(args: argparse.Namespace) -> int:
     from mindvl_jax.data.sources.readers import Source
     from mindvl_jax.weights.resolve import open_model
 
-    opened = open_model(args.weights)
+    with common.busy(f"reading {args.weights}"):
+        opened = open_model(args.weights)
     source = Source("data", SourceConfig(path=str(Path(args.data).expanduser()), format=args.format, max_samples=args.max_samples))
     sink = open(args.out, "w", encoding="utf-8") if args.out else sys.stdout
-    failed = 0
+    failed, stack = 0, contextlib.ExitStack()
     try:
-        lines = score(opened, [source[i] for i in range(len(source))], batch=args.batch, train_on=args.train_on, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
-        for line in lines:
+        show = stack.enter_context(counting(LogConsole(stderr=True, stamp=False)))
+        show(0, len(source), "samples")
+        lines = score(opened, [with_answer(source[i]) for i in range(len(source))], batch=args.batch, train_on=args.train_on, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+        for number, line in enumerate(lines, 1):
+            show(number, len(source), "samples")
             failed += "error" in line
             print(json.dumps(line, ensure_ascii=False), file=sink, flush=True)
     finally:
+        stack.close()
         if args.out:
             sink.close()
     if failed:
         print(f"{failed} of {len(source)} samples could not be scored; their lines say why", file=sys.stderr)
     return 1 if failed else 0
+
+
+def with_answer(sample: Sample) -> Sample:
+    """Return the sample with its first accepted answer as the last turn, if it ends with the question (as evaluation files do)."""
+    if sample.answers and sample.messages and sample.messages[-1].role == "user":
+        return dataclasses.replace(sample, messages=(*sample.messages, Message("assistant", sample.answers[0])))
+    return sample
 
 
 def score(opened, samples: Sequence, *, batch: int = 16, train_on: str = "answers", min_pixels: int | None = None, max_pixels: int | None = None) -> Iterator[dict]:

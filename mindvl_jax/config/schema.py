@@ -43,7 +43,7 @@ class MeshConfig(Section):
 class DistributedConfig(Section):
     """Several hosts through jax.distributed; leave empty for one process."""
 
-    coordinator: str | None = Field(None, description="host:port of process 0; empty: one process.")
+    coordinator: str | None = Field(None, description="host:port of process 0; `auto` asks the launcher (torchrun, Slurm, Kubernetes); empty: one process.")
     processes: PositiveInt | None = None
     process_id: NonNegativeInt | None = None
 

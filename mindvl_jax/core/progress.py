@@ -135,7 +135,7 @@ def counting(console: Console, *, soon: float = SOON, every: float = EVERY) -> I
 
             def draw(done: int, total: int, label: str) -> None:
                 if label not in tasks:
-                    tasks[label] = bars.add_task(label, total=total)
+                    tasks[label] = bars.add_task(label, total=total or None)
                 bars.update(tasks[label], completed=done)
 
             yield draw

@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Mapping
+
 import jax
 from jax.experimental import multihost_utils
 
 from mindvl_jax.config.schema import DistributedConfig
 from mindvl_jax.core.errors import UserError
+
+AUTO = "auto"
+
+
+def discovered(config: DistributedConfig, environment: Mapping[str, str] = os.environ) -> DistributedConfig:
+    """Return what the launcher says of this process: torchrun (and npu_bridge.launch), Slurm, or an indexed Job of Kubernetes.
+
+    Raises:
+      UserError: none of them started this process.
+    """
+    if {"MASTER_ADDR", "RANK", "WORLD_SIZE"} <= set(environment):
+        port = environment.get("MASTER_PORT", "29500")
+        # torchrun's own store listens on MASTER_PORT.
+        found = f"{environment['MASTER_ADDR']}:{int(port) + 1}", environment["WORLD_SIZE"], environment["RANK"]
+    elif {"SLURM_PROCID", "SLURM_NTASKS"} <= set(environment):
+        first = first_host(environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or "localhost")
+        # Jobs that share a host get ports of their own.
+        found = f"{first}:{61000 + int(environment.get('SLURM_JOB_ID', '0')) % 4000}", environment["SLURM_NTASKS"], environment["SLURM_PROCID"]
+    elif {"JOB_COMPLETION_INDEX", "MINDVL_PROCESSES", "MINDVL_COORDINATOR"} <= set(environment):
+        found = environment["MINDVL_COORDINATOR"], environment["MINDVL_PROCESSES"], environment["JOB_COMPLETION_INDEX"]
+    else:
+        raise UserError(
+            "distributed.coordinator=auto: no launcher's variables here. Known are torchrun (MASTER_ADDR, RANK, WORLD_SIZE), Slurm (SLURM_PROCID, SLURM_NTASKS) and "
+            "Kubernetes (JOB_COMPLETION_INDEX, MINDVL_PROCESSES, MINDVL_COORDINATOR); see examples/launch, or set distributed.coordinator, processes and process_id"
+        )
+    return config.model_copy(update=dict(coordinator=found[0], processes=int(found[1]), process_id=int(found[2])))
+
+
+def first_host(nodes: str) -> str:
+    """Return the first host of a Slurm list: `gpu[003-005,9],login` -> gpu003."""
+    found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    return found[1] + (found[2] or "") + (found[3] or "")
 
 
 def initialize(config: DistributedConfig) -> None:
@@ -19,6 +55,8 @@ def initialize(config: DistributedConfig) -> None:
     """
     if config.coordinator is None:
         return
+    if config.coordinator == AUTO:
+        config = discovered(config)
     missing = [name for name in ("processes", "process_id") if getattr(config, name) is None]
     if missing:
         raise UserError(

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import jax
 from jax.sharding import Mesh
 
 from mindvl_jax.config.schema import Config, ModelConfig
+from mindvl_jax.core.compiled import cache_folder
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel import distributed
 from mindvl_jax.parallel.activations import Placement, tracing
@@ -56,6 +57,8 @@ class Backend(Protocol):
 def make_backend(config: Config) -> Backend:
     if config.backend == "xla":
         return Xla(config)
+    if importlib.util.find_spec("torch") is None:
+        raise UserError("backend=npu_bridge runs torch programs, and torch is not installed here; install it: pip install 'mindvl-jax[bridge]' (on NPUs 'mindvl-jax[npu]'), or set backend=xla")
     from mindvl_jax.training.bridge_backend import Bridge
 
     return Bridge(config)
@@ -153,5 +156,4 @@ def use_compilation_cache() -> None:
     JAX's own setting (JAX_COMPILATION_CACHE_DIR) wins where it is given; its key covers program, compiler, flags and device.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "mindvl_jax" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder()))

@@ -54,6 +54,8 @@ def print_startup(console: Console, config: Config, outline: Outline, mesh: Mesh
     rows.add_row("remat", config.model.remat)
     rows.add_row("run folder", config.run.dir)
     console.print(rows)
+    if (idle := jax.device_count() - mesh.devices.size) > 0 and config.backend == "xla":
+        console.print(f"[bold yellow]{idle} of {jax.device_count()} devices stay idle[/bold yellow]: set mesh.data=-1 (copies of the model) or mesh.fsdp=-1 (parameters spread) to use all", soft_wrap=True)
     console.print(parameter_table(config, outline))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from mindvl_jax.checkpoints.checkpoint import has_checkpoints
 from mindvl_jax.config.schema import Config, PhaseConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.data.processor import BatchSpec
@@ -138,8 +139,9 @@ class Recorder:
             return
         ids = list(dict.fromkeys(sample for bad in self._bad for sample in bad.sample_ids))
         shown = ", ".join(ids[:LISTED_IDS]) + (f" and {len(ids) - LISTED_IDS} more (all stand in metrics.jsonl)" if len(ids) > LISTED_IDS else "")
+        folder = Path(self._run.config.run.dir)
+        kept = f"the last checkpoint is in {folder / 'checkpoints'}" if has_checkpoints(folder) else "there is no checkpoint yet (checkpoint.every_steps)"
         raise TrainingDiverged(
             f"{limit} steps in a row ({done.step - limit + 1} to {done.step}, phase {self._phase.name}) had a non-finite loss or gradient; "
-            f"parameters are those from before them. Samples: {shown}. Look at these samples, lower learning_rate, or use compute_dtype: float32; "
-            f"the last checkpoint is in {Path(self._run.config.run.dir) / 'checkpoints'}"
+            f"parameters are those from before them. Samples: {shown}. Look at these samples, lower learning_rate (it was {values['learning_rate']:g}), or use compute_dtype: float32; {kept}"
         )

@@ -81,3 +81,19 @@ def test_an_incomplete_distributed_section_is_refused_before_any_connection():
         distributed.initialize(DistributedConfig(coordinator="localhost:1"))
     with pytest.raises(UserError, match="process_id=2 is not in 0 .. 1"):
         distributed.initialize(DistributedConfig(coordinator="localhost:1", processes=2, process_id=2))
+
+
+@pytest.mark.parametrize("environment, expected", [
+    ({"MASTER_ADDR": "a", "MASTER_PORT": "4000", "RANK": "1", "WORLD_SIZE": "4"}, ("a:4001", 4, 1)),
+    ({"SLURM_PROCID": "2", "SLURM_NTASKS": "3", "SLURM_JOB_ID": "4001", "SLURM_STEP_NODELIST": "gpu[003-005,9],login"}, ("gpu003:61001", 3, 2)),
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_NODELIST": "one,two"}, ("one:61000", 1, 0)),
+    ({"JOB_COMPLETION_INDEX": "1", "MINDVL_PROCESSES": "2", "MINDVL_COORDINATOR": "mindvl-0.mindvl:62000"}, ("mindvl-0.mindvl:62000", 2, 1)),
+])  # fmt: skip
+def test_a_process_learns_from_its_launcher_who_it_is(environment, expected):
+    found = distributed.discovered(DistributedConfig(coordinator="auto"), environment)
+    assert (found.coordinator, found.processes, found.process_id) == expected
+
+
+def test_without_a_launcher_auto_is_refused_with_the_variables_that_are_looked_for():
+    with pytest.raises(UserError, match=r"torchrun \(MASTER_ADDR, RANK, WORLD_SIZE\), Slurm"):
+        distributed.discovered(DistributedConfig(coordinator="auto"), {})

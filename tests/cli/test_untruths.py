@@ -1,0 +1,62 @@
+"""What the commands once said that was not so."""
+
+import fcntl
+import json
+
+import pytest
+
+from mindvl_jax.cli.profile import require_training
+from mindvl_jax.cli.score import with_answer
+from mindvl_jax.core.compiled import share_compiled_programs
+from mindvl_jax.core.errors import UserError
+from mindvl_jax.data.sample import Message, Sample
+
+
+def test_every_set_counts(mindvl):
+    code, _, told = mindvl("data", "check", "--config", "smoke", "--set", "rn.seed=3", "--set", "run.seed=4")
+    assert code == 2 and "--set rn.seed=3" in told
+
+
+def test_a_run_that_does_not_train_is_not_asked_to_profile(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match="nothing trains in"):
+        require_training(tmp_path)
+    (tmp_path / ".lock").touch()
+    with pytest.raises(UserError, match="nothing trains in"):
+        require_training(tmp_path)
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        require_training(tmp_path)
+
+
+def test_training_through_the_bridge_without_torch_says_what_to_install(monkeypatch, published, squares, tmp_path, mindvl):
+    from mindvl_jax.training import backend
+
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    code, _, told = mindvl("train", "--model", published, "--data", squares / "squares.json", "--run", tmp_path / "run", "--set", "backend=npu_bridge", "bridge.device=cpu")
+    assert code == 2 and "pip install 'mindvl-jax[bridge]'" in told
+
+
+def test_evaluation_files_that_end_with_a_question_can_be_scored():
+    question = Sample("a", (Message("user", "Colour?"),), answers=("red", "crimson"))
+    assert [(turn.role, turn.content) for turn in with_answer(question).messages] == [("user", "Colour?"), ("assistant", "red")]
+    answered = Sample("a", (Message("user", "Colour?"), Message("assistant", "blue")), answers=("red",))
+    assert with_answer(answered) is answered and with_answer(Sample("a", question.messages)).messages == question.messages
+
+
+def test_the_words_of_a_model_are_listed(published, mindvl):
+    code, printed, told = mindvl("generate", "--weights", published, "--words")
+    words = [json.loads(line) for line in printed.splitlines()]
+    assert code == 0 and len(words) >= 263 and "a" in words and "Z" in words, told
+
+
+def test_commands_share_compiled_programs_and_jaxs_own_setting_wins(monkeypatch, tmp_path):
+    import os
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    share_compiled_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "mindvl_jax" / "xla")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
+    share_compiled_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
