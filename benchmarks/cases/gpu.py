@@ -7,6 +7,7 @@ Written for jax 0.10 and 0.11 and torch 2.11 and later. A side that runs out of 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 
 from benchmarks.measure import Comparison, Side
@@ -88,7 +89,7 @@ def compare_on_gpu(settings: Settings, name: str, config, tokens: int, *, bridge
 
     add("transformers SDPA, packed", lambda: transformers_step("sdpa"), 5e-3)
     if bridge:
-        add(f"npu_bridge, torch on {device}", lambda: ours.Step(config, workload, packed.batch, parameters, bridge=device), 5e-3)  # noqa: F821
+        add(f"npu_bridge, torch on {device}", functools.partial(ours.Step, config, workload, packed.batch, parameters, bridge=device), 5e-3)
     del parameters
     note = f"{sum(value.size for value in mine.state.trained.values()) / 1e6:.0f} M parameters, {len(packed.samples)} samples; bfloat16 over float32 masters."
     if left_out:

@@ -21,6 +21,7 @@ LONG_TODAY = {
     "mindvl_jax/weights/mindspeed/layout.py items": "the table of a published layout",
     "npu_bridge/jaxcompat.py define_operator": "one primitive with all its rules",
     "npu_bridge/runtime/index_ops.py scatter_": "one operation with all its modes",
+    "mindvl_jax/cli/evaluate.py add_arguments": "the table of a command's options",
     # To be split.
     "benchmarks/cases/checkpoint.py _stall": "",
     "benchmarks/cases/checkpoint.py checkpoint_case": "",
