@@ -136,12 +136,13 @@ def has_checkpoints(run_dir: str | Path) -> bool:
 
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT)
 
 
-def _lacks_room(error: BaseException | None) -> bool:
+def _tells_of(error: BaseException | None, codes: tuple[int, ...]) -> bool:
     """Whether a failed write tells of a full disk, a quota or a limit of file sizes. TensorStore says so in its text alone."""
     while error is not None:
-        if getattr(error, "errno", None) in _NO_ROOM or any(f"os_error_code='{code}'" in str(error) for code in _NO_ROOM):
+        if getattr(error, "errno", None) in codes or any(f"os_error_code='{code}'" in str(error) for code in codes):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -149,20 +150,33 @@ def _lacks_room(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def room_in(run_dir: str | Path) -> Iterator[None]:
-    """Turns whatever a full disk raises inside into a UserError that says what is safe. A save in the background that failed is heard
-    of at a later call."""
+    """Turn what a full, read-only or failing disk raises inside, and memory that runs out, into a UserError that says what is safe.
+    A save in the background that failed is heard of at a later call."""
     try:
         yield
     except Exception as error:
-        if not _lacks_room(error):
+        said = (str(error).splitlines() or [type(error).__name__])[0][-200:]
+        if _tells_of(error, _NO_ROOM):
+            raise UserError(
+                f"run.dir={run_dir}: no room left to write ({said}). Make room (checkpoint.keep says how many checkpoints stay) "
+                f"and start the same command again: {_safe(run_dir)}"
+            ) from error
+        if isinstance(error, UserError):
             raise
-        folder = Path(run_dir) / FOLDER
-        whole = sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit()) if folder.is_dir() else []
-        safe = f"the checkpoint of step {whole[-1]} is whole, and run.resume: auto continues from it" if whole else "there is no checkpoint yet, so the run will start anew"
-        raise UserError(
-            f"run.dir={run_dir}: no room left to write ({str(error).splitlines()[0][-200:]}). Make room (checkpoint.keep says how many checkpoints stay) "
-            f"and start the same command again: {safe}"
-        ) from error
+        if _tells_of(error, _UNWRITABLE):
+            raise UserError(f"run.dir={run_dir}: a file cannot be read or written ({said}). Put it right and start the same command again: {_safe(run_dir)}") from error
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in said:
+            raise UserError(f"out of memory ({said}); `mindvl plan` says what the configuration needs. {_safe(run_dir).capitalize()}") from error
+        raise
+
+
+def _safe(run_dir: str | Path) -> str:
+    folder = Path(run_dir) / FOLDER
+    try:
+        whole = sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit())
+    except OSError:
+        whole = []
+    return f"the checkpoint of step {whole[-1]} is whole, and run.resume: auto continues from it" if whole else "there is no checkpoint yet, so the run will start anew"
 
 
 @dataclasses.dataclass

@@ -10,7 +10,7 @@ from typing import Sequence
 
 from mindvl_jax import __version__
 from mindvl_jax.core.compiled import share_compiled_programs
-from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.errors import UserError, printable, shortened
 from mindvl_jax.core.host_memory import relaunch_with_large_pages
 
 # name -> (module with add_arguments(parser) and run(args) -> exit code, help)
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except UserError as error:
-        print(f"mindvl {args.command}: {error}", file=sys.stderr)
+        print(f"mindvl {args.command}: {printable(shortened(str(error), 20_000))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"mindvl {args.command}: interrupted", file=sys.stderr)
@@ -106,6 +106,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has left, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a full or read-only disk, a file that went away
+        print(printable(f"mindvl {args.command}: {error.strerror or error}" + (f": {error.filename}" if error.filename else "")), file=sys.stderr)
+        return 2
+    except MemoryError:
+        print(f"mindvl {args.command}: out of memory; `mindvl plan` says what a configuration needs", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

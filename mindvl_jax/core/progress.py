@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.control import Control
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mindvl_jax.core.errors import printable
+
 WIDTH = 160  # of a line that nobody's window wraps
 SOON, EVERY = 2.0, 10.0  # seconds until work says that it takes longer, and between two such lines
 
@@ -42,7 +44,8 @@ class LogConsole(Console):
     def __init__(self, *, stderr: bool = False, stamp: bool = True, file: TextIO | None = None, **options: Any):
         stream = file or (sys.stderr if stderr else sys.stdout)
         width = None if getattr(stream, "isatty", lambda: False)() else WIDTH
-        super().__init__(stderr=stderr, file=file, width=width, **options)
+        # Names and paths are printed as they are: `[red]` in one is no style.
+        super().__init__(stderr=stderr, file=file, width=width, markup=False, **options)
         self._stamp = stamp
         self._log: TextIO | None = None
 
@@ -65,6 +68,7 @@ class LogConsole(Console):
             self._log.flush()
 
     def print(self, *objects: Any, **options: Any) -> None:
+        objects = tuple(printable(each) if isinstance(each, str) else each for each in objects)
         if self.quiet or (all(isinstance(each, Control) for each in objects) and objects):
             super().print(*objects, **options)
             return
@@ -81,7 +85,7 @@ class LogConsole(Console):
         if all(isinstance(each, str) for each in objects):
             options["soft_wrap"] = True
         text = io.StringIO()
-        sink = Console(file=text, width=WIDTH, color_system=None, force_terminal=False, highlight=False)
+        sink = Console(file=text, width=WIDTH, color_system=None, force_terminal=False, highlight=False, markup=False)
         sink.print(*objects, **options)
         return text.getvalue()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import logging
 import os
 import queue
 import threading
@@ -26,6 +27,8 @@ from mindvl_jax.data.workers import Job, PoolDecoder, PoolEncoder, WorkerPool
 from mindvl_jax.core.errors import UserError
 
 STATE_FORMAT = 2
+SIGN_OF_LIFE = 60.0  # seconds of waiting for data after which it is said
+log = logging.getLogger(__name__)
 
 
 def make_loader(
@@ -152,7 +155,12 @@ class Loader:
             self._thread = threading.Thread(target=self._produce, args=(self._queue, self._stop), name="mindvl-data", daemon=True)
             self._thread.start()
         start = time.perf_counter()
-        item = self._queue.get()
+        while True:
+            try:
+                item = self._queue.get(timeout=SIGN_OF_LIFE)
+                break
+            except queue.Empty:
+                log.warning("waiting for a batch of data for %.0f s", time.perf_counter() - start)
         self.waited += time.perf_counter() - start
         if isinstance(item, BaseException):
             self._queue.put(item)  # whoever asks again gets the same answer

@@ -28,6 +28,8 @@ from mindvl_jax.data.sources.mixture import MixtureStream
 from mindvl_jax.core.errors import UserError
 
 CHUNK = 16  # records a task: enough to pay for the hand-over, few enough not to wait for
+STANDSTILL = 600.0  # seconds without an answer: far above what the longest video takes
+LEAVING = 20.0  # seconds for the processes to end their tasks when the loader closes
 CHUNKS_AHEAD = 3  # chunks under way for each process
 
 
@@ -94,6 +96,28 @@ class WorkerPool:
         except concurrent.futures.process.BrokenProcessPool as error:
             raise self.broken() from error
 
+    def result(self, task: concurrent.futures.Future) -> Any:
+        """The result of a task.
+
+        Raises:
+          UserError: a process ended by itself, or gave nothing for `STANDSTILL` seconds; the processes are ended then.
+        """
+        try:
+            return task.result(STANDSTILL)
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise self.broken() from error
+        except concurrent.futures.TimeoutError:
+            self.kill()
+            raise UserError(
+                f"a decoding process (data.workers is {self.count}) gave no answer for {STANDSTILL:g} s: it was stopped, or waits for a file system that does not "
+                "answer. Start the same command again when it does; data.workers 0 decodes in this process"
+            ) from None
+
+    def kill(self) -> None:
+        """End the processes whatever they do: one that stands still would never leave by itself."""
+        for process in list((getattr(self._pool, "_processes", None) or {}).values()):
+            process.kill()
+
     def broken(self) -> UserError:
         return UserError(
             f"a decoding process (data.workers is {self.count}) ended by itself. The machine may be out of memory: use fewer workers or a smaller "
@@ -102,7 +126,13 @@ class WorkerPool:
 
     def close(self) -> None:
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            processes = list((getattr(self._pool, "_processes", None) or {}).values())
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            deadline = time.monotonic() + LEAVING
+            for process in processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+                if process.is_alive():  # stopped, or waiting for a file system
+                    process.kill()
             self._pool = None
 
 
@@ -122,20 +152,14 @@ class PoolEncoder:
                 self._chunks[ahead] = self._pool.submit(_encode, [(reference.source, reference.index) for reference in references])
         for done in [known for known in self._chunks if known < chunk]:
             del self._chunks[done]
-        try:
-            return self._chunks[chunk].result()[position % CHUNK]
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise self._pool.broken() from error
+        return self._pool.result(self._chunks[chunk])[position % CHUNK]
 
     def encode_many(self, positions: Sequence[int]) -> list[Example | SampleError]:
         """Encodes samples from anywhere in the stream, in the pool, and waits for them."""
         references = [self._stream[position] for position in positions]
         pairs = [(reference.source, reference.index) for reference in references]
         tasks = [self._pool.submit(_encode, pairs[start : start + CHUNK]) for start in range(0, len(pairs), CHUNK)]
-        try:
-            return [example for task in tasks for example in task.result()]
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise self._pool.broken() from error
+        return [example for task in tasks for example in self._pool.result(task)]
 
     def close(self) -> None:
         self._chunks.clear()
@@ -168,14 +192,12 @@ class PoolDecoder:
         kept, failures = [], []
         try:
             for row, task in zip(rows, tasks, strict=True):
-                errors = [None] * len(row) if task is None else task.result()
+                errors = [None] * len(row) if task is None else self._pool.result(task)
                 kept.append([example for (_, example), error in zip(row, errors, strict=True) if error is None])
                 for (position, example), error in zip(row, errors, strict=True):
                     if error is not None:
                         error.sample_id = example.id
                         failures.append((position, error))
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise self._pool.broken() from error
         finally:
             os.close(handle)  # the mapping lives on for as long as the array
         shape = (len(rows), *self._area.shape)

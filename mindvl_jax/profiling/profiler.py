@@ -28,6 +28,7 @@ from mindvl_jax.profiling.blocks import BlockTimes
 
 REQUEST = "profile-request.json"
 FOLDER = "profiles"
+MOST_STEPS = 10_000  # a trace of more fills any disk
 
 
 class Tracer(Protocol):
@@ -114,11 +115,14 @@ class StepProfiler:
             return 0
         try:
             steps = int(json.loads(path.read_text(encoding="utf-8"))["steps"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError) as error:
             self._say(f"{path}: not understood ({error}); expected {{\"steps\": N}}")
             steps = 0
-        path.unlink()
-        return max(0, steps)
+        try:
+            path.unlink()
+        except OSError:  # a folder of that name: looked at once
+            path.rename(path.with_name(f"{REQUEST}.ignored-{os.getpid()}"))
+        return min(max(0, steps), MOST_STEPS)
 
 
 class _Capture:

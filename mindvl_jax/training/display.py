@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from mindvl_jax.config.schema import Config, PhaseConfig
 from mindvl_jax.core.progress import LogConsole, duration, heartbeat
@@ -90,8 +91,8 @@ def parameter_table(config: Config, outline: Outline) -> Table:
 def print_phase(console: Console, phase: PhaseConfig, index: int, count: int, spec: BatchSpec, trained: Collection[str], start: int) -> None:
     resumed = f", from step {start}" if start else ""
     console.print(
-        f"[bold]phase {index + 1}/{count} {phase.name}[/bold]: {phase.steps} steps{resumed} of {phase.gradient_accumulation} x {spec.rows} rows, {spec.describe()}, "
-        f"{len(trained)} arrays learn ({', '.join(phase.train)}), {phase.schedule} {phase.learning_rate:g}, loss by {phase.loss_reduction}"
+        Text.assemble((f"phase {index + 1}/{count} {phase.name}", "bold"), f": {phase.steps} steps{resumed} of {phase.gradient_accumulation} x {spec.rows} rows, {spec.describe()}, "
+        f"{len(trained)} arrays learn ({', '.join(phase.train)}), {phase.schedule} {phase.learning_rate:g}, loss by {phase.loss_reduction}")
     )
 
 

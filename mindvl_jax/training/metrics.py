@@ -27,18 +27,18 @@ def cut_metrics(path: Path, last_step: int) -> int:
     if not path.exists():
         return 0
     kept, dropped = [], 0
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
         for line in file:
             try:
                 fits = line.endswith("\n") and json.loads(line)["step"] <= last_step
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 fits = False
             if fits:
                 kept.append(line)
             else:
                 dropped += 1
     if dropped:
-        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors="surrogateescape") as file:
             file.writelines(kept)
             file.flush()
             os.fsync(file.fileno())

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from rich.text import Text
 
 from mindvl_jax.checkpoints.checkpoint import Progress
 from mindvl_jax.config.schema import Config, PhaseConfig
@@ -89,7 +90,7 @@ class PhaseLoop:
         run, phase, recorder = self._run, self._phase, self._recorder
         share = row_share(run.mesh, phase.rows, f"{self._where}.rows")
         for warning in run.config.model.phase_warnings(phase):
-            run.report.console.print(f"[yellow]{warning}[/yellow]", soft_wrap=True)
+            run.report.console.print(Text(warning, style="yellow"), soft_wrap=True)
         validation = self._validation(share)
         rates = learning_rates(phase, self._where)
         print_phase(run.report.console, phase, self._index, len(run.config.training.phases), self._spec, self._trained, begin)
@@ -117,6 +118,8 @@ class PhaseLoop:
                 recorder.drain(keep=run.backend.in_flight)
                 # A request that arrives now is answered before the next step; asking twice for one step would break the agreement.
                 enough = self._stop_after is not None and step >= self._stop_after and step < run.total_steps
+                if ended and begin == 0:
+                    recorder.require_learning()  # before the phase is saved as done
                 if ended or enough or is_best or step % run.config.checkpoint.every_steps == 0:
                     self._save(state, step, phase_step + 1, loader_state)
                 if enough:

@@ -73,6 +73,7 @@ class Recorder:
         self._pending: collections.deque[Dispatched] = collections.deque()
         self._bad: collections.deque[Dispatched] = collections.deque(maxlen=run.config.training.max_bad_steps)
         self._last = time.perf_counter()
+        self._applied = 0
 
     def add(self, dispatched: Dispatched) -> None:
         self._pending.append(dispatched)
@@ -91,7 +92,17 @@ class Recorder:
             self._write(done, values, fetched, now - self._last)
             self._last = now
 
+    def require_learning(self) -> None:
+        """Wait for all steps; raise UserError when none of them changed the parameters: such a phase is not done, it never began."""
+        self.drain(keep=0)
+        if not self._applied:
+            raise UserError(
+                f"phase {self._phase.name}: none of its {self._phase.steps} steps had anything to learn: every sample was left out, had no learned token, or gave "
+                f"a loss that is not finite; {Path(self._run.config.run.dir) / 'quarantine.jsonl'} and metrics.jsonl say which (`mindvl data check` reads the data alone)"
+            )
+
     def _write(self, done: Dispatched, values: dict[str, Any], counted: dict[str, Any], seconds: float) -> None:
+        self._applied += bool(values["applied"])
         run, shown = self._run, self._objective.display(counted, self._phase.sources)
         for name in ("tokens", "samples"):
             run.totals[name] += shown[name]

@@ -95,7 +95,7 @@ def _restore(config: Config, outline: Outline, mesh: Mesh, parts: Sequence[tuple
             + "\n  ".join(str(error) for _, error in damaged)
         )
     progress, state, plain, ema = found
-    notes = [f"[bold red]damaged checkpoint passed over[/bold red]: {error}" for _, error in damaged]
+    notes = [f"damaged checkpoint passed over: {error}" for _, error in damaged]
     inside = folder.resolve() == (Path(config.run.dir) / checkpoint.FOLDER).resolve()
     if inside:
         notes += _set_aside(folder, [step for step, _ in damaged], newest=progress.step, run_dir=Path(config.run.dir))

@@ -95,8 +95,12 @@ def _claim(run_dir: Path) -> Iterator[None]:
     if jax.process_index() != 0:
         yield
         return
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as lock:
+    with contextlib.ExitStack() as stack:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((run_dir / ".lock").open("w"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"run.dir={run_dir}: cannot be made or written ({getattr(error, 'strerror', None) or error}); choose another folder") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

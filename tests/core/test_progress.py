@@ -6,6 +6,7 @@ import time
 
 import pytest
 from rich.table import Table
+from rich.text import Text
 
 from mindvl_jax.core.progress import LogConsole, counting, working
 from mindvl_jax.training.display import LiveLine
@@ -34,7 +35,7 @@ def test_lines_in_a_pipe_carry_the_time_and_are_never_wrapped(console):
 def test_a_log_file_has_the_same_lines_with_the_date(console, tmp_path):
     console.print("before")
     console.log_to(tmp_path / "run.log")
-    console.print("[bold]after[/bold]")
+    console.print(Text("after", style="bold"))
     console.close_log()
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d after\n", (tmp_path / "run.log").read_text())
 
