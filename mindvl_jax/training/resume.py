@@ -18,6 +18,7 @@ from mindvl_jax.training import metrics
 from mindvl_jax.checkpoints import checkpoint
 from mindvl_jax.checkpoints.checkpoint import CheckpointReader, DamagedCheckpoint, Progress
 from mindvl_jax.core.params import Outline, Params
+from mindvl_jax.models.vision_language.processor import cached_tokenizer
 from mindvl_jax.training.state import TrainState, abstract_state, optimizer_arrays, state_of
 
 # May change between a checkpoint and its continuation without a word: they do not change what is learned.
@@ -161,7 +162,6 @@ def _require_same_run(config: Config, progress: Progress, plain: dict, parts: Se
     if progress.phase_step and phase.keep_optimizer != plain["training"]["phases"][progress.phase]["keep_optimizer"]:
         raise UserError(f"training.phases[{progress.phase}].keep_optimizer has changed, but the phase has begun in {where}; set it back")
     if progress.loader is not None and progress.loader["tokenizer"] is not None:
-        from mindvl_jax.models.vision_language.processor import cached_tokenizer
 
         if progress.loader["tokenizer"] != cached_tokenizer(config.tokenizer).digest:
             raise UserError(f"{where} was trained with another tokenizer (vocabulary, id table or chat template): its tokens would mean other words; set tokenizer back, or start a new run with run.init_from")
