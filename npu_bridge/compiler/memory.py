@@ -9,21 +9,26 @@ Constants belong to the program, not to one call: they are never overwritten, an
 Loops: a carried value that the body overwrites must own its storage alone when the loop begins: no other carried value may start in
 it, and the body may not read it under another name. It is copied on entry where that cannot be shown. Copies are counted, because a
 training step should have none.
+
+Branches: each body is planned as if it alone stood there, since one of them runs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from npu_bridge.compiler.codegen.program import Function, Item, Loop, Stmt, reads
+from npu_bridge.compiler.codegen.program import Assign, Branches, Function, Item, Loop, Stmt, reads
 from npu_bridge.compiler.ir import Type
+
+
+Source = Stmt | Loop | Assign | None  # what a line came from
 
 
 @dataclasses.dataclass
 class Plan:
     """The printed body and what the plan found out."""
 
-    lines: list[tuple[int, str, Stmt | Loop | None]]  # indentation, code, what it came from
+    lines: list[tuple[int, str, Source]]  # indentation, code, origin
     results: list[str] = dataclasses.field(default_factory=list)  # code of each result
     inplace: int = 0
     copies: int = 0
@@ -39,6 +44,13 @@ class _Storages:
         self.names: dict[str, set[str]] = {}
         self.size: dict[str, int] = {}
         self.live = self.peak = 0
+
+    def save(self) -> tuple:
+        return dict(self.root), {r: set(n) for r, n in self.names.items()}, dict(self.size), self.live
+
+    def restore(self, state: tuple) -> None:
+        root, names, size, self.live = state
+        self.root, self.names, self.size = dict(root), {r: set(n) for r, n in names.items()}, dict(size)
 
     def add(self, name: str, root: str, size: int) -> None:
         self.drop(name)
@@ -96,7 +108,7 @@ class Planner:
         self.plan.peak_bytes = self.store.peak
         return self.plan
 
-    def line(self, indent: int, code: str, source: Stmt | Loop | None = None) -> None:
+    def line(self, indent: int, code: str, source: Source = None) -> None:
         self.plan.lines.append((indent, code, source))
 
     @property
@@ -117,7 +129,12 @@ class Planner:
                     self.line(indent + 1, text)
                 self.line(indent + 1, f"return {', '.join(item.results)}{',' if len(item.results) > 0 else ''}")
                 continue
-            if isinstance(item, Stmt):
+            if isinstance(item, Assign):
+                self.line(indent, f"{', '.join(item.names)} = {', '.join(item.codes)}", item)
+                continue
+            if isinstance(item, Branches):
+                dead = self.branches(item, later, owned, made, dirty, indent, deletable)
+            elif isinstance(item, Stmt):
                 self.statement(item, later, owned, made, dirty, indent)
                 dead = [v for v in dict.fromkeys(item.ins) if v not in later and v in deletable]
                 deletable.update(o for o in item.outs if o in later)
@@ -168,6 +185,55 @@ class Planner:
                 self.expanded.add(out)
         self.line(indent, f"{', '.join(s.outs)} = {code}", s)
 
+    def branches(
+        self, s: Branches, later: _Later, owned: set[str], made: set[str], dirty: set[str], indent: int, deletable: set[str]
+    ) -> list[str]:
+        """Plans each body on its own: one of them runs. A body may overwrite and hand on what is owned outside and not read later."""
+        free = {r for r in owned if not self.shared(r, later)}
+        before = self.store.save()
+        peak = self.store.peak
+        for n, (body, results) in enumerate(zip(s.bodies, s.results)):
+            self.store.restore(before)
+            last = n == len(s.bodies) - 1
+            self.line(indent, "else:" if last and n else f"{'elif' if n else 'if'} {s.index} == {n}:" if len(s.bodies) > 1 else "if True:")
+            inner_owned = set(free)
+            changed = self.block(body, set(results), inner_owned, indent + 1, set())
+            ends: list[str] = []
+            taken: set[str] = set()
+            for name in results:
+                r = self.root[name]
+                if r in taken or r not in inner_owned or name in self.expanded:
+                    ends.append(f"{name}.clone()")
+                    self.plan.copies += 1
+                else:
+                    taken.add(r)
+                    ends.append(name)
+            dirty.update(r for r in changed | (taken & free) if r not in made)
+            if s.outs:
+                self.line(indent + 1, f"{', '.join(s.outs)} = {', '.join(ends)}")
+            else:
+                self.line(indent + 1, "pass")
+            mine = [v for item in body for v in item.outs if v in self.root and v in results and v not in s.outs]
+            if mine:
+                self.line(indent + 1, f"del {', '.join(dict.fromkeys(mine))}")
+            peak = max(peak, self.store.peak)
+        self.store.restore(before)
+        self.store.peak = max(peak, self.store.peak)
+        for out, type in zip(s.outs, s.types):
+            self.store.add(out, out, type.bytes)
+            self.types[out] = type
+            owned.add(out)
+            made.add(out)
+        # What a body may have overwritten or handed on is not read later; it goes with the names that only this item read.
+        owned -= {r for r in free if r in dirty or r in self.consumed(s)}
+        dead = [v for v in sorted(reads(s)) if v not in later and v in deletable]
+        deletable.update(o for o in s.outs if o in later)
+        return dead + [o for o in s.outs if o not in later]
+
+    def consumed(self, s: Branches) -> set[str]:
+        """Storages that the bodies read."""
+        return {self.root[v] for v in reads(s) if v in self.root}
+
     def loop(
         self, s: Loop, later: _Later, owned: set[str], made: set[str], dirty: set[str], indent: int, deletable: set[str]
     ) -> list[str]:
@@ -204,7 +270,7 @@ class Planner:
                 taken.add(r)
                 ends.append(y)
         begins = self._loop_begins(s, later, owned, made, dirty, changed | {self.root[y] for y, e in zip(yields, ends) if e == y})
-        head: list[tuple[int, str, Stmt | Loop | None]] = []
+        head: list[tuple[int, str, Source]] = []
         if params:
             head.append((indent, f"{', '.join(params)} = {', '.join(begins)}", None))
         dead = [v for v in dict.fromkeys(inits) if v not in later and v in deletable and v not in reads_of_bodies(s)]
@@ -212,8 +278,7 @@ class Planner:
             head.append((indent, f"del {', '.join(dead)}", None))
             deletable -= set(dead)
         self.plan.lines[header:header] = head
-        if params:
-            self.line(indent + 1, f"{', '.join(params)} = {', '.join(ends)}")
+        self.line(indent + 1, f"{', '.join(params)} = {', '.join(ends)}" if params else "pass")
         extra = [y for y in dict.fromkeys(yields) if y not in params and y in self.root and y not in reads_of_bodies(s)]
         if extra:
             self.line(indent + 1, f"del {', '.join(extra)}")

@@ -125,6 +125,7 @@ class Runtime:
         self.coordinates = dict(zip(self.sizes, map(int, np.unravel_index(self.place, tuple(self.sizes.values()) or (1,)))))
         self._members: dict[tuple[str, ...], tuple[Any, list[int]]] = {}
         self._calls = 0
+        self._host_tensors: dict[Any, torch.Tensor] = {}
         self.host: Mapping[int, torch.Tensor] = {}  # the running program's arguments that kernels read on the host, by number
         for axes in axes_used:
             self._join(tuple(axes))
@@ -154,6 +155,20 @@ class Runtime:
         """What is left of `x` in an integer of `bits`."""
         x &= (1 << bits) - 1
         return x if unsigned or x < 1 << (bits - 1) else x - (1 << bits)
+
+    @staticmethod
+    def replaced(values: tuple[int, ...], at: int, value: int) -> tuple[int, ...]:
+        """A flat table of the host with one element exchanged."""
+        return (*values[:at], value, *values[at + 1 :])
+
+    def host_tensor(self, values: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, unsigned: bool = False) -> torch.Tensor:
+        """A table of the host on the device. What the host knows is the same in every call, so the first one puts it there for all."""
+        key = values, shape, dtype
+        if key not in self._host_tensors:
+            bits = 8 * dtype.itemsize
+            stored = [self.wrap(v, bits, False) for v in values] if unsigned else list(values)
+            self._host_tensors[key] = torch.tensor(stored, dtype=dtype).reshape(shape).to(self.device)
+        return self._host_tensors[key]
 
     @staticmethod
     def int_quotient(x: int, y: int) -> int:

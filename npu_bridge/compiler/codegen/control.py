@@ -4,17 +4,21 @@ A ``while`` whose counter starts at a number, steps by a number and is compared 
 is a host integer, slices at it are views, nothing synchronises. Any other condition would have to be read from the device every
 round; that is refused unless `allow_host_sync` says otherwise.
 
-A ``case`` on a device value runs every branch and selects, which needs no synchronisation and can be captured.
+What a loop carries and the host can compute from the counter, the device's number and constant tables is carried by the host.
+
+A ``case`` on a number of the host becomes a Python ``if``, of which only the chosen branch runs. On a device value every branch runs and
+the results are selected, which needs no synchronisation and can be captured.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from npu_bridge.compiler.codegen.emitter import Emitter, lowering
-from npu_bridge.compiler.codegen.operands import HostInt, Literal, Operand, Tensor
-from npu_bridge.compiler.codegen.program import Loop
-from npu_bridge.compiler.ir import Block, Op, Type, Value
+from npu_bridge.compiler.codegen.branches import branches, host_code
+from npu_bridge.compiler.codegen.emitter import LARGEST_TABLE, Emitter, lowering
+from npu_bridge.compiler.codegen.operands import HostInt, HostTable, Literal, Operand, Tensor
+from npu_bridge.compiler.codegen.program import Assign, Loop
+from npu_bridge.compiler.ir import FLOATS, Block, Op, Type, Value
 
 
 @dataclasses.dataclass
@@ -99,19 +103,85 @@ def while_(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
             e.env[param] = outs[i] = arg
         else:
             carried.append(i)
-    inits = {i: e.tensor(args[i]) for i in carried}
-    params = {i: Tensor(e.fresh("c"), body.params[i].type) for i in carried}
+    on_host = [i for i in carried if _known_to_host(args[i]) and _may_stay_on_host(e, body, body.results[i])]
+    while True:  # until what is taken for a number of the host is one at the end of a round as well
+        state = e.save()
+        loop, results = _write_rounds(e, op, args, counter, counted, carried, on_host)
+        wrong = [i for i in on_host if not isinstance(results[i], (HostInt, HostTable))]
+        if not wrong:
+            break
+        e.restore(state)
+        on_host = [i for i in on_host if i not in wrong]
+    e.items.append(loop)
+    for i in carried:
+        outs[i] = results[i]
+    return outs
+
+
+def _write_rounds(
+    e: Emitter, op: Op, args: list[Operand], counter: str, counted: _Counted, carried: list[int], on_host: list[int]
+) -> tuple[Loop, dict[int, Operand]]:
+    """The loop, and what stands for each carried value behind it; a literal or tensor there says that it is no number of the host."""
+    body = op.regions[1]
+    tensors = [i for i in carried if i not in on_host]
+    inits = {i: e.tensor(args[i]) for i in tensors}
+    params: dict[int, Operand] = {i: Tensor(e.fresh("c"), body.params[i].type) for i in tensors}
+    names = {i: e.fresh("h") for i in on_host}
+    for i in on_host:
+        type = body.params[i].type
+        params[i] = e.host_variable(names[i], type) if type.shape else HostInt(names[i], type)
+        e.items.append(Assign([names[i]], [_host_value(args[i])]))
     for i in carried:
         e.env[body.params[i]] = params[i]
     with e.nested(counted.trip) as items:
         e.block(body)
-        yields = {i: e.tensor(e.env[body.results[i]]) for i in carried}
-    carries = [(params[i].name, inits[i].name, yields[i].name) for i in carried]
-    loop = Loop(counter, counted.trip, carries, items, [op.results[i].type for i in carried], start=str(counted.start), step=counted.step)
-    e.items.append(loop)
-    for i in carried:
-        outs[i] = params[i]
-    return outs
+        yields = {i: e.tensor(e.env[body.results[i]]) for i in tensors}
+        ends = {i: e.env[body.results[i]] for i in on_host}
+        kept = [i for i in on_host if _known_to_host(ends[i])]
+        if kept:
+            items.append(Assign([names[i] for i in kept], [_host_value(ends[i]) for i in kept]))
+    carries = [(params[i].name, inits[i].name, yields[i].name) for i in tensors]
+    loop = Loop(counter, counted.trip, carries, items, [op.results[i].type for i in tensors], start=str(counted.start), step=counted.step)
+    return loop, {i: params[i] if i in tensors or i in kept else ends[i] for i in carried}
+
+
+def _known_to_host(value: Operand) -> bool:
+    """A number, or a table that is whole."""
+    if isinstance(value, Tensor) or value.type.dtype in FLOATS or value.type.size > LARGEST_TABLE:
+        return False
+    if isinstance(value, HostTable):
+        return value.offset == "0" and value.type.shape == value.whole
+    return isinstance(value, Literal) or value.type.shape == ()
+
+
+def _host_value(value: Operand) -> str:
+    if isinstance(value, HostTable):
+        return value.name
+    return f"({host_code(value)},) * {value.type.size}" if value.type.shape else host_code(value)
+
+
+# Operations whose results the host knows when it knows their operands.
+_ON_HOST = frozenset({"add", "subtract", "multiply", "maximum", "minimum", "select", "and", "or", "not", "clamp", "remainder", "divide", "negate", "convert",
+                      "compare", "reshape", "broadcast_in_dim", "slice", "dynamic_slice", "dynamic_update_slice", "constant", "partition_id", "case",
+                      "optimization_barrier", "relabel"})  # fmt: skip
+
+
+def _may_stay_on_host(e: Emitter, body: Block, result: Value) -> bool:
+    """Whether a value that a loop hands on can be known to the host. Cheap and generous: what it takes wrongly is written twice."""
+    todo, seen = [result], set()
+    while todo:
+        v = todo.pop()
+        if v in seen:
+            continue
+        seen.add(v)
+        if v.producer is None or v not in e.env and v.producer.name in _ON_HOST:
+            known = e.env.get(v) if v.producer is None and v not in body.params else None
+            if isinstance(known, Tensor) or v.dtype in FLOATS:
+                return False
+            todo += v.producer.operands if v.producer is not None else []
+        elif isinstance(e.env.get(v), Tensor) or v not in e.env:
+            return False
+    return True
 
 
 def _device_loop(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
@@ -140,6 +210,13 @@ def case(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
         region = regions[chosen if 0 <= chosen < len(regions) else len(regions) - 1]
         e.block(region)
         return [e.env[r] for r in region.results]
+    if isinstance(index, HostInt):
+        bodies = []
+        for region in regions:
+            with e.nested() as items:
+                e.block(region)
+            bodies.append((items, [e.env[r] for r in region.results]))
+        return branches(e, index, bodies, op)
     index = e.tensor(index)
     results: list[list[Operand]] = []
     for region in regions:

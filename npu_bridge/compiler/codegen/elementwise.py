@@ -7,8 +7,9 @@ import math
 import ml_dtypes
 import numpy as np
 
+from npu_bridge.compiler.codegen.branches import branches
 from npu_bridge.compiler.codegen.emitter import Emitter, lowering
-from npu_bridge.compiler.codegen.operands import BIT_UNSIGNED, BITS, HostInt, Literal, Operand, Tensor, torch_dtype
+from npu_bridge.compiler.codegen.operands import BIT_UNSIGNED, BITS, HostInt, HostTable, Literal, Operand, Tensor, torch_dtype
 from npu_bridge.compiler.ir import FLOAT8, FLOATS, UNSIGNED, Op, Type
 
 _NUMPY = {"i1": np.bool_, "i8": np.int8, "ui8": np.uint8, "i16": np.int16, "ui16": np.uint16, "i32": np.int32, "ui32": np.uint32,
@@ -137,7 +138,7 @@ def _host_text(a: Operand) -> str:
 
 def _on_host(e: Emitter, op: Op, args: list[Operand]) -> Operand | None:
     dtype = op.result.dtype
-    if op.result.shape != () or dtype in FLOATS or any(isinstance(a, Tensor) or a.type.dtype in FLOATS for a in args):
+    if dtype in FLOATS or any(isinstance(a, Tensor) or a.type.dtype in FLOATS for a in args):
         return None
     if op.name in ("and", "or", "not") and dtype != "i1" or op.name not in (*_HOST, "compare"):
         return None
@@ -147,15 +148,17 @@ def _on_host(e: Emitter, op: Op, args: list[Operand]) -> Operand | None:
         return args[1] if args[0].value else args[2]
     if op.name in ("add", "subtract") and isinstance(args[1], Literal) and args[1].value == 0:
         return args[0]
+    if op.name == "clamp" and _decide("LE", args[0], args[1]) and _decide("LE", args[1], args[2]):
+        return args[1]
     text = [_host_text(a) for a in args]
     if op.name == "compare":
-        return HostInt(f"{text[0]} {_COMPARE[op.attrs['comparison_direction']]} {text[1]}", op.result.type)
+        return e.host(HostInt(f"{text[0]} {_COMPARE[op.attrs['comparison_direction']]} {text[1]}", op.result.type, 0, 1))
     code = _HOST[op.name].format(*text)
     if dtype == "i1" or any(a.type.dtype == "i1" for a in args if op.name == "convert"):
         if op.name not in ("and", "or", "not", "select", "convert"):
             return None
-        return HostInt(f"int({code})", op.result.type, 0, 1) if dtype != "i1" else HostInt(f"bool({code})" if op.name == "convert" else code, op.result.type)
-    return _host_integer(code, op.result.type, _result_bounds(op.name, args))
+        return e.host(HostInt(f"int({code})" if dtype != "i1" else f"bool({code})" if op.name == "convert" else code, op.result.type, 0, 1))
+    return e.host(_host_integer(code, op.result.type, _result_bounds(op.name, args)))
 
 
 def _known(e: Emitter, op: Op, args: list[Operand]) -> Operand | None:
@@ -393,9 +396,9 @@ def select(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     if isinstance(p, Literal):
         return x if p.value else y
     if isinstance(p, HostInt):
-        if op.result.shape == () and (known := _on_host(e, op, args)) is not None:
+        if (known := _on_host(e, op, args)) is not None:
             return known
-        p = e.tensor(p)
+        return branches(e, p, [([], y), ([], x)], op)
     x, y = (e.tensor(v) if isinstance(v, HostInt) else v for v in (x, y))
     inplace = []
     if not isinstance(x, Tensor) and not isinstance(y, Tensor):
@@ -432,6 +435,10 @@ def clamp(e: Emitter, op: Op, args: list[Operand]) -> Operand:
 def convert(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     if (known := _known(e, op, args)) is not None:
         return known
+    if isinstance(args[0], HostTable):
+        if args[0].type.dtype == op.result.dtype:
+            return args[0]
+        args = [e.tensor(args[0])]
     x = e.tensor(args[0])
     source, target = x.type.dtype, op.result.dtype
     if source == target:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from npu_bridge.compiler.codegen.operands import BIT_UNSIGNED, BITS, HostInt, Literal, Operand, Tensor, literal_code, torch_dtype
-from npu_bridge.compiler.codegen.program import Function, Item, Stmt
+from npu_bridge.compiler.codegen.operands import BIT_UNSIGNED, BITS, HostInt, HostTable, Literal, Operand, Tensor, literal_code, torch_dtype
+from npu_bridge.compiler.codegen.program import Assign, Function, Item, Stmt
 from npu_bridge.errors import UnsupportedError
 from npu_bridge.compiler.ir import Block, Location, MeshShape, Op, Program, Type, Value
 
 Lowering = Callable[["Emitter", Op, list[Operand]], list[Operand] | Operand]
 LOWERINGS: dict[str, Lowering] = {}
+# Operations that keep a table of the host on the host; others get it as a tensor.
+TAKES_TABLES = frozenset({"slice", "dynamic_slice", "reshape", "broadcast_in_dim", "transpose", "convert", "dynamic_update_slice", "while", "case", "optimization_barrier", "relabel"})
+LARGEST_TABLE = 4096  # elements of a constant that the host looks up; larger ones stay on the device
+LONGEST_CODE = 40  # characters of a host integer that is written out where it is used; longer ones become variables
 
 
 def lowering(*names: str) -> Callable[[Lowering], Lowering]:
@@ -47,6 +52,7 @@ class Emitter:
         self.arguments: dict[str, int] = {}  # the program's own arguments, by name
         self.host_arguments: set[int] = set()  # those of which kernels read the host's copy
         self.location = Location()
+        self.tables: dict[tuple, str] = {}  # elements of tables that the host looks up, and their names in the text
         self._count = 0
         self._trips = 1  # how often the code being written runs in one step
         self._constant_index: dict[bytes, int] = {}
@@ -76,7 +82,10 @@ class Emitter:
                 self.problem(op, "the bridge has no lowering for this operation")
                 outs: list[Operand] = [Literal(0, r.type) for r in op.results]
             else:
-                made = write(self, op, [self.env[v] for v in op.operands])
+                args = [self.env[v] for v in op.operands]
+                if op.name not in TAKES_TABLES:
+                    args = [self.tensor(a) if isinstance(a, HostTable) else a for a in args]
+                made = write(self, op, args)
                 outs = made if isinstance(made, list) else [made]
             for result, operand in zip(op.results, outs, strict=True):
                 if operand.type != result.type:
@@ -129,6 +138,11 @@ class Emitter:
         if isinstance(operand, Tensor):
             return operand
         shape, dtype = operand.type.shape, torch_dtype(operand.type.dtype)
+        if isinstance(operand, HostTable):
+            return self._table(operand)
+        if isinstance(operand, HostInt) and shape:
+            one = self.tensor(dataclasses.replace(operand, type=Type((), operand.type.dtype)))
+            return self.emit(f"{one.name}.expand({shape})", [one], operand.type, alias=one, expands=True, kind="fill")
         if isinstance(operand, HostInt):
             value = f"int({operand.code})" if operand.type.dtype != "i1" else f"bool({operand.code})"
             if operand.type.dtype in BIT_UNSIGNED:
@@ -140,6 +154,36 @@ class Emitter:
         if dtype.startswith("torch.float8"):
             return self.emit(f"{fill}dtype=torch.float32, device=rt.device).to({dtype})", [], operand.type, kind="fill")
         return self.emit(f"{fill}dtype={dtype}, device=rt.device)", [], operand.type, kind="fill")
+
+    def _table(self, table: HostTable) -> Tensor:
+        """A table of the host as a tensor: a view of the constant on the device."""
+        whole = self.emit(table.device, [], Type(table.whole, table.type.dtype), kind="constant", constant=True)
+        if table.offset == "0" and table.type.shape == table.whole:
+            return whole
+        code = f"{whole.name}.as_strided({table.type.shape}, {table.strides}, {table.offset})"
+        return self.emit(code, [whole], table.type, alias=whole, expands=0 in table.strides, kind="constant")
+
+    def host_table(self, array, dtype: str) -> HostTable:
+        """A constant array of integers or truth values that the host may look up."""
+        values = tuple(int(v) for v in array.reshape(-1).tolist())
+        name = self.tables.setdefault((values, dtype == "i1"), f"TABLE{len(self.tables)}")
+        strides = tuple(math.prod(array.shape[d + 1 :]) for d in range(array.ndim))
+        device = self.constant(array, [()] * array.ndim)
+        return HostTable(name, Type(array.shape, dtype), "0", strides, device, array.shape, min(values), max(values))
+
+    def host_variable(self, name: str, type: Type, low: int | None = None, high: int | None = None) -> HostTable:
+        """A table that a Python variable holds as a flat tuple."""
+        strides = tuple(math.prod(type.shape[d + 1 :]) for d in range(len(type.shape)))
+        device = f"rt.host_tensor({name}, {type.shape}, {torch_dtype(type.dtype)}{', True' if type.dtype in BIT_UNSIGNED else ''})"
+        return HostTable(name, type, "0", strides, device, type.shape, low, high)
+
+    def host(self, value: HostInt) -> HostInt:
+        """A host integer by a name, where its code is long: what is computed from it would repeat that."""
+        if len(value.code) <= LONGEST_CODE:
+            return value
+        name = self.fresh("h")
+        self.items.append(Assign([name], [value.code]))
+        return dataclasses.replace(value, code=name)
 
     def text(self, operand: Operand) -> str:
         """The operand as code: a name, a number, or an expression in brackets."""
@@ -175,6 +219,26 @@ class Emitter:
             self.items = outer
             self._trips //= trips
 
+    def save(self) -> tuple:
+        """What writing changes, so that it can be taken back."""
+        return (len(self.items), dict(self.env), len(self.constants), len(self.kernels), len(self.collectives), set(self.groups),
+                len(self.problems), dict(self.operations), set(self.host_arguments), dict(self._constant_index), dict(self.tables))  # fmt: skip
+
+    def restore(self, state: tuple) -> None:
+        """Takes back everything written since `save`."""
+        items, self.env, constants, kernels, collectives, self.groups, problems, self.operations, self.host_arguments, self._constant_index, self.tables = state
+        for written, length in ((self.items, items), (self.constants, constants), (self.kernels, kernels), (self.collectives, collectives), (self.problems, problems)):
+            del written[length:]
+
+    @contextlib.contextmanager
+    def into(self, items: list[Item]):
+        """Appends what is written inside to a list that was collected before."""
+        outer, self.items = self.items, items
+        try:
+            yield
+        finally:
+            self.items = outer
+
     def function(self, op: Op, block: Block, prefix: str) -> str | None:
         """Writes a region on scalars as a function on tensors of any one shape; returns its name.
 
@@ -196,6 +260,7 @@ class Emitter:
             self.block(block)
             results = [self.tensor(self.env[r]).name for r in block.results]
         self.env = outer_env
+        items = [i for i in items if not isinstance(i, Assign)]
         lines = [f"{', '.join(s.outs)} = {s.code}" for s in items if isinstance(s, Stmt)]
         if len(lines) != len(items):
             self.problem(op, "its body holds a loop")

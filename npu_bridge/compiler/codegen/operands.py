@@ -37,7 +37,8 @@ class Literal:
 
 @dataclasses.dataclass(frozen=True)
 class HostInt:
-    """A scalar integer the host knows while the program runs: a loop counter and what is computed from it.
+    """An integer or truth value the host knows while the program runs: a loop counter, the device's number in the mesh, an element of a
+    constant table, and what is computed from them. With a shape, the same number in every place of it.
 
     low, high: bounds it is known to keep (inclusive), so that comparisons and clamps fold away.
     """
@@ -48,7 +49,25 @@ class HostInt:
     high: int | None = None
 
 
-Operand = Tensor | Literal | HostInt
+@dataclasses.dataclass(frozen=True)
+class HostTable:
+    """Part of an array of integers that the host knows: it looks the elements up, and puts them on the device only where a tensor is needed.
+
+    name: the flat tuple, in the program's text or made by its host. offset: code of the first element's place in it; strides: of each dimension, in places.
+    device: code of the whole array on the device, which no statement may overwrite, and its shape.
+    """
+
+    name: str
+    type: Type
+    offset: str
+    strides: tuple[int, ...]
+    device: str
+    whole: tuple[int, ...]
+    low: int | None
+    high: int | None
+
+
+Operand = Tensor | Literal | HostInt | HostTable
 
 
 def torch_dtype(dtype: str) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 
 from npu_bridge.compiler.codegen import contraction, control, elementwise, exchange, indexing, shaping  # noqa: F401  (register lowerings)
 from npu_bridge.compiler.codegen.emitter import Emitter
-from npu_bridge.compiler.codegen.program import Stmt, remove_dead, walk
+from npu_bridge.compiler.codegen.program import Assign, Stmt, remove_dead, walk
 from npu_bridge.compiler.ir import Location, Program
 from npu_bridge.compiler.memory import Planner
 
@@ -33,6 +34,23 @@ def _scope(location: Location) -> str:
     return "/".join(parts)
 
 
+def _without_unread_numbers(lines: list[tuple]) -> list[tuple]:
+    """Drops what the host would compute and no line reads. Such names stand nowhere else, and each is read behind where it is made,
+    or carried by a loop."""
+    while True:
+        read: set[str] = set()
+        for _, code, source in lines:
+            text = code.split(" = ", 1)[1] if isinstance(source, Assign) else code
+            read.update(_HOST_NAME.findall(text))
+        kept = [line for line in lines if not isinstance(line[2], Assign) or any(n in read for n in line[2].names)]
+        if len(kept) == len(lines):
+            return kept
+        lines = kept
+
+
+_HOST_NAME = re.compile(r"\bh\d+\b")
+
+
 def generate(program: Program, *, allow_host_sync: bool = False, device: str = "cpu") -> Source:
     """Writes a program. Raises UnsupportedError with everything that has no torch form."""
     emitter = Emitter(program, allow_host_sync=allow_host_sync, device=device)
@@ -56,8 +74,10 @@ def generate(program: Program, *, allow_host_sync: bool = False, device: str = "
         f"    [{', '.join(params)}] = args",
         "    args.clear()",
     ]
+    for values, name in reversed(emitter.tables.items()):
+        lines.insert(-3, f"{name} = {values[0] if not values[1] else tuple(map(bool, values[0]))}")
     last: tuple[str, str] | None = None
-    for indent, code, source in plan.lines:
+    for indent, code, source in _without_unread_numbers(plan.lines):
         pad = "    " * indent
         if isinstance(source, Stmt):
             place = os.path.basename(source.location.file)

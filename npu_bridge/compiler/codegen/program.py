@@ -43,9 +43,9 @@ class Loop:
     counter: str
     trip: int | None
     carries: list[tuple[str, str, str]]
-    body: list[Stmt | Loop | Function]
+    body: list[Item]
     types: list[Type]
-    prologue: list[Stmt | Loop | Function] = dataclasses.field(default_factory=list)
+    prologue: list[Item] = dataclasses.field(default_factory=list)
     condition: str = ""
     start: str = "0"
     step: int = 1
@@ -53,6 +53,31 @@ class Loop:
     @property
     def outs(self) -> list[str]:
         return [c[0] for c in self.carries]
+
+
+@dataclasses.dataclass
+class Assign:
+    """``names = codes``: Python numbers that the host computes between statements. They hold no storage."""
+
+    names: list[str]
+    codes: list[str]
+
+    outs: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass
+class Branches:
+    """``if index == 0: .. elif ..``: one of several bodies, chosen by a number of the host; the last one for any other number.
+
+    results: for each body the variables that become `outs`.
+    """
+
+    index: str
+    bodies: list[list[Item]]
+    results: list[list[str]]
+    outs: list[str]
+    types: list[Type]
+    location: Location = Location()
 
 
 @dataclasses.dataclass
@@ -67,15 +92,17 @@ class Function:
     outs: tuple[str, ...] = ()
 
 
-Item = Stmt | Loop | Function
+Item = Stmt | Loop | Function | Assign | Branches
 
 
 def reads(item: Item) -> set[str]:
     """Variables an item needs from outside itself."""
     if isinstance(item, Stmt):
         return set(item.ins)
-    if isinstance(item, Function):
+    if isinstance(item, (Function, Assign)):
         return set()
+    if isinstance(item, Branches):
+        return set().union(*(_needs(body, results) for body, results in zip(item.bodies, item.results)))
     inner: set[str] = set()
     defined: set[str] = set(item.outs)
     for part in (*item.prologue, *item.body):
@@ -85,12 +112,23 @@ def reads(item: Item) -> set[str]:
     return {c[1] for c in item.carries} | (inner - defined)
 
 
+def _needs(body: list[Item], results: list[str]) -> set[str]:
+    """Variables of outside that a body and what it hands on read."""
+    inner = set(results).union(*(reads(part) for part in body))
+    return inner - {o for part in body for o in part.outs}
+
+
 def remove_dead(items: list[Item], live: set[str]) -> list[Item]:
     """Drops items whose results nobody reads. `live` is what is needed afterwards; it is extended in place."""
     kept: list[Item] = []
     for item in reversed(items):
-        if not isinstance(item, Function) and not any(o in live for o in item.outs) and item.outs:
+        if not isinstance(item, (Function, Assign)) and not any(o in live for o in item.outs) and item.outs:
             continue
+        if isinstance(item, Branches):
+            used = [n for n, o in enumerate(item.outs) if o in live]
+            item.outs, item.types = [item.outs[n] for n in used], [item.types[n] for n in used]
+            item.results = [[r[n] for n in used] for r in item.results]
+            item.bodies = [remove_dead(body, set(results)) for body, results in zip(item.bodies, item.results)]
         if isinstance(item, Loop):
             wanted = {c[2] for c in item.carries}
             item.body = remove_dead(item.body, set(wanted))
@@ -108,3 +146,6 @@ def walk(items: list[Item]) -> Iterator[Stmt]:
         elif isinstance(item, Loop):
             yield from walk(item.prologue)
             yield from walk(item.body)
+        elif isinstance(item, Branches):
+            for body in item.bodies:
+                yield from walk(body)

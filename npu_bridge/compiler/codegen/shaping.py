@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from npu_bridge.compiler.codegen.emitter import Emitter, lowering
-from npu_bridge.compiler.codegen.operands import BIT_UNSIGNED, BITS, HostInt, Literal, Operand, Tensor, literal_code, torch_dtype
-from npu_bridge.compiler.ir import Op, Type
+import dataclasses
+import math
+
+from npu_bridge.compiler.codegen.branches import bounds_of, host_code
+from npu_bridge.compiler.codegen.emitter import LARGEST_TABLE, Emitter, lowering
+from npu_bridge.compiler.codegen.operands import BIT_UNSIGNED, BITS, HostInt, HostTable, Literal, Operand, Tensor, literal_code, torch_dtype
+from npu_bridge.compiler.codegen.program import Assign
+from npu_bridge.compiler.ir import FLOATS, Op, Type
 
 
 @lowering("constant")
 def constant(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     if "splat" in op.attrs:
         return Literal(op.attrs["splat"], op.result.type)
-    return e.emit(e.constant(op.attrs["array"], op.attrs["dims"]), [], op.result.type, kind="constant", constant=True)
+    array, dims = op.attrs["array"], op.attrs["dims"]
+    if op.result.dtype in (*BITS, "i1") and 0 < op.result.type.size == array.size <= LARGEST_TABLE and not any(dims):
+        return e.host_table(array, op.result.dtype)
+    return e.emit(e.constant(array, dims), [], op.result.type, kind="constant", constant=True)
+
+
+def table_part(e: Emitter, table: HostTable, shape: tuple[int, ...], strides: tuple[int, ...], steps: list[str] = []) -> Operand:
+    """A part of a table; one without dimensions is a number the host looks up. steps: codes that are added to the first place."""
+    offset = " + ".join([*([table.offset] if table.offset != "0" or not steps else []), *steps])
+    if shape == ():
+        return e.host(HostInt(f"{table.name}[{offset}]", Type((), table.type.dtype), table.low, table.high))
+    return dataclasses.replace(table, type=Type(shape, table.type.dtype), strides=strides, offset=offset)
 
 
 @lowering("optimization_barrier", "relabel")
@@ -38,8 +54,13 @@ def broadcast(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     shape = op.result.shape
     if isinstance(args[0], Literal):
         return Literal(args[0].value, op.result.type)
-    if isinstance(args[0], HostInt) and shape == ():
-        return args[0]
+    if isinstance(args[0], HostInt):
+        return dataclasses.replace(args[0], type=op.result.type)
+    if isinstance(args[0], HostTable):
+        strides = [0] * len(shape)
+        for i, d in enumerate(op.attrs["broadcast_dimensions"]):
+            strides[d] = args[0].strides[i] if args[0].type.shape[i] > 1 else 0
+        return table_part(e, args[0], shape, tuple(strides))
     x = e.tensor(args[0])
     view = [1] * len(shape)
     for i, d in enumerate(op.attrs["broadcast_dimensions"]):
@@ -61,13 +82,24 @@ def broadcast(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     return e.emit(code, [x], op.result.type, alias=x, expands=tuple(view) != shape, kind="broadcast_in_dim")
 
 
+def _strides_of(table: HostTable, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Strides of a reshaped table that only gains or loses dimensions of one; None for any other."""
+    long = [(n, s) for n, s in zip(table.type.shape, table.strides) if n != 1]
+    if [n for n, _ in long] != [n for n in shape if n != 1]:
+        return None
+    rest = iter(long)
+    return tuple(next(rest)[1] if n != 1 else 0 for n in shape)
+
+
 @lowering("reshape")
 def reshape(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     x = args[0]
     if isinstance(x, Literal):
         return Literal(x.value, op.result.type)
-    if isinstance(x, HostInt) and op.result.shape == ():
-        return x
+    if isinstance(x, HostInt) and x.type.size == op.result.type.size:
+        return dataclasses.replace(x, type=op.result.type)
+    if isinstance(x, HostTable) and (strides := _strides_of(x, op.result.shape)) is not None:
+        return table_part(e, x, op.result.shape, strides)
     x = e.tensor(x)
     if x.type.size != op.result.type.size:
         e.problem(op, f"local {x.type} cannot become {op.result.type}: the sharded dimension is split across the new shape")
@@ -82,8 +114,10 @@ def transpose(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     x = args[0]
     if isinstance(x, Literal):
         return Literal(x.value, op.result.type)
-    x = e.tensor(x)
     order = tuple(op.attrs["permutation"])
+    if isinstance(x, HostTable):
+        return table_part(e, x, op.result.shape, tuple(x.strides[d] for d in order))
+    x = e.tensor(x)
     if order == tuple(range(len(order))):
         return x
     return e.emit(f"{x.name}.permute({order})", [x], op.result.type, alias=x, kind="transpose")
@@ -93,6 +127,10 @@ def transpose(e: Emitter, op: Op, args: list[Operand]) -> Operand:
 def slice_(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     if isinstance(args[0], Literal):
         return Literal(args[0].value, op.result.type)
+    if isinstance(args[0], HostTable):
+        x, begins, steps = args[0], op.attrs["start_indices"], op.attrs["strides"]
+        moved = sum(b * s for b, s in zip(begins, x.strides))
+        return table_part(e, x, op.result.shape, tuple(a * s for a, s in zip(steps, x.strides)), [str(moved)] if moved else [])
     x = e.tensor(args[0])
     index = []
     for n, low, high, step in zip(x.type.shape, *(op.attrs[k] for k in ("start_indices", "limit_indices", "strides"))):
@@ -133,6 +171,15 @@ def pad(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     return e.emit(f"T.pad({x.name}, {fill.name}, {low}, {high}, {inner})", [x, fill], op.result.type, kind="pad")
 
 
+def _clamped(start: Literal | HostInt, most: int) -> str:
+    """Code of a start that the host knows, within 0 .. most as StableHLO clamps it."""
+    if isinstance(start, Literal):
+        return str(min(max(int(start.value), 0), most))
+    if start.low is not None and start.low >= 0 and start.high is not None and start.high <= most:
+        return start.code if start.code.isidentifier() else f"({start.code})"
+    return f"min(max({start.code}, 0), {most})"
+
+
 def _host_index(e: Emitter, whole: tuple[int, ...], part: tuple[int, ...], starts: list[Operand]) -> str | None:
     """Index code for starts that the host knows; None when one lives on the device."""
     index = []
@@ -142,13 +189,10 @@ def _host_index(e: Emitter, whole: tuple[int, ...], part: tuple[int, ...], start
         elif isinstance(start, Tensor):
             return None
         elif isinstance(start, Literal):
-            low = min(max(int(start.value), 0), n - size)
+            low = int(_clamped(start, n - size))
             index.append(f"{low}:{low + size}")
         else:
-            inside = start.low is not None and start.low >= 0 and start.high is not None and start.high <= n - size
-            low = f"({start.code})" if inside else f"min(max({start.code}, 0), {n - size})"  # StableHLO clamps
-            if inside and start.code.isidentifier():
-                low = start.code
+            low = _clamped(start, n - size)
             index.append(f"{low}:{low} + {size}")
     while index and index[-1] == ":":
         index.pop()
@@ -167,6 +211,12 @@ def index_code(e: Emitter, index: Tensor) -> str:
 
 @lowering("dynamic_slice")
 def dynamic_slice(e: Emitter, op: Op, args: list[Operand]) -> Operand:
+    if isinstance(args[0], HostTable) and not any(isinstance(s, Tensor) for s, n, m in zip(args[1:], args[0].type.shape, op.result.shape) if n != m):
+        x, steps = args[0], []
+        for start, n, size, stride in zip(args[1:], x.type.shape, op.result.shape, x.strides):
+            if n != size and stride:
+                steps.append(f"{_clamped(start, n - size)}" + (f" * {stride}" if stride > 1 else ""))
+        return table_part(e, x, op.result.shape, x.strides, [s for s in steps if s != "0"])
     x, starts = e.tensor(args[0]), args[1:]
     index = _host_index(e, x.type.shape, op.result.shape, starts)
     if index is not None:
@@ -175,8 +225,27 @@ def dynamic_slice(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     return e.emit(f"T.dynamic_slice({x.name}, ({code},), {op.result.shape})", [x, *tensors], op.result.type, kind="dynamic_slice")
 
 
+def _updated_table(e: Emitter, op: Op, args: list[Operand]) -> Operand | None:
+    """A table of the host with one element exchanged, where the host knows all of it: what a scan stacks of its branches' numbers."""
+    x, update, starts = args[0], args[1], args[2:]
+    if isinstance(x, Tensor) or isinstance(x, HostInt) or not isinstance(update, (HostInt, Literal)) or update.type.size != 1:
+        return None
+    if op.result.dtype in FLOATS or not 1 < x.type.size <= LARGEST_TABLE or any(isinstance(s, Tensor) for s, n in zip(starts, x.type.shape) if n > 1):
+        return None
+    values = f"{(int(x.value),)} * {x.type.size}" if isinstance(x, Literal) else x.name
+    if isinstance(x, HostTable) and (x.offset != "0" or x.type.shape != x.whole):
+        return None
+    strides = [math.prod(x.type.shape[d + 1 :]) for d in range(len(x.type.shape))]
+    at = " + ".join(f"{_clamped(start, n - 1)} * {stride}" for start, n, stride in zip(starts, x.type.shape, strides) if n > 1)
+    name = e.fresh("h")
+    e.items.append(Assign([name], [f"rt.replaced({values}, {at}, {host_code(update)})"]))
+    return e.host_variable(name, op.result.type, *bounds_of([x, update]))
+
+
 @lowering("dynamic_update_slice")
 def dynamic_update_slice(e: Emitter, op: Op, args: list[Operand]) -> Operand:
+    if (table := _updated_table(e, op, args)) is not None:
+        return table
     x, update, starts = e.tensor(args[0]), e.tensor(args[1]), args[2:]
     if update.type.shape == x.type.shape:
         return update
