@@ -18,6 +18,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy, stablehlo
 
 from npu_bridge import jaxcompat
+from npu_bridge.compiler import attributes
 from npu_bridge.errors import UnsupportedError
 from npu_bridge.compiler.ir import ELEMENT_BYTES, Block, Layout, Location, MeshShape, Op, Program, Type, Value, body_kind
 
@@ -101,8 +102,8 @@ def _plain(value: Any) -> Any:
 class Importer:
     """Walks one module. `run` returns the Program."""
 
-    def __init__(self, module: ir.Module):
-        self.module = module
+    def __init__(self, module: ir.Module, device: str = "cpu"):
+        self.module, self.device = module, device
         self.functions = {f.sym_name.value: f for f in module.body.operations if f.operation.name == "func.func"}
         self.problems: list[str] = []
         self.mesh = self._read_meshes()
@@ -195,6 +196,7 @@ class Importer:
     def run(self, donated: list[bool]) -> Program:
         """Raises UnsupportedError with everything that was found."""
         main = self.functions["main"]
+        self.problems += attributes.refused(main.operation, self.device)
         env: dict[Any, Value] = {}
         params = []
         arg_attrs = main.operation.attributes["arg_attrs"] if "arg_attrs" in main.operation.attributes else [{}] * len(main.arguments)
@@ -232,6 +234,7 @@ class Importer:
     def op(self, op: ir.Operation, env: dict[Any, Value], out: Block, manual: dict[str, None]) -> list[Value]:
         name = op.name.split(".", 1)[1]
         where = self.location(op)
+        self.problems += [f"{op.name} at {where}: {text}" for text in attributes.refused(op, self.device)]
         if op.name in ("func.call", "sdy.named_computation"):
             return self._call(op, env, out, manual)
         if op.name == "sdy.manual_computation":
@@ -402,7 +405,7 @@ class Importer:
 
     def _import_custom_call(self, op, made, out, env, manual):
         target = ir.StringAttr(op.attributes["call_target_name"]).value
-        if target in ("Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "LayoutConstraint"):
+        if target in ("Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "LayoutConstraint", "annotate_device_placement"):
             return made.operands
         if not target.startswith(jaxcompat.CALL_PREFIX) or "bridge.params" not in op.attributes:
             self.problems.append(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.export
 import numpy as np
 from jaxlib.mlir import ir
 
@@ -62,6 +63,10 @@ def _refused_by_arguments(eqn: Any) -> str | None:
     """Why this use of a primitive that is supported otherwise is not; the code generator refuses the same of a bare module."""
     if eqn.primitive.name == "conv_general_dilated" and eqn.invars[0].aval.ndim > 2 + MOST_SPATIAL_DIMS:
         return f"{eqn.invars[0].aval.ndim - 2} spatial dimensions; torch has convolutions over up to {MOST_SPATIAL_DIMS}, write the others as a sum"
+    if eqn.primitive.name == "call_exported":
+        exported = eqn.params["exported"]
+        if jaxcompat.PLATFORM not in exported.platforms and jax.export.DisabledSafetyCheck.platform() not in exported.disabled_safety_checks:
+            return f"exported for {exported.platforms}; export it with disabled_checks=[jax.export.DisabledSafetyCheck.platform()]"
     if eqn.primitive.name == "rng_bit_generator":
         algorithm = str(getattr(eqn.params["algorithm"], "name", eqn.params["algorithm"])).removeprefix("RNG_")
         if algorithm not in PHILOX:
@@ -82,8 +87,19 @@ def refused_dtype(dtype: Any, x64: bool) -> str | None:
     return None if name in _DTYPES else f"dtype {name} has no torch storage; use one of {', '.join(_DTYPES)}"
 
 
-def check(jaxpr: Any) -> list[str]:
-    """Everything in a traced program that the bridge refuses, one line each."""
+def _lost_placement(eqn: Any, device: str) -> str | None:
+    """Why a value or a computation cannot have the place that the program gives it. A CPU's memory is the host's: nothing is lost there."""
+    if device == "cpu":
+        return None
+    if getattr(eqn.ctx, "compute_type", None):
+        return f"compute_on({eqn.ctx.compute_type!r}) asks the host to compute this; the bridge runs a step on {device} alone"
+    if any(getattr(getattr(v.aval, "memory_space", None), "name", "") == "Host" for v in (*eqn.invars, *eqn.outvars)):
+        return f"a value in host memory (an offload policy, or device_put to pinned_host); the bridge has no offload on {device}, leave it out or use remat"
+    return None
+
+
+def check(jaxpr: Any, device: str = "cpu") -> list[str]:
+    """Everything in a traced program that the bridge refuses on a kind of device, one line each."""
     problems: dict[str, None] = {}
 
     def add(eqn: Any, text: str) -> None:
@@ -95,7 +111,7 @@ def check(jaxpr: Any) -> list[str]:
             add(eqn, REFUSED[name])
         elif name in _LINEAR_ALGEBRA:
             add(eqn, "dense linear algebra is outside what the bridge lowers")
-        elif (reason := _refused_by_arguments(eqn)) is not None:
+        elif (reason := _refused_by_arguments(eqn) or _lost_placement(eqn, device)) is not None:
             add(eqn, reason)
         elif not jaxcompat.has_lowering(eqn.primitive):
             add(eqn, "jax has no platform-independent lowering for this primitive")
@@ -119,6 +135,7 @@ def lower(
     static_argnums: Sequence[int] = (),
     out_shardings: Any = None,
     name: str = "this program",
+    device: str = "cpu",
 ) -> Traced:
     """Traces `fn` on abstract `args`, and `named` ones, (pytrees of ShapeDtypeStruct with shardings) and lowers it.
 
@@ -130,7 +147,7 @@ def lower(
     with jaxcompat.abstract_mesh(mesh):
         jitted = jax.jit(fn, donate_argnums=tuple(donate_argnums), static_argnums=tuple(static_argnums), **options)
         traced = jitted.trace(*args, **(named or {}))
-        problems = check(traced.jaxpr.jaxpr)
+        problems = check(traced.jaxpr.jaxpr, device)
         if problems:
             raise UnsupportedError(problems, name)
         lowered = traced.lower(lowering_platforms=(jaxcompat.PLATFORM,))

@@ -67,6 +67,8 @@ def _spec(x: Any) -> PartitionSpec:
     if isinstance(x, PartitionSpec):
         return x
     if isinstance(x, NamedSharding):
+        if x.memory_kind not in (None, "device", "unpinned_host"):
+            raise PlacementError(f"npu_bridge: sharding {x} asks for {x.memory_kind} memory; the bridge keeps arguments and results in the device's, leave memory_kind out")
         return x.spec
     raise PlacementError(f"npu_bridge: sharding {x!r}; expected a PartitionSpec or a NamedSharding")
 
@@ -359,7 +361,7 @@ class Jitted:
         abstract, by_name = self._abstract(args, named)
         traced = lower.lower(
             self.fn, abstract, named=by_name, mesh=self.mesh, donate_argnums=[n + len(args) if n < 0 else n for n in self.donate],
-            static_argnums=self.static, out_shardings=out if self.mesh is not None else None, name=self._name,
+            static_argnums=self.static, out_shardings=out if self.mesh is not None else None, name=self._name, device=self.device,
         )  # fmt: skip
         lowered_at = time.perf_counter()
         state = self._state_arguments(args) + [False] * len(jax.tree.leaves(named))
@@ -400,7 +402,7 @@ class Jitted:
 
         module = partition.partition(traced.module, state if self.mesh is not None else ())
         with module.context:
-            program = Importer(module).run(donated)
+            program = Importer(module, self.device).run(donated)
         program.name = self._name
         passes.run(program, device=self.device, reduce_in_float32=self.options.reduce_in_float32, overlap=self.options.overlap)
         source = generate(program, allow_host_sync=self.options.allow_host_sync, device=self.device)

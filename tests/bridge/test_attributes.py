@@ -1,0 +1,136 @@
+"""Nothing that JAX writes beside an operation is lost: each attribute is read, harmless for a reason, or refused by name."""
+
+import importlib
+import re
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental.compute_on import compute_on
+from jax.experimental.xla_metadata import set_xla_metadata
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jaxlib.mlir import ir
+
+import npu_bridge
+from npu_bridge import jaxcompat
+from npu_bridge.compiler import attributes
+from npu_bridge.compiler.importer import NOT_LOWERED, Importer
+from npu_bridge.errors import PlacementError, UnsupportedError
+from tests.bridge.harness import call_three_times
+
+X = np.ones((4, 4), np.float32)
+HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+
+
+def _names_of(dialect: str) -> dict[str, set[str]]:
+    """Attributes of each operation, as the generated bindings name them."""
+    source = importlib.import_module(f"jaxlib.mlir.dialects._{dialect}_ops_gen").__file__
+    parts = re.split(r"OPERATION_NAME = \"[a-z]+\.", open(source).read())[1:]
+    return {part.split('"', 1)[0]: set(re.findall(r'operation\.attributes\["([^"]+)"\]', part)) for part in parts}
+
+
+def test_every_attribute_of_the_dialects_has_a_place():
+    left_out = {word for words in NOT_LOWERED.values() for word in words.split()}
+    unknown = {}
+    for dialect in ("stablehlo", "chlo", "sdy"):
+        for op, names in _names_of(dialect).items():
+            missing = names - attributes.READ - set(attributes.HARMLESS)
+            if missing and op not in left_out:
+                unknown[op] = missing
+    assert not unknown, unknown
+    assert not attributes.READ & set(attributes.HARMLESS)
+    assert all(len(reason.split()) > 2 for reason in attributes.HARMLESS.values())
+
+
+def _imported(text: str, device: str = "cpu"):
+    with jaxcompat.mlir.make_ir_context(), ir.Location.unknown():
+        return Importer(ir.Module.parse(text), device).run([False])
+
+
+@pytest.mark.parametrize("place", ["operation", "argument", "call"])
+def test_an_attribute_nobody_knows_is_refused_with_its_name(place):
+    mark = {p: "{mhlo.of_tomorrow = 3 : i32}" if p == place else "" for p in ("operation", "argument", "call")}
+    text = f"""module {{
+      func.func @main(%a: tensor<2xf32> {mark["argument"]}) -> tensor<2xf32> {{
+        %0 = func.call @f(%a) {mark["call"]} : (tensor<2xf32>) -> tensor<2xf32>
+        return %0 : tensor<2xf32>
+      }}
+      func.func private @f(%a: tensor<2xf32>) -> tensor<2xf32> {{
+        %0 = stablehlo.sine %a {mark["operation"]} : tensor<2xf32>
+        return %0 : tensor<2xf32>
+      }}
+    }}"""
+    with pytest.raises(UnsupportedError, match="'mhlo.of_tomorrow'.* is unknown to the bridge and would be lost"):
+        _imported(text)
+
+
+def _offloaded(x):
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["h"], offload_src="device", offload_dst="pinned_host"
+    )
+    from jax.ad_checkpoint import checkpoint_name
+
+    layer = jax.checkpoint(lambda x, w: (jnp.sin(checkpoint_name(x @ w, "h")), None), policy=policy)
+    return jax.grad(lambda w: lax.scan(layer, x, w)[0].sum())(jnp.stack([x, x]))
+
+
+def _computed_on_the_host(x):
+    with compute_on("device_host"):
+        y = jnp.sin(x)
+    return y * 2
+
+
+PLACED = {
+    "device_put to a memory": lambda x: jax.device_put(jax.device_put(x * 2, HOST), DEVICE) + 1,
+    "device_put to a sharding": lambda x: jax.device_put(x * 2, SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")),
+    "a result in host memory": lambda x: jax.device_put(x * 2, HOST),
+    "an offload policy": _offloaded,
+    "compute_on": _computed_on_the_host,
+    "compute_on a function": lambda x: compute_on("device_host")(jax.jit(jnp.sin))(x),
+}
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_other_places_are_the_same_on_a_cpu_and_refused_on_devices(name):
+    call_three_times(PLACED[name], X)
+    for device in ("npu", "cuda"):
+        with pytest.raises(UnsupportedError, match="host") as caught:
+            npu_bridge.jit(PLACED[name], device=device).lower(X)
+        assert "test_attributes.py:" in str(caught.value), str(caught.value)
+
+
+def test_placements_that_only_a_module_says_are_refused_on_devices():
+    argument = 'func.func @main(%a: tensor<2xf32> {mhlo.memory_kind = "pinned_host"}) -> tensor<2xf32> { return %a : tensor<2xf32> }'
+    note = "func.func @main(%a: tensor<2xf32>) -> tensor<2xf32> { %0 = stablehlo.sine %a {mhlo.frontend_attributes = {_xla_compute_type = \"host\"}} : tensor<2xf32> return %0 : tensor<2xf32> }"
+    for text, words in ((argument, "argument 0 lives in pinned_host memory"), (note, "_xla_compute_type")):
+        _imported(f"module {{ {text} }}")
+        with pytest.raises(UnsupportedError, match=words):
+            _imported(f"module {{ {text} }}", "npu")
+
+
+def test_shardings_with_a_memory_kind_are_refused():
+    mesh = jax.make_mesh((1,), ("x",), devices=jax.devices()[:1], axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("x"), memory_kind="pinned_host")
+    with pytest.raises(PlacementError, match="asks for pinned_host memory"):
+        npu_bridge.jit(lambda x: x, mesh=AbstractMesh((1,), ("x",)), in_shardings=(sharding,)).lower(X)
+
+
+def _annotated(x, i):
+    with set_xla_metadata(note="for XLA", _scheduling_group_id="1"):
+        y = jnp.sin(x) @ x
+    y = lax.dot(y, x, precision=lax.Precision.HIGHEST) + lax.dot(x, x, precision=lax.DotAlgorithmPreset.F32_F32_F32)
+    y = jax.named_call(jnp.cos, name="part")(y) + x.at[i].get(mode="promise_in_bounds", unique_indices=True, indices_are_sorted=True)
+    return jax.export.export(jax.jit(jnp.tanh), disabled_checks=[jax.export.DisabledSafetyCheck.platform()])(x).call(y)
+
+
+def test_a_function_exported_for_another_platform_says_how_to_export_it():
+    exported = jax.export.export(jax.jit(jnp.tanh))(X)
+    with pytest.raises(UnsupportedError, match=r"exported for \('cpu',\); .*DisabledSafetyCheck.platform"):
+        npu_bridge.jit(lambda x: exported.call(x)).lower(X)
+
+
+def test_notes_that_change_no_value_are_taken():
+    call_three_times(_annotated, X, np.array([1, 0, 2, 3], np.int32), rtol=1e-4)
