@@ -495,3 +495,10 @@ def total_order_primitives() -> Any:
     from jax._src.lax import lax
 
     return lax
+
+
+def linear_algebra_primitive(name: str) -> core.Primitive:
+    """A primitive of jax.lax.linalg, of which jax exports some."""
+    from jax._src.lax import linalg
+
+    return getattr(linalg, f"{name}_p")

@@ -11,7 +11,7 @@ from jaxlib.mlir import ir
 # Read by the importer, the passes or the code generator.
 READ = frozenset(
     """all_gather_dim base_dilations batch_group_count broadcast_dimensions call_target_name callee compare_type comparison_direction concat_dimension
-    dimension dimension_numbers dimensions dot_dimension_numbers edge_padding_high edge_padding_low exponent_bits feature_group_count
+    dimension dimension_numbers dimensions dot_dimension_numbers fft_length fft_type edge_padding_high edge_padding_low exponent_bits feature_group_count
     interior_padding iota_dimension lhs_dilation limit_indices mantissa_bits padding permutation replica_groups rhs_dilation rng_algorithm
     scatter_dimension scatter_dimension_numbers slice_sizes source_target_pairs split_count split_dimension start_indices strides unique_indices
     value window_dilations window_dimensions window_reversal window_strides bridge.params

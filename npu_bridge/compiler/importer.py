@@ -20,7 +20,7 @@ from jaxlib.mlir.dialects import sdy, stablehlo
 from npu_bridge import jaxcompat
 from npu_bridge.compiler import attributes
 from npu_bridge.errors import UnsupportedError
-from npu_bridge.compiler.ir import ELEMENT_BYTES, Block, Layout, Location, MeshShape, Op, Program, Type, Value, body_kind
+from npu_bridge.compiler.ir import COMPLEX, ELEMENT_BYTES, Block, Layout, Location, MeshShape, Op, Program, Type, Value, body_kind
 
 # Operations whose operands and result all have one local shape.
 _SAME_SHAPE = frozenset(
@@ -44,8 +44,8 @@ _FIELDS = {
 # Operations of the dialects that never reach the code generator, with the reason. tests/bridge/test_registry.py holds every
 # operation of StableHLO, CHLO and Shardy against this table, the importer and the registry.
 NOT_LOWERED = {
-    "complex numbers": "complex real imag is_inf is_neg_inf is_pos_inf conj",
-    "FFT and dense linear algebra": "fft cholesky triangular_solve",
+    "CHLO of infinities and conjugates, which jax writes in other ways": "is_inf is_neg_inf is_pos_inf conj",
+    "dense linear algebra, which npu_bridge.primitives lowers in its own way": "cholesky triangular_solve",
     "host, tokens, asynchronous pairs": "infeed outfeed send recv after_all create_token async_start async_done tuple get_tuple_element",
     "dynamic shapes": "dynamic_broadcast_in_dim dynamic_conv dynamic_gather dynamic_iota dynamic_pad dynamic_reshape get_dimension_size "
     "set_dimension_size real_dynamic_slice torch_index_select constant_like",
@@ -67,7 +67,8 @@ _SKIPPED = frozenset({"sdy.sharding", "sdy.sharding_rule", "channel_handle", "pr
 
 # What numpy calls the types of which MLIR gives no buffer, and the integers of their bits.
 _BIT_TYPES = {"bf16": (ml_dtypes.bfloat16, np.uint16), "f8E4M3FN": (ml_dtypes.float8_e4m3fn, np.uint8), "f8E5M2": (ml_dtypes.float8_e5m2, np.uint8),
-              "f8E4M3FNUZ": (ml_dtypes.float8_e4m3fnuz, np.uint8), "f8E5M2FNUZ": (ml_dtypes.float8_e5m2fnuz, np.uint8)}  # fmt: skip
+              "f8E4M3FNUZ": (ml_dtypes.float8_e4m3fnuz, np.uint8), "f8E5M2FNUZ": (ml_dtypes.float8_e5m2fnuz, np.uint8),
+              "complex<f32>": (np.complex64, np.uint32), "complex<f64>": (np.complex128, np.uint64)}  # fmt: skip
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MOVES = re.compile(r"\{([^{}]*)\}: *(\d+) *-> *(\d+)")
@@ -80,19 +81,24 @@ def _axes_of(text: str) -> tuple[str, ...]:
 
 
 def dense_array(attr: ir.DenseElementsAttr, dtype: str) -> np.ndarray:
-    """The elements of a constant. MLIR's Python bindings know no buffers of bfloat16 and of 8-bit floats: their bits are read from the text."""
+    """The elements of a constant. MLIR's Python bindings know no buffers of bfloat16 and of 8-bit floats."""
     if dtype not in _BIT_TYPES:
         return np.array(attr)
+    return parsed_array(str(attr), dtype, tuple(ir.RankedTensorType(attr.type).shape))
+
+
+def parsed_array(text: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The elements of ``dense<..>`` in a text, for types of which the bindings hand out no buffer (complex numbers cannot even be read)."""
     named, bits = _BIT_TYPES[dtype]
-    shape = tuple(ir.RankedTensorType(attr.type).shape)
-    text = str(attr)
-    if found := re.match(r'dense<"0x([0-9A-Fa-f]*)">', text):
-        return np.frombuffer(bytes.fromhex(found[1]), bits).view(named).reshape(shape)
-    numbers = re.findall(r"0x[0-9A-Fa-f]+|[-+]?\d[\d.]*(?:[eE][-+]?\d+)?", text[text.index("<") + 1 : text.rindex("> :")])
-    made = np.empty(len(numbers), named)
+    if found := re.search(r'dense<"0x([0-9A-Fa-f]*)">', text):
+        return np.frombuffer(bytes.fromhex(found[1]), named).reshape(shape)
+    numbers = re.findall(r"0x[0-9A-Fa-f]+|[-+]?\d[\d.]*(?:[eE][-+]?\d+)?", text[text.index("dense<") + 6 : text.rindex("> :")])
+    kind = {np.complex64: np.float32, np.complex128: np.float64}.get(named, named)
+    made = np.empty(len(numbers), kind)
     for n, number in enumerate(numbers):
-        made[n] = np.array(int(number, 16), bits).view(named) if number.startswith("0x") else float(number)
-    return made.reshape(shape)
+        made[n] = np.array(int(number, 16), bits).view(kind) if number.startswith("0x") else float(number)
+    made = made.view(named)  # a pair of numbers each, if complex
+    return np.full(shape, made[0]) if made.size == 1 else made.reshape(shape)
 
 
 def _plain(value: Any) -> Any:
@@ -286,6 +292,8 @@ class Importer:
                 found[key] = list(attr)
             elif key == "comparison_direction":
                 found[key] = stablehlo.ComparisonDirectionAttr(attr).value
+            elif key == "fft_type":
+                found[key] = stablehlo.FftTypeAttr(attr).value
             elif key == "compare_type":
                 found[key] = stablehlo.ComparisonTypeAttr(attr).value
             elif key == "rng_algorithm":
@@ -335,8 +343,16 @@ class Importer:
     # -- single operations --------------------------------------------------------------------------------------------
 
     def _import_constant(self, op, made, out, env, manual):
-        attr = ir.DenseElementsAttr(op.attributes["value"])
         value = made.result
+        if value.dtype in COMPLEX:
+            array = parsed_array(str(op).split(" loc(")[0], value.dtype, tuple(ir.RankedTensorType(op.results[0].type).shape))
+            if array.size and (array == array.reshape(-1)[0]).all():
+                made.attrs["splat"] = complex(array.reshape(-1)[0])
+            else:
+                made.attrs |= {"array": array, "dims": [list(a) for a in value.layout] or [[] for _ in value.shape]}
+            out.ops.append(made)
+            return made.results
+        attr = ir.DenseElementsAttr(op.attributes["value"])
         if attr.is_splat:
             scalar = attr.get_splat_value().value
             made.attrs["splat"] = bool(scalar) if value.dtype == "i1" else scalar

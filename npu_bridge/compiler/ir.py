@@ -32,8 +32,10 @@ from typing import Any
 ELEMENT_BYTES = {
     "i1": 1, "i8": 1, "ui8": 1, "i16": 2, "ui16": 2, "i32": 4, "ui32": 4, "i64": 8, "ui64": 8,
     "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f8E4M3FN": 1, "f8E5M2": 1, "f8E4M3FNUZ": 1, "f8E5M2FNUZ": 1,
+    "complex<f32>": 8, "complex<f64>": 16,
 }  # fmt: skip
-FLOATS = frozenset(t for t in ELEMENT_BYTES if "f" in t)
+FLOATS = frozenset(t for t in ELEMENT_BYTES if "f" in t)  # complex numbers included
+COMPLEX = frozenset(t for t in ELEMENT_BYTES if t.startswith("complex"))
 FLOAT8 = frozenset(t for t in ELEMENT_BYTES if t.startswith("f8"))
 UNSIGNED = frozenset(t for t in ELEMENT_BYTES if t.startswith("ui"))
 

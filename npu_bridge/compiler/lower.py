@@ -16,7 +16,7 @@ import numpy as np
 from jaxlib.mlir import ir
 
 from npu_bridge import jaxcompat
-from npu_bridge.compiler import primitives
+from npu_bridge.compiler import linear_algebra, primitives
 from npu_bridge.compiler.codegen.contraction import MOST_SPATIAL_DIMS
 from npu_bridge.compiler.codegen.indexing import PHILOX
 from npu_bridge.errors import UnsupportedError
@@ -30,7 +30,6 @@ REFUSED = {
     "debug_print": "jax.debug.print runs on the host in the middle of a step; return the value from the step instead",
     "infeed": "host transfer inside a step; pass the data as an argument",
     "outfeed": "host transfer inside a step; return the data from the step",
-    "fft": "FFT is outside what the bridge lowers",
     "rng_uniform": "is not reproducible across devices; use jax.random",
     "pallas_call": "a Pallas kernel is written for one accelerator; use npu_bridge.ops or plain jax",
 }
@@ -38,7 +37,7 @@ _LINEAR_ALGEBRA = {"cholesky", "eig", "eigh", "geqrf", "householder_product", "l
                    "tridiagonal", "tridiagonal_solve", "hessenberg", "ormqr", "symmetric_product"}  # fmt: skip
 _DTYPES = {"bool": "i1", "int8": "i8", "int16": "i16", "int32": "i32", "int64": "i64", "uint8": "ui8", "uint16": "ui16",
            "uint32": "ui32", "uint64": "ui64", "float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64",
-           "float8_e4m3fn": "f8E4M3FN", "float8_e5m2": "f8E5M2", "float8_e4m3fnuz": "f8E4M3FNUZ", "float8_e5m2fnuz": "f8E5M2FNUZ"}  # fmt: skip
+           "complex64": "complex<f32>", "complex128": "complex<f64>", "float8_e4m3fn": "f8E4M3FN", "float8_e5m2": "f8E5M2", "float8_e4m3fnuz": "f8E4M3FNUZ", "float8_e5m2fnuz": "f8E5M2FNUZ"}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -79,8 +78,6 @@ def refused_dtype(dtype: Any, x64: bool) -> str | None:
     """Why arrays of a dtype cannot be lowered. Cached: a deep program asks some hundred thousand times about five dtypes."""
     if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jax.dtypes.float0:  # tangents of integers, which hold nothing
         return None
-    if np.issubdtype(dtype, np.complexfloating):
-        return "complex numbers are outside what the bridge lowers"
     name = np.dtype(dtype).name
     if name == "float64" and not x64:
         return "float64 found while jax_enable_x64 is off"
@@ -109,8 +106,10 @@ def check(jaxpr: Any, device: str = "cpu") -> list[str]:
         name = eqn.primitive.name
         if name in REFUSED:
             add(eqn, REFUSED[name])
-        elif name in _LINEAR_ALGEBRA:
-            add(eqn, "dense linear algebra is outside what the bridge lowers")
+        elif name in _LINEAR_ALGEBRA and (reason := linear_algebra.refused(name, eqn.params)) is not None:
+            add(eqn, reason)
+        elif device == "npu" and (name in _LINEAR_ALGEBRA or name == "fft"):
+            add(eqn, "torch_npu has no such operator; compute it outside the step")
         elif (reason := _refused_by_arguments(eqn) or _lost_placement(eqn, device)) is not None:
             add(eqn, reason)
         elif not jaxcompat.has_lowering(eqn.primitive):
@@ -120,6 +119,8 @@ def check(jaxpr: Any, device: str = "cpu") -> list[str]:
             shape = getattr(var.aval, "shape", ())
             if not all(isinstance(n, (int, np.integer)) for n in shape):
                 add(eqn, f"dynamic shape {shape}; the bridge needs every size fixed at compile time")
+            if device == "npu" and dtype is not None and jax.dtypes.issubdtype(dtype, np.complexfloating):
+                add(eqn, "complex numbers: torch_npu has next to no operators for them; keep real and imaginary parts apart")
             if dtype is not None and (reason := refused_dtype(dtype, jax.config.jax_enable_x64)) is not None:
                 add(eqn, reason)
     return list(problems)

@@ -148,6 +148,14 @@ def _rule_convolution(op: ir.Operation):
     return [fill(lhs, x, "x"), fill(rhs, k, "k")], [fill(out, y, "y")]
 
 
+def _rule_fft(op: ir.Operation):
+    """The dimensions that are transformed are whole."""
+    transformed = len(list(op.attributes["fft_length"]))
+    x, y = _shape(op.operands[0]), _shape(op.results[0])
+    side = lambda shape, kind: [(f"d{d}" if d < len(shape) - transformed else f"whole_{kind}{d}",) for d in range(len(shape))]
+    return [side(x, "x")], [side(y, "y")]
+
+
 _NEUTRAL = {"add": (0,), "multiply": (1,), "maximum": None, "minimum": None, "or": (0,), "and": None}
 
 
@@ -160,7 +168,10 @@ def _rule_reduce(op: ir.Operation):
     logic = body[0] in ("or", "and") and str(ir.RankedTensorType(op.results[0].type).element_type) != "i1"
     if count == 1 and len(body) == 2 and body[0] in _NEUTRAL and known and not logic:
         wanted = _NEUTRAL[body[0]]
-        value = ir.DenseElementsAttr(start.attributes["value"]).get_splat_value().value
+        if "complex" in str(op.results[0].type):
+            value = 0 if "(0.000000e+00,0.000000e+00)" in str(start) else None
+        else:
+            value = ir.DenseElementsAttr(start.attributes["value"]).get_splat_value().value
         if wanted is None or value in wanted:
             return None
     gone = list(op.attributes["dimensions"])
@@ -180,6 +191,7 @@ _STRICT: dict[str, Callable] = {
     "stablehlo.select_and_scatter": _rule_select_and_scatter,
     "stablehlo.convolution": _rule_convolution,
     "stablehlo.reduce": _rule_reduce,
+    "stablehlo.fft": _rule_fft,
     "stablehlo.rng_bit_generator": _rule_replicated,
 }
 

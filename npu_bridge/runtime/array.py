@@ -34,6 +34,8 @@ def storage_dtype(dtype: Any) -> torch.dtype:
 def to_numpy(x: torch.Tensor, dtype: Any) -> np.ndarray:
     """A host copy (no copy for a CPU tensor) with the array's own dtype."""
     x = x.detach().cpu()
+    if x.is_complex() or x.is_neg():
+        x = x.resolve_conj().resolve_neg()
     if x.dtype in _AS_BITS:
         bits, named = _AS_BITS[x.dtype]
         return x.contiguous().view(bits).numpy().view(named)

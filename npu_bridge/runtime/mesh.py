@@ -230,7 +230,9 @@ class Runtime:
         return self._named(what, self._calls, x, axes)
 
     def _carried(self, x: torch.Tensor) -> torch.Tensor:
-        """A form the transport knows: bool and 8-bit floats travel as bytes."""
+        """A form the transport knows: bool and 8-bit floats travel as bytes, complex numbers as the bits of an integer."""
+        if x.is_complex():
+            return x.contiguous().view(torch.int64)
         return x.contiguous().view(torch.uint8) if x.dtype == torch.bool or x.dtype.itemsize == 1 and x.is_floating_point() else x.contiguous()
 
     # -- collectives ----------------------------------------------------------------------------------------------------
@@ -239,6 +241,9 @@ class Runtime:
         """Combines `x` over the group; may overwrite `x`."""
         group, members = self._members[axes]
         if len(members) == 1:
+            return x
+        if x.is_complex():
+            self.all_reduce(torch.view_as_real(x), axes, kind)
             return x
         y = self._carried(x)
         with self._counted("all_reduce", x, axes):

@@ -128,7 +128,7 @@ def reduce_window(
 ) -> torch.Tensor:
     rank = x.dim()
     # What is padded takes no part: it is filled with what changes nothing, and the start comes in once.
-    limits = (-math.inf, math.inf) if x.dtype.is_floating_point else (torch.iinfo(x.dtype).min, torch.iinfo(x.dtype).max)
+    limits = (-math.inf, math.inf) if x.dtype.is_floating_point or x.is_complex() else (torch.iinfo(x.dtype).min, torch.iinfo(x.dtype).max)
     neutral = {"add": 0, "multiply": 1, "maximum": limits[0], "minimum": limits[1]}[kind]
     view = _windows(x, torch.full((), neutral, dtype=x.dtype, device=x.device), window, strides, base_dilations, window_dilations, padding)
     dims = [rank + d for d in range(rank) if window[d] > 1]
@@ -254,7 +254,8 @@ def math_top_k(x: torch.Tensor, *, k: int, axis: int, unsigned: bool):
 def math_sort(*operands: torch.Tensor, axis: int, keys: int, unsigned: Sequence[bool]):
     """Stable sort of all operands by the first `keys` of them: the last key first, each pass stable."""
     order = None
-    for key, flip in reversed(list(zip(operands[:keys], unsigned))):
+    parts = [(part, flip) for key, flip in zip(operands[:keys], unsigned) for part in ((key.real, key.imag) if key.is_complex() else (key,))]
+    for key, flip in reversed(parts):
         key = unsigned_order(key) if flip else key
         current = key if order is None else key.gather(axis, order)
         step = torch.sort(current, dim=axis, stable=True).indices

@@ -30,6 +30,15 @@ from npu_bridge.runtime.arithmetic import (
     zeta,
 )
 from npu_bridge.runtime.index_ops import add_at, dynamic_slice, dynamic_update_slice, gather, pad, pick, scatter_, take, write
+from npu_bridge.runtime.linear_algebra import (
+    math_cholesky,
+    math_eig,
+    math_eigh,
+    math_lu,
+    math_qr,
+    math_svd,
+    math_triangular_solve,
+)
 from npu_bridge.runtime.masks import math_attention_mask
 from npu_bridge.runtime.random_bits import math_threefry2x32, rng_bit_generator
 from npu_bridge.runtime.reductions import (

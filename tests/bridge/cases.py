@@ -117,6 +117,32 @@ def _numbers(x):
 
 case("arithmetic on numbers", _numbers, X, rtol=1e-5)
 
+
+def _complex(x, y):
+    z, constant = lax.complex(x, y), np.arange(8, dtype=np.complex64) * (1 - 2j)
+    moved = jnp.where(x > 0, z, 1j) + jnp.concatenate([z[2:], z[:2]]) + jnp.pad(z[:, 1:], ((0, 0), (1, 0)))
+    looped = lax.fori_loop(0, 2, lambda i, c: c * 0.5j + z + i, z)
+    return jnp.abs(z * jnp.exp(z) / (2 + 1j) + constant), (z @ z.T).real, jnp.angle(moved), jnp.conj(looped).imag.sum(0), jnp.real(x) + jnp.imag(x)
+
+
+case("complex numbers", _complex, X, Y, rtol=1e-4, atol=1e-4)
+case("sort complex numbers", lambda x, y: (jnp.sort(lax.complex(jnp.round(x), y), 1), lax.complex(x, y) == lax.complex(y, x), jnp.sign(lax.complex(x, y))), X, Y, grad=False)
+case("fft", lambda x, y: (jnp.abs(jnp.fft.fft2(x)), jnp.fft.irfft(jnp.fft.rfft(x) * jnp.fft.rfft(y)), jnp.fft.ifft(lax.complex(x, y)).real), X, Y, rtol=1e-4, atol=1e-4)
+
+
+def _factors(a):
+    """Factorisations of a batch of matrices. Signs of vectors are free: only what they do not change is compared."""
+    s = a @ a.mT + 4 * jnp.eye(4)
+    q, r = jnp.linalg.qr(a)
+    u, sizes, v = jnp.linalg.svd(a, full_matrices=False)
+    values, vectors = jnp.linalg.eigh(s)
+    return jnp.linalg.cholesky(s), jnp.linalg.solve(s, a), q @ r, jnp.abs(r), u * sizes[:, None] @ v, values, vectors * values[:, None] @ vectors.mT, jnp.linalg.slogdet(s)[1]
+
+
+SQUARE = f32(4, 4, 4) + 2 * np.eye(4, dtype=np.float32)
+case("factorisations of matrices", _factors, SQUARE, rtol=1e-3, atol=1e-3)
+case("eigenvalues of any matrix", lambda a: (jnp.sort(jnp.linalg.eigvals(a), 1), jnp.linalg.svd(a, compute_uv=False)), SQUARE, grad=False, rtol=1e-3, atol=1e-3)
+
 # ---- shapes ---------------------------------------------------------------------------------------------------------------
 case("reshape, transpose", lambda x: jnp.transpose(x.reshape(4, 2, 4), (2, 0, 1)) * 2, X)
 case("broadcast", lambda x: jnp.broadcast_to(x[:, None, :], (4, 3, 8)) + lax.broadcast_in_dim(x[:, 0], (2, 4), (1,)).sum(), X)

@@ -57,7 +57,7 @@ def assert_close(want, got, rtol: float, atol: float, what: str) -> None:
         if a.dtype.kind in "iub":
             assert np.array_equal(a, b), f"{what}[{n}]: {int((a != b).sum())} of {a.size} integers differ, first {a[a != b][:3]} {b[a != b][:3]}"
         else:
-            x, y = a.astype(np.float64), b.astype(np.float64)
+            x, y = (v.astype(np.complex128 if v.dtype.kind == "c" else np.float64) for v in (a, b))
             with np.errstate(invalid="ignore"):
                 worst = np.nanmax(np.abs(x - y), initial=0.0)
             assert np.allclose(x, y, rtol=rtol, atol=atol, equal_nan=True), f"{what}[{n}]: largest difference {worst:.3g} (rtol {rtol}, atol {atol})"
@@ -134,7 +134,8 @@ def _run(job: dict[str, Any], flat: list[np.ndarray]) -> Any:
     program = LoadedProgram(source.text, source.constants, [k["name"] for k in source.kernels], runtime, job["name"], source.host_arguments)
     def place(arrays):
         return [
-            shard(to_torch(arrays[i], _dtype(job["in_dtypes"][i])), layout, runtime).contiguous() for i, layout in zip(job["kept"], job["args"])
+            shard(to_torch(arrays[i].copy(), _dtype(job["in_dtypes"][i])), layout, runtime).contiguous()  # a program may overwrite what is donated
+            for i, layout in zip(job["kept"], job["args"])
         ]
     if "batches" in job:
         return _steps(job, program, place(flat), runtime)

@@ -23,13 +23,12 @@ def test_all_problems_of_a_program_come_in_one_error_with_their_lines():
     def step(x):
         jax.debug.print("{}", x.sum())
         y = jax.pure_callback(lambda v: v, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
-        z = jnp.fft.fft(y).real
-        return jnp.linalg.cholesky(z @ z.T)
+        return jax.lax.linalg.hessenberg(y @ y.T)
 
     text = _refused(step, X)
-    for word in ("debug", "pure_callback", "fft", "cholesky", "complex numbers"):
+    for word in ("debug", "pure_callback", "hessenberg"):
         assert word in text, text
-    assert text.count("test_refusals.py:") >= 4, text
+    assert text.count("test_refusals.py:") >= 3, text
     assert "problems found" in text.splitlines()[0]
 
 
@@ -44,6 +43,13 @@ def test_uses_that_torch_has_no_form_for_are_refused_with_everything_else():
     for words in ("3 problems found", "4 spatial dimensions; torch has convolutions over up to 3", "algorithm THREE_FRY has no torch form"):
         assert words in text, text
     assert text.count("test_refusals.py:") == 3, text
+
+
+def test_what_torch_npu_has_no_operators_for_is_refused_there():
+    step = lambda x: jnp.linalg.cholesky(jnp.fft.fft(x).real @ x.T)
+    text = _refused(step, X, device="npu")
+    assert all(word in text for word in ("fft", "cholesky", "torch_npu has no such operator", "complex numbers")), text
+    npu_bridge.jit(step).lower(X)
 
 
 def test_a_problem_inside_a_scan_is_found():
@@ -65,7 +71,7 @@ def test_64_bit_arguments_are_taken_as_32_bits_as_in_jax_without_x64():
 
 
 def test_several_bad_arguments_are_named_together():
-    text = _refused(lambda d, n: n, {"a": np.ones(4, np.complex64), "b": "text", "c": object()}, 3)
+    text = _refused(lambda d, n: n, {"a": np.array(["x"]), "b": "text", "c": object()}, 3)
     assert "3 problems found" in text and "['b']: str is no array" in text and "static_argnums" in text
 
 

@@ -155,6 +155,18 @@ def reduce_window(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
     return list(e.emit_many(code + ("[0]" if count == 1 else ""), [*xs, *inits], [r.type for r in op.results], kind="reduce_window"))
 
 
+_FFT = {"FFT": "fftn", "IFFT": "ifftn", "RFFT": "rfftn", "IRFFT": "irfftn"}
+
+
+@lowering("fft")
+def fft(e: Emitter, op: Op, args: list[Operand]) -> Operand:
+    """Over the last dimensions, one for each length."""
+    x, lengths = e.tensor(args[0]), tuple(op.attrs["fft_length"])
+    sizes = f", s={lengths}" if op.attrs["fft_type"] == "IRFFT" else ""
+    code = f"torch.fft.{_FFT[op.attrs['fft_type']]}({x.name}{sizes}, dim={tuple(range(-len(lengths), 0))})"
+    return e.emit(code, [x], op.result.type, kind="fft")
+
+
 @lowering("select_and_scatter")
 def select_and_scatter(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     """The gradient of max pooling (and min pooling): each window's source goes to its selected element."""

@@ -10,7 +10,7 @@ import numpy as np
 from npu_bridge.compiler.codegen.branches import branches
 from npu_bridge.compiler.codegen.emitter import Emitter, lowering
 from npu_bridge.compiler.codegen.operands import BIT_UNSIGNED, BITS, HostInt, HostTable, Literal, Operand, Tensor, torch_dtype
-from npu_bridge.compiler.ir import FLOAT8, FLOATS, UNSIGNED, Op, Type
+from npu_bridge.compiler.ir import COMPLEX, FLOAT8, FLOATS, UNSIGNED, Op, Type
 
 _NUMPY = {"i1": np.bool_, "i8": np.int8, "ui8": np.uint8, "i16": np.int16, "ui16": np.uint16, "i32": np.int32, "ui32": np.uint32,
           "i64": np.int64, "ui64": np.uint64, "f16": np.float16, "bf16": ml_dtypes.bfloat16, "f32": np.float32, "f64": np.float64}  # fmt: skip
@@ -189,6 +189,8 @@ def unary(e: Emitter, op: Op, args: list[Operand]) -> Operand:
         return known
     x = e.tensor(args[0])
     method = _UNARY[op.name]
+    if op.name == "abs" and x.type.dtype in COMPLEX:
+        return e.emit(f"{x.name}.abs()", [x], op.result.type, kind="abs")
     if op.name == "abs" and x.type.dtype in BIT_UNSIGNED:
         return x
     inplace = [(x, f"{x.name}.{method}_()")] if x.type == op.result.type else []
@@ -212,6 +214,8 @@ def logical_not(e: Emitter, op: Op, args: list[Operand]) -> Operand:
 @lowering("sign")
 def sign(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     x = e.tensor(args[0])
+    if x.type.dtype in COMPLEX:
+        return e.emit(f"torch.sgn({x.name})", [x], op.result.type, kind="sign")
     if x.type.dtype in FLOATS:  # torch.sign gives 0 for NaN, XLA gives NaN
         return e.emit(f"T.sign({x.name})", [x], op.result.type, kind="sign")
     code = f"({x.name} != 0).to({torch_dtype(x.type.dtype)})" if x.type.dtype in BIT_UNSIGNED else f"torch.sign({x.name})"
@@ -224,6 +228,21 @@ def is_finite(e: Emitter, op: Op, args: list[Operand]) -> Operand:
         return known
     x = e.tensor(args[0])
     return e.emit(f"torch.isfinite({x.name})", [x], op.result.type, kind="is_finite")
+
+
+@lowering("complex")
+def complex_(e: Emitter, op: Op, args: list[Operand]) -> Operand:
+    x, y = (e.tensor(a) for a in args)
+    return e.emit(f"torch.complex({x.name}, {y.name})", [x, y], op.result.type, kind="complex")
+
+
+@lowering("real", "imag")
+def part(e: Emitter, op: Op, args: list[Operand]) -> Operand:
+    """One of the two numbers: a view. The real part of a real number is itself, its imaginary part is zero."""
+    x = e.tensor(args[0])
+    if x.type.dtype not in COMPLEX:
+        return x if op.name == "real" else Literal(0.0, op.result.type)
+    return e.emit(f"{x.name}.{op.name}", [x], op.result.type, alias=x, kind=op.name)
 
 
 @lowering("reduce_precision")
@@ -242,7 +261,7 @@ def reduce_precision(e: Emitter, op: Op, args: list[Operand]) -> Operand:
 
 
 def _is_number(operand: Operand, value: float) -> bool:
-    return isinstance(operand, Literal) and operand.value == value and not (value == 0 and math.copysign(1, float(operand.value)) < 0)
+    return isinstance(operand, Literal) and operand.value == value and not isinstance(operand.value, complex) and not (value == 0 and math.copysign(1, float(operand.value)) < 0)
 
 
 @lowering("add", "subtract", "multiply", "and", "or", "xor")
@@ -454,6 +473,8 @@ def convert(e: Emitter, op: Op, args: list[Operand]) -> Operand:
         code = f"T.widen_unsigned({x.name}, {BITS[source]}).to({torch_dtype(target)})"
     elif source in BITS and target in BITS and torch_dtype(source) == torch_dtype(target):
         return e.emit(x.name, [x], op.result.type, alias=x, kind="convert")  # the same bits read with another sign
+    elif source in COMPLEX and target not in COMPLEX:
+        code = f"{x.name}.real.to({torch_dtype(target)}, copy=True)"
     elif source in FLOATS and target not in FLOATS:
         code = f"T.float_to_integer({x.name}, {torch_dtype(target)}, {target in BIT_UNSIGNED})"
     else:

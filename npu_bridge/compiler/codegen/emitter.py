@@ -149,7 +149,7 @@ class Emitter:
                 value = f"rt.wrap({operand.code}, {BITS[operand.type.dtype]}, False)"  # stored as signed bits
             return self.emit(f"torch.full({shape}, {value}, dtype={dtype}, device=rt.device)", [], operand.type, kind="fill")
         value = literal_code(operand.value, operand.type.dtype)
-        zero = operand.value == 0 and math.copysign(1, operand.value) > 0
+        zero = operand.value == 0 and not isinstance(operand.value, complex) and math.copysign(1, operand.value) > 0
         fill = f"torch.zeros({shape}, " if zero else f"torch.full({shape}, {value}, "
         if dtype.startswith("torch.float8"):
             return self.emit(f"{fill}dtype=torch.float32, device=rt.device).to({dtype})", [], operand.type, kind="fill")

@@ -9,7 +9,7 @@ from npu_bridge.compiler.codegen.branches import bounds_of, host_code
 from npu_bridge.compiler.codegen.emitter import LARGEST_TABLE, Emitter, lowering
 from npu_bridge.compiler.codegen.operands import BIT_UNSIGNED, BITS, HostInt, HostTable, Literal, Operand, Tensor, literal_code, torch_dtype
 from npu_bridge.compiler.codegen.program import Assign
-from npu_bridge.compiler.ir import FLOATS, Op, Type
+from npu_bridge.compiler.ir import COMPLEX, FLOATS, Op, Type
 
 
 @lowering("constant")
@@ -161,7 +161,7 @@ def reverse(e: Emitter, op: Op, args: list[Operand]) -> Operand:
 def pad(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     x, fill = e.tensor(args[0]), args[1]
     low, high, inner = (op.attrs[k] for k in ("edge_padding_low", "edge_padding_high", "interior_padding"))
-    if isinstance(fill, Literal) and not any(inner) and min(*low, *high, 0) >= 0:
+    if isinstance(fill, Literal) and fill.type.dtype not in COMPLEX and not any(inner) and min(*low, *high, 0) >= 0:
         pads = tuple(n for d in reversed(range(len(low))) for n in (low[d], high[d]))
         while len(pads) > 2 and pads[-2:] == (0, 0):
             pads = pads[:-2]
