@@ -1,11 +1,11 @@
-"""Measure this project beside what one would use instead.
+"""Measure this project against the alternatives.
 
     python -m benchmarks list
     python -m benchmarks run [--suite cpu|gpu|npu-emulated] [--quick] [--one-core] [--only CASE,...] [--out DIR]
     python -m benchmarks compare A.json B.json
 
-Each case runs in its own process with a fixed number of threads for every side. A run prints one table and leaves a dated
-JSON file and an HTML page.
+Each case runs in its own process, with the same number of threads for every side. A run prints a table and writes a dated JSON
+file and an HTML page.
 """
 
 from __future__ import annotations

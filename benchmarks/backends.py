@@ -1,10 +1,11 @@
-"""`python -m benchmarks.backends --config configs/smoke.yaml --out FOLDER`: how far npu_bridge trains from XLA, with XLA against
-itself on several devices as the control.
+"""Compare training through npu_bridge with XLA: `python -m benchmarks.backends --config configs/smoke.yaml --out FOLDER`.
+
+XLA against itself on several devices is the control.
 
 All runs start from the same weights and see the same batches. In float32: XLA on one device (the reference), XLA on 2 x 2 devices
-(the control: another order of additions, nothing else), the bridge in one process and in 2 x 2 (fsdp x tensor). In bfloat16: the
-bridge against XLA, beside both against XLA in float32. A largest difference of a few losses is a matter of luck: `--seeds 0 1 2` trains
-from other weights on other batches and gives the mean over them with the least and the most.
+(the control: only the order of additions differs), the bridge in one process and in 2 x 2 (fsdp x tensor). In bfloat16: the
+bridge against XLA, beside both against XLA in float32. The largest difference of a few losses is noisy: `--seeds 0 1 2` trains
+from other weights on other batches and reports mean, minimum and maximum over them.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ PAIRS = (
 
 
 def measure(config_path: str, overrides: Sequence[str], steps: int, out: Path, names: Sequence[str]) -> dict:
-    """Train every named run that is not there yet and return the distance of each pair that is complete."""
+    """Train every named run that is missing and return the distance of each complete pair."""
     out.mkdir(parents=True, exist_ok=True)
     def load(name):
         return config_loader.load(config_path, ["model.matmul_precision=default", *overrides, *RUNS[name].overrides])

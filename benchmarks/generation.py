@@ -2,11 +2,10 @@
 
     python -m benchmarks.generation [--requests 16] [--new-tokens 64] [--repeats 3]
 
-Both sides are warmed up, read the same images and prompts of mixed length, and answer every request to its own length (end
-tokens ignored); that their tokens are the same is checked before anything is timed. Tokens a second counts the tokens asked for
-over the whole call, reading of prompts included. The figure of interest is the ratio, measured in turns in one run. On a machine
-that others use too, the ratio of processor times says more: with --one-core both sides get one core and one thread, so that no
-thread burns time while it waits for another. Both sides run under glibc's settings for large pages (`mindvl_jax/core/host_memory.py`).
+Both sides are warmed up, get the same images and prompts of mixed length, and answer every request to its own length (end
+tokens ignored). Their tokens are checked to be equal before timing. Tokens a second counts the requested tokens over the whole
+call, prefill included. Compare the ratio, measured alternately in one run. On a shared machine use the ratio of processor times:
+with --one-core both sides get one core and one thread, so that no thread spins while it waits for another. Both sides run under glibc's settings for large pages (`mindvl_jax/core/host_memory.py`).
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def requests_of(count: int, new_tokens: int):
         own = [Image.fromarray(random.integers(0, 256, (*random.integers(56, 112, 2), 3), np.uint8)) for _ in range(index % 3)]
         text = " ".join(random.choice(WORDS.split(), random.integers(3, 30)))
         pictures.append(own)
-        # Mixed lengths of answers as users give them: padding makes everybody wait for the longest.
+        # Mixed answer lengths, as in real use: with padding every answer waits for the longest.
         length = int(random.integers(new_tokens // 4, new_tokens + 1))
         requests.append(Request.from_prompt(text, own, id=str(index), sampling=Sampling(max_new_tokens=length, ignore_eos=True)))
     return requests, pictures
@@ -109,7 +108,7 @@ def main() -> None:
         if different:
             raise AssertionError(f"the greedy answers {different} are not transformers': the sides do not do the same work")
         wall, processor = {name: [] for name in sides}, {name: [] for name in sides}
-        for _ in range(args.repeats):  # in turns, so that a busy machine slows both
+        for _ in range(args.repeats):  # alternate, so that other load slows both
             for name, side in sides.items():
                 started, used = time.perf_counter(), time.process_time()
                 side()

@@ -1,6 +1,6 @@
-"""The model written by hand in torch, as one would for one device: torch's own fused calls, masks made once, no framework between.
+"""The model written by hand in torch for one device: torch's fused calls, masks computed once, no framework.
 
-It reads our parameters by path and computes on the packed batch, so that the bridge is measured against what it replaces.
+It reads our parameters by path and computes on the packed batch: the code that the bridge replaces.
 B rows, T tokens, P patches, N query heads, K key/value heads, H head dim, D width, V vocabulary.
 """
 
@@ -92,7 +92,7 @@ class Handwritten:
 
 
 def _same(ids_BT: torch.Tensor) -> torch.Tensor:
-    """(B, 1, T, T) bool; padding sees itself, because a softmax over nothing is NaN."""
+    """Segment mask (B, 1, T, T); padding attends to itself, because an empty softmax is NaN."""
     same = (ids_BT[:, :, None] == ids_BT[:, None, :]) & (ids_BT[:, :, None] > 0)
     return (same | torch.eye(ids_BT.shape[1], dtype=torch.bool, device=ids_BT.device))[:, None]
 
@@ -116,7 +116,7 @@ def _text_tables(positions_B3T, head_dim: int, theta: float, sections):
 
 
 def _vision_tables(positions_BP2, head_dim: int, theta: float):
-    """The first half of the angles is the height's, the second the width's."""
+    """Rotary tables of the vision tower: the first half of the angles is for the height, the second for the width."""
     frequencies = theta ** -(torch.arange(0, head_dim // 2, 2, device=positions_BP2.device).float() / (head_dim // 2))
     return _tables((positions_BP2[..., None].float() * frequencies).flatten(2))
 
@@ -128,7 +128,7 @@ def _normalised(patches, config: VisionConfig) -> torch.Tensor:
 
 
 def trainer(model: Handwritten, *, learning_rate: float, weight_decay: float, config: OptimizerConfig) -> Callable[[], tuple[float, float]]:
-    """One step as a function -> (loss before the update, gradient norm)."""
+    """Return a function that runs one step and returns (loss before the update, gradient norm)."""
     plain = [value for path, value in model.parameters.items() if path.endswith(("scale", "bias"))]
     decayed = [value for path, value in model.parameters.items() if not path.endswith(("scale", "bias"))]
     optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=weight_decay), dict(params=plain, weight_decay=0.0)], lr=learning_rate, betas=(config.b1, config.b2),

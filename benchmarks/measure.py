@@ -1,4 +1,4 @@
-"""Interleaved timing: sides take turns, so that whatever else the machine does falls on all of them alike."""
+"""Interleaved timing: sides alternate, so that other load on the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Side:
     """One way to do the work.
 
     Attributes:
-      run: does it once and returns when it is done (a device must have finished).
-      work: how much one call does, by unit: {"tokens": 2048, "samples": 12}.
-      facts: what else is known of it, by name with its unit in the name ("compile s").
+      run: runs the work once and blocks until the device has finished.
+      work: amount of work of one call, by unit: {"tokens": 2048, "samples": 12}.
+      facts: other figures, with the unit in the name ("compile s").
       size: instead of `run` and `work`, in comparisons of sizes: the measured size.
     """
 
@@ -37,7 +37,7 @@ class Comparison:
 
     Attributes:
       unit: of the ratio; every side's `work` has it. In a comparison of sizes, the unit of the sizes (smaller is better).
-      checked: what was compared before any timing, so that the sides are known to do the same ({"loss difference": 3e-6}).
+      checked: results of the comparison made before timing, which shows that the sides do the same work ({"loss difference": 3e-6}).
       bars: side -> ratio wanted of the first side against it.
       clock: wall time, or processor time of the whole process (for work that is measured a core).
       bound: seconds below which this machine cannot do the work (its measured matmul peak and copy bandwidth), where known.
@@ -67,20 +67,20 @@ class Comparison:
 
 def interleave(sides: Sequence[Side], *, seconds: float, least: int, warm_up: int = 1, clock: Callable[[], float] = time.perf_counter,
                most: int = 300) -> dict[str, list[float]]:
-    """Times of each side, by name: round after round every side once, in an order that rotates.
+    """Time each side once in every round, in rotating order. Returns the times by name.
 
     Args:
-      seconds: wanted measuring time of a side; rounds go on until the slowest side has had it. least, most: bounds of the rounds.
-      warm_up: rounds before, whose times are dropped.
+      seconds: wanted measuring time of a side; rounds continue until the slowest side has had it. least, most: bounds on the rounds.
+      warm_up: untimed rounds before.
     """
     for _ in range(warm_up):
         for side in sides:
             side.run()
     times: dict[str, list[float]] = {side.name: [] for side in sides}
     enabled = gc.isenabled()
-    gc.disable()  # a collection inside one side's turn would be counted against it
+    gc.disable()  # a garbage collection during one side would count against it
     gc.collect()
-    gc.freeze()  # what the libraries hold is not walked between rounds: that takes a quarter of a second each time
+    gc.freeze()  # exclude the libraries' objects from collection between rounds: walking them takes a quarter of a second
     try:
         spent, round_number = 0.0, 0
         while round_number < least or (spent < seconds and round_number < most):
@@ -103,7 +103,7 @@ def interleave(sides: Sequence[Side], *, seconds: float, least: int, warm_up: in
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """How many times the first side's rate is another's: median and 95 % interval."""
+    """Ratio of the first side's rate to another's: median and 95 % interval."""
 
     against: str
     value: float
@@ -113,8 +113,7 @@ class Ratio:
 
 def rate_ratio(ours: Sequence[float], theirs: Sequence[float], *, our_work: float, their_work: float, against: str, draws: int = 4000,
                seed: int = 0) -> Ratio:
-    """Ratio of median rates. The interval is a bootstrap over rounds: a round's times are drawn together, because they share what the
-    machine did meanwhile."""
+    """Ratio of median rates. The interval is a bootstrap over whole rounds, because the times of a round share the machine's load."""
     a, b = np.asarray(ours, float), np.asarray(theirs, float)
     if a.shape != b.shape:
         raise ValueError(f"{len(a)} rounds of ours and {len(b)} of {against}: not measured together")
@@ -126,14 +125,14 @@ def rate_ratio(ours: Sequence[float], theirs: Sequence[float], *, our_work: floa
 
 
 def _times(other: float, own: float) -> float:
-    """other / own, where nothing against nothing is 1 (counts may be 0)."""
+    """other / own; 0 / 0 is 1 (counts may be 0)."""
     if own:
         return other / own
     return float("inf") if other else 1.0
 
 
 def measure(comparison: Comparison, *, seconds: float, least: int) -> dict[str, Any]:
-    """The comparison's record: plain data, as it is stored."""
+    """Measure a comparison. Returns its record as plain data, as it is stored."""
     first, *others = comparison.sides
     common = dict(name=comparison.name, unit=comparison.unit, clock=comparison.clock, checked=comparison.checked, note=comparison.note, of_sizes=comparison.of_sizes)
     if comparison.of_sizes:

@@ -17,7 +17,7 @@ def anonymous_bytes() -> int:
     """Memory of this process that is not mapped from files.
 
     Raises:
-      RuntimeError: the system does not say (Linux does).
+      RuntimeError: the system does not report it (Linux does).
     """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
@@ -26,7 +26,7 @@ def anonymous_bytes() -> int:
 
 
 def trim() -> None:
-    """Return freed memory back to the system, so that what was used before is not counted."""
+    """Return freed memory to the system, so that earlier use is not counted."""
     with contextlib.suppress(OSError, AttributeError):  # another C library: its figures then include what it keeps
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
@@ -52,13 +52,13 @@ class Peak:
 
 
 def in_own_process(probe: str, **arguments) -> Any:
-    """What `probe` returns, run in a fresh process.
+    """Run `probe` in a new process and return its result.
 
     Args:
       probe: "module:function"; the function takes `arguments` and returns plain data.
 
     Raises:
-      RuntimeError: with the process's last words.
+      RuntimeError: with the end of the process's output.
     """
     code = "import importlib, json, sys; module, name = sys.argv[1].split(':'); print(json.dumps(getattr(importlib.import_module(module), name)(**json.loads(sys.argv[2]))))"
     root = Path(__file__).resolve().parents[1]

@@ -3,8 +3,8 @@
     .venv-npu/bin/python -m npu_bridge.emulator --no-execute --memory 64GiB -- python -m benchmarks.npu bridge 2 4
 
 A slice of MindVL-8B (layers of the decoder, blocks of the tower, one row of 4,096 tokens and 8,192 patches, remat full, bfloat16 over
-float32 masters): through the bridge, or as an engineer writes it for torch_npu. Counted are kernels, waits and copies of one step and
-the peak of torch_npu's own allocator. Host time is this processor's; nothing here is a speed of an NPU.
+float32 masters): through the bridge, or written by hand for torch_npu. Counts kernels, synchronisations and copies of one step, and
+the peak of torch_npu's allocator. Host time is that of this processor; nothing here is the speed of an NPU.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def batch_of(model):
 
 
 def through_bridge(model) -> tuple[Callable[[], Any], Facts]:
-    """The trainer's step as the bridge's program over tensors that nobody writes."""
+    """Run the trainer's step as the bridge's program over uninitialised tensors."""
     import jax
     import torch
 
@@ -139,7 +139,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     step, facts = SIDES[args.side](slice_of(args.layers, args.blocks))
-    for _ in range(2):  # the first step allocates what stays; the optimizer makes its moments in it
+    for _ in range(2):  # the first step allocates persistent memory, such as the optimizer's moments
         step()
     torch.npu.synchronize()
     torch.npu.reset_peak_memory_stats()

@@ -42,7 +42,7 @@ class Step:
         self.outline = outline_of(config)
         self._on_xla = bridge is None
         parameters = initial_params(self.outline, mesh, seed=0) if parameters is None else parameters
-        # Copies: the step donates its state, and `parameters` are the twin's too.
+        # Copy: the step donates its state, and the twin uses `parameters` too.
         self.state = start_phase(jax.tree.map(lambda x: x.copy(), parameters), list(self.outline.shapes), [], mesh)
         shape = BatchShape(rows=batch.tokens.shape[0], tokens=batch.tokens.shape[1], patches=batch.patches.shape[1], samples=batch.segment_lengths.shape[1],
                            images=batch.image_lengths.shape[1], windows=batch.window_lengths.shape[1], patch_dim=batch.patches.shape[2])
@@ -64,16 +64,16 @@ class Step:
         self.compile_seconds = time.perf_counter() - start
 
     def __call__(self) -> tuple[float, float]:
-        """One step -> (loss before the update, gradient norm)."""
+        """Run one step. Returns (loss before the update, gradient norm)."""
         self.state, metrics = self.program(self.state, self.batch, np.float32(LEARNING_RATE))
         if self._on_xla:
             jax.block_until_ready(self.state)
-        # Reading a number waits for the step of the bridge, too: its programs run in order.
+        # Reading a number also waits for the bridge: its programs run in order.
         return float(metrics["loss"]), float(metrics["grad_norm"])
 
 
 def _through_bridge(function: Callable, *, in_shardings, out_shardings, donate_argnums: tuple[int, ...] = (), device: str) -> Callable:
-    """`make_programs` compiles by this: one device, so that no sharding says anything."""
+    """Compile function for `make_programs` on one device; shardings are ignored."""
     import npu_bridge
 
     return npu_bridge.jit(function, donate_argnums=donate_argnums, device=device)
@@ -84,14 +84,14 @@ def initial(config: MindVLConfig) -> Params:
 
 
 def agree(ours: Callable[[], tuple[float, float]], others: dict[str, Callable[[], tuple[float, float]]], *, tolerance: float, steps: int = 2) -> dict[str, float]:
-    """Run the first steps of every side and refuse to go on unless they compute the same.
+    """Run the first steps of every side and raise unless they agree.
 
-    Both the loss and the gradient norm are compared, and the loss again after the update, which the whole backward pass and AdamW made.
+    Compares loss and gradient norm, and the loss after the update, which depends on the whole backward pass and AdamW.
 
     Returns:
       Largest relative difference of losses and of gradient norms.
     Raises:
-      AssertionError: which side differs in what, by how much.
+      AssertionError: names the side, the quantity and the difference.
     """
     mine = [ours() for _ in range(steps)]
     worst = {"loss difference": 0.0, "gradient norm difference": 0.0}

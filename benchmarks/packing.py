@@ -23,7 +23,7 @@ from mindvl_jax.data.packing.rows import Budgets, plan_rows
 from mindvl_jax.models.vision_language.collate import visual_budgets
 from mindvl_jax.models.vision_language.work import PATCHES, TOKENS, WorkModel
 
-# Multiply-adds of Qwen2.5-VL-7B (its published sizes): what decides which rows are heavy.
+# Multiply-adds of Qwen2.5-VL-7B (published sizes), which determine the work of a row.
 WORK = WorkModel(token=28 * 233_046_016 / 1.0 + 3584 * 152064, token_pair=28 * 3584, patch=32 * (4 * 1280**2 + 3 * 1280 * 3420) + 28 * 2 * 1280 * 64, patch_pair=4 * 2 * 1280)
 
 # Patch places a row over what a row of the mean mixture needs: rows that are full of tokens differ in patches.
@@ -82,7 +82,7 @@ def table(samples: list[tuple[int, list[int]]]) -> tuple[np.ndarray, np.ndarray]
 
 
 def measure(method, mix: str, rows: int, batches: int, buffer: int, seed: int = 0) -> dict[str, float]:
-    """Run `batches` batches of `rows` rows through a packing method with refilled look-ahead, and average."""
+    """Pack `batches` batches of `rows` rows with a refilled look-ahead buffer, and average the figures."""
     draw, tokens = MIXES[mix]
     rng = np.random.default_rng(seed)
     probe, _ = table([draw(np.random.default_rng(10**6 + k)) for k in range(2000)])
@@ -113,7 +113,7 @@ def measure(method, mix: str, rows: int, batches: int, buffer: int, seed: int = 
         balance.append(work.max(0) / work.mean(0))
         ages = [age for index, age in enumerate(ages) if index not in used]
         waiting = [sample for index, sample in enumerate(waiting) if index not in used]
-    # The first batches choose from a fresh buffer; the steady state is what a run sees.
+    # The first batches choose from a fresh buffer; a run is in the steady state.
     steady = slice(max(1, batches // 4), None)
     token, patch = np.mean(filled[steady], axis=0)
     language, vision = np.mean(balance[steady], axis=0)
@@ -121,7 +121,7 @@ def measure(method, mix: str, rows: int, batches: int, buffer: int, seed: int = 
 
 
 def in_order_first_fit(sizes: np.ndarray, loads: np.ndarray, budgets: Budgets, rows: int) -> list[list[int]]:
-    """First fit: each waiting sample into the first row with room."""
+    """First fit: put each waiting sample into the first row with room."""
     caps, filled, plan = budgets.array(), np.zeros((rows, 5), np.int64), [[] for _ in range(rows)]
     for index, size in enumerate(sizes):
         fits = np.flatnonzero((filled + size <= caps).all(1))

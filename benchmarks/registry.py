@@ -1,4 +1,4 @@
-"""Cases by name, and what a case may ask of the harness."""
+"""Registry of benchmark cases, and the settings they run with."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ SUITES = ("cpu", "gpu", "npu-emulated")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to run.
+    """Settings of a run.
 
     Attributes:
       seconds: wanted measuring time of one side of one comparison.
       least: fewest rounds of a comparison.
       threads: of every side, XLA's and torch's alike.
-      one_core: processor time of one thread in place of the clock: on a machine that others use too, its ratios say more (`--one-core`).
+      one_core: measure processor time of one thread in place of wall time: more reliable ratios on a shared machine (`--one-core`).
       brief: only what matters most in long cases (`--quick`).
-      dry: smallest shapes; proves that a case starts, its figures mean nothing.
+      dry: smallest shapes, to show that a case runs; its figures mean nothing.
     """
 
     seconds: float = 4.0
@@ -48,7 +48,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A named generator of comparisons: each is measured, and let go, before the next is built."""
+    """A named generator of comparisons; each is measured and released before the next is built."""
 
     name: str
     suite: str

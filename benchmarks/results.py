@@ -15,7 +15,7 @@ Record = dict[str, Any]
 
 
 class Unusable(ValueError):
-    """What was asked for does not exist or cannot be read; the message is for the user."""
+    """A run or case that does not exist or cannot be read; the message is for the user."""
 
 
 def number(value: float) -> str:
@@ -97,9 +97,9 @@ def comparisons(record: Record) -> dict[tuple[str, str], Mapping[str, Any]]:
 
 
 def compare_table(before: Record, after: Record) -> Table:
-    """Every comparison that both runs have: our time then and now, and each ratio.
+    """Compare two runs: our time then and now, and each ratio, for every comparison that both have.
 
-    Ratios are what may be compared across machines and days. A change of a ratio is called one only when the intervals lie apart.
+    Only ratios compare across machines and days. A ratio counts as changed only if the intervals do not overlap.
     Raises:
       Unusable: the runs have nothing in common.
     """

@@ -1,4 +1,4 @@
-"""The same model in transformers, trained as its users train it: packed with block-diagonal masks, or padded, one sample a row."""
+"""The same model in transformers, trained as is usual there: packed with block-diagonal masks, or padded, one sample in each row."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Inputs = dict[str, torch.Tensor]
 
 
 class Twin(ComposedMindVL):
-    """transformers' vision tower and decoder; positions are inputs, as our batch brings them too."""
+    """transformers' vision tower and decoder; positions are inputs, as in our batch."""
 
     def attend_by(self, implementation: str) -> None:
-        """`eager` or `sdpa`, in tower and decoder."""
+        """Select `eager` or `sdpa` attention in tower and decoder."""
         for part in (self.visual, self._decoder[0]):
             part.set_attn_implementation(implementation)
 
@@ -50,14 +50,14 @@ class Twin(ComposedMindVL):
 
 
 def make(config: MindVLConfig, parameters: Mapping[str, jax.Array]) -> Twin:
-    """The twin with our parameters, through a folder in the published layout."""
+    """Build the twin with our parameters, through a folder in the published layout."""
     with tempfile.TemporaryDirectory() as scratch:
         save_parameters(Path(scratch), config, parameters)
         return load(Path(scratch), config)
 
 
 def load(folder: Path, config: MindVLConfig) -> Twin:
-    """The twin with the parameters of a folder that `save_parameters` wrote."""
+    """Load the twin from a folder that `save_parameters` wrote."""
     twin = Twin(read_json(folder / "config.json"))
     twin.load_state_dict(load_reference(folder).state_dict())
     if config.text.tie_word_embeddings:
@@ -71,16 +71,16 @@ def packed_inputs(packed: Packed) -> Inputs:
     segments = torch.tensor(batch.segment_ids)
     T = segments.shape[1]
     mask = (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0) & torch.ones(T, T, dtype=torch.bool).tril()
-    mask |= torch.eye(T, dtype=torch.bool)  # padding looks at itself: a softmax over nothing would be NaN
+    mask |= torch.eye(T, dtype=torch.bool)  # padding attends to itself: an empty softmax would be NaN
     labels = torch.full(segments.shape, -100)
-    # Their loss shifts by one place: the label of place t is what place t - 1 predicts.
+    # Their loss shifts by one position: position t - 1 predicts the label of position t.
     learned = torch.tensor(batch.loss_weights > 0)
     labels[:, 1:] = torch.where(learned[:, :-1], torch.tensor(batch.targets[:, :-1]).long(), -100)
     return dict(input_ids=torch.tensor(batch.tokens).long(), labels=labels, attention_mask=mask[:, None], positions=torch.tensor(batch.positions).long().transpose(0, 1), **_pixels(packed.samples))
 
 
 def padded_inputs(samples: Sequence[ParitySample], config: MindVLConfig, twin: Twin) -> Inputs:
-    """One sample a row, all as long as the longest."""
+    """One sample in each row, padded to the longest."""
     each = [reference_inputs(sample, config) for sample in samples]
     T = max(len(sample.tokens) for sample in samples)
     def fill(row, value):
@@ -114,7 +114,7 @@ def optimizer_of(twin: Twin, *, learning_rate: float, weight_decay: float, confi
 
 
 def trainer(twin: Twin, inputs: Inputs, optimizer: torch.optim.Optimizer, *, clip_norm: float, bfloat16: bool) -> Callable[[], tuple[float, float]]:
-    """One step as a function: forward, backward, clipping, AdamW; -> (loss before the update, gradient norm).
+    """Return a function that runs one step (forward, backward, clipping, AdamW) and returns (loss before the update, gradient norm).
 
     bfloat16: autocast over float32 masters, as ours computes in bfloat16 from float32 parameters.
     """

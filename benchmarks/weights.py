@@ -1,12 +1,12 @@
-"""How fast and in how much memory published weights come onto a mesh, beside safetensors reading the same bytes.
+"""Speed and memory of loading published weights onto a mesh, against safetensors reading the same bytes.
 
     python benchmarks/weights.py                                        # Qwen2.5-VL-3B: 7.5 GB in bfloat16, twice that of free memory
     python benchmarks/weights.py --preset qwen2.5-vl-3b --layers 6      # the same tensors, fewer layers
 
 A folder of random weights in several files is written first (unless --folder names one). Each measurement runs in a process of its
 own, in turn, several times. Both sides end with the same bytes of the same dtype in memory of their own, and both read from the page
-cache (the files are read once before), so that the disk does not hide the work; where memory is too small for arrays and files the
-answer says so. Ratios are medians over rounds of the two processes that ran after each other: on a machine that others use, times
+cache (the files are read once before), so that the disk does not hide the work; if memory is too small for arrays and files, the
+output says so. Ratios are medians over rounds of the two processes that ran after each other: on a shared machine, times
 of different rounds do not compare. Memory is the growth of the process's peak over what it held before loading; cached file
 pages are not counted, the kernel may drop them.
 """
@@ -85,7 +85,7 @@ def write_folder(folder: Path, preset: str, layers: int | None, shard_bytes: int
         shards[-1] = {}
 
     for slot in slots(config, {path: like.shape for path, like in outline_of(config).shapes.items()}):
-        bits = np.frombuffer(rng.bytes(2 * int(np.prod(slot.shape))), np.uint16) & 0xBFFF  # any finite number will do
+        bits = np.frombuffer(rng.bytes(2 * int(np.prod(slot.shape))), np.uint16) & 0xBFFF  # any finite number
         shards[-1][slot.name] = bits.view(ml_dtypes.bfloat16).reshape(slot.shape)
         if sum(value.nbytes for value in shards[-1].values()) > shard_bytes:
             write()

@@ -25,7 +25,7 @@ Draw = Callable[[np.random.Generator], tuple[int, int, list[tuple[int, int]]]]
 
 
 def small_pictures(rng: np.random.Generator) -> tuple[int, int, list[tuple[int, int]]]:
-    """What the quickstart trains on: images of 28 to 168 pixels, a short question, an answer of a few tokens; 1 of 8 text only."""
+    """Samples like the quickstart's: images of 28 to 168 pixels, a short question, an answer of a few tokens; 1 of 8 text only."""
     grid = (2 * int(rng.integers(1, 4)), 2 * int(rng.integers(1, 7)))
     return int(rng.integers(6, 24)), int(rng.integers(2, 12)), [] if rng.random() < 0.125 else [grid]
 
@@ -108,12 +108,12 @@ class Packed:
 
     @property
     def work(self) -> dict[str, float]:
-        """What a step on the batch does: real tokens, samples and patches, no padding."""
+        """Work of a step on the batch: real tokens, samples and patches, without padding."""
         return {"tokens": float((self.batch.segment_ids > 0).sum()), "samples": float(len(self.samples)), "patches": float((self.batch.patch_segment_ids > 0).sum())}
 
 
 def normalised(sample: ParitySample) -> ParitySample:
-    """The sample with pixels as transformers' processor gives them: scaled to 0..1, less the mean, over the deviation, by channel."""
+    """Normalise pixels as transformers' processor does: scale to 0..1, subtract the mean and divide by the deviation of each channel."""
     def convert(visual):
         pixels = visual.pixels.reshape(len(visual.pixels), 3, -1) / 255
         pixels = (pixels - np.array(IMAGE_MEAN)[:, None]) / np.array(IMAGE_STD)[:, None]
@@ -126,11 +126,11 @@ def build(workload: Workload, config: MindVLConfig, reference, seed: int = 0) ->
     """Draw samples and pack them as training does.
 
     Args:
-      reference: transformers model that says rotary positions.
+      reference: transformers model that computes rotary positions.
     """
     rng = np.random.default_rng(seed)
     drawn = []
-    # Twice what the rows hold: the packer chooses, as it does in a run.
+    # Twice what the rows hold, so that the packer can choose, as in a run.
     while sum(map(_length, drawn)) < 2 * workload.rows * workload.tokens:
         one = workload.draw(rng)
         if _length(one) <= min(workload.longest_sample, workload.tokens) and _patches(one) <= min(workload.patches, workload.longest_image):

@@ -73,17 +73,17 @@ def checkpoint_case(settings: Settings) -> Iterator[Comparison]:
                          checked={"arrays that differ": float(len(different))})
         for model, workload, steps in (("dry", workloads.DRY, 2),) if settings.dry else (
             ("tiny", workloads.QUICKSTART, 8),  # what the quickstart saves, beside its own step
-            ("small", dataclasses.replace(workloads.QUICKSTART, rows=2), 6),  # few rows: 700 MB beside short steps are a harder case than a run's
+            ("small", dataclasses.replace(workloads.QUICKSTART, rows=2), 6),  # few rows: 700 MB beside short steps is harder than a real run
         ):  # fmt: skip
             yield _stall(settings, folder / model, model, workload, steps, progress)
 
 
 def _stall(settings: Settings, folder: Path, model: str, workload, steps: int, progress: Callable[[int], Any]) -> Comparison:
-    """What an asynchronous save costs a run that saves as often as the configuration's default.
+    """Cost of an asynchronous save for a run that saves as often as the configuration's default.
 
-    Blocks of `steps` steps with a save at their start and blocks without take turns. Lost is the difference of a pair of blocks: the call, in which the
-    loop stands still, what the steps beside the writer take longer, and the wait for a writer that the block did not outlast. What follows a block is
-    like the block without, so a run of hundreds of steps loses no more.
+    Blocks of `steps` steps alternate with and without a save at their start. The cost is the difference of a pair of blocks: the blocking
+    call, slower steps beside the writer, and the wait for a writer that outlasts the block. Later steps are not affected, so a run of
+    hundreds of steps loses no more.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""From encoded bytes and text to packed batches, a core."""
+"""From encoded bytes and text to packed batches, on one core."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WORDS = ["the", "a", "small", "red", "large", "picture", "shows", "what", "where
 
 @case("loader")
 def loader_case(settings: Settings) -> Iterator[Comparison]:
-    """The whole way of a sample: read, resize, patchify, tokenize, pack; beside transformers' processor with padding."""
+    """Read, resize, patchify, tokenize and pack samples, against transformers' processor with padding."""
     from PIL import Image
     from transformers import PreTrainedTokenizerFast
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -88,7 +88,7 @@ def loader_case(settings: Settings) -> Iterator[Comparison]:
     if pictures[0] != pictures[1]:
         raise AssertionError(f"ours makes {pictures[0]} patches of the samples, transformers {pictures[1]}")
     for sample, a, b in zip(samples, mine, their, strict=True):
-        # What stands after the system turn, which templates word differently, must be the same ids; ours drops the last newline.
+        # Ids after the system turn, which the templates word differently, must be equal; ours drops the last newline.
         first = int(np.flatnonzero(np.asarray(b) == model.vision_start_token_id)[0])
         tail = list(b[first:-1])
         if list(a[-len(tail) :]) != tail:

@@ -1,4 +1,4 @@
-"""How long npu_bridge takes to write a program, and how much of that is JAX's own tracing and lowering."""
+"""Time npu_bridge takes to compile a program, and the share of JAX's own tracing and lowering."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _lowering(layers: int, scan: bool, most: float) -> Comparison:
     made: dict[str, float | str] = {}
 
     def anew() -> Callable:
-        """A function that JAX has not traced."""
+        """Return a function that JAX has not traced yet."""
         jax.clear_caches()
         return lambda *arguments: step(*arguments)
 

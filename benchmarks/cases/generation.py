@@ -1,4 +1,4 @@
-"""Answers to prompts with images: reading the prompt and decoding, beside transformers' generate."""
+"""Prefill and decoding of prompts with images, against transformers' generate."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def generation_case(settings: Settings) -> Iterator[Comparison]:
 
     mine, their = [list(answer.tokens) for answer in generator.generate(requests(new))], theirs(new)
     same = float(np.mean([a == b for a, b in zip(mine, their, strict=True)]))
-    # A near tie may fall either way after sums in another order; one of the answers may differ so, not more.
+    # Another order of additions may break a near tie the other way; at most one answer may differ.
     if sum(a != b for a, b in zip(mine, their, strict=True)) > 1 or any(len(answer) != new for answer in mine):
         raise AssertionError(f"only {same:.0%} of the greedy answers are transformers': the sides do not do the same work")
     prompt_tokens = float(sum(map(len, prompts)))

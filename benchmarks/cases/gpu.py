@@ -60,7 +60,7 @@ def compare_on_gpu(settings: Settings, name: str, config, tokens: int, *, bridge
     if peak:
         facts["device peak TFLOP/s"] = peak / 1e12
 
-    first = mine()  # every side's first loss is compared with this one
+    first = mine()  # the first loss of every side is compared with this
     sides, left_out, worst = [Side("ours, XLA", mine, packed.work, facts)], [], 0.0
 
     def add(side: str, build: Callable[[], Callable[[], tuple[float, float]]], tolerance: float) -> None:

@@ -1,4 +1,4 @@
-"""Host side of an NPU, on the emulator: what a step launches and how much memory it takes. Never a speed of an NPU."""
+"""Host side of an NPU, on the emulator: launches and memory of a step. Says nothing about the speed of an NPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ENVIRONMENT = ROOT / ".venv-npu"
 
 
 def in_emulator(side: str, layers: int, blocks: int) -> dict[str, Any]:
-    """What `benchmarks.npu` says of one side, in its own environment."""
+    """Run `benchmarks.npu` for one side in the emulator's environment and return its figures."""
     python = ENVIRONMENT / "bin" / "python"
     if not python.exists():
         raise SystemExit(f"suite npu-emulated needs {ENVIRONMENT.name}, which has torch_npu: `make setup-npu` makes it")

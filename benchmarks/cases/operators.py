@@ -141,7 +141,7 @@ def _rotary(s, normal, jnp, torch, ops, elementwise) -> Operator:
         return x * tensors[0] + half * tensors[1]
 
     count = s.B * s.T * s.N * s.H
-    # Linear in x: the backward pass reads the gradient and writes another, and needs no input.
+    # Linear in x: the backward pass reads one gradient and writes another, and needs no input.
     return Operator("rotary", (normal(s.B, s.T, s.N, s.H),), lambda x: ops.rotary(x, cos, sin), naive, theirs, flops=0, traffic=16.0 * count)
 
 
@@ -169,7 +169,7 @@ def _attention(s, normal, jnp, torch, ops, jax) -> Iterator[Operator]:
 
         pairs = float(allowed.sum()) * heads
         arguments = (normal(s.B, s.T, heads, s.H), normal(s.B, s.T, kv, s.H), normal(s.B, s.T, kv, s.H))
-        # Two products forward and four backward over the pairs that may attend: what is masked is no work.
+        # Two products forward and four backward over unmasked pairs; masked ones do not count as work.
         yield Operator(name, arguments, ours, naive, theirs, flops=2.0 * 6 * pairs * s.H, traffic=12.0 * sum(x.size for x in arguments))
 
 
@@ -183,7 +183,7 @@ def _routing(s, rng, normal, jax, jnp, torch, ops) -> Iterator[Operator]:
     weights = rng.random((tokens, k)).astype(np.float32)
 
     def ours(x, w, experts):
-        # The experts between are the identity: what is timed is the way there and back.
+        # The experts are the identity: only permuting and unpermuting are timed.
         permuted, _, destination = ops.moe_permute(x, experts, num_experts=s.E)
         return ops.moe_unpermute(permuted, destination, w)
 
@@ -226,7 +226,7 @@ def machine_peaks(settings: Settings) -> tuple[float, float]:
 
 
 def compare(operator: Operator, peaks: tuple[float, float]) -> Comparison:
-    """Compile the three forms, check results and gradients against each other, and hand them over."""
+    """Compile the three forms, compare their results and gradients, and return them for timing."""
     import jax
     import jax.numpy as jnp
     import torch
@@ -281,7 +281,7 @@ def operator_case(settings: Settings) -> Iterator[Comparison]:
 
     torch.set_num_threads(settings.threads)
     for operator in operators(DRY if settings.dry else Sizes()):
-        peaks = machine_peaks(settings)  # anew: others may use the machine at one operator and not at the next
+        peaks = machine_peaks(settings)  # measured for each operator: the load of the machine changes
         comparison = compare(operator, peaks)
         comparison.note += f" Peaks just before: {peaks[0] / 1e9:.0f} GFLOP/s, {peaks[1] / 1e9:.1f} GB/s copied."
         yield comparison

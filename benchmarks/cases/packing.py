@@ -1,4 +1,4 @@
-"""Packing of published length mixes: how full rows are and how even their work is, as time a row."""
+"""Packing of published length mixes: time for each row, with efficiency and imbalance as facts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `mindvl plan` predicts of a step's memory, beside what a process then takes: each program alone in a process."""
+"""Memory of a step as `mindvl plan` predicts it, against the growth of a process; each program in its own process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.registry import Settings, case
 
 
 def probe(backend: str, model: str, workload: str, threads: int, remat: str = "none", dtype: str = "float32") -> int:
-    """Growth in bytes during a step, above what lies there between two steps (state and batch, whose size is arithmetic)."""
+    """Growth in bytes during a step, above the memory between two steps (state and batch, known by arithmetic)."""
     from benchmarks.machine import use_threads
 
     use_threads(threads)
@@ -38,7 +38,7 @@ def probe(backend: str, model: str, workload: str, threads: int, remat: str = "n
 
 
 def planned(backend: str, model: str, workload: str, remat: str = "none", dtype: str = "float32") -> int:
-    """What the program needs beyond its arguments, by the plan that `mindvl plan` reads."""
+    """Bytes of the program beyond its arguments, from the plan that `mindvl plan` reads."""
     from benchmarks import ours
 
     config, mix = _chosen(model, workload, dtype, remat)
@@ -52,7 +52,7 @@ def _chosen(model: str, workload: str, dtype: str, remat: str):
 
 
 def _batch(config, mix):
-    """Full rows without a reference model: sizes matter here, values do not."""
+    """Build full rows without a reference model: only sizes matter here."""
     from mindvl_jax.models.vision_language.collate import shape_for
 
     shape = shape_for(config.vision, rows=mix.rows, tokens=mix.tokens, patches=mix.patches, samples=mix.samples)

@@ -13,7 +13,7 @@ KINDS = {"transformers SDPA, packed": ("packed", False), "transformers SDPA, pad
 
 
 def prepare(folder: str, model: str, workload: str) -> None:
-    """Write parameters, our batch and their inputs, so that no side's process computes anything but its steps."""
+    """Write parameters, our batch and their inputs, so that the process of a side only computes steps."""
     import pickle
 
     import numpy as np
@@ -34,12 +34,12 @@ def prepare(folder: str, model: str, workload: str) -> None:
 
 
 def probe(side: str, folder: str, model: str, workload: str, threads: int, remat: str = "none") -> dict[str, float]:
-    """Bytes of one side at the highest point of its second step.
+    """Bytes of one side at the peak of its second step.
 
     Returns:
-      process: growth since before anything of the model was there: parameters, moments, the batch, what the step takes, compiled code and
-        what the compiler leaves behind. What compiling takes while it runs is given back before.
-      step: growth since between two steps, where parameters, moments and the batch lie, and no gradients. loss: of the first step.
+      process: growth since before the model existed: parameters, moments, batch, temporaries of the step, compiled code and leftovers of the
+        compiler. Memory used only during compilation is freed before.
+      step: growth since between two steps, when parameters, moments and batch are held, and no gradients. loss: of the first step.
     """
     from benchmarks.machine import use_threads
 

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from benchmarks.measure import Comparison, Side
 from benchmarks.registry import Settings, case
 
-# Largest relative difference of losses. In bfloat16 a product carries 8 bits and the two sides round at other places; the mean over
-# hundreds of labels brings that down to a few 1e-4 of the loss.
+# Largest relative difference of losses. bfloat16 has 8 significant bits and the two sides round at different points; averaged over
+# hundreds of labels that is a few 1e-4 of the loss.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3}
 
 
 def compare_steps(settings: Settings, model: str, workload, dtype: str, kinds: dict[str, tuple[str, str]], bars: dict[str, float]) -> Comparison:
-    """Build ours and the twins, check that they agree, and hand them over for timing.
+    """Build ours and the twins, check that they agree, and return them for timing.
 
     Args:
       kinds: name of a side -> (attention implementation, "packed" or "padded").
@@ -109,10 +109,10 @@ def training_step_small(settings: Settings) -> Iterator[Comparison]:
 
 @case("training-step-llava")
 def training_step_llava(settings: Settings) -> Iterator[Comparison]:
-    """The same on the lengths of LLaVA-Instruct: what padding costs."""
+    """The same on the lengths of LLaVA-Instruct, to measure the cost of padding."""
     from benchmarks import workloads
 
-    # Some 30 samples: what padding wastes is told by the longest of a batch, and batches for fine-tuning are of this size.
+    # About 30 samples, a usual batch for fine-tuning: the longest sample of a batch determines the padding.
     batch = dataclasses.replace(workloads.LLAVA, rows=4)
 
     for dtype in ("bfloat16",) if settings.brief else ("float32", "bfloat16"):

@@ -1,4 +1,4 @@
-"""Real images small enough to learn from on two processor cores: six tasks, built from packages and committed art.
+"""Data of the quickstart: six tasks on real images, small enough for two CPU cores, from packages and committed assets.
 
-`python -m examples.quickstart.build --out data/quickstart` writes everything; `build.py` says what and why.
+`python -m examples.quickstart.build --out data/quickstart` writes everything.
 """

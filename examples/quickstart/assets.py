@@ -1,7 +1,7 @@
-"""The real material: handwritten digits, emoji drawings, fonts, words, tables, and the published easy-VQA set.
+"""Assets: handwritten digits, emoji drawings, fonts, words, tables, and the published easy-VQA set.
 
-Everything is split here, once, by what must not be shared between training and scoring: columns of handwriting, artists,
-font families, words, tables, published images. Generators ask for the part of a split and cannot reach another one.
+Everything is split here, once, by what training and scoring must not share: columns of handwriting, artists, font families, words,
+tables, published images. Generators ask for one split and cannot reach another.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _height(face: Face, letter: str) -> int:
 
 @functools.cache
 def font(face: Face, size: int) -> ImageFont.FreeTypeFont:
-    # The basic layout engine: what is drawn must not depend on whether libraqm is installed.
+    # The basic layout engine: drawings must not depend on whether libraqm is installed.
     return ImageFont.truetype(FOLDER / "fonts" / face.file, size, layout_engine=ImageFont.Layout.BASIC)
 
 

@@ -1,7 +1,6 @@
-"""What can be scored without looking: for each question text, the answer that training gives most often.
+"""Blind baseline: for each question text, the most frequent answer in the training data.
 
-`python -m examples.quickstart.blind --data data/quickstart` prints it for every test set. A score means something only
-beside this one.
+`python -m examples.quickstart.blind --data data/quickstart` prints it for every test set. Scores should be read against it.
 """
 
 from __future__ import annotations

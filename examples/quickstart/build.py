@@ -1,6 +1,6 @@
 """Build the quickstart data: `python -m examples.quickstart.build --out data/quickstart`.
 
-Into the folder go one parquet file a source and split (`train/digits.parquet` ...), `id_table.json` (the compact
+The folder holds one parquet file for each source and split (`train/digits.parquet` ...), `id_table.json` (the compact
 vocabulary), `standins/` (the stand-in benchmark sets, `examples.quickstart.standins`), `manifest.json` (counts, what is held out,
 licences, blind scores, digests) and, in `contact/`, a sheet of images for each file, to look at. The same arguments give the same files; a second call with them does nothing.
 """
@@ -102,12 +102,12 @@ def prepare(config: QuickstartDataConfig) -> None:
 
 def _write_standins(out: Path) -> tuple[dict[str, dict], list[str]]:
     """Write `standins/`; return its files as the manifest names them, and every question as an evaluation asks it."""
-    # They read as an evaluation reads them, and that imports JAX, which the processes that draw do without.
+    # Read as an evaluation reads them. That imports JAX, which the drawing processes do not need.
     from examples.quickstart.standins.build import build as build_standins
     from mindvl_jax.evaluation.benchmarks import load_items
 
     counts = build_standins(out / "standins")
-    # Without the marks of images: a word splits in another way behind `>`.
+    # Without image marks: a word after `>` is tokenized differently.
     questions = [message["content"].replace("<image>", "") for task in counts for item in load_items(task, out / "standins") for message in item.messages]
     paths = sorted((out / "standins").glob("*.parquet"))
     return {str(path.relative_to(out)): {"about": "stand-in benchmark set", "samples": pq.read_metadata(path).num_rows, **_describe(path)} for path in paths}, questions

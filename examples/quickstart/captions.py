@@ -1,4 +1,4 @@
-"""One line about an image: what the projector learns from while everything else is frozen."""
+"""One-line captions, from which the projector learns while everything else is frozen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bar charts of real tables: how long, how many, which one. Scored on tables never seen.
+"""Bar charts of real tables with questions about them. Scored on unseen tables.
 
 One bar a row of 28 pixels: its label (two tokens), the bar (two tokens), its value (three tokens, a printed digit each).
 """

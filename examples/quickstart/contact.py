@@ -1,4 +1,4 @@
-"""Contact sheets: some images of each file with what is asked and answered, because data that nobody saw is not checked."""
+"""Contact sheets: some images of each file with their conversations, for a look at the data."""
 
 from __future__ import annotations
 

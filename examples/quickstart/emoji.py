@@ -52,7 +52,7 @@ def plain(artist: str, concept: int, paper: tuple[int, int, int] = (255, 255, 25
 
 
 def vary(rng: random.Random, artist: str, concept: int) -> Image.Image:
-    """The drawing turned, stretched, shifted and recoloured: what an artist is free to choose says little about the thing."""
+    """Augment a drawing: rotate, stretch, shift and recolour it."""
     drawn = assets.drawing(artist, concept)
     if rng.random() < 0.15:
         drawn = _outline(drawn)

@@ -1,7 +1,7 @@
-"""What is built: every file of the quickstart data, its size, and how it is cut into pieces that processes make apart.
+"""Files of the quickstart data, their sizes, and how they are split into pieces for several processes.
 
-A piece's random numbers depend on its own name and place only, so the result does not depend on the number of processes.
-Validation and test pieces do not depend on the build's seed either: scores stay comparable.
+The random numbers of a piece depend only on its name and index, so the result does not depend on the number of processes.
+Validation and test pieces do not depend on the build's seed either, so scores stay comparable.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Text without images: the answer formats of every task, so that the language model knows them before it sees anything.
+"""Text without images: the answer formats of every task, so that the language model knows them before it sees images.
 
-It also learns here what must be reasoned about what is seen: negation, counting, comparing. Only words of the training
-part occur.
+It also teaches negation, counting and comparing. Only words of the training split occur.
 """
 
 from __future__ import annotations

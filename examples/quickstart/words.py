@@ -1,7 +1,7 @@
 """Short words in real fonts, spelled letter by letter: an answer is made of units that the image shows.
 
-Two settings: `cells` puts each letter into its own 28-pixel square, as forms do, so that a letter is a visual token;
-`typeset` is ordinary setting, where letters stand as the font spaces them and straddle tokens.
+Two layouts: `cells` puts each letter into its own 28-pixel square, as on forms, so that a letter is one visual token;
+`typeset` spaces letters as the font does, so that they straddle tokens.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ class Request:
     epochs: float = 3.0
     max_pixels: int | None = None
     columns: tuple[tuple[str, str], ...] = ()
+    lora: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", dest="run_dir", metavar="DIR", help="run folder; default: runs/ and the data's name")
     parser.add_argument("--epochs", type=float, default=3.0, help="passes over the data (default: %(default)s)")
     parser.add_argument("--max-pixels", type=int, help=f"largest image area; default: the model's own, at most {_LARGEST_PIXELS}")
+    parser.add_argument("--lora", type=int, nargs="?", const=8, metavar="RANK", help="train LoRA adapters on the language model in place of its weights (rank: 8)")
     parser.add_argument("--out", metavar="YAML", help="file to write; default: standard output")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
 
@@ -75,9 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.out is not None and Path(args.out).exists() and not args.overwrite:
         raise UserError(f"--out {args.out} exists; name another file, or add --overwrite")
+    if args.lora is not None and args.lora < 1:
+        raise UserError(f"--lora {args.lora}: expected a rank of at least 1")
     if not args.epochs > 0:
         raise UserError(f"--epochs is {args.epochs}, expected a positive number")
-    request = Request(args.model, args.data, args.media_root, args.format, args.run_dir, args.epochs, args.max_pixels, tuple(common.columns_of(args).model_dump(exclude_unset=True).items()))
+    request = Request(args.model, args.data, args.media_root, args.format, args.run_dir, args.epochs, args.max_pixels, tuple(common.columns_of(args).model_dump(exclude_unset=True).items()), args.lora)
     if args.out is None:
         print(text_of(request), end="")
     else:
@@ -163,6 +167,10 @@ def _yaml(request: Request, source: dict, model: ModelConfig, sizes: Sizes, low:
     large = model.text.hidden_size >= 1024
     unusable = f"\n# {sizes.unusable} samples cannot be used: {sizes.reasons}. `mindvl data check` lists them." if sizes.unusable else ""
     cut = f"\n# Longer samples lose turns: the longest has {sizes.longest} tokens." if sizes.longest > sizes.sequence_length else ""
+    adapters, train = "", "      train: [projector/**, language/**]     # the vision tower stays as it is\n"
+    if request.lora is not None:
+        targets = "[language/layers/attention/*, language/layers/mlp/*]"
+        adapters, train = f"adapters: {{targets: {targets}, rank: {request.lora}, alpha: {2 * request.lora}}}\n\n", ""
     return f"""\
 # Written by `mindvl init` from {sizes.measured} samples of {request.data}.{unusable}{cut}
 run:
@@ -171,7 +179,7 @@ run:
 
 model: {{remat: {'full' if large else 'none'}}}
 
-mesh: {{data: 1, fsdp: -1}}                    # all devices; parameters are spread over them
+{adapters}mesh: {{data: 1, fsdp: -1}}                    # all devices; parameters are spread over them
 
 data:
   sources:
@@ -182,8 +190,7 @@ training:
   phases:
     - name: sft
       epochs: {request.epochs:g}
-      train: [projector/**, language/**]     # the vision tower stays as it is
-      mixture: [{{source: mine}}]
+{train}      mixture: [{{source: mine}}]
       rows: {ROWS}                                # about {sizes.samples_per_row:.1f} samples in each
       gradient_accumulation: {sizes.gradient_accumulation}
       sequence_length: {sizes.sequence_length}                # the longest sample has {sizes.longest} tokens
@@ -191,7 +198,7 @@ training:
       max_samples_per_row: {sizes.max_samples_per_row}
       min_pixels: {low}
       max_pixels: {high}
-      learning_rate: 1.0e-5
+      learning_rate: {'1.0e-5' if request.lora is None else '1.0e-4'}
       schedule: cosine
       warmup_ratio: 0.03
 

@@ -21,22 +21,15 @@ import pydantic
 import yaml
 
 from mindvl_jax.config import families
+from mindvl_jax.config import yaml_text
 from mindvl_jax.config.schema import Config, ModelConfig, Section
-from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.errors import UserError, shortened
 
 Location = tuple[str | int, ...]
 
 
 class ConfigError(UserError):
     """A configuration that cannot be used; the message lists every problem found."""
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-3` as a number, as every user expects (YAML 1.1 reads a string)."""
-
-
-_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
 
 
 @dataclasses.dataclass
@@ -87,7 +80,7 @@ def packaged_names() -> list[str]:
 
 def from_text(text: str, *, describe: FolderReader | None = None) -> Config:
     """The same checks for YAML that is already in memory."""
-    document = _Document(content=yaml.load(text, Loader=_Loader), origins={})  # noqa: S506 (a SafeLoader)
+    document = _Document(content=_parse(text, "configuration")[1], origins={})
     _expand_folder(document, describe)
     _expand_preset(document)
     return _validate(document)
@@ -117,26 +110,36 @@ def json_schema() -> str:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> _Document:
-    resolved = path.resolve()
+MOST_FILES = 64  # that `extends` may lead to: two files that each extend another twice, and so on, double with every floor
+
+
+def _parse(text: str, where: str) -> tuple[Any, Any]:
+    try:
+        return yaml_text.parse(text, where)
+    except yaml_text.YamlError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _read(path: Path, seen: tuple[Path, ...], opened: list[Path] | None = None) -> _Document:
+    opened = [] if opened is None else opened
+    try:
+        resolved = path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{str(path)[:200]!r}: not a path of a file ({error})") from error
     if resolved in seen:
         chain = " -> ".join(p.name for p in (*seen, resolved))
         raise ConfigError(f"{path}: `extends` runs in a circle ({chain})")
+    if len(opened) >= MOST_FILES:
+        raise ConfigError(f"{path}: `extends` leads to more than {MOST_FILES} files")
+    opened.append(resolved)
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
+        text = yaml_text.read(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, yaml_text.YamlError):
+            raise ConfigError(str(error)) from error
         known = f"; packaged configurations are {', '.join(packaged_names())}" if isinstance(error, FileNotFoundError) else ""
-        raise ConfigError(f"{path}: cannot read this configuration file ({error.strerror or error}){known}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); a configuration is a YAML file") from error
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        loader = _Loader(text)
-        content = loader.get_single_data()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+        raise ConfigError(f"{path}: cannot read this configuration file ({getattr(error, 'strerror', None) or error}){known}") from error
+    node, content = _parse(text, str(path))
     if not isinstance(content, dict):
         found = "an empty file" if content is None else type(content).__name__
         raise ConfigError(f"{path}: expected sections such as `run:` and `model:`, found {found}")
@@ -149,7 +152,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> _Document:
         raise ConfigError(f"{origins.get(('extends',), path)}: `extends` is a file name or a list of file names")
     merged = _Document({}, {})
     for parent in parents:
-        _merge(merged, _read(path.parent / parent, (*seen, resolved)))
+        _merge(merged, _read(path.parent / parent, (*seen, resolved), opened))
     _merge(merged, _Document(content, origins))
     return merged
 
@@ -179,10 +182,11 @@ def _merge(base: _Document, top: _Document) -> None:
                 merge(old[key], value, (*location, key))
             else:
                 old[key] = value
-                replaced = (*location, key)
-                base.origins = {loc: o for loc, o in base.origins.items() if loc[: len(replaced)] != replaced}
+                replaced.add((*location, key))
 
+    replaced: set[Location] = set()
     merge(base.content, top.content, ())
+    base.origins = {loc: origin for loc, origin in base.origins.items() if not any(loc[:length] in replaced for length in range(1, len(loc) + 1))}
     base.origins.update(top.origins)
 
 
@@ -193,14 +197,14 @@ _RIVALS = {"steps": ("epochs",), "epochs": ("steps",), "warmup_steps": ("warmup_
 def _apply_override(document: _Document, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"--set {override}: expected key=value, such as run.seed=3 or training.phases[0].steps=50")
+        raise ConfigError(f"--set {shortened(override)}: expected key=value, such as run.seed=3 or training.phases[0].steps=50")
     location: list[str | int] = []
     for part in re.findall(r"[^.\[\]]+|\[\d+\]", key.strip()):
         location.append(int(part[1:-1]) if part.startswith("[") else part)
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML") from error
+        value = yaml_text.parse(text, f"--set {shortened(override)}")[1]
+    except yaml_text.YamlError as error:
+        raise ConfigError(f"--set {shortened(override)}: the value is not valid YAML ({error})") from error
     target: Any = document.content
     for depth, part in enumerate(location):
         here = _dotted(location[: depth + 1])
@@ -208,9 +212,9 @@ def _apply_override(document: _Document, override: str) -> None:
             if isinstance(part, str) and part.isdigit():
                 part = location[depth] = int(part)
             if not isinstance(part, int) or part >= len(target):
-                raise ConfigError(f"--set {override}: `{_dotted(location[:depth])}` is a list of {len(target)}; `{here}` is not in it")
+                raise ConfigError(f"--set {shortened(override)}: `{_dotted(location[:depth])}` is a list of {len(target)}; `{here}` is not in it")
         elif not isinstance(target, dict):
-            raise ConfigError(f"--set {override}: `{_dotted(location[:depth])}` is a single value and has no parts")
+            raise ConfigError(f"--set {shortened(override)}: `{_dotted(location[:depth])}` is a single value and has no parts")
         if depth == len(location) - 1:
             target[part] = value
         elif isinstance(target, dict):
@@ -223,7 +227,7 @@ def _apply_override(document: _Document, override: str) -> None:
         for rival in _RIVALS.get(str(location[-1]), ()):  # an override of a recipe's steps by epochs replaces them
             if target.pop(rival, None) is not None:
                 document.origins.pop((*location[:-1], rival), None)
-    here = f"--set {override}"
+    here = f"--set {shortened(override)}"
     for length in range(1, len(location)):  # sections that this override has made
         document.origins.setdefault(tuple(location[:length]), here)
     document.origins = {place: origin for place, origin in document.origins.items() if place[: len(location)] != tuple(location)}
@@ -290,12 +294,12 @@ def _validate(document: _Document) -> Config:
 def _explain(problem: Any, document: _Document) -> str:
     location: Location = tuple(problem["loc"])
     where = _origin(location, document)
-    name = _dotted(location) or "configuration"
+    name = shortened(_dotted(location)) or "configuration"
     if problem["type"] == "extra_forbidden":
         return f"  {where}: `{name}`: unknown key{_suggest(location, document)}"
     if problem["type"] == "missing":
         return f"  {where}: `{name}`: required, but not given"
-    found = "" if isinstance(problem.get("input"), (dict, list)) else f" (found {problem.get('input')!r})"
+    found = "" if isinstance(problem.get("input"), (dict, list)) else f" (found {shortened(repr(problem.get('input')))})"
     message = problem["msg"].removeprefix("Value error, ")
     return f"  {where}: `{name}`: {message}{found}"
 

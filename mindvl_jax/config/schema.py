@@ -6,22 +6,34 @@ Defaults are given only for what no checkpoint defines: model sizes have none an
 
 from __future__ import annotations
 
+import collections
 import difflib
+import os
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from mindvl_jax.config.adapters import ADAPTER_PARAMETERS, AdaptersConfig
-from mindvl_jax.config.base import ModelConfig, Section
+from mindvl_jax.config.base import Decay, ModelConfig, Name, Section, bounded
 from mindvl_jax.config.families import AnyFamily
 
 
 # --- run -------------------------------------------------------------------------------------------------------------
 
 
+def _folder(value: str) -> str:
+    """Raise ValueError for what cannot be the path of a folder that is to be made."""
+    if not value.strip() or value != value.strip():
+        raise ValueError("expected the path of a folder, without blanks at its ends")
+    if any(len(os.fsencode(part)) > 255 for part in value.split("/")):
+        raise ValueError("a part of the path is longer than the 255 bytes that a file system takes")
+    return value
+
+
 class RunConfig(Section):
-    dir: str = Field(description="Run folder: config, metrics, checkpoints, scores and report.")
-    seed: NonNegativeInt = 0
+    dir: Annotated[str, AfterValidator(_folder)] = Field(description="Run folder: config, metrics, checkpoints, scores and report.")
+    seed: Annotated[int, bounded(2**32 - 1, least=0)] = 0
     resume: str = Field("auto", description="`auto` continues the newest checkpoint of run.dir, `never` starts anew, or a path of a checkpoint.")
     init_from: str | None = Field(None, description="Weights to start from: one of our runs or a Hugging Face folder. Ignored when resuming. Without a `model` section the folder gives the model and the tokenizer too.")
 
@@ -35,17 +47,32 @@ class BridgeConfig(Section):
 class MeshConfig(Section):
     """Devices along each axis; -1 on at most one axis takes what is left."""
 
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
+    data: Annotated[int, bounded(10**6, least=-1)] = 1
+    fsdp: Annotated[int, bounded(10**6, least=-1)] = 1
+    tensor: Annotated[int, bounded(10**6, least=-1)] = 1
+
+    @model_validator(mode="after")
+    def _possible(self):
+        sizes = {axis: getattr(self, axis) for axis in type(self).model_fields}
+        if zero := [axis for axis, size in sizes.items() if size == 0]:
+            raise ValueError(f"{', '.join(zero)} is 0; expected a number of devices, or -1 for what is left")
+        if sum(size == -1 for size in sizes.values()) > 1:
+            raise ValueError("-1 on more than one axis; only one can take what is left")
+        return self
 
 
 class DistributedConfig(Section):
     """Several hosts through jax.distributed; leave empty for one process."""
 
     coordinator: str | None = Field(None, description="host:port of process 0; `auto` asks the launcher (torchrun, Slurm, Kubernetes); empty: one process.")
-    processes: PositiveInt | None = None
-    process_id: NonNegativeInt | None = None
+    processes: Annotated[int, bounded(10**6)] | None = None
+    process_id: Annotated[int, bounded(10**6, least=0)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self):
+        if self.processes is not None and self.process_id is not None and self.process_id >= self.processes:
+            raise ValueError(f"process_id {self.process_id} of {self.processes} processes; they count from 0")
+        return self
 
 
 # --- tokenizer and data ----------------------------------------------------------------------------------------------
@@ -79,7 +106,7 @@ class SourceConfig(Section):
     format: Literal["auto", "mllm", "llava", "sharegpt", "jsonl", "parquet", "webdataset", "csv", "tsv", "arrow"] = "auto"
     media_root: str | None = Field(None, description="Folder that relative media paths start from; default: the folder of the file.")
     columns: ColumnMapping = ColumnMapping()
-    max_samples: PositiveInt | None = None
+    max_samples: Annotated[int, bounded(2**31 - 1)] | None = None
 
 
 class QuickstartDataConfig(Section):
@@ -88,25 +115,25 @@ class QuickstartDataConfig(Section):
 
 
 class DataConfig(Section):
-    sources: dict[str, SourceConfig]
+    sources: dict[Name, SourceConfig] = Field(min_length=1)
     quickstart: QuickstartDataConfig | None = Field(None, description="Build the quickstart data into this folder first, unless it is there.")
     train_on: Literal["answers", "last_answer", "all"] = "answers"
     on_error: Literal["raise", "quarantine"] = "quarantine"
     max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
     on_shrink: Literal["allow", "refuse"] = Field("allow", description="Images that need more patches than max_image_patches or a row has: shrink and count them, or refuse the sample.")
-    video_fps: PositiveFloat = 2.0
-    video_max_frames: PositiveInt = 64
+    video_fps: Annotated[float, Field(gt=0, le=1000)] = 2.0
+    video_max_frames: Annotated[int, bounded(100_000)] = 64
     resample: Literal["bicubic", "nearest", "reduced"] = "bicubic"
-    workers: NonNegativeInt = Field(0, description="Decoding processes; 0 decodes in a background thread.")
-    prefetch: PositiveInt = Field(4, description="Batches prepared ahead of the step.")
-    packing_buffer: PositiveInt = Field(256, description="Samples that the packer looks ahead.")
+    workers: Annotated[int, bounded(1024, least=0)] = Field(0, description="Decoding processes; 0 decodes in a background thread.")
+    prefetch: Annotated[int, bounded(1024)] = Field(4, description="Batches prepared ahead of the step.")
+    packing_buffer: Annotated[int, bounded(1_000_000)] = Field(256, description="Samples that the packer looks ahead.")
     length_index: str | None = Field(None, description="Folder of lengths written by `mindvl data index`: each host then encodes its own rows alone.")
     cache_examples: bool = Field(False, description="Keep decoded samples in memory between epochs (small data only).")
 
 
 class MixtureEntry(Section):
     source: str
-    weight: PositiveFloat = 1.0
+    weight: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -115,24 +142,24 @@ class MixtureEntry(Section):
 class PhaseConfig(Section):
     """One phase: what is trained, on what, at which sizes and rates."""
 
-    name: str
-    steps: PositiveInt | None = Field(None, description="Optimizer steps. Give either steps or epochs.")
-    epochs: PositiveFloat | None = Field(None, description="Passes over every source of the mixture, in place of steps; the run counts the steps when it starts.")
-    train: tuple[str, ...] = Field(("**",), description="Globs over parameter paths (vision/**, projector/**, language/**) that learn; the rest is frozen.")
-    mixture: tuple[MixtureEntry, ...]
-    rows: PositiveInt = Field(description="Rows of the global batch in one micro-step.")
-    sequence_length: PositiveInt = Field(description="Token places a row.")
-    patches_per_row: PositiveInt
-    max_samples_per_row: PositiveInt = 64
-    max_sample_length: PositiveInt | None = Field(None, description="Longest sample in tokens; longer ones are truncated at turn borders. Default: sequence_length.")
-    max_image_patches: PositiveInt | None = Field(None, description="Most patches of one image; follows from max_pixels when not given.")
-    min_pixels: PositiveInt = 3136
-    max_pixels: PositiveInt = 1003520
-    gradient_accumulation: PositiveInt = 1
+    name: Name
+    steps: Annotated[int, bounded(10**8)] | None = Field(None, description="Optimizer steps. Give either steps or epochs.")
+    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = Field(None, description="Passes over every source of the mixture, in place of steps; the run counts the steps when it starts.")
+    train: tuple[str, ...] = Field(("**",), min_length=1, description="Globs over parameter paths (vision/**, projector/**, language/**) that learn; the rest is frozen.")
+    mixture: tuple[MixtureEntry, ...] = Field(min_length=1)
+    rows: Annotated[int, bounded(2**20)] = Field(description="Rows of the global batch in one micro-step.")
+    sequence_length: Annotated[int, bounded(2**24)] = Field(description="Token places a row.")
+    patches_per_row: Annotated[int, bounded(2**24)]
+    max_samples_per_row: Annotated[int, bounded(2**16)] = 64
+    max_sample_length: Annotated[int, bounded(2**24)] | None = Field(None, description="Longest sample in tokens; longer ones are truncated at turn borders. Default: sequence_length.")
+    max_image_patches: Annotated[int, bounded(2**24)] | None = Field(None, description="Most patches of one image; follows from max_pixels when not given.")
+    min_pixels: Annotated[int, bounded(2**31)] = 3136
+    max_pixels: Annotated[int, bounded(2**31)] = 1003520
+    gradient_accumulation: Annotated[int, bounded(2**20)] = 1
     learning_rate: NonNegativeFloat
     learning_rate_multipliers: dict[str, NonNegativeFloat] = Field({}, description="Factor by parameter glob, first match wins.")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: Annotated[int, bounded(10**8, least=0)] = 0
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Share of the phase's steps that warm up, in place of warmup_steps.")
     final_learning_rate_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     weight_decay: NonNegativeFloat = 0.0
@@ -161,9 +188,9 @@ class PhaseConfig(Section):
 
 
 class OptimizerConfig(Section):
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
+    b1: Decay = 0.9
+    b2: Decay = 0.999
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
     clip_norm: NonNegativeFloat = Field(1.0, description="Largest global gradient norm; 0 does not clip.")
     no_decay: tuple[str, ...] = Field(("**/scale", "**/bias"), description="Parameter globs without weight decay.")
 
@@ -176,26 +203,38 @@ class FlowMatchingConfig(Section):
     condition_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="Share of the samples whose class is withheld, for guidance.")
 
 
+def _repeated(names: Iterable[str]) -> list[str]:
+    """Names that occur more than once, upper and lower case alike: some file systems tell them not apart."""
+    counts = collections.Counter(name.casefold() for name in names)
+    return sorted(name for name, count in counts.items() if count > 1)
+
+
 class TrainingConfig(Section):
-    phases: tuple[PhaseConfig, ...]
+    phases: tuple[PhaseConfig, ...] = Field(min_length=1)
     optimizer: OptimizerConfig = OptimizerConfig()
-    loss_chunk: PositiveInt = Field(1024, description="Tokens whose logits exist at one time.")
+    loss_chunk: Annotated[int, bounded(2**24)] = Field(1024, description="Tokens whose logits exist at one time.")
     flow_matching: FlowMatchingConfig = FlowMatchingConfig()
-    max_bad_steps: PositiveInt = Field(10, description="Consecutive non-finite steps (each skipped and counted) before the run stops.")
-    ema_decay: float | None = Field(None, ge=0, lt=1, description="Keep an exponential moving average of the parameters, such as 0.999; used as RUN:ema.")
+    max_bad_steps: Annotated[int, bounded(10**8)] = Field(10, description="Consecutive non-finite steps (each skipped and counted) before the run stops.")
+    ema_decay: Decay | None = Field(None, description="Keep an exponential moving average of the parameters, such as 0.999; used as RUN:ema.")
+
+    @model_validator(mode="after")
+    def _names_once(self):
+        if repeated := _repeated(phase.name for phase in self.phases):
+            raise ValueError(f"phases named {', '.join(repeated)} more than once; each has files of its name")
+        return self
 
 
 class ValidationConfig(Section):
     """Loss on held-out samples while a phase trains."""
 
     source: str = Field(description="Name in data.sources; not trained on.")
-    every_steps: PositiveInt = 200
+    every_steps: Annotated[int, bounded(10**8)] = 200
     samples: PositiveInt | None = Field(512, description="A fixed random part of the source; null takes all of it.")
 
 
 class CheckpointConfig(Section):
-    every_steps: PositiveInt = 500
-    keep: PositiveInt = 3
+    every_steps: Annotated[int, bounded(10**8)] = 500
+    keep: Annotated[int, bounded(100_000)] = 3
     keep_best: bool = Field(False, description="Also keep the checkpoint with the lowest validation loss (best.json names it).")
     asynchronous: bool = True
 
@@ -203,7 +242,7 @@ class CheckpointConfig(Section):
 class LoggingConfig(Section):
     tensorboard: bool = True
     peak_flops: PositiveFloat | None = Field(None, description="Peak of one device in FLOP/s; known devices fill it; without it no MFU is shown.")
-    every_steps: PositiveInt = 1
+    every_steps: Annotated[int, bounded(10**8)] = 1
 
 
 class ProfileConfig(Section):
@@ -217,11 +256,11 @@ class ProfileConfig(Section):
 
 
 class EvaluationTask(Section):
-    name: str
+    name: Name
     source: SourceConfig
     metric: Literal["exact_match"] = "exact_match"
-    max_samples: PositiveInt | None = None
-    max_new_tokens: PositiveInt = 32
+    max_samples: Annotated[int, bounded(2**31 - 1)] | None = None
+    max_new_tokens: Annotated[int, bounded(2**20)] = 32
 
 
 BENCHMARK_NAMES = (
@@ -235,8 +274,8 @@ class BenchmarksConfig(Section):
 
     folder: str = Field(description="Folder with their files: lmms-eval's parquet or VLMEvalKit's TSV. Files marked as stand-ins are reported as such.")
     tasks: tuple[str, ...] = Field(min_length=1)
-    max_samples: PositiveInt | None = Field(None, description="Only the first samples of each.")
-    max_new_tokens: PositiveInt | None = Field(None, description="Longest answer in tokens, where a benchmark allows more.")
+    max_samples: Annotated[int, bounded(2**31 - 1)] | None = Field(None, description="Only the first samples of each.")
+    max_new_tokens: Annotated[int, bounded(2**20)] | None = Field(None, description="Longest answer in tokens, where a benchmark allows more.")
 
     @model_validator(mode="after")
     def _known_names(self):
@@ -253,12 +292,20 @@ class EvaluationConfig(Section):
     tasks: tuple[EvaluationTask, ...] = ()
     benchmarks: BenchmarksConfig | None = Field(None, description="Benchmark files to score at the end of the run, beside `tasks`.")
     after_phases: bool = Field(False, description="Also score at the end of each phase, so that each phase's gain is known.")
-    phase_samples: PositiveInt | None = Field(None, description="Samples a task in those in-between evaluations.")
+    phase_samples: Annotated[int, bounded(2**31 - 1)] | None = Field(None, description="Samples a task in those in-between evaluations.")
     language_only: bool = Field(True, description="Also score with the pictures taken away: what the language alone gives.")
-    batch: PositiveInt = 64
-    min_pixels: PositiveInt | None = None
-    max_pixels: PositiveInt | None = None
+    batch: Annotated[int, bounded(65536)] = 64
+    min_pixels: Annotated[int, bounded(2**31)] | None = None
+    max_pixels: Annotated[int, bounded(2**31)] | None = None
     ema: bool = Field(False, description="Score the moving average (training.ema_decay) in place of the newest parameters.")
+
+    @model_validator(mode="after")
+    def _possible(self):
+        if repeated := _repeated(task.name for task in self.tasks):
+            raise ValueError(f"tasks named {', '.join(repeated)} more than once; each has files of its name")
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels ({self.min_pixels}) is larger than max_pixels ({self.max_pixels})")
+        return self
 
 
 class Config(Section):

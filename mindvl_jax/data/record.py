@@ -14,10 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mindvl_jax.config.schema import ColumnMapping
+from mindvl_jax.core.errors import shortened
 from mindvl_jax.data.marks import IMAGE, VIDEO, before_mark, literal, pieces
 from mindvl_jax.data.media.inline import InlineError, decode_base64, inline_bytes
 from mindvl_jax.data.questions import with_turns
-from mindvl_jax.data.sample import Media, Message, Sample, SampleError, Unreadable, shortened
+from mindvl_jax.data.sample import Media, Message, Sample, SampleError, Unreadable
 
 # Role names of the shapes in circulation. A source's `columns` adds its own.
 ROLE_ALIASES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.errors import UserError, shortened
 
 ROLES = ("system", "user", "assistant", "tool")
 LONGEST_MESSAGE = 1500  # of a refusal: it goes into files and onto the screen, whatever it quotes
@@ -26,11 +26,6 @@ class SampleError(UserError):
 
     def __reduce__(self):
         return SampleError, (self.reason, str(self), self.sample_id)
-
-
-def shortened(text: str, limit: int = 200) -> str:
-    """Return a text with its middle left out where it is longer than `limit`."""
-    return text if len(text) <= limit else f"{text[: limit // 2]} ... ({len(text)} characters) ... {text[-limit // 4 :]}"
 
 
 @dataclasses.dataclass(frozen=True)

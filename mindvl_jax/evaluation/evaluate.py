@@ -181,7 +181,7 @@ def weights_identity(folder: str | Path) -> str:
     digest = hashlib.sha256(str(folder.resolve()).encode())
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        decides = path.suffix == ".safetensors" or relative.parts[0] in ("checkpoints", "params") or str(relative) in ("config.json", "tokenizer.json")
+        decides = path.suffix == ".safetensors" or relative.parts[0] in ("checkpoints", "params") or str(relative) in ("config.json", "tokenizer.json", "adapter_config.json")
         if decides and path.is_file():
             stat = os.stat(path)
             digest.update(f"{relative}:{stat.st_size}:{stat.st_mtime_ns};".encode())

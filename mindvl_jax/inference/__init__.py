@@ -1,7 +1,6 @@
-"""Text out: requests in, answers out.
+"""Generate text: `Generator` turns `Request`s with `Sampling` settings into `Answer`s.
 
-`Generator` is the door; `Request`, `Sampling` and `Answer` are what goes through it. They are imported on first use: a help text
-must not load jax.
+Names are imported on first use, so that a help text does not load jax.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The device programs of generation compiled by npu_bridge: the same functions, run as torch programs on the bridge's device.
+"""Run the device programs of generation as torch programs by npu_bridge.
 
     Generator(opened, programs=BridgePrograms("cpu"))
 
-`decode` loops until enough answers have ended, which only the device knows, so each round of its loop asks the device once
-(`allow_host_sync`); everything else runs without the host. One device, one process; a mesh is the business of the XLA programs.
+The condition of `decode`'s loop depends on data, so each round synchronises with the device once (`allow_host_sync`); nothing else
+does. One device and one process; only the XLA programs support a mesh.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from npu_bridge.errors import BridgeError
 
 
 class BridgePrograms:
-    """Has the functions of `mindvl_jax.inference.programs`, under their names and with their arguments.
+    """The functions of `mindvl_jax.inference.programs` with the same names and arguments.
 
     Args:
       device: "cpu", "cuda" or "npu", as for `npu_bridge.jit`.
 
     Raises:
-      UserError: torch sees no such device, or lacks the package for it.
+      UserError: torch has no such device, or the package for it is missing.
     """
 
     def __init__(self, device: str = "cpu"):
-        from npu_bridge.runtime.mesh import default_device  # torch, which whoever generates on XLA need not have
+        from npu_bridge.runtime.mesh import default_device  # torch is optional for generation on XLA
 
         try:
             default_device(device)
@@ -47,7 +47,7 @@ class BridgePrograms:
         self.first_tokens = compiled(programs.first_tokens.__wrapped__, static_argnums=3)
         self.admit = compiled(programs.admit.__wrapped__, donate_argnums=0)
         self.decode = compiled(programs.decode.__wrapped__, static_argnums=(0, 7), donate_argnums=3)
-        self.lay_out = lambda graphdef, params: None  # a slice is a view there, and costs nothing
+        self.unstack_layers = lambda graphdef, params: None  # a slice is a view there, and costs nothing
         self.release = compiled(programs.release.__wrapped__, donate_argnums=0)
 
     def prefill(self, graphdef, params, batch, *, has_pictures: bool) -> Any:

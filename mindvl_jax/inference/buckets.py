@@ -1,4 +1,4 @@
-"""Sizes at which prompts are read. Every distinct size is one compilation, every padded place is wasted work."""
+"""Prefill bucket sizes. Every distinct size costs one compilation, every padded position is wasted work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def next_size(value: int, smallest: int, *, halves: bool = False) -> int:
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Bucket:
-    """Places of a prompt row: tokens, patches (0: no vision tower at all), image segments."""
+    """Capacity of a prompt row: tokens, patches (0: the vision tower is not run), image segments."""
 
     patches: int
     tokens: int
@@ -28,11 +28,11 @@ class Bucket:
 
 
 def bucket_of(tokens: int, patches: int, images: int, *, halves: bool = False) -> Bucket:
-    """The bucket of one prompt.
+    """Return the bucket of one prompt.
 
     Args:
-      tokens: prompt tokens with visual places. patches: of all its pictures. images: image segments (a video counts its frame pairs).
-      halves: a finer ladder: less padding, more compilations.
+      tokens: prompt tokens, visual ones included. patches: of all its images. images: image segments (a video counts its frame pairs).
+      halves: use a finer ladder, with less padding and more compilations.
     """
     return Bucket(
         patches=next_size(patches, 16, halves=halves) if patches else 0,
@@ -42,7 +42,7 @@ def bucket_of(tokens: int, patches: int, images: int, *, halves: bool = False) -
 
 
 def row_counts(most: int) -> tuple[int, ...]:
-    """Numbers of rows that programs are compiled for: 1, a quarter, a half, or all (few slots: always all)."""
+    """Row counts to compile programs for: 1, a quarter, a half, or all slots (few slots: always all)."""
     return tuple(dict.fromkeys((1, -(-most // 4), -(-most // 2), most))) if most > 4 else (most,)
 
 

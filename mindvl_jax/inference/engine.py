@@ -1,6 +1,6 @@
-"""Continuous batching: prompts wait, are read in buckets, live in slots while they decode, and leave as soon as they end.
+"""Continuous batching: prompts wait, are prefilled in buckets, decode in slots, and free their slot as soon as they end.
 
-The engine knows tokens only. Text, stop strings and pictures' files are the business of `generator.py`.
+The engine handles tokens only; `generator.py` handles text, stop strings and image files.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Watcher = Callable[[Delivery], bool]
 
 @dataclasses.dataclass(eq=False)
 class _Running:
-    """One answer on its way."""
+    """One running answer."""
 
     prompt: Prompt
     sampling: Sampling
@@ -61,29 +61,29 @@ class Engine:
       model: a MindVL module; its parameters may be spread over a mesh.
       eos_ids: tokens that end an answer.
       slots: answers that decode together.
-      context: cache places of a slot: longest prompt plus answer.
+      context: cache positions of a slot, for the longest prompt plus answer.
       mesh: spreads the slots over its rows axes (data, fsdp) when their number divides; None: wherever the parameters are.
-      programs: who runs the device programs: the module of that name (XLA) or a `bridge.BridgePrograms`.
+      programs: the module `programs` (XLA) or a `backends.BridgePrograms`.
     """
 
     def __init__(self, model, *, eos_ids: Sequence[int], slots: int, context: int, mesh=None, programs=programs):
         self._programs = programs
         self.slots, self.context = slots, context
         self._graphdef, self._params = nnx.split(model)
-        self._laid = programs.lay_out(self._graphdef, self._params)
+        self._decode_params = programs.unstack_layers(self._graphdef, self._params)
         self._vision = vision_of(model)
         self._eos = jnp.asarray(list(eos_ids), jnp.int32)
         self._eos_set = frozenset(int(token) for token in eos_ids)
         self._mesh = mesh
         self._planner = RowPlanner(model, slots, row_groups(mesh))
-        self._state = self._place(empty_slots(model.language.config, slots, context, model.compute_dtype, unrolled=self._laid is not None))
+        self._state = self._place(empty_slots(model.language.config, slots, context, model.compute_dtype, unrolled=self._decode_params is not None))
         self._waiting: collections.deque[_Running] = collections.deque()
         self._running: list[_Running | None] = [None] * slots
         self.decoded_tokens = 0
         self.decode_steps = 0
 
     def _place(self, state: programs.Slots) -> programs.Slots:
-        """Free slots where the programs will leave them: a state that is bound to no device yet would have them compiled twice."""
+        """Place free slots as the programs will return them: an uncommitted state would compile every program twice."""
         if self._mesh is not None:
             return place_rows(self._mesh, state, self.slots)
         devices = jax.tree.leaves(self._params)[0].devices()
@@ -99,7 +99,7 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """Answers that decode."""
+        """Number of decoding answers."""
         return sum(running is not None for running in self._running)
 
     @property
@@ -107,7 +107,7 @@ class Engine:
         return self._params
 
     def fix(self, sizes: Sequence[tuple[Bucket, int]]) -> None:
-        """Read prompts at these sizes alone (bucket, rows), so that nothing is compiled later; see `warm_up`."""
+        """Restrict prefill to these sizes (bucket, rows), so that nothing is compiled later; see `warm_up`."""
         self._planner.fix(sizes)
 
     def warm_up(self, prompt: Prompt, sizes: Sequence[tuple[Bucket, int]]) -> Iterator[tuple[int, int, str]]:
@@ -124,7 +124,7 @@ class Engine:
             for count in counts:
                 yield done, total, f"prompts of {bucket.tokens} tokens and {bucket.patches} patches, {count} at a time"
                 done += 1
-                # Slot numbers past the last: what is read goes nowhere.
+                # Slot numbers past the last are dropped.
                 self._read_rows([prompt], [[0]], [0] * count, bucket, rows, [self.slots] * count, self._settings([], count))
         for alternatives in (False, True):
             yield done, total, "decoding" + (" with alternatives" if alternatives else "")
@@ -134,7 +134,7 @@ class Engine:
         jax.block_until_ready(self._state.token)
 
     def submit(self, prompt: Prompt, sampling: Sampling, seeds: Sequence[int], watchers: Sequence[Watcher]) -> None:
-        """Queues a prompt for `sampling.n` answers, each with its seed and its watcher.
+        """Queue a prompt for `sampling.n` answers, each with its seed and its watcher.
 
         Raises:
           UserError: the prompt does not fit the context.
@@ -144,7 +144,7 @@ class Engine:
             self._waiting.append(_Running(prompt, sampling, seed, watcher))
 
     def check(self, prompt: Prompt) -> None:
-        """Refuse a prompt that can never be read.
+        """Refuse a prompt that can never be prefilled.
 
         Raises:
           UserError: longer than the context, or than every size that was fixed.
@@ -164,7 +164,7 @@ class Engine:
         self._release([slot for slot, running in enumerate(self._running) if running is not None and id(running.watcher) in gone])
 
     def load(self, params) -> None:
-        """Replace the parameters, an nnx.State of the model's structure. Answers that are decoding go on with the new ones.
+        """Replace the parameters, an nnx.State of the model's structure. Running answers continue with the new ones.
 
         Raises:
           ValueError: another structure, shapes or dtypes than the model's.
@@ -174,7 +174,7 @@ class Engine:
         if kind(params) != kind(self._params):
             raise ValueError("the new parameters have another structure, shapes or dtypes than the model's")
         self._params = params
-        self._laid = self._programs.lay_out(self._graphdef, params)
+        self._decode_params = self._programs.unstack_layers(self._graphdef, params)
 
     def _release(self, slots: Sequence[int]) -> None:
         if not slots:
@@ -186,7 +186,7 @@ class Engine:
             self._running[slot] = None
 
     def step(self, *, chunk: int = CHUNK, eager: bool = True) -> None:
-        """Admits what fits, then decodes up to `chunk` tokens a slot and hands them to the watchers.
+        """Admit prompts that fit, then decode up to `chunk` tokens in each slot and deliver them to the watchers.
 
         Args:
           eager: admit as soon as any slot is free; False waits until a quarter of the slots is free, which wastes less on
@@ -201,7 +201,7 @@ class Engine:
             wanted = 1 if eager else max(1, min(wanted, self.slots // 4))
         alternatives = any(running is not None and running.sampling.top_logprobs for running in self._running)
         tokens_CB, logprobs_CB, others_CBA, active_B = self._decode(chunk, wanted, alternatives)
-        # The first tokens are fetched only now, so that admission and decoding are dispatched without waiting for each other.
+        # Fetch the first tokens only now: admission and decoding are dispatched without a synchronisation between them.
         firsts = {}
         for slots, tokens, logprobs, others in admitted:
             ids_NA, values_NA = map(np.asarray, others)
@@ -211,7 +211,7 @@ class Engine:
 
     def _decode(self, chunk: int, wanted: int, alternatives: bool):
         self._state, *results = self._programs.decode(
-            self._graphdef, self._params, self._laid, self._state, self._eos, np.int32(min(chunk, CHUNK)), np.int32(wanted), alternatives
+            self._graphdef, self._params, self._decode_params, self._state, self._eos, np.int32(min(chunk, CHUNK)), np.int32(wanted), alternatives
         )
         return results
 
@@ -243,7 +243,7 @@ class Engine:
         self._release(stopped)
 
     def _admit(self, least_free: int) -> list[tuple[list[int], jax.Array, jax.Array, programs.Alternatives]]:
-        """Reads waiting prompts into free slots, one bucket after another."""
+        """Prefill waiting prompts into free slots, one bucket after another."""
         admitted = []
         free = [slot for slot, running in enumerate(self._running) if running is None]
         if len(free) < min(least_free, len(self._waiting)):
@@ -255,13 +255,13 @@ class Engine:
         return admitted
 
     def _next_group(self, most: int) -> list[_Running]:
-        """The longest waiting prompt and those behind it that its bucket holds; order of arrival otherwise."""
+        """Return the longest waiting prompt and the ones that fit into its bucket, else in order of arrival."""
         bucket: Bucket = self._waiting[0].prompt.bucket
         group, passed = [], []
         while self._waiting and len(group) < most and len(passed) < 4 * self.slots:
             running = self._waiting.popleft()
             (group if bucket.holds(running.prompt.bucket) else passed).append(running)
-        if not self._planner.free:  # sizes are fixed: what does not fit them together is read in the next call
+        if not self._planner.free:  # sizes are fixed: prompts that do not fit together wait for the next call
             while len(group) > 1 and not self._planner.holds([running.prompt for running in group]):
                 passed.insert(0, group.pop())
         self._waiting.extendleft(reversed(passed))
@@ -270,7 +270,7 @@ class Engine:
     def _read(self, group: list[_Running], slots: list[int]) -> tuple[jax.Array, jax.Array, programs.Alternatives]:
         prompts: list[Prompt] = []
         prompt_of: list[int] = []
-        for running in group:  # answers of one prompt share its place
+        for running in group:  # answers of one prompt share its prefill
             if not prompts or prompts[-1] is not running.prompt:
                 prompts.append(running.prompt)
             prompt_of.append(len(prompts) - 1)
@@ -306,7 +306,7 @@ class Engine:
         def column(value: Callable[[_Running], object], kind, rest):
             return np.asarray([value(running) for running in group] + [rest] * pad, kind)
 
-        # The last token of an answer is never written, so a slot holds one token more than its places.
+        # The last token of an answer is never written to the cache, so an answer has one token more than its cache positions.
         def limit(running):
             return min(running.sampling.max_new_tokens, self.context - running.prompt.tokens + 1)
         return programs.Settings(
@@ -324,7 +324,7 @@ class Engine:
 
 
 def _places(prompts: Sequence[Prompt], rows: Sequence[Sequence[int]], prompt_of: Sequence[int]) -> programs.Places:
-    """Where the prompts of the answers lie in the rows."""
+    """Rows and offsets of the answers' prompts."""
     found: dict[int, tuple[int, int, int, int]] = {}
     for number, row in enumerate(rows):
         start = 0

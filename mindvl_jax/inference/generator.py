@@ -1,4 +1,4 @@
-"""The door of inference: requests with text and pictures in, answers out."""
+"""`Generator`: requests with text and images in, answers out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Piece:
 
     Attributes:
       request: index of the request. sample: which of its answers. text: may be empty. answer: set once the answer is complete.
-      tokens, logprobs, alternatives: since the piece before (see `Answer`); the text of the newest may still be held back.
+      tokens, logprobs, alternatives: since the last piece (see `Answer`); the text of the newest may still be withheld.
     """
 
     request: int
@@ -39,9 +39,9 @@ class Generator:
     Args:
       opened: anything with `model`, `tokenizer`, `min_pixels` and `max_pixels` (such as `weights.open_model` returns).
       slots: answers that decode together.
-      context: longest prompt plus answer in tokens; None sizes it by the requests at hand (and grows when longer ones come).
-      mesh: devices to spread the slots over; None: those that hold the model's parameters.
-      programs: who runs the device programs; None is XLA, `bridge.BridgePrograms(device)` is npu_bridge.
+      context: longest prompt plus answer in tokens; None sizes it by the requests, and grows for longer ones.
+      mesh: devices to spread the slots over; None: the devices of the model's parameters.
+      programs: back end; None is XLA, `backends.BridgePrograms(device)` is npu_bridge.
     """
 
     def __init__(self, opened, *, slots: int = 16, context: int | None = None, mesh=None, programs=None, resample: str = "bicubic",
@@ -78,7 +78,7 @@ class Generator:
 
     def _run(self, requests: Sequence[Request], chunk: int | None, skip_errors: bool = False) -> Iterator[Piece]:
         requests = list(requests)
-        # Windows bound the memory of pixels that wait; inside a window long prompts come first, beside their likes.
+        # Windows bound the memory of waiting pixels. Inside a window prompts are sorted by length, the longest first.
         window = len(requests) if chunk is not None else max(1024, 16 * self.slots)
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             for start in range(0, len(requests), window):

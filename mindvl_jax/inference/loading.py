@@ -1,4 +1,4 @@
-"""Opening a model for use, with the picture sizes that a resolution search has found best for it."""
+"""Open a model for inference, with the image sizes that a resolution search chose for it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def open_for_inference(folder: str | Path, *, mesh: str | None = None, adapter: 
       mesh: devices as `data=2,fsdp=2,tensor=2`; None is the default device. adapter: PEFT folder to use on top.
 
     Raises:
-      UserError: no usable model, no tokenizer, settings or a mesh that make no sense.
+      UserError: no usable model, no tokenizer, or invalid settings or mesh.
     """
     from mindvl_jax.checkpoints.names import named_folder
     from mindvl_jax.weights import open_model
@@ -42,7 +42,7 @@ def open_for_inference(folder: str | Path, *, mesh: str | None = None, adapter: 
 
 
 def parse_mesh(text: str):
-    """`data=2,tensor=4` -> mesh. Raises UserError."""
+    """Parse `data=2,tensor=4` to a mesh. Raises UserError."""
     from mindvl_jax.config.schema import MeshConfig
     from mindvl_jax.parallel.mesh import AXES, make_mesh
 

@@ -1,4 +1,4 @@
-"""Where generation's arrays lie: rows over the mesh's row axes, like the rows of a training batch."""
+"""Place the arrays of generation: rows over the mesh's row axes, like the rows of a training batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mindvl_jax.parallel.mesh import ROW_AXES
 
 
 def mesh_of(model) -> Mesh | None:
-    """The mesh that a model's parameters lie on; None when they lie on a single device."""
+    """Mesh of a model's parameters; None if they are on a single device."""
     for leaf in jax.tree.leaves(nnx.state(model)):
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
@@ -21,14 +21,14 @@ def mesh_of(model) -> Mesh | None:
 
 
 def row_groups(mesh: Mesh | None) -> int:
-    """Over how many groups of devices rows are spread."""
+    """Number of device groups that rows are spread over."""
     return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in ROW_AXES]))
 
 
 def place_rows(mesh, tree, rows: int):
-    """Puts a pytree whose leaves have `rows` as their leading dim (second in a stacked KVCache; scalars have none) onto the mesh.
+    """Put a pytree whose leaves have `rows` as their leading dim (second in a stacked KVCache; scalars have none) onto the mesh.
 
-    Rows that do not divide over the mesh are kept whole on every device. Without a mesh nothing moves.
+    Rows that do not divide over the mesh are replicated. Without a mesh nothing moves.
     """
     if mesh is None:
         return tree

@@ -1,4 +1,4 @@
-"""Which prompts share a row when they are read, and how long rows are: little padding, few compilations."""
+"""Choose prompt rows for prefill: little padding, few compilations."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ STEPS = 4
 
 
 class RowPlanner:
-    """Finds the cheapest rows for prompts that are read together.
+    """Find the cheapest rows for prompts that are prefilled together.
 
-    A size that is compiled already is taken in place of a better one until what that wasted, over all calls that wanted the better
-    one, would have paid for its compilation. So a small model reads a whole evaluation at a few sizes, and a large one at the best.
+    Reuse a compiled size until the padding it wasted, summed over all calls that preferred a better size, exceeds the cost of one
+    compilation. A small model then runs a whole evaluation at a few sizes, and a large one at the best.
 
     Args:
-      model: its sizes say what a token and a patch cost.
-      slots: most prompts of a call. groups: of devices that rows are spread over.
+      model: its sizes give the cost of a token and of a patch.
+      slots: most prompts of a call. groups: number of device groups that rows are spread over.
     """
 
     def __init__(self, model, slots: int, groups: int = 1):
         text = model.language.config
         work = WorkModel.of(types.SimpleNamespace(text=text, vision=vision_of(model)))
-        self._token = work.token - text.hidden_size * text.vocab_size  # the output matrix sees one token a prompt
+        self._token = work.token - text.hidden_size * text.vocab_size  # the output matrix is applied to one token of each prompt
         self._work, self._counts, self._groups = work, row_counts(slots), groups
         self._known: list[tuple[Bucket, int]] = []
         self._wasted: dict[tuple[Bucket, int], float] = collections.defaultdict(float)
@@ -41,7 +41,7 @@ class RowPlanner:
         self.free = True
 
     def __call__(self, prompts: Sequence[Prompt]) -> tuple[Bucket, int, list[list[int]]]:
-        """-> size of a row, number of rows (some may stay empty), and the indexes of the prompts of each row."""
+        """Return the size of a row, the number of rows (some may stay empty), and the prompt indexes of each row."""
         sizes = [_size(prompt) for prompt in prompts]
         known = self._first(sizes, self._known)
         if not self.free:
@@ -57,15 +57,15 @@ class RowPlanner:
         return best
 
     def fix(self, sizes: Sequence[tuple[Bucket, int]]) -> None:
-        """Use these sizes (bucket, rows) and no others from now on."""
+        """Use only these sizes (bucket, rows) from now on."""
         self._known, self.free = list(sizes), False
 
     def holds(self, prompts: Sequence[Prompt]) -> bool:
-        """Whether the prompts can be read together. Free sizes hold everything."""
+        """Whether the prompts fit into one call. Always true unless sizes are fixed."""
         return self.free or self._first([_size(prompt) for prompt in prompts], self._known) is not None
 
     def _first(self, sizes, candidates) -> tuple[Bucket, int, list[list[int]]] | None:
-        """The cheapest of the sizes that hold everything."""
+        """Return the cheapest size that holds all prompts."""
         for bucket, count in sorted(candidates, key=lambda size: self._cost(*size)):
             rows = _arrange(sizes, bucket)
             if rows is not None and len(rows) <= count:
@@ -73,13 +73,13 @@ class RowPlanner:
         return None
 
     def _cost(self, bucket: Bucket, count: int) -> float:
-        """Multiply-adds of reading; attention computes the whole square of a row."""
+        """Multiply-adds of a prefill; attention is computed for the whole square of a row."""
         row = self._token * bucket.tokens + 2 * self._work.token_pair * bucket.tokens**2 + self._work.patch * bucket.patches + self._work.patch_pair * bucket.patches**2
         return count * row / (self._groups if count % self._groups == 0 else 1)
 
 
 def arrange(prompts: Sequence[Prompt], bucket: Bucket) -> list[list[int]]:
-    """Indexes of the prompts that share a row of the bucket's size: each goes into the first row that still holds it, larger ones first.
+    """Pack prompts into rows of the bucket's size, first fit, largest first. Returns the prompt indexes of each row.
 
     Raises:
       ValueError: a prompt larger than the bucket.
@@ -114,7 +114,7 @@ def _arrange(sizes: Sequence[tuple[int, int, int]], bucket: Bucket) -> list[list
 
 
 def _candidates(sizes: Sequence[tuple[int, int, int]], count: int) -> Iterator[tuple[Bucket, int]]:
-    """Sizes of `count` rows that may hold the prompts. The last count, a row for each prompt, always has one that does."""
+    """Candidate sizes of `count` rows. The last count, one row for each prompt, always has a size that fits."""
     tokens, patches, images = (max(max(column), -(-sum(column) // count)) for column in zip(*sizes))
     for more_tokens in _ladder(tokens, 32):
         for more_patches in _ladder(patches, 16) if patches else (0,):

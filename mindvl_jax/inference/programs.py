@@ -1,10 +1,10 @@
-"""The device programs of generation: read prompts, choose first tokens, admit to slots, decode, release.
+"""Device programs of generation: prefill, choose first tokens, admit to slots, decode, release.
 
-Legend: B slots, R prompt rows, N admitted answers, T prompt places, S cache places a slot, V vocabulary, L layers, D width.
+Legend: B slots, R prompt rows, N admitted answers, T prompt positions, S cache positions of a slot, V vocabulary, L layers, D width.
 
-All shapes are static. One decode program serves every request whatever its length, pictures or settings: what differs between
-requests are values in the per-slot arrays. Prompts are read at a few bucketed sizes (see `buckets.py`), several to a row where they
-fit, like the samples of a training row.
+All shapes are static. One decode program serves every request whatever its length, images or settings: requests differ only in the
+values of the per-slot arrays. Prefill uses a few bucketed sizes (see `buckets.py`) and packs several prompts into a row, as training
+does.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from mindvl_jax.models.layers.cache import KVCache
 from mindvl_jax.models.layers.config import TextConfig
 from mindvl_jax.models.vision_language.batch import Batch
 
-ALTERNATIVES = 20  # likeliest tokens that an answer may ask for beside each of its own
-CHUNK = 32  # most tokens a slot can gain in one call of `decode`: the size of the arrays that come back
+ALTERNATIVES = 20  # most alternatives that a request may ask for at each token
+CHUNK = 32  # most tokens a slot can gain in one call of `decode`: the size of the returned arrays
 
 
 @jax.tree_util.register_dataclass
@@ -45,11 +45,11 @@ class Settings:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """All state of generation. A slot that is not active still computes; what it computes is overwritten or never read.
+    """State of generation. An inactive slot still computes; its results are overwritten or never read.
 
     Attributes:
       cache: keys and values of prompts and answers.
-      place: int32 scalar, cache place that the next token of every slot takes.
+      place: int32 scalar, cache position that the next token of every slot is written to.
       token: (B,) int32, newest token of each slot, not yet in the cache.
       index: (B,) int32, tokens of each slot in the cache.
       position: (B,) int32, rotary position of `token` (all three rows of M-RoPE are equal for text).
@@ -72,7 +72,7 @@ class Slots:
 
 
 def empty_slots(config: TextConfig, slots: int, places: int, dtype, *, unrolled: bool) -> Slots:
-    """Free slots. With `unrolled` each layer has a cache of its own: for `decode` with parameters laid out."""
+    """Return free slots. With `unrolled` each layer has its own cache, as `decode` with `DecodeParams` needs."""
     def zeros(kind):
         return jnp.zeros((slots,), kind)
     return Slots(
@@ -89,7 +89,7 @@ def empty_slots(config: TextConfig, slots: int, places: int, dtype, *, unrolled:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefilled:
-    """What reading R rows of prompts leaves: keys and values (L, R, T, K, H), hidden states after the final norm (R, T, D), the tokens (R, T)."""
+    """Result of prefilling R rows: keys and values (L, R, T, K, H), hidden states after the final norm (R, T, D), tokens (R, T)."""
 
     keys: jax.Array
     values: jax.Array
@@ -100,9 +100,9 @@ class Prefilled:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where the prompts of N answers lie in what was read, (N,) int32 each.
+    """Positions of the prompts of N answers in the prefilled rows, (N,) int32 each.
 
-    Attributes: row: of the prompt. start: its first place there. length: its tokens. position: rotary position of the token after it.
+    Attributes: row: of the prompt. start: its first position there. length: its tokens. position: rotary position of the token after it.
     """
 
     row: jax.Array
@@ -113,39 +113,42 @@ class Places:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Laid:
-    """Parameters once more as `decode` reads them: layers: the state of each layer apart; head: the output matrix, (D, V)."""
+class DecodeParams:
+    """Parameters for `decode`: layers unstacked, plus the LM head (D, V)."""
 
     layers: tuple[nnx.State, ...]
     head: jax.Array
 
 
-LAID_BYTES = 2**30
-"""Language models up to this size are held a second time, laid out; larger ones, and those of more than LAID_LAYERS, are scanned."""
-LAID_LAYERS = 32
+UNSTACKED_BYTES = 2**30
+"""Language models up to this size get a second copy with layers unstacked; larger or deeper ones (UNSTACKED_LAYERS) are scanned."""
+UNSTACKED_LAYERS = 32
 
 
-def lay_out(graphdef, params) -> Laid | None:
-    """Cuts the stack of layers and turns the token table, once and not at every token: on a CPU both are copies, and for a small model
-    as much work as the rest of a step. None for a model that is too large to be held twice or too deep to be unrolled."""
+def unstack_layers(graphdef, params) -> DecodeParams | None:
+    """Unstack the layers and transpose the token table once, not at every token.
+
+    On a CPU both are copies, for a small model as much work as the rest of a step. Returns None for a model that is too large to be
+    held twice or too deep to be unrolled.
+    """
     language = nnx.merge(graphdef, params).language
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(language)))
-    return None if size > LAID_BYTES or language.config.num_layers > LAID_LAYERS else _lay_out(graphdef, params)
+    return None if size > UNSTACKED_BYTES or language.config.num_layers > UNSTACKED_LAYERS else _unstack_layers(graphdef, params)
 
 
 @partial(jax.jit, static_argnames=("graphdef",))
-def _lay_out(graphdef, params) -> Laid:
+def _unstack_layers(graphdef, params) -> DecodeParams:
     model = nnx.merge(graphdef, params)
     stack = nnx.state(model.language.layers)
-    return Laid(tuple(jax.tree.map(lambda leaf, number=number: leaf[number], stack) for number in range(model.language.config.num_layers)), model.head_kernel())
+    return DecodeParams(tuple(jax.tree.map(lambda leaf, number=number: leaf[number], stack) for number in range(model.language.config.num_layers)), model.head_kernel())
 
 
 @partial(jax.jit, static_argnames=("graphdef", "has_pictures"))
 def prefill(graphdef, params, batch: Batch, *, has_pictures: bool) -> Prefilled:
-    """Reads R rows of prompts, padded at the end; each prompt attends to itself only.
+    """Prefill R rows of prompts, padded at the end. Each prompt attends only to itself.
 
     Args:
-      has_pictures: static; False skips the vision tower (the batch's patches are then never looked at).
+      has_pictures: static; False skips the vision tower, and the batch's patches are not read.
     """
     model = nnx.merge(graphdef, params)
     if has_pictures:
@@ -172,7 +175,7 @@ Alternatives = tuple[jax.Array, jax.Array]
 
 
 def alternatives_of(logits_BV, wanted: bool) -> Alternatives:
-    """The likeliest tokens under the model itself, or empty arrays when nobody asks for them."""
+    """Most likely tokens under the model itself; empty arrays unless wanted."""
     if not wanted:
         nothing = jnp.zeros((*logits_BV.shape[:-1], 0))
         return nothing.astype(jnp.int32), nothing
@@ -185,7 +188,7 @@ def alternatives_of(logits_BV, wanted: bool) -> Alternatives:
 def first_tokens(logits_NV, seen_NV, settings: Settings, alternatives: bool = False) -> tuple[jax.Array, jax.Array, Alternatives]:
     """First token (N,) int32 of each answer, its log-probability (N,) float32 and, if wanted, the alternatives to it.
 
-    Apart from `admit` and `last_logits`, whose shapes vary with the prompts' bucket: the sampling code is the slower one to compile.
+    A program of its own, because `admit` and `last_logits` are compiled for each bucket, and sampling code compiles slowly.
     """
     penalised_NV = sampling.apply_repetition_penalty(logits_NV, seen_NV, settings.penalty)
     token_N = sampling.choose(
@@ -197,16 +200,16 @@ def first_tokens(logits_NV, seen_NV, settings: Settings, alternatives: bool = Fa
 
 @partial(jax.jit, donate_argnames=("slots",))
 def admit(slots: Slots, keys, values, places: Places, seen_NV, slot_N, token_N, settings: Settings, eos_E) -> Slots:
-    """Puts N answers with their first tokens into slots.
+    """Put N answers with their first tokens into slots.
 
     Args:
-      keys, values: (L, R, T, K, H) of the rows that were read. places: where each answer's prompt lies there; several answers may share one (n samples).
+      keys, values: (L, R, T, K, H) of the prefilled rows. places: of each answer's prompt in them; several answers may share one (n samples).
       slot_N: slot of each answer; a number past the last slot drops the entry (padding).
     """
     ended_N = (token_N[:, None] == eos_E[None]).any(-1) & ~settings.ignore_eos
     def put(old, new):
         return old.at[slot_N].set(new.astype(old.dtype), mode="drop")
-    # A prompt's last token goes to the place before the next one. What lies further back than the prompt is long is never read.
+    # The prompt's last token goes just before the next write position. Positions before the prompt's first are never read.
     S, T = slots.cache.places, keys.shape[2]
     ages_S = (slots.place - 1 - jnp.arange(S)) % S
     place_NS = jnp.clip((places.start + places.length - 1)[:, None] - ages_S[None], 0, T - 1)
@@ -228,12 +231,12 @@ def admit(slots: Slots, keys, values, places: Places, seen_NV, slot_N, token_N, 
 
 @partial(jax.jit, static_argnames=("graphdef", "alternatives"), donate_argnames=("slots",))
 def decode(
-    graphdef, params, laid: Laid | None, slots: Slots, eos_E, steps, wanted, alternatives: bool = False
+    graphdef, params, decode_params: DecodeParams | None, slots: Slots, eos_E, steps, wanted, alternatives: bool = False
 ) -> tuple[Slots, jax.Array, jax.Array, Alternatives, jax.Array]:
-    """Generates until `steps` tokens a slot, until `wanted` of the active slots have finished, or until none is active.
+    """Decode until each slot has `steps` new tokens, `wanted` of the active slots have finished, or none is active.
 
     Args:
-      laid: from `lay_out`; None for slots whose cache is a stack.
+      decode_params: from `unstack_layers`; None for slots whose cache is a stack.
       eos_E: (E,) int32, tokens that end an answer. steps: int32 scalar, at most CHUNK. wanted: int32 scalar, at least 1.
       alternatives: static; also return the likeliest tokens of each step.
 
@@ -243,10 +246,10 @@ def decode(
     """
     model = nnx.merge(graphdef, params)
     layer = nnx.graphdef(model.language.layers)
-    layers, head = (None, None) if laid is None else ([nnx.merge(layer, state) for state in laid.layers], laid.head)
+    layers, head = (None, None) if decode_params is None else ([nnx.merge(layer, state) for state in decode_params.layers], decode_params.head)
     B = slots.token.shape[0]
     at_start = jnp.sum(slots.active)
-    # Nobody asks for it mostly, and a table of all tokens of all slots costs a small model a fifth of its step.
+    # Rarely asked for, and a (B, V) table costs a small model a fifth of its step.
     penalises = jnp.any((slots.settings.penalty != 1) | (slots.settings.presence != 0) | (slots.settings.frequency != 0))
 
     def penalise(logits_BV, slots: Slots):
@@ -305,5 +308,5 @@ def decode(
 
 @partial(jax.jit, donate_argnames=("slots",))
 def release(slots: Slots, keep_B) -> Slots:
-    """Stops the slots where `keep_B` is False: the host has seen a stop string, or the request was withdrawn."""
+    """Stop the slots where `keep_B` is False: the host saw a stop string, or the request was aborted."""
     return dataclasses.replace(slots, active=slots.active & keep_B)

@@ -1,4 +1,4 @@
-"""Requests to encoded prompts, and prompts to the batch that a prefill reads: as many to a row as fit, padded at the end."""
+"""Encode requests, and pack prompts into prefill batches, padded at the end."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from mindvl_jax.models.vision_language.example import EncodeLimits, Example, Exa
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompt:
-    """An encoded prompt, its pixels read.
+    """An encoded prompt with its pixels.
 
     Attributes:
-      tokens, patches: sizes. bucket: places of the row that it is read in.
+      tokens, patches: sizes. bucket: capacity of the row it is prefilled in.
     """
 
     id: str
@@ -45,11 +45,11 @@ class Prompt:
 
 
 class PromptEncoder:
-    """Encodes requests for one model and tokenizer; remembers one encoder for each picture size in use.
+    """Encode requests for one model and tokenizer, with one cached encoder for each image size in use.
 
     Args:
-      model: the module; its configuration says how pictures become tokens.
-      min_pixels, max_pixels: area of a resized picture where a request says nothing.
+      model: the module; its configuration says how images become tokens.
+      min_pixels, max_pixels: area of a resized image unless a request sets it.
     """
 
     def __init__(self, model, tokenizer, *, min_pixels: int, max_pixels: int, resample: str = "bicubic", video_fps: float = 2.0,
@@ -60,10 +60,10 @@ class PromptEncoder:
         self._encoders: dict[tuple[int, int], ExampleEncoder] = {}
 
     def __call__(self, request: Request) -> Prompt:
-        """Reads and encodes everything that the request names.
+        """Read and encode everything that the request names.
 
         Raises:
-          UserError: pictures that cannot be read, marks and pictures that do not match, text that the vocabulary cannot write.
+          UserError: unreadable images, a number of marks that differs from the number of images, text outside the vocabulary.
         """
         try:
             given = ([_media(item) for item in items] for items in (request.images, request.videos))
@@ -78,10 +78,10 @@ class PromptEncoder:
         return Prompt(id=request.id, example=example, bucket=bucket)
 
     def text(self, request: Request) -> Prompt:
-        """The last turn's content as it is, without a chat template: the model continues it.
+        """Encode the last turn's content without a chat template; the model continues it.
 
         Raises:
-          UserError: nothing to continue, or text that the vocabulary cannot write.
+          UserError: empty text, or text outside the vocabulary.
         """
         tokens = np.asarray(self._tokenizer.encode(request.messages[-1]["content"]), np.int32)
         if not len(tokens):
@@ -104,8 +104,8 @@ class PromptEncoder:
         return self._encoders[low, high]
 
 
-# Sizes of the one empty patch group that a batch for a language model alone carries and nobody reads.
-_NO_VISION = VisionConfig(depth=1, hidden_size=1, intermediate_size=1, num_heads=1, fullatt_block_indexes=())
+# Sizes of the one empty patch group in a batch for a language model alone; it is never read.
+_NO_VISION = VisionConfig(depth=1, hidden_size=4, intermediate_size=1, num_heads=1, fullatt_block_indexes=())
 
 
 def vision_of(model) -> VisionConfig:
@@ -114,7 +114,7 @@ def vision_of(model) -> VisionConfig:
 
 
 def prompt_config(model, tokenizer) -> MindVLConfig:
-    """What the chat encoder must know of a module. A language model alone takes its (unused) media tokens from the tokenizer."""
+    """Configuration for the chat encoder. A language model alone takes its unused media tokens from the tokenizer."""
     if hasattr(model.config, "vision"):
         return model.config
     names = dict(image_token_id="<|image_pad|>", video_token_id="<|video_pad|>", vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>")
@@ -122,13 +122,13 @@ def prompt_config(model, tokenizer) -> MindVLConfig:
 
 
 def without_media(request: Request) -> Request:
-    """The same request with its pictures and videos taken away: what language alone can answer."""
+    """Return the request without images and videos, for language-only scores."""
     messages = [{**turn, "content": literal(plain(text_of(turn["content"])).lstrip("\n"))} for turn in request.messages]
     return dataclasses.replace(request, messages=messages, images=(), videos=())
 
 
 def text_of(content: str | Sequence[Any]) -> str:
-    """A turn's content with the media parts of a list taken away."""
+    """Return a turn's content without the media parts of a list."""
     if isinstance(content, str):
         return content
     return "".join(literal(part["text"]) for part in content if isinstance(part.get("text"), str))
@@ -139,29 +139,29 @@ def _media(item: Any) -> Media:
         return item
     if isinstance(item, (bytes, Image.Image)):
         return Media(data=item)
-    if hasattr(item, "read"):  # something that gives the bytes when its turn comes
+    if hasattr(item, "read"):  # an object that returns the bytes when they are needed
         return Media(data=item.read())
     return named_file(str(item))
 
 
 def read_picture(item: Any) -> Image.Image:
-    """The decoded picture of anything that a request may name. Raises UserError."""
+    """Decode an image from anything that a request may name. Raises UserError."""
     return load_image(_media(item))
 
 
 def samples_of(bucket: Bucket) -> int:
-    """Most prompts of a row."""
+    """Largest number of prompts in a row."""
     return max(1, bucket.tokens // 16)
 
 
 def pack_bucket(rows_of_prompts: Sequence[Sequence[Prompt]], bucket: Bucket, rows: int, vision: VisionConfig) -> Batch:
-    """A host batch of `rows` rows: the given ones, then padding.
+    """Build a host batch of `rows` rows: the given ones, then padding.
 
     Raises:
-      ValueError: a row of prompts larger than the bucket (a mistake of the caller).
+      ValueError: a row of prompts larger than the bucket (a bug of the caller).
     """
     P = max(bucket.patches, vision.merge_unit)
-    # A window holds one visual token at least, so there are never more windows than visual tokens.
+    # A window holds at least one visual token, so there are at most as many windows as visual tokens.
     shape = BatchShape(rows=rows, tokens=bucket.tokens, patches=P, samples=samples_of(bucket), images=max(bucket.images, 1), windows=P // vision.merge_unit, patch_dim=vision.patch_dim)
     padded = [[prompt.example for prompt in row] for row in rows_of_prompts] + [[] for _ in range(rows - len(rows_of_prompts))]
     return collate(padded, shape, pad_id=0, vision=vision).batch

@@ -1,4 +1,4 @@
-"""What one asks for and what one gets."""
+"""`Request`, `Sampling` and `Answer`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mindvl_jax.data.marks import IMAGE, marks
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen and when to stop.
+    """Sampling settings and stop conditions.
 
     Attributes:
       max_new_tokens: most tokens of the answer.
@@ -79,9 +79,9 @@ class Request:
       messages: chat turns `{"role": ..., "content": ...}`; each `<image>` in a content takes the next of `images`, each
         `<video>` the next of `videos` (`\\<image>` is text). A content may be a list of parts as in training data; the media that
         parts name are paths below `media_root`, `file://` URLs, data URIs or base64. The last turn is the user's.
-      images: bytes, paths, PIL pictures, or objects whose `read()` gives bytes when needed; in the order of their marks.
+      images: bytes, paths, PIL images, or objects whose `read()` returns bytes; in the order of their marks.
       id: comes back with the answer.
-      min_pixels, max_pixels: picture area after resizing; None is the model's own setting.
+      min_pixels, max_pixels: image area after resizing; None is the model's own setting.
     """
 
     messages: Sequence[dict[str, Any]]
@@ -95,7 +95,7 @@ class Request:
 
     @classmethod
     def from_prompt(cls, prompt: str, images: Sequence[Any] = (), **rest) -> Request:
-        """A single user turn; pictures without a mark in the prompt come before the text, in order."""
+        """Build a request of one user turn. Images without a mark in the prompt go before the text, in order."""
         marked = marks(prompt).count(IMAGE)
         missing = len(images) - marked
         if missing < 0:
@@ -104,7 +104,7 @@ class Request:
 
 
 def with_system(request: Request, text: str) -> Request:
-    """The request with a system turn, unless it has one."""
+    """Return the request with a system turn, unless it has one."""
     if any(turn["role"] == "system" for turn in request.messages):
         return request
     return dataclasses.replace(request, messages=[{"role": "system", "content": text}, *request.messages])
@@ -122,7 +122,7 @@ class Answer:
       alternatives: for each token the likeliest (id, log-probability) pairs, likeliest first; empty unless `top_logprobs` asked.
       finish: `stop` (end token or stop string), `length` (max_new_tokens, or the context is full) or `error`.
       prompt_tokens: tokens of the prompt, visual tokens included.
-      error: why the request could not be answered, when the caller asked to go on past such requests.
+      error: reason of a failed request, when the caller asked to skip such requests.
     """
 
     id: str

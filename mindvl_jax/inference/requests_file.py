@@ -1,4 +1,4 @@
-"""A file of requests: one JSON object a line, checked before any weights are opened."""
+"""Read a file of requests, one JSON object a line, and check it before any weights are opened."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mindvl_jax.data.record import conversation, media_of
 from mindvl_jax.data.sample import Media
 from mindvl_jax.inference.request import Request, Sampling
 
-SHOWN = 10  # problems of a file that are printed
+SHOWN = 10  # number of problems printed for a file
 
 
 class _Form(BaseModel):
-    # Strict: "5" is not 5. JSON tells numbers from text, so a mix-up is a mistake of whoever wrote the file.
+    # Strict: "5" is not 5. JSON distinguishes numbers from text, so a wrong type is an error in the file.
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
@@ -29,7 +29,7 @@ class _Turn(_Form):
 
 
 class _Question(_Form):
-    """`prompt` or `messages`, and as wanted what pictures go with it."""
+    """`prompt` or `messages`, and optional images and videos."""
 
     id: str | int | None = None
     prompt: str | None = None
@@ -59,25 +59,25 @@ class _Question(_Form):
 
 
 def _named(name: str, root: Path) -> str | Media:
-    """A medium of a line: a path, taken from the file's folder, or what a data URI holds."""
+    """Resolve a medium of a line: a path relative to the file's folder, or the bytes of a data URI."""
     media = media_of(name, None)
     return str(root / media.path) if media.data is None else media
 
 
-# Every setting of Sampling, and None for what a line leaves to the command line. One stop may stand without brackets.
+# Every setting of Sampling; None where a line leaves it to the command line. A single stop may be a plain string.
 _Line = create_model("_Line", __base__=_Question, **{
     name: (str | list[str] | None if name == "stop" else kind | None, None) for name, kind in get_type_hints(Sampling).items()
 })  # fmt: skip
 
 
 def read_requests(path: str, common: Mapping[str, Any], pixels: Mapping[str, int | None]) -> list[Request]:
-    """Requests of a JSONL file ("-": standard input); a line's own settings come before the common ones.
+    """Read requests from a JSONL file ("-": standard input). A line's settings override the common ones.
 
     Args:
-      common: sampling settings of the lines that say nothing. pixels: min_pixels and max_pixels likewise.
+      common: default sampling settings. pixels: default min_pixels and max_pixels.
 
     Raises:
-      UserError: unreadable file, or lines of another form; all of them are named.
+      UserError: unreadable file, or invalid lines, all listed.
     """
     if path != "-" and not Path(path).is_file():
         raise UserError(f"there is no file {path!r}; --requests wants a JSONL file, one request a line")

@@ -1,8 +1,8 @@
-"""Choosing the next token on the device.
+"""Choose the next token on the device.
 
 Legend: B rows (slots), V vocabulary.
-Every row carries its own settings and its own random key, so a row's choice depends neither on its neighbours nor on the
-slot it sits in: a request gives the same text alone, in a batch, and whenever the scheduler happens to admit it.
+Every row has its own settings and random key, so its choice depends neither on other rows nor on its slot: a request returns the
+same text alone, in any batch, and whenever it is admitted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ NEGATIVE = -1e30  # not -inf: a difference of two infinities is NaN
 
 
 def apply_repetition_penalty(logits_BV: jax.Array, seen_BV: jax.Array, penalty_B: jax.Array) -> jax.Array:
-    """Makes tokens that already occurred (prompt or answer) less likely; 1 changes nothing.
+    """Make tokens that occurred in prompt or answer less likely; 1 changes nothing.
 
     A positive logit is divided by the penalty and a negative one multiplied (CTRL, Keskar et al. 2019, section 4.1, in the
     form that transformers' RepetitionPenaltyLogitsProcessor uses).
@@ -53,15 +53,15 @@ def restrict(logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array, min_p
 
 
 def likeliest(logits_BV: jax.Array) -> jax.Array:
-    """The first token of the highest logit in each row, (B,) int32.
+    """Argmax of each row, (B,) int32; the first of equals.
 
-    As a maximum and the smallest index that has it: XLA vectorises both on a CPU, and its argmax not (176 us for
-    16 rows of 2,300 tokens, the maximum 3).
+    Computed as a maximum and the smallest index that has it: on a CPU, XLA vectorises both but not its argmax (176 us for 16 rows
+    of 2,300 tokens; the maximum takes 3).
     """
     V = logits_BV.shape[-1]
     highest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     index_BV = jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, 1)
-    # The last token where no logit is a number, so that nothing reads past a table.
+    # The last token if all logits are NaN, so that no index is out of range.
     return jnp.min(jnp.where(logits_BV == highest_B1, index_BV, V - 1), axis=-1)
 
 
@@ -91,7 +91,7 @@ def choose(
         drawn_B = jax.vmap(jax.random.categorical)(folded_B2, allowed_BV).astype(jnp.int32)
         return jnp.where(temperature_B > 0, drawn_B, greedy_B)
 
-    # The sort over the vocabulary costs more than a small model's whole step: only pay when some row samples.
+    # Sorting the vocabulary costs more than a whole step of a small model: only do it if some row samples.
     return jax.lax.cond(jnp.any(temperature_B > 0), draw, lambda _: greedy_B, None)
 
 

@@ -1,4 +1,4 @@
-"""Tokens to text as they come: whole characters only, and never past a stop string."""
+"""Detokenize a stream: whole characters only, and nothing past a stop string."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 
 class TextStream:
-    """Grows an answer's text token by token.
+    """Text of an answer, grown token by token.
 
-    A character may be spread over several tokens, so text is released only when it is whole; and text that could be the
-    beginning of a stop string is held back until it is clear that it is not.
+    A character may span several tokens, so text is released only when it is complete. Text that may be the start of a stop string is
+    withheld until it is decided.
 
     Attributes:
       tokens: all tokens so far. stopped: a stop string was seen.
@@ -31,7 +31,7 @@ class TextStream:
         return self._text
 
     def push(self, tokens: Sequence[int], last: bool = False) -> str:
-        """Adds tokens; returns the newly released text. With `last`, everything is released."""
+        """Add tokens and return the newly released text. With `last`, release everything."""
         if self.stopped:
             return ""
         for token in tokens:
@@ -45,8 +45,8 @@ class TextStream:
         return self._release(end)
 
     def _decode(self) -> None:
-        # Decoding starts a few settled tokens back: byte-level tokenizers give each token's text independently of what
-        # came long before, so the cost does not grow with the answer.
+        # Decode from a few settled tokens back: the text of a byte-level token does not depend on what came long before, so the cost
+        # does not grow with the answer.
         tail = self._tokenizer.decode(self.tokens[self._settled :])
         self._text = self._settled_text + tail
         if len(self.tokens) - self._settled > 16 and not tail.endswith("\ufffd"):

@@ -18,6 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from mindvl_jax.config.schema import Config, ModelConfig
+from mindvl_jax.core import processor
 from mindvl_jax.core.compiled import cache_folder
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel import distributed
@@ -88,7 +89,7 @@ class Xla:
         return tree
 
     def precision(self) -> contextlib.AbstractContextManager:
-        name = self._config.model.matmul_precision
+        name = matmul_precision(self._config.model)
         return contextlib.nullcontext() if name == "default" else jax.default_matmul_precision(name)
 
     def device_kind(self, mesh: Mesh) -> str:
@@ -115,6 +116,18 @@ def compile_xla(
     return jax.jit(function, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=donate_argnums, compiler_options=dict(options or {}) or None)
 
 
+def matmul_precision(model: ModelConfig) -> str:
+    """`model.matmul_precision` with `auto` decided: on a CPU that emulates bfloat16 products they are made in float32.
+
+    Measured on an AVX2 processor (forward and backward of one 2,048 x 192 x 512 layer, processor time, nine rounds side by side):
+    products in bfloat16 take 1.53 times as long as in float32 (median; of the fastest rounds 1.59).
+    """
+    if model.matmul_precision != "auto":
+        return model.matmul_precision
+    emulated = jax.default_backend() == "cpu" and processor.bfloat16_unit() is None
+    return "default" if emulated else "bfloat16"
+
+
 def compiler_options(model: ModelConfig, mesh: Mesh) -> dict[str, str]:
     """XLA's options for a training step on a CPU; {} elsewhere, and where this jaxlib does not know them.
 
@@ -125,7 +138,7 @@ def compiler_options(model: ModelConfig, mesh: Mesh) -> dict[str, str]:
     """
     options = {}
     if mesh.devices.flat[0].platform == "cpu":
-        if model.compute_dtype == "float32" and model.matmul_precision == "default":
+        if model.compute_dtype == "float32" and matmul_precision(model) == "default":
             options["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_REDUCE"
         if model.remat != "none":
             options["xla_cpu_scheduler_type"] = "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"

@@ -14,7 +14,7 @@ from mindvl_jax.config.schema import BridgeConfig, Config
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel import distributed
 from mindvl_jax.parallel.activations import Placement, tracing
-from mindvl_jax.training.backend import launched_processes
+from mindvl_jax.training.backend import launched_processes, matmul_precision
 from npu_bridge.errors import BridgeError
 
 Tree = TypeVar("Tree")
@@ -73,7 +73,7 @@ class Bridge:
     @contextlib.contextmanager
     def precision(self) -> Iterator[None]:
         """torch's own switch: float32 products read bfloat16 and sum in float32 where the device has such units (AMX, tensor cores)."""
-        if self._config.model.matmul_precision == "default":
+        if (self._bridge.device == "cpu" and matmul_precision(self._config.model) == "default") or self._config.model.matmul_precision == "default":
             yield
             return
         import torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import math
+import os
 import platform
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,10 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from mindvl_jax.config.schema import Config, PhaseConfig
+from mindvl_jax.core import processor
 from mindvl_jax.core.progress import LogConsole, duration, heartbeat
 from mindvl_jax.data.processor import BatchSpec
 from mindvl_jax.parallel.mesh import describe_mesh
 from mindvl_jax.core.params import Outline, matches_any
+from mindvl_jax.training.backend import matmul_precision
 
 WINDOW = 20  # steps that the shown rates average over
 
@@ -44,10 +47,14 @@ def print_startup(console: Console, config: Config, outline: Outline, mesh: Mesh
         ("bfloat16", "bfloat16"): "half the parameter memory; small updates round away: for inference or very large models",
         ("float32", "bfloat16"): "parameters rounded to bfloat16, products in float32",
     }[(compute, masters)]
-    if config.model.matmul_precision == "bfloat16" and compute == "float32":
+    if compute == "float32" and matmul_precision(config.model) == "bfloat16":
         why = "products read bfloat16 and sum in float32 (model.matmul_precision); everything else in float32"
+    elif compute == "float32" and config.model.matmul_precision == "auto":
+        why = "everything in float32: this processor has no bfloat16 units, and products that emulate them would take longer"
     rows = Table.grid(padding=(0, 2))
     rows.add_row("device", f"{device_kind} ({device.platform if config.backend == 'xla' else 'torch'}) on {platform.node() or 'this machine'}{processes}, jax {jax.__version__}")
+    if device.platform == "cpu":
+        rows.add_row("processor", f"{processor.name()}, {os.cpu_count()} cores, bfloat16 units: {processor.bfloat16_unit() or 'none'}")
     rows.add_row("peak", f"{human(peak)}FLOP/s a device" if peak else "unknown for this device: no MFU (set logging.peak_flops)")
     rows.add_row("mesh", describe_mesh(mesh))
     rows.add_row("compute", f"{compute}, parameters {masters}: {why}")

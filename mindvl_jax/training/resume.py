@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from mindvl_jax.config import families
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.models.vision_language.processor import cached_tokenizer
 from mindvl_jax.training import metrics
 from mindvl_jax.checkpoints import checkpoint
 from mindvl_jax.checkpoints.checkpoint import CheckpointReader, DamagedCheckpoint, Progress
@@ -161,10 +162,9 @@ def _require_same_run(config: Config, progress: Progress, plain: dict, parts: Se
         raise UserError(f"training.phases[{progress.phase}].steps={phase.steps}, but {where} has done {progress.phase_step} steps of it already")
     if progress.phase_step and phase.keep_optimizer != plain["training"]["phases"][progress.phase]["keep_optimizer"]:
         raise UserError(f"training.phases[{progress.phase}].keep_optimizer has changed, but the phase has begun in {where}; set it back")
-    if progress.loader is not None and progress.loader["tokenizer"] is not None:
-
-        if progress.loader["tokenizer"] != cached_tokenizer(config.tokenizer).digest:
-            raise UserError(f"{where} was trained with another tokenizer (vocabulary, id table or chat template): its tokens would mean other words; set tokenizer back, or start a new run with run.init_from")
+    vocabulary = progress.loader and progress.loader["tokenizer"]
+    if vocabulary and vocabulary != cached_tokenizer(config.tokenizer).digest:
+        raise UserError(f"{where} was trained with another tokenizer (vocabulary, id table or chat template): its tokens would mean other words; set tokenizer back, or start a new run with run.init_from")
 
 
 def _differences(before: Any, now: Any, path: str) -> list[str]:

@@ -54,10 +54,17 @@ def split_trained(paths: Sequence[str], globs: Sequence[str], where: str) -> tup
     """(trained, frozen) paths.
 
     Raises:
-      UserError: a glob matches nothing, or nothing at all is trained.
+      UserError: a glob matches nothing, nothing at all is trained, or base weights would learn beside their adapters.
     """
     require_matches(paths, globs, where)
     trained = [path for path in paths if matches_any(path, globs)]
+    adapted = {path.removesuffix("/lora_b") for path in paths if path.endswith("/lora_b")}
+    bases = [path for path in trained if path.removesuffix("/kernel") in adapted]
+    if bases:
+        raise UserError(
+            f"{where} selects {bases[0]}" + (f" and {len(bases) - 1} more" if len(bases) > 1 else "") + ", base weights that have adapters: both would learn. "
+            "Leave `train` out to train the adapters alone, or name **/lora_* and the parts without adapters that learn too"
+        )
     if not trained:
         raise UserError(f"{where} is empty: nothing would learn; give at least one glob such as projector/**")
     return trained, [path for path in paths if path not in set(trained)]

@@ -1,4 +1,4 @@
-"""Every case starts on its smallest shapes, its sides agree, and the command line runs it and says what is wrong."""
+"""Every case runs on its smallest shapes, its sides agree, and the command line runs it and reports errors."""
 
 import json
 import os
@@ -19,13 +19,13 @@ from benchmarks.registry import CASES, Case, Settings, load_cases
 
 ROOT = Path(__file__).resolve().parents[2]
 load_cases()
-# Those of which the whole is worth its compile time here; `python -m benchmarks run --dry` starts all of them.
+# Cases run in full here; `python -m benchmarks run --dry` runs all.
 STARTED = ["images", "loader", "packing", "weights", "training-step"]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compiler():
-    """What XLA makes of the programs is not at issue here."""
+    """Compile without optimisation: results matter here, speed does not."""
     before, threads = jax.config.read("jax_disable_most_optimizations"), torch.get_num_threads()
     jax.config.update("jax_disable_most_optimizations", True)
     yield
@@ -125,7 +125,7 @@ def test_one_core_measures_processor_time(one_core, clock, monkeypatch, tmp_path
     monkeypatch.setattr(command.machine, "use_threads", lambda count: None)
     assert command._case("x", Settings(seconds=0.0, least=2, one_core=one_core), tmp_path / "out") == 0
     (measured,) = map(json.loads, (tmp_path / "out").read_text().splitlines())
-    # Waiting takes no processor time.
+    # Sleeping takes no processor time.
     assert measured["clock"] == clock and (measured["sides"][0]["median"] < 0.015) == one_core, measured["sides"][0]
 
 
@@ -136,7 +136,7 @@ def test_peak_memory_is_seen():
         block = bytearray(b"x" * (64 << 20))
         deadline = time.monotonic() + 60
         while peak.peak < before + len(block) and time.monotonic() < deadline:
-            time.sleep(0.01)  # until the watching thread has come to its turn
+            time.sleep(0.01)  # until the watching thread has run
         del block
     # b"x" * n and the bytearray are alive together for a moment.
     assert 60 << 20 < peak.peak - before < 200 << 20, f"{(peak.peak - before) >> 20} MiB"

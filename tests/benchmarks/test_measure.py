@@ -1,4 +1,4 @@
-"""The clockwork of the benchmarks, on work whose speed is known."""
+"""Timing and statistics of the benchmarks, on work of known speed."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A small sharded decoder and its AdamW step, in plain JAX: what the training tests run through XLA and through the bridge."""
+"""A small sharded decoder and its AdamW step in plain JAX, which the training tests run through XLA and the bridge."""
 
 from __future__ import annotations
 

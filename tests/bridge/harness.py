@@ -64,9 +64,9 @@ def assert_close(want, got, rtol: float, atol: float, what: str) -> None:
 
 
 def fresh_arguments(args, call: int):
-    """Other values of the same kind for each call of a program: floats moved on by `call`, integers too where there is nothing else.
+    """Return other arguments of the same kind for each call: floats rolled by `call`, integers too if there are no floats.
 
-    Reordering keeps every value inside the range that a function is defined on.
+    Rolling keeps every value in the domain of the function.
     """
     leaves, tree = jax.tree.flatten(args)
     def is_float(x):
@@ -77,7 +77,7 @@ def fresh_arguments(args, call: int):
     return jax.tree.unflatten(tree, [turned(x) if call and moves(x) and isinstance(x, (np.ndarray, jax.Array)) else x for x in leaves])
 
 
-CALLS = 3  # a program that damages itself is right in its first call
+CALLS = 3  # a program that overwrites its own constants is right in its first call
 
 
 def call_three_times(fn, *args, rtol: float = 1e-5, atol: float = 1e-6, **options) -> Jitted:
@@ -91,7 +91,7 @@ def call_three_times(fn, *args, rtol: float = 1e-5, atol: float = 1e-6, **option
 
 
 class Replay:
-    """Stands in for a device's graph: replays by running the captured step again on the same buffers and writing into the same results."""
+    """Stand-in for a device graph: a replay runs the captured step again on the same buffers and writes into the same results."""
 
     def __init__(self, watch):
         self.replays, self.watch = 0, watch
@@ -113,7 +113,7 @@ class Replay:
 
 
 def portable(low: Lowered) -> dict[str, Any]:
-    """What another process needs to run a lowered program."""
+    """Pack a lowered program so that another process can run it."""
     return {"source": low.source, "mesh": low.mesh, "args": low.arg_layouts, "results": low.result_layouts, "kept": low.traced.kept,
             "dtypes": [np.dtype(a.dtype).name for a in low.traced.out_avals], "shapes": [a.shape for a in low.traced.out_avals],
             "in_dtypes": [np.dtype(a.dtype).name for a in low.traced.in_avals], "name": low.name}  # fmt: skip
@@ -193,7 +193,7 @@ class Pool:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        # Forked from one that has imported what a rank needs, and done nothing else: three of four times those seconds are saved.
+        # Forked from a process that only imported what a rank needs, which saves three of four imports.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["npu_bridge.runtime.array", "npu_bridge.runtime.program", __name__])
         self.count = count

@@ -1,4 +1,4 @@
-"""Who may overwrite what: constants stay, loops own what they overwrite, views are declared. Every program is called three times."""
+"""Memory of compiled programs: constants are never overwritten, loops own their buffers, views are declared. Each is called three times."""
 
 import jax
 import jax.numpy as jnp

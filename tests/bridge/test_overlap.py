@@ -1,4 +1,4 @@
-"""Exchanges beside the computation: what is started early, what is waited for late, and that nothing else changes."""
+"""Overlap of collectives with computation: early starts, late waits, unchanged results."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Other people's JAX: ten training steps of five programs made of public packages, sharded and not, equal to XLA."""
+"""Ten training steps of five programs built from public packages, sharded and not, equal to XLA."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The gate: an operation without a lowering fails here, and so does a lowering without a test."""
+"""Every operation has a lowering, and every lowering a test."""
 
 import importlib
 import os
@@ -94,7 +94,7 @@ print(hashlib.sha256(low.as_text().encode()).hexdigest())
 
 
 def test_processes_with_different_hash_seeds_write_one_program():
-    # Python orders sets of strings by a seed of the process: an order that leaked into the text would part the ranks.
+    # Python seeds the order of string sets per process: if it leaked into the program text, ranks would disagree.
     texts = [
         subprocess.run([sys.executable, "-c", _WRITE], env=os.environ | {"PYTHONHASHSEED": seed, "NPU_BRIDGE_CACHE": "off"}, capture_output=True, text=True, check=True).stdout
         for seed in ("1", "2")

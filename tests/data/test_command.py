@@ -1,4 +1,4 @@
-"""`mindvl data check` tells what is there; `mindvl data convert` loses nothing on any way round."""
+"""`mindvl data check` reports what a data set holds; `mindvl data convert` loses nothing in any round trip."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lengths on disk: the same batches as without, only the own rows' samples encoded, and nothing stale believed."""
+"""Length index on disk: same batches as without, only the samples of own rows encoded, stale indexes refused."""
 
 from __future__ import annotations
 

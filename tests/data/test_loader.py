@@ -1,4 +1,4 @@
-"""The loader: exact resume, any number of processes, mixtures and epochs, errors written down, nothing lost."""
+"""The loader: exact resume, any number of processes, mixtures and epochs, errors recorded, no sample lost."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def test_the_raise_policy_stops_at_the_first_bad_sample_with_its_id(tmp_path):
         for _ in range(20):
             next(loader)
     with pytest.raises(UserError):
-        next(loader)  # asking again gives the same answer, it does not wait for ever
+        next(loader)  # a second call raises the same error and does not hang
     loader.close()
 
 

@@ -1,4 +1,4 @@
-"""Rows: budgets held, everything used once, nothing waiting for ever, fuller and fairer than first fit; batches by hand."""
+"""Packing: budgets kept, each sample used once, bounded waiting, fuller and more even rows than first fit; batches by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the doctor says of a host, on hosts made of files: driver, CANN, versions, what an import that fails means."""
+"""Findings of the doctor on hosts made of files: driver, CANN, versions, failed imports."""
 
 import dataclasses
 import subprocess

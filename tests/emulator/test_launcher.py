@@ -1,4 +1,4 @@
-"""What the emulator does before anything is built: arguments, settings, refusals, the key of the cache, the counters' form."""
+"""The emulator before anything is built: arguments, settings, refusals, cache key, form of the counters."""
 
 import json
 import os

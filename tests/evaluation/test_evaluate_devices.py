@@ -1,4 +1,4 @@
-"""An evaluation gives the same predictions on any number of devices, stopped on the way and gone on with elsewhere."""
+"""An evaluation gives the same predictions on any number of devices, also when it is interrupted and continued on others."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The same answers wherever the model lies."""
+"""Answers do not depend on the devices of the model."""
 
 import types
 

@@ -1,4 +1,4 @@
-"""Prompts that share a row: what fits where, and where each lies."""
+"""Packing of prompts into rows: capacity, and positions in the row."""
 
 import types
 

@@ -1,4 +1,4 @@
-"""Files of requests: what a line may say, and what is said about lines that cannot be used."""
+"""Request files: accepted lines, and messages for invalid ones."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Each part by itself against the transformers module that it stands for: same input, same weights, float32."""
+"""Each submodule against its counterpart in transformers: same input, same weights, float32."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What `mindvl plan` says is what live arrays take, what formulas by hand say, and what the compilers say of the trainer's own programs."""
+"""`mindvl plan` equals live arrays, formulas by hand, and the compilers' plans of the trainer's own programs."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def load(*overrides):
 
 
 def nothing(config, indexes):
-    """In place of a compiler, for what needs none."""
+    """Stand-in for the compiler where none is needed."""
     return [Measured({"train_step": ProgramBytes(0, 0)}) for _ in indexes]
 
 

@@ -1,4 +1,4 @@
-"""The build writes what its manifest says, once, the same each time, and in words that the compact vocabulary has."""
+"""The build writes what its manifest lists, once, reproducibly, and in words of the compact vocabulary."""
 
 import hashlib
 import io

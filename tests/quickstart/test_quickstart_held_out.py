@@ -1,4 +1,4 @@
-"""Nothing that is scored was shown in training: no handwriting, artist, font, word, table or published image."""
+"""Scored material is not in the training data: handwriting, artists, fonts, words, tables, published images."""
 
 import hashlib
 import json

@@ -16,9 +16,10 @@ from mindvl_jax.cli.run_hooks import train
 from mindvl_jax.config import families
 from mindvl_jax.config import loader as config_loader
 from mindvl_jax.config.schema import MeshConfig
+from mindvl_jax.core import processor
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.mesh import make_mesh
-from mindvl_jax.training.backend import compiler_options, launched_processes, make_backend
+from mindvl_jax.training.backend import compiler_options, launched_processes, make_backend, matmul_precision
 
 ROOT = Path(__file__).parents[2]
 # The program of one step, and the three of accumulation; a border between phases that train different parts.
@@ -153,6 +154,17 @@ def test_processes_joined_in_the_way_of_xla_are_refused(run_config, monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(UserError, match="WORLD_SIZE='many'"):
         launched_processes()
+
+
+@pytest.mark.parametrize("flags, precision", [({"avx2"}, "default"), ({"avx2", "avx512_bf16"}, "bfloat16"), ({"amx_bf16"}, "bfloat16"), (set(), "default")])
+def test_auto_precision_takes_bfloat16_products_only_where_the_processor_has_units_for_them(run_config, monkeypatch, flags, precision):
+    monkeypatch.setattr(processor, "flags", lambda: frozenset(flags))
+    config = run_config({"steps": 1}, model={"matmul_precision": "auto", "compute_dtype": "float32"})
+    assert matmul_precision(config.model) == precision
+    with make_backend(config).precision():
+        assert (jax.config.jax_default_matmul_precision == "bfloat16") == (precision == "bfloat16")
+    eigen = "xla_cpu_experimental_ynn_fusion_type" in compiler_options(config.model, make_mesh(MeshConfig(), jax.devices()[:1]))
+    assert eigen == (precision == "default"), "float32 products are Eigen's"
 
 
 def test_products_in_bfloat16_are_torchs_own_setting_and_end_with_the_run(run_config):

@@ -1,4 +1,4 @@
-"""The questions of the eight stand-ins. Each maker gives rows in lmms-eval's columns and rows in VLMEvalKit's columns.
+"""Questions of the eight stand-ins. Each maker returns rows in lmms-eval's columns and rows in VLMEvalKit's columns.
 
 Wordings are those of the benchmarks' own kinds of question; what an image shows is known exactly, because it was drawn from it.
 """

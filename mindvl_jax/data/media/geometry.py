@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveInt
+from typing import Annotated
 
-from mindvl_jax.config.schema import PhaseConfig, Section
+from pydantic import Field, model_validator
+
+from mindvl_jax.config.base import Section, bounded
+from mindvl_jax.config.schema import PhaseConfig
 
 
 class PatchGeometry(Section):
     """Patches of an image or video, and the visual tokens that they are merged into."""
 
-    patch_size: PositiveInt = 14
-    temporal_patch_size: PositiveInt = 2
-    spatial_merge_size: PositiveInt = 2
-    in_channels: PositiveInt = 3
-    window_size: PositiveInt | None = Field(112, description="Side of an attention window, in pixels; null: no windows.")
-    tokens_per_second: PositiveInt | None = Field(2, description="Steps of the temporal position in a second of video; null: one for each frame pair.")
+    patch_size: Annotated[int, bounded(1024)] = 14
+    temporal_patch_size: Annotated[int, bounded(64)] = 2
+    spatial_merge_size: Annotated[int, bounded(64)] = 2
+    in_channels: Annotated[int, bounded(1024)] = 3
+    window_size: Annotated[int, bounded(2**20)] | None = Field(112, description="Side of an attention window, in pixels; null: no windows.")
+    tokens_per_second: Annotated[int, bounded(10_000)] | None = Field(2, description="Steps of the temporal position in a second of video; null: one for each frame pair.")
+
+    @model_validator(mode="after")
+    def _windows_hold_a_token(self):
+        if self.window_size is not None and self.window_size < self.pixels_per_token:
+            raise ValueError(f"window_size ({self.window_size}) is smaller than the {self.pixels_per_token} pixels of one visual token")
+        return self
 
     @property
     def patch_dim(self) -> int:

@@ -17,8 +17,8 @@ from typing import Any
 import jinja2
 import jinja2.sandbox
 
-from mindvl_jax.core.errors import UserError
-from mindvl_jax.data.sample import Message, SampleError, shortened
+from mindvl_jax.core.errors import UserError, shortened
+from mindvl_jax.data.sample import Message, SampleError
 
 TOOLS_BEFORE = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mindvl_jax.config.schema import Section
+from mindvl_jax.config.base import Section, bounded
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -17,22 +17,24 @@ class TextConfig(Section):
     """Qwen2.5 or Qwen3 decoder."""
 
     family: Literal["qwen2", "qwen3"] = Field(description="qwen2: q/k/v biases; qwen3: q/k norms, no biases.")
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_layers: PositiveInt
-    num_heads: PositiveInt
-    num_kv_heads: PositiveInt
-    head_dim: PositiveInt
-    rope_theta: PositiveFloat = 1e6
-    rms_norm_eps: PositiveFloat = 1e-6
+    vocab_size: Annotated[int, bounded(2**24)]
+    hidden_size: Annotated[int, bounded(2**20)]
+    intermediate_size: Annotated[int, bounded(2**22)]
+    num_layers: Annotated[int, bounded(10**4)]
+    num_heads: Annotated[int, bounded(2**16)]
+    num_kv_heads: Annotated[int, bounded(2**16)]
+    head_dim: Annotated[int, bounded(2**14)]
+    rope_theta: Annotated[float, Field(gt=0, le=1e15)] = 1e6
+    rms_norm_eps: Annotated[float, Field(gt=0, le=1)] = 1e-6
     tie_word_embeddings: bool
     rope: Literal["mrope", "1d"] = Field(description="mrope: temporal, height and width sections; 1d: one running index.")
     mrope_section: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
-    max_position_embeddings: PositiveInt = 32768
+    max_position_embeddings: Annotated[int, bounded(2**31 - 1)] = 32768
 
     @model_validator(mode="after")
     def _consistent(self):
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary positions turn pairs of values")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.rope == "mrope":

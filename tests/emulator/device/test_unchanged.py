@@ -1,4 +1,4 @@
-"""Code that nobody wrote for the emulator: a transformers Qwen2.5-VL of random weights, trained as its users train it."""
+"""Code not written for the emulator: a transformers Qwen2.5-VL with random weights, trained the usual way."""
 
 import copy
 
