@@ -24,6 +24,7 @@ COMMANDS = {
     "average": ("mindvl_jax.cli.average", "average the weights of checkpoints"),
     "merge": ("mindvl_jax.cli.merge", "fold a LoRA or DoRA adapter into its base and check the logits"),
     "convert": ("mindvl_jax.cli.convert", "weights between Hugging Face folders and the layouts of MindSpeed-MM"),
+    "import": ("mindvl_jax.cli.import_run", "a training recipe of MindSpeed-MM as our configuration"),
     "export": ("mindvl_jax.cli.export", "write a run as a Hugging Face folder"),
     "serve": ("mindvl_jax.cli.serve", "answer over HTTP with the OpenAI interface, and a page to try it"),
     "score": ("mindvl_jax.cli.score", "negative log-likelihood of answers, sample by sample"),
