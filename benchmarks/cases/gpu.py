@@ -44,7 +44,7 @@ def compare_on_gpu(settings: Settings, name: str, config, tokens: int, *, bridge
     from benchmarks import ours, twin, workloads
     from mindvl_jax.core.devices import known_peak
     from mindvl_jax.models.vision_language.counts import batch_counts
-    from mindvl_jax.training.flops import FlopCounter
+    from mindvl_jax.models.vision_language.flops import FlopCounter
 
     device = "cpu" if settings.dry else "cuda"
     if device == "cuda" and (jax.default_backend() != "gpu" or not torch.cuda.is_available()):

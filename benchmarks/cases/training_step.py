@@ -23,7 +23,7 @@ def compare_steps(settings: Settings, model: str, workload, dtype: str, kinds: d
 
     from benchmarks import ours, twin, workloads
     from mindvl_jax.models.vision_language.counts import batch_counts
-    from mindvl_jax.training.flops import FlopCounter
+    from mindvl_jax.models.vision_language.flops import FlopCounter
 
     torch.set_num_threads(settings.threads)
     config = workloads.MODELS[model](dtype)

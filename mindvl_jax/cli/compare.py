@@ -160,13 +160,11 @@ def read_losses(path: Path, steps: int) -> list[float]:
 def fresh_weights(config: Config, folder: Path) -> Path:
     """The first configuration's own initial weights as a folder, so that both runs read the same file whatever their code."""
     import jax
-    from flax import nnx
 
-    from mindvl_jax.models.mindvl.model import MindVL
+    from mindvl_jax.models.outline import outline_of
     from mindvl_jax.weights import save_parameters
 
-    state = jax.jit(lambda: nnx.state(MindVL(config.model, rngs=nnx.Rngs(config.run.seed)), nnx.Param))()
-    save_parameters(folder, config.model, {"/".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)})
+    save_parameters(folder, config.model, jax.jit(outline_of(config.model).initial)(jax.random.key(config.run.seed)))
     return folder
 
 

@@ -12,12 +12,12 @@ from PIL import Image
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.data.marks import literal, plain
 from mindvl_jax.data.media.files import named_file
+from mindvl_jax.data.media.geometry import PatchGeometry
 from mindvl_jax.data.media.image import load_image
 from mindvl_jax.data.record import conversation
 from mindvl_jax.data.sample import Media, Message
 from mindvl_jax.inference.buckets import Bucket, bucket_of
 from mindvl_jax.inference.request import Request
-from mindvl_jax.models.mindvl.config import MindVLConfig, VisionConfig
 from mindvl_jax.models.vision_language.batch import Batch, BatchShape
 from mindvl_jax.models.vision_language.collate import collate
 from mindvl_jax.models.vision_language.example import EncodeLimits, Example, ExampleEncoder
@@ -69,7 +69,7 @@ class PromptEncoder:
             given = ([_media(item) for item in items] for items in (request.images, request.videos))
             messages, images, videos = conversation(request.messages, *given, media_root=request.media_root)
             if not self._sees and (images or videos):
-                raise UserError("the model is a language model alone and cannot see images; use MindVL or Qwen2.5-VL weights")
+                raise UserError("the model is a language model alone and cannot see images; use the weights of a vision-language model")
             example = self._encoder(request).encode_prompt(messages, images, videos, id=request.id)
             example = example.with_pixels(self._model.vision, self._resample)
         except UserError as error:
@@ -105,20 +105,32 @@ class PromptEncoder:
 
 
 # Sizes of the one empty patch group in a batch for a language model alone; it is never read.
-_NO_VISION = VisionConfig(depth=1, hidden_size=4, intermediate_size=1, num_heads=1, fullatt_block_indexes=())
+_NO_VISION = PatchGeometry()
 
 
-def vision_of(model) -> VisionConfig:
-    """Vision settings of a module; a placeholder for a language model alone."""
+@dataclasses.dataclass(frozen=True)
+class _TextModel:
+    """What the chat encoder reads of a configuration, for a language model alone."""
+
+    vision: PatchGeometry
+    text: Any
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+
+
+def vision_of(model) -> PatchGeometry:
+    """Patches of a module's images; a placeholder for a language model alone."""
     return getattr(model.config, "vision", _NO_VISION)
 
 
-def prompt_config(model, tokenizer) -> MindVLConfig:
+def prompt_config(model, tokenizer) -> Any:
     """Configuration for the chat encoder. A language model alone takes its unused media tokens from the tokenizer."""
     if hasattr(model.config, "vision"):
         return model.config
     names = dict(image_token_id="<|image_pad|>", video_token_id="<|video_pad|>", vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>")
-    return MindVLConfig(vision=_NO_VISION, text=model.config.text, **{key: tokenizer.token_id(name) for key, name in names.items()})
+    return _TextModel(vision=_NO_VISION, text=model.config.text, **{key: tokenizer.token_id(name) for key, name in names.items()})
 
 
 def without_media(request: Request) -> Request:
@@ -154,7 +166,7 @@ def samples_of(bucket: Bucket) -> int:
     return max(1, bucket.tokens // 16)
 
 
-def pack_bucket(rows_of_prompts: Sequence[Sequence[Prompt]], bucket: Bucket, rows: int, vision: VisionConfig) -> Batch:
+def pack_bucket(rows_of_prompts: Sequence[Sequence[Prompt]], bucket: Bucket, rows: int, vision: PatchGeometry) -> Batch:
     """Build a host batch of `rows` rows: the given ones, then padding.
 
     Raises:

@@ -19,3 +19,11 @@ class Counts:
     names: tuple[str, ...]
     shown: tuple[str, ...]
     function: Callable[[Any], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of one step: `language` alone, `vision` = tower and projector."""
+
+    language: float
+    vision: float

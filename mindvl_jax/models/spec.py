@@ -42,7 +42,7 @@ class ModelSpec:
       objective: name of the loss that the family trains with unless the configuration names another.
       hf: HFMapping of the published files; None where there are none.
       parts: name -> parameter glob of the parts that people freeze, profile or give a rate of their own.
-      flops: (config, parameter shapes, trained paths) -> function of a step's counts; see `models.flops`.
+      flops: (config, parameter shapes, trained paths) -> function of a step's counts; see `models.counts.StepFlops`; None counts nothing.
     """
 
     name: str

@@ -8,13 +8,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from rich.text import Text
 
+from mindvl_jax.models.counts import StepFlops
+from mindvl_jax.models.registry import spec_of
 from mindvl_jax.checkpoints.checkpoint import Progress
 from mindvl_jax.config.schema import Config, PhaseConfig
 from mindvl_jax.data.processor import BatchSpec
@@ -25,7 +27,6 @@ from mindvl_jax.training.backend import Backend
 from mindvl_jax.training.display import print_phase
 from mindvl_jax.training.ema import MovingAverage
 from mindvl_jax.training.feed import Feed
-from mindvl_jax.training.flops import FlopCounter
 from mindvl_jax.training.hooks import StepWatcher
 from mindvl_jax.training.optimizer import learning_rates
 from mindvl_jax.core.params import Outline
@@ -63,6 +64,12 @@ class RunContext:
     is_main: bool
 
 
+def _flop_counter(run: RunContext, trained: list[str]) -> Callable[[Mapping[str, float]], StepFlops]:
+    """FLOPs of a step by the family's own count; none where the family has no count."""
+    flops = spec_of(run.config.model).flops
+    return flops(run.config.model, run.outline.shapes, trained) if flops is not None else lambda counts: StepFlops(0.0, 0.0)
+
+
 class PhaseLoop:
     """Runs the steps of phase `index` that are still to be done."""
 
@@ -78,7 +85,7 @@ class PhaseLoop:
             program_key(self._phase, objective, self._spec, trained),
             phase=self._phase, objective=objective, spec=self._spec, trained=trained, frozen=frozen, where=self._where,
         )  # fmt: skip
-        self._recorder = Recorder(run.report, self._phase, objective, self._spec, FlopCounter(run.config.model, run.outline.shapes, trained))
+        self._recorder = Recorder(run.report, self._phase, objective, self._spec, _flop_counter(run, trained))
 
     def run(self, state: TrainState, step: int, begin: int, loader_state: dict | None) -> tuple[TrainState, int, bool]:
         """Steps `begin` .. phase.steps; returns (state, step, whether the phase came to its end). The state is saved in every case.

@@ -18,7 +18,7 @@ from mindvl_jax.core.errors import UserError
 from mindvl_jax.data.processor import BatchSpec
 from mindvl_jax.objectives.base import Objective
 from mindvl_jax.training.display import LiveLine
-from mindvl_jax.training.flops import StepFlops
+from mindvl_jax.models.counts import StepFlops
 from mindvl_jax.training.metrics import MetricsLog
 from mindvl_jax.training.step import STEP_METRICS
 

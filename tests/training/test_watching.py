@@ -10,8 +10,8 @@ from mindvl_jax.core.devices import known_peak
 from mindvl_jax.core.params import matches
 from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.models.outline import outline_of
+from mindvl_jax.models.vision_language.flops import FlopCounter
 from mindvl_jax.training.display import LiveLine, duration, human
-from mindvl_jax.training.flops import FlopCounter
 from mindvl_jax.training.metrics import FILE, MetricsLog, cut_metrics
 
 D, F, N, K, H, V, L = 32, 48, 4, 2, 8, 64, 3  # language

@@ -8,6 +8,7 @@ methods below are written for a single layer and never see the stack.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -94,3 +95,34 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(ops.swiglu(self.gate(x), self.up(x)))
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with learned scale and bias: (D,), or (L, D) stacked."""
+
+    def __init__(self, width: int, *, eps: float, dtype, name: str | None = "embed", layers: int | None = None):
+        lead, lead_names = ((), ()) if layers is None else ((layers,), ("layers",))
+        self.eps = eps
+        self.scale = parameter(jnp.ones((*lead, width), dtype), (*lead_names, name))
+        self.bias = parameter(jnp.zeros((*lead, width), dtype), (*lead_names, name))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return ops.layer_norm(x, self.scale[...], self.bias[...], eps=self.eps)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(1.702 x), CLIP's approximation of GELU; not the tanh form."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+class MLP(nnx.Module):
+    """`down(activation(up(x)))` with biases."""
+
+    def __init__(self, width: int, hidden: int, activation: Callable[[jax.Array], jax.Array], *, rngs: nnx.Rngs, dtype, layers: int, residual_scale: float):
+        common = dict(bias=True, rngs=rngs, dtype=dtype, layers=layers)
+        self.activation = activation
+        self.up = Linear(width, hidden, ("embed", "mlp"), **common)
+        self.down = Linear(hidden, width, ("mlp", "embed"), scale=residual_scale, **common)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(self.activation(self.up(x)))

@@ -8,17 +8,17 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from mindvl_jax.models.layers.linear import Linear, RMSNorm
+from mindvl_jax.models.layers.linear import Linear
 from npu_bridge import ops
 
 
 class Projector(nnx.Module):
-    """Merge each group of `merge_unit` neighbouring patches of width `inputs` into one visual token of `width`."""
+    """Merge each group of `merge_unit` neighbouring patches of width `inputs` into one visual token of `width`; `norm` is applied to each patch."""
 
-    def __init__(self, inputs: int, merge_unit: int, width: int, *, eps: float, rngs: nnx.Rngs, dtype):
+    def __init__(self, inputs: int, merge_unit: int, width: int, *, norm: nnx.Module, rngs: nnx.Rngs, dtype):
         merged = inputs * merge_unit
         self.merged = merged
-        self.norm = RMSNorm(inputs, eps=eps, dtype=dtype)
+        self.norm = norm
         self.linear1 = Linear(merged, merged, ("merged", "mlp"), bias=True, rngs=rngs, dtype=dtype)
         self.linear2 = Linear(merged, width, ("mlp", "embed"), bias=True, rngs=rngs, dtype=dtype)
 

@@ -14,5 +14,5 @@ SPEC = ModelSpec(
     objective="sft",
     hf=Named("mindvl_jax.models.mindvl.hf:MAPPING"),
     parts={"vision": "vision/**", "projector": "projector/**", "language": "language/**"},
-    flops=None,
+    flops=Named("mindvl_jax.models.vision_language.flops:FlopCounter"),
 )

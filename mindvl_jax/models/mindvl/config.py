@@ -7,9 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, model_validator
 
 from mindvl_jax.config.base import bounded
-from mindvl_jax.config.schema import ModelConfig, PhaseConfig
-from mindvl_jax.data.media.geometry import PatchGeometry, shrinking
-from mindvl_jax.models.layers.config import TextConfig
+from mindvl_jax.data.media.geometry import PatchGeometry
+from mindvl_jax.models.vision_language.config import VisionLanguageConfig
 
 
 class VisionConfig(PatchGeometry):
@@ -35,30 +34,14 @@ class VisionConfig(PatchGeometry):
             raise ValueError(f"fullatt_block_indexes {beyond} lie beyond the depth {self.depth}; blocks count from 0")
         return self
 
+    @property
+    def full_blocks(self) -> int:
+        """Blocks that attend over the whole image."""
+        return len(self.fullatt_block_indexes)
 
-class MindVLConfig(ModelConfig):
+
+class MindVLConfig(VisionLanguageConfig):
     """Vision tower, two-layer projector, language model."""
 
     family: Literal["mindvl"] = "mindvl"
     vision: VisionConfig
-    text: TextConfig
-    image_token_id: NonNegativeInt = Field(description="Placeholder of one visual token of an image, in the model's own vocabulary.")
-    video_token_id: NonNegativeInt
-    vision_start_token_id: NonNegativeInt
-    vision_end_token_id: NonNegativeInt
-
-    @model_validator(mode="after")
-    def _media_tokens(self):
-        ids = {key: getattr(self, key) for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
-        if beyond := [f"{key} {value}" for key, value in ids.items() if value >= self.text.vocab_size]:
-            raise ValueError(f"{', '.join(beyond)} beyond the text.vocab_size {self.text.vocab_size}")
-        return self
-
-    def phase_warnings(self, phase: PhaseConfig) -> list[str]:
-        warning = shrinking(phase, self.vision.patch_size)
-        return [warning] if warning else []
-
-    def phase_problems(self, phase: PhaseConfig) -> dict[str, str]:
-        if phase.patches_per_row % self.vision.merge_unit:
-            return {"patches_per_row": f"must be a multiple of {self.vision.merge_unit} (patches of one visual token)"}
-        return {}

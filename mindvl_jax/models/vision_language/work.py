@@ -30,7 +30,7 @@ class WorkModel:
         layer = text.hidden_size * (2 * heads + 2 * kv_heads) + 3 * text.hidden_size * text.intermediate_size
         # Without windows every block attends over the whole image.
         window = 0 if vision.window_size is None else (vision.window_size // vision.patch_size) ** 2
-        full = vision.depth if vision.window_size is None else len(vision.fullatt_block_indexes)
+        full = vision.full_blocks
         width = vision.hidden_size
         block = 4 * width**2 + 3 * width * vision.intermediate_size
         return cls(

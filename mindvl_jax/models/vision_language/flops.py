@@ -6,27 +6,19 @@ labelled places only, gradients only where something learns. What is recomputed 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import jax
 
-from mindvl_jax.config.schema import ModelConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class StepFlops:
-    """FLOPs of one step: `language` alone, `vision` = tower and projector."""
-
-    language: float
-    vision: float
+from mindvl_jax.models.counts import StepFlops
 
 
 class FlopCounter:
-    """FLOPs of a step from its counts (`step.batch_counts`)."""
+    """FLOPs of a step from its counts (`vision_language.counts`)."""
 
-    def __init__(self, model: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeStruct], trained: Collection[str]):
+    def __init__(self, model: Any, shapes: Mapping[str, jax.ShapeDtypeStruct], trained: Collection[str]):
         self._model = model
 
         def kernels(*prefixes: str) -> float:
@@ -60,7 +52,7 @@ class FlopCounter:
         # Scores and weighted values: two products; causal attention needs half of the square.
         language += self._language_attention * text.num_layers * 2 * text.num_heads * text.head_dim * counts["segment_squares"]
         tower = 2 * (self._vision_kernels * counts["patches"] + self._projector_kernels * counts["patches"] / vision.merge_unit)
-        full = len(vision.fullatt_block_indexes)
+        full = vision.full_blocks
         squares = full * counts["image_squares"] + (vision.depth - full) * counts["window_squares"]
         tower += self._vision_attention * 4 * vision.hidden_size * squares
         return StepFlops(language=language, vision=tower)

@@ -1,0 +1,36 @@
+"""What the configurations of decoders that read visual tokens share. Imports no jax."""
+
+from __future__ import annotations
+
+from pydantic import Field, NonNegativeInt, model_validator
+
+from mindvl_jax.config.schema import ModelConfig, PhaseConfig
+from mindvl_jax.data.media.geometry import PatchGeometry, shrinking
+from mindvl_jax.models.layers.config import TextConfig
+
+
+class VisionLanguageConfig(ModelConfig):
+    """A family's class gives `vision` its own type."""
+
+    vision: PatchGeometry
+    text: TextConfig
+    image_token_id: NonNegativeInt = Field(description="Placeholder of one visual token of an image, in the model's own vocabulary.")
+    video_token_id: NonNegativeInt
+    vision_start_token_id: NonNegativeInt
+    vision_end_token_id: NonNegativeInt
+
+    @model_validator(mode="after")
+    def _media_tokens(self):
+        ids = {key: getattr(self, key) for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
+        if beyond := [f"{key} {value}" for key, value in ids.items() if value >= self.text.vocab_size]:
+            raise ValueError(f"{', '.join(beyond)} beyond the text.vocab_size {self.text.vocab_size}")
+        return self
+
+    def phase_warnings(self, phase: PhaseConfig) -> list[str]:
+        warning = shrinking(phase, self.vision.patch_size)
+        return [warning] if warning else []
+
+    def phase_problems(self, phase: PhaseConfig) -> dict[str, str]:
+        if phase.patches_per_row % self.vision.merge_unit:
+            return {"patches_per_row": f"must be a multiple of {self.vision.merge_unit} (patches of one visual token)"}
+        return {}
