@@ -19,7 +19,6 @@ from mindvl_jax.training import metrics
 from mindvl_jax.checkpoints import checkpoint
 from mindvl_jax.checkpoints.checkpoint import CheckpointReader, DamagedCheckpoint, Progress
 from mindvl_jax.core.params import Outline, Params
-from mindvl_jax.models.vision_language.processor import cached_tokenizer
 from mindvl_jax.training.state import TrainState, abstract_state, optimizer_arrays, state_of
 
 # May change between a checkpoint and its continuation without a word: they do not change what is learned.

@@ -19,7 +19,8 @@ def text(fn, *args, **options):
 
 
 def test_a_branch_on_a_counter_runs_alone():
-    step = lambda x: lax.fori_loop(0, 5, lambda i, c: lax.cond(i % 2 == 0, jnp.sin, lambda c: c * 2 + 1, c), x)
+    def step(x):
+        return lax.fori_loop(0, 5, lambda i, c: lax.cond(i % 2 == 0, jnp.sin, lambda c: c * 2 + 1, c), x)
     written = text(step, X)
     assert "if " in written and "else:" in written and "torch.where" not in written, written
     assert written.count("sin") == 1 and "torch.full" not in written, "nothing of the counter is on the device\n" + written
@@ -52,7 +53,8 @@ def test_what_a_loop_carries_may_be_a_number_of_the_host():
 
 
 def test_a_carried_number_that_turns_into_one_of_the_device_is_a_tensor():
-    step = lambda x: lax.fori_loop(0, 3, lambda i, c: (c[0] + c[1].astype(jnp.int32)[0], c[1] * 1.5), (jnp.int32(2), x + 2))
+    def step(x):
+        return lax.fori_loop(0, 3, lambda i, c: (c[0] + c[1].astype(jnp.int32)[0], c[1] * 1.5), (jnp.int32(2), x + 2))
     text(step, X)
 
 
@@ -86,7 +88,8 @@ def test_select_by_a_number_of_the_host_takes_one_side():
 
 def test_nested_loops_and_branches():
     def step(x):
-        inner = lambda i, c: lax.fori_loop(0, 3, lambda j, d: lax.cond((i + j) % 2 == 0, lambda d: d * 1.5, lambda d: lax.cond(j > i, jnp.sin, jnp.cos, d), d), c)
+        def inner(i, c):
+            return lax.fori_loop(0, 3, lambda j, d: lax.cond((i + j) % 2 == 0, lambda d: d * 1.5, lambda d: lax.cond(j > i, jnp.sin, jnp.cos, d), d), c)
         return lax.fori_loop(0, 3, inner, x)
 
     assert "torch.where" not in text(step, X)
@@ -94,7 +97,8 @@ def test_nested_loops_and_branches():
 
 def test_the_gradient_of_a_chosen_branch_is_chosen_as_well():
     def loss(x):
-        body = lambda c, k: (lax.switch(k, ACTIONS, c), None)
+        def body(c, k):
+            return (lax.switch(k, ACTIONS, c), None)
         return lax.scan(body, x, np.array([1, 2, 0, 1], np.int32))[0].sum()
 
     written = text(jax.value_and_grad(loss), X)
@@ -123,7 +127,6 @@ def test_each_device_runs_its_own_branch(pool):
 
 def test_only_the_own_branch_is_executed():
     """Counted: what torch runs in a loop over four kinds of work is what the table asks for."""
-    import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):

@@ -46,7 +46,8 @@ def test_uses_that_torch_has_no_form_for_are_refused_with_everything_else():
 
 
 def test_what_torch_npu_has_no_operators_for_is_refused_there():
-    step = lambda x: jnp.linalg.cholesky(jnp.fft.fft(x).real @ x.T)
+    def step(x):
+        return jnp.linalg.cholesky(jnp.fft.fft(x).real @ x.T)
     text = _refused(step, X, device="npu")
     assert all(word in text for word in ("fft", "cholesky", "torch_npu has no such operator", "complex numbers")), text
     npu_bridge.jit(step).lower(X)
