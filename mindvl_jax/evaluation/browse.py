@@ -29,6 +29,7 @@ def write_task_page(out: Path, name: str, benchmark: Benchmark, items: Sequence[
             "id": item.id, "question": item.question, "answers": list(dict.fromkeys(item.answers)), "prediction": row["prediction"], "error": row.get("error"), "category": item.category,
             "score": benchmark.score(item, row["prediction"])[benchmark.metric], "blind": None if blind is None else blind[index]["prediction"], "pictures": _pictures(item),
         })
+    shown.sort(key=lambda row: row["score"])  # what went wrong first
     notes = [f"{result['errors']} samples could not be read and count as wrong."] if result["errors"] else []
     if step > 1:
         notes.append(f"Every {step}th of {len(items)} samples is shown; all predictions stand in {name}.jsonl.")

@@ -11,10 +11,12 @@ from typing import Any
 import jinja2
 from PIL import Image
 
+from mindvl_jax.core.templates import TEMPLATES
+
 
 @functools.lru_cache(maxsize=1)
 def _environment() -> jinja2.Environment:
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    loader = jinja2.FileSystemLoader([Path(__file__).parent / "templates", TEMPLATES])
     # Answers and questions are other people's text: everything is escaped.
     return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
 

@@ -15,11 +15,9 @@ from PIL import Image
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.evaluation.browse import score_line
 from mindvl_jax.evaluation.pages import picture_uri, render
-from mindvl_jax.evaluation.plots import data_uri, training_curves
+from mindvl_jax.evaluation.curves import charts
 from mindvl_jax.core.files import read_json, read_jsonl, write_text
 
-CURVES = ("loss", "grad_norm", "learning_rate", "tokens_per_second")
-TASK_PREFIX = "loss/"  # metrics keys of single tasks' losses
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -49,7 +47,8 @@ def write_report(run_dir: str | Path) -> Path:
         subtitle=f"written {time.strftime('%Y-%m-%d %H:%M')}" + (f", {' → '.join(phases)}" if phases else ""),
         facts=_facts(metrics, scores),
         notes=_notes(metrics, scores),
-        plots=[{"name": "training curves", "data": data_uri(_curves(metrics))}] if len(metrics) > 1 else [],
+        charts=charts(metrics) if len(metrics) > 1 else [],
+        links=_links(run_dir),
         phase_rows=_phase_rows(metrics),
         samples=_samples(run_dir / "predictions" / scores.get("phase", ""), scores["tasks"]),
         benchmarks=_benchmarks(run_dir / "predictions" / scores.get("phase", "") / "benchmarks", scores.get("benchmarks")),
@@ -104,11 +103,10 @@ def _notes(metrics: list[dict], scores: dict) -> list[str]:
     return notes
 
 
-def _curves(metrics: list[dict]):
-    series = {key: [_number(row.get(key)) for row in metrics] for key in CURVES if any(row.get(key) is not None for row in metrics) or key == "loss"}
-    names = sorted({key for row in metrics for key in row if key.startswith(TASK_PREFIX)})
-    tasks = {name.removeprefix(TASK_PREFIX): [_number(row.get(name)) for row in metrics] for name in names}
-    return training_curves([row["step"] for row in metrics], [row.get("phase", "") for row in metrics], series, tasks)
+def _links(run_dir: Path) -> list[tuple[str, str]]:
+    """Pages of the same run that are there."""
+    pages = (("evaluation/index.html", "evaluation"), ("evaluation/search.html", "resolution search"), ("evaluation-ema/index.html", "evaluation of the moving average"))
+    return [(path, label) for path, label in pages if (run_dir / path).is_file()]
 
 
 def _phase_rows(metrics: list[dict]) -> list[dict[str, Any]]:
@@ -133,9 +131,11 @@ def _score_table(scores: dict) -> dict[str, Any]:
         cells, before = [], None
         for phase in phases:
             found = task.get("by_phase", {}).get(phase)
-            cells.append(None if found is None else {"score": found["exact_match"], "gain": None if before is None else found["exact_match"] - before})
+            # Scores of other samples are not compared in colour: their difference is mostly chance.
+            same = before is not None and found is not None and before["n"] == found["n"]
+            cells.append(None if found is None else {"score": found["exact_match"], "gain": None if before is None else found["exact_match"] - before["exact_match"], "same": same})
             if found is not None:
-                before = found["exact_match"]
+                before = found
                 if found["n"] < task["n"]:
                     counts.add(found["n"])
         floors = [value for value in (task.get("language_only"), task.get("blind_majority")) if value is not None]
@@ -165,7 +165,7 @@ def _samples(folder: Path, tasks: dict) -> list[dict[str, Any]]:
             pictures = [picture_uri(Image.open(folder / picture), largest=320) for picture in row["shown"] if (folder / picture).is_file()]
             shown.append({**row, "error": row.get("error"), "pictures": pictures})
         if shown:
-            groups.append({"task": name, "rows": sorted(shown, key=lambda row: -row["score"])})
+            groups.append({"task": name, "rows": sorted(shown, key=lambda row: row["score"])})
     return groups
 
 

@@ -95,7 +95,7 @@ def test_check_counts_kept_skipped_and_repeated_samples_on_one_page(tmp_path, ca
     page = tmp_path / "out" / "page.html"
     assert main(["data", "check", str(tmp_path / "d.json"), "--out", str(page), "--tokenizer", "qwen3"]) == 0
     text = page.read_text()
-    assert "<script>" not in text and "&lt;script&gt;" in text, "text of the data is escaped"
+    assert "<script>alert" not in text and "&lt;script&gt;" in text, "text of the data is escaped"
     assert "http" not in text.replace("http://www.w3.org", "").replace("https://matplotlib.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", ""), "the page loads nothing"
     for reason in ("missing_media", "undecodable", "no_answer"):
         assert f"<td>{reason}</td>" in text

@@ -11,6 +11,7 @@ from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.files import read_jsonl
 from mindvl_jax.core.progress import LogConsole
 from mindvl_jax.evaluation import run as evaluation_run
+from mindvl_jax.evaluation.curves import charts
 from mindvl_jax.evaluation.images import SHOWN
 from mindvl_jax.evaluation.report import write_report
 from mindvl_jax.evaluation.run import evaluate_run
@@ -93,10 +94,10 @@ def test_a_missing_task_file_is_refused_by_name(config, opened, tmp_path):
 
 def test_the_report_is_one_file_with_scores_gains_curves_pictures_and_config(run_dir):
     page = write_report(run_dir).read_text()
-    assert not re.search(r'(src|href)="(?!data:)', page), "the page loads something from elsewhere"
+    assert not re.search(r'(src|href)="(?!data:|#)', page), "the page loads something from elsewhere"
     for part in ("numbers", "Gain of each phase", "warmup", "data:image/png;base64", "Which number?", "mrope_section", "1 of 24 samples of numbers", "1 steps had a loss or gradient"):
         assert part in page, part
-    assert page.count("<img") >= 1 + 5
+    assert page.count("<img") >= 5 and page.count('<script type="application/json">') == 4
 
 
 def test_other_peoples_text_cannot_become_markup(tmp_path):
@@ -110,3 +111,28 @@ def test_other_peoples_text_cannot_become_markup(tmp_path):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="no run folder"):
         write_report(tmp_path)
+
+
+def test_every_source_of_the_loss_has_a_line_that_stays_in_its_phase(tmp_path):
+    sources = [f"source{number}" for number in range(12)]
+    rows = []
+    for step in range(1, 121):
+        first = step <= 60
+        own = sources[:6] if first else sources[6:]
+        rows.append({"step": step, "phase": "a" if first else "b", "loss": 9.0 if first else 1.0, **{f"loss/{name}": 9.0 if first else 1.0 for name in own}})
+    rows[9]["validation_loss"], rows[99]["validation_loss"] = 8.0, 2.0
+    chart = charts(rows)[0]
+    lines = {line["name"]: line for line in chart["lines"]}
+    assert set(lines) == {"loss", "validation", *sources}
+    assert set(lines["source0"]["values"]) == {9.0} and max(lines["source0"]["steps"]) == 60 and min(lines["source11"]["steps"]) == 61
+    assert {value for value in lines["loss"]["values"] if value is not None} == {9.0, 1.0}, "smoothing does not cross the border"
+    assert lines["validation"]["values"] == [8.0, None, 2.0] and [phase["name"] for phase in chart["phases"]] == ["a", "b"]
+
+
+def test_wrong_answers_come_first_and_scores_of_other_samples_are_not_coloured(run_dir):
+    page = write_report(run_dir).read_text()
+    answers = page[page.index('id="answers"') :]
+    kinds = re.findall(r'class="sample (wrong|partly|)"', answers)
+    assert kinds == sorted(kinds, key=["wrong", "partly", ""].index)
+    gains = page[page.index("Gain of each phase") :]
+    assert not re.search(r'<small class="(up|down)">', gains[: gains.index("</table>")]), "10 samples against 24"

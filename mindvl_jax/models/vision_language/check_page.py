@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
+from mindvl_jax.core.templates import TEMPLATES
 from mindvl_jax.models.vision_language.check import SourceFindings
 from mindvl_jax.data.media.image import load_image
 from mindvl_jax.data.sample import Media, SampleError
@@ -21,7 +22,7 @@ THUMBNAIL = 160
 
 def write_page(path: str, findings: Sequence[SourceFindings], advice: Sequence[str], settings: dict[str, str]) -> None:
     """Writes the page. Text of the data is escaped: it may hold anything."""
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader([Path(__file__).parent, TEMPLATES]), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     sources = [
         {
             "found": found,
@@ -50,7 +51,7 @@ def _histogram(values: Sequence[int]) -> str:
     figure = Figure(figsize=(3.6, 1.9), layout="constrained")
     axes = figure.subplots()
     wide = data.max() > 100 * max(data[data > 0].min(initial=data.max()), 1)
-    bins = np.geomspace(max(data.min(), 1), data.max() + 1, 40) if wide else min(40, int(data.max() - data.min()) + 1)
+    bins = np.geomspace(max(data.min(), 1), data.max() + 1, 40) if wide else _whole_bins(int(data.min()), int(data.max()))
     axes.hist(data, bins=bins, color="#4a7aa5")
     if wide:
         axes.set_xscale("log")
@@ -58,9 +59,15 @@ def _histogram(values: Sequence[int]) -> str:
     axes.tick_params(labelsize=7)
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        figure.savefig(file, format="svg")
+        figure.savefig(file, format="svg", transparent=True)
     text = file.getvalue()
     return text[text.index("<svg") :]
+
+
+def _whole_bins(low: int, high: int) -> np.ndarray:
+    """At most 40 bins of equal whole width around whole numbers."""
+    width = max(1, -(-(high - low + 1) // 40))
+    return np.arange(low, high + width + 1, width) - 0.5
 
 
 def _thumbnail(media: Media) -> str | None:
