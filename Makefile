@@ -1,11 +1,14 @@
 # make quickstart: set up, make the data, train, evaluate, write the report.   make test: set up, lint, run the whole suite.   make lint: only the first part.
 # make docs: the documentation site.
 # make conformance: the real torch_npu on an emulated CANN runtime, in an environment of its own; writes docs/conformance.md (CONFORMANCE_PAGE).
+# make aot: the recipes' training steps compiled by the real XLA:TPU, in an environment of its own; writes docs/aot.md.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 NPU_VENV := .venv-npu
 NPU_BIN := $(NPU_VENV)/bin
+TPU_VENV := .venv-tpu
+TPU_BIN := $(TPU_VENV)/bin
 DOCS_VENV := .venv-docs
 RUN_DIR ?= runs/quickstart
 SET ?=
@@ -21,7 +24,7 @@ ACCELERATOR ?=
 export JAX_PLATFORMS ?= cpu
 endif
 
-.PHONY: quickstart average test lint docs conformance setup setup-test setup-npu clean
+.PHONY: quickstart average test lint docs conformance aot setup setup-test setup-npu setup-tpu clean
 
 quickstart: $(VENV)/.main
 	$(BIN)/python train.py --config configs/quickstart.yaml --set run.dir=$(RUN_DIR) $(SET)
@@ -52,6 +55,12 @@ CONFORMANCE_PAGE ?= docs/conformance.md
 conformance: $(NPU_VENV)/.npu
 	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(NPU_BIN)/python -m npu_bridge.emulator.conformance --page $(CONFORMANCE_PAGE) --processes $(WORKERS)
 
+# The training steps of the recipes by the real XLA:TPU, which needs no device; writes docs/aot.md (AOT_PAGE). AOT_ARGS=--full: full depth, by hand.
+AOT_PAGE ?= docs/aot.md
+AOT_ARGS ?=
+aot: $(TPU_VENV)/.tpu
+	TPU_SKIP_MDS_QUERY=1 $(TPU_BIN)/python -m mindvl_jax.planning.aot --page $(AOT_PAGE) $(AOT_ARGS)
+
 # The documentation site in build/site; a broken link or an unknown name of the reference fails it.
 docs: $(DOCS_VENV)/.docs
 	$(DOCS_VENV)/bin/mkdocs build
@@ -59,6 +68,7 @@ docs: $(DOCS_VENV)/.docs
 setup: $(VENV)/.main
 setup-test: $(VENV)/.test
 setup-npu: $(NPU_VENV)/.npu
+setup-tpu: $(TPU_VENV)/.tpu
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -84,10 +94,17 @@ $(NPU_VENV)/.npu: $(VENV)/.test requirements/npu.txt
 	$(NPU_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
+$(TPU_VENV)/.tpu: $(VENV)/.main requirements/tpu.txt
+	$(PYTHON) -m venv --without-pip $(TPU_VENV)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> $$($(TPU_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth
+	$(TPU_BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/tpu.txt
+	touch $@
+
 $(DOCS_VENV)/.docs: requirements/docs.txt
 	$(PYTHON) -m venv $(DOCS_VENV)
 	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/docs.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(NPU_VENV) $(DOCS_VENV) build *.egg-info
+	rm -rf $(VENV) $(NPU_VENV) $(TPU_VENV) $(DOCS_VENV) build *.egg-info

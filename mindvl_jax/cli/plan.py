@@ -2,11 +2,13 @@
 
   mindvl plan --config C --devices 512 --device-kind "Ascend 910B"
   mindvl plan --config C --set mesh.fsdp=8 --memory 80GiB --json
+  mindvl plan --config C --compile v5p:4x4x4 --device-kind "TPU v5p"     (with libtpu installed)
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices", type=int, metavar="N", help="devices there will be; fills the axis of the mesh that is -1")
     parser.add_argument("--memory", metavar="SIZE", help="memory of one device, such as 64GiB")
     parser.add_argument("--device-kind", metavar="NAME", help='its kind instead, such as "NVIDIA H100" or "Ascend 910B"')
+    parser.add_argument("--compile", metavar="TOPOLOGY", help="ask the TPU's own compiler, which needs libtpu and no device: a name such as v5p:4x4x4; minutes for each phase")
     parser.add_argument("--margin", type=float, default=0.1, metavar="SHARE", help="share of the memory left to allocator, driver and kernels (default: %(default)s)")
     parser.add_argument("--no-alternatives", action="store_true", help="do not look for what would fit")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
@@ -44,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # shapes only; an accelerator of this machine is left to whoever uses it
     from rich.console import Console
 
-    from mindvl_jax.planning import report
+    from mindvl_jax.planning import aot, report
     from mindvl_jax.planning.alternatives import search
     from mindvl_jax.core.devices import limit_of
     from mindvl_jax.planning.peak import measure
@@ -52,11 +55,22 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     watched = LogConsole(stderr=True, stamp=False)
-    config = load(args.config, args.set, args.devices)
+    devices = args.devices
+    if args.compile is not None:
+        devices = len(aot.topology_devices(args.compile)) if devices is None else devices
+    config = load(args.config, args.set, devices)
+    if args.compile is not None and config.backend != "xla":
+        raise UserError(f"--compile asks XLA:TPU, but backend is {config.backend}; add --set backend=xla")
     limit = limit_of(args.memory, args.device_kind, margin=args.margin, backend=config.backend)
     planner = Planner(config, measure)
     with working(watched, "planning " + ", ".join(phase.name for phase in config.training.phases)):
         plans = planner.plan()
+    if args.compile is not None:
+        with working(watched, f"compiling for {args.compile}"):
+            compiled = Planner(config, functools.partial(aot.measure, topology=args.compile)).plan()
+        if not args.json:
+            report.show_difference(console, args.compile, plans, compiled)
+        plans = compiled
     fits = limit is None or all(plan.total <= limit.usable for plan in plans)
     if not args.json:
         report.show(console, config, plans, limit)

@@ -7,7 +7,8 @@ import re
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _CALL = re.compile(rf"^\s*(?:ROOT )?%?([\w.-]+) = (.*?) ({'|'.join(KINDS)})(-start)?\(")
-_ARRAY = re.compile(r"\b(pred|[subf]\d+\w*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+\w*)\[([\d,]*)\]")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -16,7 +17,7 @@ class Exchange:
     """One array of one exchange; XLA puts several into one call.
 
     Attributes:
-      kind: one of `KINDS`. dtype: XLA's name. shape: of the result on one device.
+      kind: one of `KINDS`. dtype: XLA's name. shape: of the result on one device; of a TPU's reduce-scatter the sum's.
       scope: what the program was doing, as JAX named it; of a combined call, of one of its arrays.
     """
 
@@ -35,8 +36,10 @@ class Exchange:
 
 def exchanges(text: str) -> list[Exchange]:
     """Exchanges of a compiled program (`compiled.as_text()`), in the order of its text. A loop's body counts once."""
-    found = []
+    found, computation = [], ""
     for line in text.splitlines():
+        if head := _COMPUTATION.match(line):
+            computation = head[1]
         call = _CALL.match(line)
         if call is None:
             continue
@@ -46,6 +49,8 @@ def exchanges(text: str) -> list[Exchange]:
             arrays = arrays[len(arrays) // 2 :]
         if kind == "all-to-all" and len(arrays) > 1:  # one part for each device: the parts are one array
             arrays = arrays[:1]
+        if computation.startswith("all-reduce-scatter"):  # TPU: a sum of which each device keeps a part
+            kind = "reduce-scatter"
         scope = _NAME.search(line)
         found += [Exchange(kind, dtype, shape, scope[1] if scope else "") for dtype, shape in arrays]
     return found

@@ -51,6 +51,13 @@ def show(console: Console, config: Config, plans: Sequence[PhasePlan], limit: Li
     console.print(SOURCES[config.backend] + " Decoding for scores is not counted.", highlight=False)
 
 
+def show_difference(console: Console, topology: str, estimated: Sequence[PhasePlan], compiled: Sequence[PhasePlan]) -> None:
+    """How far the estimate by XLA for CPU devices is off what the TPU's own compiler says."""
+    for guess, real in zip(estimated, compiled, strict=True):
+        off = guess.total / real.total - 1
+        console.print(f"{real.name}: XLA:TPU for {topology} says {gib(real.total)} GiB; our estimate was {gib(guess.total)} GiB ({off:+.0%})", highlight=False)
+
+
 def show_tried(console: Console, tried: Sequence[Tried], limit: Limit) -> None:
     fitting = [one for one in tried if one.fits]
     console.print("\nWhat would fit:" if fitting else "\nNothing that was tried fits; the nearest:", highlight=False)

@@ -24,6 +24,7 @@ from mindvl_jax.data.processor import BatchSpec
 from mindvl_jax.parallel.mesh import describe_mesh
 from mindvl_jax.core.params import Outline, matches_any
 from mindvl_jax.training.backend import matmul_precision
+from npu_bridge.ops.attention import describe_attention
 
 WINDOW = 20  # steps that the shown rates average over
 
@@ -58,7 +59,7 @@ def print_startup(console: Console, config: Config, outline: Outline, mesh: Mesh
     rows.add_row("peak", f"{human(peak)}FLOP/s a device" if peak else "unknown for this device: no MFU (set logging.peak_flops)")
     rows.add_row("mesh", describe_mesh(mesh))
     rows.add_row("compute", f"{compute}, parameters {masters}: {why}")
-    rows.add_row("kernels", kernels_in_use(config, device.platform))
+    rows.add_row("kernels", kernels_in_use(config, mesh))
     rows.add_row("remat", config.model.remat)
     rows.add_row("run folder", config.run.dir)
     console.print(rows)
@@ -67,9 +68,12 @@ def print_startup(console: Console, config: Config, outline: Outline, mesh: Mesh
     console.print(parameter_table(config, outline))
 
 
-def kernels_in_use(config: Config, platform_name: str) -> str:
+def kernels_in_use(config: Config, mesh: Mesh) -> str:
+    """Who computes the operators, and in which form attention runs."""
     if config.backend == "xla":
-        return f"npu_bridge.ops reference mathematics, compiled by XLA for {platform_name}"
+        platform_name = mesh.devices.flat[0].platform
+        form = describe_attention(config.model.attention, platform_name)
+        return f"npu_bridge.ops reference mathematics, compiled by XLA for {platform_name}; attention {form}"
     return f"npu_bridge.ops as torch kernels on {config.bridge.device}"
 
 

@@ -53,6 +53,16 @@ def choose_form(form, platform, local, *, plan, rows, queries, keys, heads, ids)
     return "blocked" if queries * reach * heads >= LINEAR_FROM else "reference"
 
 
+def describe(form, platform):
+    """What `form` means in programs of this platform, in words."""
+    if form != "auto":
+        return f"{form}, as configured"
+    if platform == "cpu":
+        return "in tiles, those left out that are masked"
+    linear = f"blocked where a row's scores exceed {LINEAR_FROM * 4 >> 20} MiB"
+    return f"by splash kernels; short rows and rows that XLA partitions {linear}" if platform == "tpu" else linear
+
+
 def _tiles(plan, rows, queries, keys, heads, ids):
     """Tiles of the computation that skips what is masked, where this may gain anything."""
     if queries != keys or (not ids and not plan.causal):

@@ -15,6 +15,9 @@ from npu_bridge.ops._blocked import Plan, plan_blocks
 from npu_bridge.ops._common import accumulator, require, require_float, zero_cotangent
 
 
+describe_attention = _forms.describe
+
+
 def attention(
     q,
     k,
