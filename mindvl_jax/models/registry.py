@@ -13,6 +13,7 @@ _FAMILIES = (
     "qwen",
     "qwen3_moe",
     "deepseek_v3",
+    "qwen2_vl",
 )  # fmt: skip
 
 SPECS: dict[str, ModelSpec] = {name: importlib.import_module(f"mindvl_jax.models.{name}").SPEC for name in _FAMILIES}

@@ -1,0 +1,95 @@
+"""Qwen2-VL (arXiv 2409.12191; reference: transformers' Qwen2-VL).
+
+B rows, P patches, D tower width, L layers. Segment ids keep images and frame pairs apart; window ids are not read.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mindvl_jax.models.layers.linear import MLP, LayerNorm, Linear, quick_gelu
+from mindvl_jax.models.layers.projector import Projector
+from mindvl_jax.models.layers.rope import vision_tables
+from mindvl_jax.models.layers.stack import in_pieces, rematerialise_attention, scan_layers
+from mindvl_jax.models.layers.vision import VisionAttention, normalize_patches
+from mindvl_jax.models.qwen2_vl.config import Qwen2VLConfig, VisionConfig
+from mindvl_jax.models.vision_language.batch import Batch
+from mindvl_jax.models.vision_language.model import VisionLanguageModel
+
+
+class VisionBlock(nnx.Module):
+    """Pre-norm attention and ungated feed-forward with quick GELU; LayerNorms and biases everywhere."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype):
+        L, D = config.depth, config.hidden_size
+        self.norm1 = LayerNorm(D, eps=config.layer_norm_eps, dtype=dtype, layers=L)
+        self.attention = VisionAttention(config, rngs=rngs, dtype=dtype)
+        self.norm2 = LayerNorm(D, eps=config.layer_norm_eps, dtype=dtype, layers=L)
+        self.mlp = MLP(D, config.intermediate_size, quick_gelu, rngs=rngs, dtype=dtype, layers=L, residual_scale=1 / math.sqrt(2 * L))
+
+    def __call__(self, x_BPD, cos, sin, ids_BP, lengths_BM, longest: int | None, remat: str) -> jax.Array:
+        def attend(block, x):
+            return block.attention(block.norm1(x), cos, sin, ids_BP, lengths_BM, longest)
+
+        with jax.named_scope("attention"):
+            x_BPD = x_BPD + rematerialise_attention(attend, remat)(self, x_BPD)
+        with jax.named_scope("mlp"):
+            return x_BPD + self.mlp(self.norm2(x_BPD))
+
+
+class VisionTower(nnx.Module):
+    """Patch embedding and blocks. The norm and the merging of four patches belong to the projector."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype, remat: str = "none"):
+        self.config = config
+        self.remat = remat
+        self.patch_embed = Linear(config.patch_dim, config.hidden_size, ("patch", "embed"), bias=False, rngs=rngs, dtype=dtype)
+        self.blocks = VisionBlock(config, rngs=rngs, dtype=dtype)
+
+    def __call__(self, patches, positions_BP2, segment_ids_BP, window_ids_BP, *, image_lengths=None, window_lengths=None,
+                 max_image_patches: int | None = None, dtype) -> jax.Array:
+        """Features (B, P, D) of every patch; outputs at padding patches are never used.
+
+        Args:
+          patches: (B, P, patch_dim) uint8 pixels or normalised floats, the patches of one visual token next to each other.
+          positions_BP2: (B, P, 2) height and width of each patch in its image.
+          segment_ids_BP: (B, P) image or frame pair of each patch, 0 is padding. image_lengths: (B, M) the same as counts.
+          window_ids_BP, window_lengths: not read.
+          max_image_patches: static promise that no image is larger; lets attention compute a band.
+        """
+        with jax.named_scope("patch_embed"):
+
+            def embed(patches):
+                return self.patch_embed(normalize_patches(patches, self.config, dtype))
+
+            x_BPD = in_pieces(embed, patches) if self.remat == "full" else embed(patches)
+        tables = self._tables(positions_BP2)
+
+        def block_step(x, block):
+            return block(x, *tables, segment_ids_BP, image_lengths, max_image_patches, self.remat)
+
+        with jax.named_scope("blocks"):
+            return scan_layers(block_step, x_BPD, self.blocks, remat=self.remat)
+
+    def run_block(self, number: int, x_BPD: jax.Array, batch: Batch) -> jax.Array:
+        """One block on any input, for comparisons part by part."""
+        block = jax.tree.map(lambda leaf: leaf[number], self.blocks)
+        return block(x_BPD, *self._tables(batch.patch_positions), batch.patch_segment_ids, None, None, "none")
+
+    def _tables(self, positions_BP2):
+        return vision_tables(positions_BP2, self.config.hidden_size // self.config.num_heads, self.config.rope_theta)
+
+
+class Qwen2VL(VisionLanguageModel):
+    """The assembled model."""
+
+    def __init__(self, config: Qwen2VLConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        dtype, vision = jnp.dtype(config.param_dtype), config.vision
+        self.vision = VisionTower(vision, rngs=rngs, dtype=dtype, remat=config.remat)
+        norm = LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps, dtype=dtype)
+        self.projector = Projector(vision.hidden_size, vision.merge_unit, config.text.hidden_size, norm=norm, rngs=rngs, dtype=dtype)
