@@ -3,7 +3,7 @@
 backend npu_bridge: the memory plan of the torch program that would run, statement by statement (`npu_bridge.compiler.memory`). It is lowered
 for a mesh without devices, so it takes seconds for any number of them.
 
-backend xla: XLA's buffer assignment (`memory_analysis`) of the program compiled for as many pretended CPU devices, in a process of
+backend xla: XLA's buffer assignment (`memory_analysis`) of the program compiled for as many virtual CPU devices, in a process of
 its own, because XLA reads their number once. It is exact for a run on CPUs. For a GPU or TPU it stands in: their compilers fuse more
 and keep bfloat16 where XLA for a CPU widens some of it, so that it is usually too high.
 """
@@ -78,7 +78,7 @@ def measure_xla(config: Config, index: int) -> Measured:
 
 
 def measure_xla_apart(config: Config, indexes: Sequence[int]) -> list[Measured]:
-    """`measure_xla` in a process with as many pretended CPU devices as the mesh has places."""
+    """`measure_xla` in a process with as many virtual CPU devices as the mesh has devices."""
     count = math.prod(getattr(config.mesh, axis) for axis in AXES)
     kept = re.sub(rf"{_DEVICE_COUNT}=\S+", "", os.environ.get("XLA_FLAGS", ""))
     path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -87,7 +87,7 @@ def measure_xla_apart(config: Config, indexes: Sequence[int]) -> list[Measured]:
     done = subprocess.run([sys.executable, "-m", "mindvl_jax.planning.peak"], input=request, env=environment, capture_output=True, text=True)
     if done.returncode:
         last = " / ".join(done.stderr.strip().splitlines()[-3:])
-        raise UserError(f"XLA could not compile the step for {count} pretended devices: {last}")
+        raise UserError(f"XLA could not compile the step for {count} virtual devices: {last}")
     answers = json.loads(done.stdout.splitlines()[-1])
     return [Measured({name: ProgramBytes(**sizes) for name, sizes in programs.items()}) for programs in answers]
 

@@ -18,7 +18,7 @@ from mindvl_jax.training.display import human
 
 SOURCES = {
     "npu_bridge": "Activations: the memory plan of the emitted torch program. Workspaces inside kernels are not in it.",
-    "xla": "Activations: XLA's buffer assignment for pretended CPU devices: exact there; on a GPU or TPU usually too high (it fuses less and widens some bfloat16).",
+    "xla": "Activations: XLA's buffer assignment for virtual CPU devices: exact there; on a GPU or TPU usually too high (it fuses less and widens some bfloat16).",
 }
 
 

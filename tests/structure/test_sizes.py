@@ -42,6 +42,7 @@ LONG_TODAY = {
     "mindvl_jax/parity/samples.py pack": "",
     "mindvl_jax/training/resume.py _require_same_run": "",
     "mindvl_jax/weights/adapters.py _published": "",
+    "mindvl_jax/weights/adapters.py _take_linear": "",
     "npu_bridge/compiler/memory.py loop": "",
     "npu_bridge/compiler/passes/collectives.py _merge_sums": "",
     "npu_bridge/compiler/passes/collectives.py _scatter": "",

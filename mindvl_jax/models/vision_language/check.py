@@ -118,7 +118,7 @@ def _content(sample: Sample) -> bytes:
 
 
 def advice(findings: Sequence[SourceFindings], max_tokens: int | None, weights: dict[str, float] | None = None) -> list[str]:
-    """What to set or mend, in words. `weights` are those of the mixture; without them sources count by their samples."""
+    """Advice: what to set or fix. `weights` are those of the mixture; without them sources count by their samples."""
     kept = [found for found in findings if found.kept]
     if not kept:
         return ["No sample can be used. The reasons below say why; nothing will train on this data."]

@@ -1,4 +1,4 @@
-// Devices, contexts, and what a chip says of itself.
+// Devices, contexts, and properties of the chip.
 #include <unistd.h>
 
 #include <cstdlib>

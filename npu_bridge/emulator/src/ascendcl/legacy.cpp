@@ -1,5 +1,5 @@
 // Operators of the graph engine (aclop...): a chip's host compiles each at first use. Nothing here computes them, so a call fails and
-// says which operator it was; returning success would leave a wrong number in the output.
+// names the operator; returning success would leave a wrong number in the output.
 #include <sstream>
 
 #include <acl/acl_op_compiler.h>

@@ -1,6 +1,6 @@
 // Streams and events. A stream runs a task in the calling thread when nothing is queued before it, so that errors and times are where
 // they arise. Tasks that wait for other processes (collectives) are queued on a thread, and so is what follows them. With
-// --asynchronous every task is queued, and lies there for a while: a missing event is a wrong result then.
+// --asynchronous every task stays in its queue for a while, so that a missing event gives a wrong result.
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -188,13 +188,13 @@ static int synchronize_device(double seconds) {
   });
 }
 
-// At the end of the process: no task may run while torch's static objects go. A collective whose peers are gone gives up by itself.
+// At the end of the process: no task may run while torch's static objects go. A collective whose peers are gone times out.
 void end_streams() {
   for (int device = 0; device < settings().devices; device++)
     for (Stream* s : streams_on(device)) {
       try {
         s->drain(1.0);
-      } catch (const std::exception&) {  // nobody is left to hear it
+      } catch (const std::exception&) {  // nothing left to report to
       }
     }
   ending = true;
@@ -264,7 +264,7 @@ EMULATED aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream stream_handle)
     event.captured_in = stream.capture;
     if (stream.capture) {
       event.moment = std::make_shared<Moment>();
-      event.moment->reach();  // after the capture nobody waits for it: a replay keeps the order of the program
+      event.moment->reach();  // not waited for after capture: a replay keeps the order of the program
     } else {
       event.moment = stream.mark();
     }

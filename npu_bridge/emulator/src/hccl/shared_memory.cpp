@@ -19,7 +19,7 @@ constexpr uint64_t kSlot = 1 << 20, kMail = 1 << 18;
 constexpr size_t kName = 192;
 
 struct RankState {
-  alignas(64) std::atomic<uint64_t> arrived;  // steps this rank has come to; nobody goes on before all are there
+  alignas(64) std::atomic<uint64_t> arrived;  // steps that this rank has reached; all wait for the slowest
   std::atomic<int> pid;
   char what[kName];  // the call this rank is in
   uint64_t bytes;
@@ -65,7 +65,7 @@ class SharedMemory : public Transport {
                                                         " bytes, rank " + std::to_string(q) + " " + state(q).what + " of " + std::to_string(state(q).bytes));
         if (piece) see(q, offset, slot(q), piece);
       }
-      meet(what, bytes);  // nobody overwrites its slot before all have read it
+      meet(what, bytes);  // no rank overwrites its slot before all have read it
     }
   }
 

@@ -1,4 +1,4 @@
-// Ranks that may be on several machines: one connection a pair. Addresses are told around by the first rank, which listens from the
+// Ranks that may be on several machines: one connection a pair. Addresses are distributed by the first rank, which listens from the
 // moment its root information is made.
 #include <arpa/inet.h>
 #include <fcntl.h>
@@ -177,7 +177,7 @@ class Tcp : public Transport {
              const std::function<void(uint32_t, uint64_t, const char*, uint64_t)>& see) override {
     constexpr uint64_t kPiece = 1 << 20;
     std::vector<char> theirs(std::min(kPiece, std::max<uint64_t>(bytes, 1)) * size);
-    char token = 0;  // a meeting without bytes still has to take place
+    char token = 0;  // a barrier also when there are no bytes
     for (uint64_t offset = 0; offset == 0 || offset < bytes; offset += kPiece) {
       uint64_t piece = std::min(kPiece, bytes - offset);
       uint64_t moved = std::max<uint64_t>(piece, 1);
@@ -213,7 +213,7 @@ class Tcp : public Transport {
     return n > 0;
   }
 
-  void require_alive(uint32_t, const std::string&) override {}  // a closed connection says it
+  void require_alive(uint32_t, const std::string&) override {}  // a closed connection is the signal
 
  private:
   struct Side {

@@ -2,7 +2,7 @@
 //
 //   p = softmax(scale * q k^T + pse, where the mask allows),  out = dropout(p) v
 //
-// B rows, S places (TND: T places of all sequences one after another), N query heads, K key heads, G = N / K, D head dim.
+// B rows, S positions (TND: T positions of all sequences one after another), N query heads, K key heads, G = N / K, D head dim.
 // The rules of sparse modes and shapes are those of the operator's document.
 #include <cmath>
 
@@ -74,7 +74,7 @@ void require_lengths(const Ints& ends, const char* name, int64_t places) {
   require(before <= places, name, " ends at ", before, ", the tensor has ", places, " places");
 }
 
-// Calls body(number, query places, key places) for each sequence of TND; those without query places take no part.
+// Calls body(number, query positions, key positions) for each sequence of TND; those without query positions take no part.
 template <class Body>
 void each_length(const Options& o, Body body) {
   int64_t q = 0, k = 0;
@@ -211,7 +211,7 @@ void require_all(const Inputs& in, Options& o) {
 // Where nothing is attended, or an undefined tensor when all is. Modes 3 to 6 count from the lower right corner.
 Tensor forbidden(const Inputs& in, const Options& o, int64_t queries, int64_t keys) {
   if (!in.mask.defined()) return {};
-  Tensor ahead = at::arange(keys).unsqueeze(0) - at::arange(queries).unsqueeze(1);  // key place - query place
+  Tensor ahead = at::arange(keys).unsqueeze(0) - at::arange(queries).unsqueeze(1);  // key position - query position
   int64_t corner = keys - queries;
   if (o.mode >= 2 && o.mode != kPrefix) check_compressed(in.mask, o.mode);
   if (o.mode == kPrefix || o.mode == kCompressedPrefix) {
@@ -265,7 +265,7 @@ struct Result {
 };
 
 // A row that attends nothing has no softmax. The kernel gives zeros where it knows of such rows (mode 3 with more queries than keys, or
-// inner_precise 2); elsewhere what it gives is not defined, and NaN says so.
+// inner_precise 2); elsewhere its result is undefined, and NaN here.
 Result forward(const Piece& p, const Inputs& in, const Options& o) {
   Tensor peak = p.logits.amax(-1, true);
   Tensor sink = in.sink.defined() ? in.sink.reshape({1, -1, 1, 1}) : Tensor();
@@ -309,7 +309,7 @@ Gradients backward(const Piece& p, const Inputs& in, const Options& o, const Ten
 
 // ---- all sequences -----------------------------------------------------------------------------------------------------------------------
 
-// Calls body(options of this one, start and end of the query places, start and end of the key places, elements of the dropout mask
+// Calls body(options of this one, start and end of the query positions, start and end of the key positions, elements of the dropout mask
 // before) for each.
 template <class Body>
 void each_sequence(const Options& all, Body body) {
@@ -377,7 +377,7 @@ Work attention_gradient(Inputs in, Options o, Tensor grad, Tensor peak, Tensor t
       if (dsink && dsink->numel()) dsink = g.sink.reshape(dsink->sizes());
     };
   return [=] {
-    for (const Out& d : {dq, dk, dv}) d->zero_();  // places in no sequence
+    for (const Out& d : {dq, dk, dv}) d->zero_();  // positions in no sequence
     if (dsink && dsink->numel()) dsink->zero_();
     each_sequence(o, [&](const Options& o, int64_t q0, int64_t q1, int64_t k0, int64_t k1, int64_t dropped) {
       auto part = [&](const Tensor& x, int64_t a, int64_t b) { return to_bnsd(x.slice(0, a, b), o.layout, 0); };

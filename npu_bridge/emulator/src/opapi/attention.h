@@ -1,4 +1,4 @@
-// What attention for training and attention for inference share. B rows, S places, N heads, D head dim.
+// What attention for training and attention for inference share. B rows, S positions, N heads, D head dim.
 #pragma once
 
 #include "opapi/operator.h"

@@ -2,7 +2,7 @@
 //
 //   p = softmax(scale * q k^T + pse, where the mask allows),  out = p v,  lse = log(sum(exp(logits)))
 //
-// B rows, S places (TND: T places of all sequences one after another), N query heads, K key heads, D head dim. Keys and values may lie
+// B rows, S positions (TND: T positions of all sequences one after another), N query heads, K key heads, D head dim. Keys and values may lie
 // in blocks that a table names (paged attention). The rules are those of the operator's document for the Atlas A2, without its
 // quantised forms, split rotary parts, shared prefixes, padding on the left and lists of several key tensors: these are refused.
 #include <cmath>
@@ -31,7 +31,7 @@ struct Inference {
 // (B, N, S, D); the joined layouts as one row.
 Tensor rows_of(const Inference& in, const Tensor& x, int64_t heads) { return in.layout == "NTD_TND" ? x.unsqueeze(0) : to_bnsd(x, in.in_layout(), heads); }
 
-// Keys or values of one row from their blocks, (K, S, D): blocks are (places, K * D) or (K, places, D).
+// Keys or values of one row from their blocks, (K, S, D): blocks are (positions, K * D) or (K, positions, D).
 Tensor from_blocks(const Inference& in, const Tensor& blocks, int64_t row, int64_t places) {
   int64_t count = (places + in.block_size - 1) / in.block_size;
   Tensor numbers = in.table[row].slice(0, 0, count).to(at::kLong);
@@ -86,7 +86,7 @@ void require_blocks(const Inference& in, int64_t rows) {
     require(n >= 0 && n <= in.table.size(1) * in.block_size, "a row of ", n, " keys needs more than the ", in.table.size(1), " blocks of ", in.block_size, " in block_table");
 }
 
-// Rows `rows`, `queries` and `keys` places; in joined layouts a mask is the compressed triangle or none.
+// Rows `rows`, `queries` and `keys` positions; in joined layouts a mask is the compressed triangle or none.
 void require_mask(const Inference& in, int64_t rows, int64_t queries, int64_t keys) {
   require(in.mode >= 0 && in.mode <= 4, "sparse_mode ", in.mode, "; fused inference attention knows 0 to 4");
   require(in.inner_precise >= 0 && in.inner_precise <= 3, "inner_precise ", in.inner_precise, "; expected 0 to 3");
@@ -164,7 +164,7 @@ void require_all(Inference& in) {
   int64_t keys;
   if (in.paged()) {
     require_blocks(in, rows);
-    keys = in.table.size(1) * in.block_size;  // a mask covers all places that a row of the table may name
+    keys = in.table.size(1) * in.block_size;  // a mask covers all positions that a row of the table may name
     int64_t dim = in.k.dim() == 4 ? in.k.size(3) : in.k.size(2) / in.kv_heads;
     require_dims(in, queries, q.size(3), dim, dim);
     if (!in.joined()) require_each(in.k_lengths, "actual_seq_lengths_kv", rows, in.table.size(1) * in.block_size);
@@ -191,7 +191,7 @@ void require_all(Inference& in) {
 Tensor forbidden(const Inference& in, int64_t row, int64_t whole_queries, int64_t queries, int64_t keys) {
   if (!in.mask.defined() || in.mask.numel() == 0) return {};
   if (!in.joined() && whole_queries == 1) return in.mask.reshape({in.mask.size(0), -1})[row].slice(0, 0, keys).unsqueeze(0).to(at::kBool);
-  Tensor ahead = at::arange(keys).unsqueeze(0) - at::arange(queries).unsqueeze(1);  // key place - query place
+  Tensor ahead = at::arange(keys).unsqueeze(0) - at::arange(queries).unsqueeze(1);  // key position - query position
   int64_t corner = keys - queries;
   if (in.mode >= 2) check_compressed(in.mask, in.mode);
   if (in.mode == 2) return ahead > 0;
@@ -207,8 +207,8 @@ struct Result {
   Tensor out, lse;  // (N, S, D) and (N, S, 1)
 };
 
-// A query that attends nothing: zeros where the document says that the kernel mends it (inner_precise 2 and 3, mode 3 with more queries
-// than keys, no keys at all), NaN where it says nothing.
+// A query that attends nothing: zeros where the document says that the kernel corrects it (inner_precise 2 and 3, mode 3 with more queries
+// than keys, no keys at all), NaN where it does not say.
 Result attend(const Inference& in, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pse, const Tensor& banned) {
   Tensor wide = q.to(at::kFloat), keys = repeat_heads(k.to(at::kFloat).unsqueeze(0), in.heads)[0], values = repeat_heads(v.to(at::kFloat).unsqueeze(0), in.heads)[0];
   if (k.size(1) == 0) return {at::zeros({q.size(0), q.size(1), v.size(2)}), at::full({q.size(0), q.size(1), 1}, NAN)};
@@ -229,7 +229,7 @@ Work infer_attention(Inference in, Out out, Out lse) {
     Tensor q = rows_of(in, in.q, in.heads);
     Tensor k = in.paged() ? Tensor() : rows_of(in, in.k, in.kv_heads), v = in.paged() ? Tensor() : rows_of(in, in.v, in.kv_heads);
     int64_t rows = in.joined() ? in.q_lengths.size() : q.size(0), whole = q.size(2), width = in.paged() ? q.size(3) : v.size(3);
-    // Places past a row's length: nothing says what lies there.
+    // Positions past a row's length are undefined.
     Tensor all = at::full({q.size(0), in.heads, whole, width}, NAN), all_lse = at::full({q.size(0), in.heads, whole, 1}, NAN);
     for (int64_t row = 0; row < rows; row++) {
       int64_t at_row = in.joined() ? 0 : row, q0 = 0, q1 = whole, k0 = 0, k1;
