@@ -11,6 +11,7 @@ from mindvl_jax.models.spec import ModelSpec
 _FAMILIES = (
     "mindvl",
     "qwen",
+    "mindvl_moe",
     "qwen3_moe",
     "deepseek_v3",
     "qwen2_vl",

@@ -31,6 +31,17 @@ class TextConfig(Section):
     mrope_section: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     max_position_embeddings: Annotated[int, bounded(2**31 - 1)] = 32768
 
+    @property
+    def token_products(self) -> int:
+        """Multiply-adds of a token in the matrix products of all layers."""
+        attention = self.hidden_size * 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
+
+    @property
+    def pair_products(self) -> int:
+        """Multiply-adds of a token pair in the attention of all layers: two products, half of them masked by causality."""
+        return self.num_layers * self.num_heads * self.head_dim
+
     @model_validator(mode="after")
     def _consistent(self):
         if self.head_dim % 2:
@@ -67,6 +78,10 @@ class MoEConfig(Section):
     )
     z_loss: NonNegativeFloat = Field(0.0, description="Factor of the router's z-loss, a mean over tokens and layers.")
 
+    def token_products(self, width: int) -> int:
+        """Multiply-adds of a token in one routed layer: router, its experts, the shared ones."""
+        return width * self.experts + (self.experts_per_token + self.shared_experts) * 3 * width * self.intermediate_size
+
     @property
     def sequence_balance(self) -> bool:
         return self.balance == "sequence" and self.balance_loss > 0
@@ -101,6 +116,12 @@ class Qwen3MoETextConfig(TextConfig):
     family: Literal["qwen3_moe"] = "qwen3_moe"
     intermediate_size: PositiveInt = Field(1, description="Of dense layers, of which there are none; kept for config.json.")
     moe: MoEConfig
+    dense_layers: Literal[0] = 0
+
+    @property
+    def token_products(self) -> int:
+        attention = self.hidden_size * 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        return self.num_layers * (attention + self.moe.token_products(self.hidden_size))
 
 
 class DeepSeekV3TextConfig(Section):
@@ -126,6 +147,21 @@ class DeepSeekV3TextConfig(Section):
     max_position_embeddings: PositiveInt = 163840
     rope: Literal["1d"] = "1d"
     mrope_section: None = None
+
+    @property
+    def token_products(self) -> int:
+        """Multiply-adds of a token in the matrix products of all layers, of the experts that it passes."""
+        D, N = self.hidden_size, self.num_heads
+        query = D * N * self.qk_head_dim if self.q_lora_rank is None else self.q_lora_rank * (D + N * self.qk_head_dim)
+        latent = D * self.cache_width + self.kv_lora_rank * N * (self.qk_nope_head_dim + self.v_head_dim)
+        attention = query + latent + N * self.v_head_dim * D
+        dense = self.dense_layers * 3 * D * self.intermediate_size
+        return self.num_layers * attention + dense + (self.num_layers - self.dense_layers) * self.moe.token_products(D)
+
+    @property
+    def pair_products(self) -> int:
+        """Multiply-adds of a token pair in the attention of all layers: two products, half of them masked by causality."""
+        return self.num_layers * self.num_heads * (self.qk_head_dim + self.v_head_dim) // 2
 
     @property
     def qk_head_dim(self) -> int:

@@ -14,6 +14,7 @@ from flax import nnx
 from mindvl_jax.models.batch import Batch
 from mindvl_jax.models.layers.config import DeepSeekV3TextConfig, Qwen3MoETextConfig, TextConfig
 from mindvl_jax.models.layers.decoder import Decoder
+from mindvl_jax.models.layers.moe import Routing
 from mindvl_jax.models.layers.routed import DeepSeekV3Decoder, Qwen3MoEDecoder
 from mindvl_jax.parallel.activations import within_rows
 from npu_bridge import ops
@@ -71,6 +72,20 @@ class LanguageModel(nnx.Module):
           chunk: static number of tokens whose logits exist at one time.
         """
         hidden_BTD = self(batch, max_sample_length=max_sample_length, max_image_patches=max_image_patches)
+        return self._losses(hidden_BTD, batch, chunk)
+
+    def routed_losses(
+        self, batch: Batch, *, chunk: int, max_sample_length: int | None = None, max_image_patches: int | None = None
+    ) -> tuple[jax.Array, Routing]:
+        """As `token_losses`, and what the routers of a routed decoder did, stacked over its layers."""
+        inputs_BTD = self.embed(batch, max_image_patches=max_image_patches)
+        with jax.named_scope("language"):
+            hidden_BTD, routing = self.language.routed(
+                inputs_BTD, batch.positions, batch.segment_ids, segment_lengths=batch.segment_lengths, max_sample_length=max_sample_length
+            )
+        return self._losses(hidden_BTD, batch, chunk), routing
+
+    def _losses(self, hidden_BTD, batch: Batch, chunk: int) -> jax.Array:
         with jax.named_scope("loss"):
 
             def loss(hidden, targets, weights, head):

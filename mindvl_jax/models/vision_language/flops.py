@@ -21,8 +21,16 @@ class FlopCounter:
     def __init__(self, model: Any, shapes: Mapping[str, jax.ShapeDtypeStruct], trained: Collection[str]):
         self._model = model
 
+        moe = getattr(model.text, "moe", None)
+
+        def products(path: str) -> float:
+            """Multiply-adds of a token in a parameter's matrix product; of all experts a token passes k."""
+            if moe is not None and "/experts/" in path:
+                return math.prod(shapes[path].shape) * moe.experts_per_token / moe.experts
+            return float(math.prod(shapes[path].shape)) if path.endswith("/kernel") else 0.0
+
         def kernels(*prefixes: str) -> float:
-            return float(sum(math.prod(s.shape) for path, s in shapes.items() if path.startswith(prefixes) and path.endswith("/kernel")))
+            return float(sum(products(path) for path in shapes if path.startswith(prefixes)))
 
         def learns(*prefixes: str) -> bool:
             return any(path.startswith(prefixes) for path in trained)
@@ -30,15 +38,15 @@ class FlopCounter:
         def share(*prefixes: str) -> float:
             """Part of the products under `prefixes` whose own weights learn."""
             whole = kernels(*prefixes)
-            own = sum(math.prod(shapes[p].shape) for p in trained if p.startswith(prefixes) and p.endswith("/kernel"))
+            own = sum(products(path) for path in trained if path.startswith(prefixes))
             return own / whole if whole else 0.0
 
         # 1 forward + 1 for the weights' gradients where they learn + 1 for the inputs' gradients where something upstream learns.
         self._vision_kernels = kernels("vision/") * (1 + share("vision/") + learns("vision/"))
         self._projector_kernels = kernels("projector/") * (1 + share("projector/") + learns("vision/", "projector/"))
-        decoder = "language/layers/"
+        decoder = ("language/layers/", "language/dense/")
         upstream = learns("vision/", "projector/", "language/")
-        self._language_kernels = kernels(decoder) * (1 + share(decoder) + upstream)
+        self._language_kernels = kernels(*decoder) * (1 + share(*decoder) + upstream)
         text = model.text
         head_learns = learns("language/embed/" if text.tie_word_embeddings else "language/head/")
         self._head = text.hidden_size * text.vocab_size * (1.0 + head_learns + upstream)
@@ -50,7 +58,7 @@ class FlopCounter:
         text, vision = self._model.text, self._model.vision
         language = 2 * (self._language_kernels * counts["tokens"] + self._head * counts["label_tokens"])
         # Scores and weighted values: two products; causal attention needs half of the square.
-        language += self._language_attention * text.num_layers * 2 * text.num_heads * text.head_dim * counts["segment_squares"]
+        language += self._language_attention * 2 * text.pair_products * counts["segment_squares"]
         tower = 2 * (self._vision_kernels * counts["patches"] + self._projector_kernels * counts["patches"] / vision.merge_unit)
         full = vision.full_blocks
         squares = full * counts["image_squares"] + (vision.depth - full) * counts["window_squares"]

@@ -25,17 +25,14 @@ class WorkModel:
     def of(cls, model: Any) -> "WorkModel":
         """Count matrix products of a decoder layer and a vision block (window attention is linear in patches)."""
         text, vision = model.text, model.vision
-        heads = text.num_heads * text.head_dim
-        kv_heads = text.num_kv_heads * text.head_dim
-        layer = text.hidden_size * (2 * heads + 2 * kv_heads) + 3 * text.hidden_size * text.intermediate_size
         # Without windows every block attends over the whole image.
         window = 0 if vision.window_size is None else (vision.window_size // vision.patch_size) ** 2
         full = vision.full_blocks
         width = vision.hidden_size
         block = 4 * width**2 + 3 * width * vision.intermediate_size
         return cls(
-            token=text.num_layers * layer + text.hidden_size * text.vocab_size,
-            token_pair=text.num_layers * heads,  # two products, half of them masked by causality
+            token=text.token_products + text.hidden_size * text.vocab_size,
+            token_pair=text.pair_products,
             patch=vision.depth * block + (vision.depth - full) * 2 * width * window,
             patch_pair=full * 2 * width,
         )
