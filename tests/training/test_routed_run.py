@@ -6,9 +6,9 @@ import pytest
 
 from mindvl_jax.config import loader as config_loader
 from mindvl_jax.models.outline import outline_of
+from mindvl_jax.models.vision_language.flops import FlopCounter
 from mindvl_jax.objectives.registry import make_objective
 from mindvl_jax.objectives.routed_sft import BIAS
-from mindvl_jax.training.flops import FlopCounter
 from mindvl_jax.training.trainer import train
 from mindvl_jax.weights import open_model
 

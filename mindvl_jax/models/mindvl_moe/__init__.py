@@ -17,5 +17,5 @@ SPEC = ModelSpec(
         "vision": "vision/**", "projector": "projector/**", "language": "language/**",
         "experts": "language/layers/moe/experts/**", "router": "language/layers/moe/router/**",
     },
-    flops=None,
+    flops=Named("mindvl_jax.models.vision_language.flops:FlopCounter"),
 )  # fmt: skip
