@@ -26,7 +26,7 @@ class WorkModel:
         """Count matrix products of a decoder layer and a vision block (window attention is linear in patches)."""
         text, vision = model.text, model.vision
         if not hasattr(vision, "depth"):  # a language model alone: no tower, no work for patches
-            return cls(token=text.num_layers * layer + text.hidden_size * text.vocab_size, token_pair=text.num_layers * heads, patch=0.0, patch_pair=0.0)
+            return cls(token=text.token_products + text.hidden_size * text.vocab_size, token_pair=text.pair_products, patch=0.0, patch_pair=0.0)
         # Without windows every block attends over the whole image.
         window = 0 if vision.window_size is None else (vision.window_size // vision.patch_size) ** 2
         full = vision.full_blocks
