@@ -241,6 +241,8 @@ class CheckpointConfig(Section):
 
 class LoggingConfig(Section):
     tensorboard: bool = True
+    to: tuple[Literal["wandb", "mlflow", "swanlab", "csv"], ...] = Field((), description="Further trackers of the same numbers and of scores; their packages are extras.")
+    project: str = Field("mindvl", description="Project or experiment of the trackers.")
     peak_flops: PositiveFloat | None = Field(None, description="Peak of one device in FLOP/s; known devices fill it; without it no MFU is shown.")
     every_steps: Annotated[int, bounded(10**8)] = 1
 

@@ -1,13 +1,15 @@
-"""What a run writes down: metrics.jsonl, one object a step, and TensorBoard."""
+"""What a run writes down: metrics.jsonl, one object a step, and the trackers of `loggers`."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from mindvl_jax.training.loggers import Tracker, numbers_of
 
 from mindvl_jax.core.files import replacing
 
@@ -45,39 +47,25 @@ def cut_metrics(path: Path, last_step: int) -> int:
     return dropped
 
 
-def _summary_writer_class() -> type:
-    """tensorboardX's writer. It imports torch where it finds it, to accept torch tensors; here are none, and torch takes seconds."""
-    hide = "torch" not in sys.modules
-    if hide:
-        sys.modules["torch"] = None  # an import of it now fails, which tensorboardX expects
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
-        if hide:
-            del sys.modules["torch"]
-    return SummaryWriter
-
-
 class MetricsLog:
-    """Appends one JSON object a step, each in a single write, and mirrors the numbers to TensorBoard."""
+    """Appends one JSON object a step, each in a single write, and hands the numbers to the trackers."""
 
-    def __init__(self, run_dir: Path, *, tensorboard: bool, first_step: int):
+    def __init__(self, run_dir: Path, *, trackers: Sequence[Tracker] = (), first_step: int):
         cut_metrics(run_dir / FILE, first_step)
         self._file = (run_dir / FILE).open("a", encoding="utf-8")
-        self._board = None
-        if tensorboard:
-            # purge_step hides what an earlier process logged beyond the restored step.
-            self._board = _summary_writer_class()(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None, flush_secs=30)
+        self._trackers = tuple(trackers)
 
     def write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for key, value in record.items():
-                if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and key != "step":
-                    self._board.add_scalar(key, value, record["step"])
+        self.track(numbers_of(record), record["step"])
+
+    def track(self, numbers: Mapping[str, float], step: int) -> None:
+        """Hand numbers to the trackers alone, such as the scores of an evaluation."""
+        for tracker in self._trackers:
+            tracker.log(numbers, step)
 
     def close(self) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()

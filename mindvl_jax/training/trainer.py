@@ -18,12 +18,13 @@ from mindvl_jax.checkpoints.checkpoint import CheckpointWriter, Progress, room_i
 from mindvl_jax.config import loader as config_loader
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.files import read_json
 from mindvl_jax.core.progress import LogConsole, working
 from mindvl_jax.data.sources.readers import find_files
 from mindvl_jax.models.loading import resolve_epochs
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import row_share
-from mindvl_jax.training import ema, resume, scoring, state as states
+from mindvl_jax.training import ema, loggers, resume, scoring, state as states
 from mindvl_jax.training.backend import Backend, make_backend, use_compilation_cache
 from mindvl_jax.core.devices import known_peak
 from mindvl_jax.training.display import LiveLine, print_startup
@@ -131,6 +132,7 @@ class Trainer:
 
     def run(self, stop_after: int | None) -> RunResult:
         self._check_files()
+        loggers.require_installed(self.config)
         parts = [self._check(index) for index in range(len(self.config.training.phases))]
         plan = resume.plan(self.config, self.outline, self.mesh, parts)
         if plan.step == self.total_steps and (self.run_dir / "report.html").exists():
@@ -217,7 +219,8 @@ class Trainer:
         self.writer = stack.enter_context(CheckpointWriter(self.run_dir, self.config.checkpoint))
         best = Best(self.run_dir, resumed=step)
         self.writer.best = best.step if self.config.checkpoint.keep_best else None
-        log = MetricsLog(self.run_dir, tensorboard=self.config.logging.tensorboard, first_step=step) if self.is_main else None
+        log = MetricsLog(self.run_dir, trackers=loggers.make_trackers(self.config, step), first_step=step) if self.is_main else None
+        self.log = log
         if log is not None:
             stack.callback(log.close)
         phases = [
@@ -281,6 +284,8 @@ class Trainer:
             params = self._as_jax(state).params
         params = scoring.for_scoring(params, self.outline)
         scoring.in_main_process(lambda: self.hooks.evaluate(self.outline.merge(params), step, phase, self.console))
+        if self.log is not None:
+            self.log.track(loggers.scores_of(read_json(self.run_dir / "scores.json", {})), step)
 
     def _finish(self, state: TrainState, step: int) -> None:
         self._evaluate(state, step, self.config.training.phases[-1].name)

@@ -60,3 +60,10 @@ def test_commands_share_compiled_programs_and_jaxs_own_setting_wins(monkeypatch,
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
     share_compiled_programs()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
+
+
+def test_metrics_of_a_run_are_a_table(tmp_path, mindvl):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null, "sample_ids": ["a"]}\n')
+    assert mindvl("metrics", tmp_path)[1].splitlines() == ["step,loss,sample_ids", "1,2.0,", '2,,"[""a""]"']
+    assert json.loads(mindvl("metrics", tmp_path, "--json", "--columns", "loss", "--last", "1")[1]) == [{"loss": None}]
+    assert "the run has step, loss" in mindvl("metrics", tmp_path, "--columns", "los")[2]

@@ -2,16 +2,20 @@
 
 import json
 import math
+import sys
+import types
 
 import pytest
 from rich.console import Console
 
 from mindvl_jax.core.devices import known_peak
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.params import matches
 from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.models.outline import outline_of
 from mindvl_jax.models.vision_language.flops import FlopCounter
 from mindvl_jax.training.display import LiveLine, duration, human
+from mindvl_jax.training.loggers import TensorBoard, make_trackers, require_installed, scores_of
 from mindvl_jax.training.metrics import FILE, MetricsLog, cut_metrics
 
 D, F, N, K, H, V, L = 32, 48, 4, 2, 8, 64, 3  # language
@@ -70,7 +74,7 @@ def test_metrics_beyond_the_restored_step_are_cut_with_a_torn_last_line(tmp_path
 
 
 def test_numbers_go_to_json_and_tensorboard_and_what_is_not_finite_is_null(tmp_path):
-    log = MetricsLog(tmp_path, tensorboard=True, first_step=0)
+    log = MetricsLog(tmp_path, trackers=[TensorBoard(tmp_path, 0)], first_step=0)
     log.write({"step": 1, "phase": "a", "loss": 2.5, "applied": True})
     log.write({"step": 2, "phase": "a", "loss": math.nan, "applied": False})
     log.close()
@@ -103,3 +107,36 @@ def test_the_line_shows_mfu_and_trouble_only_where_there_is_some():
 def test_numbers_and_durations_are_short():
     assert [human(x) for x in (1234567, 989e12, 12, 0.5)] == ["1.23M", "989T", "12", "0.5"]
     assert [duration(x) for x in (5, 65, 3725, math.inf)] == ["0:05", "1:05", "1:02:05", "?"]
+
+
+def test_trackers_get_the_numbers_and_a_resumed_run_continues_theirs(run_config, monkeypatch, tmp_path):
+    calls = []
+
+    def note(what):
+        return lambda *given, **named: calls.append((what, given, named)) or types.SimpleNamespace(
+            id="w1", info=types.SimpleNamespace(run_id="m1"), log=note("wandb.log"), finish=note("wandb.finish"))
+
+    for name, functions in (("wandb", ("init",)), ("mlflow", ("set_experiment", "start_run", "log_dict", "log_metrics", "end_run")), ("swanlab", ("init", "log", "finish"))):
+        module = types.ModuleType(name)
+        for function in functions:
+            setattr(module, function, note(f"{name}.{function}"))
+        monkeypatch.setitem(sys.modules, name, module)
+    config = run_config(logging={"to": ["wandb", "mlflow", "swanlab", "csv"], "project": "p"})
+    (tmp_path / "run").mkdir()
+    for step in (1, 2):
+        log = MetricsLog(tmp_path / "run", trackers=make_trackers(config, step - 1), first_step=step - 1)
+        log.write({"step": step, "phase": "a", "loss": 2.5, "applied": True, "grad_norm": math.nan})
+        log.track(scores_of({"tasks": {"t": {"exact_match": 0.5, "language_only": 0.1}}}), step)
+        log.close()
+    logged = [(what, given, named) for what, given, named in calls if what.endswith((".log", "log_metrics"))]
+    assert next(entry for entry in logged if entry[0] == "mlflow.log_metrics") == ("mlflow.log_metrics", ({"loss": 2.5},), {"step": 1})
+    assert sum(given[0] == {"score/t": 0.5, "score/t/without_images": 0.1} for _, given, _ in logged) == 6
+    assert [named.get("id") for what, _, named in calls if what == "wandb.init"] == [None, "w1"]
+    assert [named.get("run_id") for what, _, named in calls if what == "mlflow.start_run"] == [None, "m1"]
+    assert (tmp_path / "run" / "metrics.csv").read_text().splitlines() == ["step,phase,loss,applied,grad_norm", "1,a,2.5,True,", "2,a,2.5,True,"]
+
+
+def test_a_tracker_that_is_not_installed_is_refused_by_name(run_config, monkeypatch):
+    monkeypatch.setattr("mindvl_jax.training.loggers.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install wandb swanlab"):
+        require_installed(run_config(logging={"to": ["wandb", "csv", "swanlab"]}))
