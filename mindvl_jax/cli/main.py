@@ -29,6 +29,7 @@ COMMANDS = {
     "serve": ("mindvl_jax.cli.serve", "answer over HTTP with the OpenAI interface, and a page to try it"),
     "score": ("mindvl_jax.cli.score", "negative log-likelihood of answers, sample by sample"),
     "metrics": ("mindvl_jax.cli.metrics", "the numbers of a run as CSV or JSON"),
+    "replay": ("mindvl_jax.cli.replay", "run a step again that was not finite, and name the layer"),
     "parity": ("mindvl_jax.cli.parity", "compare a folder's model with transformers"),
     "plan": ("mindvl_jax.cli.plan", "whether a run fits its devices, before it starts and on any machine"),
     "profile": ("mindvl_jax.cli.profile", "where the time of a training step goes, by block of the model"),

@@ -47,6 +47,7 @@ class RunContext:
       watcher: the profiler, in the main process.
       ema: the moving average, if the run keeps one.
       best: lowest validation loss so far. keep: (step) -> None, keeps that step's checkpoint.
+      kept_if_diverged: (state) -> context in which a run that diverges leaves the parameters of that state for `mindvl replay`.
     """
 
     config: Config
@@ -61,6 +62,7 @@ class RunContext:
     ema: MovingAverage | None
     best: Best
     keep: Callable[[int], None]
+    kept_if_diverged: Callable[[TrainState], contextlib.AbstractContextManager[None]]
     is_main: bool
 
 
@@ -115,14 +117,16 @@ class PhaseLoop:
                 if done is None:  # asked to stop between micro-steps: the state is still that of the last step
                     self._save(state, step, phase_step, loader_state)
                     return state, step, False
+                before = loader_state
                 state, loader_state, dispatched = done
                 step += 1
                 self._after(step, state, dispatched)
                 ended = phase_step + 1 == phase.steps
                 checked, is_best = self._validate(validation, state, step, ended=ended)
-                recorder.add(dataclasses.replace(dispatched, first_of_phase=phase_step == begin, checked=checked))
+                recorder.add(dataclasses.replace(dispatched, first_of_phase=phase_step == begin, checked=checked, data_before=before, phase_step=phase_step))
                 feed.refill()
-                recorder.drain(keep=run.backend.in_flight)
+                with run.kept_if_diverged(state):
+                    recorder.drain(keep=run.backend.in_flight)
                 # A request that arrives now is answered before the next step; asking twice for one step would break the agreement.
                 enough = self._stop_after is not None and step >= self._stop_after and step < run.total_steps
                 if ended and begin == 0:
@@ -131,7 +135,8 @@ class PhaseLoop:
                     self._save(state, step, phase_step + 1, loader_state)
                 if enough:
                     return state, step, False
-            recorder.drain(keep=0)
+            with run.kept_if_diverged(state):
+                recorder.drain(keep=0)
         return state, step, True
 
     def _before(self, step: int, state: TrainState) -> None:

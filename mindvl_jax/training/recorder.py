@@ -15,13 +15,16 @@ from rich.console import Console
 from mindvl_jax.checkpoints.checkpoint import has_checkpoints
 from mindvl_jax.config.schema import Config, PhaseConfig
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.files import write_json
 from mindvl_jax.data.processor import BatchSpec
 from mindvl_jax.objectives.base import Objective
 from mindvl_jax.training.display import LiveLine
 from mindvl_jax.models.counts import StepFlops
 from mindvl_jax.training.metrics import MetricsLog
-from mindvl_jax.training.step import STEP_METRICS
+from mindvl_jax.training.step import PART_NORM, STEP_METRICS
 
+BAD_STEP = "bad_step.json"
+"""In a run folder: the first bad step of the newest row of them."""
 LISTED_IDS = 20  # sample ids in the message of a diverged run
 
 
@@ -37,6 +40,7 @@ class Dispatched:
       counters: of the loader, right after the step's last batch.
       first_of_phase: its time includes compilation.
       checked: metrics of a validation after the step.
+      data_before: state of the loader before the step, None at the start of a phase. phase_step: steps of the phase before it.
     """
 
     step: int
@@ -45,6 +49,8 @@ class Dispatched:
     counters: dict[str, Any]
     first_of_phase: bool = False
     checked: dict[str, float] = dataclasses.field(default_factory=dict)
+    data_before: dict[str, Any] | None = None
+    phase_step: int = 0
 
 
 @dataclasses.dataclass
@@ -87,7 +93,8 @@ class Recorder:
         while len(self._pending) > keep:
             done = self._pending.popleft()
             fetched = jax.device_get(done.metrics)
-            values = {name: fetched.pop(name).item() for name in STEP_METRICS}
+            norms = [name for name in fetched if name.startswith(PART_NORM)]
+            values = {name: fetched.pop(name).item() for name in (*STEP_METRICS, *norms)}
             now = time.perf_counter()
             self._write(done, values, fetched, now - self._last)
             self._last = now
@@ -117,6 +124,7 @@ class Recorder:
             **done.checked,
             **shown,
             "grad_norm": values["grad_norm"],
+            **{name: value for name, value in values.items() if name.startswith(PART_NORM)},
             "learning_rate": values["learning_rate"],
             "step_seconds": seconds,
             "tokens_per_second": shown["tokens"] / seconds,
@@ -140,12 +148,24 @@ class Recorder:
         if not values["finite"]:
             self._on_bad_step(done, values)
 
+    def _keep_bad(self, done: Dispatched, values: dict[str, Any]) -> None:
+        """Write down what `mindvl replay` needs to build the batch of this step again."""
+        numbers = {name: str(value) for name, value in values.items() if name in ("loss", "grad_norm", "learning_rate") or name.startswith(PART_NORM)}
+        phases = [phase.name for phase in self._run.config.training.phases]
+        write_json(Path(self._run.config.run.dir) / BAD_STEP, {
+            "step": done.step, "phase": self._phase.name, "phase_index": phases.index(self._phase.name), "phase_step": done.phase_step,
+            "sample_ids": list(done.sample_ids), "values": numbers, "data_before": done.data_before,
+        })  # fmt: skip
+
     def _on_bad_step(self, done: Dispatched, values: dict[str, Any]) -> None:
         limit = self._run.config.training.max_bad_steps
         self._bad.append(done)
+        parts = ", ".join(f"{name.removeprefix(PART_NORM)} {value:.3g}" for name, value in values.items() if name.startswith(PART_NORM))
         self._run.console.print(
-            f"step {done.step}: loss {values['loss']}, gradient norm {values['grad_norm']}: skipped ({values['bad_steps']} in a row, the run stops at {limit})"
+            f"step {done.step}: loss {values['loss']}, gradient norm {values['grad_norm']} ({parts}): skipped ({values['bad_steps']} in a row, the run stops at {limit})"
         )
+        if values["bad_steps"] == 1 and self._run.log is not None:
+            self._keep_bad(done, values)
         if values["bad_steps"] < limit:
             return
         ids = list(dict.fromkeys(sample for bad in self._bad for sample in bad.sample_ids))
@@ -154,5 +174,6 @@ class Recorder:
         kept = f"the last checkpoint is in {folder / 'checkpoints'}" if has_checkpoints(folder) else "there is no checkpoint yet (checkpoint.every_steps)"
         raise TrainingDiverged(
             f"{limit} steps in a row ({done.step - limit + 1} to {done.step}, phase {self._phase.name}) had a non-finite loss or gradient; "
-            f"parameters are those from before them. Samples: {shown}. Look at these samples, lower learning_rate (it was {values['learning_rate']:g}), or use compute_dtype: float32; {kept}"
+            f"parameters are those from before them. Samples: {shown}. Look at these samples, lower learning_rate (it was {values['learning_rate']:g}), or use compute_dtype: float32; {kept}. "
+            f"`mindvl replay {folder}` runs the first of these steps again and names the layer"
         )

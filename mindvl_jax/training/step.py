@@ -69,6 +69,18 @@ class StepPrograms:
     shardings: TrainState
 
 
+PART_NORM = "grad_norm/"
+"""Prefix of the metrics with the gradient norm of each part of the model."""
+
+
+def by_part(params: Params) -> dict[str, Params]:
+    """Return parameters by the first name of their paths: vision, projector, language."""
+    parts: dict[str, Params] = {}
+    for path, value in params.items():
+        parts.setdefault(path.split("/")[0], {})[path] = value
+    return parts
+
+
 def program_key(phase: PhaseConfig, objective: Objective, spec: BatchSpec, trained: Sequence[str]) -> tuple:
     """What of a phase stands in its programs: phases with equal keys run the same compiled code."""
     return spec, objective, tuple(trained), phase.weight_decay, tuple(phase.learning_rate_multipliers.items())
@@ -127,7 +139,8 @@ def make_programs(
             has_labels = totals.denominator > 0
             divisor = jnp.where(has_labels, totals.denominator, 1.0)
             loss = totals.numerator / divisor
-            norm = ops.global_norm(totals.gradients) / divisor
+            norms = {part: ops.global_norm(own) / divisor for part, own in by_part(totals.gradients).items()}
+            norm = jnp.sqrt(sum(jnp.square(value) for value in norms.values())) if len(norms) > 1 else next(iter(norms.values()))
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)
             keep = finite & has_labels
             scale = 1.0 / divisor
@@ -156,6 +169,7 @@ def make_programs(
             "finite": finite,
             "bad_steps": new_state.bad_steps,
             "skipped_steps": new_state.skipped,
+            **{f"{PART_NORM}{part}": value for part, value in norms.items()},
             **totals.metrics,
         }
         return new_state, metrics

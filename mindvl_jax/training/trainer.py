@@ -24,7 +24,7 @@ from mindvl_jax.data.sources.readers import find_files
 from mindvl_jax.models.loading import resolve_epochs
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import row_share
-from mindvl_jax.training import ema, loggers, resume, scoring, state as states
+from mindvl_jax.training import ema, loggers, replay, resume, scoring, state as states
 from mindvl_jax.training.backend import Backend, make_backend, use_compilation_cache
 from mindvl_jax.core.devices import known_peak
 from mindvl_jax.training.display import LiveLine, print_startup
@@ -235,7 +235,8 @@ class Trainer:
         return RunContext(
             config=self.config, backend=self.backend, mesh=self.mesh, outline=self.outline, total_steps=self.total_steps,
             report=RunLog(self.config, self.console, self.live, log, peak, self.totals),
-            programs_for=self._programs_for, save=self._save, watcher=watcher, ema=self.ema, best=best, keep=self._keep, is_main=self.is_main,
+            programs_for=self._programs_for, save=self._save, watcher=watcher, ema=self.ema, best=best, keep=self._keep,
+            kept_if_diverged=self._kept_if_diverged, is_main=self.is_main,
         )  # fmt: skip
 
     # --- what the phase loop calls --------------------------------------------------------------------------------
@@ -257,6 +258,15 @@ class Trainer:
     def _wait(self, step: int) -> None:
         with self.live.working(f"writing the checkpoint of step {step}"):
             self.writer.wait()
+
+    @contextlib.contextmanager
+    def _kept_if_diverged(self, state: TrainState) -> Iterator[None]:
+        try:
+            yield
+        except TrainingDiverged:
+            if jax.process_count() == 1:  # several processes may not all be here
+                replay.keep_parameters(self.run_dir, self._as_jax(state).params)
+            raise
 
     def _keep(self, step: int) -> None:
         """Keep the checkpoint of this step, whatever comes after it."""
