@@ -188,6 +188,9 @@ class PhaseConfig(Section):
 
 
 class OptimizerConfig(Section):
+    name: Literal["adamw", "muon"] = Field("adamw", description="muon: Muon for the matrices that `muon` names, AdamW for the rest.")
+    muon: tuple[str, ...] = Field(("**/layers/**/kernel", "**/blocks/**/kernel", "projector/*/kernel"), description="Parameter globs of the matrices that Muon updates.")
+    muon_momentum: Decay = 0.95
     b1: Decay = 0.9
     b2: Decay = 0.999
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8

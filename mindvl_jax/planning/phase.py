@@ -24,6 +24,7 @@ from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.mesh import AXES, ROW_AXES, mesh_shape
 from mindvl_jax.parallel.rules import batch_sharding
 from mindvl_jax.training import ema, state as states
+from mindvl_jax.training.muon import optimizer_init, require_matrices
 from mindvl_jax.training.optimizer import learning_rates, parameter_rules
 from mindvl_jax.models.outline import outline_of
 from mindvl_jax.training.state import TrainState
@@ -204,12 +205,13 @@ def parts_of(config: Config, index: int, mesh: AnyMesh) -> Parts:
     trained, frozen = states.split_trained(list(model.shapes), phase.train, f"{where}.train")
     learning_rates(phase, where)
     parameter_rules(trained, phase, config.training.optimizer, where)
+    require_matrices({path: model.shapes[path] for path in trained}, config.training.optimizer, f"{where}.train")
     groups = math.prod(mesh.shape[axis] for axis in ROW_AXES)
     if phase.rows % groups:
         raise UserError(f"{where}.rows={phase.rows} rows cannot be spread over mesh.data x mesh.fsdp = {groups}: use a multiple of {groups}, or a smaller mesh")
     spec, objective = batch_spec(config, phase), make_objective(config.model, phase, loss_chunk=config.training.loss_chunk)
     key = (*program_key(phase, objective, spec, trained), phase.gradient_accumulation > 1)
-    return Parts(states.abstract_state(model, trained, frozen, mesh), abstract_batch(spec, mesh), spec, objective, trained, frozen, key)
+    return Parts(states.abstract_state(model, trained, frozen, mesh, init=optimizer_init(config.training.optimizer)), abstract_batch(spec, mesh), spec, objective, trained, frozen, key)
 
 
 def lowerings(config: Config, index: int, mesh: AnyMesh, compile: Callable[..., Callable]) -> Iterable[tuple[str, Any]]:

@@ -19,6 +19,7 @@ from mindvl_jax.training import metrics
 from mindvl_jax.checkpoints import checkpoint
 from mindvl_jax.checkpoints.checkpoint import CheckpointReader, DamagedCheckpoint, Progress
 from mindvl_jax.core.params import Outline, Params
+from mindvl_jax.training.muon import optimizer_init
 from mindvl_jax.training.state import TrainState, abstract_state, optimizer_arrays, state_of
 
 # May change between a checkpoint and its continuation without a word: they do not change what is learned.
@@ -83,7 +84,7 @@ def _restore(config: Config, outline: Outline, mesh: Mesh, parts: Sequence[tuple
             try:
                 progress, prints, plain = reader.progress(step)
                 _require_same_run(config, progress, plain, parts, folder / str(step))
-                target = abstract_state(outline, *parts[progress.phase], mesh)
+                target = abstract_state(outline, *parts[progress.phase], mesh, init=optimizer_init(config.training.optimizer))
                 state = state_of(target, *reader.state(step, target.params, optimizer_arrays(target), prints))
                 ema = reader.ema(step, checkpoint.abstract_params(outline, mesh), prints) if config.training.ema_decay is not None else None
                 found = progress, state, plain, ema
@@ -138,6 +139,9 @@ def _require_same_run(config: Config, progress: Progress, plain: dict, parts: Se
     other = [line for line in _differences(plain.get("adapters"), mine, "adapters") if not line.startswith("adapters.init_from:")]
     if other:
         raise UserError(f"{where} holds other adapters than the configuration:\n  " + "\n  ".join(other))
+    own, stored = config.training.optimizer, {"name": "adamw", **plain["training"]["optimizer"]}
+    if own.name != stored["name"] or (own.name == "muon" and list(own.muon) != stored["muon"]):
+        raise UserError(f"training.optimizer differs from that of {where} ({stored['name']}): its state cannot be continued; start a new run with run.init_from")
     phases = config.training.phases
     if progress.phase >= len(phases):
         raise UserError(f"{where} is in phase {progress.phase + 1} ({progress.phase_name}), but the configuration has {len(phases)} phases")

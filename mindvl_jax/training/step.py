@@ -23,7 +23,8 @@ from mindvl_jax.data.processor import BatchSpec
 from mindvl_jax.objectives.base import Objective
 from mindvl_jax.parallel.rules import batch_sharding, replicated
 from mindvl_jax.training.backend import compile_xla
-from mindvl_jax.training.optimizer import apply_update, fused_adamw, parameter_rules
+from mindvl_jax.training.muon import optimizer_init, optimizer_of
+from mindvl_jax.training.optimizer import apply_update, parameter_rules
 from mindvl_jax.core.params import Outline, Params
 from mindvl_jax.training.state import TrainState, state_shardings
 from npu_bridge import ops
@@ -110,7 +111,7 @@ def make_programs(
     Raises:
       UserError: a multiplier does not fit the phase.
     """
-    transformation = fused_adamw(optimizer, parameter_rules(trained, phase, optimizer, where))
+    transformation = optimizer_of(optimizer, parameter_rules(trained, phase, optimizer, where))
 
     def loss_numerator(trained_params: Params, frozen_params: Params, batch: Any, key: jax.Array | None):
         terms = objective.loss(outline.merge({**trained_params, **frozen_params}), batch, key)
@@ -177,7 +178,7 @@ def make_programs(
     def train_step(state: TrainState, batch: Any, learning_rate: jax.Array) -> tuple[TrainState, Metrics]:
         return update(state, micro_step(state, batch), learning_rate)
 
-    states, scalar = state_shardings(outline, trained, frozen, mesh), replicated(mesh)
+    states, scalar = state_shardings(outline, trained, frozen, mesh, init=optimizer_init(optimizer)), replicated(mesh)
     batches = spec.map(lambda field: batch_sharding(field.dims, field.shape, mesh))
     totals = Totals(
         gradients=states.trained,

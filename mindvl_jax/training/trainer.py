@@ -31,6 +31,7 @@ from mindvl_jax.training.display import LiveLine, print_startup
 from mindvl_jax.training.hooks import Hooks
 from mindvl_jax.training.initial import starting_params
 from mindvl_jax.training.metrics import MetricsLog
+from mindvl_jax.training.muon import optimizer_init, require_matrices
 from mindvl_jax.training.optimizer import learning_rates, parameter_rules
 from mindvl_jax.core.params import Outline
 from mindvl_jax.models.outline import outline_of
@@ -119,6 +120,7 @@ class Trainer:
         self.hooks = hooks
         self.run_dir = Path(config.run.dir)
         self.is_main = jax.process_index() == 0
+        self.init = optimizer_init(config.training.optimizer)
         self.mesh: Mesh = make_mesh(config.mesh, backend.devices())
         self.outline: Outline = outline_of(config.model, config.adapters)
         self.device_kind = backend.device_kind(self.mesh)
@@ -157,7 +159,7 @@ class Trainer:
                 if not here:
                     state = self._as_jax(state)
                     source = state.params if state is not None else params
-                    state = states.start_phase(source, *parts[index], self.mesh, before=state, keep_optimizer=phase.keep_optimizer)
+                    state = states.start_phase(source, *parts[index], self.mesh, before=state, keep_optimizer=phase.keep_optimizer, init=self.init)
                 params = None  # the state owns them from here on: its buffers are donated
                 begin = plan.phase_step if here else 0
                 if begin < phase.steps:
@@ -183,6 +185,7 @@ class Trainer:
         trained, frozen = states.split_trained(list(self.outline.shapes), phase.train, f"{where}.train")
         learning_rates(phase, where)
         parameter_rules(trained, phase, self.config.training.optimizer, where)
+        require_matrices({path: self.outline.shapes[path] for path in trained}, self.config.training.optimizer, f"{where}.train")
         row_share(self.mesh, phase.rows, f"{where}.rows")
         return trained, frozen
 
@@ -275,7 +278,7 @@ class Trainer:
     def _as_jax(self, state: TrainState | None) -> TrainState | None:
         if state is None:
             return None
-        return self.backend.as_jax(state, states.state_shardings(self.outline, list(state.trained), list(state.frozen), self.mesh))
+        return self.backend.as_jax(state, states.state_shardings(self.outline, list(state.trained), list(state.frozen), self.mesh, init=self.init))
 
     def _average(self) -> dict[str, jax.Array]:
         return self.backend.as_jax(self.ema.params, self.ema.shardings)
