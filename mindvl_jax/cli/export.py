@@ -14,7 +14,7 @@ EPILOG = common.examples("mindvl export --run runs/mine --out exported --dtype b
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_argument_group("what to export (either --run, or both --vision and --language)")
-    source.add_argument("--run", dest="source", metavar="DIR", help="one of our runs or checkpoints, or a Hugging Face folder")
+    source.add_argument("--weights", "--run", dest="source", metavar="DIR", help="one of our runs or checkpoints, or a Hugging Face folder")
     source.add_argument("--vision", metavar="DIR", help="Qwen2.5-VL folder whose vision tower is taken")
     source.add_argument("--language", metavar="DIR", help="Qwen3 or Qwen2.5 folder whose language model is taken; the projector between them is new")
     source.add_argument("--positions", choices=("mrope", "1d"), default="mrope", help="how the assembled language model counts positions")
