@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from mindvl_jax.config import loader as config_loader
 from mindvl_jax.config.schema import Config, ModelConfig
 from mindvl_jax.models.vision_language.collate import collate, shape_for
 from mindvl_jax.models.vision_language.example import Example
@@ -48,8 +49,6 @@ MODEL = {
 
 def configuration(*, compute_dtype: str, device: str | None, places: int = 1) -> Config:
     """A whole configuration; only its model, back end, mesh and phase are used. `device` None is XLA."""
-    from mindvl_jax.config import loader as config_loader
-
     phase = {
         "name": "golden", "steps": STEPS, "mixture": [{"source": "random"}], "rows": ROWS, "sequence_length": TOKENS, "patches_per_row": PATCHES,
         "max_samples_per_row": SAMPLES, "min_pixels": MIN_PIXELS, "max_pixels": MIN_PIXELS * 16, "learning_rate": LEARNING_RATE, "schedule": "constant",

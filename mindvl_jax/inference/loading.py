@@ -6,6 +6,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from mindvl_jax.checkpoints.names import named_folder
+from mindvl_jax.config.schema import MeshConfig
 from mindvl_jax.core.errors import UserError
 
 SETTINGS = "inference.json"
@@ -21,9 +23,7 @@ def open_for_inference(folder: str | Path, *, mesh: str | None = None, adapter: 
     Raises:
       UserError: no usable model, no tokenizer, or invalid settings or mesh.
     """
-    from mindvl_jax.checkpoints.names import named_folder
-    from mindvl_jax.weights import open_model
-    from mindvl_jax.weights.resolve import add_adapter
+    from mindvl_jax.weights.resolve import add_adapter, open_model
 
     opened = open_model(folder, mesh=parse_mesh(mesh) if mesh else None)
     if adapter is not None:
@@ -43,7 +43,6 @@ def open_for_inference(folder: str | Path, *, mesh: str | None = None, adapter: 
 
 def parse_mesh(text: str):
     """Parse `data=2,tensor=4` to a mesh. Raises UserError."""
-    from mindvl_jax.config.schema import MeshConfig
     from mindvl_jax.parallel.mesh import AXES, make_mesh
 
     sizes = {}

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.checkpoints.checkpoint import CheckpointReader, locate
 
 Parameters = Mapping[str, jax.Array]
 
@@ -122,7 +123,6 @@ def expand(paths: Sequence[str]) -> Iterator[str]:
         if which != "all" or not folder:
             yield path
             continue
-        from mindvl_jax.checkpoints.checkpoint import CheckpointReader, locate
 
         with CheckpointReader(folder) as reader:
             steps = sorted(reader.candidates)
