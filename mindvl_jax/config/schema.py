@@ -148,8 +148,8 @@ class PhaseConfig(Section):
     train: tuple[str, ...] = Field(("**",), min_length=1, description="Globs over parameter paths (vision/**, projector/**, language/**) that learn; the rest is frozen.")
     mixture: tuple[MixtureEntry, ...] = Field(min_length=1)
     rows: Annotated[int, bounded(2**20)] = Field(description="Rows of the global batch in one micro-step.")
-    sequence_length: Annotated[int, bounded(2**24)] = Field(description="Token places a row.")
-    patches_per_row: Annotated[int, bounded(2**24)]
+    sequence_length: Annotated[int, bounded(2**24)] = Field(description="Token positions a row.")
+    patches_per_row: Annotated[int, Field(ge=0, le=2**24)] = Field(0, description="Image patches a row; families that read images need it.")
     max_samples_per_row: Annotated[int, bounded(2**16)] = 64
     max_sample_length: Annotated[int, bounded(2**24)] | None = Field(None, description="Longest sample in tokens; longer ones are truncated at turn borders. Default: sequence_length.")
     max_image_patches: Annotated[int, bounded(2**24)] | None = Field(None, description="Most patches of one image; follows from max_pixels when not given.")

@@ -15,6 +15,7 @@ _FAMILIES = (
     "qwen3_moe",
     "deepseek_v3",
     "qwen2_vl",
+    "dit",
 )  # fmt: skip
 
 SPECS: dict[str, ModelSpec] = {name: importlib.import_module(f"mindvl_jax.models.{name}").SPEC for name in _FAMILIES}

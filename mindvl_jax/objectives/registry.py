@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from mindvl_jax.config.schema import ModelConfig, PhaseConfig
-from mindvl_jax.models.vision_language.counts import COUNTS
-from mindvl_jax.objectives import routed_sft, sft
+from mindvl_jax.config.schema import FlowMatchingConfig, ModelConfig, PhaseConfig
+from mindvl_jax.models.registry import spec_of
+from mindvl_jax.objectives import flow_matching, routed_sft, sft
 from mindvl_jax.objectives.base import Objective
 
 
-def make_objective(model: ModelConfig, phase: PhaseConfig, *, loss_chunk: int) -> Objective:
-    """What `model` learns in `phase`."""
-    common = dict(loss_chunk=loss_chunk, counts=COUNTS)
+def make_objective(model: ModelConfig, phase: PhaseConfig, *, loss_chunk: int = 1024, flow: FlowMatchingConfig | None = None) -> Objective:
+    """What `model` learns in `phase`.
+
+    Args:
+      loss_chunk: `training.loss_chunk`, of `sft`. flow: `training.flow_matching`, of `flow_matching`; default: its defaults.
+
+    Raises:
+      ValueError: the family names an objective that does not exist.
+    """
+    spec = spec_of(model)
+    if spec.objective == "flow_matching":
+        return flow_matching.for_phase(flow or FlowMatchingConfig(), tokens=phase.sequence_length)
+    if spec.objective != "sft":
+        raise ValueError(f"family {spec.name!r} names objective {spec.objective!r}; there are sft and flow_matching")
+    common = dict(loss_chunk=loss_chunk, counts=spec.counts.get())
     moe = getattr(model.text, "moe", None)
     if moe is None:
         return sft.for_phase(phase, **common)

@@ -209,7 +209,7 @@ def parts_of(config: Config, index: int, mesh: AnyMesh) -> Parts:
     groups = math.prod(mesh.shape[axis] for axis in ROW_AXES)
     if phase.rows % groups:
         raise UserError(f"{where}.rows={phase.rows} rows cannot be spread over mesh.data x mesh.fsdp = {groups}: use a multiple of {groups}, or a smaller mesh")
-    spec, objective = batch_spec(config, phase), make_objective(config.model, phase, loss_chunk=config.training.loss_chunk)
+    spec, objective = batch_spec(config, phase), make_objective(config.model, phase, loss_chunk=config.training.loss_chunk, flow=config.training.flow_matching)
     key = (*program_key(phase, objective, spec, trained), phase.gradient_accumulation > 1)
     return Parts(states.abstract_state(model, trained, frozen, mesh, init=optimizer_init(config.training.optimizer)), abstract_batch(spec, mesh), spec, objective, trained, frozen, key)
 

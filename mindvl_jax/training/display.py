@@ -189,8 +189,10 @@ class LiveLine:
             f"{human(rate('samples'))} samples/s",
         ]
         if record.get("mfu") is not None:
-            parts.append(f"MFU {100 * mean('mfu'):.1f}% ({100 * mean('mfu_language'):.1f}% without ViT)")
-        parts.append(f"packed {100 * mean('token_efficiency'):.0f}%")
+            language = f" ({100 * mean('mfu_language'):.1f}% without ViT)" if record.get("mfu_language") is not None else ""
+            parts.append(f"MFU {100 * mean('mfu'):.1f}%{language}")
+        if "token_efficiency" in record:
+            parts.append(f"packed {100 * mean('token_efficiency'):.0f}%")
         if record.get("skipped_steps"):
             parts.append(f"skipped {record['skipped_steps']:.0f}")
         if record.get("quarantined"):

@@ -21,6 +21,7 @@ from mindvl_jax.checkpoints.checkpoint import Progress
 from mindvl_jax.config.schema import Config, PhaseConfig
 from mindvl_jax.data.processor import BatchSpec
 from mindvl_jax.models.loading import batch_spec, make_loader
+from mindvl_jax.models.registry import spec_of
 from mindvl_jax.objectives.registry import make_objective
 from mindvl_jax.parallel.rules import RowShare, row_share
 from mindvl_jax.training.backend import Backend
@@ -81,7 +82,7 @@ class PhaseLoop:
         self._phase = run.config.training.phases[index]
         self._where = f"training.phases[{index}]"
         self._spec: BatchSpec = batch_spec(run.config, self._phase)
-        objective = make_objective(run.config.model, self._phase, loss_chunk=run.config.training.loss_chunk)
+        objective = make_objective(run.config.model, self._phase, loss_chunk=run.config.training.loss_chunk, flow=run.config.training.flow_matching)
         self._objective = objective
         self._programs: StepPrograms = run.programs_for(
             program_key(self._phase, objective, self._spec, trained),

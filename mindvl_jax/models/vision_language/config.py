@@ -31,6 +31,8 @@ class VisionLanguageConfig(ModelConfig):
         return [warning] if warning else []
 
     def phase_problems(self, phase: PhaseConfig) -> dict[str, str]:
+        if not phase.patches_per_row:
+            return {"patches_per_row": "must be given: image patches a row"}
         if phase.patches_per_row % self.vision.merge_unit:
             return {"patches_per_row": f"must be a multiple of {self.vision.merge_unit} (patches of one visual token)"}
         return {}

@@ -1,0 +1,1 @@
+"""Images out of noise: solvers of the flow, and whole models run with them."""
