@@ -72,8 +72,9 @@ class BatchSpec:
         return {said: counts[name] / room(self[name]) for name, said in self.capacities}
 
     def describe(self) -> str:
-        """`tokens 4x128, patches 4x112x1176`: the shapes of the arrays of `capacities`."""
-        return ", ".join(f"{name} {'x'.join(map(str, self[name].shape))}" for name, _ in self.capacities)
+        """`tokens 4x128, patches 4x112x1176`: the shapes of the arrays of `capacities`, or of the largest array."""
+        shown = [name for name, _ in self.capacities] or [max(self.fields, key=lambda field: math.prod(field[1].shape))[0]]
+        return ", ".join(f"{name} {'x'.join(map(str, self[name].shape))}" for name in shown)
 
     def map(self, function: Callable[[Field], Any]) -> Any:
         """A batch whose entries are `function(field)`: empty arrays, shapes, shardings."""

@@ -49,6 +49,7 @@ def write_report(run_dir: str | Path) -> Path:
         notes=_notes(metrics, scores),
         charts=charts(metrics) if len(metrics) > 1 else [],
         links=_links(run_dir),
+        images=_images(run_dir),
         phase_rows=_phase_rows(metrics),
         samples=_samples(run_dir / "predictions" / scores.get("phase", ""), scores["tasks"]),
         benchmarks=_benchmarks(run_dir / "predictions" / scores.get("phase", "") / "benchmarks", scores.get("benchmarks")),
@@ -58,6 +59,11 @@ def write_report(run_dir: str | Path) -> Path:
     )
     write_text(run_dir / "report.html", page)
     return run_dir / "report.html"
+
+
+def _images(run_dir: Path) -> list[dict[str, str]]:
+    """The images that lie in RUN/images, such as generated ones."""
+    return [{"name": path.stem, "data": picture_uri(path.read_bytes())} for path in sorted((run_dir / "images").glob("*.png"))]
 
 
 def _human(number: float) -> str:

@@ -99,11 +99,11 @@ def parameter_table(config: Config, outline: Outline) -> Table:
     return table
 
 
-def print_phase(console: Console, phase: PhaseConfig, index: int, count: int, spec: BatchSpec, trained: Collection[str], start: int) -> None:
+def print_phase(console: Console, phase: PhaseConfig, index: int, count: int, spec: BatchSpec, trained: Collection[str], start: int, *, reduction: str) -> None:
     resumed = f", from step {start}" if start else ""
     console.print(
         Text.assemble((f"phase {index + 1}/{count} {phase.name}", "bold"), f": {phase.steps} steps{resumed} of {phase.gradient_accumulation} x {spec.rows} rows, {spec.describe()}, "
-        f"{len(trained)} arrays learn ({', '.join(phase.train)}), {phase.schedule} {phase.learning_rate:g}, loss by {phase.loss_reduction}")
+        f"{len(trained)} arrays learn ({', '.join(phase.train)}), {phase.schedule} {phase.learning_rate:g}, loss by {reduction}")
     )
 
 

@@ -103,7 +103,7 @@ class PhaseLoop:
             run.report.console.print(Text(warning, style="yellow"), soft_wrap=True)
         validation = self._validation(share)
         rates = learning_rates(phase, self._where)
-        print_phase(run.report.console, phase, self._index, len(run.config.training.phases), self._spec, self._trained, begin)
+        print_phase(run.report.console, phase, self._index, len(run.config.training.phases), self._spec, self._trained, begin, reduction=self._objective.gradients_by)
         run.report.live.new_phase()
         micro_steps = (phase.steps - begin) * phase.gradient_accumulation
         with contextlib.closing(make_loader(run.config, self._index, process_index=share.index, process_count=share.count)) as loader:
