@@ -9,6 +9,7 @@ each) and, as its ceiling, the 1,000 real ones that were held out. With shuffled
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 import jax
@@ -49,12 +50,14 @@ def shifted(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
 def train_judge(pixels: np.ndarray, labels: np.ndarray, seed: int = 0) -> list[tuple[jax.Array, jax.Array]]:
     """Parameters of a classifier of (n, 20, 20) digits."""
     rng = np.random.default_rng(seed)
-    params = [(jnp.asarray(rng.normal(size=(a, b)) / a**0.5, jnp.float32), jnp.zeros(b)) for a, b in zip(WIDTHS, WIDTHS[1:], strict=False)]
+    params = [(jnp.asarray(rng.normal(size=(a, b)) / a**0.5, jnp.float32), jnp.zeros(b)) for a, b in itertools.pairwise(WIDTHS)]
     optimizer = optax.adamw(optax.cosine_decay_schedule(1e-3, STEPS), weight_decay=0.05)
 
     @jax.jit
     def step(params, state, pixels, labels):
-        loss = lambda params: optax.softmax_cross_entropy_with_integer_labels(logits(params, pixels), labels).mean()
+        def loss(params):
+            return optax.softmax_cross_entropy_with_integer_labels(logits(params, pixels), labels).mean()
+
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
 

@@ -19,7 +19,7 @@ from mindvl_jax.core.progress import LogConsole, counting
 from mindvl_jax.data.questions import ACCEPTED
 
 if TYPE_CHECKING:
-    from mindvl_jax.data.check import SourceFindings
+    from mindvl_jax.models.vision_language.check import SourceFindings
 
 EPILOG = common.examples(
     "mindvl data check my.json",

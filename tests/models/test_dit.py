@@ -1,6 +1,7 @@
 """The diffusion transformer and flow matching: against torch written by hand, over meshes, micro-batches and through the bridge."""
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -64,7 +65,9 @@ def torch_velocity(p, x, times, labels):
         angles = at[:, None] * torch.exp(-math.log(1e4) * torch.arange(width // 2, dtype=torch.float64) / (width // 2)).float()
         return torch.cat([angles.cos(), angles.sin()], -1)
 
-    norm = lambda x: F.layer_norm(x, (D,), eps=eps)
+    def norm(x):
+        return F.layer_norm(x, (D,), eps=eps)
+
     side = torch.arange(16)
     x = linear(x, "patch_embed") + torch.cat([sinusoids(side // 4, D // 2), sinusoids(side % 4, D // 2)], -1)
     c = linear(F.silu(linear(sinusoids(times * 1000, 256), "condition/time_in")), "condition/time_out") + p["condition/classes"][labels]
@@ -191,7 +194,7 @@ def test_euler_follows_the_formula_in_float64_and_reaches_the_data_of_a_straight
     np.testing.assert_allclose(straight, data, atol=1e-6)
     decay = euler(lambda x, level: x * level[:, None], noise, levels)
     expected = noise.astype(np.float64)
-    for now, then in zip(wanted, wanted[1:], strict=False):
+    for now, then in itertools.pairwise(wanted):
         expected = expected + (then - now) * expected * now
     np.testing.assert_allclose(decay, expected, rtol=1e-6)
 
