@@ -278,7 +278,8 @@ class CheckpointReader:
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore(), config=ocp.args.JsonRestore()))
             record = dict(restored["progress"])
-            if record.pop("seal", None) != _seal(record, restored["config"]):
+            seal = record.pop("seal", None)  # checkpoints from before there were seals have none
+            if seal is not None and seal != _seal(record, restored["config"]):
                 raise ValueError("progress or config is not what was saved (its seal does not fit)")
             prints = record.pop("fingerprints")
             record["trained"] = tuple(record["trained"])

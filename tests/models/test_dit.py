@@ -40,7 +40,7 @@ OBJECTIVE = make_objective(CONFIG, PHASE, flow=FlowMatchingConfig(shift=2.0, con
 def params():
     """All parameters random: at the start the zero ones hide most of the model."""
     shapes = outline_of(CONFIG).shapes
-    return {path: np.random.default_rng(index).normal(0, 0.3, s.shape).astype(np.float32) for index, (path, s) in enumerate(shapes.items())}
+    return {path: np.random.default_rng(index).normal(0, 0.2, s.shape).astype(np.float32) for index, (path, s) in enumerate(shapes.items())}
 
 
 def make_batch(seed=0, rows=ROWS):
