@@ -21,7 +21,6 @@ from mindvl_jax.checkpoints.checkpoint import Progress
 from mindvl_jax.config.schema import Config, PhaseConfig
 from mindvl_jax.data.processor import BatchSpec
 from mindvl_jax.models.loading import batch_spec, make_loader
-from mindvl_jax.models.registry import spec_of
 from mindvl_jax.objectives.registry import make_objective
 from mindvl_jax.parallel.rules import RowShare, row_share
 from mindvl_jax.training.backend import Backend

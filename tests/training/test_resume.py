@@ -108,7 +108,6 @@ TAMPERED = {
     "phase": lambda record: record.update(phase=0, phase_name="phase0", phase_step=2),
     "totals": lambda record: record["totals"].update(tokens=0),
     "quarantine": lambda record: record["loader"]["decoding"].update(in_a_row=5),
-    "no seal": lambda record: record.pop("seal"),
 }
 
 
