@@ -46,6 +46,7 @@ def _histogram(values: Sequence[int]) -> str:
     if not values:
         return ""
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+    from matplotlib.ticker import MaxNLocator
 
     data = np.array(values)
     figure = Figure(figsize=(3.6, 1.9), layout="constrained")
@@ -56,7 +57,9 @@ def _histogram(values: Sequence[int]) -> str:
     if wide:
         axes.set_xscale("log")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=7)
+    axes.spines[["bottom", "left"]].set_color("#8a96a3")  # seen on light and on dark paper
+    axes.tick_params(labelsize=7, color="#8a96a3")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         figure.savefig(file, format="svg", transparent=True)
