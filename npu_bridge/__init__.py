@@ -13,6 +13,7 @@ _PUBLIC = {
     "BridgeError": "npu_bridge.errors",
     "UnsupportedError": "npu_bridge.errors",
     "VersionError": "npu_bridge.errors",
+    "use": "npu_bridge.runtime.use",
     "record_scopes": "npu_bridge.runtime.scopes",
 }
 

@@ -29,6 +29,7 @@ from jaxlib.mlir import ir
 from npu_bridge.errors import VersionError
 from npu_bridge.compiler.sharding_rule import ShardingRule
 
+xla_jit = jax.jit  # jax's own, also where `npu_bridge.use` has exchanged the name
 TESTED = ("0.10.2",)  # the tests ran with these
 READ = ("0.11.2",)  # every name and signature used here was looked up in these; no test ran with them
 PLATFORM = "npu"

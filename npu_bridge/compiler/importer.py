@@ -115,7 +115,7 @@ class Importer:
         self.mesh = self._read_meshes()
         self._layouts: dict[Any, Layout] = {}
         self._locations: dict[Any, Location] = {}
-        self._caller = ""  # scope of the call whose function is being read
+        self._caller = Location()  # the call whose function is being read
         self._types: dict[tuple[ir.Type, Layout | None], Type] = {}
 
     # -- meshes, types, layouts -------------------------------------------------------------------------------------
@@ -152,8 +152,10 @@ class Importer:
     def location(self, op: ir.Operation) -> Location:
         key = self._caller, op.location
         if key not in self._locations:
-            scope, *place = jaxcompat.read_location(op.location)
-            self._locations[key] = Location(jaxcompat.scope_in_call(self._caller, scope), *place)
+            scope, file, line = jaxcompat.read_location(op.location)
+            if not file:  # inside one of jax's own jitted functions: where the user calls it
+                file, line = self._caller.file, self._caller.line
+            self._locations[key] = Location(jaxcompat.scope_in_call(self._caller.scope, scope), file, line)
         return self._locations[key]
 
     def local(self, ir_type: ir.Type, layout: Layout | None, where: Location, what: str) -> Type:
@@ -311,7 +313,7 @@ class Importer:
         else:
             block = op.regions[0].blocks[0]
         inner = dict(zip(block.arguments, (env[o] for o in op.operands)))
-        before, self._caller = self._caller, self.location(op).scope
+        before, self._caller = self._caller, self.location(op)
         try:
             return self.block(block, inner, out, manual)
         finally:

@@ -137,6 +137,8 @@ def lower(
     out_shardings: Any = None,
     name: str = "this program",
     device: str = "cpu",
+    static_argnames: Sequence[str] = (),
+    keep_unused: bool = False,
 ) -> Traced:
     """Traces `fn` on abstract `args`, and `named` ones, (pytrees of ShapeDtypeStruct with shardings) and lowers it.
 
@@ -146,7 +148,8 @@ def lower(
     primitives.register()
     options = {} if out_shardings is None else {"out_shardings": out_shardings}
     with jaxcompat.abstract_mesh(mesh):
-        jitted = jax.jit(fn, donate_argnums=tuple(donate_argnums), static_argnums=tuple(static_argnums), **options)
+        jitted = jaxcompat.xla_jit(fn, donate_argnums=tuple(donate_argnums), static_argnums=tuple(static_argnums),
+                                   static_argnames=tuple(static_argnames), keep_unused=keep_unused, **options)  # fmt: skip
         traced = jitted.trace(*args, **(named or {}))
         problems = check(traced.jaxpr.jaxpr, device)
         if problems:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -260,13 +261,24 @@ class Jitted:
     """The callable that `jit` returns."""
 
     def __init__(self, fn: Callable[..., Any], mesh: MeshLike, in_shardings: Any, out_shardings: Any, donate: tuple[int, ...],
-                 static: tuple[int, ...], state: tuple[int, ...] | None, device: str, options: Options, capture: bool, compile: bool):  # fmt: skip
+                 static: tuple[int, ...], state: tuple[int, ...] | None, device: str, options: Options, capture: bool, compile: bool,
+                 static_names: tuple[str, ...] = (), keep_unused: bool = False):  # fmt: skip
         functools.update_wrapper(self, fn, updated=())
+        self.static_names, self.keep_unused = static_names, keep_unused
         self.fn, self.device, self.options, self.capture, self.compile = fn, device, options, capture, compile
         self.mesh, self.order = as_mesh(mesh)
         self.in_shardings, self.out_shardings = in_shardings, out_shardings
         self.donate, self.static, self.state = donate, static, donate if state is None else state
         self._compiled: dict[Any, tuple[Compiled, Any]] = {}
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """As a decorator of a method: bound to its object."""
+        return self if instance is None else functools.partial(self, instance)
+
+    @functools.cached_property
+    def _inside(self) -> Callable[..., Any]:
+        """The function as a part of what JAX traces around it."""
+        return jaxcompat.xla_jit(self.fn, static_argnums=self.static, static_argnames=self.static_names)
 
     # -- arguments --------------------------------------------------------------------------------------------------
 
@@ -287,7 +299,7 @@ class Jitted:
 
     def _abstract(self, args: Sequence[Any], named: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Arguments as ShapeDtypeStructs with shardings. Gathers everything that does not fit and raises once."""
-        if named and self.in_shardings is not None:
+        if set(named) - set(self.static_names) and self.in_shardings is not None:
             raise PlacementError(f"npu_bridge: {self._name} has in_shardings and was given {', '.join(named)} by name; pass these arguments by position")
         specs, static = iter(self._specs(args)), _counted(self.static, len(args))
         problems: list[str] = []
@@ -335,7 +347,10 @@ class Jitted:
                 made.append(a)
             else:
                 made.append(jax.tree_util.tree_map_with_path(functools.partial(one, number=number), a, next(specs)))
-        by_name = {name: jax.tree_util.tree_map_with_path(lambda path, x: one(path, x, None, name), a) for name, a in named.items()}
+        by_name = {
+            name: a if name in self.static_names else jax.tree_util.tree_map_with_path(lambda path, x: one(path, x, None, name), a)  # noqa: B023
+            for name, a in named.items()
+        }
         if problems:
             raise UnsupportedError(problems, f"{self._name} with these arguments")
         return made, by_name
@@ -362,9 +377,10 @@ class Jitted:
         traced = lower.lower(
             self.fn, abstract, named=by_name, mesh=self.mesh, donate_argnums=[n + len(args) if n < 0 else n for n in self.donate],
             static_argnums=self.static, out_shardings=out if self.mesh is not None else None, name=self._name, device=self.device,
+            static_argnames=self.static_names, keep_unused=self.keep_unused,
         )  # fmt: skip
         lowered_at = time.perf_counter()
-        state = self._state_arguments(args) + [False] * len(jax.tree.leaves(named))
+        state = self._state_arguments(args) + [False] * len(jax.tree.leaves({k: v for k, v in named.items() if k not in self.static_names}))
         state = [state[i] for i in traced.kept]
         donated = [traced.donated[i] for i in traced.kept]
         name = found = None
@@ -414,9 +430,12 @@ class Jitted:
     # -- running ----------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        flat, tree = jax.tree.flatten((self._dynamic(args), named))
+        flat, tree = jax.tree.flatten((self._dynamic(args), {k: v for k, v in named.items() if k not in self.static_names}))
+        if any(isinstance(x, jax.core.Tracer) for x in flat):  # under jax.grad, jax.vmap, or another function that is being traced
+            return self._inside(*args, **named)
         # With their types: 1, 1.0 and True are equal, and other programs.
         fixed = tuple((type(args[i]), args[i]) for i in _counted(self.static, len(args)))
+        fixed += tuple((k, type(named[k]), named[k]) for k in self.static_names if k in named)
         signature = (tree, fixed, tuple((np.shape(x), str(getattr(x, "dtype", type(x))), _is_weak(x)) for x in flat))
         try:
             known = signature in self._compiled
@@ -429,14 +448,29 @@ class Jitted:
         return jax.tree.unflatten(out_tree, compiled(flat))
 
 
+def _names_and_numbers(fn: Callable[..., Any], numbers: tuple[int, ...], names: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Arguments that are named by number or by name, both ways, as far as the function's signature tells."""
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):  # a built-in
+        return numbers, names
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    also = [positional.index(name) for name in names if name in positional]
+    named = [positional[n] for n in numbers if -len(positional) <= n < len(positional)]
+    return tuple(dict.fromkeys([*numbers, *also])), tuple(dict.fromkeys([*names, *named]))
+
+
 def jit(
-    fn: Callable[..., Any],
+    fn: Callable[..., Any] | None = None,
     *,
     mesh: MeshLike = None,
     in_shardings: Any = None,
     out_shardings: Any = None,
     donate_argnums: int | Sequence[int] = (),
     static_argnums: int | Sequence[int] = (),
+    static_argnames: str | Sequence[str] = (),
+    donate_argnames: str | Sequence[str] = (),
+    keep_unused: bool = False,
     state_argnums: int | Sequence[int] | None = None,
     device: str = "cpu",
     allow_host_sync: bool = False,
@@ -444,8 +478,8 @@ def jit(
     overlap: bool = True,
     capture: bool = True,
     compile: bool = False,
-) -> Jitted:
-    """Compiles a JAX function into a torch program for one device of a mesh.
+) -> Any:
+    """Compiles a JAX function into a torch program for one device of a mesh. Without a function it is a decorator with these options.
 
     Args:
       fn: a function of pytrees of arrays, as for `jax.jit`.
@@ -453,7 +487,9 @@ def jit(
       in_shardings, out_shardings: pytree prefixes of PartitionSpec or NamedSharding; None is replicated (arguments) or left to
         propagation (results).
       donate_argnums: arguments whose storage the step may overwrite.
-      static_argnums: hashable arguments that are compiled in.
+      static_argnums, static_argnames: hashable arguments that are compiled in, by position or by name.
+      donate_argnames: as `donate_argnums`, for arguments that are passed by position.
+      keep_unused: keep arguments that the function does not read among those of the program.
       state_argnums: arguments whose shardings yield to the batch's during propagation (default: the donated ones).
       device: "npu", "cuda" or "cpu".
       allow_host_sync: allow loops whose trip count is read from the device (one synchronisation a round).
@@ -463,10 +499,18 @@ def jit(
       capture: capture the whole step as a device graph where the device has graphs; False runs it operator by operator.
       compile: hand the written program to `torch.compile`, on cuda or cpu and in one process. The first step takes as long as that takes.
 
+    Called under `jax.grad`, `jax.vmap`, `jax.checkpoint` or in a function that is being traced, the function becomes a part of that: wrap the
+    outermost one to run it all on the device.
+
     Returns a callable; its results are `npu_bridge.Array`, its `.lower(*args)` gives `.as_text()`, `.collectives()`,
     `.kernels()` and `.memory()`.
     """
-    as_tuple = lambda n: (n,) if isinstance(n, int) else tuple(n)
+    if fn is None:
+        given = {k: v for k, v in locals().items() if k != "fn"}
+        return functools.partial(jit, **given)
+    as_tuple = lambda n: (n,) if isinstance(n, (int, str)) else tuple(n)
+    static, names = _names_and_numbers(fn, as_tuple(static_argnums), as_tuple(static_argnames))
+    donate, _ = _names_and_numbers(fn, as_tuple(donate_argnums), as_tuple(donate_argnames))
     jaxcompat.require_tested_version()
     if compile:
         from npu_bridge.runtime.compiled import require_compiler
@@ -474,6 +518,6 @@ def jit(
         abstract, _ = as_mesh(mesh)
         require_compiler(device, 1 if abstract is None else abstract.size)
     return Jitted(
-        fn, mesh, in_shardings, out_shardings, as_tuple(donate_argnums), as_tuple(static_argnums),
-        None if state_argnums is None else as_tuple(state_argnums), device, Options(device, allow_host_sync, reduce_in_float32, overlap), capture, compile,
+        fn, mesh, in_shardings, out_shardings, donate, static, None if state_argnums is None else as_tuple(state_argnums), device,
+        Options(device, allow_host_sync, reduce_in_float32, overlap), capture, compile, names, keep_unused,
     )  # fmt: skip

@@ -171,6 +171,10 @@ class Array:
         host = np.array(to_numpy(self.local, self.dtype))
         return jax.make_array_from_single_device_arrays(self.shape, sharding, [jax.device_put(host, d) for d in mine])
 
+    def __jax_array__(self) -> jax.Array:
+        """A copy as a JAX array: how jax.numpy, outside of the bridge's programs, reads it."""
+        return jax.numpy.asarray(self.__array__())
+
     def __dlpack__(self, **options: Any):
         """The shard's own memory, without a copy: a step that the array is donated to overwrites it."""
         # Unsigned integers are kept as the bits of signed ones: whoever takes the memory must see the array's own dtype.
@@ -200,3 +204,22 @@ class Array:
     def __repr__(self) -> str:
         state = "donated" if self._local is None else f"local {tuple(self._local.shape)} on {self._local.device}"
         return f"npu_bridge.Array({self.dtype}{list(self.shape)}, layout={self.layout}, {state})"
+
+
+def _delegate(name: str) -> None:
+    def method(self: Array, *args: Any, **options: Any) -> Any:
+        return getattr(self.__jax_array__(), name)(*args, **options)
+
+    setattr(Array, name, method)
+
+
+# Python's operators and the usual methods, on a copy that JAX holds: for what a script does with results between steps.
+for _operator in ("add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow matmul rmatmul and rand or ror xor rxor neg pos "
+                  "abs invert lt le gt ge eq ne getitem len iter index format").split():  # fmt: skip
+    _delegate(f"__{_operator}__")
+Array.__hash__ = object.__hash__
+for _method in ("all any argmax argmin argsort astype clip copy cumsum dot flatten max mean min prod ravel repeat reshape round sort squeeze std sum swapaxes "
+                "take tolist transpose var").split():  # fmt: skip
+    _delegate(_method)
+Array.T = property(lambda self: self.__jax_array__().T)
+Array.at = property(lambda self: self.__jax_array__().at)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import hashlib
 import linecache
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,7 @@ class LoadedProgram:
         self._agree(name)
         runtime.kernel.bind(kernels)
         filename = f"<npu_bridge {name} {self.digest[:12]}>"
+        self.filename, self.text = filename, text
         # Known to linecache, so that a traceback shows the program's own lines.
         linecache.cache[filename] = (len(text), None, text.splitlines(True), filename)
         scope: dict[str, Any] = {}
@@ -68,5 +70,18 @@ class LoadedProgram:
     def __call__(self, args: list[torch.Tensor], host: Mapping[int, torch.Tensor] | None = None) -> list[torch.Tensor]:
         """`host`: arguments that kernels read on the host, as they were before they went to the device; fetched from it when not given."""
         self.runtime.host = {n: args[n].cpu() for n in self.host_arguments} if host is None else host
-        with torch.inference_mode():
-            return self.main(self.runtime, self.constants, args)
+        try:
+            with torch.inference_mode():
+                return self.main(self.runtime, self.constants, args)
+        except Exception as error:
+            if (place := self._place(error)) is not None:
+                error.add_note(f"npu_bridge: while running {place} of the JAX program")
+            raise
+
+    def _place(self, error: BaseException) -> str | None:
+        """Scope, file and line of the JAX program whose statement failed."""
+        lines = [number for frame, number in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == self.filename]
+        if not lines:
+            return None
+        comments = [line.strip()[2:] for line in self.text.splitlines()[: lines[0]] if line.strip().startswith("# ")]
+        return comments[-1] if comments else None

@@ -104,3 +104,89 @@ def test_a_problem_that_only_partitioning_shows_names_the_function():
 
     text = _refused(lambda: npu_bridge.jit(halved, mesh={"x": 2}, in_shardings=P()).lower(X))
     assert "cannot lower halved" in text and "unevenly" in text and "test_like_jit.py:" in text, text
+
+
+def test_it_decorates_functions_and_methods_with_and_without_options():
+    @npu_bridge.jit
+    def plain(x):
+        """Twice."""
+        return x * 2
+
+    @npu_bridge.jit(static_argnames=("n", "kind"), donate_argnames="x")
+    def powered(x, n, *, kind="sum"):
+        return getattr(jnp, kind)(x**n)
+
+    class Model:
+        w = 3.0
+
+        @npu_bridge.jit(static_argnums=0)
+        def scaled(self, x):
+            return x * self.w
+
+    assert plain.__doc__ == "Twice." and np.array_equal(np.asarray(plain(X)), X * 2)
+    for call in range(3):
+        assert powered(X + call, 2).item() == float(((X + call) ** 2).sum())
+        assert powered(X + call, n=3, kind="max").item() == float(((X + call) ** 3).max())
+    assert np.array_equal(np.asarray(Model().scaled(X)), X * 3)
+
+
+def test_under_transformations_it_is_a_part_of_what_is_traced():
+    inner = npu_bridge.jit(lambda x, n: jnp.sin(x) ** n, static_argnames="n")
+    loss = lambda x: inner(x, n=2).sum()
+    assert np.allclose(jax.grad(loss)(X), 2 * np.sin(X) * np.cos(X), atol=1e-6)
+    assert np.allclose(jax.vmap(lambda x: inner(x, n=2))(X), np.sin(X) ** 2, atol=1e-6)
+    assert np.allclose(jax.grad(jax.checkpoint(loss))(X), 2 * np.sin(X) * np.cos(X), atol=1e-6)
+    outer = npu_bridge.jit(jax.value_and_grad(loss))
+    text = outer.lower(X).as_text()
+    assert ".sin" in text and ".cos" in text, "the inner function is a part of the outer program\n" + text
+    assert np.allclose(np.asarray(outer(X)[1]), 2 * np.sin(X) * np.cos(X), atol=1e-6)
+
+
+def test_unused_arguments_are_kept_when_asked_for():
+    for keep in (False, True):
+        fn = npu_bridge.jit(lambda x, y: x * 2, keep_unused=keep)
+        assert fn.lower(X, X).traced.kept == ([0, 1] if keep else [0])
+        assert np.array_equal(np.asarray(fn(X, X)), X * 2)
+
+
+def test_a_script_of_jax_jit_runs_through_the_bridge_unchanged():
+    real = jax.jit
+    with npu_bridge.use("cpu"):
+
+        @jax.jit
+        def step(w, x):
+            loss = lambda w: ((x @ w - 1) ** 2).mean()
+            value, gradient = jax.value_and_grad(loss)(w)
+            return w - 0.01 * gradient, value
+
+        predict = jax.jit(lambda w, x, scale: x @ w * scale, static_argnames="scale")
+        w, losses = jnp.ones(4), []
+        for _ in range(3):
+            w, loss = step(w, X)
+            losses.append(float(loss))
+            assert isinstance(w, npu_bridge.Array)
+        made = predict(w, X, scale=2)
+        # What a script does with results between steps.
+        assert float((made + 1).sum()) == pytest.approx(float(np.asarray(made).sum() + 2), rel=1e-6)
+        assert made[0].shape == () and len(made) == 2 and jnp.stack([made, made]).shape == (2, 2) and made.mean() < 1e9
+    assert jax.jit is real
+    v, want = jnp.ones(4), []
+    plain = real(lambda w, x: (lambda value, g: (w - 0.01 * g, value))(*jax.value_and_grad(lambda w: ((x @ w - 1) ** 2).mean())(w)))
+    for _ in range(3):
+        v, loss = plain(v, X)
+        want.append(float(loss))
+    assert np.allclose(losses, want, rtol=1e-6), (losses, want)
+
+
+def test_an_error_of_torch_names_the_line_of_the_jax_program(monkeypatch):
+    from npu_bridge.runtime import tensor_ops
+
+    def fails(*args, **options):
+        raise RuntimeError("out of memory")
+
+    fn = npu_bridge.jit(lambda x: jnp.sort(x) * 2)
+    fn(X)
+    monkeypatch.setattr(tensor_ops, "math_sort", fails)
+    with pytest.raises(RuntimeError) as caught:
+        fn(X)
+    assert "test_like_jit.py:" in caught.value.__notes__[0], caught.value.__notes__
