@@ -24,7 +24,7 @@ ACCELERATOR ?=
 export JAX_PLATFORMS ?= cpu
 endif
 
-.PHONY: quickstart average test lint docs conformance aot setup setup-test setup-npu setup-tpu clean
+.PHONY: quickstart average test lint jax-tests docs conformance aot setup setup-test setup-npu setup-tpu clean
 
 quickstart: $(VENV)/.main
 	$(BIN)/python train.py --config configs/quickstart.yaml --set run.dir=$(RUN_DIR) $(SET)
@@ -49,6 +49,11 @@ lint: $(VENV)/.test
 # A module's tests stay in one process, so that its fixtures are made once; modules begin in the order of tests/conftest.py.
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
+
+# JAX's own tests through the bridge. JAX_TESTS: tests/ of the source release of the installed jax; EACH: tests drawn of each module, 0 for all.
+EACH ?= 40
+jax-tests: $(VENV)/.test
+	JAX_PLATFORMS=cpu NPU_BRIDGE_CACHE=off $(BIN)/python -m tests.bridge.jax_tests $(JAX_TESTS) --each $(EACH) --page docs/jax_tests.md
 
 # torch_npu is never installed beside the other tests: without CANN it makes a plain `import torch` fail.
 CONFORMANCE_PAGE ?= docs/conformance.md

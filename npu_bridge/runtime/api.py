@@ -348,7 +348,7 @@ class Jitted:
             else:
                 made.append(jax.tree_util.tree_map_with_path(functools.partial(one, number=number), a, next(specs)))
         by_name = {
-            name: a if name in self.static_names else jax.tree_util.tree_map_with_path(lambda path, x: one(path, x, None, name), a)  # noqa: B023
+            name: a if name in self.static_names else jax.tree_util.tree_map_with_path(lambda path, x: one(path, x, None, name), a)
             for name, a in named.items()
         }
         if problems:
@@ -434,7 +434,7 @@ class Jitted:
         if any(isinstance(x, jax.core.Tracer) for x in flat):  # under jax.grad, jax.vmap, or another function that is being traced
             return self._inside(*args, **named)
         # With their types: 1, 1.0 and True are equal, and other programs.
-        fixed = tuple((type(args[i]), args[i]) for i in _counted(self.static, len(args)))
+        fixed: tuple[Any, ...] = tuple((type(args[i]), args[i]) for i in _counted(self.static, len(args)))
         fixed += tuple((k, type(named[k]), named[k]) for k in self.static_names if k in named)
         signature = (tree, fixed, tuple((np.shape(x), str(getattr(x, "dtype", type(x))), _is_weak(x)) for x in flat))
         try:

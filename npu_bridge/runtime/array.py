@@ -214,12 +214,10 @@ def _delegate(name: str) -> None:
 
 
 # Python's operators and the usual methods, on a copy that JAX holds: for what a script does with results between steps.
-for _operator in ("add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow matmul rmatmul and rand or ror xor rxor neg pos "
-                  "abs invert lt le gt ge eq ne getitem len iter index format").split():  # fmt: skip
+for _operator in ["add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod", "pow", "rpow", "matmul", "rmatmul", "and", "rand", "or", "ror", "xor", "rxor", "neg", "pos", "abs", "invert", "lt", "le", "gt", "ge", "eq", "ne", "getitem", "len", "iter", "index", "format"]:  # fmt: skip
     _delegate(f"__{_operator}__")
 Array.__hash__ = object.__hash__
-for _method in ("all any argmax argmin argsort astype clip copy cumsum dot flatten max mean min prod ravel repeat reshape round sort squeeze std sum swapaxes "
-                "take tolist transpose var").split():  # fmt: skip
+for _method in ["all", "any", "argmax", "argmin", "argsort", "astype", "clip", "copy", "cumsum", "dot", "flatten", "max", "mean", "min", "prod", "ravel", "repeat", "reshape", "round", "sort", "squeeze", "std", "sum", "swapaxes", "take", "tolist", "transpose", "var"]:  # fmt: skip
     _delegate(_method)
 Array.T = property(lambda self: self.__jax_array__().T)
 Array.at = property(lambda self: self.__jax_array__().at)

@@ -132,7 +132,8 @@ def test_it_decorates_functions_and_methods_with_and_without_options():
 
 def test_under_transformations_it_is_a_part_of_what_is_traced():
     inner = npu_bridge.jit(lambda x, n: jnp.sin(x) ** n, static_argnames="n")
-    loss = lambda x: inner(x, n=2).sum()
+    def loss(x):
+        return inner(x, n=2).sum()
     assert np.allclose(jax.grad(loss)(X), 2 * np.sin(X) * np.cos(X), atol=1e-6)
     assert np.allclose(jax.vmap(lambda x: inner(x, n=2))(X), np.sin(X) ** 2, atol=1e-6)
     assert np.allclose(jax.grad(jax.checkpoint(loss))(X), 2 * np.sin(X) * np.cos(X), atol=1e-6)
@@ -155,7 +156,8 @@ def test_a_script_of_jax_jit_runs_through_the_bridge_unchanged():
 
         @jax.jit
         def step(w, x):
-            loss = lambda w: ((x @ w - 1) ** 2).mean()
+            def loss(w):
+                return ((x @ w - 1) ** 2).mean()
             value, gradient = jax.value_and_grad(loss)(w)
             return w - 0.01 * gradient, value
 

@@ -22,8 +22,10 @@ def constant(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     return e.emit(e.constant(array, dims), [], op.result.type, kind="constant", constant=True)
 
 
-def table_part(e: Emitter, table: HostTable, shape: tuple[int, ...], strides: tuple[int, ...], steps: list[str] = []) -> Operand:
+def table_part(e: Emitter, table: HostTable, shape: tuple[int, ...], strides: tuple[int, ...], steps: list[str] | None = None) -> Operand:
     """A part of a table; one without dimensions is a number the host looks up. steps: codes that are added to the first place."""
+    if steps is None:
+        steps = []
     offset = " + ".join([*([table.offset] if table.offset != "0" or not steps else []), *steps])
     if shape == ():
         return e.host(HostInt(f"{table.name}[{offset}]", Type((), table.type.dtype), table.low, table.high))
@@ -228,7 +230,7 @@ def dynamic_slice(e: Emitter, op: Op, args: list[Operand]) -> Operand:
 def _updated_table(e: Emitter, op: Op, args: list[Operand]) -> Operand | None:
     """A table of the host with one element exchanged, where the host knows all of it: what a scan stacks of its branches' numbers."""
     x, update, starts = args[0], args[1], args[2:]
-    if isinstance(x, Tensor) or isinstance(x, HostInt) or not isinstance(update, (HostInt, Literal)) or update.type.size != 1:
+    if isinstance(x, (Tensor, HostInt)) or not isinstance(update, (HostInt, Literal)) or update.type.size != 1:
         return None
     if op.result.dtype in FLOATS or not 1 < x.type.size <= LARGEST_TABLE or any(isinstance(s, Tensor) for s, n in zip(starts, x.type.shape) if n > 1):
         return None
