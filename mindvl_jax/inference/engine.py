@@ -76,7 +76,8 @@ class Engine:
         self._eos_set = frozenset(int(token) for token in eos_ids)
         self._mesh = mesh
         self._planner = RowPlanner(model, slots, row_groups(mesh))
-        self._state = self._place(empty_slots(model.language.config, slots, context, model.compute_dtype, unrolled=self._decode_params is not None))
+        cache = model.language.empty_cache(slots, context, model.compute_dtype, unrolled=self._decode_params is not None)
+        self._state = self._place(empty_slots(cache, slots, model.language.config.vocab_size))
         self._waiting: collections.deque[_Running] = collections.deque()
         self._running: list[_Running | None] = [None] * slots
         self.decoded_tokens = 0

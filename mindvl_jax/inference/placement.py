@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mindvl_jax.inference.programs import KVCache
+from mindvl_jax.models.layers.cache import Cache
 from mindvl_jax.parallel.mesh import ROW_AXES
 
 
@@ -26,7 +26,7 @@ def row_groups(mesh: Mesh | None) -> int:
 
 
 def place_rows(mesh, tree, rows: int):
-    """Put a pytree whose leaves have `rows` as their leading dim (second in a stacked KVCache; scalars have none) onto the mesh.
+    """Put a pytree whose leaves have `rows` as their leading dim (second in a stacked Cache; scalars have none) onto the mesh.
 
     Rows that do not divide over the mesh are replicated. Without a mesh nothing moves.
     """
@@ -35,10 +35,10 @@ def place_rows(mesh, tree, rows: int):
     axes = ROW_AXES if rows % row_groups(mesh) == 0 else None
 
     def place(leaf):
-        if isinstance(leaf, KVCache) and not leaf.unrolled:
+        if isinstance(leaf, Cache) and not leaf.unrolled:
             return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(None, axes)))
-        if isinstance(leaf, KVCache):
+        if isinstance(leaf, Cache):
             return jax.tree.map(place, leaf)
         return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(axes) if np.ndim(leaf) else PartitionSpec()))
 
-    return jax.tree.map(place, tree, is_leaf=lambda leaf: isinstance(leaf, KVCache))
+    return jax.tree.map(place, tree, is_leaf=lambda leaf: isinstance(leaf, Cache))

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mindvl_jax.inference import sampling
-from mindvl_jax.models.layers.cache import KVCache
-from mindvl_jax.models.layers.config import TextConfig
+from mindvl_jax.models.layers.cache import Cache
 from mindvl_jax.models.vision_language.batch import Batch
 
 ALTERNATIVES = 20  # most alternatives that a request may ask for at each token
@@ -59,7 +58,7 @@ class Slots:
       counts: (B, V) int32, how often each token occurs in the answer, for the presence and frequency penalties.
     """
 
-    cache: KVCache
+    cache: Cache
     place: jax.Array
     token: jax.Array
     index: jax.Array
@@ -71,14 +70,14 @@ class Slots:
     settings: Settings
 
 
-def empty_slots(config: TextConfig, slots: int, places: int, dtype, *, unrolled: bool) -> Slots:
-    """Return free slots. With `unrolled` each layer has its own cache, as `decode` with `DecodeParams` needs."""
+def empty_slots(cache: Cache, slots: int, vocabulary: int) -> Slots:
+    """Return free slots over an empty cache. `decode` with `DecodeParams` needs an unrolled one."""
     def zeros(kind):
         return jnp.zeros((slots,), kind)
     return Slots(
-        cache=KVCache.empty(config, slots, places, dtype, unrolled=unrolled), place=jnp.int32(0),
+        cache=cache, place=jnp.int32(0),
         token=zeros(jnp.int32), index=zeros(jnp.int32), position=zeros(jnp.int32), count=zeros(jnp.int32), active=zeros(bool),
-        seen=jnp.zeros((slots, config.vocab_size), bool), counts=jnp.zeros((slots, config.vocab_size), jnp.int32),
+        seen=jnp.zeros((slots, vocabulary), bool), counts=jnp.zeros((slots, vocabulary), jnp.int32),
         settings=Settings(
             temperature=zeros(jnp.float32), top_k=zeros(jnp.int32), top_p=jnp.ones((slots,), jnp.float32), min_p=zeros(jnp.float32),
             penalty=jnp.ones((slots,), jnp.float32), presence=zeros(jnp.float32), frequency=zeros(jnp.float32), limit=zeros(jnp.int32), ignore_eos=zeros(bool), key=jnp.zeros((slots, 2), jnp.uint32),

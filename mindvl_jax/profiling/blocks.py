@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from mindvl_jax.models.registry import SPECS
+
 HOST = "host"
 COLLECTIVES = "collectives"
 OTHER = "other"
-_PARTS = ("vision", "projector", "language", "loss", "optimizer")
+_PARTS = (*dict.fromkeys(part for spec in SPECS.values() for part in spec.parts), "loss", "optimizer")
 _PIECES = ("patch_embed", "attention", "mlp")
 
 
@@ -32,7 +34,7 @@ class BlockTimes:
 def block_of(path: str) -> str:
     """Return the block of a scope path (XLA's `op_name` or a scope of npu_bridge), such as "language mlp, backward".
 
-    The first part of the model in the path counts (`vision`, `projector`, `language`, `loss`, `optimizer`), then the sub-layer in it.
+    The first part of a model in the path counts (`ModelSpec.parts`, such as `vision`; `loss`, `optimizer`), then the sub-layer in it.
     JAX writes the backward pass of a scope as `transpose(jvp(scope))`.
     """
     words = re.findall(r"\w+", path)

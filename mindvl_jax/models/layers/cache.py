@@ -5,6 +5,7 @@ L layers, B rows, S places, N query heads, K key/value heads, G = N / K, H head 
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 
 import jax
@@ -14,9 +15,39 @@ from jax import lax
 from mindvl_jax.models.layers.config import TextConfig
 
 
+class Cache(abc.ABC):
+    """What a decoder keeps of the tokens that it has read: a pytree whose arrays have rows first, or layers and then rows.
+
+    A decoder makes its own (`empty_cache`), so grouped-query keys and values, latents or cross-attention memory are its choice. The
+    engine calls `replace_rows`; the decoder's layers call `write` and `attend` with what their attention projects.
+    """
+
+    @property
+    @abc.abstractmethod
+    def unrolled(self) -> bool:
+        """Whether each layer has arrays of its own, so that layers are unrolled; else they are stacked and scanned."""
+
+    @property
+    @abc.abstractmethod
+    def places(self) -> int:
+        """Cache slots of a row."""
+
+    @abc.abstractmethod
+    def write(self, layer, keys, values, place) -> "Cache":
+        """Put one token of every row at a cache slot of one layer."""
+
+    @abc.abstractmethod
+    def attend(self, layer, query, seen_BS: jax.Array) -> jax.Array:
+        """Attention of one query a row over the slots that it may see."""
+
+    @abc.abstractmethod
+    def replace_rows(self, row_N: jax.Array, keys, values) -> "Cache":
+        """Overwrite the given rows with what `Decoder.read` returned. Row ids out of range are ignored."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KVCache:
+class KVCache(Cache):
     """The newest tokens of every row lie at one common place, older ones before it, around the end of the ring where need be.
 
     So a new token of all rows is one contiguous write, whatever the rows' lengths: a place for each row would be a scatter, which

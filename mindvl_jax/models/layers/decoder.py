@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mindvl_jax.models.layers.config import TextConfig
-from mindvl_jax.models.layers.cache import KVCache
+from mindvl_jax.models.layers.cache import Cache, KVCache
 from mindvl_jax.models.layers.linear import GatedMLP, Linear, RMSNorm, parameter
 from mindvl_jax.models.layers.rope import text_tables
 from mindvl_jax.models.layers.stack import UNROLLED_LAYERS, keep, rematerialise_attention, scan_layers
@@ -146,7 +146,11 @@ class Decoder(nnx.Module):
         x, (keys, values) = jax.lax.scan(layer_step, inputs_BTD, self.layers, unroll=self.config.num_layers <= UNROLLED_LAYERS)
         return self.norm(x), keys, values
 
-    def extend(self, inputs_B1D, positions_B31, cache: KVCache, place, lengths_B, *, layers: Sequence["DecoderLayer"] | None = None) -> tuple[jax.Array, KVCache]:
+    def empty_cache(self, rows: int, places: int, dtype, *, unrolled: bool) -> Cache:
+        """A cache of `places` slots a row for `read` and `extend`."""
+        return KVCache.empty(self.config, rows, places, dtype, unrolled=unrolled)
+
+    def extend(self, inputs_B1D, positions_B31, cache: Cache, place, lengths_B, *, layers: Sequence["DecoderLayer"] | None = None) -> tuple[jax.Array, Cache]:
         """One more token of every row, which attends to itself and to the row's tokens before it.
 
         Args:
