@@ -1,4 +1,4 @@
-"""`mindvl convert mindspeed`: Qwen2.5-VL weights between Hugging Face folders and MindSpeed-MM's layouts."""
+"""`mindvl convert`: weights of Qwen2.5-VL to and from MindSpeed-MM's layouts; four-bit weights of bitsandbytes to plain ones."""
 
 from __future__ import annotations
 
@@ -31,9 +31,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_argument("--llm-pp-layers", metavar="JSON", help="layers of the language model in each chunk, as [[12,16]]: a list for each virtual stage")
     target.add_argument("--vit-pp-layers", metavar="JSON", help="layers of the vision tower in each chunk, as [[32,0]]")
     target.add_argument("--canonical", action="store_true", help="keep q, k, v, gate and up apart (their canonical_model)")
+    nf4 = formats.add_parser("nf4", help="four-bit weights of bitsandbytes, as QLoRA's bases are published, to a plain folder")
+    nf4.add_argument("--from", dest="source", required=True, metavar="DIR", help="Hugging Face folder with NF4 weights")
+    nf4.add_argument("--to", required=True, metavar="DIR", help="folder to write; must be empty or absent")
 
 
 def run(args: argparse.Namespace) -> int:
+    return _nf4(args) if args.format == "nf4" else _mindspeed(args)
+
+
+def _nf4(args: argparse.Namespace) -> int:
+    from mindvl_jax.weights.nf4 import dequantize_folder
+
+    out = Path(args.to).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--to {out} exists and is not an empty folder; nothing is overwritten, name another")
+    print(f"{out}: {dequantize_folder(Path(args.source).expanduser(), out)} matrices dequantised")
+    return 0
+
+
+def _mindspeed(args: argparse.Namespace) -> int:
     from mindvl_jax.weights.mindspeed import convert
 
     source, out = Path(args.source).expanduser(), Path(args.to).expanduser()

@@ -23,7 +23,7 @@ COMMANDS = {
     "evaluate": ("mindvl_jax.cli.evaluate", "score a model on tasks"),
     "average": ("mindvl_jax.cli.average", "average the weights of checkpoints"),
     "merge": ("mindvl_jax.cli.merge", "fold a LoRA or DoRA adapter into its base and check the logits"),
-    "convert": ("mindvl_jax.cli.convert", "weights between Hugging Face folders and the layouts of MindSpeed-MM"),
+    "convert": ("mindvl_jax.cli.convert", "weights to and from the layouts of MindSpeed-MM, and from NF4 to plain"),
     "import": ("mindvl_jax.cli.import_run", "a training recipe of MindSpeed-MM as our configuration"),
     "export": ("mindvl_jax.cli.export", "write a run as a Hugging Face folder"),
     "serve": ("mindvl_jax.cli.serve", "answer over HTTP with the OpenAI interface, and a page to try it"),
