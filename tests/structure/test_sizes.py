@@ -40,6 +40,7 @@ LONG_TODAY = {
     "mindvl_jax/data/sources/convert.py convert": "",
     "mindvl_jax/models/vision_language/example.py _build": "",
     "mindvl_jax/parity/samples.py pack": "",
+    "mindvl_jax/training/phase_loop.py run": "",
     "mindvl_jax/training/resume.py _require_same_run": "",
     "mindvl_jax/weights/adapters.py _published": "",
     "mindvl_jax/weights/adapters.py _take_linear": "",
