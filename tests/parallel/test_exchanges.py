@@ -15,7 +15,7 @@ from mindvl_jax.config import loader
 from mindvl_jax.config.schema import MeshConfig
 from mindvl_jax.parallel.mesh import AXES, make_mesh
 from mindvl_jax.planning.exchanges import Exchange, exchanges
-from mindvl_jax.planning.phase import lowerings
+from mindvl_jax.planning.phase import lowerings, parts_of
 from mindvl_jax.training.backend import compile_xla
 
 # Sizes that tell what an array is: no parameter has a dim of 104, 26 or 112, no other part has the decoder's matrices.
@@ -31,11 +31,17 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 
 
 @functools.cache
-def step_exchanges(*sizes: int) -> list[Exchange]:
+def compiled_step(*sizes: int):
+    """-> the compiled step of the first phase, and its arguments as shapes with shardings."""
     config = loader.load("configs/smoke.yaml", SETTINGS)
     mesh = make_mesh(MeshConfig(**dict(zip(AXES, sizes, strict=True))), jax.devices()[: int(np.prod(sizes))])
     ((_, lowered),) = lowerings(config, 0, mesh, compile_xla)
-    return exchanges(lowered.compile(QUICK).as_text())
+    parts = parts_of(config, 0, mesh)
+    return lowered.compile(QUICK), parts.state, parts.batch
+
+
+def step_exchanges(*sizes: int) -> list[Exchange]:
+    return exchanges(compiled_step(*sizes)[0].as_text())
 
 
 def floats(found, kind):
@@ -98,3 +104,34 @@ def test_tensor_parallelism_sums_two_block_outputs_forward_one_of_them_again_and
     forward = [e for e in found if "transpose(" not in e.scope]
     assert len(forward) == 2, "\n".join(map(str, forward))
     assert len(found) <= 2 + 1 + 5, "\n".join(map(str, found))
+
+
+def made(path, like):
+    """Numbers for one array of the state or the batch, the same on every mesh."""
+    name, rng = jax.tree_util.keystr(path), np.random.default_rng(len(jax.tree_util.keystr(path)))
+    size = like.shape[1] if len(like.shape) > 1 else 0
+    if "segment_ids" in name or "window_ids" in name:
+        value = np.broadcast_to(np.arange(size) // 16 + 1, like.shape)
+    elif "loss_weights" in name:
+        value = rng.random(like.shape) < 0.3
+    elif like.dtype == np.uint8:
+        value = rng.integers(0, 255, like.shape)
+    elif "visual_index" in name:
+        value = np.where(np.arange(size) < 28, np.arange(size), -1) * np.ones(like.shape)
+    elif "targets" in name or "tokens" in name:
+        value = rng.integers(0, 2000, like.shape)
+    else:
+        value = rng.standard_normal(like.shape) * 0.05 if like.dtype == np.float32 and "nu" not in name else np.zeros(like.shape)
+    return jax.device_put(value.astype(like.dtype), like.sharding)
+
+
+def test_loss_and_gradient_norm_on_eight_devices_are_those_of_one():
+    metrics = []
+    for sizes in ((1, 1, 1), (2, 2, 2)):
+        step, state, batch = compiled_step(*sizes)
+        arguments = jax.tree_util.tree_map_with_path(made, (state, batch))
+        metrics.append(step(*arguments, np.float32(1e-3))[1])
+    for name in ("loss", "grad_norm"):
+        one, eight = (float(m[name]) for m in metrics)
+        # The same float32 sums in another order; a device's own rows come first.
+        assert one > 0 and abs(one - eight) <= 1e-5 * one, f"{name}: {one} on one device, {eight} on eight"
