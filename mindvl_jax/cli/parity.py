@@ -13,7 +13,7 @@ EPILOG = common.examples("mindvl parity --weights Qwen2.5-VL-3B-Instruct", "mind
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", required=True, metavar="DIR", help="Hugging Face folder (Qwen2.5-VL, Qwen3, Qwen2.5, or MindVL's own)")
+    parser.add_argument("--weights", required=True, metavar="DIR", help="Hugging Face folder of any family that has a reference, or MindVL's own layout")
     parser.add_argument("--out", default="parity", metavar="DIR", help="folder for parity.json and parity.png")
     parser.add_argument("--samples", type=int, default=4, help="random samples: pictures, a video, text")
     parser.add_argument("--text-tokens", type=int, default=32, help="text tokens of each sample")
