@@ -234,7 +234,7 @@ def _folder_settings(folder: Path) -> dict[str, Any]:
             raise TokenizerError(f"{folder / 'chat_template.jinja'} cannot be read: {error}") from None
     elif template is None:
         template = _read_object(folder / "chat_template.json").get("chat_template")
-    if isinstance(template, str):
+    if isinstance(template, str) and template.strip():
         settings["chat_template"] = template
     return settings
 
