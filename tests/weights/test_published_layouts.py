@@ -8,7 +8,6 @@ import json
 import pytest
 import tokenizers
 import transformers
-from tests.data.data_toys import MODEL as MEDIA_MODEL
 
 from mindvl_jax.config.schema import ColumnMapping
 from mindvl_jax.data.record import sample_from_record
@@ -17,6 +16,7 @@ from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
 from mindvl_jax.weights.errors import WeightsError
 from mindvl_jax.weights.resolve import open_companions
+from tests.data.data_toys import MODEL as MEDIA_MODEL
 
 # The two habits of the published templates: a default system turn, and white space taken off.
 DEFAULT_SYSTEM = (
