@@ -23,6 +23,9 @@ def math_triangular_solve(
 def math_lu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(both factors in one matrix, rows exchanged counted from 0, permutation of the rows)."""
     factors, pivots, _ = torch.linalg.lu_factor_ex(x)
+    if pivots.numel() == 0:
+        rows = torch.arange(x.shape[-2], device=x.device, dtype=torch.int32).expand(x.shape[:-1]).clone()
+        return factors, pivots, rows
     permutation = torch.lu_unpack(factors, pivots, unpack_data=False)[0].real.argmax(-2)
     return factors, pivots - 1, permutation.to(torch.int32)
 

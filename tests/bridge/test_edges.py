@@ -162,6 +162,14 @@ def test_products_and_convolutions_of_every_dtype():
                  "by groups": lambda a, x, k: lax.conv_general_dilated(x, k[:3, :1], (1, 1), "VALID", feature_group_count=3)}, a, x, k, dtype="int8")  # fmt: skip
 
 
+def test_factorisations_of_empty_matrices():
+    for shape in ((0, 0), (2, 0, 0), (0, 3, 3), (3, 0)):
+        functions = {"lu": jax.scipy.linalg.lu} if len(shape) < 3 else {"lu": jax.lax.linalg.lu}
+        if shape[-1] == shape[-2]:
+            functions |= {"solve": lambda a: jnp.linalg.solve(a, a), "det": jnp.linalg.det, "cholesky": jnp.linalg.cholesky}
+        compare(functions, np.zeros(shape, np.float32) + (np.eye(3, dtype=np.float32) if shape[-1] == shape[-2] == 3 else 0))
+
+
 def test_8_bit_floats_compute_like_xla():
     for dtype in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2):
         x = np.array([0.0, 1, -1, 0.5, 3.5, 100, -7, 0.1, 240], dtype)
