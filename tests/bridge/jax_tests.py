@@ -47,7 +47,7 @@ class Record:
         share_passed = 100 * total["passed"] / max(total.total(), 1)
         lines.append(f"| **all** | {total.total()} | {total['passed']} ({share_passed:.1f} %) | " + " | ".join(str(total[o]) for o in outcomes[1:]) + " |")
         lines += ["", "Refused:", "", *[f"* {n}: {reason}" for reason, n in self.reasons.most_common()], "", "Wrong and crashed:", ""]
-        return "\n".join([*lines, *(f"* {fault}" for fault in sorted(set(self.faults)))]) + "\n"
+        return "\n".join([*lines, *(f"* {fault}" for fault in sorted(set(self.faults)) or ["none"])]) + "\n"
 
 
 def _compare(case: Any, fun: Any, args_maker: Any, record: Record, tolerance: dict[str, Any]) -> None:
