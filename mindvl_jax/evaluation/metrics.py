@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mindvl_jax.config.base import file_name
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.evaluation import scorers
 from mindvl_jax.evaluation.items import Item
@@ -42,6 +43,10 @@ def parse_task(text: str) -> tuple[str, str, str]:
     name, _, rest = text.partition("=")
     if not name.strip() or not rest.strip():
         raise UserError(f"--tasks {text!r}: expected NAME=FILE or NAME=FILE:METRIC; metrics are {', '.join(METRICS)}, or FILE.py:FUNCTION")
+    try:
+        file_name(name.strip())
+    except ValueError as error:
+        raise UserError(f"--tasks {text!r}: {error}") from None
     if hook := re.fullmatch(r"(.+?):([^:]+\.py:\w+)", rest):
         return name.strip(), hook[1], hook[2]
     if named := re.fullmatch(r"(.+):([a-z_0-9]+)", rest):

@@ -6,6 +6,7 @@ from mindvl_jax.core.errors import UserError
 from mindvl_jax.evaluation import benchmarks
 from mindvl_jax.evaluation.benchmarks import BENCHMARKS, load_items
 from mindvl_jax.evaluation.evaluate import summarise
+from mindvl_jax.evaluation.metrics import parse_task
 
 
 def _summary(name, items, answer):
@@ -104,3 +105,9 @@ def test_every_benchmark_scores_its_own_main_metric(benchmark_folder):
             continue  # reads DocVQA's columns
         item = load_items(name, benchmark_folder)[0]
         assert benchmark.metric in benchmark.score(item, "x"), name
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/b", ".x", "[/x]", "=1+1", "a\0b", "x" * 300])
+def test_a_task_whose_name_leaves_the_folder_of_results_is_refused(name):
+    with pytest.raises(UserError, match="--tasks"):
+        parse_task(f"{name}=data.jsonl")
