@@ -22,6 +22,16 @@ from mindvl_jax.models.outline import outline_of
 from mindvl_jax.weights.mapping import mapping_of
 
 
+CHECKED_FAMILIES = ("mindvl", "qwen")
+"""Families whose adapters agree with PEFT in the tests. Others have layers that read a kernel by themselves, where an adapter would do nothing."""
+
+
+def require_checked_family(config: Any) -> None:
+    """Refuse adapters on a model whose layers were not checked with them."""
+    if config.family not in CHECKED_FAMILIES:
+        raise UserError(f"adapters: not built for model.family {config.family}; they work on {' and '.join(CHECKED_FAMILIES)}")
+
+
 class LinearShapes(NamedTuple):
     """layers: None outside stacks. inputs: width. outputs: rows of the published matrix that each of our modules holds."""
 
@@ -111,6 +121,7 @@ def layout_of(settings: AdaptersConfig, config: Any) -> Layout:
     Raises:
       UserError: targets or keys of `ranks` and `alphas` that select nothing; two targets that disagree on sharing A.
     """
+    require_checked_family(config)
     problems: list[str] = []
     chosen: dict[str, str | None] = {}
     for target in settings.targets:

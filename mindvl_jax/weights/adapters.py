@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save
 
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.models.adapters import LEAVES, Adapter, Layout
-from mindvl_jax.weights.adapter_layout import PublishedLinear, names_that_cannot_adapt, published_linears
+from mindvl_jax.weights.adapter_layout import PublishedLinear, names_that_cannot_adapt, published_linears, require_checked_family
 from mindvl_jax.weights.mapping import mapping_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -73,6 +73,7 @@ def read_adapter(folder: Path, config: Any) -> PeftAdapter:
       UserError: no such folder; an option that we do not compute; keys that are no adapter of this model; a shape that does not fit;
         a rank in the file that is not the one of its configuration; an adapter that covers some layers of a stack only.
     """
+    require_checked_family(config)
     settings = _read_settings(folder)
     path = folder / WEIGHTS
     if not path.is_file():

@@ -225,3 +225,11 @@ def test_what_does_not_fit_is_refused_before_any_work(adapted, tmp_path):
 def test_targets_that_select_nothing_or_too_much_are_refused(published, section, message):
     with pytest.raises(UserError, match=message):
         layout_of(AdaptersConfig(**section), read_config(published()))
+
+
+def test_families_whose_layers_were_not_checked_are_refused():
+    class Routed:
+        family = "deepseek_v3"
+
+    with pytest.raises(UserError, match="not built for model.family deepseek_v3; they work on mindvl and qwen"):
+        layout_of(AdaptersConfig(targets=("q_proj",)), Routed())
