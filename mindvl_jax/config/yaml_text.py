@@ -58,6 +58,8 @@ def parse(text: str, where: str) -> tuple[yaml.Node | None, Any]:
             return None, None
         # From a second tree: merge keys (<<) are written into the tree from which values are made.
         return node, yaml.load(text, Loader=Loader)  # noqa: S506 (a SafeLoader)
+    except YamlError:
+        raise
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}" if mark else where
