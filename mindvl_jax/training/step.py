@@ -141,7 +141,8 @@ def make_programs(
             divisor = jnp.where(has_labels, totals.denominator, 1.0)
             loss = totals.numerator / divisor
             norms = {part: ops.global_norm(own) / divisor for part, own in by_part(totals.gradients).items()}
-            norm = jnp.sqrt(sum(jnp.square(value) for value in norms.values())) if len(norms) > 1 else next(iter(norms.values()))
+            # Not from the parts' norms: another order of the sum would change the clipping, and so the bits of every later loss.
+            norm = ops.global_norm(totals.gradients) / divisor
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)
             keep = finite & has_labels
             scale = 1.0 / divisor
