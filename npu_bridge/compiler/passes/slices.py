@@ -1,4 +1,4 @@
-"""Arrays put together only to be taken apart again: what an unrolled scan leaves behind.
+"""Simplify slices, concatenations, pads and reshapes that undo each other: what an unrolled scan leaves behind.
 
 * a slice inside one piece of a concatenation is a slice of that piece (residuals of the layers, stacked and unstacked);
 * a slice of a slice is one slice; empty pieces of a concatenation go;
@@ -14,11 +14,11 @@ from npu_bridge.compiler.ir import Block, Op, Value, substitute
 from npu_bridge.compiler.passes.simplify import uses
 
 
-def take_pieces(block: Block) -> None:
-    """Rewrites a block and the regions in it, in place."""
+def simplify_slices(block: Block) -> None:
+    """Rewrite a block and its regions in place."""
     for op in block.ops:
         for region in op.regions:
-            take_pieces(region)
+            simplify_slices(region)
     _join_padded(block)
     _forward_slices(block)
 

@@ -1,7 +1,7 @@
-"""What a loop computes anew in every round from values that never change is computed once, before it.
+"""Loop-invariant code motion.
 
-Only what is no larger than its operands moves: a result stays in memory while the loop runs, and most that is larger (broadcasts) is
-a view that costs nothing.
+Move an operation out of a loop when its operands do not change there and its results are no larger than they are: a result stays in
+memory while the loop runs, and most that is larger (broadcasts) is a view that costs nothing.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ _STAYS = frozenset({"while", "case", "rng", "rng_bit_generator", "optimization_b
                     "start_all_gather", "start_reduce_scatter", "wait", "all_to_all", "permute", "partition_id"})  # fmt: skip
 
 
-def hoist_invariants(block: Block) -> None:
+def move_loop_invariants(block: Block) -> None:
     """Rewrites a block and the regions in it, in place; from the innermost loop outwards."""
     kept: list[Op] = []
     for op in block.ops:
         for region in op.regions:
-            hoist_invariants(region)
+            move_loop_invariants(region)
         if op.name == "while":
             kept += _taken_out(op)
         kept.append(op)
