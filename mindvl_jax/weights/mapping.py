@@ -55,7 +55,11 @@ def read_config(folder: Path) -> ModelConfig:
     if mapping is None:
         raise WeightsError(f"{path}: model_type is {kind!r}, which is not supported; supported are {supported_labels()}")
     reader = ConfigReader()
-    config = mapping.read_config(content, reader)
+    try:
+        config = mapping.read_config(content, reader)
+    except (TypeError, AttributeError, KeyError, IndexError, ArithmeticError) as error:
+        # Families read the published shape; a list where an object belongs fails wherever it is used.
+        raise WeightsError(f"{path}: a value has another type than published folders give it ({error})") from error
     if reader.problems:
         count = len(reader.problems)
         raise WeightsError("\n".join([f"{path}: {count} problem{'s' if count > 1 else ''}:", *(f"  {problem}" for problem in reader.problems)]))

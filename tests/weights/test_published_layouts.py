@@ -15,6 +15,7 @@ from mindvl_jax.data.text.template import QWEN_TEMPLATE
 from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
 from mindvl_jax.weights.errors import WeightsError
+from mindvl_jax.weights.mapping import read_config
 from mindvl_jax.weights.resolve import open_companions
 from tests.data.data_toys import MODEL as MEDIA_MODEL
 
@@ -149,3 +150,17 @@ def test_files_of_another_shape_are_named(folder, file, content):
 def test_a_tokenizer_with_ids_beyond_the_table_is_refused(folder):
     with pytest.raises(WeightsError, match="tokenizer belongs to another model"):
         open_companions(folder("chat_template.jinja", QWEN_TEMPLATE), MODEL.model_copy(update={"text": MODEL.text.model_copy(update={"vocab_size": 263})}))
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [("text_config", "rope_parameters", [1]), ("text_config", "rope_scaling", "yarn"), ("text_config", "rope_parameters", {"mrope_section": 5}), ("vision_config", "fullatt_block_indexes", 5), ("vision_config", "rope_parameters", 7),
+     ("text_config", "num_attention_heads", 0), (None, "model_type", ["qwen3"]), (None, "vision_config", []), (None, "text_config", 5)],
+)  # fmt: skip
+def test_a_configuration_with_values_of_another_type_is_refused(tmp_path, part, key, value):
+    text = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "rope_parameters": {"mrope_section": [2, 3, 3]}}
+    content = {"model_type": "qwen2_5_vl", "text_config": text, "vision_config": {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "fullatt_block_indexes": [0]}}
+    (content if part is None else content[part])[key] = value
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(WeightsError, match="config.json"):
+        read_config(tmp_path)
