@@ -23,7 +23,7 @@ SGD = optax.chain(optax.trace(0.9), optax.scale(-1.0))  # an optimizer that is n
 
 
 def phase(**changes):
-    base = {"name": "p", "steps": 20, "mixture": (), "rows": 1, "sequence_length": 8, "patches_per_row": 4, "learning_rate": 0.5}
+    base = {"name": "p", "steps": 20, "mixture": ({"source": "s"},), "rows": 1, "sequence_length": 8, "patches_per_row": 4, "learning_rate": 0.5}
     return PhaseConfig(**(base | changes))
 
 
