@@ -66,7 +66,7 @@ def through_bridge(model) -> tuple[Callable[[], Any], Facts]:
 
     mesh, outline = make_mesh(MeshConfig(), jax.devices()[:1]), outline_of(model)
     shape, batch = batch_of(model)
-    phase = PhaseConfig(name="benchmark", steps=1, mixture=(), rows=1, sequence_length=TOKENS, patches_per_row=PATCHES, learning_rate=1e-5)
+    phase = PhaseConfig(name="benchmark", steps=1, mixture=({"source": "none"},), rows=1, sequence_length=TOKENS, patches_per_row=PATCHES, learning_rate=1e-5)
 
     def on_npu(function, *, in_shardings, out_shardings, donate_argnums=()):
         return npu_bridge.jit(function, donate_argnums=donate_argnums, device="npu")

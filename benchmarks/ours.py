@@ -46,7 +46,7 @@ class Step:
         self.state = start_phase(jax.tree.map(lambda x: x.copy(), parameters), list(self.outline.shapes), [], mesh)
         shape = BatchShape(rows=batch.tokens.shape[0], tokens=batch.tokens.shape[1], patches=batch.patches.shape[1], samples=batch.segment_lengths.shape[1],
                            images=batch.image_lengths.shape[1], windows=batch.window_lengths.shape[1], patch_dim=batch.patches.shape[2])
-        phase = PhaseConfig(name="benchmark", steps=1, mixture=(), rows=shape.rows, sequence_length=shape.tokens, patches_per_row=shape.patches, learning_rate=LEARNING_RATE,
+        phase = PhaseConfig(name="benchmark", steps=1, mixture=({"source": "none"},), rows=shape.rows, sequence_length=shape.tokens, patches_per_row=shape.patches, learning_rate=LEARNING_RATE,
                             weight_decay=WEIGHT_DECAY, max_sample_length=workload.longest_sample, max_image_patches=workload.longest_image)
         programs = make_programs(self.outline, phase=phase, objective=make_objective(config, phase, loss_chunk=workload.loss_chunk), optimizer=OPTIMIZER, spec=shape.spec(), trained=list(self.outline.shapes), frozen=[], mesh=mesh,
                                  compile=functools.partial(compile_xla, options=compiler_options(config, mesh)) if bridge is None else functools.partial(_through_bridge, device=bridge))

@@ -33,7 +33,7 @@ model = model.model_copy(update=dict(remat="full", text=model.text.model_copy(up
 mesh = make_mesh(MeshConfig(), jax.devices()[:1])
 outline = outline_of(model)
 shape = shape_for(model.vision, rows=1, tokens=TOKENS, patches=PATCHES, samples=SAMPLES, min_pixels=56 * 56)
-phase = PhaseConfig(name="large", steps=1, mixture=(), rows=1, sequence_length=TOKENS, patches_per_row=PATCHES, learning_rate=1e-5)
+phase = PhaseConfig(name="large", steps=1, mixture=({"source": "none"},), rows=1, sequence_length=TOKENS, patches_per_row=PATCHES, learning_rate=1e-5)
 programs = make_programs(outline, phase=phase, objective=make_objective(model, phase, loss_chunk=1024), optimizer=OptimizerConfig(), spec=shape.spec(), trained=list(outline.shapes), frozen=[], mesh=mesh,
                          compile=lambda function, *, in_shardings, out_shardings, donate_argnums=(): npu_bridge.jit(function, donate_argnums=donate_argnums, device="npu"))  # fmt: skip
 batch = shape.empty()
