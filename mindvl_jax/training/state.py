@@ -140,8 +140,9 @@ def start_phase(
             )
         opt_state = before.opt_state
     else:
-        # What stands beside no parameter (a counter) has no sharding yet.
-        opt_state = jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, replicated(mesh)), init(own))
+        # What stands beside no parameter (a counter) has no sharding yet. Through the host: JAX cannot move an array of one device onto
+        # devices of several processes.
+        opt_state = jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(np.asarray(x), replicated(mesh)), init(own))
     return TrainState(
         trained=own,
         frozen={path: params[path] for path in frozen},
