@@ -111,8 +111,9 @@ def compile_xla(
       options: of XLA, for this program alone (see `compiler_options`).
       attention: its form (`model.attention`).
     """
-    placement = Placement(jax.tree.leaves(out_shardings)[0].mesh, attention=attention)
-    function = tracing(function, placement)
+    mesh = getattr(jax.tree.leaves(out_shardings)[0], "mesh", None)
+    if mesh is not None:  # arrays of a single device have nothing to place
+        function = tracing(function, Placement(mesh, attention=attention))
     return jax.jit(function, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=donate_argnums, compiler_options=dict(options or {}) or None)
 
 

@@ -19,7 +19,8 @@ from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncod
 
 def test_a_packed_row_gives_the_losses_and_gradients_of_its_samples_alone():
     # The real tokenizer with a softmax over 151,936 ids would be all of the test's time: fold the ids into 512.
-    model_config = MindVLConfig.model_validate({**MODEL, "compute_dtype": "float32", "text": {**TEXT, "vocab_size": 512}})
+    model_config = MindVLConfig.model_validate({**MODEL, "compute_dtype": "float32"})
+    model_config = model_config.model_copy(update={"text": model_config.text.model_copy(update={"vocab_size": 512})})
     encoder = ExampleEncoder(model_config, tokenizer(), EncodeLimits(min_pixels=784, max_pixels=50176))
     samples = [
         Sample("pictures", (Message("user", "<image> and <image>?"), Message("assistant", "one ship, two masts")), tuple(Media(data=encoded(picture(k, *size))) for k, size in enumerate([(140, 168), (28, 56)]))),
