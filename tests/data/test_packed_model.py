@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from data_toys import MODEL, TEXT, encoded, picture, tokenizer
+from data_toys import MODEL, encoded, picture, tokenizer
 from flax import nnx
 
 from mindvl_jax.data.sample import Media, Message, Sample
