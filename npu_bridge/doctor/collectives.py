@@ -87,9 +87,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         worst = runtime.all_reduce(error.float().reshape(1).to(runtime.device), ("x",), "maximum")
         if rank == 0:
             print(json.dumps({"collective": name, "error": float(worst.cpu()), "allowed": allowed}), flush=True)
-    # Leave together: gloo aborts a rank whose peer closes its connections while its own threads still run.
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
     return 0
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import math
 import os
 import socket
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -46,8 +48,26 @@ def ensure_process_group(device: str, count: int) -> None:
                 f"device with `python -m npu_bridge.launch --nproc {count} script.py` or torchrun --nproc-per-node {count}"
             )
         dist.init_process_group(_BACKEND[device], timeout=datetime.timedelta(seconds=timeout_seconds()))
+        atexit.register(leave_process_group)
     if dist.get_world_size() != count:
         raise BridgeError(f"npu_bridge: the mesh has {count} places, the process group has {dist.get_world_size()} processes")
+
+
+def leave_process_group() -> None:
+    """Leave the job together with the other ranks; runs by itself when the interpreter ends.
+
+    gloo's threads abort a rank (SIGABRT after all its work was done) when a peer closes its connections while they still run,
+    so ranks on the CPU meet once more first. A rank that ends by an exception does not wait: closing its connections ends the
+    wait of the others at once. A peer that works on alone is waited for no longer than `timeout_seconds`.
+    """
+    if not dist.is_initialized():
+        return
+    failed = getattr(sys, "last_value", None) is not None
+    if dist.get_backend() == "gloo" and not failed:
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()
+    dist.destroy_process_group()
+    _groups.clear()
 
 
 def default_device(kind: str) -> torch.device:

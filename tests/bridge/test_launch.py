@@ -5,6 +5,7 @@ That its ranks train together: tests/training/test_backend.py (four); that the f
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -29,6 +30,14 @@ def test_ranks_started_by_torchrun_train_together():
     done, _ = _launch("torch.distributed.run", "--nproc-per-node", "2", *where, str(SCRIPT), "nothing", JAX_PLATFORMS="cpu")
     assert done.returncode == 0, done.stderr
     assert "gap" in done.stdout
+
+
+def test_ranks_leave_together():
+    # gloo aborts a rank whose peer closes its connections first, now and then, after all its work was done.
+    done, _ = _launch("npu_bridge.launch", "--nproc", "2", str(SCRIPT), "late")
+    assert done.returncode == 0, done.stderr
+    ends = dict(re.findall(r"rank (\d) ends at ([\d.]+), in the group: False", done.stdout))
+    assert abs(float(ends["0"]) - float(ends["1"])) < 2, done.stdout
 
 
 def test_a_rank_that_dies_ends_the_others_and_is_named():

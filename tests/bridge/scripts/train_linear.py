@@ -1,5 +1,6 @@
-"""A linear model on {"data": WORLD_SIZE}; argv[1] says what goes wrong: nothing, die, hang, differ."""
+"""A linear model on {"data": WORLD_SIZE}; argv[1] says what goes wrong: nothing, die, hang, differ, late."""
 
+import atexit
 import os
 import sys
 import time
@@ -13,6 +14,15 @@ import npu_bridge
 
 fault = sys.argv[1]
 rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@atexit.register  # before the bridge registers its own: runs after it
+def say_when():
+    import torch.distributed
+
+    print(f"rank {rank} ends at {time.time():.3f}, in the group: {torch.distributed.is_initialized()}")
+
+
 r = np.random.RandomState(0)
 x, y = r.randn(8, 4).astype(np.float32), r.randn(8).astype(np.float32)
 
@@ -33,6 +43,8 @@ for i in range(5):
     if i == 3 and rank == 1 and fault == "hang":
         time.sleep(60)
     w, loss = train(w, x, y, scale)
+if rank == 1 and fault == "late":
+    time.sleep(3)
 if rank == 0:
     want = np.zeros(4, np.float64)
     for _ in range(5):
