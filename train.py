@@ -1,4 +1,7 @@
-"""Train MindVL: `python train.py --config configs/quickstart.yaml`. The same as `mindvl train`, without an installation."""
+"""Train MindVL: `python train.py --config configs/quickstart.yaml`.
+
+The same as `mindvl train`, without an installation.
+"""
 
 import sys
 

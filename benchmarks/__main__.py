@@ -4,8 +4,8 @@
     python -m benchmarks run [--suite cpu|gpu|npu-emulated] [--quick] [--one-core] [--only CASE,...] [--out DIR]
     python -m benchmarks compare A.json B.json
 
-Each case runs in its own process, with the same number of threads for every side. A run prints a table and writes a dated JSON
-file and an HTML page.
+Each case runs in its own process, with the same number of threads for every side. A run prints a table and writes a
+dated JSON file and an HTML page.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ HERE = Path(__file__).resolve().parent
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="what there is")
     run = commands.add_parser("run", help="measure")
@@ -38,8 +40,14 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--only", help="cases, separated by commas")
     run.add_argument("--quick", action="store_true", help="fewer rounds")
     run.add_argument("--dry", action="store_true", help="smallest shapes: does it start? The figures mean nothing")
-    run.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of every side (default: %(default)s)")
-    run.add_argument("--one-core", action="store_true", help="one thread a side, by processor time: for a machine that others use too")
+    run.add_argument(
+        "--threads", type=int, default=min(2, os.cpu_count() or 1), help="of every side (default: %(default)s)"
+    )
+    run.add_argument(
+        "--one-core",
+        action="store_true",
+        help="one thread a side, by processor time: for a machine that others use too",
+    )
     run.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON file and the page")
     compare = commands.add_parser("compare", help="two results beside each other")
     compare.add_argument("before", type=Path)
@@ -74,7 +82,10 @@ def _choose(suite: str, only: str | None) -> list[Case]:
     names = [name.strip() for name in only.split(",") if name.strip()]
     unknown = [name for name in names if name not in there]
     if unknown or not names:
-        raise results.Unusable(f"--only {only}: suite {suite} has no {', '.join(unknown) or 'case of no name'}; it has {', '.join(there) or 'none'}")
+        raise results.Unusable(
+            f"--only {only}: suite {suite} has no {', '.join(unknown) or 'case of no name'}; it has "
+            f"{', '.join(there) or 'none'}"
+        )
     return [there[name] for name in names]
 
 
@@ -82,9 +93,13 @@ def _run(console: Console, args: argparse.Namespace, chosen: list[Case]) -> int:
     settings = Settings.smallest() if args.dry else dataclasses.replace(
         Settings.quick() if args.quick else Settings(), threads=1 if args.one_core else args.threads, one_core=args.one_core
     )  # fmt: skip
-    record = dict(machine=machine.describe(settings.threads), suite=args.suite, settings=dataclasses.asdict(settings), cases={})
+    record = dict(
+        machine=machine.describe(settings.threads), suite=args.suite, settings=dataclasses.asdict(settings), cases={}
+    )
     environment = dict(os.environ)
-    environment.setdefault("GLIBC_TUNABLES", TUNABLES)  # as train.py sets it; every side of a comparison runs in one process and has it
+    environment.setdefault(
+        "GLIBC_TUNABLES", TUNABLES
+    )  # as train.py sets it; every side of a comparison runs in one process and has it
     environment.pop("XLA_FLAGS", None)  # virtual devices would share the threads that a figure is for
     if args.suite != "gpu" or args.dry:
         environment["JAX_PLATFORMS"] = "cpu"
@@ -97,7 +112,9 @@ def _run(console: Console, args: argparse.Namespace, chosen: list[Case]) -> int:
             code = subprocess.run(command, env=environment, cwd=HERE.parent, stdout=sys.stderr).returncode
             # What was measured before a case broke is kept, and the break is recorded beside it.
             comparisons = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-        record["cases"][entry.name] = dict(summary=entry.summary, comparisons=comparisons, seconds=time.perf_counter() - start, failed=code != 0)
+        record["cases"][entry.name] = dict(
+            summary=entry.summary, comparisons=comparisons, seconds=time.perf_counter() - start, failed=code != 0
+        )
         console.print(results.case_results_table(entry.name, record["cases"][entry.name]))
     json_path, page_path = page.write(record, args.out)
     console.print(f"{json_path}\n{page_path}", highlight=False)

@@ -23,20 +23,35 @@ Tensors = dict[str, torch.Tensor]
 class Handwritten:
     """Parameters and the constants of one batch; `loss()` is the mean over labelled tokens."""
 
-    def __init__(self, config: MindVLConfig, parameters: Mapping[str, np.ndarray], batch: Batch, *, device: str = "cpu"):
+    def __init__(
+        self, config: MindVLConfig, parameters: Mapping[str, np.ndarray], batch: Batch, *, device: str = "cpu"
+    ):
         self.config, self.device = config, device
-        self.parameters: Tensors = {path: torch.tensor(np.asarray(value), device=device, requires_grad=True) for path, value in parameters.items()}
+        self.parameters: Tensors = {
+            path: torch.tensor(np.asarray(value), device=device, requires_grad=True)
+            for path, value in parameters.items()
+        }
+
         def put(x):
             return torch.tensor(np.asarray(x), device=device)
-        self.tokens, self.targets, self.weights = put(batch.tokens).long(), put(batch.targets).long(), put(batch.loss_weights)
+
+        self.tokens, self.targets, self.weights = (
+            put(batch.tokens).long(),
+            put(batch.targets).long(),
+            put(batch.loss_weights),
+        )
         vision, text = config.vision, config.text
         self.pixels = _normalised(put(batch.patches), vision)
         segments = put(batch.segment_ids)
         T = segments.shape[1]
         self.causal = _same(segments) & torch.ones(T, T, dtype=torch.bool, device=device).tril()
         self.image, self.window = _same(put(batch.patch_segment_ids)), _same(put(batch.patch_window_ids))
-        self.vision_tables = _vision_tables(put(batch.patch_positions), vision.hidden_size // vision.num_heads, vision.rope_theta)
-        self.text_tables = _text_tables(put(batch.positions), text.head_dim, text.rope_theta, text.mrope_section if text.rope == "mrope" else None)
+        self.vision_tables = _vision_tables(
+            put(batch.patch_positions), vision.hidden_size // vision.num_heads, vision.rope_theta
+        )
+        self.text_tables = _text_tables(
+            put(batch.positions), text.head_dim, text.rope_theta, text.mrope_section if text.rope == "mrope" else None
+        )
         index = put(batch.visual_index).long()
         self.is_visual, self.visual_index = (index >= 0)[..., None], index.clamp(min=0)[..., None]
 
@@ -47,11 +62,22 @@ class Handwritten:
         x = torch.where(self.is_visual, visual.gather(1, self.visual_index.expand(-1, -1, visual.shape[-1])), x)
         text = config.text
         for layer in range(text.num_layers):
-            x = x + self._attend("language/layers", layer, x, self.text_tables, self.causal, text.num_heads, text.num_kv_heads, text.rms_norm_eps)
+            x = x + self._attend(
+                "language/layers",
+                layer,
+                x,
+                self.text_tables,
+                self.causal,
+                text.num_heads,
+                text.num_kv_heads,
+                text.rms_norm_eps,
+            )
             x = x + self._feed_forward("language/layers", layer, x, text.rms_norm_eps)
         x = F.rms_norm(x, x.shape[-1:], p["language/norm/scale"], text.rms_norm_eps)
         head = p["language/embed/embedding"].T if text.tie_word_embeddings else p["language/head/kernel"]
-        losses = F.cross_entropy((x @ head).flatten(0, 1).float(), self.targets.flatten(), reduction="none").view_as(self.weights)
+        losses = F.cross_entropy((x @ head).flatten(0, 1).float(), self.targets.flatten(), reduction="none").view_as(
+            self.weights
+        )
         return (losses * self.weights).sum() / self.weights.sum()
 
     def _see(self) -> torch.Tensor:
@@ -59,7 +85,16 @@ class Handwritten:
         x = self.pixels @ self.parameters["vision/patch_embed/kernel"]
         for layer in range(vision.depth):
             mask = self.image if layer in vision.fullatt_block_indexes else self.window
-            x = x + self._attend("vision/blocks", layer, x, self.vision_tables, mask, vision.num_heads, vision.num_heads, vision.rms_norm_eps)
+            x = x + self._attend(
+                "vision/blocks",
+                layer,
+                x,
+                self.vision_tables,
+                mask,
+                vision.num_heads,
+                vision.num_heads,
+                vision.rms_norm_eps,
+            )
             x = x + self._feed_forward("vision/blocks", layer, x, vision.rms_norm_eps)
         return x
 
@@ -78,17 +113,26 @@ class Handwritten:
     def _attend(self, stack: str, layer: int, x, tables, mask, heads: int, kv_heads: int, eps: float) -> torch.Tensor:
         p, at = self.parameters, f"{stack}/attention"
         x = F.rms_norm(x, x.shape[-1:], p[f"{stack}/norm1/scale"][layer], eps)
-        q, k, v = (self._linear(f"{at}/{name}", layer, x).unflatten(-1, (count, -1)) for name, count in (("query", heads), ("key", kv_heads), ("value", kv_heads)))
+        q, k, v = (
+            self._linear(f"{at}/{name}", layer, x).unflatten(-1, (count, -1))
+            for name, count in (("query", heads), ("key", kv_heads), ("value", kv_heads))
+        )
         if f"{at}/query_norm/scale" in p:
             q = F.rms_norm(q, q.shape[-1:], p[f"{at}/query_norm/scale"][layer], eps)
             k = F.rms_norm(k, k.shape[-1:], p[f"{at}/key_norm/scale"][layer], eps)
         q, k = _turn(q, *tables), _turn(k, *tables)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, enable_gqa=heads != kv_heads)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, enable_gqa=heads != kv_heads
+        )
         return self._linear(f"{at}/output", layer, out.transpose(1, 2).flatten(2))
 
     def _feed_forward(self, stack: str, layer: int, x, eps: float) -> torch.Tensor:
         x = F.rms_norm(x, x.shape[-1:], self.parameters[f"{stack}/norm2/scale"][layer], eps)
-        return self._linear(f"{stack}/mlp/down", layer, F.silu(self._linear(f"{stack}/mlp/gate", layer, x)) * self._linear(f"{stack}/mlp/up", layer, x))
+        return self._linear(
+            f"{stack}/mlp/down",
+            layer,
+            F.silu(self._linear(f"{stack}/mlp/gate", layer, x)) * self._linear(f"{stack}/mlp/up", layer, x),
+        )
 
 
 def _same(ids_BT: torch.Tensor) -> torch.Tensor:
@@ -127,12 +171,19 @@ def _normalised(patches, config: VisionConfig) -> torch.Tensor:
     return ((pixels - mean) / std).flatten(2)
 
 
-def trainer(model: Handwritten, *, learning_rate: float, weight_decay: float, config: OptimizerConfig) -> Callable[[], tuple[float, float]]:
+def trainer(
+    model: Handwritten, *, learning_rate: float, weight_decay: float, config: OptimizerConfig
+) -> Callable[[], tuple[float, float]]:
     """Return a function that runs one step and returns (loss before the update, gradient norm)."""
     plain = [value for path, value in model.parameters.items() if path.endswith(("scale", "bias"))]
     decayed = [value for path, value in model.parameters.items() if not path.endswith(("scale", "bias"))]
-    optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=weight_decay), dict(params=plain, weight_decay=0.0)], lr=learning_rate, betas=(config.b1, config.b2),
-                                  eps=config.eps, fused=True)
+    optimizer = torch.optim.AdamW(
+        [dict(params=decayed, weight_decay=weight_decay), dict(params=plain, weight_decay=0.0)],
+        lr=learning_rate,
+        betas=(config.b1, config.b2),
+        eps=config.eps,
+        fused=True,
+    )
     everything = [*decayed, *plain]
 
     def step() -> tuple[float, float]:

@@ -2,10 +2,11 @@
 
     python -m benchmarks.images [--seconds 5]
 
-Both sides decode the same JPEG and PNG bytes with Pillow and cut the same patches; theirs are float32 and normalised, ours
-stay uint8 (the model normalises on the device) and come out in window order. Ratios are medians of alternating rounds in
-one run on one thread. A "noise" image is coarse noise, the hardest there is for PNG; a "page" is printed text on white, in
-colour or grey as scanners give it. "reduced" is data.resample's fast way for JPEG, whose values are not the published ones.
+Both sides decode the same JPEG and PNG bytes with Pillow and cut the same patches; theirs are float32 and normalised,
+ours stay uint8 (the model normalises on the device) and come out in window order. Ratios are medians of alternating
+rounds in one run on one thread. A "noise" image is coarse noise, the hardest there is for PNG; a "page" is printed text
+on white, in colour or grey as scanners give it. "reduced" is data.resample's fast way for JPEG, whose values are not
+the published ones.
 """
 
 from __future__ import annotations
@@ -40,13 +41,20 @@ CASES = [
 def picture(size: tuple[int, int], kind: str, content: str) -> bytes:
     rng = np.random.default_rng(0)
     if content == "noise":
-        image = Image.fromarray(rng.integers(0, 256, (size[0] // 16, size[1] // 16, 3), np.uint8)).resize(size[::-1], Image.Resampling.BICUBIC)
+        image = Image.fromarray(rng.integers(0, 256, (size[0] // 16, size[1] // 16, 3), np.uint8)).resize(
+            size[::-1], Image.Resampling.BICUBIC
+        )
     else:
         image = Image.new("RGB" if content == "page" else "L", size[::-1], "white")
         draw = ImageDraw.Draw(image)
         font = ImageFont.load_default(22)
         for line in range(40, size[0] - 40, 30):
-            draw.text((80, line), " ".join("".join(rng.choice(list("etaoinshrdlu"), rng.integers(2, 10))) for _ in range(15)), fill=(20, 20, 60) if content == "page" else 30, font=font)
+            draw.text(
+                (80, line),
+                " ".join("".join(rng.choice(list("etaoinshrdlu"), rng.integers(2, 10))) for _ in range(15)),
+                fill=(20, 20, 60) if content == "page" else 30,
+                font=font,
+            )
     file = io.BytesIO()
     image.save(file, kind, quality=90)
     return file.getvalue()

@@ -22,7 +22,9 @@ def processor() -> str:
         return platform.processor() or platform.machine()
     entries = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     known = (entries.get("flags") or entries.get("Features") or "").split()
-    return " ".join([entries.get("model name", platform.machine()), *(f"+{field}" for field in fields if field in known)])
+    return " ".join(
+        [entries.get("model name", platform.machine()), *(f"+{field}" for field in fields if field in known)]
+    )
 
 
 def version(package: str) -> str | None:
@@ -34,8 +36,11 @@ def version(package: str) -> str | None:
 
 def commit() -> str:
     """Short hash, with `+changes` when tracked files differ from it; `unknown` outside a checkout."""
+
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")
@@ -62,7 +67,9 @@ def describe(threads: int) -> dict[str, Any]:
 
 
 def use_threads(count: int) -> None:
-    """Bounds XLA, torch and BLAS of this process to `count` threads on as many cores; call before any of them is imported."""
+    """Bounds XLA, torch and BLAS of this process to `count` threads on as many cores; call before any of them is
+    imported.
+    """
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(count)
     if hasattr(os, "sched_setaffinity"):  # XLA's pool on a CPU has as many threads as the process may use cores

@@ -36,11 +36,14 @@ class Comparison:
     """Sides that do the same work; the first is ours.
 
     Attributes:
-      unit: of the ratio; every side's `work` has it. In a comparison of sizes, the unit of the sizes (smaller is better).
-      checked: results of the comparison made before timing, which shows that the sides do the same work ({"loss difference": 3e-6}).
+      unit: of the ratio; every side's `work` has it. In a comparison of sizes, the unit of the sizes (smaller is
+        better).
+      checked: results of the comparison made before timing, which shows that the sides do the same work ({"loss
+        difference": 3e-6}).
       bars: side -> ratio wanted of the first side against it.
       clock: wall time, or processor time of the whole process (for work that is measured a core).
-      bound: seconds below which this machine cannot do the work (its measured matmul peak and copy bandwidth), where known.
+      bound: seconds below which this machine cannot do the work (its measured matmul peak and copy bandwidth), where
+        known.
     """
 
     name: str
@@ -65,12 +68,20 @@ class Comparison:
             raise ValueError(f"{self.name}: bars against {sorted(unknown)}, which are not sides; there are {names[1:]}")
 
 
-def interleave(sides: Sequence[Side], *, seconds: float, least: int, warm_up: int = 1, clock: Callable[[], float] = time.perf_counter,
-               most: int = 300) -> dict[str, list[float]]:
+def interleave(
+    sides: Sequence[Side],
+    *,
+    seconds: float,
+    least: int,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+    most: int = 300,
+) -> dict[str, list[float]]:
     """Time each side once in every round, in rotating order. Returns the times by name.
 
     Args:
-      seconds: wanted measuring time of a side; rounds continue until the slowest side has had it. least, most: bounds on the rounds.
+      seconds: wanted measuring time of a side; rounds continue until the slowest side has had it. least, most: bounds
+        on the rounds.
       warm_up: untimed rounds before.
     """
     for _ in range(warm_up):
@@ -80,7 +91,8 @@ def interleave(sides: Sequence[Side], *, seconds: float, least: int, warm_up: in
     enabled = gc.isenabled()
     gc.disable()  # a garbage collection during one side would count against it
     gc.collect()
-    gc.freeze()  # exclude the libraries' objects from collection between rounds: walking them takes a quarter of a second
+    # exclude the libraries' objects from collection between rounds: walking them takes a quarter of a second
+    gc.freeze()
     try:
         spent, round_number = 0.0, 0
         while round_number < least or (spent < seconds and round_number < most):
@@ -111,9 +123,20 @@ class Ratio:
     high: float
 
 
-def rate_ratio(ours: Sequence[float], theirs: Sequence[float], *, our_work: float, their_work: float, against: str, draws: int = 4000,
-               seed: int = 0) -> Ratio:
-    """Ratio of median rates. The interval is a bootstrap over whole rounds, because the times of a round share the machine's load."""
+def rate_ratio(
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    *,
+    our_work: float,
+    their_work: float,
+    against: str,
+    draws: int = 4000,
+    seed: int = 0,
+) -> Ratio:
+    """Ratio of median rates.
+
+    The interval is a bootstrap over whole rounds, because the times of a round share the machine's load.
+    """
     a, b = np.asarray(ours, float), np.asarray(theirs, float)
     if a.shape != b.shape:
         raise ValueError(f"{len(a)} rounds of ours and {len(b)} of {against}: not measured together")
@@ -134,10 +157,30 @@ def _times(other: float, own: float) -> float:
 def measure(comparison: Comparison, *, seconds: float, least: int) -> dict[str, Any]:
     """Measure a comparison. Returns its record as plain data, as it is stored."""
     first, *others = comparison.sides
-    common = dict(name=comparison.name, unit=comparison.unit, clock=comparison.clock, checked=comparison.checked, note=comparison.note, of_sizes=comparison.of_sizes)
+    common = dict(
+        name=comparison.name,
+        unit=comparison.unit,
+        clock=comparison.clock,
+        checked=comparison.checked,
+        note=comparison.note,
+        of_sizes=comparison.of_sizes,
+    )
     if comparison.of_sizes:
-        ratios = [dict(against=other.name, value=_times(other.size, first.size), low=None, high=None, bar=comparison.bars.get(other.name)) for other in others]
-        return common | dict(rounds=1, sides=[dict(name=side.name, size=side.size, facts=side.facts) for side in comparison.sides], ratios=ratios)
+        ratios = [
+            dict(
+                against=other.name,
+                value=_times(other.size, first.size),
+                low=None,
+                high=None,
+                bar=comparison.bars.get(other.name),
+            )
+            for other in others
+        ]
+        return common | dict(
+            rounds=1,
+            sides=[dict(name=side.name, size=side.size, facts=side.facts) for side in comparison.sides],
+            ratios=ratios,
+        )
     clock = CLOCKS[comparison.clock]
     times = interleave(comparison.sides, seconds=seconds, least=least, clock=clock)
     sides = []
@@ -147,10 +190,29 @@ def measure(comparison: Comparison, *, seconds: float, least: int) -> dict[str, 
         rates = {unit: amount / middle for unit, amount in side.work.items()}
         if comparison.bound is not None:
             side.facts["share of what the machine can do"] = comparison.bound / middle
-        sides.append(dict(name=side.name, seconds=[float(f"{x:.6g}") for x in own], median=middle, low=low, high=high, work=side.work, rates=rates, facts=side.facts))
+        sides.append(
+            dict(
+                name=side.name,
+                seconds=[float(f"{x:.6g}") for x in own],
+                median=middle,
+                low=low,
+                high=high,
+                work=side.work,
+                rates=rates,
+                facts=side.facts,
+            )
+        )
     ratios = [
-        dataclasses.asdict(rate_ratio(times[first.name], times[other.name], our_work=first.work[comparison.unit], their_work=other.work[comparison.unit],
-                                      against=other.name)) | {"bar": comparison.bars.get(other.name)}
+        dataclasses.asdict(
+            rate_ratio(
+                times[first.name],
+                times[other.name],
+                our_work=first.work[comparison.unit],
+                their_work=other.work[comparison.unit],
+                against=other.name,
+            )
+        )
+        | {"bar": comparison.bars.get(other.name)}
         for other in others
     ]
     return common | dict(rounds=len(times[first.name]), sides=sides, ratios=ratios)

@@ -60,9 +60,18 @@ def in_own_process(probe: str, **arguments) -> Any:
     Raises:
       RuntimeError: with the end of the process's output.
     """
-    code = "import importlib, json, sys; module, name = sys.argv[1].split(':'); print(json.dumps(getattr(importlib.import_module(module), name)(**json.loads(sys.argv[2]))))"
+    code = (
+        "import importlib, json, sys; module, name = sys.argv[1].split(':'); "
+        "print(json.dumps(getattr(importlib.import_module(module), name)(**json.loads(sys.argv[2]))))"
+    )
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run([sys.executable, "-c", code, probe, json.dumps(arguments)], env=dict(os.environ), cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, probe, json.dumps(arguments)],
+        env=dict(os.environ),
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         raise RuntimeError(f"{probe} {arguments}: {' / '.join(done.stderr.strip().splitlines()[-3:])}")
     return json.loads(done.stdout.strip().splitlines()[-1])

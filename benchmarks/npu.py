@@ -2,9 +2,10 @@
 
     .venv-npu/bin/python -m npu_bridge.emulator --no-execute --memory 64GiB -- python -m benchmarks.npu bridge 2 4
 
-A slice of MindVL-8B (layers of the decoder, blocks of the tower, one row of 4,096 tokens and 8,192 patches, remat full, bfloat16 over
-float32 masters): through the bridge, or written by hand for torch_npu. Counts kernels, synchronisations and copies of one step, and
-the peak of torch_npu's allocator. Host time is that of this processor; nothing here is the speed of an NPU.
+A slice of MindVL-8B (layers of the decoder, blocks of the tower, one row of 4,096 tokens and 8,192 patches, remat full,
+bfloat16 over float32 masters): through the bridge, or written by hand for torch_npu. Counts kernels, synchronisations
+and copies of one step, and the peak of torch_npu's allocator. Host time is that of this processor; nothing here is the
+speed of an NPU.
 """
 
 from __future__ import annotations
@@ -66,7 +67,15 @@ def through_bridge(model) -> tuple[Callable[[], Any], Facts]:
 
     mesh, outline = make_mesh(MeshConfig(), jax.devices()[:1]), outline_of(model)
     shape, batch = batch_of(model)
-    phase = PhaseConfig(name="benchmark", steps=1, mixture=({"source": "none"},), rows=1, sequence_length=TOKENS, patches_per_row=PATCHES, learning_rate=1e-5)
+    phase = PhaseConfig(
+        name="benchmark",
+        steps=1,
+        mixture=({"source": "none"},),
+        rows=1,
+        sequence_length=TOKENS,
+        patches_per_row=PATCHES,
+        learning_rate=1e-5,
+    )
 
     def on_npu(function, *, in_shardings, out_shardings, donate_argnums=()):
         return npu_bridge.jit(function, donate_argnums=donate_argnums, device="npu")
@@ -149,7 +158,11 @@ def main() -> None:
         host = time.process_time() - start
     torch.npu.synchronize()
     counted = {what: sum(getattr(counts, what).values()) for what in ("kernels", "synchronisations", "copies")}
-    print(json.dumps({**counted, "host us": host * 1e6, "peak MiB": torch.npu.max_memory_allocated() / 2**20, "facts": facts()}))
+    print(
+        json.dumps(
+            {**counted, "host us": host * 1e6, "peak MiB": torch.npu.max_memory_allocated() / 2**20, "facts": facts()}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python -m benchmarks.packing [--batches 40] [--ranks 8 64 512] [--out benchmarks/results/packing-DATE.md]
 
-No data set is read: sizes are drawn from distributions that follow the data sets named in MIXES, and go through the same
-`plan_rows` as training. Efficiency counts real tokens (patches) over places; imbalance is max / mean of the real work of a
-rank's rows, one row a rank, averaged over batches.
+No data set is read: sizes are drawn from distributions that follow the data sets named in MIXES, and go through the
+same `plan_rows` as training. Efficiency counts real tokens (patches) over places; imbalance is max / mean of the real
+work of a rank's rows, one row a rank, averaged over batches.
 """
 
 from __future__ import annotations
@@ -24,13 +24,28 @@ from mindvl_jax.models.vision_language.collate import visual_budgets
 from mindvl_jax.models.vision_language.work import PATCHES, TOKENS, WorkModel
 
 # Multiply-adds of Qwen2.5-VL-7B (published sizes), which determine the work of a row.
-WORK = WorkModel(token=28 * 233_046_016 / 1.0 + 3584 * 152064, token_pair=28 * 3584, patch=32 * (4 * 1280**2 + 3 * 1280 * 3420) + 28 * 2 * 1280 * 64, patch_pair=4 * 2 * 1280)
+WORK = WorkModel(
+    token=28 * 233_046_016 / 1.0 + 3584 * 152064,
+    token_pair=28 * 3584,
+    patch=32 * (4 * 1280**2 + 3 * 1280 * 3420) + 28 * 2 * 1280 * 64,
+    patch_pair=4 * 2 * 1280,
+)
 
 # Patch places a row over what a row of the mean mixture needs: rows that are full of tokens differ in patches.
 ROOM = 1.03
 
 # Sizes of COCO's images (width, height) and how often they occur, roughly.
-COCO = [((640, 480), 0.36), ((640, 427), 0.22), ((480, 640), 0.14), ((640, 426), 0.10), ((427, 640), 0.06), ((500, 375), 0.05), ((640, 360), 0.03), ((612, 612), 0.02), ((375, 500), 0.02)]
+COCO = [
+    ((640, 480), 0.36),
+    ((640, 427), 0.22),
+    ((480, 640), 0.14),
+    ((640, 426), 0.10),
+    ((427, 640), 0.06),
+    ((500, 375), 0.05),
+    ((640, 360), 0.03),
+    ((612, 612), 0.02),
+    ((375, 500), 0.02),
+]
 
 
 def _pictures(rng: np.random.Generator, sizes: list, max_pixels: int, count: int) -> list[int]:
@@ -76,7 +91,13 @@ MIXES = {"LLaVA-like": (llava_like, 8192), "document-like": (document_like, 1638
 
 
 def table(samples: list[tuple[int, list[int]]]) -> tuple[np.ndarray, np.ndarray]:
-    sizes = np.array([(tokens, sum(images), 1, len(images), sum(-(-image // 64) + 4 for image in images)) for tokens, images in samples], np.int64)
+    sizes = np.array(
+        [
+            (tokens, sum(images), 1, len(images), sum(-(-image // 64) + 4 for image in images))
+            for tokens, images in samples
+        ],
+        np.int64,
+    )
     loads = np.array([WORK.loads(tokens, np.array(images, np.int64)) for tokens, images in samples])
     return sizes, loads
 
@@ -117,7 +138,14 @@ def measure(method, mix: str, rows: int, batches: int, buffer: int, seed: int = 
     steady = slice(max(1, batches // 4), None)
     token, patch = np.mean(filled[steady], axis=0)
     language, vision = np.mean(balance[steady], axis=0)
-    return {"tokens": token, "patches": patch, "language": language, "vision": vision, "ms a row": 1e3 * float(np.median(seconds)) / rows, "oldest": oldest}
+    return {
+        "tokens": token,
+        "patches": patch,
+        "language": language,
+        "vision": vision,
+        "ms a row": 1e3 * float(np.median(seconds)) / rows,
+        "oldest": oldest,
+    }
 
 
 def in_order_first_fit(sizes: np.ndarray, loads: np.ndarray, budgets: Budgets, rows: int) -> list[list[int]]:
@@ -148,8 +176,9 @@ def knapsack(sizes: np.ndarray, loads: np.ndarray, budgets: Budgets, rows: int) 
 
 
 def repair(sizes: np.ndarray, loads: np.ndarray, budgets: Budgets, rows: int) -> list[list[int]]:
-    """Greedy re-pairing: samples in order fill rows by first fit, then rows are evened out on the sum of squared lengths
-    by giving the longest samples to the lightest row (MindSpeed-MM's rearrangement, with our budgets)."""
+    """Greedy re-pairing: samples in order fill rows by first fit, then rows are evened out on the sum of squared
+    lengths by giving the longest samples to the lightest row (MindSpeed-MM's rearrangement, with our budgets).
+    """
     picked = [index for row in in_order_first_fit(sizes, loads, budgets, rows) for index in row]
     caps, filled, plan, load = budgets.array(), np.zeros((rows, 5), np.int64), [[] for _ in range(rows)], np.zeros(rows)
     for index in sorted(picked, key=lambda k: -int(sizes[k, TOKENS])):
@@ -174,20 +203,31 @@ def main() -> None:
     parser.add_argument("--buffer", type=int, default=256)
     parser.add_argument("--out")
     args = parser.parse_args()
-    lines = ["| Mix | Ranks | Method | tokens | patches | language max/mean | vision max/mean | ms a row | longest wait |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| Mix | Ranks | Method | tokens | patches | language max/mean | vision max/mean | ms a row | longest wait |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     print("\n".join(lines))
     for mix in args.mixes:
         for ranks in args.ranks:
             for name in args.methods:
                 batches = max(8, min(args.batches, 4000 // ranks))
                 found = measure(METHODS[name], mix, ranks, batches, args.buffer)
-                line = f"| {mix} | {ranks} | {name} | {found['tokens']:.4f} | {found['patches']:.4f} | {found['language']:.4f} | {found['vision']:.4f} | {found['ms a row']:.2f} | {found['oldest']} batches |"
+                line = (
+                    f"| {mix} | {ranks} | {name} | {found['tokens']:.4f} | {found['patches']:.4f} | "
+                    f"{found['language']:.4f} | {found['vision']:.4f} | {found['ms a row']:.2f} | "
+                    f"{found['oldest']} batches |"
+                )
                 print(line, flush=True)
                 lines.append(line)
     if args.out:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
         with open(args.out, "w") as file:
-            file.write(f"# Packing, {datetime.date.today()}\n\nCommand: `python -m benchmarks.packing --batches {args.batches} --buffer {args.buffer}`; commit {commit}; {platform.machine()}, {platform.python_version()}.\n\n")
+            file.write(
+                f"# Packing, {datetime.date.today()}\n\nCommand: `python -m benchmarks.packing --batches "
+                f"{args.batches} --buffer {args.buffer}`; commit {commit}; {platform.machine()}, "
+                f"{platform.python_version()}.\n\n"
+            )
             file.write("\n".join(lines) + "\n")
 
 

@@ -1,6 +1,6 @@
 """Draw docs/packing.svg: the same waiting samples packed by first fit and by `plan_rows`.
 
-    python -m benchmarks.packing_picture docs/packing.svg
+python -m benchmarks.packing_picture docs/packing.svg
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ def main(path: str) -> None:
     sizes, loads = table(samples)
     ratio = sizes[:, PATCHES].sum() / sizes[:, TOKENS].sum()
     budgets = visual_budgets(T, int(T * ratio * 1.03), 10**6, 10**6, 10**6)
-    plans = {"first fit": in_order_first_fit(sizes, loads, budgets, ROWS), "best fit under both budgets, with even work": plan_rows(sizes, loads, budgets, ROWS)}
+    plans = {
+        "first fit": in_order_first_fit(sizes, loads, budgets, ROWS),
+        "best fit under both budgets, with even work": plan_rows(sizes, loads, budgets, ROWS),
+    }
     figure = Figure(figsize=(9.6, 4.6), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", width_ratios=(3, 1))
     colours = matplotlib.colormaps["tab20c"].colors
@@ -35,7 +38,16 @@ def main(path: str) -> None:
                 left = 0.0
                 for index in members:
                     width = sizes[index, column] / cap
-                    bars.barh(row + offset, width, 0.36, left=left, color=colours[index % 20], edgecolor="white", linewidth=0.4, alpha=1.0 if column == TOKENS else 0.55)
+                    bars.barh(
+                        row + offset,
+                        width,
+                        0.36,
+                        left=left,
+                        color=colours[index % 20],
+                        edgecolor="white",
+                        linewidth=0.4,
+                        alpha=1.0 if column == TOKENS else 0.55,
+                    )
                     left += width
         load = np.array([loads[members, LANGUAGE].sum() for members in plan])
         work.barh(range(ROWS), load / load.mean(), 0.7, color="#4a7aa5")
@@ -51,7 +63,9 @@ def main(path: str) -> None:
         for each in (bars, work):
             each.spines[["top", "right"]].set_visible(False)
             each.tick_params(labelsize=7)
-    axes[1, 0].set_xlabel("share of the row's places; upper bar tokens, lower bar patches, one colour a sample", fontsize=8)
+    axes[1, 0].set_xlabel(
+        "share of the row's places; upper bar tokens, lower bar patches, one colour a sample", fontsize=8
+    )
     axes[1, 1].set_xlabel("language work of the row", fontsize=8)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "packing"}):
         figure.savefig(path, metadata={"Date": None})

@@ -19,9 +19,21 @@ OURS, OTHER = "#2f6f9f", "#b8c2cc"
 
 
 def render(record: Mapping[str, Any]) -> str:
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= dict(number=results.number, fact=results.fact, duration=results.duration, ratio_text=results.ratio_text, bar_text=results.bar_text)
-    pictures = {(name, one["name"]): picture(one) for name, outcome in record["cases"].items() for one in outcome["comparisons"]}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= dict(
+        number=results.number,
+        fact=results.fact,
+        duration=results.duration,
+        ratio_text=results.ratio_text,
+        bar_text=results.bar_text,
+    )
+    pictures = {
+        (name, one["name"]): picture(one) for name, outcome in record["cases"].items() for one in outcome["comparisons"]
+    }
     return environment.get_template("results.html.jinja").render(**record, pictures=pictures)
 
 
@@ -37,7 +49,15 @@ def picture(comparison: Mapping[str, Any]) -> str:
             continue
         amount = side["work"][unit]
         axes.barh(row, amount / side["median"], 0.62, color=colour)
-        axes.scatter([amount / seconds for seconds in side["seconds"]], [row] * len(side["seconds"]), s=6, color="#1d2733", alpha=0.45, linewidths=0, zorder=3)
+        axes.scatter(
+            [amount / seconds for seconds in side["seconds"]],
+            [row] * len(side["seconds"]),
+            s=6,
+            color="#1d2733",
+            alpha=0.45,
+            linewidths=0,
+            zorder=3,
+        )
     axes.set_yticks(range(len(sides)), [side["name"] for side in sides], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(unit if comparison["of_sizes"] else f"{unit}/s", fontsize=8)

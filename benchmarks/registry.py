@@ -21,7 +21,8 @@ class Settings:
       seconds: wanted measuring time of one side of one comparison.
       least: fewest rounds of a comparison.
       threads: of every side, XLA's and torch's alike.
-      one_core: measure processor time of one thread in place of wall time: more reliable ratios on a shared machine (`--one-core`).
+      one_core: measure processor time of one thread in place of wall time: more reliable ratios on a shared machine
+        (`--one-core`).
       brief: only what matters most in long cases (`--quick`).
       dry: smallest shapes, to show that a case runs; its figures mean nothing.
     """

@@ -51,7 +51,11 @@ def columns(comparison: Mapping[str, Any], side: Mapping[str, Any]) -> tuple[str
     """(median, quartiles, rate); a size stands where the median does."""
     if comparison["of_sizes"]:
         return f"{number(side['size'])} {comparison['unit']}", "", ""
-    return duration(side["median"]), f"{duration(side['low'])} - {duration(side['high'])}", f"{number(side['rates'][comparison['unit']])} {comparison['unit']}/s"
+    return (
+        duration(side["median"]),
+        f"{duration(side['low'])} - {duration(side['high'])}",
+        f"{number(side['rates'][comparison['unit']])} {comparison['unit']}/s",
+    )
 
 
 def case_table(cases: Iterable[Case]) -> Table:
@@ -62,7 +66,9 @@ def case_table(cases: Iterable[Case]) -> Table:
 
 
 def case_results_table(name: str, outcome: Mapping[str, Any]) -> Table:
-    table = Table(title=f"{name}{' (broke)' if outcome['failed'] else ''}, {outcome['seconds']:.0f} s", title_justify="left")
+    table = Table(
+        title=f"{name}{' (broke)' if outcome['failed'] else ''}, {outcome['seconds']:.0f} s", title_justify="left"
+    )
     for column in ("comparison", "side"):
         table.add_column(column, overflow="fold")
     for column in ("median", "quartiles", "rate", "ours against it [95 %]", "bar"):
@@ -71,7 +77,14 @@ def case_results_table(name: str, outcome: Mapping[str, Any]) -> Table:
         ratios = {ratio["against"]: ratio for ratio in comparison["ratios"]}
         for index, side in enumerate(comparison["sides"]):
             ratio = ratios.get(side["name"])
-            table.add_row(comparison["name"] if index == 0 else "", side["name"], *columns(comparison, side), ratio_text(ratio) if ratio else "", bar_text(ratio) if ratio else "", end_section=index == len(comparison["sides"]) - 1)
+            table.add_row(
+                comparison["name"] if index == 0 else "",
+                side["name"],
+                *columns(comparison, side),
+                ratio_text(ratio) if ratio else "",
+                bar_text(ratio) if ratio else "",
+                end_section=index == len(comparison["sides"]) - 1,
+            )
     return table
 
 
@@ -84,11 +97,15 @@ def read(path: Path) -> Record:
     try:
         record = json.loads(path.read_text())
     except OSError as error:
-        raise Unusable(f"{path}: {error.strerror}; expected a JSON file that `python -m benchmarks run` wrote") from None
+        raise Unusable(
+            f"{path}: {error.strerror}; expected a JSON file that `python -m benchmarks run` wrote"
+        ) from None
     except ValueError as error:
         raise Unusable(f"{path}: not JSON ({error}); expected a file that `python -m benchmarks run` wrote") from None
     if not isinstance(record, dict) or not {"machine", "cases", "suite"} <= record.keys():
-        raise Unusable(f"{path}: JSON without machine, suite and cases; expected a file that `python -m benchmarks run` wrote")
+        raise Unusable(
+            f"{path}: JSON without machine, suite and cases; expected a file that `python -m benchmarks run` wrote"
+        )
     return record
 
 
@@ -106,24 +123,50 @@ def compare_table(before: Record, after: Record) -> Table:
     then, now = comparisons(before), comparisons(after)
     common = [key for key in now if key in then]
     if not common:
-        raise Unusable(f"the two results have no comparison in common: one has {', '.join(before['cases'])}, the other {', '.join(after['cases'])}")
+        raise Unusable(
+            f"the two results have no comparison in common: one has {', '.join(before['cases'])}, the other "
+            f"{', '.join(after['cases'])}"
+        )
     kinds = [f"{record['machine']['date'][:16]} {record['machine']['commit']}" for record in (before, after)]
-    table = Table("comparison", "against", *kinds, "change", title=None if _same_machine(before, after) else "Other machine, versions or threads: compare ratios only, and those with care")
+    table = Table(
+        "comparison",
+        "against",
+        *kinds,
+        "change",
+        title=None
+        if _same_machine(before, after)
+        else "Other machine, versions or threads: compare ratios only, and those with care",
+    )
     for key in common:
         old, new = then[key], now[key]
         kind = "size" if new["of_sizes"] else "median"
         own_old, own_new = (one["sides"][0][kind] for one in (old, new))
         shown = [columns(one, one["sides"][0])[0] for one in (old, new)]
-        table.add_row(f"{key[0]}: {key[1]}", "ours alone", *shown, f"{own_old / own_new:.2f}x as {'small' if new['of_sizes'] else 'fast'}")
+        table.add_row(
+            f"{key[0]}: {key[1]}",
+            "ours alone",
+            *shown,
+            f"{own_old / own_new:.2f}x as {'small' if new['of_sizes'] else 'fast'}",
+        )
         old_ratios = {ratio["against"]: ratio for ratio in old["ratios"]}
         for ratio in new["ratios"]:
             if (last := old_ratios.get(ratio["against"])) is None:
                 continue
             apart = ratio["low"] is None or ratio["low"] > last["high"] or ratio["high"] < last["low"]
-            table.add_row("", ratio["against"], ratio_text(last), ratio_text(ratio), f"{ratio['value'] / last['value'] - 1:+.0%}" if apart else "within the spread")
+            table.add_row(
+                "",
+                ratio["against"],
+                ratio_text(last),
+                ratio_text(ratio),
+                f"{ratio['value'] / last['value'] - 1:+.0%}" if apart else "within the spread",
+            )
     return table
 
 
 def _same_machine(a: Record, b: Record) -> bool:
     changing = {"date", "commit", "load before"}
-    return all(a["machine"].get(key) == b["machine"].get(key) for key in a["machine"].keys() | b["machine"].keys() if key not in changing)
+    return all(
+        a["machine"].get(key) == b["machine"].get(key)
+        for key in a["machine"].keys() | b["machine"].keys()
+        if key not in changing
+    )

@@ -1,4 +1,6 @@
-"""The same model in transformers, trained as is usual there: packed with block-diagonal masks, or padded, one sample in each row."""
+"""The same model in transformers, trained as is usual there: packed with block-diagonal masks, or padded, one sample in
+each row.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,13 @@ class Twin(ComposedMindVL):
             embeds = embeds.masked_scatter(places, features.to(embeds.dtype))
         positions = inputs["positions"]
         self._positions = positions if self.sections else None
-        return self._decoder[0](inputs_embeds=embeds, attention_mask=inputs["attention_mask"], position_ids=positions[0], labels=inputs["labels"], use_cache=False).loss
+        return self._decoder[0](
+            inputs_embeds=embeds,
+            attention_mask=inputs["attention_mask"],
+            position_ids=positions[0],
+            labels=inputs["labels"],
+            use_cache=False,
+        ).loss
 
 
 def make(config: MindVLConfig, parameters: Mapping[str, jax.Array]) -> Twin:
@@ -70,22 +78,37 @@ def packed_inputs(packed: Packed) -> Inputs:
     batch = packed.batch
     segments = torch.tensor(batch.segment_ids)
     T = segments.shape[1]
-    mask = (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0) & torch.ones(T, T, dtype=torch.bool).tril()
+    mask = (
+        (segments[:, :, None] == segments[:, None, :])
+        & (segments[:, :, None] > 0)
+        & torch.ones(T, T, dtype=torch.bool).tril()
+    )
     mask |= torch.eye(T, dtype=torch.bool)  # padding attends to itself: an empty softmax would be NaN
     labels = torch.full(segments.shape, -100)
     # Their loss shifts by one position: position t - 1 predicts the label of position t.
     learned = torch.tensor(batch.loss_weights > 0)
     labels[:, 1:] = torch.where(learned[:, :-1], torch.tensor(batch.targets[:, :-1]).long(), -100)
-    return dict(input_ids=torch.tensor(batch.tokens).long(), labels=labels, attention_mask=mask[:, None], positions=torch.tensor(batch.positions).long().transpose(0, 1), **_pixels(packed.samples))
+    return dict(
+        input_ids=torch.tensor(batch.tokens).long(),
+        labels=labels,
+        attention_mask=mask[:, None],
+        positions=torch.tensor(batch.positions).long().transpose(0, 1),
+        **_pixels(packed.samples),
+    )
 
 
 def padded_inputs(samples: Sequence[ParitySample], config: MindVLConfig, twin: Twin) -> Inputs:
     """One sample in each row, padded to the longest."""
     each = [reference_inputs(sample, config) for sample in samples]
     T = max(len(sample.tokens) for sample in samples)
+
     def fill(row, value):
         return torch.nn.functional.pad(row, (0, T - row.shape[-1]), value=value)
-    rows = {name: torch.cat([fill(one[name], value) for one in each]) for name, value in (("input_ids", 0), ("labels", -100), ("attention_mask", 0))}
+
+    rows = {
+        name: torch.cat([fill(one[name], value) for one in each])
+        for name, value in (("input_ids", 0), ("labels", -100), ("attention_mask", 0))
+    }
     positions = [rope_index(twin, one["input_ids"], one["mm_token_type_ids"], one) for one in each]
     return rows | dict(positions=torch.cat([fill(one, 0) for one in positions], dim=1), **_pixels(samples))
 
@@ -94,7 +117,10 @@ def _pixels(samples: Sequence[ParitySample]) -> Inputs:
     visuals = [visual for sample in samples for visual in normalised(sample).visuals]
     if not visuals:
         return {}
-    return dict(pixel_values=torch.tensor(np.concatenate([visual.pixels for visual in visuals])), image_grid_thw=torch.tensor([visual.grid for visual in visuals]))
+    return dict(
+        pixel_values=torch.tensor(np.concatenate([visual.pixels for visual in visuals])),
+        image_grid_thw=torch.tensor([visual.grid for visual in visuals]),
+    )
 
 
 def eager_masks(inputs: Inputs, dtype: torch.dtype = torch.float32) -> Inputs:
@@ -105,7 +131,9 @@ def eager_masks(inputs: Inputs, dtype: torch.dtype = torch.float32) -> Inputs:
     return inputs | dict(attention_mask=torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min))
 
 
-def optimizer_of(twin: Twin, *, learning_rate: float, weight_decay: float, config: OptimizerConfig) -> torch.optim.Optimizer:
+def optimizer_of(
+    twin: Twin, *, learning_rate: float, weight_decay: float, config: OptimizerConfig
+) -> torch.optim.Optimizer:
     """torch's fused AdamW; norm scales and biases do not decay, as in our default."""
     plain = [parameter for name, parameter in twin.named_parameters() if parameter.ndim < 2]
     decayed = [parameter for name, parameter in twin.named_parameters() if parameter.ndim >= 2]
@@ -113,8 +141,11 @@ def optimizer_of(twin: Twin, *, learning_rate: float, weight_decay: float, confi
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(config.b1, config.b2), eps=config.eps, fused=True)
 
 
-def trainer(twin: Twin, inputs: Inputs, optimizer: torch.optim.Optimizer, *, clip_norm: float, bfloat16: bool) -> Callable[[], tuple[float, float]]:
-    """Return a function that runs one step (forward, backward, clipping, AdamW) and returns (loss before the update, gradient norm).
+def trainer(
+    twin: Twin, inputs: Inputs, optimizer: torch.optim.Optimizer, *, clip_norm: float, bfloat16: bool
+) -> Callable[[], tuple[float, float]]:
+    """Return a function that runs one step (forward, backward, clipping, AdamW) and returns (loss before the update,
+    gradient norm).
 
     bfloat16: autocast over float32 masters, as ours computes in bfloat16 from float32 parameters.
     """

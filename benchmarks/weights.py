@@ -3,12 +3,12 @@
     python benchmarks/weights.py                                        # Qwen2.5-VL-3B: 7.5 GB in bfloat16, twice that of free memory
     python benchmarks/weights.py --preset qwen2.5-vl-3b --layers 6      # the same tensors, fewer layers
 
-A folder of random weights in several files is written first (unless --folder names one). Each measurement runs in a process of its
-own, in turn, several times. Both sides end with the same bytes of the same dtype in memory of their own, and both read from the page
-cache (the files are read once before), so that the disk does not hide the work; if memory is too small for arrays and files, the
-output says so. Ratios are medians over rounds of the two processes that ran after each other: on a shared machine, times
-of different rounds do not compare. Memory is the growth of the process's peak over what it held before loading; cached file
-pages are not counted, the kernel may drop them.
+A folder of random weights in several files is written first (unless --folder names one). Each measurement runs in a
+process of its own, in turn, several times. Both sides end with the same bytes of the same dtype in memory of their own,
+and both read from the page cache (the files are read once before), so that the disk does not hide the work; if memory
+is too small for arrays and files, the output says so. Ratios are medians over rounds of the two processes that ran
+after each other: on a shared machine, times of different rounds do not compare. Memory is the growth of the process's
+peak over what it held before loading; cached file pages are not counted, the kernel may drop them.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def write_folder(folder: Path, preset: str, layers: int | None, shard_bytes: int
     config = families.preset(preset)
     if layers is not None:
         text = config.text.model_copy(update=dict(num_layers=layers))
-        vision = config.vision.model_copy(update=dict(depth=min(config.vision.depth, layers), fullatt_block_indexes=(0,)))
+        vision = config.vision.model_copy(
+            update=dict(depth=min(config.vision.depth, layers), fullatt_block_indexes=(0,))
+        )
         config = config.model_copy(update=dict(text=text, vision=vision))
     rng = np.random.default_rng(0)
     shards: list[dict[str, np.ndarray]] = [{}]
@@ -132,7 +134,11 @@ def warm(folder: Path) -> bool:
         with path.open("rb", buffering=0) as file:
             while file.read(1 << 26):
                 pass
-    available = next(int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    available = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemAvailable")
+    )
     return available > 2.1 * size
 
 
@@ -148,7 +154,9 @@ def main() -> None:
         print(json.dumps(measure(args.child, args.folder)))
         return
     environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=4")
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, [environment.get("PYTHONPATH")])])
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).resolve().parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
+    )
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch)
         if args.folder is None:
@@ -158,21 +166,34 @@ def main() -> None:
         for _ in range(args.repeats):
             for mode in MODES:
                 child = [sys.executable, __file__, "--child", mode, "--folder", str(folder)]
-                found[mode].append(json.loads(subprocess.run(child, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout))
+                found[mode].append(
+                    json.loads(
+                        subprocess.run(child, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+                    )
+                )
     report(f"{args.preset}{'' if args.layers is None else f', {args.layers} layers'}", found, cached)
 
 
 def report(name: str, found: dict[str, list[dict[str, float]]], cached: bool) -> None:
     size = found["safetensors"][0]["bytes"]
-    print(f"{name}: {size / 1e9:.2f} GB, {len(found['safetensors'])} rounds, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
-          + ("" if cached else "; memory is too small for files and arrays at once, so some reads came from the disk"))
-    print("| | s (median) | GB/s | speed against safetensors, wall (by round) | by processor time | peak memory / arrays |\n|---|---|---|---|---|---|")
+    print(
+        f"{name}: {size / 1e9:.2f} GB, {len(found['safetensors'])} rounds, load {os.getloadavg()[0]:.1f} on "
+        f"{os.cpu_count()} cores"
+        + ("" if cached else "; memory is too small for files and arrays at once, so some reads came from the disk")
+    )
+    print(
+        "| | s (median) | GB/s | speed against safetensors, wall (by round) | by processor time | peak "
+        "memory / arrays |\n|---|---|---|---|---|---|"
+    )
     for mode, rounds in found.items():
         wall = [one["seconds"] / other["seconds"] for one, other in zip(found["safetensors"], rounds)]
         cpu = [one["cpu_seconds"] / other["cpu_seconds"] for one, other in zip(found["safetensors"], rounds)]
         seconds = statistics.median(one["seconds"] for one in rounds)
-        print(f"| {mode} | {seconds:.2f} | {rounds[0]['bytes'] / seconds / 1e9:.2f} | {statistics.median(wall):.2f} ({', '.join(f'{value:.2f}' for value in wall)}) | "
-              f"{statistics.median(cpu):.2f} | {max(one['peak'] / one['bytes'] for one in rounds):.2f} |")
+        print(
+            f"| {mode} | {seconds:.2f} | {rounds[0]['bytes'] / seconds / 1e9:.2f} | "
+            f"{statistics.median(wall):.2f} ({', '.join(f'{value:.2f}' for value in wall)}) | "
+            f"{statistics.median(cpu):.2f} | {max(one['peak'] / one['bytes'] for one in rounds):.2f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ Draw = Callable[[np.random.Generator], tuple[int, int, list[tuple[int, int]]]]
 
 
 def small_pictures(rng: np.random.Generator) -> tuple[int, int, list[tuple[int, int]]]:
-    """Samples like the quickstart's: images of 28 to 168 pixels, a short question, an answer of a few tokens; 1 of 8 text only."""
+    """Samples like the quickstart's: images of 28 to 168 pixels, a short question, an answer of a few tokens; 1 of 8
+    text only.
+    """
     grid = (2 * int(rng.integers(1, 4)), 2 * int(rng.integers(1, 7)))
     return int(rng.integers(6, 24)), int(rng.integers(2, 12)), [] if rng.random() < 0.125 else [grid]
 
@@ -64,9 +66,23 @@ class Workload:
 
 
 # 112 tokens to 96 patches: both are then filled, as the quickstart fills its rows (0.97 and 0.90 in its longest phase).
-QUICKSTART = Workload("small pictures", small_pictures, rows=16, tokens=112, patches=96, samples=16, longest_sample=112, longest_image=96)
-LLAVA = Workload("LLaVA-like", photographs, rows=1, tokens=4096, patches=8192, samples=32, longest_sample=4096, longest_image=1536)
-DRY = Workload("smallest", small_pictures, rows=2, tokens=96, patches=128, samples=8, longest_sample=96, longest_image=96, loss_chunk=64)
+QUICKSTART = Workload(
+    "small pictures", small_pictures, rows=16, tokens=112, patches=96, samples=16, longest_sample=112, longest_image=96
+)
+LLAVA = Workload(
+    "LLaVA-like", photographs, rows=1, tokens=4096, patches=8192, samples=32, longest_sample=4096, longest_image=1536
+)
+DRY = Workload(
+    "smallest",
+    small_pictures,
+    rows=2,
+    tokens=96,
+    patches=128,
+    samples=8,
+    longest_sample=96,
+    longest_image=96,
+    loss_chunk=64,
+)
 
 
 def tiny_config(compute: str) -> MindVLConfig:
@@ -78,17 +94,44 @@ def tiny_config(compute: str) -> MindVLConfig:
 def small_config(compute: str) -> MindVLConfig:
     """About 60 million parameters in the proportions of the published models, with a compact vocabulary."""
     tiny = families.preset("mindvl-tiny")
-    vision = tiny.vision.model_copy(update=dict(depth=8, hidden_size=320, intermediate_size=864, num_heads=4, fullatt_block_indexes=(3, 7)))
-    text = tiny.text.model_copy(update=dict(vocab_size=16384, hidden_size=512, intermediate_size=1536, num_layers=12, num_heads=8, num_kv_heads=4, head_dim=64,
-                                            mrope_section=(8, 12, 12)))
+    vision = tiny.vision.model_copy(
+        update=dict(depth=8, hidden_size=320, intermediate_size=864, num_heads=4, fullatt_block_indexes=(3, 7))
+    )
+    text = tiny.text.model_copy(
+        update=dict(
+            vocab_size=16384,
+            hidden_size=512,
+            intermediate_size=1536,
+            num_layers=12,
+            num_heads=8,
+            num_kv_heads=4,
+            head_dim=64,
+            mrope_section=(8, 12, 12),
+        )
+    )
     return tiny.model_copy(update=dict(vision=vision, text=text, compute_dtype=compute))
 
 
 def dry_config(compute: str) -> MindVLConfig:
     """Two layers of width 32."""
     tiny = families.preset("mindvl-tiny")
-    vision = tiny.vision.model_copy(update=dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, window_size=56, fullatt_block_indexes=(1,)))
-    text = tiny.text.model_copy(update=dict(vocab_size=2048, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mrope_section=(2, 3, 3)))
+    vision = tiny.vision.model_copy(
+        update=dict(
+            depth=2, hidden_size=32, intermediate_size=48, num_heads=2, window_size=56, fullatt_block_indexes=(1,)
+        )
+    )
+    text = tiny.text.model_copy(
+        update=dict(
+            vocab_size=2048,
+            hidden_size=32,
+            intermediate_size=64,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=16,
+            mrope_section=(2, 3, 3),
+        )
+    )
     return tiny.model_copy(update=dict(vision=vision, text=text, compute_dtype=compute))
 
 
@@ -109,11 +152,18 @@ class Packed:
     @property
     def work(self) -> dict[str, float]:
         """Work of a step on the batch: real tokens, samples and patches, without padding."""
-        return {"tokens": float((self.batch.segment_ids > 0).sum()), "samples": float(len(self.samples)), "patches": float((self.batch.patch_segment_ids > 0).sum())}
+        return {
+            "tokens": float((self.batch.segment_ids > 0).sum()),
+            "samples": float(len(self.samples)),
+            "patches": float((self.batch.patch_segment_ids > 0).sum()),
+        }
 
 
 def normalised(sample: ParitySample) -> ParitySample:
-    """Normalise pixels as transformers' processor does: scale to 0..1, subtract the mean and divide by the deviation of each channel."""
+    """Normalise pixels as transformers' processor does: scale to 0..1, subtract the mean and divide by the deviation of
+    each channel.
+    """
+
     def convert(visual):
         pixels = visual.pixels.reshape(len(visual.pixels), 3, -1) / 255
         pixels = (pixels - np.array(IMAGE_MEAN)[:, None]) / np.array(IMAGE_STD)[:, None]
@@ -133,7 +183,9 @@ def build(workload: Workload, config: MindVLConfig, reference, seed: int = 0) ->
     # Twice what the rows hold, so that the packer can choose, as in a run.
     while sum(map(_length, drawn)) < 2 * workload.rows * workload.tokens:
         one = workload.draw(rng)
-        if _length(one) <= min(workload.longest_sample, workload.tokens) and _patches(one) <= min(workload.patches, workload.longest_image):
+        if _length(one) <= min(workload.longest_sample, workload.tokens) and _patches(one) <= min(
+            workload.patches, workload.longest_image
+        ):
             drawn.append(one)
     sizes = np.array([(_length(one), _patches(one), 1, len(one[2]), _patches(one) // 4) for one in drawn], np.int64)
     budgets = visual_budgets(workload.tokens, workload.patches, workload.samples, 64, workload.patches)
@@ -157,11 +209,16 @@ def _patches(drawn) -> int:
 def _sample(config: MindVLConfig, rng: np.random.Generator, drawn) -> ParitySample:
     question, answer, grids = drawn
     sample = random_sample(config, rng, *(("image", (1, *grid)) for grid in grids), question, answer=answer)
+
     def as_bytes(visual):
         return dataclasses.replace(visual, pixels=rng.integers(0, 256, visual.pixels.shape).astype(np.float32))
+
     return dataclasses.replace(sample, visuals=tuple(map(as_bytes, sample.visuals)))
 
 
 def share_filled(packed: Packed) -> dict[str, float]:
     batch = packed.batch
-    return {"token places filled": float((batch.segment_ids > 0).mean()), "patch places filled": float((batch.patch_segment_ids > 0).mean())}
+    return {
+        "token places filled": float((batch.segment_ids > 0).mean()),
+        "patch places filled": float((batch.patch_segment_ids > 0).mean()),
+    }

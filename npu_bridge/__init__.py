@@ -1,7 +1,7 @@
 """Any sharded JAX step as a torch program: `npu_bridge.jit` compiles it, `npu_bridge.ops` holds fused operators.
 
-Importing this package imports neither torch nor the compiler: names are resolved when they are first used, so that code which
-only calls `npu_bridge.ops` on XLA stays free of torch.
+Importing this package imports neither torch nor the compiler: names are resolved when they are first used, so that code
+which only calls `npu_bridge.ops` on XLA stays free of torch.
 """
 
 import importlib

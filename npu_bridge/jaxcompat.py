@@ -1,7 +1,8 @@
 """Every private JAX interface the bridge uses, in one place and pinned by version. Nothing else imports ``jax._src``.
 
-Tested with the versions in `TESTED`, looked up in those in `READ`; with another one `require_tested_version` refuses, because a private interface that
-changed quietly is worse than one that is missing. No torch here: the XLA path imports this module.
+Tested with the versions in `TESTED`, looked up in those in `READ`; with another one `require_tested_version` refuses,
+because a private interface that changed quietly is worse than one that is missing. No torch here: the XLA path imports
+this module.
 """
 
 from __future__ import annotations
@@ -20,14 +21,13 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax._src import core, dispatch, shard_map, sharding_impls, source_info_util
+from jax._src import core, dispatch, shard_map, sharding_impls, source_info_util, xla_bridge
 from jax._src import util as jax_util
-from jax._src import xla_bridge
 from jax._src.interpreters import batching, mlir
 from jaxlib.mlir import ir
 
-from npu_bridge.errors import VersionError
 from npu_bridge.compiler.sharding_rule import ShardingRule
+from npu_bridge.errors import VersionError
 
 xla_jit = jax.jit  # jax's own, also where `npu_bridge.use` has exchanged the name
 TESTED = ("0.10.2",)  # the tests ran with these
@@ -47,12 +47,14 @@ if PLATFORM not in mlir._platforms_with_donation:
 
 @functools.cache
 def require_tested_version(version: str | None = None) -> None:
-    """Raises VersionError unless the installed jax is one the private interfaces below were tested or at least looked up with; the
-    latter is said once in a warning."""
+    """Raise VersionError unless the installed jax is one the private interfaces below were tested or at least looked up
+    with; the latter is said once in a warning.
+    """
     version = version or jax.__version__
     if version in READ:
         warnings.warn(
-            f"npu_bridge: jax {version} found. The private interfaces that the bridge uses were looked up in it, the tests ran with {', '.join(TESTED)} only",
+            f"npu_bridge: jax {version} found. The private interfaces that the bridge uses were looked up in "
+            f"it, the tests ran with {', '.join(TESTED)} only",
             stacklevel=3,
         )
     elif version not in TESTED:
@@ -63,7 +65,8 @@ def require_tested_version(version: str | None = None) -> None:
         )
 
 
-# ---- MLIR -------------------------------------------------------------------------------------------------------------
+# ---- MLIR
+# -------------------------------------------------------------------------------------------------------------
 
 
 _TAKES_CONTEXT = len(inspect.signature(mlir.aval_to_ir_type).parameters) > 1  # an argument that 0.10 added
@@ -93,12 +96,22 @@ def custom_call_with_rule(
 ) -> list[ir.Value]:
     """Emits ``stablehlo.custom_call @npu_bridge.<name>`` with a sharding rule and ``bridge.params``.
 
-    `reduces` maps a result to the factors that are summed into it. Shardy has no reduction factors per result, so results
-    with different reductions become several custom calls on the same operands, each a *part*; the importer merges the parts
-    back into one kernel call.
+    `reduces` maps a result to the factors that are summed into it. Shardy has no reduction factors per result, so
+    results with different reductions become several custom calls on the same operands, each a *part*; the importer
+    merges the parts back into one kernel call.
     """
-    fitted = rule if isinstance(rule, ShardingRule) else ShardingRule.fit(rule, [ir.ShapedType(o.type).shape for o in operands], [a.shape for a in result_avals], sizes)
-    unknown = [f for f in (*replicate, *permutation, *(f for fs in (reduces or {}).values() for f in fs)) if f not in fitted.sizes]
+    fitted = (
+        rule
+        if isinstance(rule, ShardingRule)
+        else ShardingRule.fit(
+            rule, [ir.ShapedType(o.type).shape for o in operands], [a.shape for a in result_avals], sizes
+        )
+    )
+    unknown = [
+        f
+        for f in (*replicate, *permutation, *(f for fs in (reduces or {}).values() for f in fs))
+        if f not in fitted.sizes
+    ]
     if unknown:
         raise ValueError(f"operator {name!r}: factors {unknown} are not in its rule {rule!r}")
     parts: dict[tuple[str, ...], list[int]] = {}
@@ -107,7 +120,9 @@ def custom_call_with_rule(
     results: list[ir.Value | None] = [None] * len(result_avals)
     for reduction, members in parts.items():
         types = [_ir_type(ctx, result_avals[i]) for i in members]
-        call = mlir.custom_call(CALL_PREFIX + name, result_types=types, operands=list(operands), backend_config={}, api_version=4)
+        call = mlir.custom_call(
+            CALL_PREFIX + name, result_types=types, operands=list(operands), backend_config={}, api_version=4
+        )
         record = {"params": dict(params), "part": members, "results": len(result_avals)}
         call.attributes["bridge.params"] = ir.StringAttr.get(repr(record))
         text = fitted.select_results(members).as_attribute(reduction, replicate, permutation)
@@ -118,7 +133,7 @@ def custom_call_with_rule(
 
 
 def register_platform_lowering(primitive: core.Primitive, rule: Callable[..., Sequence[ir.Value]]) -> None:
-    """Gives a primitive its own lowering for platform ``npu``; other platforms are untouched."""
+    """Give a primitive its own lowering for platform ``npu``; other platforms are untouched."""
     mlir.register_lowering(primitive, rule, platform=PLATFORM)
 
 
@@ -127,7 +142,8 @@ def lower_with(function: Callable[..., Any]) -> Callable[..., Any]:
     return mlir.lower_fun(function, multiple_results=True)
 
 
-# ---- operators ----------------------------------------------------------------------------------------------------------
+# ---- operators
+# ----------------------------------------------------------------------------------------------------------
 
 
 def _is_literal(value: Any) -> bool:
@@ -149,7 +165,8 @@ def _check_static(name: str, params: Mapping[str, Any]) -> None:
     for key, value in params.items():
         if not _is_literal(value):
             raise TypeError(
-                f"operator {name!r}: parameter {key!r} is {value!r} ({type(value).__name__}); static parameters must be plain "
+                f"operator {name!r}: parameter {key!r} is {value!r} ({type(value).__name__}); static "
+                "parameters must be plain "
                 "Python literals (int, float, str, bool, None and tuples of them), arrays go in as operands"
             )
 
@@ -161,22 +178,40 @@ def _named_factors(names: Sequence[str], present: Mapping[str, int]) -> list[str
 
 
 @jax_util.cache(trace_context_in_key=lambda: jax.config.jax_enable_x64)
-def result_shapes(function: Callable[..., tuple[jax.Array, ...]], operands: tuple[tuple[Any, Any], ...], params: tuple[tuple[str, Any], ...]):
-    """Tracing the reference mathematics takes ten milliseconds, and JAX asks again at each of its own passes over a program
-    (linearisation, remat, transposition). `jax.clear_caches` empties this cache as well. Of JAX's settings only x64 changes a shape or a dtype."""
-    return jax.eval_shape(partial(function, **dict(params)), *(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in operands))
+def result_shapes(
+    function: Callable[..., tuple[jax.Array, ...]],
+    operands: tuple[tuple[Any, Any], ...],
+    params: tuple[tuple[str, Any], ...],
+):
+    """Tracing the reference mathematics takes ten milliseconds, and JAX asks again at each of its own passes over a
+    program (linearisation, remat, transposition). `jax.clear_caches` empties this cache as well. Of JAX's settings only
+    x64 changes a shape or a dtype.
+    """
+    return jax.eval_shape(
+        partial(function, **dict(params)), *(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in operands)
+    )
 
 
 def _result_types(
-    function: Callable[..., tuple[jax.Array, ...]], told: Callable[..., Sequence[Any]] | None, *avals: core.ShapedArray, **params: Any
+    function: Callable[..., tuple[jax.Array, ...]],
+    told: Callable[..., Sequence[Any]] | None,
+    *avals: core.ShapedArray,
+    **params: Any,
 ) -> list[core.ShapedArray]:
-    shapes = result_shapes(function, tuple((a.shape, a.dtype) for a in avals), tuple(params.items())) if told is None else told(*avals, **params)
+    shapes = (
+        result_shapes(function, tuple((a.shape, a.dtype) for a in avals), tuple(params.items()))
+        if told is None
+        else told(*avals, **params)
+    )
     varying = frozenset().union(*(a.manual_axis_type.varying for a in avals))
     if not varying:
         return [core.ShapedArray(s.shape, s.dtype) for s in shapes]
     # Inside a shard_map that checks it, a result varies over every manual axis that an operand varies over.
     axes = core.ManualAxisType(varying=varying)
-    whole = lambda s: core.get_cur_mesh_sharding(jax.sharding.PartitionSpec(*[None] * len(s.shape)))
+
+    def whole(s):
+        return core.get_cur_mesh_sharding(jax.sharding.PartitionSpec(*[None] * len(s.shape)))
+
     return [core.ShapedArray(s.shape, s.dtype, sharding=whole(s), manual_axis_type=axes) for s in shapes]
 
 
@@ -188,11 +223,13 @@ def alone_function(
     platforms: Sequence[str] | None = None,
     results: Callable[..., Sequence[Any]] | None = None,
 ) -> Callable[..., tuple[jax.Array, ...]]:
-    """A function that XLA programs for a single device compute in another way: what depends on data (sorting, loops of unknown
-    length) is cheap there, while over several devices it would exchange data, and through the bridge wait for the host.
+    """A function that XLA programs for a single device compute in another way: what depends on data (sorting, loops of
+    unknown length) is cheap there, while over several devices it would exchange data, and through the bridge wait for
+    the host.
 
     Args:
-      anywhere: ``(*arrays, **params) -> tuple``: programs over several devices, inside a shard_map, and platform ``npu``.
+      anywhere: ``(*arrays, **params) -> tuple``: programs over several devices, inside a shard_map, and platform
+        ``npu``.
       alone: the same results from the same arguments, for programs of one device.
       platforms: of that device; None for every platform of XLA.
       results: as for `define_operator`.
@@ -233,13 +270,14 @@ def chosen_function(
     *,
     results: Callable[..., Sequence[Any]] | None = None,
 ) -> Callable[..., tuple[jax.Array, ...]]:
-    """A function whose form is chosen when a program is lowered, by platform and by whether its operands are whole on one device.
+    """A function whose form is chosen when a program is lowered, by platform and by whether its operands are whole on
+    one device.
 
     Args:
       anywhere: ``(*arrays, **params) -> tuple``: platform ``npu``, and what vmap and shapes go by.
-      choose: ``(platform, local, *avals, **params) -> function`` with the same results from the same arguments. `platform` is XLA's
-        name; `local` says that the operands lie whole on the device that computes: a program of one device, or a shard_map over all
-        axes of the mesh. Where it is False XLA partitions what the function returns.
+      choose: ``(platform, local, *avals, **params) -> function`` with the same results from the same arguments.
+        `platform` is XLA's name; `local` says that the operands lie whole on the device that computes: a program of one
+        device, or a shard_map over all axes of the mesh. Where it is False XLA partitions what the function returns.
       results: as for `define_operator`.
 
     Returns ``function(*arrays, **params) -> tuple``, without a derivative: use it inside a `jax.custom_vjp`.
@@ -273,7 +311,9 @@ def is_local(axis_context: Any) -> bool:
     """Whether values of a program that is lowered in this context lie whole on one device."""
     if isinstance(axis_context, sharding_impls.ShardingContext):
         return axis_context.num_devices == 1
-    return isinstance(axis_context, sharding_impls.SPMDAxisContext) and axis_context.manual_axes == frozenset(axis_context.mesh.axis_names)
+    return isinstance(axis_context, sharding_impls.SPMDAxisContext) and axis_context.manual_axes == frozenset(
+        axis_context.mesh.axis_names
+    )
 
 
 def _bind_all(primitive: core.Primitive, *args: jax.Array, **params: Any) -> tuple[jax.Array, ...]:
@@ -296,29 +336,30 @@ def define_operator(
     reference_only: Sequence[str] = (),
     batch: Callable[..., Any] | None = None,
 ) -> Callable[..., tuple[jax.Array, ...]]:
-    """Makes a fused operator: reference mathematics on XLA, one custom call with a sharding rule on platform ``npu``.
+    """Make a fused operator: reference mathematics on XLA, one custom call with a sharding rule on platform ``npu``.
 
-    Returns ``op(*arrays, **params) -> tuple of arrays`` (always a tuple). It works under jit, scan, remat, vmap, shard_map and
-    eval_shape. In a shard_map that checks varying axes, give operands that are whole on each device to `jax.lax.pcast` first, so that
-    their gradients are summed over the axes. It has no derivative of its own: wrap it in `jax.custom_vjp` with a gradient operator.
+    Returns ``op(*arrays, **params) -> tuple of arrays`` (always a tuple). It works under jit, scan, remat, vmap,
+    shard_map and eval_shape. In a shard_map that checks varying axes, give operands that are whole on each device to
+    `jax.lax.pcast` first, so that their gradients are summed over the axes. It has no derivative of its own: wrap it in
+    `jax.custom_vjp` with a gradient operator.
 
     Args:
       name: unique; the custom call and the kernel table entry are ``npu_bridge.<name>``.
       reference: JAX function ``(*arrays, **params)`` returning an array or a tuple of arrays.
       rule: einsum-like sharding rule (see `npu_bridge.compiler.sharding_rule`), or a function
         ``(operand_avals, result_avals, **params) -> str`` when it depends on ranks or parameters.
-      results: function ``(*operands, **params)`` of anything with a shape and a dtype that returns such things, one a result. Without
-        it the reference is traced to find out, which takes ten milliseconds for each new set of shapes.
+      results: function ``(*operands, **params)`` of anything with a shape and a dtype that returns such things, one a
+        result. Without it the reference is traced to find out, which takes ten milliseconds for each new set of shapes.
       reduces: for a result number, the factors whose shards are summed into it (a weight gradient sums over rows);
         ``"..."`` stands for all leading factors of the rule.
       replicate: factors that must not be sharded.
       sizes: sizes of factors that no whole dimension shows (heads per group), or a function like `rule`'s.
-      shard_starts: keyword the kernel receives (not the reference) -> ("operand" | "result", number, dim): index of the first
-        element of this shard along that dimension, a host int.
+      shard_starts: keyword the kernel receives (not the reference) -> ("operand" | "result", number, dim): index of the
+        first element of this shard along that dimension, a host int.
       local_sizes: parameter -> ("operand" | "result", number, dim): its value is replaced by this shard's size.
       host_operands: operands the kernel wants on the host (cumulative lengths). Inputs used only so never leave it.
-      inplace: result number -> operand number whose storage the kernel may overwrite; the kernel receives ``inplace=True``
-        when all of them are free, else False.
+      inplace: result number -> operand number whose storage the kernel may overwrite; the kernel receives
+        ``inplace=True`` when all of them are free, else False.
       reference_only: parameters that the reference takes and the kernel does not.
       batch: batching rule ``(arrays, dims, **params) -> (results, dims)``; without one, vmap uses the reference.
 
@@ -382,12 +423,13 @@ def define_operator(
 OPERATORS: dict[str, dict[str, Any]] = {}
 
 
-# ---- tracing ------------------------------------------------------------------------------------------------------------
+# ---- tracing
+# ------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def abstract_mesh(mesh: jax.sharding.AbstractMesh | None):
-    """Traces under a mesh of which no device exists in this process."""
+    """Trace under a mesh of which no device exists in this process."""
     if mesh is None:
         yield
         return
@@ -396,7 +438,11 @@ def abstract_mesh(mesh: jax.sharding.AbstractMesh | None):
     def of_this_mesh(given: Any, *rest: Any, **named: Any) -> Any:
         """A shard_map that names devices of a mesh with the same axes means the mesh it is traced under."""
         context = jax.sharding.get_abstract_mesh()
-        same = given is not None and not context.empty and (given.axis_names, given.axis_sizes) == (context.axis_names, context.axis_sizes)
+        same = (
+            given is not None
+            and not context.empty
+            and (given.axis_names, given.axis_sizes) == (context.axis_names, context.axis_sizes)
+        )
         return check(None if same else given, *rest, **named)
 
     shard_map._shmap_checks = of_this_mesh
@@ -407,12 +453,16 @@ def abstract_mesh(mesh: jax.sharding.AbstractMesh | None):
         shard_map._shmap_checks = check
 
 
-# ---- reading programs ---------------------------------------------------------------------------------------------------
+# ---- reading programs
+# ---------------------------------------------------------------------------------------------------
 
 
 def module_of(lowered: jax.stages.Lowered) -> ir.Module:
-    """A copy of the lowered StableHLO module. JAX hands the same module out again when a function is lowered twice, and Shardy's
-    passes change it in place: without a copy every all_reduce would be there twice."""
+    """A copy of the lowered StableHLO module.
+
+    JAX hands the same module out again when a function is lowered twice, and Shardy's passes change it in place:
+    without a copy every all_reduce would be there twice.
+    """
     module = lowered.compiler_ir("stablehlo")
     with module.context, ir.Location.unknown():
         copy = io.BytesIO()
@@ -453,8 +503,8 @@ def equations(jaxpr: core.Jaxpr) -> Any:
 def scope_in_call(caller: str, scope: str) -> str:
     """The whole path of an operation that says `scope`, in a function that is called at `caller`.
 
-    JAX names what is inside of a function from its own beginning (one function serves several calls); ``caller`` ends with the name
-    of the call itself, which gives way.
+    JAX names what is inside of a function from its own beginning (one function serves several calls); ``caller`` ends
+    with the name of the call itself, which gives way.
     """
     outer = caller.rpartition("/")[0]
     if not outer or scope.split("/")[0] == caller.split("/")[0]:

@@ -1,8 +1,8 @@
 """``python -m npu_bridge.launch --nproc 4 script.py ...``: one process a device on this machine.
 
-Sets what torch.distributed reads from the environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), so a script runs the
-same under torchrun. When a rank ends badly the others are ended within seconds, and the error names the rank that failed first. For
-several machines use torchrun.
+Sets what torch.distributed reads from the environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), so a
+script runs the same under torchrun. When a rank ends badly the others are ended within seconds, and the error names the
+rank that failed first. For several machines use torchrun.
 """
 
 from __future__ import annotations
@@ -75,14 +75,16 @@ def _stop(ranks: Sequence[Rank]) -> None:
         for r in ranks:
             if r.code is None:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(r.process.pid, order)  # each rank leads its own session, so its workers get the signal too
+                    os.killpg(
+                        r.process.pid, order
+                    )  # each rank leads its own session, so its workers get the signal too
         end = time.monotonic() + wait
         while time.monotonic() < end and any(r.code is None for r in ranks):
             time.sleep(0.05)
 
 
 def run(command: Sequence[str], count: int, port: int | None = None) -> int:
-    """Runs `command` once for each rank and returns the exit code of the job."""
+    """Run `command` once for each rank and return the exit code of the job."""
     port = port or free_port()
     ranks: list[Rank] = []
     threads = []
@@ -113,11 +115,15 @@ def run(command: Sequence[str], count: int, port: int | None = None) -> int:
             _stop(others)
             for t in threads:
                 t.join(timeout=1)
-            failed = [r for r in failed if not r.is_victim()] or [r for r in ranks if r.code and r not in others and not r.is_victim()] or failed
+            failed = (
+                [r for r in failed if not r.is_victim()]
+                or [r for r in ranks if r.code and r not in others and not r.is_victim()]
+                or failed
+            )
             first = failed[0]
             sys.stderr.write(
-                f"npu_bridge.launch: rank {first.number} {first.ending()}; the other ranks were stopped. Its own message stands above"
-                + (f" after '[rank {first.number}]'.\n" if first.number else ".\n")
+                f"npu_bridge.launch: rank {first.number} {first.ending()}; the other ranks were stopped. Its "
+                "own message stands above" + (f" after '[rank {first.number}]'.\n" if first.number else ".\n")
             )
             return first.process.returncode if first.process.returncode > 0 else 1
         for t in threads:

@@ -1,7 +1,7 @@
 """Run the suite on the CPU with eight host devices, set before jax is imported; subprocesses inherit it.
 
-Most of a test's time is compilation of small programs: LLVM optimises little, and compiled programs are cached for the session, so that
-a program which several tests or processes build is compiled once.
+Most of a test's time is compilation of small programs: LLVM optimises little, and compiled programs are cached for the
+session, so that a program which several tests or processes build is compiled once.
 """
 
 import atexit
@@ -14,7 +14,9 @@ import tempfile
 os.environ["JAX_PLATFORMS"] = "cpu"
 # On a loaded machine the last of eight threads may reach a collective late; XLA aborts the process after 40 seconds.
 FLAGS = ["--xla_force_host_platform_device_count=8"]
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA aborts on unknown flags, and these differ between versions
+if importlib.metadata.version("jaxlib").startswith(
+    "0.10."
+):  # XLA aborts on unknown flags, and these differ between versions
     FLAGS.append("--xla_cpu_collective_call_terminate_timeout_seconds=600")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -34,8 +36,8 @@ if "NPU_BRIDGE_CACHE" not in os.environ:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["NPU_BRIDGE_CACHE"] = folder
 
-# Slowest modules (half a minute and more), slowest first. Workers take whole modules: a slow one that starts late leaves the other
-# workers idle at the end. The rest follow in order of collection.
+# Slowest modules (half a minute and more), slowest first. Workers take whole modules: a slow one that starts late
+# leaves the other workers idle at the end. The rest follow in order of collection.
 LONGEST = (
     "training/test_run", "training/test_backend", "bridge/test_operations", "training/test_kill", "training/test_compare_command", "planning/test_plan",
     "training/test_profile", "bridge/test_training", "bridge/test_launch", "parity/test_logits_and_gradients", "bridge/test_public_programs", "models/test_mindvl",
@@ -53,8 +55,9 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Exclude imported packages from garbage collection: their hundreds of thousands of objects live as long as the process, and walking
-    them takes a fifteenth of the time of tracing."""
+    """Exclude imported packages from garbage collection: their hundreds of thousands of objects live as long as the
+    process, and walking them takes a fifteenth of the time of tracing.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)

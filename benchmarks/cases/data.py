@@ -23,11 +23,51 @@ def images_case(settings: Settings) -> Iterator[Comparison]:
         made = ours(data), theirs(data)
         if made[0] != made[1]:
             raise AssertionError(f"{name}: ours makes {made[0]} patches, theirs {made[1]}")
-        sides = [Side("ours", functools.partial(ours, data), {"pictures": 1.0}), Side("transformers, Pillow", functools.partial(theirs, data), {"pictures": 1.0})]
-        yield Comparison(name, sides, unit="pictures", checked={"patches": float(made[0])}, bars={"transformers, Pillow": 2.0}, clock="cpu")
+        sides = [
+            Side("ours", functools.partial(ours, data), {"pictures": 1.0}),
+            Side("transformers, Pillow", functools.partial(theirs, data), {"pictures": 1.0}),
+        ]
+        yield Comparison(
+            name,
+            sides,
+            unit="pictures",
+            checked={"patches": float(made[0])},
+            bars={"transformers, Pillow": 2.0},
+            clock="cpu",
+        )
 
 
-WORDS = ["the", "a", "small", "red", "large", "picture", "shows", "what", "where", "of", "two", "people", "near", "old", "bicycle", "street", "and", "says", "number", "reading", "table", "in", "chart", "value", "left", "corner", "is", "are", "who"]
+WORDS = [
+    "the",
+    "a",
+    "small",
+    "red",
+    "large",
+    "picture",
+    "shows",
+    "what",
+    "where",
+    "of",
+    "two",
+    "people",
+    "near",
+    "old",
+    "bicycle",
+    "street",
+    "and",
+    "says",
+    "number",
+    "reading",
+    "table",
+    "in",
+    "chart",
+    "value",
+    "left",
+    "corner",
+    "is",
+    "are",
+    "who",
+]
 
 
 @case("loader")
@@ -52,8 +92,16 @@ def loader_case(settings: Settings) -> Iterator[Comparison]:
     rng = np.random.default_rng(0)
     samples = []
     for number in range(count):
-        question, answer = (" ".join(rng.choice(WORDS, int(size))) for size in np.clip(rng.lognormal(4.2, 0.7, 2), 4, 600))
-        samples.append(Sample(str(number), (Message("user", f"<image>{question}"), Message("assistant", answer)), (Media(data=_photograph(rng, side)),)))
+        question, answer = (
+            " ".join(rng.choice(WORDS, int(size))) for size in np.clip(rng.lognormal(4.2, 0.7, 2), 4, 600)
+        )
+        samples.append(
+            Sample(
+                str(number),
+                (Message("user", f"<image>{question}"), Message("assistant", answer)),
+                (Media(data=_photograph(rng, side)),),
+            )
+        )
     pixels = dict(min_pixels=3136, max_pixels=512 * 512)
     encoder = ExampleEncoder(model, tokenizer, EncodeLimits(**pixels))
     work_model = WorkModel.of(model)
@@ -63,27 +111,38 @@ def loader_case(settings: Settings) -> Iterator[Comparison]:
         sizes = np.array([size_of(example) for example in examples], np.int64)
         rows = max(1, int(np.ceil(sizes[:, 0].sum() / 4096)))
         patches = int(4 * np.ceil(1.1 * sizes[:, 1].sum() / rows / 4))
-        shape = shape_for(model.vision, rows=rows + 1, tokens=4096, patches=patches, samples=64, min_pixels=pixels["min_pixels"])
+        shape = shape_for(
+            model.vision, rows=rows + 1, tokens=4096, patches=patches, samples=64, min_pixels=pixels["min_pixels"]
+        )
         loads = np.array([work_model.loads(example.length, example.image_lengths) for example in examples])
         plan = plan_rows(sizes, loads, budgets_of(shape), shape.rows)
         read = [example.with_pixels(model.vision, "bicubic") for example in examples]
-        return collate([[read[index] for index in row] for row in plan], shape, pad_id=tokenizer.pad_id, vision=model.vision)
+        return collate(
+            [[read[index] for index in row] for row in plan], shape, pad_id=tokenizer.pad_id, vision=model.vision
+        )
 
     published = Qwen2VLImageProcessorPil(**pixels)
     text_tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer.file), pad_token="<|endoftext|>")
 
     def theirs():
-        # The steps of transformers' processor for this family: pixels first, then each mark becomes as many placeholders as it has tokens.
+        # The steps of transformers' processor for this family: pixels first, then each mark becomes as many
+        # placeholders as it has tokens.
         visual = published([Image.open(io.BytesIO(sample.images[0].data)) for sample in samples], return_tensors="np")
         texts = []
         for sample, grid in zip(samples, visual["image_grid_thw"], strict=True):
             places = "<|vision_start|>" + "<|image_pad|>" * (int(np.prod(grid)) // 4) + "<|vision_end|>"
-            turns = [f"<|im_start|>{message.role}\n{message.content.replace('<image>', places)}<|im_end|>\n" for message in sample.messages]
+            turns = [
+                f"<|im_start|>{message.role}\n{message.content.replace('<image>', places)}<|im_end|>\n"
+                for message in sample.messages
+            ]
             texts.append("".join(["<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n", *turns]))
         return text_tokenizer(texts, padding=True, return_tensors="np"), visual
 
     batch, (encoded, visual) = ours(), theirs()
-    mine, their = _ids_of(batch, samples), [row[mask > 0] for row, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)]
+    mine, their = (
+        _ids_of(batch, samples),
+        [row[mask > 0] for row, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)],
+    )
     pictures = int((batch.batch.patch_segment_ids > 0).sum()), len(visual["pixel_values"])
     if pictures[0] != pictures[1]:
         raise AssertionError(f"ours makes {pictures[0]} patches of the samples, transformers {pictures[1]}")
@@ -92,11 +151,23 @@ def loader_case(settings: Settings) -> Iterator[Comparison]:
         first = int(np.flatnonzero(np.asarray(b) == model.vision_start_token_id)[0])
         tail = list(b[first:-1])
         if list(a[-len(tail) :]) != tail:
-            raise AssertionError(f"sample {sample.id}: our ids after the system turn are not those of transformers' tokenizer")
+            raise AssertionError(
+                f"sample {sample.id}: our ids after the system turn are not those of transformers' tokenizer"
+            )
     work = {"samples": float(count), "tokens": float(sum(map(len, mine))), "patches": float(pictures[0])}
-    sides = [Side("ours: packed, uint8 patches in window order", ours, work), Side("transformers: padded, float32 patches", theirs, work)]
-    yield Comparison("LLaVA-like conversations", sides, unit="samples", checked={"patches": float(pictures[0])}, bars={sides[1].name: 2.0}, clock="cpu",
-                     note=f"{count} conversations with one JPEG of {side[1]} x {side[0]} each; processor time of one core.")
+    sides = [
+        Side("ours: packed, uint8 patches in window order", ours, work),
+        Side("transformers: padded, float32 patches", theirs, work),
+    ]
+    yield Comparison(
+        "LLaVA-like conversations",
+        sides,
+        unit="samples",
+        checked={"patches": float(pictures[0])},
+        bars={sides[1].name: 2.0},
+        clock="cpu",
+        note=f"{count} conversations with one JPEG of {side[1]} x {side[0]} each; processor time of one core.",
+    )
 
 
 def _ids_of(packed, samples) -> list[np.ndarray]:

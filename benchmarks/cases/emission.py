@@ -11,7 +11,9 @@ from benchmarks.registry import Settings, case
 
 @case("emission")
 def emission_case(settings: Settings) -> Iterator[Comparison]:
-    """A decoder of 64 layers with its AdamW step on 2 x 2, from the JAX function to the written torch program: scanned (at most 1 s) and unrolled (at most 10 s)."""
+    """A decoder of 64 layers with its AdamW step on 2 x 2, from the JAX function to the written torch program: scanned
+    (at most 1 s) and unrolled (at most 10 s).
+    """
     for scan, most in ((True, 1.0), (False, 10.0)):
         yield _lowering(2 if settings.dry else 64, scan, most)
 
@@ -41,8 +43,10 @@ def _lowering(layers: int, scan: bool, most: float) -> Comparison:
         made["lines"] = float(lowered.as_text().count("\n"))
 
     mesh = as_mesh(decoder.MESH)[0]
+
     def shaped(x, spec):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
     arguments = [jax.tree.map(shaped, tree, specs) for tree, specs in zip((state, data), shardings)]
 
     def jax_alone():
@@ -51,5 +55,10 @@ def _lowering(layers: int, scan: bool, most: float) -> Comparison:
 
     work = {"programs": 1.0}
     name = "scanned" if scan else "unrolled"
-    return Comparison(f"{layers} layers, {name}", [Side("npu_bridge, to the text", write, work, made), Side("of this: JAX traces and lowers", jax_alone, work)], unit="programs", clock="cpu",
-                      note=f"Wanted: at most {most:g} s. Nothing is taken from a cache, neither the bridge's nor JAX's.")
+    return Comparison(
+        f"{layers} layers, {name}",
+        [Side("npu_bridge, to the text", write, work, made), Side("of this: JAX traces and lowers", jax_alone, work)],
+        unit="programs",
+        clock="cpu",
+        note=f"Wanted: at most {most:g} s. Nothing is taken from a cache, neither the bridge's nor JAX's.",
+    )

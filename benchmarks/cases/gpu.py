@@ -1,7 +1,8 @@
-"""Slices of the published sizes on one GPU: ours on XLA, ours through the bridge, transformers; same weights, same packed batch.
+"""Slices of the published sizes on one GPU: ours on XLA, ours through the bridge, transformers; same weights, same
+packed batch.
 
-A slice has the full widths and vocabulary and few layers, so that two copies with their optimizer states fit one device.
-Written for jax 0.10 and 0.11 and torch 2.11 and later. A side that runs out of memory is left out and named.
+A slice has the full widths and vocabulary and few layers, so that two copies with their optimizer states fit one
+device. Written for jax 0.10 and 0.11 and torch 2.11 and later. A side that runs out of memory is left out and named.
 """
 
 from __future__ import annotations
@@ -28,7 +29,15 @@ def gpu_workload(tokens: int, dry: bool):
 
     if dry:
         return workloads.DRY
-    return dataclasses.replace(workloads.LLAVA, name=f"LLaVA-like, {tokens} tokens", rows=1, tokens=tokens, patches=2 * tokens, samples=128, loss_chunk=2048)
+    return dataclasses.replace(
+        workloads.LLAVA,
+        name=f"LLaVA-like, {tokens} tokens",
+        rows=1,
+        tokens=tokens,
+        patches=2 * tokens,
+        samples=128,
+        loss_chunk=2048,
+    )
 
 
 def without_memory(error: Exception) -> bool:
@@ -48,15 +57,25 @@ def compare_on_gpu(settings: Settings, name: str, config, tokens: int, *, bridge
 
     device = "cpu" if settings.dry else "cuda"
     if device == "cuda" and (jax.default_backend() != "gpu" or not torch.cuda.is_available()):
-        raise SystemExit(f"suite gpu needs a GPU that both jax (found {jax.default_backend()}) and torch (CUDA: {torch.cuda.is_available()}) see; `--dry` starts it on a CPU")
+        raise SystemExit(
+            f"suite gpu needs a GPU that both jax (found {jax.default_backend()}) and torch (CUDA: "
+            f"{torch.cuda.is_available()}) see; `--dry` starts it on a CPU"
+        )
     workload = gpu_workload(tokens, settings.dry)
     parameters = ours.initial(config)
     reference = twin.make(config.model_copy(update=dict(compute_dtype="float32")), parameters)
     packed = workloads.build(workload, config, reference)
     mine = ours.Step(config, workload, packed.batch, parameters)
-    flops = FlopCounter(config, mine.outline.shapes, list(mine.outline.shapes))({key: float(value) for key, value in batch_counts(packed.batch).items()})
+    flops = FlopCounter(config, mine.outline.shapes, list(mine.outline.shapes))(
+        {key: float(value) for key, value in batch_counts(packed.batch).items()}
+    )
     peak = known_peak(jax.devices()[0].device_kind)
-    facts = {"compile s": mine.compile_seconds, "planned MiB": mine.planned_bytes / 2**20, "TFLOP of the language model": flops.language / 1e12, "TFLOP of the tower": flops.vision / 1e12}
+    facts = {
+        "compile s": mine.compile_seconds,
+        "planned MiB": mine.planned_bytes / 2**20,
+        "TFLOP of the language model": flops.language / 1e12,
+        "TFLOP of the tower": flops.vision / 1e12,
+    }
     if peak:
         facts["device peak TFLOP/s"] = peak / 1e12
 
@@ -76,7 +95,10 @@ def compare_on_gpu(settings: Settings, name: str, config, tokens: int, *, bridge
             return
         difference = abs(loss - first[0]) / abs(loss)
         if not difference <= tolerance:
-            raise AssertionError(f"{side}: the first loss is {loss:.6f}, ours {first[0]:.6f} ({difference:.1e} apart, allowed {tolerance:.0e}): the sides do not do the same work")
+            raise AssertionError(
+                f"{side}: the first loss is {loss:.6f}, ours {first[0]:.6f} ({difference:.1e} apart, allowed "
+                f"{tolerance:.0e}): the sides do not do the same work"
+            )
         worst = max(worst, difference)
         sides.append(Side(side, step, packed.work))
 
@@ -84,18 +106,35 @@ def compare_on_gpu(settings: Settings, name: str, config, tokens: int, *, bridge
         reference.attend_by(attention)
         reference.to(device)
         inputs = {key: value.to(device) for key, value in twin.packed_inputs(packed).items()}
-        optimizer = twin.optimizer_of(reference, learning_rate=ours.LEARNING_RATE, weight_decay=ours.WEIGHT_DECAY, config=ours.OPTIMIZER)
+        optimizer = twin.optimizer_of(
+            reference, learning_rate=ours.LEARNING_RATE, weight_decay=ours.WEIGHT_DECAY, config=ours.OPTIMIZER
+        )
         return twin.trainer(reference, inputs, optimizer, clip_norm=ours.OPTIMIZER.clip_norm, bfloat16=True)
 
     add("transformers SDPA, packed", lambda: transformers_step("sdpa"), 5e-3)
     if bridge:
-        add(f"npu_bridge, torch on {device}", functools.partial(ours.Step, config, workload, packed.batch, parameters, bridge=device), 5e-3)
+        add(
+            f"npu_bridge, torch on {device}",
+            functools.partial(ours.Step, config, workload, packed.batch, parameters, bridge=device),
+            5e-3,
+        )
     del parameters
-    note = f"{sum(value.size for value in mine.state.trained.values()) / 1e6:.0f} M parameters, {len(packed.samples)} samples; bfloat16 over float32 masters."
+    note = (
+        f"{sum(value.size for value in mine.state.trained.values()) / 1e6:.0f} M parameters, "
+        f"{len(packed.samples)} samples; bfloat16 over float32 masters."
+    )
     if left_out:
         note += f" Out of memory and left out: {', '.join(left_out)}."
     bound = (flops.language + flops.vision) / peak if peak else None
-    return Comparison(f"{name}, {tokens} tokens", sides, unit="tokens", checked={"loss difference": worst}, bars={side.name: 1.3 for side in sides if side.name.startswith("transformers")}, note=note, bound=bound)
+    return Comparison(
+        f"{name}, {tokens} tokens",
+        sides,
+        unit="tokens",
+        checked={"loss difference": worst},
+        bars={side.name: 1.3 for side in sides if side.name.startswith("transformers")},
+        note=note,
+        bound=bound,
+    )
 
 
 @case("gpu-2b", suite="gpu")
@@ -104,7 +143,11 @@ def gpu_2b(settings: Settings) -> Iterator[Comparison]:
     from benchmarks import workloads
 
     for tokens in (4096,) if settings.dry else (4096, 8192, 16384, 32768):
-        config = workloads.MODELS["dry"]("bfloat16") if settings.dry else slice_of("mindvl-1.7b", text_layers=8, vision_layers=8, full=(7,), tied=True)
+        config = (
+            workloads.MODELS["dry"]("bfloat16")
+            if settings.dry
+            else slice_of("mindvl-1.7b", text_layers=8, vision_layers=8, full=(7,), tied=True)
+        )
         yield compare_on_gpu(settings, "2B slice", config, tokens, bridge=tokens <= 8192)
 
 
@@ -114,5 +157,9 @@ def gpu_8b(settings: Settings) -> Iterator[Comparison]:
     from benchmarks import workloads
 
     for tokens in (4096,) if settings.dry else (4096, 8192):
-        config = workloads.MODELS["dry"]("bfloat16") if settings.dry else slice_of("mindvl-8b", text_layers=3, vision_layers=4, full=(3,), tied=True)
+        config = (
+            workloads.MODELS["dry"]("bfloat16")
+            if settings.dry
+            else slice_of("mindvl-8b", text_layers=3, vision_layers=4, full=(3,), tied=True)
+        )
         yield compare_on_gpu(settings, "8B slice", config, tokens, bridge=False)

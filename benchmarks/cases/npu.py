@@ -31,15 +31,32 @@ def in_emulator(side: str, layers: int, blocks: int) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-UNITS = {"kernels": "kernels", "synchronisations": "synchronisations", "copies": "copies", "host us": "us", "peak MiB": "MiB"}
+UNITS = {
+    "kernels": "kernels",
+    "synchronisations": "synchronisations",
+    "copies": "copies",
+    "host us": "us",
+    "peak MiB": "MiB",
+}
 
 
 @case("npu-8b", suite="npu-emulated")
 def npu_8b(settings: Settings) -> Iterator[Comparison]:
-    """Emulated, host side only: kernels, waits, copies, the host's processor time and the allocator's peak of a step of MindVL-8B's layers, bridge beside torch_npu by hand."""
+    """Emulated, host side only: kernels, waits, copies, the host's processor time and the allocator's peak of a step of
+    MindVL-8B's layers, bridge beside torch_npu by hand.
+    """
     layers, blocks = (1, 1) if settings.dry else (2, 4) if settings.brief else (4, 8)
-    found = {name: in_emulator(side, layers, blocks) for name, side in (("npu_bridge", "bridge"), ("torch_npu by hand", "hand"))}
-    note = f"{layers} layers and {blocks} blocks of MindVL-8B, 4,096 tokens, 8,192 patches, remat by layer, bfloat16. Emulated: no speed of an NPU."
+    found = {
+        name: in_emulator(side, layers, blocks)
+        for name, side in (("npu_bridge", "bridge"), ("torch_npu by hand", "hand"))
+    }
+    note = (
+        f"{layers} layers and {blocks} blocks of MindVL-8B, 4,096 tokens, 8,192 patches, remat by layer, "
+        "bfloat16. Emulated: no speed of an NPU."
+    )
     for what, unit in UNITS.items():
-        sides = [Side(name, size=told[what], facts=told["facts"] if what == "peak MiB" else {}) for name, told in found.items()]
+        sides = [
+            Side(name, size=told[what], facts=told["facts"] if what == "peak MiB" else {})
+            for name, told in found.items()
+        ]
         yield Comparison(what, sides, unit=unit, note=note)

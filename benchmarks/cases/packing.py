@@ -19,10 +19,34 @@ def packing_case(settings: Settings) -> Iterator[Comparison]:
         for name, method in list(packing.METHODS.items())[: 2 if settings.dry else None]:
             # Quality is deterministic and measured once; the clock runs on a plan of one batch.
             found = packing.measure(method, mix, ranks, batches, buffer)
-            facts = {fact: float(found[key]) for fact, key in (("tokens filled", "tokens"), ("patches filled", "patches"), ("language max/mean", "language"), ("vision max/mean", "vision"))}
+            facts = {
+                fact: float(found[key])
+                for fact, key in (
+                    ("tokens filled", "tokens"),
+                    ("patches filled", "patches"),
+                    ("language max/mean", "language"),
+                    ("vision max/mean", "vision"),
+                )
+            }
             sizes, loads, budgets = _waiting(mix, ranks)
-            sides.append(Side(name, lambda method=method, sizes=sizes, loads=loads, budgets=budgets: method(sizes, loads, budgets, ranks), {"rows": float(ranks)}, facts))
-        yield Comparison(mix, sides, unit="rows", clock="cpu", note=f"{ranks} ranks, one row each; a look-ahead of {buffer} samples or more; filled places and max/mean work are averages over {batches} batches.")
+            sides.append(
+                Side(
+                    name,
+                    lambda method=method, sizes=sizes, loads=loads, budgets=budgets: method(
+                        sizes, loads, budgets, ranks
+                    ),
+                    {"rows": float(ranks)},
+                    facts,
+                )
+            )
+        yield Comparison(
+            mix,
+            sides,
+            unit="rows",
+            clock="cpu",
+            note=f"{ranks} ranks, one row each; a look-ahead of {buffer} samples or more; filled places and "
+            f"max/mean work are averages over {batches} batches.",
+        )
 
 
 def _waiting(mix: str, ranks: int):

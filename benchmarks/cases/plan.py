@@ -42,7 +42,9 @@ def planned(backend: str, model: str, workload: str, remat: str = "none", dtype:
     from benchmarks import ours
 
     config, mix = _chosen(model, workload, dtype, remat)
-    return ours.Step(config, mix, _batch(config, mix), ours.initial(config), bridge=None if backend == "xla" else "cpu").planned_temporaries
+    return ours.Step(
+        config, mix, _batch(config, mix), ours.initial(config), bridge=None if backend == "xla" else "cpu"
+    ).planned_temporaries
 
 
 def _chosen(model: str, workload: str, dtype: str, remat: str):
@@ -59,8 +61,11 @@ def _batch(config, mix):
     batch = shape.empty()
     batch.loss_weights[:] = 1.0
     window = (config.vision.window_size // config.vision.patch_size) ** 2
-    for ids, lengths, places, longest in ((batch.segment_ids, batch.segment_lengths, mix.tokens, mix.longest_sample), (batch.patch_segment_ids, batch.image_lengths, mix.patches, mix.longest_image),
-                                          (batch.patch_window_ids, batch.window_lengths, mix.patches, window)):
+    for ids, lengths, places, longest in (
+        (batch.segment_ids, batch.segment_lengths, mix.tokens, mix.longest_sample),
+        (batch.patch_segment_ids, batch.image_lengths, mix.patches, mix.longest_image),
+        (batch.patch_window_ids, batch.window_lengths, mix.patches, window),
+    ):
         ids[:] = np.arange(places) // longest + 1
         counts = np.bincount(ids[0])[1:]
         lengths[:, : len(counts)] = counts
@@ -69,13 +74,32 @@ def _batch(config, mix):
 
 @case("plan")
 def plan_case(settings: Settings) -> Iterator[Comparison]:
-    """Activations and gradients that the plan predicts beside the growth of a process during a step, XLA and npu_bridge on torch CPU."""
+    """Activations and gradients that the plan predicts beside the growth of a process during a step, XLA and npu_bridge
+    on torch CPU.
+    """
     from benchmarks.memory import in_own_process
 
-    chosen = (("dry", "DRY", "none", "float32"),) if settings.dry else (("tiny", "QUICKSTART", "none", "float32"), ("small", "QUICKSTART", "none", "float32"), ("small", "QUICKSTART", "full", "float32"), ("small", "QUICKSTART", "full", "bfloat16"))
+    chosen = (
+        (("dry", "DRY", "none", "float32"),)
+        if settings.dry
+        else (
+            ("tiny", "QUICKSTART", "none", "float32"),
+            ("small", "QUICKSTART", "none", "float32"),
+            ("small", "QUICKSTART", "full", "float32"),
+            ("small", "QUICKSTART", "full", "bfloat16"),
+        )
+    )
     for model, workload, remat, dtype in chosen[: 3 if settings.brief else None]:
         for backend in ("xla", "npu_bridge"):
             common = dict(backend=backend, model=model, workload=workload, remat=remat, dtype=dtype)
-            sizes = {"planned": in_own_process("benchmarks.cases.plan:planned", **common), "measured": in_own_process("benchmarks.cases.plan:probe", threads=settings.threads, **common)}
-            yield Comparison(f"{backend}: {model}, {workload.lower()}, remat {remat}, {dtype}", [Side(name, size=size / 2**20) for name, size in sizes.items()], unit="MiB",
-                             note="The ratio is measured over planned. What an operator of torch takes inside is not in the bridge's plan.")
+            sizes = {
+                "planned": in_own_process("benchmarks.cases.plan:planned", **common),
+                "measured": in_own_process("benchmarks.cases.plan:probe", threads=settings.threads, **common),
+            }
+            yield Comparison(
+                f"{backend}: {model}, {workload.lower()}, remat {remat}, {dtype}",
+                [Side(name, size=size / 2**20) for name, size in sizes.items()],
+                unit="MiB",
+                note="The ratio is measured over planned. What an operator of torch takes inside is not in the "
+                "bridge's plan.",
+            )

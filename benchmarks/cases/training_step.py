@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from benchmarks.measure import Comparison, Side
 from benchmarks.registry import Settings, case
 
-# Largest relative difference of losses. bfloat16 has 8 significant bits and the two sides round at different points; averaged over
-# hundreds of labels that is a few 1e-4 of the loss.
+# Largest relative difference of losses. bfloat16 has 8 significant bits and the two sides round at different points;
+# averaged over hundreds of labels that is a few 1e-4 of the loss.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3}
 
 
-def compare_steps(settings: Settings, model: str, workload, dtype: str, kinds: dict[str, tuple[str, str]], bars: dict[str, float]) -> Comparison:
+def compare_steps(
+    settings: Settings, model: str, workload, dtype: str, kinds: dict[str, tuple[str, str]], bars: dict[str, float]
+) -> Comparison:
     """Build ours and the twins, check that they agree, and return them for timing.
 
     Args:
@@ -39,22 +41,45 @@ def compare_steps(settings: Settings, model: str, workload, dtype: str, kinds: d
         inputs = twin.packed_inputs(packed) if layout == "packed" else twin.padded_inputs(packed.samples, config, other)
         if attention == "eager":
             inputs = twin.eager_masks(inputs)
-        optimizer = twin.optimizer_of(other, learning_rate=ours.LEARNING_RATE, weight_decay=ours.WEIGHT_DECAY, config=ours.OPTIMIZER)
-        steps[name] = twin.trainer(other, inputs, optimizer, clip_norm=ours.OPTIMIZER.clip_norm, bfloat16=dtype == "bfloat16")
+        optimizer = twin.optimizer_of(
+            other, learning_rate=ours.LEARNING_RATE, weight_decay=ours.WEIGHT_DECAY, config=ours.OPTIMIZER
+        )
+        steps[name] = twin.trainer(
+            other, inputs, optimizer, clip_norm=ours.OPTIMIZER.clip_norm, bfloat16=dtype == "bfloat16"
+        )
     checked = ours.agree(mine, steps, tolerance=TOLERANCE[dtype])
     parameters_count = sum(value.size for value in parameters.values())
-    flops = FlopCounter(config, mine.outline.shapes, list(mine.outline.shapes))({key: float(value) for key, value in batch_counts(packed.batch).items()})
+    flops = FlopCounter(config, mine.outline.shapes, list(mine.outline.shapes))(
+        {key: float(value) for key, value in batch_counts(packed.batch).items()}
+    )
     work = packed.work | {"FLOP": flops.language + flops.vision}
     facts = {"compile s": mine.compile_seconds, "planned MiB": mine.planned_bytes / 2**20}
     sides = [Side("ours, XLA", mine, work, facts), *(Side(name, step, work) for name, step in steps.items())]
-    filled = ", ".join(f"{share:.0%} of {what.removesuffix(' filled')}" for what, share in workloads.share_filled(packed).items())
-    note = f"{parameters_count / 1e6:.1f} M parameters; {len(packed.samples)} samples in {workload.rows} rows of {workload.tokens} tokens and {workload.patches} patches ({filled} filled)"
-    return Comparison(f"{model}, {workload.name}, {dtype}", sides, unit="tokens", checked=checked, bars={name: bar for name, bar in bars.items() if name in kinds}, note=note)
+    filled = ", ".join(
+        f"{share:.0%} of {what.removesuffix(' filled')}" for what, share in workloads.share_filled(packed).items()
+    )
+    note = (
+        f"{parameters_count / 1e6:.1f} M parameters; {len(packed.samples)} samples in {workload.rows} rows of "
+        f"{workload.tokens} tokens and {workload.patches} patches ({filled} filled)"
+    )
+    return Comparison(
+        f"{model}, {workload.name}, {dtype}",
+        sides,
+        unit="tokens",
+        checked=checked,
+        bars={name: bar for name, bar in bars.items() if name in kinds},
+        note=note,
+    )
 
 
 EAGER, SDPA = "transformers eager, packed", "transformers SDPA, packed"
 PADDED, PADDED_EAGER = "transformers SDPA, padded", "transformers eager, padded"
-KINDS = {EAGER: ("eager", "packed"), SDPA: ("sdpa", "packed"), PADDED: ("sdpa", "padded"), PADDED_EAGER: ("eager", "padded")}
+KINDS = {
+    EAGER: ("eager", "packed"),
+    SDPA: ("sdpa", "packed"),
+    PADDED: ("sdpa", "padded"),
+    PADDED_EAGER: ("eager", "padded"),
+}
 
 
 @case("training-step")
@@ -70,7 +95,9 @@ def training_step(settings: Settings) -> Iterator[Comparison]:
 
 
 def share_of_peak(step: Side, dtype: str, dry: bool) -> Comparison:
-    """The step's floating-point operations a second beside those of square matrix products alone, in turns: the ratio is the share of the measured peak."""
+    """The step's floating-point operations a second beside those of square matrix products alone, in turns: the ratio
+    is the share of the measured peak.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -90,9 +117,19 @@ def share_of_peak(step: Side, dtype: str, dry: bool) -> Comparison:
             tensor @ tensor
 
     work = {"FLOP": 2.0 * size**3 * times}
-    sides = [Side(step.name, step.run, {"FLOP": step.work["FLOP"]}), Side("XLA, products alone", on_xla, work), Side("torch, products alone", on_torch, work)]
-    return Comparison(f"share of the matmul peak, {dtype}", sides, unit="FLOP", bars={side.name: 0.5 for side in sides[1:]},
-                      note=f"Counted is what the real tokens and patches need, no padding; products of {size} x {size} matrices. The larger rate of the two is the peak.")
+    sides = [
+        Side(step.name, step.run, {"FLOP": step.work["FLOP"]}),
+        Side("XLA, products alone", on_xla, work),
+        Side("torch, products alone", on_torch, work),
+    ]
+    return Comparison(
+        f"share of the matmul peak, {dtype}",
+        sides,
+        unit="FLOP",
+        bars={side.name: 0.5 for side in sides[1:]},
+        note=f"Counted is what the real tokens and patches need, no padding; products of {size} x {size} "
+        "matrices. The larger rate of the two is the peak.",
+    )
 
 
 @case("training-step-small")
@@ -116,5 +153,11 @@ def training_step_llava(settings: Settings) -> Iterator[Comparison]:
     batch = dataclasses.replace(workloads.LLAVA, rows=4)
 
     for dtype in ("bfloat16",) if settings.brief else ("float32", "bfloat16"):
-        yield compare_steps(settings, "dry" if settings.dry else "tiny", workloads.DRY if settings.dry else batch, dtype,
-                            {name: KINDS[name] for name in (SDPA, PADDED)}, {PADDED: 3.0})
+        yield compare_steps(
+            settings,
+            "dry" if settings.dry else "tiny",
+            workloads.DRY if settings.dry else batch,
+            dtype,
+            {name: KINDS[name] for name in (SDPA, PADDED)},
+            {PADDED: 3.0},
+        )

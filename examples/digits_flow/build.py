@@ -26,7 +26,9 @@ def write(path: Path, pixels: np.ndarray, labels: np.ndarray) -> None:
         file = io.BytesIO()
         Image.fromarray(image).save(file, "PNG")
         messages = [{"role": "user", "content": str(label)}, {"role": "assistant", "content": "<image>"}]
-        rows.append({"id": f"{path.stem}-{index}", "images": [{"bytes": file.getvalue(), "path": ""}], "messages": messages})
+        rows.append(
+            {"id": f"{path.stem}-{index}", "images": [{"bytes": file.getvalue(), "path": ""}], "messages": messages}
+        )
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
     schema = pa.schema([("id", pa.string()), ("images", pa.list_(image)), ("messages", pa.list_(message))])
@@ -37,7 +39,11 @@ def write(path: Path, pixels: np.ndarray, labels: np.ndarray) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("data/digits-flow"))
-    parser.add_argument("--shuffle-labels", action="store_true", help="give the training digits each other's labels: the floor of the score")
+    parser.add_argument(
+        "--shuffle-labels",
+        action="store_true",
+        help="give the training digits each other's labels: the floor of the score",
+    )
     args = parser.parse_args()
     pixels, labels = assets.digit_cells("train")
     if args.shuffle_labels:

@@ -2,8 +2,9 @@
 
     python -m examples.digits_flow.judge --run runs/digits-flow
 
-The judge is a small network trained on 5,000 digits of another collection than the generator saw. It reads 1,000 generated digits (100 of
-each) and, as its ceiling, the 1,000 real ones that were held out. The floor is a run on `build --shuffle-labels`: labels that say nothing.
+The judge is a small network trained on 5,000 digits of another collection than the generator saw. It reads 1,000
+generated digits (100 of each) and, as its ceiling, the 1,000 real ones that were held out. The floor is a run on `build
+--shuffle-labels`: labels that say nothing.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def logits(params: list[tuple[jax.Array, jax.Array]], pixels: jax.Array) -> jax.
 def shifted(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
     """Every digit moved by up to SHIFT pixels each way."""
     moved = np.zeros_like(pixels)
-    for image, source, (down, right) in zip(moved, pixels, rng.integers(-SHIFT, SHIFT + 1, (len(pixels), 2)), strict=True):
+    for image, source, (down, right) in zip(
+        moved, pixels, rng.integers(-SHIFT, SHIFT + 1, (len(pixels), 2)), strict=True
+    ):
         image[...] = np.roll(source, (down, right), (0, 1))
     return moved
 
@@ -50,7 +53,10 @@ def shifted(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
 def train_judge(pixels: np.ndarray, labels: np.ndarray, seed: int = 0) -> list[tuple[jax.Array, jax.Array]]:
     """Parameters of a classifier of (n, 20, 20) digits."""
     rng = np.random.default_rng(seed)
-    params = [(jnp.asarray(rng.normal(size=(a, b)) / a**0.5, jnp.float32), jnp.zeros(b)) for a, b in itertools.pairwise(WIDTHS)]
+    params = [
+        (jnp.asarray(rng.normal(size=(a, b)) / a**0.5, jnp.float32), jnp.zeros(b))
+        for a, b in itertools.pairwise(WIDTHS)
+    ]
     optimizer = optax.adamw(optax.cosine_decay_schedule(1e-3, STEPS), weight_decay=0.05)
 
     @jax.jit
@@ -84,31 +90,50 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/digits-flow"))
     parser.add_argument("--steps", type=int, default=15, help="Euler steps (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance; 1 is none (default: %(default)s)")
+    parser.add_argument(
+        "--guidance", type=float, default=3.0, help="classifier-free guidance; 1 is none (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     config, params = load_params(args.run, ema=config_keeps_average(args.run))
     model = outline_of(config.model).merge(params)
     labels = np.repeat(np.arange(10), EACH)
-    made = generate(model, labels.tolist(), seed=args.seed, steps=args.steps, guidance=args.guidance, shift=config.training.flow_matching.shift)[..., 0]
+    made = generate(
+        model,
+        labels.tolist(),
+        seed=args.seed,
+        steps=args.steps,
+        guidance=args.guidance,
+        shift=config.training.flow_matching.shift,
+    )[..., 0]
     known, answers = assets.digit_cells("train")
     more, more_labels = assets.digit_cells("train", more=True)
     judge = train_judge(more[len(known) :], more_labels[len(answers) :])
     real, real_labels = assets.digit_cells("test")
     found = {"generated digits": read(judge, made) == labels, "real digits, held out": read(judge, real) == real_labels}
     tasks = {
-        name: {"exact_match": float(right.mean()), "ci95": list(bootstrap_interval(right.astype(float))), "n": len(right), "by_phase": {}}
+        name: {
+            "exact_match": float(right.mean()),
+            "ci95": list(bootstrap_interval(right.astype(float))),
+            "n": len(right),
+            "by_phase": {},
+        }
         for name, right in found.items()
     }
     write_json(args.run / "scores.json", {"tasks": tasks})
     (args.run / "images").mkdir(exist_ok=True)
     columns = [digit * EACH + number for digit in range(10) for number in range(20)]
-    Image.fromarray(grid(made[columns][..., None], 20)[..., 0]).resize((840, 420), Image.Resampling.NEAREST).save(args.run / "images" / "generated digits.png")
+    Image.fromarray(grid(made[columns][..., None], 20)[..., 0]).resize((840, 420), Image.Resampling.NEAREST).save(
+        args.run / "images" / "generated digits.png"
+    )
     page = write_report(args.run)
     for name, task in tasks.items():
         low, high = task["ci95"]
         print(f"{name}: {task['exact_match']:.3f} recognised ({low:.3f} to {high:.3f}), n {task['n']}")
-    print(f"nearest training digit: generated {nearest(made, known):.1f}, real held-out {nearest(real, known):.1f} (median distance of pixels)")
+    print(
+        f"nearest training digit: generated {nearest(made, known):.1f}, real held-out "
+        f"{nearest(real, known):.1f} (median distance of pixels)"
+    )
     print(page)
 
 

@@ -1,7 +1,7 @@
 """Assets: handwritten digits, emoji drawings, fonts, words, tables, and the published easy-VQA set.
 
-Everything is split here, once, by what training and scoring must not share: columns of handwriting, artists, font families, words,
-tables, published images. Generators ask for one split and cannot reach another.
+Everything is split here, once, by what training and scoring must not share: columns of handwriting, artists, font
+families, words, tables, published images. Generators ask for one split and cannot reach another.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ TEST_COLUMNS = range(80, 100)
 # share_alike/digits-more.png: 5,000 digits more, all for training, in the order of their classes.
 _MORE_DIGITS = (501, 627, 491, 532, 480, 363, 514, 570, 444, 478)
 
-# Five drawings of each concept by three houses (two of them in two generations) against two artists never seen. Two more, who drew some
-# of the concepts (513 and 282), are for long training only: in a short one more variety is learned less well.
+# Five drawings of each concept by three houses (two of them in two generations) against two artists never seen. Two
+# more, who drew some of the concepts (513 and 282), are for long training only: in a short one more variety is learned
+# less well.
 TRAIN_ARTISTS = ("noto", "noto-v1", "twemoji", "emojione", "share_alike/emojione-v1")
 MORE_ARTISTS = ("fxemoji", "streamline-emojis")
 TEST_ARTISTS = ("fluent-emoji-flat", "share_alike/openmoji")
@@ -47,7 +48,9 @@ VALIDATION_PICTURES = 400  # the last ones of easy-VQA's training part; its test
 
 @functools.cache
 def digit_cells(split: Split, more: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """((n, 20, 20) uint8 bright ink on black, (n,) labels); with `more` the training part has 8,800 digits instead of 3,800."""
+    """((n, 20, 20) uint8 bright ink on black, (n,) labels); with `more` the training part has 8,800 digits instead of
+    3,800.
+    """
     pixels, labels, columns = _all_digits()
     if split == "test":
         chosen = columns >= TEST_COLUMNS.start
@@ -57,7 +60,9 @@ def digit_cells(split: Split, more: bool = False) -> tuple[np.ndarray, np.ndarra
         chosen = columns < VALIDATION_COLUMNS.start
     if more and split == "train":
         added = np.repeat(np.arange(10), _MORE_DIGITS)
-        return np.concatenate([pixels[chosen], _cells("share_alike/digits-more.png")]), np.concatenate([labels[chosen], added])
+        return np.concatenate([pixels[chosen], _cells("share_alike/digits-more.png")]), np.concatenate(
+            [labels[chosen], added]
+        )
     return pixels[chosen], labels[chosen]
 
 
@@ -121,7 +126,9 @@ def faces(split: Split, lining_figures: bool = False) -> tuple[Face, ...]:
     """
     rows = json.loads((FOLDER / "fonts" / "fonts.json").read_text())
     chosen = tuple(Face(row["file"], row["family"]) for row in rows if row["split"] == split)
-    return tuple(face for face in chosen if _height(face, "1") > 0.85 * _height(face, "H")) if lining_figures else chosen
+    return (
+        tuple(face for face in chosen if _height(face, "1") > 0.85 * _height(face, "H")) if lining_figures else chosen
+    )
 
 
 def _height(face: Face, letter: str) -> int:
@@ -158,7 +165,10 @@ class Column:
 
 @functools.cache
 def columns(split: Split) -> tuple[Column, ...]:
-    everything = [Column(row["table"], row["column"], tuple(row["labels"]), tuple(row["values"])) for row in json.loads((FOLDER / "tables.json").read_text())]
+    everything = [
+        Column(row["table"], row["column"], tuple(row["labels"]), tuple(row["values"]))
+        for row in json.loads((FOLDER / "tables.json").read_text())
+    ]
     part = {"test": TEST_TABLES, "validation": VALIDATION_TABLES}.get(split)
     if part is not None:
         return tuple(column for column in everything if column.table in part)
@@ -189,9 +199,14 @@ def shape_pictures(split: Split) -> tuple[Picture, ...]:
 def _published_pictures(part: str) -> tuple[Picture, ...]:
     spec = importlib.util.find_spec("easy_vqa")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("the easy-VQA pictures come from the `easy-vqa` package, which is not installed: `pip install easy-vqa`, or run `make quickstart`, which installs what it needs")
+        raise UserError(
+            "the easy-VQA pictures come from the `easy-vqa` package, which is not installed: `pip install "
+            "easy-vqa`, or run `make quickstart`, which installs what it needs"
+        )
     folder = Path(spec.submodule_search_locations[0]) / "data" / part
     questions: dict[int, list[tuple[str, str]]] = {}
     for question, answer, number in json.loads((folder / "questions.json").read_text()):
         questions.setdefault(number, []).append((question, answer))
-    return tuple(Picture(folder / "images" / f"{number}.png", tuple(pairs)) for number, pairs in sorted(questions.items()))
+    return tuple(
+        Picture(folder / "images" / f"{number}.png", tuple(pairs)) for number, pairs in sorted(questions.items())
+    )

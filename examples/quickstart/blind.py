@@ -1,6 +1,7 @@
 """Blind baseline: for each question text, the most frequent answer in the training data.
 
-`python -m examples.quickstart.blind --data data/quickstart` prints it for every test set. Scores should be read against it.
+`python -m examples.quickstart.blind --data data/quickstart` prints it for every test set. Scores should be read against
+it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ def majority(training: Iterable[Pair]) -> tuple[Mapping[str, str], str]:
     for question, answer in training:
         by_question[question][answer] += 1
         overall[answer] += 1
+
     def first(counts):
         return min(counts, key=lambda answer: (-counts[answer], answer))
+
     return {question: first(counts) for question, counts in by_question.items()}, first(overall)
 
 
@@ -61,12 +64,18 @@ def _pairs(path: Path) -> list[Pair]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m examples.quickstart.blind", description="Prints the blind score of every test set.")
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.quickstart.blind", description="Prints the blind score of every test set."
+    )
     parser.add_argument("--data", type=Path, default=Path("data/quickstart"))
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     if not (options.data / "test").is_dir():
-        print(f"error: {options.data} holds no built data; build it with python -m examples.quickstart.build --out {options.data}", file=sys.stderr)
+        print(
+            f"error: {options.data} holds no built data; build it with python -m examples.quickstart.build "
+            f"--out {options.data}",
+            file=sys.stderr,
+        )
         return 2
     result = scores(options.data)
     print(json.dumps(result) if options.json else "\n".join(f"{task:12} {value:.3f}" for task, value in result.items()))

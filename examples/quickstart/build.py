@@ -1,8 +1,9 @@
 """Build the quickstart data: `python -m examples.quickstart.build --out data/quickstart`.
 
 The folder holds one parquet file for each source and split (`train/digits.parquet` ...), `id_table.json` (the compact
-vocabulary), `standins/` (the stand-in benchmark sets, `examples.quickstart.standins`), `manifest.json` (counts, what is held out,
-licences, blind scores, digests) and, in `contact/`, a sheet of images for each file, to look at. The same arguments give the same files; a second call with them does nothing.
+vocabulary), `standins/` (the stand-in benchmark sets, `examples.quickstart.standins`), `manifest.json` (counts, what is
+held out, licences, blind scores, digests) and, in `contact/`, a sheet of images for each file, to look at. The same
+arguments give the same files; a second call with them does nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from mindvl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 2  # of the manifest
 HELD_OUT = {
-    "digits": "columns 80 to 99 of each class of the sheet (1,000 of 5,000 digits); writers are not known, so one may appear on both sides",
+    "digits": "columns 80 to 99 of each class of the sheet (1,000 of 5,000 digits); writers are not known, so one may "
+    "appear on both sides",
     "easyvqa": "the published test part, a fixed draw of its questions",
     "emoji": "all drawings by two artists (Fluent, OpenMoji); the names are the same 550",
     "words": f"{assets.TEST_WORDS} words and three font families (Comic Neue, EB Garamond, Cantarell)",
@@ -44,7 +46,9 @@ HELD_OUT = {
 }
 
 
-def build(out: Path, size: str = "standard", seed: int = 0, processes: int | None = None, console: Console | None = None) -> dict:
+def build(
+    out: Path, size: str = "standard", seed: int = 0, processes: int | None = None, console: Console | None = None
+) -> dict:
     """Build, or finds already built, and return the manifest.
 
     Args:
@@ -87,12 +91,17 @@ def build(out: Path, size: str = "standard", seed: int = 0, processes: int | Non
         "blind": blind.scores(out),
     }
     write_text(out / "manifest.json", json.dumps(manifest, indent=1))
-    console.print(f"{out}: {manifest['samples']:,} samples in {len(files)} files, {sum(file['bytes'] for file in files.values()) / 1e6:.0f} MB, {time.monotonic() - began:.0f} s")
+    console.print(
+        f"{out}: {manifest['samples']:,} samples in {len(files)} files, "
+        f"{sum(file['bytes'] for file in files.values()) / 1e6:.0f} MB, {time.monotonic() - began:.0f} s"
+    )
     return manifest
 
 
 def prepare(config: QuickstartDataConfig) -> None:
-    """Build the data that a configuration asks for; of several processes that start at once, one builds and the others wait."""
+    """Build the data that a configuration asks for; of several processes that start at once, one builds and the others
+    wait.
+    """
     out = Path(config.folder)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as lock:
@@ -108,12 +117,26 @@ def _write_standins(out: Path) -> tuple[dict[str, dict], list[str]]:
 
     counts = build_standins(out / "standins")
     # Without image marks: a word after `>` is tokenized differently.
-    questions = [message["content"].replace("<image>", "") for task in counts for item in load_items(task, out / "standins") for message in item.messages]
+    questions = [
+        message["content"].replace("<image>", "")
+        for task in counts
+        for item in load_items(task, out / "standins")
+        for message in item.messages
+    ]
     paths = sorted((out / "standins").glob("*.parquet"))
-    return {str(path.relative_to(out)): {"about": "stand-in benchmark set", "samples": pq.read_metadata(path).num_rows, **_describe(path)} for path in paths}, questions
+    return {
+        str(path.relative_to(out)): {
+            "about": "stand-in benchmark set",
+            "samples": pq.read_metadata(path).num_rows,
+            **_describe(path),
+        }
+        for path in paths
+    }, questions
 
 
-def _write_sources(out: Path, size: str, seed: int, processes: int | None, tokenizer: Tokenizer, console: Console) -> dict[str, dict]:
+def _write_sources(
+    out: Path, size: str, seed: int, processes: int | None, tokenizer: Tokenizer, console: Console
+) -> dict[str, dict]:
     work = pieces(size)
     files: dict[str, dict] = {}
     encoded: set[str] = set()
@@ -141,11 +164,15 @@ def _write_sources(out: Path, size: str, seed: int, processes: int | None, token
     return files
 
 
-def _make_all(work: Sequence[Piece], size: str, seed: int, processes: int | None) -> Iterator[tuple[int, Iterator[list[samples.Sample]]]]:
+def _make_all(
+    work: Sequence[Piece], size: str, seed: int, processes: int | None
+) -> Iterator[tuple[int, Iterator[list[samples.Sample]]]]:
     """(source index, its pieces' samples in order) for each source, made by several processes ahead of the writer."""
     processes = min(os.cpu_count() or 1, 8) if processes is None else processes
+
     def by_source(piece):
         return piece.source
+
     if processes == 0:
         for number, group in itertools.groupby(work, by_source):
             yield number, (make(piece, size, seed) for piece in group)
@@ -172,7 +199,9 @@ def _finished(out: Path, fingerprint: str) -> dict | None:
         manifest = json.loads((out / "manifest.json").read_text())
         if manifest["fingerprint"] != fingerprint:
             return None
-        expected = {path: file["bytes"] for path, file in (manifest["files"] | manifest["standins"]).items()} | {"id_table.json": manifest["id_table"]["bytes"]}
+        expected = {path: file["bytes"] for path, file in (manifest["files"] | manifest["standins"]).items()} | {
+            "id_table.json": manifest["id_table"]["bytes"]
+        }
         return manifest if all((out / path).stat().st_size == size for path, size in expected.items()) else None
     except (OSError, ValueError, KeyError):
         return None
@@ -185,12 +214,17 @@ def _fingerprint(size: str, seed: int) -> str:
         try:
             digest.update(f"{package} {importlib.metadata.version(package)}".encode())
         except importlib.metadata.PackageNotFoundError:
-            raise UserError(f"building the quickstart data needs the package {package!r}: `pip install {package}`, or run `make quickstart`, which installs what it needs") from None
+            raise UserError(
+                f"building the quickstart data needs the package {package!r}: `pip install {package}`, or "
+                "run `make quickstart`, which installs what it needs"
+            ) from None
     package = Path(__file__).parent
     sources = [*package.glob("*.py"), *(package / "standins").glob("*.py")]
     for file in sorted([*sources, *(path for path in assets.FOLDER.rglob("*") if path.is_file())]):
         digest.update(str(file.relative_to(package)).encode() + hashlib.sha256(file.read_bytes()).digest())
-    benchmarks = importlib.util.find_spec("mindvl_jax.evaluation.benchmarks").origin  # the stand-ins have its columns; importing it loads JAX
+    benchmarks = importlib.util.find_spec(
+        "mindvl_jax.evaluation.benchmarks"
+    ).origin  # the stand-ins have its columns; importing it loads JAX
     digest.update(hashlib.sha256(Path(benchmarks).read_bytes()).digest())
     return digest.hexdigest()
 
@@ -200,11 +234,17 @@ def _describe(path: Path) -> dict:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m examples.quickstart.build", description="Builds the quickstart data.")
-    parser.add_argument("--out", type=Path, default=Path("data/quickstart"), help="folder to write (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.quickstart.build", description="Builds the quickstart data."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("data/quickstart"), help="folder to write (default: %(default)s)"
+    )
     parser.add_argument("--size", choices=SIZES, default="standard")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=None, help="working processes (default: one a core, at most 8; 0: none)")
+    parser.add_argument(
+        "--processes", type=int, default=None, help="working processes (default: one a core, at most 8; 0: none)"
+    )
     options = parser.parse_args(arguments)
     try:
         build(options.out, options.size, options.seed, options.processes)

@@ -1,6 +1,7 @@
 """Bar charts of real tables with questions about them. Scored on unseen tables.
 
-One bar a row of 28 pixels: its label (two tokens), the bar (two tokens), its value (three tokens, a printed digit each).
+One bar a row of 28 pixels: its label (two tokens), the bar (two tokens), its value (three tokens, a printed digit
+each).
 """
 
 from __future__ import annotations
@@ -94,11 +95,22 @@ def draw(rng: random.Random, split: assets.Split, chart: Chart) -> Image.Image:
     height = rng.randint(14, 20)
     for row, (label, value, colour) in enumerate(zip(chart.labels, chart.values, chart.colours)):
         top = CELL * row
-        pen.text((2, top + CELL // 2), label, font=_fitting(face, label, CELL * LABEL_CELLS - 4), fill=(20, 20, 20), anchor="lm")
+        pen.text(
+            (2, top + CELL // 2),
+            label,
+            font=_fitting(face, label, CELL * LABEL_CELLS - 4),
+            fill=(20, 20, 20),
+            anchor="lm",
+        )
         margin = (CELL - height) // 2
-        pen.rectangle((bar_left, top + margin, bar_left + 6 + round((longest - 6) * value / most), top + margin + height), fill=NAMED_COLOURS[colour])
+        pen.rectangle(
+            (bar_left, top + margin, bar_left + 6 + round((longest - 6) * value / most), top + margin + height),
+            fill=NAMED_COLOURS[colour],
+        )
         for place, digit in enumerate(str(value)):
-            pen.text((value_left + CELL * place + CELL / 2, top + 21), digit, font=value_font, fill=(20, 20, 20), anchor="ms")
+            pen.text(
+                (value_left + CELL * place + CELL / 2, top + 21), digit, font=value_font, fill=(20, 20, 20), anchor="ms"
+            )
     return picture
 
 

@@ -10,8 +10,20 @@ from examples.quickstart.samples import Sample, png
 
 # The first wording of each is the one that the task itself uses and is scored with.
 WORDINGS = {
-    "digits": (digits.QUESTION, "What number is this?", "Which digits do you see?", "Type the digits.", "what is the number in the image?"),
-    "word": (words.QUESTION, "Spell the word.", "What does it say?", "Which word is this?", "what is written in the image?"),
+    "digits": (
+        digits.QUESTION,
+        "What number is this?",
+        "Which digits do you see?",
+        "Type the digits.",
+        "what is the number in the image?",
+    ),
+    "word": (
+        words.QUESTION,
+        "Spell the word.",
+        "What does it say?",
+        "Which word is this?",
+        "what is written in the image?",
+    ),
     "emoji": (emoji.QUESTION, "Name this.", "What do you see?", "What does the picture show?"),
 }
 FOLLOW_UPS = {
@@ -40,7 +52,9 @@ THINGS = {"digits": "number", "word": "word", "chart": "chart"}
 Maker = Callable[[random.Random, assets.Split, list[tuple[str, int]]], Sample]
 
 
-def conversations(rng: random.Random, split: assets.Split, pairs: list[tuple[str, int]], count: int) -> Iterator[Sample]:
+def conversations(
+    rng: random.Random, split: assets.Split, pairs: list[tuple[str, int]], count: int
+) -> Iterator[Sample]:
     makers: list[Maker] = [_digits, _word, _emoji, _choice, _called, _shape, _chart, _refusal]
     for _ in range(count):
         yield rng.choice(makers)(rng, split, pairs)
@@ -85,7 +99,9 @@ def _choice(rng: random.Random, split: assets.Split, pairs: list[tuple[str, int]
     others = rng.sample([number for number in range(len(assets.concepts())) if number != concept], 3)
     options = [concept, *others]
     rng.shuffle(options)
-    question = TEMPLATES[rng.choice(("choice", "letter"))].format(**{letter: assets.concepts()[option] for letter, option in zip("abcd", options)})
+    question = TEMPLATES[rng.choice(("choice", "letter"))].format(
+        **{letter: assets.concepts()[option] for letter, option in zip("abcd", options)}
+    )
     return Sample("chat/choice", png(emoji.vary(rng, artist, concept)), ((question, "ABCD"[options.index(concept)]),))
 
 
@@ -107,15 +123,23 @@ def _shape(rng: random.Random, split: assets.Split, pairs: list[tuple[str, int]]
 
 def _shape_parts(rng: random.Random, split: assets.Split) -> tuple[bytes, tuple[tuple[str, str], ...]]:
     picture, shape, colour = rng.choice(shapes.described(split))
-    questions = [shapes.yes_no_question(rng, shape, colour) for _ in range(rng.randint(1, 2))] + [shapes.open_question(rng, shape, colour, rng.random() < 0.5)]
+    questions = [shapes.yes_no_question(rng, shape, colour) for _ in range(rng.randint(1, 2))] + [
+        shapes.open_question(rng, shape, colour, rng.random() < 0.5)
+    ]
     rng.shuffle(questions)
-    return picture.file.read_bytes(), tuple((question, shapes.answer(question, shape, colour)) for question in dict.fromkeys(questions))
+    return picture.file.read_bytes(), tuple(
+        (question, shapes.answer(question, shape, colour)) for question in dict.fromkeys(questions)
+    )
 
 
 def _chart(rng: random.Random, split: assets.Split, pairs: list[tuple[str, int]]) -> Sample:
     chart = charts.choose(rng, split)
     turns = dict(charts.question_about(rng, chart) for _ in range(rng.randint(2, 3)))
-    return Sample("chat/chart", png(charts.draw(rng, split, chart)), tuple((_instructed(rng, question), answer) for question, answer in turns.items()))
+    return Sample(
+        "chat/chart",
+        png(charts.draw(rng, split, chart)),
+        tuple((_instructed(rng, question), answer) for question, answer in turns.items()),
+    )
 
 
 def _refusal(rng: random.Random, split: assets.Split, pairs: list[tuple[str, int]]) -> Sample:

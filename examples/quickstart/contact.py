@@ -16,7 +16,9 @@ CAPTION_LINES, LINE = 4, 12
 
 
 def write_sheets(folder: Path, files: Iterable[str], pictures: int) -> None:
-    """One PNG of at most `pictures` images for each of the parquet files below `folder` that has any, into `folder/contact`."""
+    """One PNG of at most `pictures` images for each of the parquet files below `folder` that has any, into
+    `folder/contact`.
+    """
     target = folder / "contact"
     target.mkdir(exist_ok=True)
     for path in sorted(folder / file for file in files):
@@ -41,7 +43,9 @@ def sheet(rows: Sequence[dict]) -> Image.Image:
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(10)
     for index, (picture, caption) in enumerate(zip(pictures, captions)):
         left, top = index % COLUMNS * width + 4, index // COLUMNS * height + 4
-        canvas.paste(picture.resize((picture.width * ZOOM, picture.height * ZOOM), Image.Resampling.NEAREST), (left, top))
+        canvas.paste(
+            picture.resize((picture.width * ZOOM, picture.height * ZOOM), Image.Resampling.NEAREST), (left, top)
+        )
         lines = textwrap.wrap(caption, width // 6)[:CAPTION_LINES]
         pen.text((left, top + picture.height * ZOOM), "\n".join(lines), font=font, fill="white", spacing=1)
     return canvas

@@ -27,13 +27,24 @@ def withheld(artist: int, concept: int) -> bool:
 
 
 def drawings(split: assets.Split, concepts: int, more: bool = False) -> list[tuple[str, int]]:
-    """(artist, concept) pairs of a split, over the first `concepts` concepts; with `more` those of the further artists too."""
+    """(artist, concept) pairs of a split, over the first `concepts` concepts; with `more` those of the further artists
+    too.
+    """
     if split == "test":
         return [(artist, concept) for artist in assets.TEST_ARTISTS for concept in range(concepts)]
     pairs = [(number, concept) for number in range(len(assets.TRAIN_ARTISTS)) for concept in range(concepts)]
-    chosen = [(assets.TRAIN_ARTISTS[number], concept) for number, concept in pairs if withheld(number, concept) == (split == "validation")]
+    chosen = [
+        (assets.TRAIN_ARTISTS[number], concept)
+        for number, concept in pairs
+        if withheld(number, concept) == (split == "validation")
+    ]
     if more and split == "train":
-        chosen += [(artist, concept) for artist in assets.MORE_ARTISTS for concept in range(concepts) if concept in assets.drawn_by(artist)]
+        chosen += [
+            (artist, concept)
+            for artist in assets.MORE_ARTISTS
+            for concept in range(concepts)
+            if concept in assets.drawn_by(artist)
+        ]
     return chosen
 
 
@@ -58,7 +69,11 @@ def vary(rng: random.Random, artist: str, concept: int) -> Image.Image:
         drawn = _outline(drawn)
     drawn = _recolour(rng, drawn)
     side = drawn.width
-    scale, aspect, angle = rng.uniform(0.78, 1.08) * SIDE / side, rng.uniform(0.9, 1.1), math.radians(rng.uniform(-12, 12))
+    scale, aspect, angle = (
+        rng.uniform(0.78, 1.08) * SIDE / side,
+        rng.uniform(0.9, 1.1),
+        math.radians(rng.uniform(-12, 12)),
+    )
     mirror = -1 if rng.random() < 0.4 and not _HANDED.search(assets.concepts()[concept]) else 1
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
     a, b, d, e = mirror * cos * aspect, sin * aspect, -mirror * sin / aspect, cos / aspect
@@ -97,8 +112,16 @@ def _recolour(rng: random.Random, drawn: Image.Image) -> Image.Image:
     hue = math.radians(rng.gauss(0, 10))
     cos, sin = math.cos(hue), math.sin(hue) / math.sqrt(3)
     third = (1 - cos) / 3
-    rotation = np.float32([[cos + third, third - sin, third + sin], [third + sin, cos + third, third - sin], [third - sin, third + sin, cos + third]])
+    rotation = np.float32(
+        [
+            [cos + third, third - sin, third + sin],
+            [third + sin, cos + third, third - sin],
+            [third - sin, third + sin, cos + third],
+        ]
+    )
     colour = saturation * rotation + (1 - saturation) * np.full((3, 3), 1 / 3, np.float32)
     gain, offset = rng.uniform(0.8, 1.15), rng.uniform(-20, 20)
     changed = (pixels[..., :3] @ colour.T - 128) * gain + 128 + offset
-    return Image.fromarray(np.concatenate([np.clip(changed, 0, 255), pixels[..., 3:]], axis=-1).astype(np.uint8), "RGBA")
+    return Image.fromarray(
+        np.concatenate([np.clip(changed, 0, 255), pixels[..., 3:]], axis=-1).astype(np.uint8), "RGBA"
+    )

@@ -1,4 +1,7 @@
-"""Colours and small drawing helpers that several tasks share. Images are multiples of 28 pixels: no resizing blurs them."""
+"""Colours and small drawing helpers that several tasks share.
+
+Images are multiples of 28 pixels: no resizing blurs them.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,9 @@ def ink_and_paper(rng: random.Random, coloured: bool) -> tuple[tuple[int, int, i
 
 
 def paint(coverage: np.ndarray, ink: tuple[int, int, int], paper: tuple[int, int, int]) -> np.ndarray:
-    """Mixes two colours by a (height, width) uint8 coverage; (height, width) when both are grey, else (height, width, 3)."""
+    """Mixes two colours by a (height, width) uint8 coverage; (height, width) when both are grey, else (height, width,
+    3).
+    """
     share = coverage.astype(np.float32)[..., None] / 255
     grey = len(set(ink)) == 1 and len(set(paper)) == 1
     ink_, paper_ = np.float32(ink[:1] if grey else ink), np.float32(paper[:1] if grey else paper)
@@ -43,21 +48,32 @@ def paint(coverage: np.ndarray, ink: tuple[int, int, int], paper: tuple[int, int
     return mixed[..., 0] if grey else mixed
 
 
-def warp(rng: random.Random, picture: Image.Image, side: int, affine: tuple[float, ...], wobble: float, cells: int) -> Image.Image:
+def warp(
+    rng: random.Random, picture: Image.Image, side: int, affine: tuple[float, ...], wobble: float, cells: int
+) -> Image.Image:
     """The image seen through a map from a square of `side` pixels to its own, bent a little.
 
     Args:
-      affine: (a, b, c, d, e, f), from a place (x, y) of the result to (a x + b y + c, d x + e y + f) of `picture`, as PIL wants it.
-      wobble: standard deviation, in pixels of `picture`, by which each corner of a grid of `cells` x `cells` is moved besides;
-        between corners the map is bilinear, so it stays continuous. 0 is the affine map alone.
+      affine: (a, b, c, d, e, f), from a place (x, y) of the result to (a x + b y + c, d x + e y + f) of `picture`, as
+        PIL wants it.
+      wobble: standard deviation, in pixels of `picture`, by which each corner of a grid of `cells` x `cells` is moved
+        besides; between corners the map is bilinear, so it stays continuous. 0 is the affine map alone.
     """
     a, b, c, d, e, f = affine
     if wobble == 0:
         return picture.transform((side, side), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
     places = [round(number * side / cells) for number in range(cells + 1)]
-    corner = {(x, y): (a * x + b * y + c + rng.gauss(0, wobble), d * x + e * y + f + rng.gauss(0, wobble)) for x in places for y in places}
+    corner = {
+        (x, y): (a * x + b * y + c + rng.gauss(0, wobble), d * x + e * y + f + rng.gauss(0, wobble))
+        for x in places
+        for y in places
+    }
     mesh = [
-        ((left, top, right, bottom), (*corner[left, top], *corner[left, bottom], *corner[right, bottom], *corner[right, top]))
-        for left, right in itertools.pairwise(places) for top, bottom in itertools.pairwise(places)
+        (
+            (left, top, right, bottom),
+            (*corner[left, top], *corner[left, bottom], *corner[right, bottom], *corner[right, top]),
+        )
+        for left, right in itertools.pairwise(places)
+        for top, bottom in itertools.pairwise(places)
     ]
     return picture.transform((side, side), Image.Transform.MESH, mesh, Image.Resampling.BILINEAR)

@@ -1,8 +1,9 @@
 """easy-VQA: a coloured shape in a 64-pixel image, asked about in 107 published wordings.
 
-Each published image shows one shape in one colour, and its questions give both away. From them every wording can be asked of
-every training image. Open questions come first, as they cannot be answered blind: the published mix answers 67 % of its test
-questions without a look at the image, and a small model finds that first. What is asked in the end is as published.
+Each published image shows one shape in one colour, and its questions give both away. From them every wording can be
+asked of every training image. Open questions come first, as they cannot be answered blind: the published mix answers 67
+% of its test questions without a look at the image, and a small model finds that first. What is asked in the end is as
+published.
 """
 
 from __future__ import annotations
@@ -62,19 +63,26 @@ def shown(picture: assets.Picture) -> tuple[str, str] | None:
 
 
 def open_question(rng: random.Random, shape: str, colour: str, about_colour: bool) -> str:
-    fitting = [question for question in wordings()[0 if about_colour else 1] if asked_value(question) in (None, shape, colour)]
+    fitting = [
+        question for question in wordings()[0 if about_colour else 1] if asked_value(question) in (None, shape, colour)
+    ]
     return rng.choice(fitting)
 
 
 def yes_no_question(rng: random.Random, shape: str, colour: str) -> str:
     """About a shape as often as about a colour, and each about something present as often as about something absent.
 
-    Drawn from all wordings at once, questions about shapes would be about the shape shown in 69 % of cases, as an image lacks
-    seven colours but only two shapes; a small model then says so without a look (0.30 of the published shape questions right).
+    Drawn from all wordings at once, questions about shapes would be about the shape shown in 69 % of cases, as an image
+    lacks seven colours but only two shapes; a small model then says so without a look (0.30 of the published shape
+    questions right).
     """
     asked, shown = rng.choice(((SHAPES, shape), (COLOURS, colour)))
     present = rng.random() < 0.5
-    fitting = [question for question in wordings()[2] if (value := asked_value(question)) in asked and (value == shown) == present]
+    fitting = [
+        question
+        for question in wordings()[2]
+        if (value := asked_value(question)) in asked and (value == shown) == present
+    ]
     return rng.choice(fitting)
 
 
@@ -82,14 +90,19 @@ def open_questions(rng: random.Random, split: assets.Split, start: int, count: i
     """Colour and shape of each image, neither of which can be told blind or from the other."""
     for picture, shape, colour in _cycle(split, start, count):
         questions = [open_question(rng, shape, colour, about_colour) for about_colour in rng.sample((True, False), 2)]
-        yield Sample("easyvqa", picture.file.read_bytes(), tuple((question, answer(question, shape, colour)) for question in questions))
+        yield Sample(
+            "easyvqa",
+            picture.file.read_bytes(),
+            tuple((question, answer(question, shape, colour)) for question in questions),
+        )
 
 
 def conversations(rng: random.Random, split: assets.Split, start: int, count: int) -> Iterator[Sample]:
     """One to four of the published questions about each image; loss falls on every answer.
 
-    As published, so that what the set teaches can be compared: nine in eleven of its yes-or-no answers follow from the question's kind.
-    Balanced ones (`yes_no_question`) were tried here: two thousand steps and 400 more on them alone left yes or no a coin's throw.
+    As published, so that what the set teaches can be compared: nine in eleven of its yes-or-no answers follow from the
+    question's kind. Balanced ones (`yes_no_question`) were tried here: two thousand steps and 400 more on them alone
+    left yes or no a coin's throw.
     """
     for picture, _, _ in _cycle(split, start, count):
         chosen = rng.sample(picture.questions, min(rng.randint(1, MOST_TURNS), len(picture.questions)))
@@ -98,7 +111,9 @@ def conversations(rng: random.Random, split: assets.Split, start: int, count: in
 
 def published(split: assets.Split, count: int) -> list[Sample]:
     """A fixed draw of published questions, one a sample."""
-    everything = [(picture, question, reply) for picture in assets.shape_pictures(split) for question, reply in picture.questions]
+    everything = [
+        (picture, question, reply) for picture in assets.shape_pictures(split) for question, reply in picture.questions
+    ]
     chosen = random.Random(f"easyvqa/{split}").sample(everything, min(count, len(everything)))
     return [Sample("easyvqa", picture.file.read_bytes(), ((question, reply),)) for picture, question, reply in chosen]
 

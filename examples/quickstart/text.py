@@ -24,7 +24,16 @@ TEMPLATES = {
 
 
 def texts(rng: random.Random, split: assets.Split, count: int) -> Iterator[Sample]:
-    kinds: list[Callable[[random.Random, assets.Split], Sample]] = [_digits, _word, _guess, _name, _shape, _shape, _chart, _chart]
+    kinds: list[Callable[[random.Random, assets.Split], Sample]] = [
+        _digits,
+        _word,
+        _guess,
+        _name,
+        _shape,
+        _shape,
+        _chart,
+        _chart,
+    ]
     for _ in range(count):
         yield rng.choice(kinds)(rng, split)
 
@@ -35,7 +44,11 @@ def _digits(rng: random.Random, split: assets.Split) -> Sample:
 
 
 def _word(rng: random.Random, split: assets.Split) -> Sample:
-    word = words.spelled(rng.choice(assets.words(split)) if rng.random() < 0.7 else "".join(rng.choice(string.ascii_lowercase) for _ in range(rng.randint(1, 5))))
+    word = words.spelled(
+        rng.choice(assets.words(split))
+        if rng.random() < 0.7
+        else "".join(rng.choice(string.ascii_lowercase) for _ in range(rng.randint(1, 5)))
+    )
     return Sample("text/word", None, ((TEMPLATES["word"].format(value=word), word),))
 
 
@@ -51,12 +64,28 @@ def _name(rng: random.Random, split: assets.Split) -> Sample:
 
 def _shape(rng: random.Random, split: assets.Split) -> Sample:
     shape, colour = rng.choice(shapes.SHAPES), rng.choice(shapes.COLOURS)
-    question = shapes.yes_no_question(rng, shape, colour) if rng.random() < 0.7 else shapes.open_question(rng, shape, colour, rng.random() < 0.5)
-    return Sample("text/shape", None, ((TEMPLATES["shape"].format(colour=colour, shape=shape, question=question), shapes.answer(question, shape, colour)),))
+    question = (
+        shapes.yes_no_question(rng, shape, colour)
+        if rng.random() < 0.7
+        else shapes.open_question(rng, shape, colour, rng.random() < 0.5)
+    )
+    return Sample(
+        "text/shape",
+        None,
+        (
+            (
+                TEMPLATES["shape"].format(colour=colour, shape=shape, question=question),
+                shapes.answer(question, shape, colour),
+            ),
+        ),
+    )
 
 
 def _chart(rng: random.Random, split: assets.Split) -> Sample:
     chart = charts.choose(rng, split)
     question, answer = charts.question_about(rng, chart)
-    bars = "; ".join(TEMPLATES["bar"].format(label=label, colour=colour, value=value) for label, colour, value in zip(chart.labels, chart.colours, chart.values))
+    bars = "; ".join(
+        TEMPLATES["bar"].format(label=label, colour=colour, value=value)
+        for label, colour, value in zip(chart.labels, chart.colours, chart.values)
+    )
     return Sample("text/chart", None, ((TEMPLATES["chart"].format(bars=bars, question=question), answer),))

@@ -19,12 +19,38 @@ from mindvl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 TOKENIZER = "qwen3"
 
 # Control tokens of the template and of media. The order of the table is its ids' order; pad comes first, as id 0.
-CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-TEMPLATE = ("system", "user", "assistant", "tool", "\n", "\n\n", "You are a helpful assistant.", "Picture 1: ", "Video 1: ", "Yes", "No", "yes", "no")
+CONTROL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+TEMPLATE = (
+    "system",
+    "user",
+    "assistant",
+    "tool",
+    "\n",
+    "\n\n",
+    "You are a helpful assistant.",
+    "Picture 1: ",
+    "Video 1: ",
+    "Yes",
+    "No",
+    "yes",
+    "no",
+)
 
 
 def id_table(further: Iterable[str] = ()) -> list[int]:
-    """Real ids in compact order: control tokens, then all others by rising id. `further` texts can be written as well."""
+    """Real ids in compact order: control tokens, then all others by rising id.
+
+    `further` texts can be written as well.
+    """
     tokenizer = load_tokenizer(TokenizerConfig(path=TOKENIZER))
     control = [tokenizer.token_id(token) for token in CONTROL]
     found = set(_single_bytes(tokenizer))
@@ -39,7 +65,14 @@ def closed_texts() -> Iterator[str]:
     for template in (*_templates(), *itertools.chain(*shapes.wordings())):
         yield template
         yield " " + template  # text data puts a question behind what it is about
-    slots = (*string.ascii_letters, *string.digits, *string.punctuation, *assets.concepts(), *shapes.SHAPES, *shapes.COLOURS)
+    slots = (
+        *string.ascii_letters,
+        *string.digits,
+        *string.punctuation,
+        *assets.concepts(),
+        *shapes.SHAPES,
+        *shapes.COLOURS,
+    )
     for slot in (*slots, *pictures.NAMED_COLOURS, *captions.PAPERS, *charts.PLACES, *chat.THINGS.values()):
         yield slot
         yield " " + slot
@@ -47,7 +80,9 @@ def closed_texts() -> Iterator[str]:
         for column in assets.columns(split):
             yield from (" " + label for label in column.labels)  # no text begins with a label
     # Every published test question uses a wording of the training part; this keeps the table right should that change.
-    yield from sorted({piece for picture in assets.shape_pictures("test") for pair in picture.questions for piece in pair})
+    yield from sorted(
+        {piece for picture in assets.shape_pictures("test") for pair in picture.questions for piece in pair}
+    )
 
 
 def _templates() -> Iterator[str]:
@@ -60,7 +95,9 @@ def _templates() -> Iterator[str]:
     for questions in chat.FOLLOW_UPS.values():
         templates += questions
     for template in [*templates, *(template + chat.WORD_OR_PHRASE for template in templates)]:
-        yield re.sub(r"\{\w+\}", "x", template)  # a letter stands for what is filled in, so that its neighbours split as they will
+        yield re.sub(
+            r"\{\w+\}", "x", template
+        )  # a letter stands for what is filled in, so that its neighbours split as they will
 
 
 def _single_bytes(tokenizer: Tokenizer) -> Iterable[int]:

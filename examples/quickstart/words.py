@@ -29,7 +29,9 @@ def spelled(word: str) -> str:
 
 
 def reading(rng: random.Random, split: assets.Split, count: int, setting: Setting) -> Iterator[Sample]:
-    """Words; in training one of five is a random string of 1 to 5 letters, so that letters are read and words not guessed."""
+    """Words; in training one of five is a random string of 1 to 5 letters, so that letters are read and words not
+    guessed.
+    """
     task = "words" if setting == "cells" else "typeset"
     known = assets.words(split)
     order = list(range(len(known)))
@@ -69,7 +71,13 @@ def draw(rng: random.Random, split: assets.Split, text: str, setting: Setting) -
     drop = rng.randint(-1, 1)
     if setting == "cells":
         for place, letter in enumerate(text):
-            pen.text((CELL * place + CELL / 2 + rng.randint(-1, 1), BASELINE + drop), letter, font=font, fill=255, anchor="ms")
+            pen.text(
+                (CELL * place + CELL / 2 + rng.randint(-1, 1), BASELINE + drop),
+                letter,
+                font=font,
+                fill=255,
+                anchor="ms",
+            )
     else:
         pen.text((left, BASELINE + drop), text, font=font, fill=255, anchor="ls")
     return paint(np.asarray(coverage), *ink_and_paper(rng, coloured=rng.random() < 0.4))

@@ -1,9 +1,9 @@
 """Checkpoints by Orbax: asynchronous, atomic, the newest N kept, restored onto any mesh.
 
-A checkpoint is `checkpoints/<step>/` with four items: `params` (nested by path), `optimizer` (optimizer state and counters),
-`progress` (JSON: phase, loader state, fingerprints) and `config` (JSON: the resolved configuration); a run with `training.ema_decay`
-adds `ema`. Every array carries a fingerprint of its bits, and progress and config a seal over both, so a checkpoint that reads without
-an error but with other values counts as damaged too.
+A checkpoint is `checkpoints/<step>/` with four items: `params` (nested by path), `optimizer` (optimizer state and
+counters), `progress` (JSON: phase, loader state, fingerprints) and `config` (JSON: the resolved configuration); a run
+with `training.ema_decay` adds `ema`. Every array carries a fingerprint of its bits, and progress and config a seal over
+both, so a checkpoint that reads without an error but with other values counts as damaged too.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from jax.sharding import Mesh
 
 from mindvl_jax.config.schema import CheckpointConfig, Config, MeshConfig
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.parallel.mesh import make_mesh
-from mindvl_jax.parallel.rules import parameter_shardings
 from mindvl_jax.core.params import Outline, Params
 from mindvl_jax.models.outline import outline_of
+from mindvl_jax.parallel.mesh import make_mesh
+from mindvl_jax.parallel.rules import parameter_shardings
 
 FOLDER = "checkpoints"
 log = logging.getLogger(__name__)
@@ -45,11 +45,12 @@ class Progress:
     """Where a run stands, as the host knows it.
 
     Attributes:
-      step: optimizer steps done over all phases. phase: index of the phase that the state belongs to. phase_name: its name.
+      step: optimizer steps done over all phases. phase: index of the phase that the state belongs to. phase_name: its
+        name.
       phase_step: steps done in it.
       trained: paths of the parameters that it trains.
-      loader: the loader's state after the last batch of `step`, at the end of a phase too: the phase may be made longer.
-        None before the first batch of a phase.
+      loader: the loader's state after the last batch of `step`, at the end of a phase too: the phase may be made
+        longer. None before the first batch of a phase.
       totals: running counts over the run (tokens, samples, seconds).
     """
 
@@ -70,7 +71,8 @@ def _fingerprints(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     def one(x: jax.Array) -> jax.Array:
         width = jnp.dtype(x.dtype).itemsize
         bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[width]).astype(jnp.uint32)
-        # An odd weight for each element: swapped values change the sum too. Integer sums wrap and do not depend on the mesh.
+        # An odd weight for each element: swapped values change the sum too. Integer sums wrap and do not depend on the
+        # mesh.
         place = jnp.zeros(bits.shape, jnp.uint32)
         stride = 1
         for axis in reversed(range(bits.ndim)):
@@ -87,8 +89,12 @@ def fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
 
 
 def _seal(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """Digest of what the host knows of a run: step, phase, data position, waiting samples, totals, fingerprints, configuration."""
-    return hashlib.blake2b(json.dumps([record, config], sort_keys=True, allow_nan=True).encode(), digest_size=16).hexdigest()
+    """Digest of what the host knows of a run: step, phase, data position, waiting samples, totals, fingerprints,
+    configuration.
+    """
+    return hashlib.blake2b(
+        json.dumps([record, config], sort_keys=True, allow_nan=True).encode(), digest_size=16
+    ).hexdigest()
 
 
 # --- layout ----------------------------------------------------------------------------------------------------------
@@ -123,7 +129,11 @@ def locate(path: str | Path) -> tuple[Path, int | None]:
     for folder in (path / FOLDER, path):
         if folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir()):
             return folder, None
-    found = "it does not exist" if not path.exists() else "it holds " + (", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing")
+    found = (
+        "it does not exist"
+        if not path.exists()
+        else "it holds " + (", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing")
+    )
     raise UserError(f"{path}: expected a run folder or one checkpoint (RUN/{FOLDER}/STEP), but {found}")
 
 
@@ -136,11 +146,24 @@ def has_checkpoints(run_dir: str | Path) -> bool:
 
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT)
+_UNWRITABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+)
 
 
 def _tells_of(error: BaseException | None, codes: tuple[int, ...]) -> bool:
-    """Whether a failed write tells of a full disk, a quota or a limit of file sizes. TensorStore says so in its text alone."""
+    """Whether a failed write tells of a full disk, a quota or a limit of file sizes.
+
+    TensorStore says so in its text alone.
+    """
     while error is not None:
         if getattr(error, "errno", None) in codes or any(f"os_error_code='{code}'" in str(error) for code in codes):
             return True
@@ -150,23 +173,31 @@ def _tells_of(error: BaseException | None, codes: tuple[int, ...]) -> bool:
 
 @contextlib.contextmanager
 def room_in(run_dir: str | Path) -> Iterator[None]:
-    """Turn what a full, read-only or failing disk raises inside, and memory that runs out, into a UserError that says what is safe.
-    A save in the background that failed is heard of at a later call."""
+    """Turn what a full, read-only or failing disk raises inside, and memory that runs out, into a UserError that says
+    what is safe. A save in the background that failed is heard of at a later call.
+    """
     try:
         yield
     except Exception as error:
         said = (str(error).splitlines() or [type(error).__name__])[0][-200:]
         if _tells_of(error, _NO_ROOM):
             raise UserError(
-                f"run.dir={run_dir}: no room left to write ({said}). Make room (checkpoint.keep says how many checkpoints stay) "
+                f"run.dir={run_dir}: no room left to write ({said}). Make room (checkpoint.keep says how "
+                "many checkpoints stay) "
                 f"and start the same command again: {_safe(run_dir)}"
             ) from error
         if isinstance(error, UserError):
             raise
         if _tells_of(error, _UNWRITABLE):
-            raise UserError(f"run.dir={run_dir}: a file cannot be read or written ({said}). Put it right and start the same command again: {_safe(run_dir)}") from error
+            raise UserError(
+                f"run.dir={run_dir}: a file cannot be read or written ({said}). Put it right and start the "
+                f"same command again: {_safe(run_dir)}"
+            ) from error
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in said:
-            raise UserError(f"out of memory ({said}); `mindvl plan` says what the configuration needs. {_safe(run_dir).capitalize()}") from error
+            raise UserError(
+                f"out of memory ({said}); `mindvl plan` says what the configuration needs. "
+                f"{_safe(run_dir).capitalize()}"
+            ) from error
         raise
 
 
@@ -176,7 +207,11 @@ def _safe(run_dir: str | Path) -> str:
         whole = sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit())
     except OSError:
         whole = []
-    return f"the checkpoint of step {whole[-1]} is whole, and run.resume: auto continues from it" if whole else "there is no checkpoint yet, so the run will start anew"
+    return (
+        f"the checkpoint of step {whole[-1]} is whole, and run.resume: auto continues from it"
+        if whole
+        else "there is no checkpoint yet, so the run will start anew"
+    )
 
 
 @dataclasses.dataclass
@@ -192,7 +227,7 @@ class _NewestAndBest:
 
 
 class CheckpointWriter:
-    """Saves into `run_dir/checkpoints`, in the background when the config says so; use as a context manager.
+    """Save into `run_dir/checkpoints`, in the background when the config says so; use as a context manager.
 
     Attributes:
       best: step that is kept beside the newest ones; None keeps the newest alone.
@@ -201,27 +236,42 @@ class CheckpointWriter:
     def __init__(self, run_dir: str | Path, config: CheckpointConfig):
         self.best: int | None = None
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_NewestAndBest(config.keep, lambda: self.best), enable_async_checkpointing=config.asynchronous, cleanup_tmp_directories=True
+            preservation_policy=_NewestAndBest(config.keep, lambda: self.best),
+            enable_async_checkpointing=config.asynchronous,
+            cleanup_tmp_directories=True,
         )
-        # Compression takes five times the processor time of everything else in the background, beside the steps on a CPU, and saves 8 % of the disk.
+        # Compression takes five times the processor time of everything else in the background, beside the steps on a
+        # CPU, and saves 8 % of the disk.
         handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ("params", "optimizer", "ema")}
         handlers |= {name: ocp.JsonCheckpointHandler() for name in ("progress", "config")}
-        self._manager = ocp.CheckpointManager((Path(run_dir) / FOLDER).absolute(), options=options, item_handlers=handlers)
+        self._manager = ocp.CheckpointManager(
+            (Path(run_dir) / FOLDER).absolute(), options=options, item_handlers=handlers
+        )
 
     def save(
-        self, params: Mapping[str, jax.Array], optimizer: Mapping[str, jax.Array], progress: Progress, config: Config, ema: Mapping[str, jax.Array] | None = None
+        self,
+        params: Mapping[str, jax.Array],
+        optimizer: Mapping[str, jax.Array],
+        progress: Progress,
+        config: Config,
+        ema: Mapping[str, jax.Array] | None = None,
     ) -> bool:
         """Copy the arrays, then write them; returns False when this step is saved already.
 
         The copy is complete on return: the caller may donate the arrays at once.
 
         Args:
-          optimizer: optimizer state and counters by name, such as `mu/<path>` and `step`. ema: the moving average by path.
+          optimizer: optimizer state and counters by name, such as `mu/<path>` and `step`. ema: the moving average by
+            path.
         """
         if progress.step in self._manager.all_steps():
             return False
         record = dataclasses.asdict(progress)
-        record["fingerprints"] = {**fingerprints(params), **fingerprints(_fingerprinted(optimizer)), **fingerprints(_ema_arrays(ema or {}))}
+        record["fingerprints"] = {
+            **fingerprints(params),
+            **fingerprints(_fingerprinted(optimizer)),
+            **fingerprints(_ema_arrays(ema or {})),
+        }
         plain = config.model_dump(mode="json")
         record["seal"] = _seal(record, plain)
         average = {} if ema is None else {"ema": ocp.args.PyTreeSave(_nest(ema))}
@@ -238,7 +288,7 @@ class CheckpointWriter:
         )
 
     def wait(self) -> None:
-        """Returns when everything saved so far is on disk."""
+        """Return when everything saved so far is on disk."""
         self._manager.wait_until_finished()
 
     def steps(self) -> list[int]:
@@ -258,7 +308,7 @@ class CheckpointWriter:
 
 
 class CheckpointReader:
-    """Reads the checkpoints of one folder."""
+    """Read the checkpoints of one folder."""
 
     def __init__(self, path: str | Path):
         folder, step = locate(path)
@@ -266,7 +316,9 @@ class CheckpointReader:
         self._manager = ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(create=False))
         steps = sorted(self._manager.all_steps(), reverse=True)
         if step is not None and step not in steps:
-            raise UserError(f"{path}: this checkpoint is not complete; complete ones: {', '.join(map(str, steps)) or 'none'}")
+            raise UserError(
+                f"{path}: this checkpoint is not complete; complete ones: {', '.join(map(str, steps)) or 'none'}"
+            )
         self.candidates: tuple[int, ...] = tuple(steps) if step is None else (step,)
 
     def progress(self, step: int) -> tuple[Progress, dict[str, int], dict]:
@@ -276,7 +328,9 @@ class CheckpointReader:
           DamagedCheckpoint: it cannot be read.
         """
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore(), config=ocp.args.JsonRestore()))
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(progress=ocp.args.JsonRestore(), config=ocp.args.JsonRestore())
+            )
             record = dict(restored["progress"])
             seal = record.pop("seal", None)  # checkpoints from before there were seals have none
             if seal is not None and seal != _seal(record, restored["config"]):
@@ -287,13 +341,17 @@ class CheckpointReader:
         except Exception as error:  # Orbax, tensorstore and json each raise their own; all mean the same here.
             raise DamagedCheckpoint(f"{self.folder / str(step)}: {_first_line(error)}") from error
 
-    def state(self, step: int, params: Mapping[str, Any], optimizer: Mapping[str, Any], prints: Mapping[str, int]) -> tuple[Params, dict[str, jax.Array]]:
+    def state(
+        self, step: int, params: Mapping[str, Any], optimizer: Mapping[str, Any], prints: Mapping[str, int]
+    ) -> tuple[Params, dict[str, jax.Array]]:
         """(parameters, optimizer state and counters by name), placed as the `jax.ShapeDtypeStruct`s given say.
 
         Raises:
           DamagedCheckpoint: it cannot be read, or its values are not those that were saved.
         """
-        item = self._restore(step, params=ocp.args.StandardRestore(_nest(params)), optimizer=ocp.args.StandardRestore(_nest(optimizer)))
+        item = self._restore(
+            step, params=ocp.args.StandardRestore(_nest(params)), optimizer=ocp.args.StandardRestore(_nest(optimizer))
+        )
         found, arrays = _flat(item["params"]), _flat(item["optimizer"])
         self._verify(step, {**found, **_fingerprinted(arrays)}, prints)
         return found, arrays
@@ -305,10 +363,14 @@ class CheckpointReader:
         return params
 
     def ema(self, step: int, target: Mapping[str, jax.ShapeDtypeStruct], prints: Mapping[str, int]) -> Params | None:
-        """The moving average in float32, placed as `target` says, None where the run kept none; DamagedCheckpoint as `state`."""
+        """The moving average in float32, placed as `target` says, None where the run kept none; DamagedCheckpoint as
+        `state`.
+        """
         if not any(name.startswith("ema/") for name in prints):
             return None
-        wanted = {path: jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=like.sharding) for path, like in target.items()}
+        wanted = {
+            path: jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=like.sharding) for path, like in target.items()
+        }
         ema = _flat(self._restore(step, ema=ocp.args.StandardRestore(_nest(wanted)))["ema"])
         self._verify(step, _ema_arrays(ema), prints)
         return ema
@@ -332,12 +394,16 @@ class CheckpointReader:
     def _verify(self, step: int, arrays: Mapping[str, jax.Array], prints: Mapping[str, int]) -> None:
         wrong = [path for path, value in fingerprints(arrays).items() if prints.get(path) != value]
         if wrong:
-            raise DamagedCheckpoint(f"{self.folder / str(step)}: values differ from what was saved in {len(wrong)} arrays, such as {wrong[0]}")
+            raise DamagedCheckpoint(
+                f"{self.folder / str(step)}: values differ from what was saved in {len(wrong)} arrays, such "
+                f"as {wrong[0]}"
+            )
 
 
 def _ignore_late_reads() -> None:
-    """When one array cannot be read, Orbax closes its event loop while others are still on their way, and each of those complains
-    with a traceback of its own. The one error that is raised says it all."""
+    """When one array cannot be read, Orbax closes its event loop while others are still on their way, and each of those
+    complains with a traceback of its own. The one error that is raised says it all.
+    """
     before = sys.unraisablehook
     if getattr(before, "ignores_late_reads", False):
         return
@@ -357,7 +423,9 @@ def _first_line(error: BaseException) -> str:
 
 def abstract_params(outline: Outline, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     shardings = parameter_shardings(outline.axis_names, {path: s.shape for path, s in outline.shapes.items()}, mesh)
-    return {path: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[path]) for path, s in outline.shapes.items()}
+    return {
+        path: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[path]) for path, s in outline.shapes.items()
+    }
 
 
 def load_params(path: str | Path, mesh: Mesh | None = None, *, ema: bool = False) -> tuple[Config, Params]:
@@ -384,7 +452,10 @@ def load_params(path: str | Path, mesh: Mesh | None = None, *, ema: bool = False
                 damaged.append(str(error))
                 continue
             if params is None:
-                raise UserError(f"{reader.folder / str(step)} holds no moving average; train with training.ema_decay, or leave out `:ema`")
+                raise UserError(
+                    f"{reader.folder / str(step)} holds no moving average; train with training.ema_decay, or "
+                    "leave out `:ema`"
+                )
             return config, {p: value.astype(target[p].dtype) for p, value in params.items()} if ema else params
     raise UserError(f"{path}: no checkpoint can be read whole:\n  " + "\n  ".join(damaged or ["there is none"]))
 
@@ -393,5 +464,3 @@ def load_weights(path: str | Path, mesh: Mesh | None = None, *, ema: bool = Fals
     """As `load_params`, with the parameters as an nnx.State that `nnx.update(model, state)` takes."""
     config, params = load_params(path, mesh, ema=ema)
     return config, outline_of(config.model, config.adapters).state(params)
-
-

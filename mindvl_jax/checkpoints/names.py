@@ -12,7 +12,9 @@ EMA = ":ema"
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is one of our runs or checkpoints rather than a Hugging Face folder."""
-    return not (folder / "config.json").is_file() and ((folder / "checkpoints").is_dir() or (folder / "params").exists() or (folder / "_CHECKPOINT_METADATA").exists())
+    return not (folder / "config.json").is_file() and (
+        (folder / "checkpoints").is_dir() or (folder / "params").exists() or (folder / "_CHECKPOINT_METADATA").exists()
+    )
 
 
 def named_folder(name: str | Path) -> tuple[Path, bool]:

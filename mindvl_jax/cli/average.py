@@ -18,15 +18,36 @@ EPILOG = common.examples(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", nargs="+", required=True, metavar="DIR", help="runs, checkpoints or Hugging Face folders, in order of training for ema; RUN:all is every checkpoint of a run, RUN:ema its moving average")
-    parser.add_argument("--out", required=True, metavar="DIR", help="Hugging Face folder to write; must be empty or absent")
-    parser.add_argument("--method", choices=("uniform", "weighted", "ema", "soup"), default="uniform",
-                        help="uniform mean; weighted mean (--by); exponential moving average (--decay); soup keeps only what helps on --tasks")
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="runs, checkpoints or Hugging Face folders, in order of training for ema; RUN:all is every "
+        "checkpoint of a run, RUN:ema its moving average",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="Hugging Face folder to write; must be empty or absent"
+    )
+    parser.add_argument(
+        "--method",
+        choices=("uniform", "weighted", "ema", "soup"),
+        default="uniform",
+        help="uniform mean; weighted mean (--by); exponential moving average (--decay); soup keeps only what "
+        "helps on --tasks",
+    )
     parser.add_argument("--by", nargs="+", type=float, metavar="W", help="weight of each model, normalised")
     parser.add_argument("--decay", type=float, default=0.9, help="of the moving average")
     parser.add_argument("--tasks", metavar="NAMES", help="validation tasks of the soup, as in `mindvl evaluate`")
     parser.add_argument("--data", metavar="DIR", default=".", help="folder with the benchmarks' files")
-    parser.add_argument("--max-samples", "--limit", dest="limit", type=int, metavar="N", help="only the first N samples of each validation task")
+    parser.add_argument(
+        "--max-samples",
+        "--limit",
+        dest="limit",
+        type=int,
+        metavar="N",
+        help="only the first N samples of each validation task",
+    )
     parser.add_argument("--batch", type=int, default=16, help="answers that decode together while scoring")
     parser.add_argument("--mesh", metavar="AXES", help="devices, such as fsdp=8; default: one")
 
@@ -59,13 +80,26 @@ def run(args: argparse.Namespace) -> int:
     if args.method == "soup":
         parameters, steps = average.greedy_soup(names, load, _scorer(args, first))
         for step in steps:
-            print(f"{step['model']}: alone {step['alone']:.4f}, soup with it {step['with']:.4f}: {'kept' if step['kept'] else 'left out'}")
+            print(
+                f"{step['model']}: alone {step['alone']:.4f}, soup with it {step['with']:.4f}: "
+                f"{'kept' if step['kept'] else 'left out'}"
+            )
         recipe = {"method": "soup", "steps": steps}
     else:
-        weights = {"uniform": [1.0] * len(names), "weighted": args.by, "ema": average.ema_weights(len(names), args.decay)}[args.method]
+        weights = {
+            "uniform": [1.0] * len(names),
+            "weighted": args.by,
+            "ema": average.ema_weights(len(names), args.decay),
+        }[args.method]
         with common.busy(f"averaging {len(names)} models"):
             parameters = average.weighted(names, load, weights)
-        recipe = {"method": args.method, "models": [{"model": name, "weight": round(weight / sum(weights), 6)} for name, weight in zip(names, weights, strict=True)]}
+        recipe = {
+            "method": args.method,
+            "models": [
+                {"model": name, "weight": round(weight / sum(weights), 6)}
+                for name, weight in zip(names, weights, strict=True)
+            ],
+        }
     tokenizer = first.tokenizer
     ids = dict(pad_token_id=tokenizer.pad_id, eos_token_id=tokenizer.eos_id) if tokenizer else {}
     with common.busy(f"writing {out}"):
@@ -84,7 +118,10 @@ def _scorer(args: argparse.Namespace, opened):
     from mindvl_jax.models.outline import outline_of
 
     if opened.tokenizer is None:
-        raise UserError(f"{args.weights[0]} has no tokenizer.json, so a soup cannot be scored; save the tokenizer beside the weights")
+        raise UserError(
+            f"{args.weights[0]} has no tokenizer.json, so a soup cannot be scored; save the tokenizer beside "
+            "the weights"
+        )
     tasks = [(benchmark, items[: args.limit]) for _, benchmark, items in named_tasks(args)]
 
     def score(parameters, label: str) -> float:
@@ -94,7 +131,9 @@ def _scorer(args: argparse.Namespace, opened):
         for benchmark, items in tasks:
             sampling = Sampling(max_new_tokens=benchmark.max_new_tokens)
             answers = generator.generate([item.request(sampling) for item in items], skip_errors=True)
-            scores.append(summarise(benchmark, items, [{"prediction": answer.text} for answer in answers], None)["score"])
+            scores.append(
+                summarise(benchmark, items, [{"prediction": answer.text} for answer in answers], None)["score"]
+            )
         mean = sum(scores) / len(scores)
         print(f"  {label}: {mean:.4f}")
         return mean

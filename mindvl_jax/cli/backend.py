@@ -10,7 +10,12 @@ from mindvl_jax.core.errors import UserError
 
 def add_backend_arguments(parser) -> None:
     """Add `--backend` and `--device`."""
-    parser.add_argument("--backend", choices=("xla", "npu_bridge"), default="xla", help="what runs the model; npu_bridge: torch programs, on one device (default: %(default)s)")
+    parser.add_argument(
+        "--backend",
+        choices=("xla", "npu_bridge"),
+        default="xla",
+        help="what runs the model; npu_bridge: torch programs, on one device (default: %(default)s)",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda", "npu"), help="of the bridge; default: cpu")
 
 
@@ -22,10 +27,16 @@ def chosen_programs(args: argparse.Namespace) -> Any | None:
     """
     if args.backend == "xla":
         if args.device is not None:
-            raise UserError(f"--device {args.device} is the bridge's; add --backend npu_bridge (XLA takes its device from JAX_PLATFORMS)")
+            raise UserError(
+                f"--device {args.device} is the bridge's; add --backend npu_bridge (XLA takes its device "
+                "from JAX_PLATFORMS)"
+            )
         return None
     if args.mesh:
-        raise UserError(f"--mesh {args.mesh}: generation through npu_bridge runs on one device; leave --mesh out, or use --backend xla")
+        raise UserError(
+            f"--mesh {args.mesh}: generation through npu_bridge runs on one device; leave --mesh out, or use "
+            "--backend xla"
+        )
     import jax
 
     from mindvl_jax.inference.backends import BridgePrograms

@@ -15,13 +15,25 @@ from mindvl_jax.weights.described import described
 
 def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add `--config` and `--set`."""
-    parser.add_argument("--config", required=required, metavar="YAML", help="configuration: a file, or a packaged one by name, such as quickstart")
+    parser.add_argument(
+        "--config",
+        required=required,
+        metavar="YAML",
+        help="configuration: a file, or a packaged one by name, such as quickstart",
+    )
     add_overrides(parser)
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add `--set`, which may be given several times."""
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="dotted overrides, for example run.seed=3 training.phases[0].steps=50")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="dotted overrides, for example run.seed=3 training.phases[0].steps=50",
+    )
 
 
 def examples(*lines: str) -> str:

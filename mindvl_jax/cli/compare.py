@@ -1,4 +1,7 @@
-"""`mindvl compare`: two trainings from the same weights, loss by loss. Configurations, commits, meshes or back ends may differ."""
+"""`mindvl compare`: two trainings from the same weights, loss by loss.
+
+Configurations, commits, meshes or back ends may differ.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError, at_least_one
 
 # What a child process runs: the trainer of whichever tree PYTHONPATH names, on a resolved configuration.
-_CHILD = "import sys; from mindvl_jax.config.loader import load; from mindvl_jax.training.trainer import train; train(load(sys.argv[1]))\n"
+_CHILD = (
+    "import sys; from mindvl_jax.config.loader import load; from mindvl_jax.training.trainer import train; "
+    "train(load(sys.argv[1]))\n"
+)
 
 
 EPILOG = common.examples(
@@ -37,14 +43,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--b", metavar="YAML", help="second configuration; default: the first")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides of both")
     for side in "ab":
-        parser.add_argument(f"--set-{side}", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=f"overrides of {side}, for example mesh.fsdp=4")
+        parser.add_argument(
+            f"--set-{side}",
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="KEY=VALUE",
+            help=f"overrides of {side}, for example mesh.fsdp=4",
+        )
         parser.add_argument(f"--commit-{side}", metavar="REVISION", help=f"run {side} with the code of this revision")
         parser.add_argument(f"--devices-{side}", type=int, metavar="N", help=f"host devices of {side} on CPU")
-        parser.add_argument(f"--processes-{side}", type=int, default=1, metavar="N", help=f"processes of {side}, one a place of its mesh (backend npu_bridge)")
+        parser.add_argument(
+            f"--processes-{side}",
+            type=int,
+            default=1,
+            metavar="N",
+            help=f"processes of {side}, one a place of its mesh (backend npu_bridge)",
+        )
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps, through the phases in order")
-    parser.add_argument("--start", metavar="DIR", help="weights that both start from; default: fresh ones of the first configuration's seed")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest relative difference of any step's loss that passes")
-    parser.add_argument("--out", default="compare", metavar="DIR", help="folder for both runs, compare.json and compare.png; must be empty or absent")
+    parser.add_argument(
+        "--start",
+        metavar="DIR",
+        help="weights that both start from; default: fresh ones of the first configuration's seed",
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, help="largest relative difference of any step's loss that passes"
+    )
+    parser.add_argument(
+        "--out",
+        default="compare",
+        metavar="DIR",
+        help="folder for both runs, compare.json and compare.png; must be empty or absent",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,7 +82,10 @@ def run(args: argparse.Namespace) -> int:
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} is not empty; name another folder, or remove it")
     at_least_one(args, "steps")
-    configs = {side: common.load_config(path, [*args.set, *own]) for side, path, own in (("a", args.a, args.set_a), ("b", args.b or args.a, args.set_b))}
+    configs = {
+        side: common.load_config(path, [*args.set, *own])
+        for side, path, own in (("a", args.a, args.set_a), ("b", args.b or args.a, args.set_b))
+    }
     for config in configs.values():
         common.prepare_data(config)
     from mindvl_jax.models.loading import resolve_epochs
@@ -65,25 +98,46 @@ def run(args: argparse.Namespace) -> int:
         folder = out / side
         path = out / f"{side}.yaml"
         revision = getattr(args, f"commit_{side}")
-        path.write_text(written(shortened(config, steps=args.steps, start=str(start), folder=str(folder)), whole=revision is None), encoding="utf-8")
+        path.write_text(
+            written(shortened(config, steps=args.steps, start=str(start), folder=str(folder)), whole=revision is None),
+            encoding="utf-8",
+        )
         with contextlib.ExitStack() as stack, code_of(revision) as root:
             stack.enter_context(common.busy(f"training {side}, log in {out / f'{side}.log'}"))
-            train_apart(f"run {side}", path, root, out / f"{side}.log", devices=getattr(args, f"devices_{side}"), processes=getattr(args, f"processes_{side}"))
+            train_apart(
+                f"run {side}",
+                path,
+                root,
+                out / f"{side}.log",
+                devices=getattr(args, f"devices_{side}"),
+                processes=getattr(args, f"processes_{side}"),
+            )
         losses[side] = read_losses(folder / "metrics.jsonl", args.steps)
     outcome = compare(losses["a"], losses["b"], args.tolerance, parameter_distance(out / "a", out / "b"))
-    (out / "compare.json").write_text(json.dumps(dataclasses.asdict(outcome) | {"passed": outcome.passed}, indent=2) + "\n")
+    (out / "compare.json").write_text(
+        json.dumps(dataclasses.asdict(outcome) | {"passed": outcome.passed}, indent=2) + "\n"
+    )
     _draw(outcome, out / "compare.png")
     _show(outcome, out)
     return 0 if outcome.passed else 1
 
 
 def written(config: Config, *, whole: bool) -> str:
-    """The configuration as YAML. For other code only what somebody set: that code may lack a key of today, and has its own defaults."""
-    return config_loader.dump(config) if whole else yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
+    """The configuration as YAML.
+
+    For other code only what somebody set: that code may lack a key of today, and has its own defaults.
+    """
+    return (
+        config_loader.dump(config)
+        if whole
+        else yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
+    )
 
 
 def shortened(config: Config, *, steps: int, start: str, folder: str) -> Config:
-    """The configuration cut to its first `steps` optimizer steps, starting from `start`; no evaluation, one checkpoint at the end."""
+    """The configuration cut to its first `steps` optimizer steps, starting from `start`; no evaluation, one checkpoint
+    at the end.
+    """
     phases, left = [], steps
     for phase in config.training.phases:
         if left <= 0:
@@ -93,18 +147,22 @@ def shortened(config: Config, *, steps: int, start: str, folder: str) -> Config:
         left -= count
     if left > 0:
         raise UserError(f"--steps {steps} is more than the {steps - left} steps of the configuration's phases")
-    return config.model_copy(update=dict(
-        run=config.run.model_copy(update=dict(dir=folder, init_from=start, resume="never")),
-        training=config.training.model_copy(update=dict(phases=tuple(phases))),
-        evaluation=config.evaluation.model_copy(update=dict(tasks=())),
-        checkpoint=config.checkpoint.model_copy(update=dict(every_steps=steps, keep=1)),
-        logging=config.logging.model_copy(update=dict(tensorboard=False, every_steps=1)),
-    ))
+    return config.model_copy(
+        update=dict(
+            run=config.run.model_copy(update=dict(dir=folder, init_from=start, resume="never")),
+            training=config.training.model_copy(update=dict(phases=tuple(phases))),
+            evaluation=config.evaluation.model_copy(update=dict(tasks=())),
+            checkpoint=config.checkpoint.model_copy(update=dict(every_steps=steps, keep=1)),
+            logging=config.logging.model_copy(update=dict(tensorboard=False, every_steps=1)),
+        )
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Losses of both by step, their relative differences |a - b| / max(|a|, |b|), and the distance of the final parameters."""
+    """Losses of both by step, their relative differences |a - b| / max(|a|, |b|), and the distance of the final
+    parameters.
+    """
 
     a: tuple[float, ...]
     b: tuple[float, ...]
@@ -115,7 +173,10 @@ class Comparison:
     @property
     def worst(self) -> int:
         """Index of the step that differs most; a loss that is no number differs most of all."""
-        return max(range(len(self.relative)), key=lambda step: math.inf if math.isnan(self.relative[step]) else self.relative[step])
+        return max(
+            range(len(self.relative)),
+            key=lambda step: math.inf if math.isnan(self.relative[step]) else self.relative[step],
+        )
 
     @property
     def passed(self) -> bool:
@@ -123,8 +184,10 @@ class Comparison:
 
 
 def compare(a: Sequence[float], b: Sequence[float], tolerance: float, parameters: float | None = None) -> Comparison:
-    """Compares two runs of as many steps. Losses alone decide; the parameters' distance is told beside them."""
-    relative = tuple(0.0 if one == other else abs(one - other) / max(abs(one), abs(other)) for one, other in zip(a, b, strict=True))
+    """Compare two runs of as many steps. Losses alone decide; the parameters' distance is told beside them."""
+    relative = tuple(
+        0.0 if one == other else abs(one - other) / max(abs(one), abs(other)) for one, other in zip(a, b, strict=True)
+    )
     return Comparison(tuple(a), tuple(b), relative, tolerance, parameters)
 
 
@@ -134,7 +197,9 @@ def parameter_distance(a: Path, b: Path) -> float:
 
     from mindvl_jax.checkpoints.checkpoint import load_params
 
-    mine, other = ({path: np.asarray(value, np.float64) for path, value in load_params(folder)[1].items()} for folder in (a, b))
+    mine, other = (
+        {path: np.asarray(value, np.float64) for path, value in load_params(folder)[1].items()} for folder in (a, b)
+    )
     squares = [(float(np.sum((mine[path] - value) ** 2)), float(np.sum(value**2))) for path, value in other.items()]
     return math.sqrt(sum(apart for apart, _ in squares) / sum(length for _, length in squares))
 
@@ -158,7 +223,9 @@ def read_losses(path: Path, steps: int) -> list[float]:
 
 
 def fresh_weights(config: Config, folder: Path) -> Path:
-    """The first configuration's own initial weights as a folder, so that both runs read the same file whatever their code."""
+    """The first configuration's own initial weights as a folder, so that both runs read the same file whatever their
+    code.
+    """
     import jax
 
     from mindvl_jax.models.outline import outline_of
@@ -177,7 +244,9 @@ def code_of(revision: str | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="mindvl-compare-") as scratch:
         tree = Path(scratch) / "tree"
-        made = subprocess.run(["git", "-C", str(home), "worktree", "add", "--detach", str(tree), revision], capture_output=True, text=True)
+        made = subprocess.run(
+            ["git", "-C", str(home), "worktree", "add", "--detach", str(tree), revision], capture_output=True, text=True
+        )
         if made.returncode:
             raise UserError(f"revision {revision!r} cannot be checked out beside {home}: {made.stderr.strip()}")
         try:
@@ -186,11 +255,14 @@ def code_of(revision: str | None) -> Iterator[Path]:
             subprocess.run(["git", "-C", str(home), "worktree", "remove", "--force", str(tree)], capture_output=True)
 
 
-def train_apart(name: str, config: Path, root: Path, log: Path, *, devices: int | None = None, processes: int = 1) -> None:
-    """Trains by a resolved configuration in processes of its own, with the code of `root`.
+def train_apart(
+    name: str, config: Path, root: Path, log: Path, *, devices: int | None = None, processes: int = 1
+) -> None:
+    """Train by a resolved configuration in processes of its own, with the code of `root`.
 
     Args:
-      devices: host devices of one process on the CPU (backend xla). processes: started by npu_bridge.launch when more than one.
+      devices: host devices of one process on the CPU (backend xla). processes: started by npu_bridge.launch when more
+        than one.
 
     Raises:
       UserError: it failed; the end of its log is in the message.
@@ -198,13 +270,20 @@ def train_apart(name: str, config: Path, root: Path, log: Path, *, devices: int 
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [environment.get("PYTHONPATH")])])
     if devices is not None:
-        environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        environment["XLA_FLAGS"] = (
+            f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        )
         environment["JAX_PLATFORMS"] = "cpu"
     with log.open("w", encoding="utf-8") as sink, tempfile.TemporaryDirectory(prefix="mindvl-compare-") as scratch:
         script = Path(scratch) / "child.py"
         script.write_text(_CHILD)
         launcher = [] if processes == 1 else ["-m", "npu_bridge.launch", "--nproc", str(processes)]
-        code = subprocess.run([sys.executable, *launcher, str(script), str(config)], env=environment, stdout=sink, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(
+            [sys.executable, *launcher, str(script), str(config)],
+            env=environment,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+        ).returncode
     if code:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
         raise UserError(f"{name} ended with exit code {code}; the end of {log}:\n{tail}")
@@ -223,8 +302,13 @@ def _show(outcome: Comparison, out: Path) -> None:
     console = Console()
     console.print(table)
     verdict = "[green]equal[/]" if outcome.passed else "[red]different[/]"
-    console.print(f"{verdict}: largest relative difference {outcome.relative[outcome.worst]:.2e} at step {outcome.worst + 1} (tolerance {outcome.tolerance:g})")
-    console.print(f"parameters after the last step differ by {outcome.parameters:.2e} (L2, relative); {out / 'compare.png'}")
+    console.print(
+        f"{verdict}: largest relative difference {outcome.relative[outcome.worst]:.2e} at step "
+        f"{outcome.worst + 1} (tolerance {outcome.tolerance:g})"
+    )
+    console.print(
+        f"parameters after the last step differ by {outcome.parameters:.2e} (L2, relative); {out / 'compare.png'}"
+    )
 
 
 def _draw(outcome: Comparison, path: Path) -> None:

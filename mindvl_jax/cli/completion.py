@@ -7,7 +7,9 @@ import importlib
 
 from mindvl_jax.cli import common
 
-EPILOG = common.examples('eval "$(mindvl completion bash)"', "mindvl completion fish > ~/.config/fish/completions/mindvl.fish")
+EPILOG = common.examples(
+    'eval "$(mindvl completion bash)"', "mindvl completion fish > ~/.config/fish/completions/mindvl.fish"
+)
 
 _BASH = """_mindvl() {{
   local word="${{COMP_WORDS[COMP_CWORD]}}" command="${{COMP_WORDS[1]}}" words=""
@@ -38,7 +40,11 @@ def script(shell: str) -> str:
     if shell == "fish":
         lines = [f"complete -c mindvl -f -n __fish_use_subcommand -a {name}" for name in words]
         for name, listed in words.items():
-            lines += [f"complete -c mindvl -n '__fish_seen_subcommand_from {name}' " + (f"-l {word[2:]}" if word.startswith("--") else f"-a {word}") for word in listed]
+            lines += [
+                f"complete -c mindvl -n '__fish_seen_subcommand_from {name}' "
+                + (f"-l {word[2:]}" if word.startswith("--") else f"-a {word}")
+                for word in listed
+            ]
         return "\n".join(lines) + "\n"
     cases = "\n".join(f'      {name}) words="{" ".join(listed)}" ;;' for name, listed in words.items())
     body = _BASH.format(commands=" ".join(words), cases=cases)

@@ -8,8 +8,9 @@ from mindvl_jax.cli import common
 from mindvl_jax.config import loader as config_loader
 from mindvl_jax.core.errors import UserError
 
-
-EPILOG = common.examples("mindvl config my.yaml --set run.seed=3", "mindvl config --schema > mindvl.schema.json", "mindvl config --list")
+EPILOG = common.examples(
+    "mindvl config my.yaml --set run.seed=3", "mindvl config --schema > mindvl.schema.json", "mindvl config --list"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

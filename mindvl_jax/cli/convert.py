@@ -1,4 +1,6 @@
-"""`mindvl convert`: weights of Qwen2.5-VL to and from MindSpeed-MM's layouts; four-bit weights of bitsandbytes to plain ones."""
+"""`mindvl convert`: weights of Qwen2.5-VL to and from MindSpeed-MM's layouts; four-bit weights of bitsandbytes to plain
+ones.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +13,57 @@ from mindvl_jax.core.errors import UserError
 
 EPILOG = common.examples(
     "mindvl convert mindspeed --from save_dir --to hf --like Qwen2.5-VL-7B-Instruct",
-    "mindvl convert mindspeed --from Qwen2.5-VL-7B-Instruct --to mm --tp 1 --llm-pp-layers '[[12,16]]' --vit-pp-layers '[[32,0]]'",
+    "mindvl convert mindspeed --from Qwen2.5-VL-7B-Instruct --to mm --tp 1 --llm-pp-layers '[[12,16]]' "
+    "--vit-pp-layers '[[32,0]]'",
     "mindvl convert mindspeed --from mm --to mm-tp2 --like Qwen2.5-VL-7B-Instruct --tp 2 --pp 1",
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
-    mindspeed = formats.add_parser("mindspeed", help="folders of MindSpeed-MM (release/mp_rank_*, iter_*)", epilog=EPILOG)
-    mindspeed.add_argument("--from", dest="source", required=True, metavar="DIR", help="Hugging Face folder, or a folder of MindSpeed-MM: its layout is found from the files")
+    mindspeed = formats.add_parser(
+        "mindspeed", help="folders of MindSpeed-MM (release/mp_rank_*, iter_*)", epilog=EPILOG
+    )
+    mindspeed.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        metavar="DIR",
+        help="Hugging Face folder, or a folder of MindSpeed-MM: its layout is found from the files",
+    )
     mindspeed.add_argument("--to", required=True, metavar="DIR", help="folder to write; must be empty or absent")
-    mindspeed.add_argument("--like", metavar="DIR", help="Hugging Face folder of the same model: config.json, and what an exported folder looks like; default: --from, if it is one")
-    mindspeed.add_argument("--iteration", type=int, help="iteration to read; default: the one in latest_checkpointed_iteration.txt")
-    mindspeed.add_argument("--vit-qkv", choices=("rows", "heads"), help="how a canonical checkpoint with tensor parallelism holds the tower's qkv; its files do not tell")
-    target = mindspeed.add_argument_group("write a MindSpeed-MM folder of this layout; without any of these a Hugging Face folder is written")
+    mindspeed.add_argument(
+        "--like",
+        metavar="DIR",
+        help="Hugging Face folder of the same model: config.json, and what an exported folder looks like; "
+        "default: --from, if it is one",
+    )
+    mindspeed.add_argument(
+        "--iteration", type=int, help="iteration to read; default: the one in latest_checkpointed_iteration.txt"
+    )
+    mindspeed.add_argument(
+        "--vit-qkv",
+        choices=("rows", "heads"),
+        help="how a canonical checkpoint with tensor parallelism holds the tower's qkv; its files do not tell",
+    )
+    target = mindspeed.add_argument_group(
+        "write a MindSpeed-MM folder of this layout; without any of these a Hugging Face folder is written"
+    )
     target.add_argument("--tp", type=int, help="tensor ranks")
     target.add_argument("--pp", type=int, help="pipeline ranks, with layers spread evenly and the tower in the first")
     target.add_argument("--vpp", type=int, help="virtual stages of each pipeline rank")
-    target.add_argument("--llm-pp-layers", metavar="JSON", help="layers of the language model in each chunk, as [[12,16]]: a list for each virtual stage")
+    target.add_argument(
+        "--llm-pp-layers",
+        metavar="JSON",
+        help="layers of the language model in each chunk, as [[12,16]]: a list for each virtual stage",
+    )
     target.add_argument("--vit-pp-layers", metavar="JSON", help="layers of the vision tower in each chunk, as [[32,0]]")
-    target.add_argument("--canonical", action="store_true", help="keep q, k, v, gate and up apart (their canonical_model)")
-    nf4 = formats.add_parser("nf4", help="four-bit weights of bitsandbytes, as QLoRA's bases are published, to a plain folder")
+    target.add_argument(
+        "--canonical", action="store_true", help="keep q, k, v, gate and up apart (their canonical_model)"
+    )
+    nf4 = formats.add_parser(
+        "nf4", help="four-bit weights of bitsandbytes, as QLoRA's bases are published, to a plain folder"
+    )
     nf4.add_argument("--from", dest="source", required=True, metavar="DIR", help="Hugging Face folder with NF4 weights")
     nf4.add_argument("--to", required=True, metavar="DIR", help="folder to write; must be empty or absent")
 
@@ -57,7 +89,10 @@ def _mindspeed(args: argparse.Namespace) -> int:
     megatron = convert.is_megatron(source)
     like = Path(args.like).expanduser() if args.like else None if megatron else source
     if like is None:
-        raise UserError(f"--from {source} is a folder of MindSpeed-MM, which does not say how many heads the model has; give a Hugging Face folder of the model with --like DIR")
+        raise UserError(
+            f"--from {source} is a folder of MindSpeed-MM, which does not say how many heads the model has; "
+            "give a Hugging Face folder of the model with --like DIR"
+        )
     sizes = convert.sizes_of(like)
     layout = _layout(args, sizes.depth)
     if not megatron:
@@ -69,8 +104,11 @@ def _mindspeed(args: argparse.Namespace) -> int:
         return 0
     opened = convert.Megatron(source, sizes, iteration=args.iteration, vit_qkv=args.vit_qkv)
     found = opened.layout
-    print(f"{opened.folder}: tp {found.tp}, pp {found.pp}, vpp {found.vpp}, {'canonical' if found.canonical else 'fused'}, "
-          f"llm_pp_layers {json.dumps(found.text_layers)}, vit_pp_layers {json.dumps(found.vision_layers)}")
+    print(
+        f"{opened.folder}: tp {found.tp}, pp {found.pp}, vpp {found.vpp}, "
+        f"{'canonical' if found.canonical else 'fused'}, "
+        f"llm_pp_layers {json.dumps(found.text_layers)}, vit_pp_layers {json.dumps(found.vision_layers)}"
+    )
     if layout is None:
         convert.write_huggingface(out, opened, sizes, like, print)
     else:
@@ -92,8 +130,15 @@ def _layout(args: argparse.Namespace, depth: dict[str, int]):
     if not any(lists):
         return even_layout(numbers["tp"], numbers["pp"], numbers["vpp"], depth, **options)
     if not all(lists) or args.pp or args.vpp:
-        raise UserError("give --llm-pp-layers and --vit-pp-layers together, and without --pp and --vpp: the lists say these")
-    return MegatronLayout(numbers["tp"], _nested(args.vit_pp_layers, "--vit-pp-layers"), _nested(args.llm_pp_layers, "--llm-pp-layers"), **options)
+        raise UserError(
+            "give --llm-pp-layers and --vit-pp-layers together, and without --pp and --vpp: the lists say these"
+        )
+    return MegatronLayout(
+        numbers["tp"],
+        _nested(args.vit_pp_layers, "--vit-pp-layers"),
+        _nested(args.llm_pp_layers, "--llm-pp-layers"),
+        **options,
+    )
 
 
 def _nested(text: str, option: str) -> tuple[tuple[int, ...], ...]:
@@ -103,6 +148,12 @@ def _nested(text: str, option: str) -> tuple[tuple[int, ...], ...]:
         value = None
     if isinstance(value, list) and value and all(isinstance(count, int) for count in value):
         value = [value]
-    if not (isinstance(value, list) and value and all(isinstance(stage, list) and stage and all(isinstance(n, int) and n >= 0 for n in stage) for stage in value)):
+    if not (
+        isinstance(value, list)
+        and value
+        and all(
+            isinstance(stage, list) and stage and all(isinstance(n, int) and n >= 0 for n in stage) for stage in value
+        )
+    ):
         raise UserError(f"{option} {text}: expected a list of layers for each virtual stage, such as [[12,16]]")
     return tuple(tuple(stage) for stage in value)

@@ -35,18 +35,32 @@ FORMATS = ("auto", *WRITTEN, "csv", "tsv", "arrow")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    check = actions.add_parser("check", help="read all samples; write one HTML page of what is kept, skipped and why, lengths and examples")
+    check = actions.add_parser(
+        "check", help="read all samples; write one HTML page of what is kept, skipped and why, lengths and examples"
+    )
     check.add_argument("path", nargs="?", help="file, folder or glob; or use --config")
-    check.add_argument("--config", help="check the sources of a phase of this configuration instead, with its tokenizer and limits")
+    check.add_argument(
+        "--config", help="check the sources of a phase of this configuration instead, with its tokenizer and limits"
+    )
     check.add_argument("--phase", type=int, default=0, help="phase of the configuration, from 0 (default: 0)")
-    check.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides of the configuration")
+    check.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides of the configuration"
+    )
     _source_arguments(check)
-    check.add_argument("--preset", default="qwen2.5-vl-7b", help="model whose patches and media tokens are used without --config (default: %(default)s)")
+    check.add_argument(
+        "--preset",
+        default="qwen2.5-vl-7b",
+        help="model whose patches and media tokens are used without --config (default: %(default)s)",
+    )
     check.add_argument("--tokenizer", default="qwen2.5", help="tokenizer without --config (default: %(default)s)")
     check.add_argument("--min-pixels", type=int, default=3136)
     check.add_argument("--max-pixels", type=int, default=1003520)
     check.add_argument("--max-tokens", type=int, default=None, help="longest sample; longer ones lose turns")
-    check.add_argument("--headers-only", action="store_true", help="do not decode pixels: faster, but misses files that are damaged behind their header")
+    check.add_argument(
+        "--headers-only",
+        action="store_true",
+        help="do not decode pixels: faster, but misses files that are damaged behind their header",
+    )
     check.add_argument("--strict", action="store_true", help="exit with 1 if any sample cannot be used")
     check.add_argument("--json", action="store_true", help="print the findings as JSON")
     check.add_argument("--out", default="data_check.html", help="page to write (default: %(default)s)")
@@ -55,17 +69,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _source_arguments(convert)
     convert.add_argument("--to", required=True, choices=WRITTEN)
     convert.add_argument("--out", required=True, help="file to write")
-    convert.add_argument("--media-prefix", default="", help="folder put before each media path, such as train2017 for COCO's pictures in LLaVA-Instruct")
+    convert.add_argument(
+        "--media-prefix",
+        default="",
+        help="folder put before each media path, such as train2017 for COCO's pictures in LLaVA-Instruct",
+    )
     convert.add_argument("--overwrite", action="store_true")
-    index = actions.add_parser("index", help="write the lengths of all samples into data.length_index, so that hosts of a run need not encode each other's samples")
+    index = actions.add_parser(
+        "index",
+        help="write the lengths of all samples into data.length_index, so that hosts of a run need not encode "
+        "each other's samples",
+    )
     index.add_argument("--config", required=True, help="configuration whose data.length_index names the folder")
-    index.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides of the configuration")
+    index.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides of the configuration"
+    )
 
 
 def _source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", default="auto", choices=FORMATS)
     parser.add_argument("--media-root", help="folder that media paths start from (default: the folder of the file)")
-    parser.add_argument("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="names of the file's columns, such as question=text answer=label image=path")
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="NAME=COLUMN",
+        help="names of the file's columns, such as question=text answer=label image=path",
+    )
     parser.add_argument("--max-samples", type=int, help="read only the first N samples")
 
 
@@ -79,24 +109,37 @@ def _index(args: argparse.Namespace) -> int:
 
     config = common.load_config(args.config, args.set)
     if config.data.length_index is None:
-        raise UserError("data.length_index names no folder; add it to the configuration, or --set data.length_index=FOLDER")
+        raise UserError(
+            "data.length_index names no folder; add it to the configuration, or --set data.length_index=FOLDER"
+        )
     console = LogConsole(stamp=False)
     for number, phase in enumerate(config.training.phases):
         processor = spec_of(config.model).processor(config, number)
         for name, path, kept, refused in index_phase(config, phase.sources, processor):
-            console.print(f"{phase.name}, {name}: " + ("there already" if kept < 0 else f"{kept} samples, {refused} refused") + f" ({path})", soft_wrap=True)
+            console.print(
+                f"{phase.name}, {name}: "
+                + ("there already" if kept < 0 else f"{kept} samples, {refused} refused")
+                + f" ({path})",
+                soft_wrap=True,
+            )
     return 0
 
 
 def _source_config(args: argparse.Namespace) -> SourceConfig:
-    return SourceConfig(path=args.path, format=args.format, media_root=args.media_root, max_samples=args.max_samples, columns=common.columns_of(args))
+    return SourceConfig(
+        path=args.path,
+        format=args.format,
+        media_root=args.media_root,
+        max_samples=args.max_samples,
+        columns=common.columns_of(args),
+    )
 
 
 def _check(args: argparse.Namespace) -> int:
+    from mindvl_jax.data.sources.readers import open_sources
     from mindvl_jax.models.vision_language.check import advice, check_source
     from mindvl_jax.models.vision_language.check_page import write_page
     from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
-    from mindvl_jax.data.sources.readers import open_sources
     from mindvl_jax.models.vision_language.processor import cached_tokenizer, training_limits
 
     if (args.config is None) == (args.path is None):
@@ -104,17 +147,29 @@ def _check(args: argparse.Namespace) -> int:
     if args.config is not None:
         config = common.load_config(args.config, args.set)
         if not 0 <= args.phase < len(config.training.phases):
-            raise UserError(f"--phase {args.phase}: the configuration has phases 0 to {len(config.training.phases) - 1}")
+            raise UserError(
+                f"--phase {args.phase}: the configuration has phases 0 to {len(config.training.phases) - 1}"
+            )
         mixture = config.training.phases[args.phase].mixture
         names = list(dict.fromkeys(entry.source for entry in mixture))
         weights = {name: sum(entry.weight for entry in mixture if entry.source == name) for name in names}
-        configs, model, limits, tokenizer = config.data.sources, config.model, training_limits(config, args.phase), config.tokenizer
+        configs, model, limits, tokenizer = (
+            config.data.sources,
+            config.model,
+            training_limits(config, args.phase),
+            config.tokenizer,
+        )
     else:
         from mindvl_jax.config import families
 
         if args.preset not in families.preset_names():
             raise UserError(f"--preset {args.preset!r} is not known; there are {', '.join(families.preset_names())}")
-        names, configs, model, tokenizer = ["data"], {"data": _source_config(args)}, families.preset(args.preset), TokenizerConfig(path=args.tokenizer)
+        names, configs, model, tokenizer = (
+            ["data"],
+            {"data": _source_config(args)},
+            families.preset(args.preset),
+            TokenizerConfig(path=args.tokenizer),
+        )
         weights = None
         limits = EncodeLimits(min_pixels=args.min_pixels, max_pixels=args.max_pixels, max_tokens=args.max_tokens)
     encoder = ExampleEncoder(model, cached_tokenizer(tokenizer), limits)
@@ -123,11 +178,37 @@ def _check(args: argparse.Namespace) -> int:
         for source in open_sources(configs, names):
             done = itertools.count(1)
             advance = functools.partial(_advance, show, done, len(source), source.name)
-            findings.append(check_source(source, configs[source.name].path, encoder, model.vision, decode=not args.headers_only, resample=limits.resample, progress=advance))
+            findings.append(
+                check_source(
+                    source,
+                    configs[source.name].path,
+                    encoder,
+                    model.vision,
+                    decode=not args.headers_only,
+                    resample=limits.resample,
+                    progress=advance,
+                )
+            )
     lines = advice(findings, limits.max_tokens, weights)
-    write_page(args.out, findings, lines, {"tokenizer": tokenizer.path, "min_pixels": str(limits.min_pixels), "max_pixels": str(limits.max_pixels), "max_tokens": str(limits.max_tokens)})
+    write_page(
+        args.out,
+        findings,
+        lines,
+        {
+            "tokenizer": tokenizer.path,
+            "min_pixels": str(limits.min_pixels),
+            "max_pixels": str(limits.max_pixels),
+            "max_tokens": str(limits.max_tokens),
+        },
+    )
     if args.json:
-        print(json.dumps({"sources": [_record(found) for found in findings], "advice": lines, "page": args.out}, indent=2, ensure_ascii=False))
+        print(
+            json.dumps(
+                {"sources": [_record(found) for found in findings], "advice": lines, "page": args.out},
+                indent=2,
+                ensure_ascii=False,
+            )
+        )
     else:
         _show(findings, lines, args.out)
     unusable = sum(sum(found.reasons.values()) for found in findings)
@@ -139,25 +220,55 @@ def _advance(show: Callable[[int, int, str], None], done: Iterator[int], total: 
 
 
 def _record(found: SourceFindings) -> dict[str, Any]:
-    first = [{"id": id, "where": where, "reason": reason, "message": message} for id, where, reason, message in found.skipped[:SHOWN_SKIPPED]]
-    return {"name": found.name, "path": found.path, "records": found.records, "kept": found.kept, "skipped": dict(found.reasons), "first_skipped": first,
-            "repeated": found.duplicate_count, "truncated": found.truncated, "shrunk": found.shrunk, "tokens": sum(found.tokens), "learned": sum(found.learned),
-            "patches": sum(found.patches), "longest": max(found.tokens, default=0)}
+    first = [
+        {"id": id, "where": where, "reason": reason, "message": message}
+        for id, where, reason, message in found.skipped[:SHOWN_SKIPPED]
+    ]
+    return {
+        "name": found.name,
+        "path": found.path,
+        "records": found.records,
+        "kept": found.kept,
+        "skipped": dict(found.reasons),
+        "first_skipped": first,
+        "repeated": found.duplicate_count,
+        "truncated": found.truncated,
+        "shrunk": found.shrunk,
+        "tokens": sum(found.tokens),
+        "learned": sum(found.learned),
+        "patches": sum(found.patches),
+        "longest": max(found.tokens, default=0),
+    }
 
 
 def _show(findings: Sequence[SourceFindings], lines: Sequence[str], page: str) -> None:
     out = LogConsole(stamp=False)
     table = Table("source", "records", "kept", "skipped", "repeated", "tokens", "patches")
     for found in findings:
-        cells = (found.records, found.kept, sum(found.reasons.values()), found.duplicate_count, sum(found.tokens), sum(found.patches))
+        cells = (
+            found.records,
+            found.kept,
+            sum(found.reasons.values()),
+            found.duplicate_count,
+            sum(found.tokens),
+            sum(found.patches),
+        )
         table.add_row(Text(found.name), *map(str, cells))
     out.print(table)
     for line in lines:
         out.print(f"- {line}", markup=False, highlight=False)
     for found in findings:
         for reason, count in found.reasons.most_common():
-            id, where, _, message = next(entry for entry in found.skipped if entry[2] == reason) if any(entry[2] == reason for entry in found.skipped) else ("", "", "", "")
-            out.print(f"  {found.name}, {reason}: {count}" + (f"; the first is {id} ({where}): {message}" if message else ""), markup=False, highlight=False)
+            id, where, _, message = (
+                next(entry for entry in found.skipped if entry[2] == reason)
+                if any(entry[2] == reason for entry in found.skipped)
+                else ("", "", "", "")
+            )
+            out.print(
+                f"  {found.name}, {reason}: {count}" + (f"; the first is {id} ({where}): {message}" if message else ""),
+                markup=False,
+                highlight=False,
+            )
     if any("malformed" in found.reasons for found in findings):
         out.print("Lines that are accepted:", markup=False)
         for line in ACCEPTED:
@@ -172,10 +283,19 @@ def _convert(args: argparse.Namespace) -> int:
     source = Source("data", _source_config(args))
     with counting(LogConsole(stderr=True, stamp=False)) as show:
         number = itertools.count(1)
-        done = convert(source, args.to, args.out, prefix=args.media_prefix, overwrite=args.overwrite, progress=lambda: show(next(number), len(source), args.to))
+        done = convert(
+            source,
+            args.to,
+            args.out,
+            prefix=args.media_prefix,
+            overwrite=args.overwrite,
+            progress=lambda: show(next(number), len(source), args.to),
+        )
     print(f"{done.written} samples written to {args.out}")
     if done.skipped:
         print(f"{done.skipped} samples could not be converted; they are listed in {done.skipped_list}")
     if done.media_root:
-        print(f"Media paths are relative to {done.media_root}: set media_root to it in the source, or move the file there")
+        print(
+            f"Media paths are relative to {done.media_root}: set media_root to it in the source, or move the file there"
+        )
     return 0

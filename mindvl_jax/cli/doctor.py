@@ -13,8 +13,8 @@ from mindvl_jax.core.errors import UserError, at_least_one
 from npu_bridge.doctor import Finding, Host, Outcome
 
 GROUPS = ("host", "network", "operators", "collectives", "training")
-# float32: other kernels add in another order, which moves the losses of these steps by some 1e-6 (docs/conformance.md); what is
-# wrong moves them by more than 1e-3.
+# float32: other kernels add in another order, which moves the losses of these steps by some 1e-6 (docs/conformance.md);
+# what is wrong moves them by more than 1e-3.
 FLOAT32 = 1e-4
 STYLES = {Outcome.OK: "green", Outcome.UNSURE: "yellow", Outcome.FAILED: "bold red", Outcome.LEFT_OUT: "dim"}
 
@@ -23,10 +23,29 @@ EPILOG = common.examples("mindvl doctor --device npu", "mindvl doctor --device c
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("npu", "cuda", "cpu"), default="npu", help="what the bridge shall run on (default %(default)s)")
-    parser.add_argument("--devices", type=int, metavar="N", help="devices of the collectives and of the training over several; default: all that are visible (cpu: 2 processes)")
-    parser.add_argument("--only", nargs="+", choices=GROUPS, metavar="GROUP", help=f"some of {', '.join(GROUPS)}; host is always looked at")
-    parser.add_argument("--operators", nargs="+", metavar="NAME", help="some operators of npu_bridge.kernels; default: all")
+    parser.add_argument(
+        "--device",
+        choices=("npu", "cuda", "cpu"),
+        default="npu",
+        help="what the bridge shall run on (default %(default)s)",
+    )
+    parser.add_argument(
+        "--devices",
+        type=int,
+        metavar="N",
+        help="devices of the collectives and of the training over several; default: all that are visible (cpu: 2 "
+        "processes)",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=GROUPS,
+        metavar="GROUP",
+        help=f"some of {', '.join(GROUPS)}; host is always looked at",
+    )
+    parser.add_argument(
+        "--operators", nargs="+", metavar="NAME", help="some operators of npu_bridge.kernels; default: all"
+    )
     parser.add_argument("--json", action="store_true", help="write the findings as JSON")
 
 
@@ -36,12 +55,22 @@ def run(args: argparse.Namespace) -> int:
     show = None if args.json else _Display()
     # torch_npu prints some of its warnings to standard output, where only the JSON may be.
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        for finding in examine(Host(), args.device, groups=args.only or GROUPS, count=args.devices, operators=args.operators):
+        for finding in examine(
+            Host(), args.device, groups=args.only or GROUPS, count=args.devices, operators=args.operators
+        ):
             findings.append(finding)
             if show:
                 show.line(finding)
     if args.json:
-        json.dump({"device": args.device, "outcome": verdict(findings).value, "findings": [finding.as_dict() for finding in findings]}, sys.stdout, indent=2)
+        json.dump(
+            {
+                "device": args.device,
+                "outcome": verdict(findings).value,
+                "findings": [finding.as_dict() for finding in findings],
+            },
+            sys.stdout,
+            indent=2,
+        )
         print()
     else:
         show.end(findings)
@@ -54,22 +83,32 @@ def verdict(findings: Sequence[Finding]) -> Outcome:
     return next((outcome for outcome in (Outcome.FAILED, Outcome.UNSURE) if outcome in outcomes), Outcome.OK)
 
 
-def examine(host: Host, kind: str, *, groups: Sequence[str] = GROUPS, count: int | None = None, operators: Sequence[str] | None = None) -> Iterator[Finding]:
+def examine(
+    host: Host,
+    kind: str,
+    *,
+    groups: Sequence[str] = GROUPS,
+    count: int | None = None,
+    operators: Sequence[str] | None = None,
+) -> Iterator[Finding]:
     """Findings as they come. What cannot be checked because the device cannot be used is left out by name.
 
     Raises:
       UserError: more devices than there are, or an operator that does not exist.
     """
-    from npu_bridge.doctor import collectives, host as hosts, network
+    from npu_bridge.doctor import collectives, network, training
+    from npu_bridge.doctor import host as hosts
     from npu_bridge.doctor import operators as kernels
-    from npu_bridge.doctor import training
 
     found, devices = hosts.check(host, kind)
     yield from found
     available = 2 if kind == "cpu" and count is None else len(devices) if kind != "cpu" else count
     count = available if count is None else count
     if devices and count > available:
-        raise UserError(f"--devices {count}, but {available} {'is' if available == 1 else 'are'} visible; lower it, or look at ASCEND_RT_VISIBLE_DEVICES")
+        raise UserError(
+            f"--devices {count}, but {available} {'is' if available == 1 else 'are'} visible; lower it, or "
+            "look at ASCEND_RT_VISIBLE_DEVICES"
+        )
     if "network" in groups:
         yield from network.check(host, kind, max(len(devices), 1))
     if not devices:
@@ -90,16 +129,19 @@ def examine(host: Host, kind: str, *, groups: Sequence[str] = GROUPS, count: int
 
 
 def trainings(kind: str, count: int) -> Iterator:
-    """The golden training on one device in both dtypes, and in float32 over as many devices as divide its rows; or the finding that
-    says why not."""
+    """The golden training on one device in both dtypes, and in float32 over as many devices as divide its rows; or the
+    finding that says why not.
+    """
     from mindvl_jax.golden import steps as golden
     from npu_bridge.doctor.training import Golden
 
     stored = json.loads(golden.STORED.read_text())
     own = golden.digest(golden.batches(golden.configuration(compute_dtype="float32", device=None).model)[1])
     if own != stored["batches"]:
-        yield Finding("training", "data", Outcome.FAILED, f"this numpy makes other random batches ({own}) than the stored losses were made with ({stored['batches']}, numpy {stored['made']['numpy']})",
-                      f"install numpy {stored['made']['numpy']}, or store the losses anew on a machine without an NPU: python -m mindvl_jax.golden.steps --store")  # fmt: skip
+        yield Finding("training", "data", Outcome.FAILED, f"this numpy makes other random batches ({own}) than the stored losses were made with "
+            f"({stored['batches']}, numpy {stored['made']['numpy']})",
+                      f"install numpy {stored['made']['numpy']}, or store the losses anew on a machine "
+                          "without an NPU: python -m mindvl_jax.golden.steps --store")  # fmt: skip
         return
     made = f"jax {stored['made']['jax']} on {stored['made']['machine']}"
     losses = stored["losses"]
@@ -129,7 +171,9 @@ class _Display:
             self.group = finding.group
             self.console.print(f"[bold]{finding.group}[/]")
         style = STYLES[finding.outcome]
-        self.console.print(f"  [{style}]{finding.outcome.value:<8}[/] {escape(finding.check)}: {escape(finding.found)}", soft_wrap=True)
+        self.console.print(
+            f"  [{style}]{finding.outcome.value:<8}[/] {escape(finding.check)}: {escape(finding.found)}", soft_wrap=True
+        )
 
     def end(self, findings: Sequence[Finding]) -> None:
         from rich.markup import escape
@@ -138,6 +182,12 @@ class _Display:
         if fixes:
             self.console.print("\n[bold]what to do[/]")
         for number, finding in enumerate(fixes, 1):
-            self.console.print(f"  {number}. [{STYLES[finding.outcome]}]{finding.outcome.value}[/] {finding.group}/{escape(finding.check)}: {escape(finding.fix)}", soft_wrap=True)
+            self.console.print(
+                f"  {number}. [{STYLES[finding.outcome]}]{finding.outcome.value}[/] "
+                f"{finding.group}/{escape(finding.check)}: {escape(finding.fix)}",
+                soft_wrap=True,
+            )
         counts = {outcome: sum(finding.outcome is outcome for finding in findings) for outcome in Outcome}
-        self.console.print("\n" + ", ".join(f"[{STYLES[outcome]}]{n} {outcome.value}[/]" for outcome, n in counts.items() if n))
+        self.console.print(
+            "\n" + ", ".join(f"[{STYLES[outcome]}]{n} {outcome.value}[/]" for outcome, n in counts.items() if n)
+        )

@@ -1,4 +1,4 @@
-"""`mindvl evaluate`: score a model on benchmarks, on its own held-out tasks, or search the best picture sizes for it."""
+"""`mindvl evaluate`: score a model on benchmarks, on its own held-out tasks, or search the best image sizes for it."""
 
 from __future__ import annotations
 
@@ -17,45 +17,100 @@ if TYPE_CHECKING:
 
 EPILOG = common.examples(
     "mindvl evaluate --weights runs/mine",
-    "mindvl evaluate --weights runs/mine Qwen2.5-VL-3B-Instruct --data benchmarks --tasks docvqa_val,mme --max-samples 200",
+    "mindvl evaluate --weights runs/mine Qwen2.5-VL-3B-Instruct --data benchmarks --tasks docvqa_val,mme "
+    "--max-samples 200",
     "mindvl evaluate --weights runs/mine --tasks own=answers.csv:anls --columns question=text answer=label image=path",
     "mindvl evaluate --weights runs/mine --tasks own=answers.jsonl:my_metrics.py:score --json",
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", required=True, nargs="+", metavar="DIR", help="one of our runs or checkpoints, or a Hugging Face folder; several are compared in one table")
+    parser.add_argument(
+        "--weights",
+        required=True,
+        nargs="+",
+        metavar="DIR",
+        help="one of our runs or checkpoints, or a Hugging Face folder; several are compared in one table",
+    )
     parser.add_argument("--adapter", metavar="DIR", help="PEFT folder (LoRA, DoRA) to use on top of the weights")
     _task_arguments(parser)
-    parser.add_argument("--out", metavar="DIR", help="folder of results; default: evaluation/ in the weights' folder. Finished samples in it are not asked again")
-    parser.add_argument("--max-samples", "--limit", dest="limit", type=int, metavar="N", help="only the first N samples of each task")
-    parser.add_argument("--json", action="store_true", help="print the results as JSON; everything else goes to standard error")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder of results; default: evaluation/ in the weights' folder. Finished samples in it are not "
+        "asked again",
+    )
+    parser.add_argument(
+        "--max-samples", "--limit", dest="limit", type=int, metavar="N", help="only the first N samples of each task"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the results as JSON; everything else goes to standard error"
+    )
     parser.add_argument("--batch", type=int, default=16, help="answers that decode together")
     parser.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,tensor=4; default: one")
     add_backend_arguments(parser)
     parser.add_argument("--max-new-tokens", type=int, help="longest answer; default: each benchmark's own")
-    parser.add_argument("--min-pixels", type=int, help="smallest picture area after resizing; default: the model's own setting")
+    parser.add_argument(
+        "--min-pixels", type=int, help="smallest picture area after resizing; default: the model's own setting"
+    )
     parser.add_argument("--max-pixels", type=int, help="largest picture area after resizing")
-    parser.add_argument("--no-language-only", action="store_true", help="leave out the baseline with the pictures taken away")
+    parser.add_argument(
+        "--no-language-only", action="store_true", help="leave out the baseline with the pictures taken away"
+    )
     _search_arguments(parser)
 
 
 def _task_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tasks", metavar="NAMES", help="comma list: benchmarks (docvqa_val, chartqa_test, ...) found in --data, or NAME=FILE[:METRIC] of one's own samples in any format "
-                        "that training reads; METRIC is exact_match (default), exact_match_any_case, contains, anls, relaxed_accuracy, vqa_accuracy, yes_no, or FILE.py:FUNCTION, "
-                        "which is called with (prediction, answers); default: the run's own tasks")
-    parser.add_argument("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="columns of one's own files, such as question=text answer=label image=path")
-    parser.add_argument("--media-root", metavar="DIR", help="folder that media paths of one's own files start from; default: the folder of the file")
-    parser.add_argument("--data", metavar="DIR", default=".", help="folder with the benchmarks' files (VLMEvalKit .tsv or lmms-eval .parquet)")
-    parser.add_argument("--prompts", choices=("published", "question"), default="published", help="how a benchmark asks: with its published instruction, or the question and its options "
-                        "alone, for a model whose vocabulary lacks the instruction's words")
+    parser.add_argument(
+        "--tasks",
+        metavar="NAMES",
+        help="comma list: benchmarks (docvqa_val, chartqa_test, ...) found in --data, or NAME=FILE[:METRIC] of "
+        "one's own samples in any format "
+        "that training reads; METRIC is exact_match (default), exact_match_any_case, contains, anls, "
+        "relaxed_accuracy, vqa_accuracy, yes_no, or FILE.py:FUNCTION, "
+        "which is called with (prediction, answers); default: the run's own tasks",
+    )
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="NAME=COLUMN",
+        help="columns of one's own files, such as question=text answer=label image=path",
+    )
+    parser.add_argument(
+        "--media-root",
+        metavar="DIR",
+        help="folder that media paths of one's own files start from; default: the folder of the file",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        default=".",
+        help="folder with the benchmarks' files (VLMEvalKit .tsv or lmms-eval .parquet)",
+    )
+    parser.add_argument(
+        "--prompts",
+        choices=("published", "question"),
+        default="published",
+        help="how a benchmark asks: with its published instruction, or the question and its options "
+        "alone, for a model whose vocabulary lacks the instruction's words",
+    )
 
 
 def _search_arguments(parser: argparse.ArgumentParser) -> None:
     search = parser.add_argument_group("resolution search")
-    search.add_argument("--search", metavar="GRID", help="for example min_pixels=784:3136:12544,max_pixels=50176:200704; chosen on one half of each task, judged on the other")
+    search.add_argument(
+        "--search",
+        metavar="GRID",
+        help="for example min_pixels=784:3136:12544,max_pixels=50176:200704; chosen on one half of each task, "
+        "judged on the other",
+    )
     search.add_argument("--method", choices=("halving", "grid"), default="halving")
-    search.add_argument("--no-save", action="store_true", help="do not write the best setting into the weights' folder, where generate and evaluate find it")
+    search.add_argument(
+        "--no-save",
+        action="store_true",
+        help="do not write the best setting into the weights' folder, where generate and evaluate find it",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,11 +145,11 @@ class _Scored:
     """One model with its tasks and its folder of results."""
 
     def __init__(self, args: argparse.Namespace, name: str, wanted: list | None, programs: Any, console: LogConsole):
+        from mindvl_jax.checkpoints.names import EMA, named_folder
         from mindvl_jax.core.progress import working
         from mindvl_jax.evaluation.evaluate import weights_identity
         from mindvl_jax.inference import Generator
         from mindvl_jax.inference.loading import open_for_inference
-        from mindvl_jax.checkpoints.names import EMA, named_folder
 
         self.args, self.console = args, console
         with working(console, f"reading {name}"):
@@ -104,18 +159,28 @@ class _Scored:
         self.folder, ema = named_folder(name)
         self.out = self.folder / ("evaluation-ema" if ema else "evaluation")
         if args.out:
-            self.out = Path(args.out) / name.strip("/").replace("/", "-").replace(":", "-") if len(args.weights) > 1 else Path(args.out)
+            self.out = (
+                Path(args.out) / name.strip("/").replace("/", "-").replace(":", "-")
+                if len(args.weights) > 1
+                else Path(args.out)
+            )
         self.generator = Generator(self.opened, slots=args.batch, programs=programs)
         # Answers of another adapter are not this model's.
-        self.weights = weights_identity(self.folder) + EMA * ema + (f"+{weights_identity(args.adapter)}" if args.adapter else "")
+        self.weights = (
+            weights_identity(self.folder) + EMA * ema + (f"+{weights_identity(args.adapter)}" if args.adapter else "")
+        )
 
     def settings(self, benchmark: Any) -> Any:
         """Return the settings in force for a task."""
         from mindvl_jax.evaluation.evaluate import Settings
 
         args, opened = self.args, self.opened
-        return Settings(max_new_tokens=args.max_new_tokens or benchmark.max_new_tokens, min_pixels=args.min_pixels or opened.min_pixels,
-                        max_pixels=args.max_pixels or opened.max_pixels, prompts=args.prompts)
+        return Settings(
+            max_new_tokens=args.max_new_tokens or benchmark.max_new_tokens,
+            min_pixels=args.min_pixels or opened.min_pixels,
+            max_pixels=args.max_pixels or opened.max_pixels,
+            prompts=args.prompts,
+        )
 
     def score(self) -> dict[str, dict]:
         """Score every task and write its files; return the results of these tasks."""
@@ -127,28 +192,52 @@ class _Scored:
         results = {}
         for name, benchmark, items in self.tasks:
             with counting(self.console) as show:
-                result, rows, blind = evaluate_task(self.generator, name, benchmark, items, self.out, weights=self.weights, settings=self.settings(benchmark),
-                                                    language_only=not self.args.no_language_only, on_progress=show)
+                result, rows, blind = evaluate_task(
+                    self.generator,
+                    name,
+                    benchmark,
+                    items,
+                    self.out,
+                    weights=self.weights,
+                    settings=self.settings(benchmark),
+                    language_only=not self.args.no_language_only,
+                    on_progress=show,
+                )
             write_task_page(self.out, name, benchmark, items, rows, blind, result)
             reused = result.pop("reused")
             results[name] = result
-            self.console.print(_summary_line(name, result) + (f"; {reused} of {len(items)} answers reused" if reused else ""), soft_wrap=True, markup=False)
+            self.console.print(
+                _summary_line(name, result) + (f"; {reused} of {len(items)} answers reused" if reused else ""),
+                soft_wrap=True,
+                markup=False,
+            )
         merged, others = merge(self.out / "scores.json", results, self.weights)
         if len(results) > 1:
-            self.console.print(f"mean of {len(results)} tasks: {sum(result['score'] for result in results.values()) / len(results):.4f}")
+            self.console.print(
+                f"mean of {len(results)} tasks: "
+                f"{sum(result['score'] for result in results.values()) / len(results):.4f}"
+            )
         write_json(self.out / "scores.json", merged)
         if others:
-            self.console.print(f"left out of scores.json: {', '.join(others)}, scored with other weights", markup=False, soft_wrap=True)
-        self.console.print(f"predictions and scores: {self.out}, page: {write_index(self.out, merged)}", soft_wrap=True, markup=False)
+            self.console.print(
+                f"left out of scores.json: {', '.join(others)}, scored with other weights", markup=False, soft_wrap=True
+            )
+        self.console.print(
+            f"predictions and scores: {self.out}, page: {write_index(self.out, merged)}", soft_wrap=True, markup=False
+        )
         return results
 
 
 def merge(path: Path, results: dict[str, dict], weights: str) -> tuple[dict[str, dict], list[str]]:
-    """Return (results with those of other tasks that the file holds for the same weights, names of tasks of other weights)."""
+    """Return (results with those of other tasks that the file holds for the same weights, names of tasks of other
+    weights).
+    """
     from mindvl_jax.core.files import read_json
 
     known = read_json(path, {})
-    same = {name: result for name, result in known.items() if isinstance(result, dict) and result.get("weights") == weights}
+    same = {
+        name: result for name, result in known.items() if isinstance(result, dict) and result.get("weights") == weights
+    }
     return {**same, **results}, [name for name in known if name not in same and name not in results]
 
 
@@ -156,9 +245,16 @@ def _summary_line(name: str, result: dict) -> str:
     blind = "" if result.get("language_only") is None else f", language only {result['language_only']:.3f}"
     errors = f", {result['errors']} unreadable" if result["errors"] else ""
     low, high = result["ci95"]
-    further = "".join(f", {key.replace('_', ' ')} {result[key]}" for key in ("relaxed_accuracy_swapped", "circular_accuracy", "mme_points") if key in result)
+    further = "".join(
+        f", {key.replace('_', ' ')} {result[key]}"
+        for key in ("relaxed_accuracy_swapped", "circular_accuracy", "mme_points")
+        if key in result
+    )
     standin = " (stand-in)" if result["title"].endswith("(stand-in)") else ""
-    return f"{name}{standin}: {result['metric'].replace('_', ' ')} {result['score']:.3f} (95 % interval {low:.3f} to {high:.3f}, n {result['n']}){blind}{further}{errors}"
+    return (
+        f"{name}{standin}: {result['metric'].replace('_', ' ')} {result['score']:.3f} (95 % interval {low:.3f} "
+        f"to {high:.3f}, n {result['n']}){blind}{further}{errors}"
+    )
 
 
 def named_tasks(args):
@@ -190,7 +286,9 @@ def _samples_task(args: argparse.Namespace, text: str):
 
     name, path, metric = parse_task(text)
     columns = common.columns_of(args)
-    return _own_task(name, SourceConfig(path=path, media_root=getattr(args, "media_root", None), columns=columns), None, 32, metric)
+    return _own_task(
+        name, SourceConfig(path=path, media_root=getattr(args, "media_root", None), columns=columns), None, 32, metric
+    )
 
 
 def _own_tasks(opened) -> list:
@@ -213,15 +311,22 @@ def _own_task(name: str, source, most: int | None, max_new_tokens: int, metric: 
 def _search(args, console, model: _Scored) -> int:
     import numpy as np
 
+    from mindvl_jax.checkpoints.names import named_folder
+    from mindvl_jax.core.files import write_json
     from mindvl_jax.core.progress import counting
     from mindvl_jax.evaluation import search
     from mindvl_jax.evaluation.browse import write_index
     from mindvl_jax.evaluation.evaluate import Predictions, predict
-    from mindvl_jax.core.files import write_json
     from mindvl_jax.inference.loading import SETTINGS
-    from mindvl_jax.checkpoints.names import named_folder
 
-    generator, opened, tasks, out, weights, settings = model.generator, model.opened, model.tasks, model.out, model.weights, model.settings
+    generator, opened, tasks, out, weights, settings = (
+        model.generator,
+        model.opened,
+        model.tasks,
+        model.out,
+        model.weights,
+        model.settings,
+    )
     if args.min_pixels or args.max_pixels:
         raise UserError("--search tries picture sizes itself; leave out --min-pixels and --max-pixels")
     own = search.Pixels(opened.min_pixels, opened.max_pixels)
@@ -232,15 +337,35 @@ def _search(args, console, model: _Scored) -> int:
 
         def measure(pixels, part):
             chosen = settings(benchmark)
-            chosen = dataclasses.replace(chosen, min_pixels=pixels.min_pixels or chosen.min_pixels, max_pixels=pixels.max_pixels or chosen.max_pixels)
-            with counting(console) as show, Predictions(out / "search" / f"{name}.jsonl", chosen.fingerprint(weights)) as predictions:
-                rows = predict(generator, part, chosen, predictions, language_only=False, on_progress=lambda done: show(done, len(part), f"{name}, {pixels}"))
-            scores = tuple(benchmark.score(item, row["prediction"])[benchmark.metric] for item, row in zip(part, rows, strict=True))
+            chosen = dataclasses.replace(
+                chosen,
+                min_pixels=pixels.min_pixels or chosen.min_pixels,
+                max_pixels=pixels.max_pixels or chosen.max_pixels,
+            )
+            with (
+                counting(console) as show,
+                Predictions(out / "search" / f"{name}.jsonl", chosen.fingerprint(weights)) as predictions,
+            ):
+                rows = predict(
+                    generator,
+                    part,
+                    chosen,
+                    predictions,
+                    language_only=False,
+                    on_progress=lambda done: show(done, len(part), f"{name}, {pixels}"),
+                )
+            scores = tuple(
+                benchmark.score(item, row["prediction"])[benchmark.metric] for item, row in zip(part, rows, strict=True)
+            )
             return search.Trial(pixels, scores, tuple(row["prompt_tokens"] for row in rows))
 
         def tell(trials):
             best = max(trials, key=lambda trial: trial.score)
-            console.print(f"  {name}: {len(trials)} settings on {len(best.scores)} samples, best so far {best.score:.3f} ({best.pixels})", soft_wrap=True)
+            console.print(
+                f"  {name}: {len(trials)} settings on {len(best.scores)} samples, best so far "
+                f"{best.score:.3f} ({best.pixels})",
+                soft_wrap=True,
+            )
 
         method = search.halving if args.method == "halving" else search.full_grid
         trials = method(grid, validation, measure, on_round=tell)
@@ -248,19 +373,51 @@ def _search(args, console, model: _Scored) -> int:
         judged = search.judge(measure(search.Pixels(None, None), held_out), measure(best, held_out))
         for trial in trials:
             totals.setdefault(trial.pixels, []).append(trial.score if len(trial.scores) == len(validation) else None)
-        found[name] = {"best": dataclasses.asdict(best), "held_out": judged,
-                       "trials": [{**dataclasses.asdict(trial.pixels), "score": round(trial.score, 4), "prompt_tokens": round(trial.tokens, 1), "n": len(trial.scores)} for trial in trials]}
+        found[name] = {
+            "best": dataclasses.asdict(best),
+            "held_out": judged,
+            "trials": [
+                {
+                    **dataclasses.asdict(trial.pixels),
+                    "score": round(trial.score, 4),
+                    "prompt_tokens": round(trial.tokens, 1),
+                    "n": len(trial.scores),
+                }
+                for trial in trials
+            ],
+        }
         figures.append((name, search.picture(trials, own, benchmark.title)))
-        console.print(f"{name}: best {best}: held out {judged['own']:.3f} -> {judged['best']:.3f}, gain {judged['gain']:+.3f} "
-                      f"(95 % interval {judged['gain_ci95'][0]:+.3f} to {judged['gain_ci95'][1]:+.3f}, n {judged['n']}), prompt tokens {judged['own_prompt_tokens']} -> {judged['best_prompt_tokens']}", soft_wrap=True)
-        results[name] = {"title": benchmark.title, "metric": benchmark.metric, "score": judged["best"], "ci95": list(search.bootstrap_interval(measure(best, held_out).scores)),
-                         "n": judged["n"], "errors": 0, "settings": dataclasses.asdict(best), "search_gain": judged["gain"]}
+        console.print(
+            f"{name}: best {best}: held out {judged['own']:.3f} -> {judged['best']:.3f}, gain {judged['gain']:+.3f} "
+            f"(95 % interval {judged['gain_ci95'][0]:+.3f} to {judged['gain_ci95'][1]:+.3f}, n "
+            f"{judged['n']}), prompt tokens {judged['own_prompt_tokens']} -> {judged['best_prompt_tokens']}",
+            soft_wrap=True,
+        )
+        results[name] = {
+            "title": benchmark.title,
+            "metric": benchmark.metric,
+            "score": judged["best"],
+            "ci95": list(search.bootstrap_interval(measure(best, held_out).scores)),
+            "n": judged["n"],
+            "errors": 0,
+            "settings": dataclasses.asdict(best),
+            "search_gain": judged["gain"],
+        }
         write_json(out / "search.json", found)  # after each task: what is found outlives a search that is stopped
     whole = {pixels: scores for pixels, scores in totals.items() if len(scores) == len(tasks) and None not in scores}
     chosen = max(whole, key=lambda pixels: (float(np.mean(whole[pixels])), pixels == search.Pixels(None, None)))
-    found["all"] = {"best": dataclasses.asdict(chosen), "mean_validation_score": round(float(np.mean(whole[chosen])), 4)}
+    found["all"] = {
+        "best": dataclasses.asdict(chosen),
+        "mean_validation_score": round(float(np.mean(whole[chosen])), 4),
+    }
     write_json(out / "search.json", found)
-    page = write_index(out, results, figures, [f"Scores of the best picture sizes on the halves that the search did not see. Over all tasks: {chosen}."], name="search")
+    page = write_index(
+        out,
+        results,
+        figures,
+        [f"Scores of the best picture sizes on the halves that the search did not see. Over all tasks: {chosen}."],
+        name="search",
+    )
     console.print(f"over all tasks: {chosen}; search: {out / 'search.json'}, page: {page}", soft_wrap=True)
     if not args.no_save:
         if chosen == search.Pixels(None, None):

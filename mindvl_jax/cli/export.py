@@ -5,21 +5,44 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mindvl_jax.config.schema import ADAPTER_PARAMETERS, Config
 from mindvl_jax.cli import common
+from mindvl_jax.config.schema import ADAPTER_PARAMETERS, Config
 from mindvl_jax.core.errors import UserError
 
-EPILOG = common.examples("mindvl export --run runs/mine --out exported --dtype bfloat16", "mindvl export --vision Qwen2.5-VL-3B-Instruct --language Qwen3-1.7B --out joined")
+EPILOG = common.examples(
+    "mindvl export --run runs/mine --out exported --dtype bfloat16",
+    "mindvl export --vision Qwen2.5-VL-3B-Instruct --language Qwen3-1.7B --out joined",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_argument_group("what to export (either --run, or both --vision and --language)")
-    source.add_argument("--weights", "--run", dest="source", metavar="DIR", help="one of our runs or checkpoints, or a Hugging Face folder")
+    source.add_argument(
+        "--weights",
+        "--run",
+        dest="source",
+        metavar="DIR",
+        help="one of our runs or checkpoints, or a Hugging Face folder",
+    )
     source.add_argument("--vision", metavar="DIR", help="Qwen2.5-VL folder whose vision tower is taken")
-    source.add_argument("--language", metavar="DIR", help="Qwen3 or Qwen2.5 folder whose language model is taken; the projector between them is new")
-    source.add_argument("--positions", choices=("mrope", "1d"), default="mrope", help="how the assembled language model counts positions")
+    source.add_argument(
+        "--language",
+        metavar="DIR",
+        help="Qwen3 or Qwen2.5 folder whose language model is taken; the projector between them is new",
+    )
+    source.add_argument(
+        "--positions",
+        choices=("mrope", "1d"),
+        default="mrope",
+        help="how the assembled language model counts positions",
+    )
     source.add_argument("--seed", type=int, default=0, help="of the new projector")
-    source.add_argument("--merge", action="store_true", help="of a run with adapters: fold them into the base, in float32, and write the whole model; without it the adapters alone are written, as a PEFT folder")
+    source.add_argument(
+        "--merge",
+        action="store_true",
+        help="of a run with adapters: fold them into the base, in float32, and write the whole model; without it "
+        "the adapters alone are written, as a PEFT folder",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must be empty or absent")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the files; default: as stored")
     parser.add_argument("--shard-gigabytes", type=float, default=5.0, help="largest weight file")
@@ -34,10 +57,16 @@ def _export_adapter(out: Path, opened, layout, parameters) -> int:
     learned = sorted({glob for phase in opened.config.training.phases for glob in phase.train} - {ADAPTER_PARAMETERS})
     base = [path for path in parameters if not is_adapter(path) and matches_any(path, learned)]
     if base:
-        raise UserError(f"the run trained {len(base)} base parameters too, such as {base[0]}, which an adapter folder cannot hold; export it with --merge")
+        raise UserError(
+            f"the run trained {len(base)} base parameters too, such as {base[0]}, which an adapter folder "
+            "cannot hold; export it with --merge"
+        )
     write_adapter(out, opened.model_config, layout, parameters, base=opened.config.run.init_from)
     count = sum(value.size for path, value in parameters.items() if is_adapter(path))
-    print(f"{out}: {count:,} adapter parameters on {len(layout)} stacked layers (opened by PEFT and `mindvl generate --adapter`)")
+    print(
+        f"{out}: {count:,} adapter parameters on {len(layout)} stacked layers (opened by PEFT and `mindvl "
+        "generate --adapter`)"
+    )
     return 0
 
 
@@ -62,7 +91,10 @@ def run(args: argparse.Namespace) -> int:
         config, parameters = opened.model_config, opened.parameters()
         adapters = opened.config.adapters if isinstance(opened.config, Config) else None
         if args.merge and adapters is None:
-            raise UserError(f"--merge: {args.source} has no adapters; for a Hugging Face folder and a PEFT folder use `mindvl merge --base DIR --adapter DIR --out DIR`")
+            raise UserError(
+                f"--merge: {args.source} has no adapters; for a Hugging Face folder and a PEFT folder use "
+                "`mindvl merge --base DIR --adapter DIR --out DIR`"
+            )
         if adapters is not None:
             layout = layout_of(adapters, config)
             if not args.merge:
@@ -80,6 +112,10 @@ def run(args: argparse.Namespace) -> int:
     write_companions(out, config, tokenizer, *pixels)
     count = sum(value.size for value in parameters.values())
     kind, described = model_type(config)
-    reader = "transformers and MindVL" if described.in_transformers else "MindVL only; transformers has no class for this pairing"
+    reader = (
+        "transformers and MindVL"
+        if described.in_transformers
+        else "MindVL only; transformers has no class for this pairing"
+    )
     print(f"{out}: {count:,} parameters, model_type {kind} (opened by {reader})")
     return 0

@@ -1,4 +1,4 @@
-"""`mindvl generate`: answer prompts about pictures, one from the command line or many from a file."""
+"""`mindvl generate`: answer prompts about images, one from the command line or many from a file."""
 
 from __future__ import annotations
 
@@ -24,26 +24,51 @@ DEFAULTS = dict(max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, repetit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", required=True, metavar="DIR", help="one of our runs or checkpoints, or a Hugging Face folder")
+    parser.add_argument(
+        "--weights", required=True, metavar="DIR", help="one of our runs or checkpoints, or a Hugging Face folder"
+    )
     parser.add_argument("--adapter", metavar="DIR", help="PEFT folder (LoRA, DoRA) to use on top of the weights")
     asked = parser.add_argument_group("what to answer")
-    asked.add_argument("--prompt", metavar="TEXT", help="the question; <image> in it marks an image's place (\\\\<image> is text), otherwise images come first")
-    asked.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
-    asked.add_argument("--video", action="append", default=[], metavar="FILE", help="a video; may be given several times")
+    asked.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="the question; <image> in it marks an image's place (\\\\<image> is text), otherwise images come first",
+    )
+    asked.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times"
+    )
+    asked.add_argument(
+        "--video", action="append", default=[], metavar="FILE", help="a video; may be given several times"
+    )
     asked.add_argument("--system", metavar="TEXT", help="system turn; with --requests, of the lines that have none")
-    asked.add_argument("--requests", metavar="JSONL", help="many requests: lines with prompt or messages, and id, images, videos and sampling settings as wanted ('-': standard input)")
+    asked.add_argument(
+        "--requests",
+        metavar="JSONL",
+        help="many requests: lines with prompt or messages, and id, images, videos and sampling settings as "
+        "wanted ('-': standard input)",
+    )
     chosen = parser.add_argument_group("how tokens are chosen")
     chosen.add_argument("--max-new-tokens", type=int, default=DEFAULTS["max_new_tokens"])
     chosen.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     chosen.add_argument("--top-k", type=int, default=0, help="0: no limit")
     chosen.add_argument("--top-p", type=float, default=1.0)
     chosen.add_argument("--repetition-penalty", type=float, default=1.0)
-    chosen.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be given several times")
+    chosen.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end the answer before this text; may be given several times",
+    )
     chosen.add_argument("--seed", type=int, default=None, help="the same seed gives the same answers")
     chosen.add_argument("--n", type=int, default=1, help="answers for each prompt")
     sizes = parser.add_argument_group("sizes")
-    sizes.add_argument("--min-pixels", type=int, help="smallest picture area after resizing; default: the model's own setting")
-    sizes.add_argument("--max-pixels", type=int, help="largest picture area after resizing; default: the model's own setting")
+    sizes.add_argument(
+        "--min-pixels", type=int, help="smallest picture area after resizing; default: the model's own setting"
+    )
+    sizes.add_argument(
+        "--max-pixels", type=int, help="largest picture area after resizing; default: the model's own setting"
+    )
     sizes.add_argument("--batch", type=int, default=16, help="answers that decode together")
     sizes.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,tensor=4; default: one")
     add_backend_arguments(sizes)
@@ -54,8 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _output_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="JSONL", help="write answers with tokens' log-probabilities to a file")
-    output.add_argument("--words", action="store_true", help="list the tokens that the model knows and end; of a compact vocabulary these are all its words")
-    output.add_argument("--json", action="store_true", help="print one JSON object an answer, with tokens and log-probabilities")
+    output.add_argument(
+        "--words",
+        action="store_true",
+        help="list the tokens that the model knows and end; of a compact vocabulary these are all its words",
+    )
+    output.add_argument(
+        "--json", action="store_true", help="print one JSON object an answer, with tokens and log-probabilities"
+    )
     output.add_argument("--logprobs", action="store_true", help="print each answer's mean log-probability")
     output.add_argument("--no-stream", action="store_true", help="print a single answer only when it is complete")
 
@@ -71,7 +102,12 @@ def run(args: argparse.Namespace) -> int:
     programs = chosen_programs(args)
     with common.busy(f"reading {args.weights}"):
         opened = open_for_inference(args.weights, mesh=args.mesh, adapter=args.adapter)
-    generator = Generator(opened, slots=min(args.batch, sum(request.sampling.n for request in requests)), context=args.context, programs=programs)
+    generator = Generator(
+        opened,
+        slots=min(args.batch, sum(request.sampling.n for request in requests)),
+        context=args.context,
+        programs=programs,
+    )
     single = args.prompt is not None and args.n == 1
     if single and not args.no_stream and not args.out and not args.json:
         answers, pieces = [], generator.stream(requests)
@@ -87,7 +123,9 @@ def run(args: argparse.Namespace) -> int:
         total, done = sum(request.sampling.n for request in requests), itertools.count(1)
         with counting(LogConsole(stderr=True, stamp=False)) as show:
             show(0, total, "answers")
-            answers = generator.generate(requests, skip_errors=not single, on_answer=lambda index, answer: show(next(done), total, "answers"))
+            answers = generator.generate(
+                requests, skip_errors=not single, on_answer=lambda index, answer: show(next(done), total, "answers")
+            )
         seconds = time.perf_counter() - started
         if args.out:
             _write(Path(args.out), requests, answers)
@@ -103,7 +141,11 @@ def run(args: argparse.Namespace) -> int:
     if args.logprobs:
         for answer in answers:
             mean = sum(answer.logprobs) / max(1, len(answer.logprobs))
-            print(f"{answer.id or 'answer'}[{answer.sample}]: mean log-probability {mean:.4f} over {len(answer.logprobs)} tokens, ended by {answer.finish}", file=sys.stderr)
+            print(
+                f"{answer.id or 'answer'}[{answer.sample}]: mean log-probability {mean:.4f} over "
+                f"{len(answer.logprobs)} tokens, ended by {answer.finish}",
+                file=sys.stderr,
+            )
     return 1 if any(answer.error for answer in answers) else 0
 
 
@@ -111,8 +153,16 @@ def _requests(args: argparse.Namespace):
     from mindvl_jax.inference.request import Request, Sampling, with_system
     from mindvl_jax.inference.requests_file import read_requests
 
-    common = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                  repetition_penalty=args.repetition_penalty, stop=tuple(args.stop), seed=args.seed, n=args.n)
+    common = dict(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+        stop=tuple(args.stop),
+        seed=args.seed,
+        n=args.n,
+    )
     pixels = dict(min_pixels=args.min_pixels, max_pixels=args.max_pixels)
     if (args.prompt is None) == (args.requests is None):
         raise UserError("give either --prompt TEXT (with --image FILE as wanted) or --requests FILE")
@@ -120,7 +170,9 @@ def _requests(args: argparse.Namespace):
         for path in (*args.image, *args.video):
             if not Path(path).is_file():
                 raise UserError(f"there is no file {path!r}; --image and --video want paths of existing files")
-        request = Request.from_prompt(args.prompt, tuple(args.image), videos=tuple(args.video), sampling=Sampling(**common), **pixels)
+        request = Request.from_prompt(
+            args.prompt, tuple(args.image), videos=tuple(args.video), sampling=Sampling(**common), **pixels
+        )
         return [with_system(request, args.system) if args.system else request]
     if args.image or args.video:
         raise UserError("--image and --video go with --prompt; in a file of requests each line names its own")
@@ -130,9 +182,9 @@ def _requests(args: argparse.Namespace):
 
 def _words(weights: str) -> int:
     """Print every token of the model's vocabulary, one a line, as text."""
-    from mindvl_jax.weights.described import described
     from mindvl_jax.config.schema import TokenizerConfig
     from mindvl_jax.data.text.tokenizer import load_tokenizer
+    from mindvl_jax.weights.described import described
 
     sections = described(weights)
     if "tokenizer" not in sections:
@@ -145,8 +197,15 @@ def _words(weights: str) -> int:
 
 def _rows(answers) -> Iterator[dict]:
     for answer in answers:
-        row = {"id": answer.id, "sample": answer.sample, "text": answer.text, "finish": answer.finish, "tokens": list(answer.tokens),
-               "logprobs": [round(value, 6) for value in answer.logprobs], "prompt_tokens": answer.prompt_tokens}
+        row = {
+            "id": answer.id,
+            "sample": answer.sample,
+            "text": answer.text,
+            "finish": answer.finish,
+            "tokens": list(answer.tokens),
+            "logprobs": [round(value, 6) for value in answer.logprobs],
+            "prompt_tokens": answer.prompt_tokens,
+        }
         yield row | ({"error": answer.error} if answer.error else {})
 
 

@@ -8,12 +8,17 @@ from pathlib import Path
 from mindvl_jax.cli import common
 from mindvl_jax.core.errors import UserError
 
-EPILOG = common.examples("mindvl import mindspeed --data data_3b.json --model model_3b.json --script finetune_qwen2_5_vl_3b.sh --out mine.yaml")
+EPILOG = common.examples(
+    "mindvl import mindspeed --data data_3b.json --model model_3b.json --script finetune_qwen2_5_vl_3b.sh "
+    "--out mine.yaml"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
-    mindspeed = formats.add_parser("mindspeed", help="data.json, model.json and the shell script of MindSpeed-MM", epilog=EPILOG)
+    mindspeed = formats.add_parser(
+        "mindspeed", help="data.json, model.json and the shell script of MindSpeed-MM", epilog=EPILOG
+    )
     mindspeed.add_argument("--data", required=True, metavar="JSON", help="their data.json")
     mindspeed.add_argument("--model", required=True, metavar="JSON", help="their model.json")
     mindspeed.add_argument("--script", required=True, metavar="SH", help="their shell script; it is read, not run")

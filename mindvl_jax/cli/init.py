@@ -61,15 +61,39 @@ class Sizes:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="model to start from: a Hugging Face folder or one of our runs")
-    parser.add_argument("--data", required=True, metavar="FILE", help="samples in any format that training reads: a file, a folder or a glob")
-    parser.add_argument("--media-root", metavar="DIR", help="folder that media paths start from; default: the folder of the file")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="model to start from: a Hugging Face folder or one of our runs"
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE",
+        help="samples in any format that training reads: a file, a folder or a glob",
+    )
+    parser.add_argument(
+        "--media-root", metavar="DIR", help="folder that media paths start from; default: the folder of the file"
+    )
     parser.add_argument("--format", default="auto", help="as data.sources.*.format; default: by the file")
-    parser.add_argument("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="names of the file's columns, such as question=text answer=label image=path")
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="NAME=COLUMN",
+        help="names of the file's columns, such as question=text answer=label image=path",
+    )
     parser.add_argument("--run", dest="run_dir", metavar="DIR", help="run folder; default: runs/ and the data's name")
     parser.add_argument("--epochs", type=float, default=3.0, help="passes over the data (default: %(default)s)")
-    parser.add_argument("--max-pixels", type=int, help=f"largest image area; default: the model's own, at most {_LARGEST_PIXELS}")
-    parser.add_argument("--lora", type=int, nargs="?", const=8, metavar="RANK", help="train LoRA adapters on the language model in place of its weights (rank: 8)")
+    parser.add_argument(
+        "--max-pixels", type=int, help=f"largest image area; default: the model's own, at most {_LARGEST_PIXELS}"
+    )
+    parser.add_argument(
+        "--lora",
+        type=int,
+        nargs="?",
+        const=8,
+        metavar="RANK",
+        help="train LoRA adapters on the language model in place of its weights (rank: 8)",
+    )
     parser.add_argument("--out", metavar="YAML", help="file to write; default: standard output")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
 
@@ -81,7 +105,17 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--lora {args.lora}: expected a rank of at least 1")
     if not args.epochs > 0:
         raise UserError(f"--epochs is {args.epochs}, expected a positive number")
-    request = Request(args.model, args.data, args.media_root, args.format, args.run_dir, args.epochs, args.max_pixels, tuple(common.columns_of(args).model_dump(exclude_unset=True).items()), args.lora)
+    request = Request(
+        args.model,
+        args.data,
+        args.media_root,
+        args.format,
+        args.run_dir,
+        args.epochs,
+        args.max_pixels,
+        tuple(common.columns_of(args).model_dump(exclude_unset=True).items()),
+        args.lora,
+    )
     if args.out is None:
         print(text_of(request), end="")
     else:
@@ -103,7 +137,12 @@ def text_of(request: Request) -> str:
         raise UserError(f"{request.model} has no tokenizer.json; save the tokenizer there")
     low, high = _pixels(Path(request.model).expanduser())
     high = request.max_pixels or min(high, _LARGEST_PIXELS)
-    source = {"path": request.data, "format": request.format, "media_root": request.media_root, "columns": dict(request.columns)}
+    source = {
+        "path": request.data,
+        "format": request.format,
+        "media_root": request.media_root,
+        "columns": dict(request.columns),
+    }
     source = {key: value for key, value in source.items() if value not in (None, "auto", {})}
     sizes = measure(request, source, model, TokenizerConfig.model_validate(sections["tokenizer"]), low, high)
     text = _yaml(request, source, model, sizes, low, high)
@@ -111,23 +150,28 @@ def text_of(request: Request) -> str:
     return text
 
 
-def measure(request: Request, source: dict, model: ModelConfig, tokenizer: TokenizerConfig, low: int, high: int) -> Sizes:
+def measure(
+    request: Request, source: dict, model: ModelConfig, tokenizer: TokenizerConfig, low: int, high: int
+) -> Sizes:
     """Read some samples and choose sizes with which each of them fits a row.
 
     Raises:
       UserError: no sample can be used; names the reasons.
     """
+    from mindvl_jax.data.sources.readers import Source
     from mindvl_jax.models.vision_language.check import check_source
     from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
     from mindvl_jax.models.vision_language.processor import cached_tokenizer
-    from mindvl_jax.data.sources.readers import Source
 
     opened = Source("data", SourceConfig(**source, max_samples=SAMPLED))
     encoder = ExampleEncoder(model, cached_tokenizer(tokenizer), EncodeLimits(min_pixels=low, max_pixels=high))
     found = check_source(opened, request.data, encoder, model.vision, decode=False)
     reasons = ", ".join(f"{reason} ({count})" for reason, count in found.reasons.most_common(3))
     if not found.kept:
-        raise UserError(f"{request.data}: none of {found.records} samples can be used: {reasons}. First: {found.skipped[0][3]}" + ("\nLines that are accepted:\n  " + "\n  ".join(ACCEPTED) if "malformed" in found.reasons else ""))
+        raise UserError(
+            f"{request.data}: none of {found.records} samples can be used: {reasons}. First: {found.skipped[0][3]}"
+            + ("\nLines that are accepted:\n  " + "\n  ".join(ACCEPTED) if "malformed" in found.reasons else "")
+        )
     tokens, patches = np.array(found.tokens), np.array(found.patches)
     longest = int(tokens.max())
     # About a twentieth of the data a step, so that a small file still gives some steps; at most 64 samples.
@@ -137,8 +181,17 @@ def measure(request: Request, source: dict, model: ModelConfig, tokenizer: Token
     per_row = max(length / tokens.mean(), 1.0)
     unit = model.vision.merge_unit
     budget = _up(max(1.03 * patches.sum() / tokens.sum() * length, patches.max(), unit), unit)
-    return Sizes(length, budget, max(8, math.ceil(length / tokens.min())) if tokens.min() * 64 < length else 64,
-                 max(1, round(wanted / (per_row * ROWS))), longest, per_row, found.kept, sum(found.reasons.values()), reasons)
+    return Sizes(
+        length,
+        budget,
+        max(8, math.ceil(length / tokens.min())) if tokens.min() * 64 < length else 64,
+        max(1, round(wanted / (per_row * ROWS))),
+        longest,
+        per_row,
+        found.kept,
+        sum(found.reasons.values()),
+        reasons,
+    )
 
 
 def _up(value: float, unit: int) -> int:
@@ -154,19 +207,32 @@ def _pixels(folder: Path) -> tuple[int, int]:
             continue
         content = content.get("image_processor", content)
         size = content.get("size") or {}
-        low, high = content.get("min_pixels") or size.get("shortest_edge"), content.get("max_pixels") or size.get("longest_edge")
+        low, high = (
+            content.get("min_pixels") or size.get("shortest_edge"),
+            content.get("max_pixels") or size.get("longest_edge"),
+        )
         if low and high:
             return int(low), int(high)
     return 3136, _LARGEST_PIXELS
 
 
 def _yaml(request: Request, source: dict, model: ModelConfig, sizes: Sizes, low: int, high: int) -> str:
-    quoted = lambda value: json.dumps(str(value), ensure_ascii=False)  # JSON strings are YAML strings
+    def quoted(value):
+        return json.dumps(str(value), ensure_ascii=False)  # JSON strings are YAML strings
+
     run_dir = request.run_dir or f"runs/{Path(request.data).stem or 'mine'}"
     listed = ", ".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in source.items())
     large = model.text.hidden_size >= 1024
-    unusable = f"\n# {sizes.unusable} samples cannot be used: {sizes.reasons}. `mindvl data check` lists them." if sizes.unusable else ""
-    cut = f"\n# Longer samples lose turns: the longest has {sizes.longest} tokens." if sizes.longest > sizes.sequence_length else ""
+    unusable = (
+        f"\n# {sizes.unusable} samples cannot be used: {sizes.reasons}. `mindvl data check` lists them."
+        if sizes.unusable
+        else ""
+    )
+    cut = (
+        f"\n# Longer samples lose turns: the longest has {sizes.longest} tokens."
+        if sizes.longest > sizes.sequence_length
+        else ""
+    )
     adapters, train = "", "      train: [projector/**, language/**]     # the vision tower stays as it is\n"
     if request.lora is not None:
         targets = "[language/layers/attention/*, language/layers/mlp/*]"
@@ -177,7 +243,7 @@ run:
   dir: {quoted(run_dir)}
   init_from: {quoted(request.model)}          # sizes, token ids and tokenizer come from there too
 
-model: {{remat: {'full' if large else 'none'}}}
+model: {{remat: {"full" if large else "none"}}}
 
 {adapters}mesh: {{data: 1, fsdp: -1}}                    # all devices; parameters are spread over them
 
@@ -198,7 +264,7 @@ training:
       max_samples_per_row: {sizes.max_samples_per_row}
       min_pixels: {low}
       max_pixels: {high}
-      learning_rate: {'1.0e-5' if request.lora is None else '1.0e-4'}
+      learning_rate: {"1.0e-5" if request.lora is None else "1.0e-4"}
       schedule: cosine
       warmup_ratio: 0.03
 

@@ -6,7 +6,7 @@ import argparse
 import importlib
 import os
 import sys
-from typing import Sequence
+from collections.abc import Sequence
 
 from mindvl_jax import __version__
 from mindvl_jax.core.compiled import share_compiled_programs
@@ -34,11 +34,22 @@ COMMANDS = {
     "plan": ("mindvl_jax.cli.plan", "whether a run fits its devices, before it starts and on any machine"),
     "profile": ("mindvl_jax.cli.profile", "where the time of a training step goes, by block of the model"),
     "compare": ("mindvl_jax.cli.compare", "train two configurations from one seed and compare their losses"),
-    "doctor": ("mindvl_jax.cli.doctor", "is this machine fit to train through the bridge: host, network, operators, collectives, a golden training"),
+    "doctor": (
+        "mindvl_jax.cli.doctor",
+        "is this machine fit to train through the bridge: host, network, operators, collectives, a golden training",
+    ),
     "completion": ("mindvl_jax.cli.completion", "print the completion script of a shell"),
 }
 
-COMPUTING = ("train", "generate", "evaluate", "serve", "score", "compare", "profile")  # these run models for longer than a relaunch takes
+COMPUTING = (
+    "train",
+    "generate",
+    "evaluate",
+    "serve",
+    "score",
+    "compare",
+    "profile",
+)  # these run models for longer than a relaunch takes
 
 EXIT_CODES = """exit codes:
   0  done
@@ -48,7 +59,7 @@ EXIT_CODES = """exit codes:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Keeps the lines of an epilog, and names the nearest command or option for an unknown one."""
+    """Keep the lines of an epilog, and name the nearest command or option for an unknown one."""
 
     def __init__(self, **options):
         super().__init__(**options, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -72,12 +83,18 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     """Return the parser with the arguments of one command: the modules of the others stay unloaded."""
-    parser = _Parser(prog="mindvl", description="MindVL: train, use and check native-resolution vision-language models.", epilog=EXIT_CODES)
+    parser = _Parser(
+        prog="mindvl",
+        description="MindVL: train, use and check native-resolution vision-language models.",
+        epilog=EXIT_CODES,
+    )
     parser.add_argument("--version", action="version", version=f"mindvl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for name, (module, help_text) in COMMANDS.items():
         command = importlib.import_module(module) if name == chosen else None
-        subparser = commands.add_parser(name, help=help_text, description=help_text.capitalize() + ".", epilog=getattr(command, "EPILOG", None))
+        subparser = commands.add_parser(
+            name, help=help_text, description=help_text.capitalize() + ".", epilog=getattr(command, "EPILOG", None)
+        )
         if command is not None:
             command.add_arguments(subparser)
             subparser.set_defaults(run=command.run)
@@ -85,7 +102,7 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand. Exit code 2 with one clear message for what the user can change."""
+    """Run one subcommand. Exit code 2 with one clear message for what the user can change."""
     from_shell = argv is None
     argv = list(sys.argv[1:] if from_shell else argv)
     chosen = next((word for word in argv if not word.startswith("-")), None)
@@ -110,7 +127,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:  # a full or read-only disk, a file that went away
-        print(printable(f"mindvl {args.command}: {error.strerror or error}" + (f": {error.filename}" if error.filename else "")), file=sys.stderr)
+        print(
+            printable(
+                f"mindvl {args.command}: {error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+            ),
+            file=sys.stderr,
+        )
         return 2
     except MemoryError:
         print(f"mindvl {args.command}: out of memory; `mindvl plan` says what a configuration needs", file=sys.stderr)

@@ -9,10 +9,18 @@ from mindvl_jax.core.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", required=True, metavar="DIR", help="Hugging Face folder that the adapter was trained on")
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="PEFT folder (LoRA, rank-stabilised LoRA, DoRA)")
+    parser.add_argument(
+        "--base", required=True, metavar="DIR", help="Hugging Face folder that the adapter was trained on"
+    )
+    parser.add_argument(
+        "--adapter", required=True, metavar="DIR", help="PEFT folder (LoRA, rank-stabilised LoRA, DoRA)"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must be empty or absent")
-    parser.add_argument("--no-check", action="store_true", help="do not compare the logits of both afterwards, which loads each model once")
+    parser.add_argument(
+        "--no-check",
+        action="store_true",
+        help="do not compare the logits of both afterwards, which loads each model once",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,7 +34,10 @@ def run(args: argparse.Namespace) -> int:
     if args.no_check:
         return 0
     check = check_merged(base, adapter, out)
-    print(f"logits with adapter and merged differ by at most {check.difference:.2e} (largest logit {check.largest:.2e}, {check.dtype} files)")
+    print(
+        f"logits with adapter and merged differ by at most {check.difference:.2e} (largest logit "
+        f"{check.largest:.2e}, {check.dtype} files)"
+    )
     if not check.equal:
         raise UserError(f"that is more than {check.limit:g} of the largest logit: do not use {out}")
     return 0

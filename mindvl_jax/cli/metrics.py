@@ -11,7 +11,11 @@ from mindvl_jax.cli import common
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.files import read_jsonl
 
-EPILOG = common.examples("mindvl metrics runs/mine > metrics.csv", "mindvl metrics runs/mine --columns step loss validation_loss", "mindvl metrics runs/mine --json --last 1")
+EPILOG = common.examples(
+    "mindvl metrics runs/mine > metrics.csv",
+    "mindvl metrics runs/mine --columns step loss validation_loss",
+    "mindvl metrics runs/mine --json --last 1",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

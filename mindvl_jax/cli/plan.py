@@ -1,8 +1,8 @@
 """`mindvl plan`: whether a run fits its devices, told before it starts, on any machine.
 
-  mindvl plan --config C --devices 512 --device-kind "Ascend 910B"
-  mindvl plan --config C --set mesh.fsdp=8 --memory 80GiB --json
-  mindvl plan --config C --compile v5p:4x4x4 --device-kind "TPU v5p"     (with libtpu installed)
+mindvl plan --config C --devices 512 --device-kind "Ascend 910B"
+mindvl plan --config C --set mesh.fsdp=8 --memory 80GiB --json
+mindvl plan --config C --compile v5p:4x4x4 --device-kind "TPU v5p"     (with libtpu installed)
 """
 
 from __future__ import annotations
@@ -28,12 +28,34 @@ EPILOG = common.examples(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="YAML configuration of the run")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="dotted overrides, for example mesh.fsdp=64")
-    parser.add_argument("--devices", type=int, metavar="N", help="devices there will be; fills the axis of the mesh that is -1")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="dotted overrides, for example mesh.fsdp=64",
+    )
+    parser.add_argument(
+        "--devices", type=int, metavar="N", help="devices there will be; fills the axis of the mesh that is -1"
+    )
     parser.add_argument("--memory", metavar="SIZE", help="memory of one device, such as 64GiB")
-    parser.add_argument("--device-kind", metavar="NAME", help='its kind instead, such as "NVIDIA H100" or "Ascend 910B"')
-    parser.add_argument("--compile", metavar="TOPOLOGY", help="ask the TPU's own compiler, which needs libtpu and no device: a name such as v5p:4x4x4; minutes for each phase")
-    parser.add_argument("--margin", type=float, default=0.1, metavar="SHARE", help="share of the memory left to allocator, driver and kernels (default: %(default)s)")
+    parser.add_argument(
+        "--device-kind", metavar="NAME", help='its kind instead, such as "NVIDIA H100" or "Ascend 910B"'
+    )
+    parser.add_argument(
+        "--compile",
+        metavar="TOPOLOGY",
+        help="ask the TPU's own compiler, which needs libtpu and no device: a name such as v5p:4x4x4; minutes for "
+        "each phase",
+    )
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="share of the memory left to allocator, driver and kernels (default: %(default)s)",
+    )
     parser.add_argument("--no-alternatives", action="store_true", help="do not look for what would fit")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
@@ -47,9 +69,9 @@ def run(args: argparse.Namespace) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # shapes only; an accelerator of this machine is left to whoever uses it
     from rich.console import Console
 
+    from mindvl_jax.core.devices import limit_of
     from mindvl_jax.planning import aot, report
     from mindvl_jax.planning.alternatives import search
-    from mindvl_jax.core.devices import limit_of
     from mindvl_jax.planning.peak import measure
     from mindvl_jax.planning.phase import Planner
 
@@ -78,17 +100,26 @@ def run(args: argparse.Namespace) -> int:
     if not fits and not args.no_alternatives:
         # Overrides of a change come last; the mesh is then whole numbers, which --devices must not fill again.
         fixed = [*args.set, *(f"mesh.{axis}={size}" for axis, size in config.mesh.model_dump().items())]
-        planner_of = lambda overrides: Planner(load(args.config, [*fixed, *overrides], None), measure)
-        watched.print("does not fit; looking for what would (each change is compiled; --no-alternatives leaves this out)")
+
+        def planner_of(overrides):
+            return Planner(load(args.config, [*fixed, *overrides], None), measure)
+
+        watched.print(
+            "does not fit; looking for what would (each change is compiled; --no-alternatives leaves this out)"
+        )
         with counting(watched) as show:
             number = itertools.count(1)
-            tried = search(config, plans, limit.usable, planner_of, say=lambda text: show(next(number), 0, f"planning {text}"))
+            tried = search(
+                config, plans, limit.usable, planner_of, say=lambda text: show(next(number), 0, f"planning {text}")
+            )
         if not args.json:
             report.show_tried(console, tried, limit)
     if args.json:
         print(json.dumps(report.record(config, plans, limit, tried), indent=1))
     elif limit is None:
-        console.print("No verdict: say how much memory a device has by --memory 64GiB or --device-kind NAME.", highlight=False)
+        console.print(
+            "No verdict: say how much memory a device has by --memory 64GiB or --device-kind NAME.", highlight=False
+        )
     return 0 if fits else 1
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from mindvl_jax.cli import common
 from mindvl_jax.core.errors import UserError
 
-
-EPILOG = common.examples("mindvl profile --config quickstart --steps 10..12", "mindvl profile --run runs/mine --steps 3")
+EPILOG = common.examples(
+    "mindvl profile --config quickstart --steps 10..12", "mindvl profile --run runs/mine --steps 3"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--config", help="train this configuration up to the last of --steps and profile those")
     # Not `run`: the command line keeps the command's function under that name.
     which.add_argument("--run", dest="asked", metavar="DIR", help="a run that is training now")
-    parser.add_argument("--steps", metavar="A..B or N", help="with --config: the steps A to B (default 4..6); with --run: how many (default 3)")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="dotted overrides, with --config")
-    parser.add_argument("--out", help="run folder for --config; default: the configuration's run.dir with -profile at its end")
+    parser.add_argument(
+        "--steps",
+        metavar="A..B or N",
+        help="with --config: the steps A to B (default 4..6); with --run: how many (default 3)",
+    )
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="dotted overrides, with --config"
+    )
+    parser.add_argument(
+        "--out", help="run folder for --config; default: the configuration's run.dir with -profile at its end"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,7 +45,10 @@ def run(args: argparse.Namespace) -> int:
 
         require_training(Path(args.asked))
         path = request(Path(args.asked), _count(args.steps or "3"))
-        print(f"asked by {path}; the run writes into {Path(args.asked) / FOLDER} and prints the table when the steps are done")
+        print(
+            f"asked by {path}; the run writes into {Path(args.asked) / FOLDER} and prints the table when the "
+            "steps are done"
+        )
         return 0
     first, last = _range(args.steps or "4..6")
     config = common.load_config(args.config, args.set)
@@ -57,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def require_training(run_dir: Path) -> None:
-    """Refuse a run folder in which no process trains now: nobody would answer. A training process holds the folder's lock.
+    """Refuse a run folder in which no process trains now: nobody would answer.
+
+    A training process holds the folder's lock.
 
     Raises:
       UserError: no run there, or nothing trains in it.
@@ -70,7 +84,10 @@ def require_training(run_dir: Path) -> None:
             except BlockingIOError:
                 return
     if (run_dir / "config.yaml").is_file():
-        raise UserError(f"nothing trains in {run_dir} now (on this machine); start it again, or profile its configuration: mindvl profile --config {run_dir / 'config.yaml'}")
+        raise UserError(
+            f"nothing trains in {run_dir} now (on this machine); start it again, or profile its "
+            f"configuration: mindvl profile --config {run_dir / 'config.yaml'}"
+        )
 
 
 def _range(text: str) -> tuple[int, int]:

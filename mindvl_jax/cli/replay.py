@@ -33,10 +33,17 @@ def run(args: argparse.Namespace) -> int:
     print(f"step {found.step} ({found.phase}), loss {found.loss:g}, samples {', '.join(found.sample_ids[:20])}")
     print(f"parameters: {found.parameters}")
     if found.bad_parameters:
-        print(f"{len(found.bad_parameters)} parameters were not finite before the step: {', '.join(found.bad_parameters[:5])}")
+        print(
+            f"{len(found.bad_parameters)} parameters were not finite before the step: "
+            f"{', '.join(found.bad_parameters[:5])}"
+        )
     if found.finding is None:
         print("nothing is out of range with these parameters and samples")
     else:
         finding, largest = found.finding, ", ".join(f"{value:.3g}" for value in found.finding.inputs)
-        print(f"first result that is not finite: {finding.operation} in {finding.scope}, {'backward' if finding.backward else 'forward'} pass ({finding.source}); largest inputs {largest}")
+        print(
+            f"first result that is not finite: {finding.operation} in {finding.scope}, "
+            f"{'backward' if finding.backward else 'forward'} pass ({finding.source}); largest inputs "
+            f"{largest}"
+        )
     return 0

@@ -29,7 +29,10 @@ class RunHooks(Hooks):
 
     def problems(self) -> list[str]:
         settings, found = self._config.evaluation, []
-        checks = [functools.partial(find_files, task.source, f"evaluation.tasks[{index}].source") for index, task in enumerate(settings.tasks)]
+        checks = [
+            functools.partial(find_files, task.source, f"evaluation.tasks[{index}].source")
+            for index, task in enumerate(settings.tasks)
+        ]
         if settings.benchmarks is not None:
             checks.append(functools.partial(check_benchmarks, settings.benchmarks))
         for check in checks:
@@ -40,7 +43,9 @@ class RunHooks(Hooks):
         return found
 
     def watcher(self, say: Callable[[str], None]) -> StepProfiler:
-        return StepProfiler(Path(self._config.run.dir), self._config.profile, say, functools.partial(make_tracer, self._config))
+        return StepProfiler(
+            Path(self._config.run.dir), self._config.profile, say, functools.partial(make_tracer, self._config)
+        )
 
     def evaluate(self, model: Any, step: int, phase: str, console: Console) -> None:
         evaluate_run(self._config, model, step, phase, self._config.run.dir, console)

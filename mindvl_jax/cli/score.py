@@ -19,10 +19,14 @@ EPILOG = common.examples("mindvl score --weights runs/mine --data held_out.jsonl
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", required=True, metavar="DIR", help="one of our runs or checkpoints, or a Hugging Face folder")
+    parser.add_argument(
+        "--weights", required=True, metavar="DIR", help="one of our runs or checkpoints, or a Hugging Face folder"
+    )
     parser.add_argument("--data", required=True, metavar="FILE", help="samples in any format that training reads")
     parser.add_argument("--format", default="auto", help="as data.sources.*.format; default: by the file")
-    parser.add_argument("--train-on", choices=("answers", "last_answer", "all"), default="answers", help="which tokens are scored")
+    parser.add_argument(
+        "--train-on", choices=("answers", "last_answer", "all"), default="answers", help="which tokens are scored"
+    )
     parser.add_argument("--batch", type=int, default=16, help="samples scored together")
     parser.add_argument("--max-samples", type=int)
     parser.add_argument("--min-pixels", type=int, help="default: the model's own setting")
@@ -40,13 +44,22 @@ def run(args: argparse.Namespace) -> int:
 
     with common.busy(f"reading {args.weights}"):
         opened = open_model(args.weights)
-    source = Source("data", SourceConfig(path=str(Path(args.data).expanduser()), format=args.format, max_samples=args.max_samples))
+    source = Source(
+        "data", SourceConfig(path=str(Path(args.data).expanduser()), format=args.format, max_samples=args.max_samples)
+    )
     sink = open(args.out, "w", encoding="utf-8") if args.out else sys.stdout
     failed, stack = 0, contextlib.ExitStack()
     try:
         show = stack.enter_context(counting(LogConsole(stderr=True, stamp=False)))
         show(0, len(source), "samples")
-        lines = score(opened, [with_answer(source[i]) for i in range(len(source))], batch=args.batch, train_on=args.train_on, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+        lines = score(
+            opened,
+            [with_answer(source[i]) for i in range(len(source))],
+            batch=args.batch,
+            train_on=args.train_on,
+            min_pixels=args.min_pixels,
+            max_pixels=args.max_pixels,
+        )
         for number, line in enumerate(lines, 1):
             show(number, len(source), "samples")
             failed += "error" in line
@@ -61,31 +74,46 @@ def run(args: argparse.Namespace) -> int:
 
 
 def with_answer(sample: Sample) -> Sample:
-    """Return the sample with its first accepted answer as the last turn, if it ends with the question (as evaluation files do)."""
+    """Return the sample with its first accepted answer as the last turn, if it ends with the question (as evaluation
+    files do).
+    """
     if sample.answers and sample.messages and sample.messages[-1].role == "user":
         return dataclasses.replace(sample, messages=(*sample.messages, Message("assistant", sample.answers[0])))
     return sample
 
 
-def score(opened, samples: Sequence, *, batch: int = 16, train_on: str = "answers", min_pixels: int | None = None, max_pixels: int | None = None) -> Iterator[dict]:
-    """One mapping a sample, in their order: id, nll (summed negative log-likelihood of the answer tokens, in nats), tokens.
+def score(
+    opened,
+    samples: Sequence,
+    *,
+    batch: int = 16,
+    train_on: str = "answers",
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+) -> Iterator[dict]:
+    """One mapping a sample, in their order: id, nll (summed negative log-likelihood of the answer tokens, in nats),
+    tokens.
 
-    A sample that cannot be encoded yields id and error instead. Samples of like size share a batch; sizes are rounded up so that
-    few programs are compiled.
+    A sample that cannot be encoded yields id and error instead. Samples of like size share a batch; sizes are rounded
+    up so that few programs are compiled.
     """
     import jax
     from flax import nnx
 
-    from mindvl_jax.models.vision_language.collate import collate, shape_for
-    from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
     from mindvl_jax.data.sample import SampleError
     from mindvl_jax.inference.buckets import next_size
     from mindvl_jax.inference.prompts import prompt_config, vision_of
+    from mindvl_jax.models.vision_language.collate import collate, shape_for
+    from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
 
     if opened.tokenizer is None:
-        raise UserError(f"{opened.folder}: has no tokenizer.json, so samples cannot be encoded; save the tokenizer there")
+        raise UserError(
+            f"{opened.folder}: has no tokenizer.json, so samples cannot be encoded; save the tokenizer there"
+        )
     vision = vision_of(opened.model)
-    limits = EncodeLimits(min_pixels=min_pixels or opened.min_pixels, max_pixels=max_pixels or opened.max_pixels, train_on=train_on)
+    limits = EncodeLimits(
+        min_pixels=min_pixels or opened.min_pixels, max_pixels=max_pixels or opened.max_pixels, train_on=train_on
+    )
     encoder = ExampleEncoder(prompt_config(opened.model, opened.tokenizer), opened.tokenizer, limits)
     has_eyes = vision is getattr(opened.model.config, "vision", None)
     results: dict[int, dict] = {}
@@ -104,7 +132,12 @@ def score(opened, samples: Sequence, *, batch: int = 16, train_on: str = "answer
     def losses(state, packed):
         return nnx.merge(graph, state).token_losses(packed, chunk=1024)
 
-    size = lambda index: (next_size(examples[index].length, 32), next_size(max(examples[index].patches, vision.merge_unit), 4 * vision.merge_unit))
+    def size(index):
+        return (
+            next_size(examples[index].length, 32),
+            next_size(max(examples[index].patches, vision.merge_unit), 4 * vision.merge_unit),
+        )
+
     order = sorted(examples, key=size, reverse=True)
     for start in range(0, len(order), batch):
         group = order[start : start + batch]
@@ -116,8 +149,17 @@ def score(opened, samples: Sequence, *, batch: int = 16, train_on: str = "answer
             except SampleError as error:
                 results[index] = {"id": samples[index].id, "error": str(error)}
         shape = shape_for(vision, rows=batch, tokens=tokens, patches=patches, samples=1)
-        packed = collate([[example] for _, example in rows] + [[]] * (batch - len(rows)), shape, pad_id=opened.tokenizer.pad_id, vision=vision).batch
+        packed = collate(
+            [[example] for _, example in rows] + [[]] * (batch - len(rows)),
+            shape,
+            pad_id=opened.tokenizer.pad_id,
+            vision=vision,
+        ).batch
         sums = jax.device_get(losses(state, packed).sum(-1))
         for row, (index, example) in enumerate(rows):
-            results[index] = {"id": samples[index].id, "nll": float(sums[row]), "tokens": int((example.loss_weights > 0).sum())}
+            results[index] = {
+                "id": samples[index].id,
+                "nll": float(sums[row]),
+                "tokens": int((example.loss_weights > 0).sum()),
+            }
     yield from (results[index] for index in range(len(samples)))

@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mindvl_jax.core.errors import UserError, at_least_one
 from mindvl_jax.cli.backend import add_backend_arguments, chosen_programs
+from mindvl_jax.core.errors import UserError, at_least_one
 
 KEY_VARIABLE = "MINDVL_API_KEYS"
 EPILOG = """examples:
@@ -26,24 +26,58 @@ Keys come from --api-key or, comma-separated, from the variable MINDVL_API_KEYS.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
-    parser.add_argument("--weights", required=True, metavar="DIR", help="one of our runs or checkpoints, or a Hugging Face folder")
+    parser.add_argument(
+        "--weights", required=True, metavar="DIR", help="one of our runs or checkpoints, or a Hugging Face folder"
+    )
     parser.add_argument("--name", help="model name that requests give; default: the folder's name")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s: this machine alone)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default %(default)s: this machine alone)"
+    )
     parser.add_argument("--port", type=int, default=8000, help="(default %(default)s)")
-    parser.add_argument("--api-key", action="append", default=[], metavar="KEY", help="accept this key; may be given several times (default: no key needed)")
+    parser.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="accept this key; may be given several times (default: no key needed)",
+    )
     sizes = parser.add_argument_group("sizes")
     sizes.add_argument("--slots", type=int, default=16, help="answers that decode together (default %(default)s)")
-    sizes.add_argument("--context", type=int, default=2048, help="longest prompt plus answer in tokens (default %(default)s)")
-    sizes.add_argument("--max-pixels", type=int, help="largest image area after resizing; default: the model's own setting, within the context")
-    sizes.add_argument("--chunk", type=int, default=4, help="tokens decoded between two looks at the queue: small is smooth, large is fast (default %(default)s)")
+    sizes.add_argument(
+        "--context", type=int, default=2048, help="longest prompt plus answer in tokens (default %(default)s)"
+    )
+    sizes.add_argument(
+        "--max-pixels",
+        type=int,
+        help="largest image area after resizing; default: the model's own setting, within the context",
+    )
+    sizes.add_argument(
+        "--chunk",
+        type=int,
+        default=4,
+        help="tokens decoded between two looks at the queue: small is smooth, large is fast (default %(default)s)",
+    )
     sizes.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,tensor=4; default: one")
     add_backend_arguments(sizes)
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--queue", type=int, default=1024, help="requests that wait or decode; one more is answered 429 (default %(default)s)")
+    limits.add_argument(
+        "--queue",
+        type=int,
+        default=1024,
+        help="requests that wait or decode; one more is answered 429 (default %(default)s)",
+    )
     limits.add_argument("--max-images", type=int, default=16, help="images of a request (default %(default)s)")
     limits.add_argument("--max-body-mb", type=int, default=32, help="size of a request's body (default %(default)s)")
-    limits.add_argument("--allow-host", action="append", default=[], metavar="HOST", help="fetch https images from this host; may be given several times (default: none)")
-    limits.add_argument("--allow-private-addresses", action="store_true", help="also when the host's address is not public")
+    limits.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="fetch https images from this host; may be given several times (default: none)",
+    )
+    limits.add_argument(
+        "--allow-private-addresses", action="store_true", help="also when the host's address is not public"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,10 +93,19 @@ def run(args: argparse.Namespace) -> int:
     runner, settings = make_runner(args, programs)
     _warm_up(runner, Console(stderr=True))
     server = Server(runner, settings, reload=lambda folder: _parameters(folder, args.mesh))
-    print(f"serving {settings.model!r} at http://{args.host}:{args.port} (chat page at /, OpenAI interface at /v1)", flush=True)
+    print(
+        f"serving {settings.model!r} at http://{args.host}:{args.port} (chat page at /, OpenAI interface at /v1)",
+        flush=True,
+    )
     # A client that never ends its headers or its body must not hold a connection for ever.
     config = uvicorn.Config(
-        server.app(), host=args.host, port=args.port, log_level="warning", timeout_keep_alive=30, timeout_graceful_shutdown=60, h11_max_incomplete_event_size=64 << 10,
+        server.app(),
+        host=args.host,
+        port=args.port,
+        log_level="warning",
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=60,
+        h11_max_incomplete_event_size=64 << 10,
         http="h11",
     )
     uvicorn.Server(config).run()
@@ -88,17 +131,32 @@ def make_runner(args: argparse.Namespace, programs=None):
     max_pixels = max(opened.min_pixels, min(args.max_pixels or opened.max_pixels, highest)) if sees else None
     keys = tuple(args.api_key) or tuple(filter(None, os.environ.get(KEY_VARIABLE, "").split(",")))
     settings = ServerSettings(
-        model=args.name or Path(args.weights).resolve().name, api_keys=keys, queue=args.queue, body_bytes=args.max_body_mb << 20, images=args.max_images,
-        max_pixels=max_pixels, hosts=tuple(args.allow_host), private_addresses=args.allow_private_addresses, chunk=args.chunk,
+        model=args.name or Path(args.weights).resolve().name,
+        api_keys=keys,
+        queue=args.queue,
+        body_bytes=args.max_body_mb << 20,
+        images=args.max_images,
+        max_pixels=max_pixels,
+        hosts=tuple(args.allow_host),
+        private_addresses=args.allow_private_addresses,
+        chunk=args.chunk,
     )
     generator = Generator(opened, slots=args.slots, context=args.context, programs=programs)
     patches = args.context * vision.merge_unit if sees else 0
-    sizes = prompt_sizes(context=args.context, patches=patches, images=args.max_images, rows=row_groups(mesh_of(opened.model)))
+    sizes = prompt_sizes(
+        context=args.context, patches=patches, images=args.max_images, rows=row_groups(mesh_of(opened.model))
+    )
     return Runner(generator, Metrics(), sizes, limit=args.queue, chunk=args.chunk), settings
 
 
 def _warm_up(runner, console: Console) -> None:
-    columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns = (
+        TextColumn("compiling"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("")
         for done, total, what in runner.warm_up():

@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     direct = parser.add_argument_group("without a configuration (`mindvl init` writes it, then it is trained)")
     direct.add_argument("--model", metavar="DIR", help="model to start from: a Hugging Face folder or one of our runs")
     direct.add_argument("--data", metavar="FILE", help="samples in any format that training reads")
-    direct.add_argument("--media-root", metavar="DIR", help="folder that media paths start from; default: the folder of the file")
+    direct.add_argument(
+        "--media-root", metavar="DIR", help="folder that media paths start from; default: the folder of the file"
+    )
     direct.add_argument("--run", dest="run_dir", metavar="DIR", help="run folder; default: runs/ and the data's name")
     direct.add_argument("--epochs", type=float, help="passes over the data; default: 3")
 
@@ -38,7 +40,10 @@ def _config_file(args: argparse.Namespace) -> str:
     direct = [name for name in ("model", "data", "media_root", "run_dir", "epochs") if getattr(args, name) is not None]
     if args.config is not None:
         if direct:
-            raise UserError(f"--config says all of it; leave out --{direct[0].replace('_dir', '').replace('_', '-')}, or leave out --config")
+            raise UserError(
+                f"--config says all of it; leave out --{direct[0].replace('_dir', '').replace('_', '-')}, or "
+                "leave out --config"
+            )
         return args.config
     if args.model is None or args.data is None:
         raise UserError("give --config YAML, or --model DIR and --data FILE")
@@ -47,5 +52,8 @@ def _config_file(args: argparse.Namespace) -> str:
     run_dir = Path(args.run_dir or f"runs/{Path(args.data).stem}")
     out = run_dir / "init.yaml"
     if not out.is_file():  # a run that goes on keeps its sizes
-        write(Request(args.model, args.data, media_root=args.media_root, run_dir=str(run_dir), epochs=args.epochs or 3.0), out)
+        write(
+            Request(args.model, args.data, media_root=args.media_root, run_dir=str(run_dir), epochs=args.epochs or 3.0),
+            out,
+        )
     return str(out)

@@ -10,17 +10,28 @@ from mindvl_jax.config.base import Section
 
 
 class AdaptersConfig(Section):
-    """Low-rank adapters (LoRA, rank-stabilised LoRA, DoRA) on linear layers. The base is frozen unless a phase's `train` names parts of it."""
+    """Low-rank adapters (LoRA, rank-stabilised LoRA, DoRA) on linear layers.
 
-    targets: tuple[str, ...] = Field(min_length=1, description="Linear layers: PEFT's names (q_proj, self_attn.o_proj, qkv, all-linear) or globs over paths (language/layers/mlp/*).")
+    The base is frozen unless a phase's `train` names parts of it.
+    """
+
+    targets: tuple[str, ...] = Field(
+        min_length=1,
+        description="Linear layers: PEFT's names (q_proj, self_attn.o_proj, qkv, all-linear) or globs over paths "
+        "(language/layers/mlp/*).",
+    )
     rank: PositiveInt = 8
     alpha: PositiveFloat = 16.0
-    ranks: dict[str, PositiveInt] = Field({}, description="Another rank for some of the targets, by the same names and globs; first match wins.")
+    ranks: dict[str, PositiveInt] = Field(
+        {}, description="Another rank for some of the targets, by the same names and globs; first match wins."
+    )
     alphas: dict[str, PositiveFloat] = Field({}, description="Another alpha for some of the targets.")
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) in place of alpha / rank.")
     dora: bool = Field(False, description="Learn the norm of each output apart from its direction.")
     dropout: Literal[0, 0.0] = Field(0, description="Only 0: dropout on the adapters' input is not built.")  # type: ignore[valid-type]
-    init_from: str | None = Field(None, description="PEFT folder to start from; its targets, rank and alpha must be those given here.")
+    init_from: str | None = Field(
+        None, description="PEFT folder to start from; its targets, rank and alpha must be those given here."
+    )
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())

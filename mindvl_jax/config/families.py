@@ -78,15 +78,17 @@ def family_of(content: Any) -> str:
 class AnyFamily:
     """Pydantic annotation: validate a `model` section by the configuration class of its family.
 
-    A discriminated union of pydantic would do the same, but needs its members when the schema is defined, and puts the family's
-    name into the location of every error.
+    A discriminated union of pydantic would do the same, but needs its members when the schema is defined, and puts the
+    family's name into the location of every error.
     """
 
     @staticmethod
     def _parse(value: Any) -> ModelConfig:
         if isinstance(value, pydantic.BaseModel):
             if not isinstance(value, tuple(_CONFIGS.values())):
-                raise PydanticCustomError("model_family", "{kind} is not the configuration of a family", {"kind": type(value).__name__})
+                raise PydanticCustomError(
+                    "model_family", "{kind} is not the configuration of a family", {"kind": type(value).__name__}
+                )
             return value  # type: ignore[return-value]
         try:
             family = config_class(family_of(value))

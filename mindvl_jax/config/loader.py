@@ -14,14 +14,14 @@ import json
 import re
 import types
 import typing
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any
 
 import pydantic
 import yaml
 
-from mindvl_jax.config import families
-from mindvl_jax.config import yaml_text
+from mindvl_jax.config import families, yaml_text
 from mindvl_jax.config.schema import Config, ModelConfig, Section
 from mindvl_jax.core.errors import UserError, shortened
 
@@ -47,12 +47,12 @@ FolderReader = Callable[[str], dict[str, Any]]
 
 
 def load(path: str | Path, overrides: Iterable[str] = (), *, describe: FolderReader | None = None) -> Config:
-    """Reads `path`, applies `overrides` ("a.b[0].c=value", values in YAML), checks everything.
+    """Read `path`, apply `overrides` ("a.b[0].c=value", values in YAML), checks everything.
 
     Args:
       path: a file, or the name of a packaged configuration such as `quickstart`.
-      describe: returns the sections `model` and `tokenizer` of a folder of weights (`weights.described`), for `model.from` and for
-        `run.init_from` without a model section.
+      describe: returns the sections `model` and `tokenizer` of a folder of weights (`weights.described`), for
+        `model.from` and for `run.init_from` without a model section.
 
     Raises:
       ConfigError: unreadable file, unknown key, wrong type or impossible combination, all of them in one message.
@@ -101,7 +101,10 @@ def dump(config: Config) -> str:
 def json_schema() -> str:
     """JSON schema of the whole configuration, for editors."""
     schema = Config.model_json_schema()
-    extends = {"description": "File or files that this one builds on.", "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+    extends = {
+        "description": "File or files that this one builds on.",
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+    }
     schema["properties"] = {"extends": extends, **schema["properties"]}
     schema.pop("required", None)  # a file that extends another may leave anything out
     return json.dumps(schema, indent=2)
@@ -110,7 +113,9 @@ def json_schema() -> str:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-MOST_FILES = 64  # that `extends` may lead to: two files that each extend another twice, and so on, double with every floor
+MOST_FILES = (
+    64  # that `extends` may lead to: two files that each extend another twice, and so on, double with every floor
+)
 
 
 def _parse(text: str, where: str) -> tuple[Any, Any]:
@@ -137,8 +142,14 @@ def _read(path: Path, seen: tuple[Path, ...], opened: list[Path] | None = None) 
     except (OSError, ValueError) as error:
         if isinstance(error, yaml_text.YamlError):
             raise ConfigError(str(error)) from error
-        known = f"; packaged configurations are {', '.join(packaged_names())}" if isinstance(error, FileNotFoundError) else ""
-        raise ConfigError(f"{path}: cannot read this configuration file ({getattr(error, 'strerror', None) or error}){known}") from error
+        known = (
+            f"; packaged configurations are {', '.join(packaged_names())}"
+            if isinstance(error, FileNotFoundError)
+            else ""
+        )
+        raise ConfigError(
+            f"{path}: cannot read this configuration file ({getattr(error, 'strerror', None) or error}){known}"
+        ) from error
     node, content = _parse(text, str(path))
     if not isinstance(content, dict):
         found = "an empty file" if content is None else type(content).__name__
@@ -166,7 +177,9 @@ def _record_origins(node: yaml.Node | None, location: Location, file: str, origi
         for key_node, value_node in node.value:
             key = key_node.value
             if key in keys:
-                raise ConfigError(f"{file}:{key_node.start_mark.line + 1}: `{_dotted((*location, key))}` is written twice")
+                raise ConfigError(
+                    f"{file}:{key_node.start_mark.line + 1}: `{_dotted((*location, key))}` is written twice"
+                )
             keys.add(key)
             origins[(*location, key)] = f"{file}:{key_node.start_mark.line + 1}"
             _record_origins(value_node, (*location, key), file, origins)
@@ -186,18 +199,29 @@ def _merge(base: _Document, top: _Document) -> None:
 
     replaced: set[Location] = set()
     merge(base.content, top.content, ())
-    base.origins = {loc: origin for loc, origin in base.origins.items() if not any(loc[:length] in replaced for length in range(1, len(loc) + 1))}
+    base.origins = {
+        loc: origin
+        for loc, origin in base.origins.items()
+        if not any(loc[:length] in replaced for length in range(1, len(loc) + 1))
+    }
     base.origins.update(top.origins)
 
 
-_RIVALS = {"steps": ("epochs",), "epochs": ("steps",), "warmup_steps": ("warmup_ratio",), "warmup_ratio": ("warmup_steps",)}
+_RIVALS = {
+    "steps": ("epochs",),
+    "epochs": ("steps",),
+    "warmup_steps": ("warmup_ratio",),
+    "warmup_ratio": ("warmup_steps",),
+}
 """Keys of a phase that say the same thing in two ways."""
 
 
 def _apply_override(document: _Document, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"--set {shortened(override)}: expected key=value, such as run.seed=3 or training.phases[0].steps=50")
+        raise ConfigError(
+            f"--set {shortened(override)}: expected key=value, such as run.seed=3 or training.phases[0].steps=50"
+        )
     location: list[str | int] = []
     for part in re.findall(r"[^.\[\]]+|\[\d+\]", key.strip()):
         location.append(int(part[1:-1]) if part.startswith("[") else part)
@@ -212,9 +236,14 @@ def _apply_override(document: _Document, override: str) -> None:
             if isinstance(part, str) and part.isdigit():
                 part = location[depth] = int(part)
             if not isinstance(part, int) or part >= len(target):
-                raise ConfigError(f"--set {shortened(override)}: `{_dotted(location[:depth])}` is a list of {len(target)}; `{here}` is not in it")
+                raise ConfigError(
+                    f"--set {shortened(override)}: `{_dotted(location[:depth])}` is a list of {len(target)}; "
+                    f"`{here}` is not in it"
+                )
         elif not isinstance(target, dict):
-            raise ConfigError(f"--set {shortened(override)}: `{_dotted(location[:depth])}` is a single value and has no parts")
+            raise ConfigError(
+                f"--set {shortened(override)}: `{_dotted(location[:depth])}` is a single value and has no parts"
+            )
         if depth == len(location) - 1:
             target[part] = value
         elif isinstance(target, dict):
@@ -230,12 +259,16 @@ def _apply_override(document: _Document, override: str) -> None:
     here = f"--set {shortened(override)}"
     for length in range(1, len(location)):  # sections that this override has made
         document.origins.setdefault(tuple(location[:length]), here)
-    document.origins = {place: origin for place, origin in document.origins.items() if place[: len(location)] != tuple(location)}
+    document.origins = {
+        place: origin for place, origin in document.origins.items() if place[: len(location)] != tuple(location)
+    }
     document.origins[tuple(location)] = here
 
 
 def _expand_folder(document: _Document, describe: FolderReader | None) -> None:
-    """Puts a folder's own model and tokenizer under the keys that the file gives (`model.from`, or `run.init_from` alone)."""
+    """Put a folder's own model and tokenizer under the keys that the file gives (`model.from`, or `run.init_from`
+    alone).
+    """
     content = document.content
     model, run = content.get("model"), content.get("run")
     model = {} if model is None else model
@@ -243,14 +276,20 @@ def _expand_folder(document: _Document, describe: FolderReader | None) -> None:
         return
     named = model.get("from")
     if named is not None and model.get("preset") is not None:
-        raise ConfigError(f"{_origin(('model', 'from'), document)}: `model.from` and `model.preset` both give the sizes of the model; keep one of them")
+        raise ConfigError(
+            f"{_origin(('model', 'from'), document)}: `model.from` and `model.preset` both give the sizes of "
+            "the model; keep one of them"
+        )
     alone = model.get("preset") is None and set(model) <= set(ModelConfig.model_fields)  # nothing about sizes
     start = run.get("init_from") if isinstance(run, dict) else None
     folder, key = (named, ("model", "from")) if named is not None else (start if alone else None, ("run", "init_from"))
     if folder is None:
         return
     if describe is None:
-        raise ConfigError(f"{_origin(key, document)}: the model of {folder} is not read here; write the sizes into `model`, or name a preset")
+        raise ConfigError(
+            f"{_origin(key, document)}: the model of {folder} is not read here; write the sizes into "
+            "`model`, or name a preset"
+        )
     try:
         found = describe(str(folder))
     except UserError as error:
@@ -263,7 +302,7 @@ def _expand_folder(document: _Document, describe: FolderReader | None) -> None:
 
 
 def _expand_preset(document: _Document) -> None:
-    """Puts the named preset under the keys that the file gives in `model`."""
+    """Put the named preset under the keys that the file gives in `model`."""
     model = document.content.get("model")
     if not isinstance(model, dict) or model.get("preset") is None:
         return
@@ -274,7 +313,10 @@ def _expand_preset(document: _Document) -> None:
         raise ConfigError(f"{where}: {error.args[0]}") from error
     if model.get("family", base.family) != base.family:
         where = document.origins.get(("model", "family"), "model.family")
-        raise ConfigError(f"{where}: `model.family` is {model['family']!r}, but preset {model['preset']!r} belongs to {base.family!r}; leave `family` out")
+        raise ConfigError(
+            f"{where}: `model.family` is {model['family']!r}, but preset {model['preset']!r} belongs to "
+            f"{base.family!r}; leave `family` out"
+        )
     merged = _Document(base.model_dump(mode="python"), {})
     _merge(merged, _Document(model, {}))
     document.content["model"] = merged.content
@@ -299,7 +341,9 @@ def _explain(problem: Any, document: _Document) -> str:
         return f"  {where}: `{name}`: unknown key{_suggest(location, document)}"
     if problem["type"] == "missing":
         return f"  {where}: `{name}`: required, but not given"
-    found = "" if isinstance(problem.get("input"), (dict, list)) else f" (found {shortened(repr(problem.get('input')))})"
+    found = (
+        "" if isinstance(problem.get("input"), (dict, list)) else f" (found {shortened(repr(problem.get('input')))})"
+    )
     message = problem["msg"].removeprefix("Value error, ")
     return f"  {where}: `{name}`: {message}{found}"
 

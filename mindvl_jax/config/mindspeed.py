@@ -1,7 +1,8 @@
 """A MindSpeed-MM run (data.json, model.json, shell script) as one of our configurations.
 
-Every key is accounted for: `translated` into one of ours, `same` (our behaviour is that one, or the key changes nothing that is
-learned) or `lost`, with what it would have changed. A key that this module does not know is lost too, so that nothing passes in silence.
+Every key is accounted for: `translated` into one of ours, `same` (our behaviour is that one, or the key changes nothing
+that is learned) or `lost`, with what it would have changed. A key that this module does not know is lost too, so that
+nothing passes in silence.
 """
 
 from __future__ import annotations
@@ -50,8 +51,14 @@ class ImportedRun:
 
     def yaml(self) -> str:
         """The configuration, with what has no counterpart as comments on top."""
-        lines = ["# Written by `mindvl import mindspeed`. One sample a row, as there; raise sequence_length and max_samples_per_row to pack.", "# Without a counterpart:"]
-        lines += [f"#   {key.file} {key.name} = {json.dumps(key.value)}: {key.text}" for key in self.lost()] or ["#   nothing"]
+        lines = [
+            "# Written by `mindvl import mindspeed`. One sample a row, as there; raise sequence_length and "
+            "max_samples_per_row to pack.",
+            "# Without a counterpart:",
+        ]
+        lines += [f"#   {key.file} {key.name} = {json.dumps(key.value)}: {key.text}" for key in self.lost()] or [
+            "#   nothing"
+        ]
         return "\n".join(lines) + "\n" + yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -92,7 +99,13 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-_OPERATORS: dict[type, Callable] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.floordiv, ast.FloorDiv: operator.floordiv}
+_OPERATORS: dict[type, Callable] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.floordiv,
+    ast.FloorDiv: operator.floordiv,
+}
 
 
 def _number(text: str) -> int:
@@ -120,7 +133,11 @@ def options_of(text: str, where: Path) -> dict[str, Any]:
     values: dict[str, str] = {}
 
     def expand(raw: str) -> str:
-        raw = re.sub(r"\$\(\((.*?)\)\)", lambda found: str(_number(expand(re.sub(r"(?<![\w${])([A-Za-z_]\w*)", r"$\1", found.group(1))))), raw)
+        raw = re.sub(
+            r"\$\(\((.*?)\)\)",
+            lambda found: str(_number(expand(re.sub(r"(?<![\w${])([A-Za-z_]\w*)", r"$\1", found.group(1))))),
+            raw,
+        )
 
         def variable(found: re.Match) -> str:
             name, default = found.group(1) or found.group(3), found.group(2)
@@ -131,7 +148,9 @@ def options_of(text: str, where: Path) -> dict[str, Any]:
         return re.sub(r"\$(?:\{(\w+)(?::-([^}]*))?\}|(\w+))", variable, raw)
 
     try:
-        for found in re.finditer(r"""(?m)^[ \t]*(?:export[ \t]+)?([A-Za-z_]\w*)=("(?:[^"\\]|\\.)*"|'[^']*'|\$\(\(.*?\)\)|[^\s;]*)""", text):
+        for found in re.finditer(
+            r"""(?m)^[ \t]*(?:export[ \t]+)?([A-Za-z_]\w*)=("(?:[^"\\]|\\.)*"|'[^']*'|\$\(\(.*?\)\)|[^\s;]*)""", text
+        ):
             values[found.group(1)] = expand(found.group(2).strip("\"'"))
         command = next((line for line in text.split("\n") if re.search(r"\bpretrain_\w+\.py\b", line)), None)
         if command is None:
@@ -152,7 +171,8 @@ def options_of(text: str, where: Path) -> dict[str, Any]:
     return {name: True if not given else given[0] if len(given) == 1 else given for name, given in options.items()}
 
 
-# --- keys that are not translated one by one ---------------------------------------------------------------------------
+# --- keys that are not translated one by one
+# ---------------------------------------------------------------------------
 
 _COMPUTED = "how it is computed there, not what is learned"
 _SAME = {  # pattern over "file name" -> why nothing is lost
@@ -187,14 +207,20 @@ _NEUTRAL = {  # pattern -> (value that changes nothing, what another value would
     r"data (.*\.)?tool_format": (None, "their way to write tool calls"),
     r"data (.*\.)?attr\.(system|observation_tag|function_tag)": (None, "columns of tool calls under other names"),
     r"data (.*\.)?video_min_pixels": (0, "a lower limit of a video frame's pixels"),
-    r"data (.*\.)?(packing|neat_packing)": (False, "several samples in a row; here: raise max_samples_per_row and sequence_length"),
-    r"data (.*\.)?(val_rate|val_max_samples)": (None, "a held-out part cut from the training file; write it to a file of its own and name it in `validation`"),
+    r"data (.*\.)?(packing|neat_packing)": (
+        False,
+        "several samples in a row; here: raise max_samples_per_row and sequence_length",
+    ),
+    r"data (.*\.)?(val_rate|val_max_samples)": (
+        None,
+        "a held-out part cut from the training file; write it to a file of its own and name it in `validation`",
+    ),
     r"data (.*\.)?enable_thinking": (None, "their way to write reasoning"),
 }
 
 
 class _Run:
-    """Takes keys one by one; what is left at the end is looked up above or lost."""
+    """Take keys one by one; what is left at the end is looked up above or lost."""
 
     def __init__(self, data: dict[str, Any], model: dict[str, Any], options: dict[str, Any]):
         self._left = {("data", name): value for name, value in data.items()}
@@ -202,9 +228,13 @@ class _Run:
         self._left |= {("script", name): value for name, value in options.items()}
         self.keys: list[Key] = []
 
-    def take(self, file: str, name: str, ours: str, default: Any = None, convert: Callable[[Any], Any] = lambda value: value) -> Any:
+    def take(
+        self, file: str, name: str, ours: str, default: Any = None, convert: Callable[[Any], Any] = lambda value: value
+    ) -> Any:
         """Value of a key whose name ends with `name`, recorded as translated into `ours`."""
-        found = next((key for key in self._left if key[0] == file and (key[1] == name or key[1].endswith("." + name))), None)
+        found = next(
+            (key for key in self._left if key[0] == file and (key[1] == name or key[1].endswith("." + name))), None
+        )
         if found is None:
             return default
         value = self._left.pop(found)
@@ -221,15 +251,32 @@ class _Run:
 
     def translate(self) -> dict[str, Any]:
         weights = self.take("data", "model_name_or_path", "run.init_from and tokenizer.path", "weights")
-        width = next((value for (file, name), value in self._left.items() if file == "model" and name == "text_decoder.hidden_size"), None)
-        optimizer = {"b1": self.take("script", "adam-beta1", "training.optimizer.b1", 0.9, float), "b2": self.take("script", "adam-beta2", "training.optimizer.b2", 0.999, float),
-                     "eps": self.take("script", "adam-eps", "training.optimizer.eps", 1e-8, float), "clip_norm": self.take("script", "clip-grad", "training.optimizer.clip_norm", 1.0, float)}
+        width = next(
+            (
+                value
+                for (file, name), value in self._left.items()
+                if file == "model" and name == "text_decoder.hidden_size"
+            ),
+            None,
+        )
+        optimizer = {
+            "b1": self.take("script", "adam-beta1", "training.optimizer.b1", 0.9, float),
+            "b2": self.take("script", "adam-beta2", "training.optimizer.b2", 0.999, float),
+            "eps": self.take("script", "adam-eps", "training.optimizer.eps", 1e-8, float),
+            "clip_norm": self.take("script", "clip-grad", "training.optimizer.clip_norm", 1.0, float),
+        }
         tensor = self.take("script", "tensor-model-parallel-size", "mesh.tensor", 1, int)
         self._pipeline()
         phase, sources = self._phase(), self._sources()
         phase = {**phase, "mixture": [{"source": name} for name in sources if name != "validation"]}
         model: dict[str, Any] = {"preset": PRESETS[width]} if width in PRESETS else {}
-        model |= {"remat": self._remat(), "compute_dtype": "bfloat16" if self.take("script", "bf16", "model.compute_dtype: bfloat16", False) else "float32", "param_dtype": "float32"}
+        model |= {
+            "remat": self._remat(),
+            "compute_dtype": "bfloat16"
+            if self.take("script", "bf16", "model.compute_dtype: bfloat16", False)
+            else "float32",
+            "param_dtype": "float32",
+        }
         self.lose("script", "fp16", "float16 with loss scaling; bfloat16 or float32 here")
         adapters, trained = self._adapters()
         if not adapters:
@@ -244,32 +291,67 @@ class _Run:
         return config
 
     def _pipeline(self) -> None:
-        for name in ("pipeline-model-parallel-size", "virtual-pipeline-model-parallel-size", "num-layers-per-virtual-pipeline-stage"):
+        for name in (
+            "pipeline-model-parallel-size",
+            "virtual-pipeline-model-parallel-size",
+            "num-layers-per-virtual-pipeline-stage",
+        ):
             if self._left.get(("script", name)) == "1":
                 self.keys.append(Key("script", name, self._left.pop(("script", name)), "same", "one stage"))
-            self.lose("script", name, "layers over pipeline stages: memory is spread by mesh.fsdp here; the same is learned")
+            self.lose(
+                "script", name, "layers over pipeline stages: memory is spread by mesh.fsdp here; the same is learned"
+            )
         for name in [name for file, name in self._left if file == "model" and name.endswith("pipeline_num_layers")]:
-            self.keys.append(Key("model", name, self._left.pop(("model", name)), "same", "layers are not cut into stages"))
+            self.keys.append(
+                Key("model", name, self._left.pop(("model", name)), "same", "layers are not cut into stages")
+            )
         for name in ("load", "load-base-model"):
-            self.lose("script", name, "weights in their layout: run.init_from is the Hugging Face folder; for a trained folder run `mindvl convert mindspeed` first")
+            self.lose(
+                "script",
+                name,
+                "weights in their layout: run.init_from is the Hugging Face folder; for a trained folder run "
+                "`mindvl convert mindspeed` first",
+            )
 
     def _phase(self) -> dict[str, Any]:
         micro = self.take("script", "micro-batch-size", "training.phases[0].rows", 1, int)
         total = self.take("script", "global-batch-size", "training.phases[0].rows x gradient_accumulation", micro, int)
         rows = next((size for size in (16, 8, 4, 2, 1) if total % (size * micro) == 0), 1) * micro
-        length = self.take("script", "seq-length", "training.phases[0].sequence_length and max_sample_length", 1024, int)
-        length = self.take("data", "cutoff_len", "training.phases[0].sequence_length and max_sample_length", length, int)
+        length = self.take(
+            "script", "seq-length", "training.phases[0].sequence_length and max_sample_length", 1024, int
+        )
+        length = self.take(
+            "data", "cutoff_len", "training.phases[0].sequence_length and max_sample_length", length, int
+        )
         rate = self.take("script", "lr", "training.phases[0].learning_rate", None, float)
         steps = self.take("script", "train-iters", "training.phases[0].steps", None, int)
         if rate is None or steps is None:
             raise UserError("the script gives no " + ("--lr" if rate is None else "--train-iters"))
         reduction = "sample" if micro == 1 else "micro_batch"
         for option, ours in (("calculate-per-sample-loss", "sample"), ("calculate-per-token-loss", "token")):
-            reduction = ours if self.take("script", option, f"training.phases[0].loss_reduction: {ours}", False) else reduction
+            reduction = (
+                ours if self.take("script", option, f"training.phases[0].loss_reduction: {ours}", False) else reduction
+            )
         if reduction == "micro_batch":
-            self.keys.append(Key("script", "micro-batch-size", micro, "lost", f"a mean over micro-batches of {micro} samples; here over those of {rows}, the rows of all devices"))
+            self.keys.append(
+                Key(
+                    "script",
+                    "micro-batch-size",
+                    micro,
+                    "lost",
+                    f"a mean over micro-batches of {micro} samples; here over those of {rows}, the rows of all devices",
+                )
+            )
         if self._left.get(("script", "lr-decay-iters")) == str(steps):
-            self.keys.append(Key("script", "lr-decay-iters", self._left.pop(("script", "lr-decay-iters")), "same", "the schedule ends with the phase"))
+            self.keys.append(
+                Key(
+                    "script",
+                    "lr-decay-iters",
+                    self._left.pop(("script", "lr-decay-iters")),
+                    "same",
+                    "the schedule ends with the phase",
+                )
+            )
         self.lose("script", "lr-decay-iters", "a schedule that ends before or after the run; ours ends with the phase")
         fraction = self.take("script", "lr-warmup-fraction", "training.phases[0].warmup_steps", 0.0, float)
         most = self.take("data", "image_max_pixels", "training.phases[0].max_pixels", 768 * 768, int)
@@ -288,10 +370,16 @@ class _Run:
             return self.take("data", name, f"data.sources.*.{ours}", default)
 
         root = take("dataset_dir", "media_root", None)
-        columns = {"images": take("attr.images", "columns.images", "images"), "videos": take("attr.videos", "columns.videos", "videos"),
-                   "messages": take("attr.messages", "columns.messages", "messages"), "role": take("role_tag", "columns.role", "role"),
-                   "content": take("content_tag", "columns.content", "content"), "user": take("user_tag", "columns.user", "user"),
-                   "assistant": take("assistant_tag", "columns.assistant", "assistant"), "system": take("system_tag", "columns.system", "system")}
+        columns = {
+            "images": take("attr.images", "columns.images", "images"),
+            "videos": take("attr.videos", "columns.videos", "videos"),
+            "messages": take("attr.messages", "columns.messages", "messages"),
+            "role": take("role_tag", "columns.role", "role"),
+            "content": take("content_tag", "columns.content", "content"),
+            "user": take("user_tag", "columns.user", "user"),
+            "assistant": take("assistant_tag", "columns.assistant", "assistant"),
+            "system": take("system_tag", "columns.system", "system"),
+        }
         columns = {ours: theirs for ours, theirs in columns.items() if theirs is not None and theirs != ours}
         common = {"media_root": root, "columns": columns, "max_samples": take("max_samples", "max_samples", None)}
         common = {key: value for key, value in common.items() if value}
@@ -299,33 +387,76 @@ class _Run:
         if not files:
             raise UserError("data.json names no dataset (dataset_param.basic_parameters.dataset)")
         files = files.split(",") if isinstance(files, str) else files
-        sources = {("train" if len(files) == 1 else f"train{number}"): {"path": path.strip(), **common} for number, path in enumerate(files)}
+        sources = {
+            ("train" if len(files) == 1 else f"train{number}"): {"path": path.strip(), **common}
+            for number, path in enumerate(files)
+        }
         held_out = self.take("data", "val_dataset", "data.sources.validation and validation")
-        return sources | ({"validation": {"path": held_out, **{key: value for key, value in common.items() if key != "max_samples"}}} if held_out else {})
+        return sources | (
+            {"validation": {"path": held_out, **{key: value for key, value in common.items() if key != "max_samples"}}}
+            if held_out
+            else {}
+        )
 
     def _data(self, sources: dict[str, Any]) -> dict[str, Any]:
         train_on = "all" if self.take("data", "train_on_prompt", "data.train_on", False) else "answers"
         train_on = "last_answer" if self.take("data", "mask_history", "data.train_on", False) else train_on
         if ("data", "dataset_param.basic_parameters.template") in self._left:
-            self.keys.append(Key("data", "dataset_param.basic_parameters.template", self._left.pop(("data", "dataset_param.basic_parameters.template")), "lost",
-                                 "their qwen2vl template puts the system turn 'You are a helpful assistant.' before samples without one; here a sample has the turns it has"))
-        self.lose("data", "dataset_param.preprocess_parameters.video_max_pixels", "a limit of its own for a video frame's pixels; max_pixels holds for frames too")
-        return {"sources": sources, "train_on": train_on, "resample": "nearest", "video_fps": self.take("data", "video_fps", "data.video_fps", 2.0, float),
-                "video_max_frames": self.take("data", "video_maxlen", "data.video_max_frames", 128, int), "workers": self.take("script", "num-workers", "data.workers", 2, int)}
+            self.keys.append(
+                Key(
+                    "data",
+                    "dataset_param.basic_parameters.template",
+                    self._left.pop(("data", "dataset_param.basic_parameters.template")),
+                    "lost",
+                    "their qwen2vl template puts the system turn 'You are a helpful assistant.' before "
+                    "samples without one; here a sample has the turns it has",
+                )
+            )
+        self.lose(
+            "data",
+            "dataset_param.preprocess_parameters.video_max_pixels",
+            "a limit of its own for a video frame's pixels; max_pixels holds for frames too",
+        )
+        return {
+            "sources": sources,
+            "train_on": train_on,
+            "resample": "nearest",
+            "video_fps": self.take("data", "video_fps", "data.video_fps", 2.0, float),
+            "video_max_frames": self.take("data", "video_maxlen", "data.video_max_frames", 128, int),
+            "workers": self.take("script", "num-workers", "data.workers", 2, int),
+        }
 
     def _remat(self) -> str:
         kind = self.take("script", "recompute-granularity", "model.remat", None)
-        for name in [name for file, name in self._left if file == "model" and name.rsplit(".", 1)[-1].startswith("recompute_")]:
+        for name in [
+            name for file, name in self._left if file == "model" and name.rsplit(".", 1)[-1].startswith("recompute_")
+        ]:
             value = self._left.pop(("model", name))
-            self.keys.append(Key("model", name, value, "same", "recomputation changes memory and time alone; see model.remat"))
+            self.keys.append(
+                Key("model", name, value, "same", "recomputation changes memory and time alone; see model.remat")
+            )
             kind = value if name.endswith("recompute_granularity") and kind != "full" else kind
         for name in [name for file, name in self._left if file == "script" and name.startswith("recompute-")]:
-            self.keys.append(Key("script", name, self._left.pop(("script", name)), "same", "recomputation changes memory and time alone; see model.remat"))
+            self.keys.append(
+                Key(
+                    "script",
+                    name,
+                    self._left.pop(("script", name)),
+                    "same",
+                    "recomputation changes memory and time alone; see model.remat",
+                )
+            )
         return {"full": "full", "selective": "attention", None: "none"}.get(kind, "full")
 
     def _adapters(self) -> tuple[dict[str, Any] | None, list[str]]:
-        frozen = {part: self.take("model", f"{key}.freeze", f"training.phases[0].train without {part}/**", default)
-                  for part, key, default in (("vision", "vision_encoder", True), ("projector", "vision_projector", False), ("language", "text_decoder", False))}
+        frozen = {
+            part: self.take("model", f"{key}.freeze", f"training.phases[0].train without {part}/**", default)
+            for part, key, default in (
+                ("vision", "vision_encoder", True),
+                ("projector", "vision_projector", False),
+                ("language", "text_decoder", False),
+            )
+        }
         trained = [f"{part}/**" for part, is_frozen in frozen.items() if not is_frozen]
         rank = self.take("script", "lora-r", "adapters.rank", None, int)
         if rank is None:
@@ -336,20 +467,42 @@ class _Run:
         wanted = [wanted] if isinstance(wanted, str) else wanted
         if unknown := [name for name in wanted if name not in LORA_TARGETS]:
             raise UserError(f"--lora-target-modules {unknown[0]}: known are {', '.join(LORA_TARGETS)}")
-        stacks = [stack for part, stack in (("vision", "vision/blocks"), ("language", "language/layers")) if not frozen[part]]
+        stacks = [
+            stack for part, stack in (("vision", "vision/blocks"), ("language", "language/layers")) if not frozen[part]
+        ]
         targets = [f"{stack}/{module}" for stack in stacks for name in wanted for module in LORA_TARGETS[name]]
         if {"linear_qkv", "linear_fc1"} & set(wanted):
-            self.keys.append(Key("script", "lora-target-modules", wanted, "lost",
-                                 "one A shared by q, k and v (and by gate and up): here each has its own, as PEFT and their canonical_model have it"))
+            self.keys.append(
+                Key(
+                    "script",
+                    "lora-target-modules",
+                    wanted,
+                    "lost",
+                    "one A shared by q, k and v (and by gate and up): here each has its own, as PEFT and "
+                    "their canonical_model have it",
+                )
+            )
         dropout = self.take("script", "lora-dropout", "adapters.dropout", 0.0, float)
         if dropout:
             self.keys.append(Key("script", "lora-dropout", dropout, "lost", "dropout on the adapters' input"))
-        return {"targets": targets, "rank": rank, "alpha": self.take("script", "lora-alpha", "adapters.alpha", 16.0, float)}, trained
+        return {
+            "targets": targets,
+            "rank": rank,
+            "alpha": self.take("script", "lora-alpha", "adapters.alpha", 16.0, float),
+        }, trained
 
     def _rest_of_run(self, config: dict[str, Any], sources: dict[str, Any]) -> None:
-        config["checkpoint"] = {"every_steps": self.take("script", "save-interval", "checkpoint.every_steps", 1000, int)}
+        config["checkpoint"] = {
+            "every_steps": self.take("script", "save-interval", "checkpoint.every_steps", 1000, int)
+        }
         config["logging"] = {"every_steps": self.take("script", "log-interval", "logging.every_steps", 1, int)}
-        every = self.take("script", "eval-interval", "validation.every_steps" if "validation" in sources else "no validation file, as there", 1000, int)
+        every = self.take(
+            "script",
+            "eval-interval",
+            "validation.every_steps" if "validation" in sources else "no validation file, as there",
+            1000,
+            int,
+        )
         if "validation" in sources:
             config["validation"] = {"source": "validation", "every_steps": every, "samples": None}
 
@@ -361,11 +514,21 @@ class _Run:
             same = next((text for pattern, text in _SAME.items() if re.fullmatch(pattern, line)), None)
             if neutral is not None:
                 unchanged = value == neutral[0] or value is None
-                self.keys.append(Key(file, name, value, "same" if unchanged else "lost", "not used" if unchanged else neutral[1]))
+                self.keys.append(
+                    Key(file, name, value, "same" if unchanged else "lost", "not used" if unchanged else neutral[1])
+                )
             elif same is not None:
                 self.keys.append(Key(file, name, value, "same", same))
             else:
-                self.keys.append(Key(file, name, value, "lost", "not known to this importer: look up what it does before you rely on the result"))
+                self.keys.append(
+                    Key(
+                        file,
+                        name,
+                        value,
+                        "lost",
+                        "not known to this importer: look up what it does before you rely on the result",
+                    )
+                )
 
 
 def _schedule(name: str) -> str:

@@ -18,7 +18,6 @@ from mindvl_jax.config.adapters import ADAPTER_PARAMETERS, AdaptersConfig
 from mindvl_jax.config.base import Decay, ModelConfig, Name, Section, bounded
 from mindvl_jax.config.families import AnyFamily
 
-
 # --- run -------------------------------------------------------------------------------------------------------------
 
 
@@ -32,10 +31,19 @@ def _folder(value: str) -> str:
 
 
 class RunConfig(Section):
-    dir: Annotated[str, AfterValidator(_folder)] = Field(description="Run folder: config, metrics, checkpoints, scores and report.")
+    dir: Annotated[str, AfterValidator(_folder)] = Field(
+        description="Run folder: config, metrics, checkpoints, scores and report."
+    )
     seed: Annotated[int, bounded(2**32 - 1, least=0)] = 0
-    resume: str = Field("auto", description="`auto` continues the newest checkpoint of run.dir, `never` starts anew, or a path of a checkpoint.")
-    init_from: str | None = Field(None, description="Weights to start from: one of our runs or a Hugging Face folder. Ignored when resuming. Without a `model` section the folder gives the model and the tokenizer too.")
+    resume: str = Field(
+        "auto",
+        description="`auto` continues the newest checkpoint of run.dir, `never` starts anew, or a path of a checkpoint.",
+    )
+    init_from: str | None = Field(
+        None,
+        description="Weights to start from: one of our runs or a Hugging Face folder. Ignored when resuming. Without a "
+        "`model` section the folder gives the model and the tokenizer too.",
+    )
 
 
 class BridgeConfig(Section):
@@ -64,7 +72,10 @@ class MeshConfig(Section):
 class DistributedConfig(Section):
     """Several hosts through jax.distributed; leave empty for one process."""
 
-    coordinator: str | None = Field(None, description="host:port of process 0; `auto` asks the launcher (torchrun, Slurm, Kubernetes); empty: one process.")
+    coordinator: str | None = Field(
+        None,
+        description="host:port of process 0; `auto` asks the launcher (torchrun, Slurm, Kubernetes); empty: one process.",
+    )
     processes: Annotated[int, bounded(10**6)] | None = None
     process_id: Annotated[int, bounded(10**6, least=0)] | None = None
 
@@ -79,9 +90,17 @@ class DistributedConfig(Section):
 
 
 class TokenizerConfig(Section):
-    path: str = Field("qwen3", description="`qwen2.5` or `qwen3` (built from the published ranks of the dashscope package), a tokenizer.json, or a Hugging Face folder.")
-    id_table: str | None = Field(None, description="JSON list of the real token ids that the model's compact vocabulary keeps, in order.")
-    template: Literal["qwen", "tokenizer"] = Field("qwen", description="`qwen`: the published Qwen chat format; `tokenizer`: the folder's own chat template.")
+    path: str = Field(
+        "qwen3",
+        description="`qwen2.5` or `qwen3` (built from the published ranks of the dashscope package), a tokenizer.json, "
+        "or a Hugging Face folder.",
+    )
+    id_table: str | None = Field(
+        None, description="JSON list of the real token ids that the model's compact vocabulary keeps, in order."
+    )
+    template: Literal["qwen", "tokenizer"] = Field(
+        "qwen", description="`qwen`: the published Qwen chat format; `tokenizer`: the folder's own chat template."
+    )
 
 
 class ColumnMapping(Section):
@@ -103,8 +122,12 @@ class ColumnMapping(Section):
 
 class SourceConfig(Section):
     path: str = Field(description="File, folder or glob.")
-    format: Literal["auto", "mllm", "llava", "sharegpt", "jsonl", "parquet", "webdataset", "csv", "tsv", "arrow"] = "auto"
-    media_root: str | None = Field(None, description="Folder that relative media paths start from; default: the folder of the file.")
+    format: Literal["auto", "mllm", "llava", "sharegpt", "jsonl", "parquet", "webdataset", "csv", "tsv", "arrow"] = (
+        "auto"
+    )
+    media_root: str | None = Field(
+        None, description="Folder that relative media paths start from; default: the folder of the file."
+    )
     columns: ColumnMapping = ColumnMapping()
     max_samples: Annotated[int, bounded(2**31 - 1)] | None = None
 
@@ -116,18 +139,28 @@ class QuickstartDataConfig(Section):
 
 class DataConfig(Section):
     sources: dict[Name, SourceConfig] = Field(min_length=1)
-    quickstart: QuickstartDataConfig | None = Field(None, description="Build the quickstart data into this folder first, unless it is there.")
+    quickstart: QuickstartDataConfig | None = Field(
+        None, description="Build the quickstart data into this folder first, unless it is there."
+    )
     train_on: Literal["answers", "last_answer", "all"] = "answers"
     on_error: Literal["raise", "quarantine"] = "quarantine"
     max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
-    on_shrink: Literal["allow", "refuse"] = Field("allow", description="Images that need more patches than max_image_patches or a row has: shrink and count them, or refuse the sample.")
+    on_shrink: Literal["allow", "refuse"] = Field(
+        "allow",
+        description="Images that need more patches than max_image_patches or a row has: shrink and count them, or refuse "
+        "the sample.",
+    )
     video_fps: Annotated[float, Field(gt=0, le=1000)] = 2.0
     video_max_frames: Annotated[int, bounded(100_000)] = 64
     resample: Literal["bicubic", "nearest", "reduced"] = "bicubic"
-    workers: Annotated[int, bounded(1024, least=0)] = Field(0, description="Decoding processes; 0 decodes in a background thread.")
+    workers: Annotated[int, bounded(1024, least=0)] = Field(
+        0, description="Decoding processes; 0 decodes in a background thread."
+    )
     prefetch: Annotated[int, bounded(1024)] = Field(4, description="Batches prepared ahead of the step.")
     packing_buffer: Annotated[int, bounded(1_000_000)] = Field(256, description="Samples that the packer looks ahead.")
-    length_index: str | None = Field(None, description="Folder of lengths written by `mindvl data index`: each host then encodes its own rows alone.")
+    length_index: str | None = Field(
+        None, description="Folder of lengths written by `mindvl data index`: each host then encodes its own rows alone."
+    )
     cache_examples: bool = Field(False, description="Keep decoded samples in memory between epochs (small data only).")
 
 
@@ -143,43 +176,76 @@ class PhaseConfig(Section):
     """One phase: what is trained, on what, at which sizes and rates."""
 
     name: Name
-    steps: Annotated[int, bounded(10**8)] | None = Field(None, description="Optimizer steps. Give either steps or epochs.")
-    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = Field(None, description="Passes over every source of the mixture, in place of steps; the run counts the steps when it starts.")
-    train: tuple[str, ...] = Field(("**",), min_length=1, description="Globs over parameter paths (vision/**, projector/**, language/**) that learn; the rest is frozen.")
+    steps: Annotated[int, bounded(10**8)] | None = Field(
+        None, description="Optimizer steps. Give either steps or epochs."
+    )
+    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        None,
+        description="Passes over every source of the mixture, in place of steps; the run counts the steps when it starts.",
+    )
+    train: tuple[str, ...] = Field(
+        ("**",),
+        min_length=1,
+        description="Globs over parameter paths (vision/**, projector/**, language/**) that learn; the rest is frozen.",
+    )
     mixture: tuple[MixtureEntry, ...] = Field(min_length=1)
     rows: Annotated[int, bounded(2**20)] = Field(description="Rows of the global batch in one micro-step.")
     sequence_length: Annotated[int, bounded(2**24)] = Field(description="Token positions a row.")
-    patches_per_row: Annotated[int, Field(ge=0, le=2**24)] = Field(0, description="Image patches a row; families that read images need it.")
+    patches_per_row: Annotated[int, Field(ge=0, le=2**24)] = Field(
+        0, description="Image patches a row; families that read images need it."
+    )
     max_samples_per_row: Annotated[int, bounded(2**16)] = 64
-    max_sample_length: Annotated[int, bounded(2**24)] | None = Field(None, description="Longest sample in tokens; longer ones are truncated at turn borders. Default: sequence_length.")
-    max_image_patches: Annotated[int, bounded(2**24)] | None = Field(None, description="Most patches of one image; follows from max_pixels when not given.")
+    max_sample_length: Annotated[int, bounded(2**24)] | None = Field(
+        None,
+        description="Longest sample in tokens; longer ones are truncated at turn borders. Default: sequence_length.",
+    )
+    max_image_patches: Annotated[int, bounded(2**24)] | None = Field(
+        None, description="Most patches of one image; follows from max_pixels when not given."
+    )
     min_pixels: Annotated[int, bounded(2**31)] = 3136
     max_pixels: Annotated[int, bounded(2**31)] = 1003520
     gradient_accumulation: Annotated[int, bounded(2**20)] = 1
     learning_rate: NonNegativeFloat
-    learning_rate_multipliers: dict[str, NonNegativeFloat] = Field({}, description="Factor by parameter glob, first match wins.")
+    learning_rate_multipliers: dict[str, NonNegativeFloat] = Field(
+        {}, description="Factor by parameter glob, first match wins."
+    )
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Annotated[int, bounded(10**8, least=0)] = 0
-    warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Share of the phase's steps that warm up, in place of warmup_steps.")
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="Share of the phase's steps that warm up, in place of warmup_steps."
+    )
     final_learning_rate_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     weight_decay: NonNegativeFloat = 0.0
-    loss_reduction: Literal["token", "sample", "micro_batch"] = Field("token", description="token: over all label tokens of the global batch; sample: mean of sample means; micro_batch: mean of micro-batch means as MindSpeed-MM.")
-    keep_optimizer: bool = Field(False, description="Carry the moments of the phase before (same trained parts) instead of starting at zero.")
+    loss_reduction: Literal["token", "sample", "micro_batch"] = Field(
+        "token",
+        description="token: over all label tokens of the global batch; sample: mean of sample means; micro_batch: mean "
+        "of micro-batch means as MindSpeed-MM.",
+    )
+    keep_optimizer: bool = Field(
+        False, description="Carry the moments of the phase before (same trained parts) instead of starting at zero."
+    )
 
     @model_validator(mode="after")
     def _one_length(self):
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give steps or epochs" + (", not both" if self.steps is not None else ": how long the phase trains"))
+            raise ValueError(
+                "give steps or epochs" + (", not both" if self.steps is not None else ": how long the phase trains")
+            )
         if self.warmup_ratio is not None and self.warmup_steps:
             raise ValueError("warmup_ratio and warmup_steps both say how long the rate rises; give one of them")
         if self.steps is not None and self.warmup_steps > self.steps:
-            raise ValueError(f"warmup_steps ({self.warmup_steps}) is longer than the phase (steps {self.steps}); lower it, or give warmup_ratio")
+            raise ValueError(
+                f"warmup_steps ({self.warmup_steps}) is longer than the phase (steps {self.steps}); lower "
+                "it, or give warmup_ratio"
+            )
         return self
 
     def with_steps(self, steps: int) -> PhaseConfig:
         """Return the phase with its length in steps: what `epochs` and `warmup_ratio` come to."""
         warmup = self.warmup_steps if self.warmup_ratio is None else round(self.warmup_ratio * steps)
-        return self.model_copy(update=dict(steps=steps, epochs=None, warmup_steps=min(warmup, steps), warmup_ratio=None))
+        return self.model_copy(
+            update=dict(steps=steps, epochs=None, warmup_steps=min(warmup, steps), warmup_ratio=None)
+        )
 
     @property
     def sources(self) -> list[str]:
@@ -188,8 +254,13 @@ class PhaseConfig(Section):
 
 
 class OptimizerConfig(Section):
-    name: Literal["adamw", "muon"] = Field("adamw", description="muon: Muon for the matrices that `muon` names, AdamW for the rest.")
-    muon: tuple[str, ...] = Field(("**/layers/**/kernel", "**/blocks/**/kernel", "projector/*/kernel"), description="Parameter globs of the matrices that Muon updates.")
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: Muon for the matrices that `muon` names, AdamW for the rest."
+    )
+    muon: tuple[str, ...] = Field(
+        ("**/layers/**/kernel", "**/blocks/**/kernel", "projector/*/kernel"),
+        description="Parameter globs of the matrices that Muon updates.",
+    )
     muon_momentum: Decay = 0.95
     b1: Decay = 0.9
     b2: Decay = 0.999
@@ -201,9 +272,15 @@ class OptimizerConfig(Section):
 class FlowMatchingConfig(Section):
     """How noise is drawn for models that generate by flow matching."""
 
-    times: Literal["uniform", "logit_normal"] = Field("logit_normal", description="Law of the noise levels; logit_normal prefers the middle.")
-    shift: PositiveFloat = Field(1.0, description="Noise levels t become shift * t / (1 + (shift - 1) * t); above 1 noisier ones are preferred.")
-    condition_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="Share of the samples whose class is withheld, for guidance.")
+    times: Literal["uniform", "logit_normal"] = Field(
+        "logit_normal", description="Law of the noise levels; logit_normal prefers the middle."
+    )
+    shift: PositiveFloat = Field(
+        1.0, description="Noise levels t become shift * t / (1 + (shift - 1) * t); above 1 noisier ones are preferred."
+    )
+    condition_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="Share of the samples whose class is withheld, for guidance."
+    )
 
 
 def _repeated(names: Iterable[str]) -> list[str]:
@@ -217,8 +294,12 @@ class TrainingConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     loss_chunk: Annotated[int, bounded(2**24)] = Field(1024, description="Tokens whose logits exist at one time.")
     flow_matching: FlowMatchingConfig = FlowMatchingConfig()
-    max_bad_steps: Annotated[int, bounded(10**8)] = Field(10, description="Consecutive non-finite steps (each skipped and counted) before the run stops.")
-    ema_decay: Decay | None = Field(None, description="Keep an exponential moving average of the parameters, such as 0.999; used as RUN:ema.")
+    max_bad_steps: Annotated[int, bounded(10**8)] = Field(
+        10, description="Consecutive non-finite steps (each skipped and counted) before the run stops."
+    )
+    ema_decay: Decay | None = Field(
+        None, description="Keep an exponential moving average of the parameters, such as 0.999; used as RUN:ema."
+    )
 
     @model_validator(mode="after")
     def _names_once(self):
@@ -238,20 +319,28 @@ class ValidationConfig(Section):
 class CheckpointConfig(Section):
     every_steps: Annotated[int, bounded(10**8)] = 500
     keep: Annotated[int, bounded(100_000)] = 3
-    keep_best: bool = Field(False, description="Also keep the checkpoint with the lowest validation loss (best.json names it).")
+    keep_best: bool = Field(
+        False, description="Also keep the checkpoint with the lowest validation loss (best.json names it)."
+    )
     asynchronous: bool = True
 
 
 class LoggingConfig(Section):
     tensorboard: bool = True
-    to: tuple[Literal["wandb", "mlflow", "swanlab", "csv"], ...] = Field((), description="Further trackers of the same numbers and of scores; their packages are extras.")
+    to: tuple[Literal["wandb", "mlflow", "swanlab", "csv"], ...] = Field(
+        (), description="Further trackers of the same numbers and of scores; their packages are extras."
+    )
     project: str = Field("mindvl", description="Project or experiment of the trackers.")
-    peak_flops: PositiveFloat | None = Field(None, description="Peak of one device in FLOP/s; known devices fill it; without it no MFU is shown.")
+    peak_flops: PositiveFloat | None = Field(
+        None, description="Peak of one device in FLOP/s; known devices fill it; without it no MFU is shown."
+    )
     every_steps: Annotated[int, bounded(10**8)] = 1
 
 
 class ProfileConfig(Section):
-    steps: tuple[PositiveInt, PositiveInt] | None = Field(None, description="First and last optimizer step to profile, counted over the whole run; see `mindvl profile`.")
+    steps: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="First and last optimizer step to profile, counted over the whole run; see `mindvl profile`."
+    )
 
     @model_validator(mode="after")
     def _in_order(self):
@@ -277,17 +366,25 @@ BENCHMARK_NAMES = (
 class BenchmarksConfig(Section):
     """Benchmarks scored once, at the end of the run, with their published prompts and metrics."""
 
-    folder: str = Field(description="Folder with their files: lmms-eval's parquet or VLMEvalKit's TSV. Files marked as stand-ins are reported as such.")
+    folder: str = Field(
+        description="Folder with their files: lmms-eval's parquet or VLMEvalKit's TSV. Files marked as stand-ins are "
+        "reported as such."
+    )
     tasks: tuple[str, ...] = Field(min_length=1)
     max_samples: Annotated[int, bounded(2**31 - 1)] | None = Field(None, description="Only the first samples of each.")
-    max_new_tokens: Annotated[int, bounded(2**20)] | None = Field(None, description="Longest answer in tokens, where a benchmark allows more.")
+    max_new_tokens: Annotated[int, bounded(2**20)] | None = Field(
+        None, description="Longest answer in tokens, where a benchmark allows more."
+    )
 
     @model_validator(mode="after")
     def _known_names(self):
         for name in self.tasks:
             if name not in BENCHMARK_NAMES:
                 near = difflib.get_close_matches(name, BENCHMARK_NAMES, n=1, cutoff=0.3)
-                raise ValueError(f"there is no benchmark {name!r}{f'; did you mean {near[0]!r}?' if near else ''} Known are {', '.join(BENCHMARK_NAMES)}")
+                raise ValueError(
+                    f"there is no benchmark {name!r}{f'; did you mean {near[0]!r}?' if near else ''} Known "
+                    f"are {', '.join(BENCHMARK_NAMES)}"
+                )
         if repeated := sorted({name for name in self.tasks if self.tasks.count(name) > 1}):
             raise ValueError(f"tasks names {', '.join(repeated)} more than once")
         return self
@@ -295,14 +392,24 @@ class BenchmarksConfig(Section):
 
 class EvaluationConfig(Section):
     tasks: tuple[EvaluationTask, ...] = ()
-    benchmarks: BenchmarksConfig | None = Field(None, description="Benchmark files to score at the end of the run, beside `tasks`.")
-    after_phases: bool = Field(False, description="Also score at the end of each phase, so that each phase's gain is known.")
-    phase_samples: Annotated[int, bounded(2**31 - 1)] | None = Field(None, description="Samples a task in those in-between evaluations.")
-    language_only: bool = Field(True, description="Also score with the pictures taken away: what the language alone gives.")
+    benchmarks: BenchmarksConfig | None = Field(
+        None, description="Benchmark files to score at the end of the run, beside `tasks`."
+    )
+    after_phases: bool = Field(
+        False, description="Also score at the end of each phase, so that each phase's gain is known."
+    )
+    phase_samples: Annotated[int, bounded(2**31 - 1)] | None = Field(
+        None, description="Samples a task in those in-between evaluations."
+    )
+    language_only: bool = Field(
+        True, description="Also score with the pictures taken away: what the language alone gives."
+    )
     batch: Annotated[int, bounded(65536)] = 64
     min_pixels: Annotated[int, bounded(2**31)] | None = None
     max_pixels: Annotated[int, bounded(2**31)] | None = None
-    ema: bool = Field(False, description="Score the moving average (training.ema_decay) in place of the newest parameters.")
+    ema: bool = Field(
+        False, description="Score the moving average (training.ema_decay) in place of the newest parameters."
+    )
 
     @model_validator(mode="after")
     def _possible(self):
@@ -322,7 +429,9 @@ class Config(Section):
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
     model: Annotated[ModelConfig, AnyFamily]
-    adapters: AdaptersConfig | None = Field(None, description="Train low-rank adapters in place of the parameters themselves.")
+    adapters: AdaptersConfig | None = Field(
+        None, description="Train low-rank adapters in place of the parameters themselves."
+    )
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig
     training: TrainingConfig
@@ -341,23 +450,37 @@ class Config(Section):
         for index, phase in enumerate(self.training.phases):
             if "**" in phase.train and "train" in phase.model_fields_set:
                 raise ValueError(
-                    f"training.phases[{index}].train is **, which would train the whole base beside the adapters; leave it out to train the adapters alone, "
+                    f"training.phases[{index}].train is **, which would train the whole base beside the "
+                    "adapters; leave it out to train the adapters alone, "
                     f"or name them and the parts that learn too, such as [{ADAPTER_PARAMETERS}, projector/**]"
                 )
-            phases.append(phase if "train" in phase.model_fields_set else phase.model_copy(update=dict(train=(ADAPTER_PARAMETERS,))))
+            phases.append(
+                phase
+                if "train" in phase.model_fields_set
+                else phase.model_copy(update=dict(train=(ADAPTER_PARAMETERS,)))
+            )
         object.__setattr__(self, "training", self.training.model_copy(update=dict(phases=tuple(phases))))
         return self
 
     @model_validator(mode="after")
     def _known_sources(self):
         if self.validation is not None and self.validation.source not in self.data.sources:
-            raise ValueError(f"validation.source is {self.validation.source!r}, which data.sources does not have ({', '.join(self.data.sources)})")
+            raise ValueError(
+                f"validation.source is {self.validation.source!r}, which data.sources does not have "
+                f"({', '.join(self.data.sources)})"
+            )
         if self.checkpoint.keep_best and self.validation is None:
-            raise ValueError("checkpoint.keep_best needs `validation`: the best checkpoint is the one with the lowest validation loss")
+            raise ValueError(
+                "checkpoint.keep_best needs `validation`: the best checkpoint is the one with the lowest "
+                "validation loss"
+            )
         for index, phase in enumerate(self.training.phases):
             for entry in phase.mixture:
                 if entry.source not in self.data.sources:
-                    raise ValueError(f"training.phases[{index}].mixture names source {entry.source!r}, which data.sources does not have ({', '.join(self.data.sources)})")
+                    raise ValueError(
+                        f"training.phases[{index}].mixture names source {entry.source!r}, which data.sources "
+                        f"does not have ({', '.join(self.data.sources)})"
+                    )
             for key, expected in self.model.phase_problems(phase).items():
                 raise ValueError(f"training.phases[{index}].{key} {expected}")
             if phase.min_pixels > phase.max_pixels:

@@ -1,4 +1,6 @@
-"""YAML texts read in bounded time and memory: aliases that multiply, nesting and numbers without end are refused by their place."""
+"""YAML texts read in bounded time and memory: aliases that multiply, nesting and numbers without end are refused by
+their place.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,16 @@ class Loader(yaml.SafeLoader):
 
 
 Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
 
 
 def read(path: Path) -> str:
-    """Read a file of YAML. Raises YamlError for one that cannot be read, is no regular file, is too large, or is no text."""
+    """Read a file of YAML.
+
+    Raises YamlError for one that cannot be read, is no regular file, is too large, or is no text.
+    """
     try:
         if path.exists() and not path.is_file():
             raise YamlError(f"{path}: a {'folder' if path.is_dir() else 'device or pipe'}; expected a YAML file")
@@ -47,7 +54,8 @@ def parse(text: str, where: str) -> tuple[yaml.Node | None, Any]:
       where: what to call the text in messages.
 
     Raises:
-      YamlError: no valid YAML, more than `LARGEST_TREE` nodes, an alias that holds itself, nesting or numbers beyond what Python reads.
+      YamlError: no valid YAML, more than `LARGEST_TREE` nodes, an alias that holds itself, nesting or numbers beyond
+        what Python reads.
     """
     try:
         loader = Loader(text)
@@ -57,7 +65,7 @@ def parse(text: str, where: str) -> tuple[yaml.Node | None, Any]:
         if node is None:
             return None, None
         # From a second tree: merge keys (<<) are written into the tree from which values are made.
-        return node, yaml.load(text, Loader=Loader)  # noqa: S506 (a SafeLoader)
+        return node, yaml.load(text, Loader=Loader)
     except YamlError:
         raise
     except yaml.YAMLError as error:
@@ -66,7 +74,11 @@ def parse(text: str, where: str) -> tuple[yaml.Node | None, Any]:
         raise YamlError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or str(error)[:200]}") from error
     except RecursionError:
         raise YamlError(f"{where}: nested too deeply for a configuration") from None
-    except (ValueError, OverflowError, TypeError) as error:  # a whole number of thousands of digits, a date that is none
+    except (
+        ValueError,
+        OverflowError,
+        TypeError,
+    ) as error:  # a whole number of thousands of digits, a date that is none
         raise YamlError(f"{where}: a value cannot be read: {str(error)[:200]}") from None
 
 
@@ -84,6 +96,9 @@ def _size(node: yaml.Node, where: str, known: dict[int, int], above: set[int]) -
     total = 1 + sum(_size(child, where, known, above) for child in children)
     above.discard(id(node))
     if total > LARGEST_TREE:
-        raise YamlError(f"{where}:{node.start_mark.line + 1}: {total:,} values with its aliases written out; a configuration has hundreds")
+        raise YamlError(
+            f"{where}:{node.start_mark.line + 1}: {total:,} values with its aliases written out; a "
+            "configuration has hundreds"
+        )
     known[id(node)] = total
     return total

@@ -1,4 +1,7 @@
-"""Where compiled programs are kept between commands. Does not import jax: its settings are read when it is first imported."""
+"""Where compiled programs are kept between commands.
+
+Does not import jax: its settings are read when it is first imported.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ def cache_folder() -> Path:
 def share_compiled_programs() -> None:
     """Let every command find what an earlier one compiled. JAX's own settings win where they are given.
 
-    Call it before jax is imported. Generation has many programs that compile in less than JAX's second, so shorter ones are kept too.
+    Call it before jax is imported. Generation has many programs that compile in less than JAX's second, so shorter ones
+    are kept too.
     """
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")

@@ -17,7 +17,8 @@ class Device:
     """One kind of device.
 
     Attributes:
-      mib: memory in MiB, as nvidia-smi and npu-smi report it or as the maker states it (TPU); None if the name does not tell.
+      mib: memory in MiB, as nvidia-smi and npu-smi report it or as the maker states it (TPU); None if the name does not
+        tell.
       flops: dense bfloat16 peak in FLOP/s from the maker's data sheet; None where it is not listed here.
     """
 
@@ -25,7 +26,8 @@ class Device:
     flops: float | None = None
 
 
-# By the prefix of the name: as JAX reports it (`device_kind`), as people write it. One die of an Atlas A3 package counts as a device.
+# By the prefix of the name: as JAX reports it (`device_kind`), as people write it. One die of an Atlas A3 package
+# counts as a device.
 DEVICES: dict[str, Device] = {
     "NVIDIA A100": Device(flops=312e12),
     "NVIDIA A100 40GB": Device(40960, 312e12),
@@ -66,7 +68,8 @@ class Limit:
     """Memory of one device.
 
     Attributes:
-      whole: bytes of memory. usable: bytes that a plan may fill. said: how `usable` follows from `whole`, for the report.
+      whole: bytes of memory. usable: bytes that a plan may fill. said: how `usable` follows from `whole`, for the
+        report.
     """
 
     whole: int
@@ -86,7 +89,8 @@ def parse_memory(text: str) -> int:
 
 
 def known_memory(device_kind: str) -> int:
-    """Memory in bytes of a device kind, by the longest known prefix of it, or by known names that start with it if they agree.
+    """Memory in bytes of a device kind, by the longest known prefix of it, or by known names that start with it if they
+    agree.
 
     Raises:
       UserError: unknown, or the name matches kinds of different memory.
@@ -100,7 +104,10 @@ def known_memory(device_kind: str) -> int:
     if len({mib[name] for name in meant}) == 1:
         return mib[meant[0]] * 2**20
     near = meant or difflib.get_close_matches(device_kind, mib, n=3, cutoff=0.4) or list(mib)
-    raise UserError(f"--device-kind {device_kind!r}: {'which of them' if meant else 'unknown; did you mean one of'} {', '.join(near)}? Or give its memory, such as --memory 64GiB")
+    raise UserError(
+        f"--device-kind {device_kind!r}: {'which of them' if meant else 'unknown; did you mean one of'} "
+        f"{', '.join(near)}? Or give its memory, such as --memory 64GiB"
+    )
 
 
 def limit_of(memory: str | None, device_kind: str | None, *, margin: float, backend: str) -> Limit | None:

@@ -7,12 +7,21 @@ class UserError(ValueError):
 
 def shortened(text: str, limit: int = 200) -> str:
     """Return a text with its middle left out where it is longer than `limit`."""
-    return text if len(text) <= limit else f"{text[: limit // 2]} ... ({len(text)} characters) ... {text[-limit // 4 :]}"
+    return (
+        text if len(text) <= limit else f"{text[: limit // 2]} ... ({len(text)} characters) ... {text[-limit // 4 :]}"
+    )
 
 
 def printable(text: str) -> str:
-    """Return a text in which control characters are spelled out: names and paths must not steer the terminal that shows them."""
-    return "".join(letter if letter in "\n\t" or (ord(letter) >= 32 and not 0x7F <= ord(letter) < 0xA0) else f"\\x{ord(letter):02x}" for letter in text)
+    """Return a text in which control characters are spelled out: names and paths must not steer the terminal that shows
+    them.
+    """
+    return "".join(
+        letter
+        if letter in "\n\t" or (ord(letter) >= 32 and not 0x7F <= ord(letter) < 0xA0)
+        else f"\\x{ord(letter):02x}"
+        for letter in text
+    )
 
 
 def at_least_one(arguments: object, *names: str) -> None:

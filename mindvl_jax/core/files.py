@@ -13,9 +13,11 @@ from typing import Any
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary file beside `path` and rename it to `path` at the end: readers and killed runs never see half a file.
+    """Yield a temporary file beside `path` and rename it to `path` at the end: readers and killed runs never see half a
+    file.
 
-    The temporary file is unique, so several processes may write the same path; the last one wins. It is removed on any exception.
+    The temporary file is unique, so several processes may write the same path; the last one wins. It is removed on any
+    exception.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +56,9 @@ def read_text(path: str | Path) -> str:
 
 
 def foreign(name: str) -> bool:
-    """Whether a file name is one that another system leaves behind (`.DS_Store`, `._x.json`, `Thumbs.db`) or that is hidden."""
+    """Whether a file name is one that another system leaves behind (`.DS_Store`, `._x.json`, `Thumbs.db`) or that is
+    hidden.
+    """
     parts = str(name).replace("\\", "/").split("/")
     return parts[-1].startswith(".") or parts[-1].lower() in ("thumbs.db", "desktop.ini") or "__MACOSX" in parts
 

@@ -1,7 +1,7 @@
 """Parameters by path: the model's outline without its values, globs over paths.
 
-In training, parameters are flat dicts `{"language/layers/attention/query/kernel": array}`: easy to select, to shard, to save, and a plain
-pytree for every backend. `Outline` turns such a dict into a live module and back.
+In training, parameters are flat dicts `{"language/layers/attention/query/kernel": array}`: easy to select, to shard, to
+save, and a plain pytree for every backend. `Outline` turns such a dict into a live module and back.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ Params = dict[str, jax.Array]
 @functools.lru_cache(maxsize=1024)
 def _glob_pattern(glob: str) -> re.Pattern[str]:
     pieces = {"**/": r"(?:.*/)?", "**": r".*", "*": r"[^/]*", "?": r"[^/]"}
-    return re.compile("".join(pieces.get(part, re.escape(part)) for part in re.findall(r"\*\*/|\*\*|\*|\?|[^*?]+", glob)))
+    return re.compile(
+        "".join(pieces.get(part, re.escape(part)) for part in re.findall(r"\*\*/|\*\*|\*|\?|[^*?]+", glob))
+    )
 
 
 def matches(path: str, glob: str) -> bool:
@@ -37,7 +39,7 @@ def matches_any(path: str, globs: Iterable[str]) -> bool:
 
 
 def require_matches(paths: Iterable[str], globs: Iterable[str], where: str) -> None:
-    """Refuses globs that select nothing: a typo there would silently train or freeze the wrong parts.
+    """Refuse globs that select nothing: a typo there would silently train or freeze the wrong parts.
 
     Raises:
       UserError: naming `where` (the config key), every such glob and the nearest parameter group.
@@ -50,9 +52,14 @@ def require_matches(paths: Iterable[str], globs: Iterable[str], where: str) -> N
     lines = []
     for glob in lost:
         near = difflib.get_close_matches(glob.replace("*", "").strip("/"), groups, n=1, cutoff=0.5)
-        lines.append(f"  {glob!r} matches no parameter" + (f"; did you mean {near[0] + '/**'!r}?" if near and near[0] not in paths else ""))
+        lines.append(
+            f"  {glob!r} matches no parameter"
+            + (f"; did you mean {near[0] + '/**'!r}?" if near and near[0] not in paths else "")
+        )
     top = ", ".join(f"{group}/**" for group in sorted({path.split("/")[0] for path in paths}))
-    raise UserError(f"{where}:\n" + "\n".join(lines) + f"\n  the model's parts are {top}; parameters look like {paths[0]}")
+    raise UserError(
+        f"{where}:\n" + "\n".join(lines) + f"\n  the model's parts are {top}; parameters look like {paths[0]}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +80,7 @@ class Outline:
 
     @classmethod
     def of(cls, build: Callable[[nnx.Rngs], nnx.Module]) -> Outline:
-        """Traces `build` without computing anything."""
+        """Trace `build` without computing anything."""
         graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param)
         variables = {"/".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
         variables = dict(sorted(variables.items()))
@@ -92,7 +99,9 @@ class Outline:
         Raises:
           KeyError: a parameter is missing.
         """
-        return nnx.from_flat_state([(path, variable.replace(params[name])) for name, (path, variable) in self.variables.items()])
+        return nnx.from_flat_state(
+            [(path, variable.replace(params[name])) for name, (path, variable) in self.variables.items()]
+        )
 
     def merge(self, params: Mapping[str, Any]) -> Any:
         """The live module with these parameters."""

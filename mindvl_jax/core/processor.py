@@ -22,7 +22,9 @@ def name() -> str:
 
 
 def bfloat16_unit() -> str | None:
-    """The unit that multiplies bfloat16, by its flag; None where such products are emulated, which is slower than float32."""
+    """The unit that multiplies bfloat16, by its flag; None where such products are emulated, which is slower than
+    float32.
+    """
     return next((unit for unit in BFLOAT16_UNITS if unit in flags()), None)
 
 

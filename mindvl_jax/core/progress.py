@@ -1,6 +1,7 @@
 """What a long piece of work says while it runs, on a terminal and in a pipe.
 
-A terminal gets bars that redraw. A pipe or a log file gets whole lines with the time of day, none of them wrapped, and a line at least
+A terminal gets bars that redraw. A pipe or a log file gets whole lines with the time of day, none of them wrapped, and
+a line at least
 every few seconds: a reader of a log must see whether a job still works.
 """
 
@@ -91,7 +92,9 @@ class LogConsole(Console):
 
 
 @contextlib.contextmanager
-def heartbeat(say: Callable[[str], None], what: Callable[[], str] | str, *, soon: float = SOON, every: float = EVERY) -> Iterator[None]:
+def heartbeat(
+    say: Callable[[str], None], what: Callable[[], str] | str, *, soon: float = SOON, every: float = EVERY
+) -> Iterator[None]:
     """Call `say` after `soon` seconds and then every `every` seconds while the body runs."""
     started, ended = time.monotonic(), threading.Event()
     text = (lambda: what) if isinstance(what, str) else what
@@ -128,13 +131,22 @@ def working(console: Console, what: str, *, soon: float = SOON, every: float = E
 
 
 @contextlib.contextmanager
-def counting(console: Console, *, soon: float = SOON, every: float = EVERY) -> Iterator[Callable[[int, int, str], None]]:
+def counting(
+    console: Console, *, soon: float = SOON, every: float = EVERY
+) -> Iterator[Callable[[int, int, str], None]]:
     """Yield `show(done, total, label)`: bars on a terminal, elsewhere a line every few seconds with the time left."""
     if console.quiet:
         yield lambda done, total, label: None
         return
     if console.is_terminal:
-        with Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True) as bars:
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        ) as bars:
             tasks: dict[str, Any] = {}
 
             def draw(done: int, total: int, label: str) -> None:
@@ -145,7 +157,9 @@ def counting(console: Console, *, soon: float = SOON, every: float = EVERY) -> I
             yield draw
         return
     counts = _Counts()
-    with heartbeat(lambda text: console.print(text, highlight=False, markup=False), counts.text, soon=soon, every=every):
+    with heartbeat(
+        lambda text: console.print(text, highlight=False, markup=False), counts.text, soon=soon, every=every
+    ):
         yield counts.show
 
 

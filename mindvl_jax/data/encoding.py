@@ -23,8 +23,12 @@ def encode_record(source: Source, index: int, processor: Processor) -> Example |
         identifier = sample.id
         example = processor.encode(sample)
         budgets, size = processor.budgets, processor.cost(example).size
-        if over := [name for name, needed, room in zip(budgets.names, size, budgets.capacities, strict=True) if needed > room]:
-            raise SampleError("too_long", f"the sample needs more {' and '.join(over)} than a row has: {size} of {budgets.capacities}")
+        if over := [
+            name for name, needed, room in zip(budgets.names, size, budgets.capacities, strict=True) if needed > room
+        ]:
+            raise SampleError(
+                "too_long", f"the sample needs more {' and '.join(over)} than a row has: {size} of {budgets.capacities}"
+            )
         return example
     except SampleError as error:
         error.sample_id = error.sample_id or identifier
@@ -32,7 +36,7 @@ def encode_record(source: Source, index: int, processor: Processor) -> Example |
 
 
 class InlineEncoder:
-    """Encodes when asked."""
+    """Encode when asked."""
 
     def __init__(self, stream: MixtureStream, processor: Processor):
         self._stream, self._processor = stream, processor
@@ -66,7 +70,7 @@ class DecodedRows:
 
 
 class InlineDecoder:
-    """Loads examples when asked; `depth` says how many batches are worth having under way."""
+    """Load examples when asked; `depth` says how many batches are worth having under way."""
 
     depth = 1
 

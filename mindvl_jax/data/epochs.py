@@ -16,7 +16,9 @@ EXACT = 5000
 """Samples that are planned to count steps. Longer phases are extrapolated from so many."""
 
 
-def resolve_epochs(config: Config, make_processor: MakeProcessor, say: Callable[[str], None] = lambda line: None) -> Config:
+def resolve_epochs(
+    config: Config, make_processor: MakeProcessor, say: Callable[[str], None] = lambda line: None
+) -> Config:
     """Return the configuration with the length of every phase in steps.
 
     The count depends on data, seed and sizes alone, so a run that goes on comes to the same steps.
@@ -30,7 +32,10 @@ def resolve_epochs(config: Config, make_processor: MakeProcessor, say: Callable[
         if phase.epochs is not None:
             say(f"counting the steps of {phase.name}: {phase.epochs:g} epochs of {', '.join(phase.sources)}")
             steps, exact = count_steps(config, index, make_processor)
-            say(f"{phase.name}: {phase.epochs:g} epochs are {'' if exact else 'about '}{steps} steps" + ("" if exact else f" (from the lengths of {EXACT} samples)"))
+            say(
+                f"{phase.name}: {phase.epochs:g} epochs are {'' if exact else 'about '}{steps} steps"
+                + ("" if exact else f" (from the lengths of {EXACT} samples)")
+            )
         phases.append(phase.with_steps(steps))
     return config.model_copy(update=dict(training=config.training.model_copy(update=dict(phases=tuple(phases)))))
 

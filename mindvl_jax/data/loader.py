@@ -9,22 +9,23 @@ import os
 import queue
 import threading
 import time
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
-from mindvl_jax.data.processor import MakeProcessor, PackedBatch, Processor
 from mindvl_jax.config.schema import Config
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.data.cache import shared_cache
 from mindvl_jax.data.encoding import InlineDecoder, InlineEncoder
 from mindvl_jax.data.packing.lengths import IndexedEncoder, LengthIndex, index_path
 from mindvl_jax.data.packing.planner import Planner, RecordEncoder
+from mindvl_jax.data.processor import MakeProcessor, PackedBatch, Processor
 from mindvl_jax.data.quarantine import Quarantine
 from mindvl_jax.data.sample import SampleError
-from mindvl_jax.data.sources.readers import open_sources
 from mindvl_jax.data.sources.mixture import MixtureStream
+from mindvl_jax.data.sources.readers import open_sources
 from mindvl_jax.data.workers import Job, PoolDecoder, PoolEncoder, WorkerPool
-from mindvl_jax.core.errors import UserError
 
 STATE_FORMAT = 2
 SIGN_OF_LIFE = 60.0  # seconds of waiting for data after which it is said
@@ -32,8 +33,14 @@ log = logging.getLogger(__name__)
 
 
 def make_loader(
-    config: Config, phase_index: int, make_processor: MakeProcessor, *, process_index: int = 0, process_count: int = 1, seed: int | None = None
-) -> "Loader":
+    config: Config,
+    phase_index: int,
+    make_processor: MakeProcessor,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    seed: int | None = None,
+) -> Loader:
     """The loader of a phase for one process.
 
     Args:
@@ -41,11 +48,14 @@ def make_loader(
       seed: order of the data; default: from run.seed and the phase.
 
     Raises:
-      UserError: sources that cannot be read, rows that do not divide among the processes, or what the processor refuses.
+      UserError: sources that cannot be read, rows that do not divide among the processes, or what the processor
+        refuses.
     """
     phase, data = config.training.phases[phase_index], config.data
     if phase.rows % process_count:
-        raise UserError(f"training.phases[{phase_index}].rows ({phase.rows}) must be a multiple of the {process_count} processes")
+        raise UserError(
+            f"training.phases[{phase_index}].rows ({phase.rows}) must be a multiple of the {process_count} processes"
+        )
     seed = phase_seed(config, phase_index) if seed is None else seed
     stream = phase_stream(config, phase_index, seed)
     processor = make_processor(config, phase_index)
@@ -58,14 +68,33 @@ def make_loader(
     )
     encoder, decoder = _coders(config, phase_index, make_processor, processor, stream)
     if data.length_index is not None:
-        indices = [LengthIndex(index_path(data.length_index, source, processor.lengths), source) for source in stream.sources]
+        indices = [
+            LengthIndex(index_path(data.length_index, source, processor.lengths), source) for source in stream.sources
+        ]
         encoder = IndexedEncoder(stream, indices, encoder, processor)
     cache = shared_cache(processor.encoding) if data.cache_examples else None
-    planner = Planner(stream, encoder, processor, rows=phase.rows, buffer=data.packing_buffer, quarantine=quarantine, cache=cache)
-    identity = {"format": STATE_FORMAT, "phase": phase.name, "phase_index": phase_index, "seed": seed, "tokenizer": processor_vocabulary(processor)}
+    planner = Planner(
+        stream, encoder, processor, rows=phase.rows, buffer=data.packing_buffer, quarantine=quarantine, cache=cache
+    )
+    identity = {
+        "format": STATE_FORMAT,
+        "phase": phase.name,
+        "phase_index": phase_index,
+        "seed": seed,
+        "tokenizer": processor_vocabulary(processor),
+    }
     own = phase.rows // process_count
     rows = slice(process_index * own, (process_index + 1) * own)
-    return Loader(planner, encoder, decoder, quarantine, rows=rows, collate_rows=processor.collate, identity=identity, prefetch=data.prefetch)
+    return Loader(
+        planner,
+        encoder,
+        decoder,
+        quarantine,
+        rows=rows,
+        collate_rows=processor.collate,
+        identity=identity,
+        prefetch=data.prefetch,
+    )
 
 
 def processor_vocabulary(processor: Processor) -> str | None:
@@ -82,7 +111,9 @@ def phase_stream(config: Config, phase_index: int, seed: int) -> MixtureStream:
     """Return the order of a phase's samples. Raises UserError for sources that cannot be read."""
     phase = config.training.phases[phase_index]
     weights = {name: sum(entry.weight for entry in phase.mixture if entry.source == name) for name in phase.sources}
-    return MixtureStream(open_sources(config.data.sources, phase.sources), [weights[name] for name in phase.sources], seed)
+    return MixtureStream(
+        open_sources(config.data.sources, phase.sources), [weights[name] for name in phase.sources], seed
+    )
 
 
 def _coders(
@@ -92,11 +123,19 @@ def _coders(
     if not config.data.workers:
         return InlineEncoder(stream, processor), InlineDecoder(processor)
     if config.data.cache_examples:
-        raise UserError("data.cache_examples keeps decoded samples in this process and data.workers decodes in others: set one of them")
+        raise UserError(
+            "data.cache_examples keeps decoded samples in this process and data.workers decodes in others: "
+            "set one of them"
+        )
     if not hasattr(os, "memfd_create"):
-        raise UserError("data.workers hands pixels over in anonymous shared memory, which this system lacks (Linux has it); set data.workers to 0")
+        raise UserError(
+            "data.workers hands pixels over in anonymous shared memory, which this system lacks (Linux has "
+            "it); set data.workers to 0"
+        )
     pool = WorkerPool(Job(config, phase_index, make_processor), config.data.workers)
-    decoder = InlineDecoder(processor) if processor.media is None else PoolDecoder(pool, processor.media, processor.media_of)
+    decoder = (
+        InlineDecoder(processor) if processor.media is None else PoolDecoder(pool, processor.media, processor.media_of)
+    )
     return PoolEncoder(stream, pool), decoder
 
 
@@ -110,10 +149,12 @@ class _Ready:
 class Loader:
     """Endless iterator of this process's rows of one micro-step after another.
 
-    `state()` and `counters` describe the data up to the last batch that was handed out, whatever has been prepared beyond.
+    `state()` and `counters` describe the data up to the last batch that was handed out, whatever has been prepared
+    beyond.
 
     Attributes:
-      counters: samples, epochs, quarantined, truncated, shrunk, token_efficiency, patch_efficiency and more (see `Planner.counters`).
+      counters: samples, epochs, quarantined, truncated, shrunk, token_efficiency, patch_efficiency and more (see
+        `Planner.counters`).
       waited: seconds that `next` has waited for a batch; when it grows with the steps, data is what holds them up.
     """
 
@@ -152,7 +193,9 @@ class Loader:
         if self._stop.is_set():
             raise RuntimeError("the loader is closed")
         if self._thread is None:
-            self._thread = threading.Thread(target=self._produce, args=(self._queue, self._stop), name="mindvl-data", daemon=True)
+            self._thread = threading.Thread(
+                target=self._produce, args=(self._queue, self._stop), name="mindvl-data", daemon=True
+            )
             self._thread.start()
         start = time.perf_counter()
         while True:
@@ -180,8 +223,15 @@ class Loader:
         for key, here in self._identity.items():
             if state.get(key) != here:
                 if key == "tokenizer":
-                    raise UserError("the checkpoint was trained with another tokenizer (vocabulary, id table or chat template): its tokens would mean other words; set tokenizer back, or set run.resume to `never`")
-                raise UserError(f"the checkpoint's data state has {key} {state.get(key)!r}, this run has {here!r}; resume with the configuration of the checkpoint, or set run.resume to `never`")
+                    raise UserError(
+                        "the checkpoint was trained with another tokenizer (vocabulary, id table or chat "
+                        "template): its tokens would mean other words; set tokenizer back, or set run.resume "
+                        "to `never`"
+                    )
+                raise UserError(
+                    f"the checkpoint's data state has {key} {state.get(key)!r}, this run has {here!r}; "
+                    "resume with the configuration of the checkpoint, or set run.resume to `never`"
+                )
         self._halt()
         self._planner.restore(state["planner"])
         self._quarantine.restore("decode", state["decoding"])
@@ -190,7 +240,7 @@ class Loader:
         self._state, self.counters = self._snapshot(self._planner.state(), self._planner.counters())
 
     def close(self) -> None:
-        """Stops preparing batches and ends the decoding processes."""
+        """Stop preparing batches and end the decoding processes."""
         self._halt()
         self._stop.set()
         self._encoder.close()
@@ -224,7 +274,9 @@ class Loader:
                         rows, lost = self._planner.next_rows()[self._own], []
                         if isinstance(self._encoder, IndexedEncoder):
                             rows, lost = self._encoder.own(rows)
-                        under_way.append((self._decoder.begin(rows), lost, self._planner.state(), self._planner.counters()))
+                        under_way.append(
+                            (self._decoder.begin(rows), lost, self._planner.state(), self._planner.counters())
+                        )
                     except BaseException as error:  # comes after the batches that were planned before it
                         failure = error
                 if not under_way:
@@ -236,10 +288,15 @@ class Loader:
             ready.put(error)
 
     def _finish(self, started: Any, lost: list[tuple[int, SampleError]]) -> PackedBatch:
-        """Collect a batch's media. What does not decode leaves a gap in its row: other processes have planned with it too."""
+        """Collect a batch's media.
+
+        What does not decode leaves a gap in its row: other processes have planned with it too.
+        """
         decoded = self._decoder.finish(started)
         for position, error in [*lost, *decoded.failures]:
-            self._quarantine.refuse(id=str(error.sample_id), where=self._planner.where(position), error=error, stage="decode")
+            self._quarantine.refuse(
+                id=str(error.sample_id), where=self._planner.where(position), error=error, stage="decode"
+            )
         if any(decoded.rows):
             self._quarantine.decoded()
         for position, example in decoded.fresh:

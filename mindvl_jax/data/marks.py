@@ -1,7 +1,8 @@
 r"""The marks `<image>` and `<video>` in a text, and how a text says that it means the letters.
 
-A backslash before a mark makes it ordinary text: `\<image>` reads as the seven letters. To write a backslash in front of a real
-mark, double it. In a list of content parts nothing needs a backslash: media are parts of their own there, so text is text.
+A backslash before a mark makes it ordinary text: `\<image>` reads as the seven letters. To write a backslash in front
+of a real mark, double it. In a list of content parts nothing needs a backslash: media are parts of their own there, so
+text is text.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ _MARK = re.compile(r"(\\*)(<image>|<video>)")
 
 
 def pieces(text: str) -> Iterator[tuple[str, str]]:
-    """Split a text at its marks: ("text", letters without the backslashes), ("image", mark) and ("video", mark), in order."""
+    """Split a text at its marks: ("text", letters without the backslashes), ("image", mark) and ("video", mark), in
+    order.
+    """
     letters, position = "", 0
     for match in _MARK.finditer(text):
         slashes, mark = match.groups()

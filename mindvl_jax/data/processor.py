@@ -1,7 +1,7 @@
 """The contracts between a model family and the data pipeline: what a batch holds, and how samples become batches.
 
-The pipeline (loader, planner, workers) and the trainer know these types alone; what a token or a patch is stays with the family's
-processor in `models/<family>/processor.py`.
+The pipeline (loader, planner, workers) and the trainer know these types alone; what a token or a patch is stays with
+the family's processor in `models/<family>/processor.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Field:
 
     def __post_init__(self) -> None:
         if len(self.dims) != len(self.shape):
-            raise ValueError(f"a field of shape {self.shape} names {len(self.dims)} dims {self.dims}; expected one name a dim")
+            raise ValueError(
+                f"a field of shape {self.shape} names {len(self.dims)} dims {self.dims}; expected one name a dim"
+            )
 
     def empty(self) -> np.ndarray:
         return np.full(self.shape, self.fill, self.dtype) if self.fill else np.zeros(self.shape, self.dtype)
@@ -47,8 +49,8 @@ class BatchSpec:
 
     Attributes:
       make: builds the batch from its arrays as keyword arguments; the result is a JAX pytree.
-      capacities: (field, name in metrics.jsonl) of each array whose filled share is reported; the objective counts, under the
-        field's name, what it holds.
+      capacities: (field, name in metrics.jsonl) of each array whose filled share is reported; the objective counts,
+        under the field's name, what it holds.
     """
 
     fields: tuple[tuple[str, Field], ...]
@@ -64,16 +66,23 @@ class BatchSpec:
     @property
     def rows(self) -> int:
         """Rows of the global batch."""
-        return next(size for _, field in self.fields for size, dim in zip(field.shape, field.dims, strict=True) if dim == "rows")
+        return next(
+            size for _, field in self.fields for size, dim in zip(field.shape, field.dims, strict=True) if dim == "rows"
+        )
 
     def efficiencies(self, counts: Mapping[str, float], micro_steps: int) -> dict[str, float]:
         """Filled share of each array of `capacities` over the micro-steps of a step."""
-        room = lambda field: micro_steps * math.prod(size for size, dim in zip(field.shape, field.dims, strict=True) if dim)
+
+        def room(field):
+            return micro_steps * math.prod(size for size, dim in zip(field.shape, field.dims, strict=True) if dim)
+
         return {said: counts[name] / room(self[name]) for name, said in self.capacities}
 
     def describe(self) -> str:
         """`tokens 4x128, patches 4x112x1176`: the shapes of the arrays of `capacities`, or of the largest array."""
-        shown = [name for name, _ in self.capacities] or [max(self.fields, key=lambda field: math.prod(field[1].shape))[0]]
+        shown = [name for name, _ in self.capacities] or [
+            max(self.fields, key=lambda field: math.prod(field[1].shape))[0]
+        ]
         return ", ".join(f"{name} {'x'.join(map(str, self[name].shape))}" for name in shown)
 
     def map(self, function: Callable[[Field], Any]) -> Any:
@@ -165,7 +174,10 @@ class Processor(Protocol):
         """The global batch: the rows of one micro-step over all processes. Needs no files."""
 
     def encode(self, sample: Sample) -> Example:
-        """Encode a sample, its media by their headers alone. Raises SampleError with the reason when it cannot be used."""
+        """Encode a sample, its media by their headers alone.
+
+        Raises SampleError with the reason when it cannot be used.
+        """
 
     def cost(self, example: Example) -> Cost: ...
 
@@ -176,7 +188,9 @@ class Processor(Protocol):
         """What `fill` needs of an example, small to pickle; something false if it has no media."""
 
     def fill(self, area: np.ndarray, media: Sequence[Any]) -> list[SampleError | None]:
-        """Read the media of a row's examples into its area, one after another, leaving out failed ones; each example's error or None."""
+        """Read the media of a row's examples into its area, one after another, leaving out failed ones; each example's
+        error or None.
+        """
 
     def collate(self, rows: Sequence[Sequence[Example]], *, media: np.ndarray | None = None) -> PackedBatch:
         """The batch of these rows, a part or all of the global batch's.

@@ -7,8 +7,8 @@ import json
 import os
 from typing import Any
 
-from mindvl_jax.data.sample import SampleError
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.data.sample import SampleError
 
 # Samples seen before a rate of errors says anything.
 ENOUGH = 200
@@ -25,14 +25,18 @@ class Quarantine:
     """
 
     def __init__(self, path: str | None, *, policy: str, max_rate: float, limit_in_a_row: int):
-        """`path` is the file that refusals are appended to (JSON lines), or None. `limit_in_a_row` refusals without one good
-        sample stop the run whatever the rate allows: the data set has nothing to give."""
+        """`path` is the file that refusals are appended to (JSON lines), or None.
+
+        `limit_in_a_row` refusals without one good sample stop the run whatever the rate allows: the data set has
+        nothing to give.
+        """
         self._path = path
         self._policy = policy
         self._max_rate = max_rate
         self._limit_in_a_row = limit_in_a_row
         # By stage: records that do not encode, and media of accepted samples that do not decode later. Counted apart,
-        # because samples are encoded long before their batch is decoded, and a checkpoint keeps what belongs to its batch.
+        # because samples are encoded long before their batch is decoded, and a checkpoint keeps what belongs to its
+        # batch.
         self._in_a_row = dict.fromkeys(STAGES, 0)
         self._reasons: dict[str, collections.Counter[str]] = {stage: collections.Counter() for stage in STAGES}
         self._written: set[str] = self._read_written()
@@ -56,7 +60,7 @@ class Quarantine:
         self._in_a_row["decode"] = 0
 
     def refuse(self, *, id: str, where: str, error: SampleError, stage: str = "encode") -> None:
-        """Writes a refused sample down. `stage` is `decode` for one that was accepted before its pixels were read.
+        """Write a refused sample down. `stage` is `decode` for one that was accepted before its pixels were read.
 
         Raises UserError when the policy is `raise`, when refusals pass the rate, or when nothing but bad samples comes.
         """
@@ -64,13 +68,23 @@ class Quarantine:
         self._in_a_row[stage] += 1
         self._reasons[stage][error.reason] += 1
         if self._policy == "raise":
-            raise UserError(f"sample {id!r} ({where}): {error} [data.on_error is raise; quarantine leaves such samples out and lists them]")
+            raise UserError(
+                f"sample {id!r} ({where}): {error} [data.on_error is raise; quarantine leaves such samples "
+                "out and lists them]"
+            )
         self._write({"id": id, "where": where, "reason": error.reason, "message": str(error)})
         listed = f"; they are listed in {self._path}" if self._path else ""
         if self.seen >= ENOUGH and self.count > self._max_rate * self.seen:
-            raise UserError(f"{self.count} of {self.seen} samples are bad ({self._summary()}), more than data.max_error_rate {self._max_rate:g} allows{listed}. The last one: {id!r} ({where}): {error}")
+            raise UserError(
+                f"{self.count} of {self.seen} samples are bad ({self._summary()}), more than "
+                f"data.max_error_rate {self._max_rate:g} allows{listed}. The last one: {id!r} ({where}): "
+                f"{error}"
+            )
         if self._in_a_row[stage] >= self._limit_in_a_row:
-            raise UserError(f"{self._in_a_row[stage]} bad samples in a row and no good one ({self._summary()}): there is nothing to train on{listed}. The last one: {id!r} ({where}): {error}")
+            raise UserError(
+                f"{self._in_a_row[stage]} bad samples in a row and no good one ({self._summary()}): there is "
+                f"nothing to train on{listed}. The last one: {id!r} ({where}): {error}"
+            )
 
     def _summary(self) -> str:
         return ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common(5))
@@ -100,7 +114,11 @@ class Quarantine:
 
     def state(self, stage: str) -> dict[str, Any]:
         """JSON-able counts of one stage."""
-        return {"seen": self.seen if stage == "encode" else 0, "in_a_row": self._in_a_row[stage], "reasons": dict(self._reasons[stage])}
+        return {
+            "seen": self.seen if stage == "encode" else 0,
+            "in_a_row": self._in_a_row[stage],
+            "reasons": dict(self._reasons[stage]),
+        }
 
     def restore(self, stage: str, state: dict[str, Any]) -> None:
         if stage == "encode":

@@ -1,7 +1,7 @@
 """Records of the accepted shapes to samples.
 
-What changes what is learned is used or refused by its name, never dropped: turns' weights, tools and their calls, reasoning, media
-named in content parts. Fields with another meaning (dates, sources, scores) are left alone.
+What changes what is learned is used or refused by its name, never dropped: turns' weights, tools and their calls,
+reasoning, media named in content parts. Fields with another meaning (dates, sources, scores) are left alone.
 """
 
 from __future__ import annotations
@@ -42,7 +42,13 @@ REFUSED_IN_TURN = (
     "audio", "audios", "refusal", "prefix", "partial", "loss_mask", "loss_scale", "token_weights", "train_detail", "mask", "masked", "rejected", "chosen", "thinking_blocks",
     "reasoning_details", "images", "image", "videos", "video",
 )  # fmt: skip
-WEIGHTS = ("weight", "loss", "loss_weight", "train", "trainable")  # names of a turn's weight: a number, or whether it is learned
+WEIGHTS = (
+    "weight",
+    "loss",
+    "loss_weight",
+    "train",
+    "trainable",
+)  # names of a turn's weight: a number, or whether it is learned
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
 REFUSED_IN_PART = (
     "min_pixels", "max_pixels", "resized_height", "resized_width", "fps", "nframes", "max_frames", "min_frames", "video_start", "video_end", "bbox", "crop", "loss", "weight",
@@ -52,18 +58,31 @@ _KINDS = {
     "image": "image", "image_url": "image", "input_image": "image",
     "video": "video", "video_url": "video", "input_video": "video",
 }  # fmt: skip
-_MEDIA_KEYS = {"image": ("image", "image_url", "url", "path", "base64", "data", "bytes", "source"), "video": ("video", "video_url", "url", "path", "base64", "data", "bytes", "source")}
+_MEDIA_KEYS = {
+    "image": ("image", "image_url", "url", "path", "base64", "data", "bytes", "source"),
+    "video": ("video", "video_url", "url", "path", "base64", "data", "bytes", "source"),
+}
 
 
-def sample_from_record(record: Any, *, columns: ColumnMapping, media_root: str | None, default_id: str, origin: str, media_in_file: bool = False) -> Sample:
-    """Read one record of any accepted shape: `messages` (MLLM, parquet, JSONL), `conversations` (LLaVA, ShareGPT), or a question and
-    its answer (see `questions`).
+def sample_from_record(
+    record: Any,
+    *,
+    columns: ColumnMapping,
+    media_root: str | None,
+    default_id: str,
+    origin: str,
+    media_in_file: bool = False,
+) -> Sample:
+    """Read one record of any accepted shape: `messages` (MLLM, parquet, JSONL), `conversations` (LLaVA, ShareGPT), or a
+    question and its answer (see `questions`).
 
     Args:
-      media_in_file: the record's media are the file's own (a tar): paths that its content parts name are not looked for.
+      media_in_file: the record's media are the file's own (a tar): paths that its content parts name are not looked
+        for.
 
     Raises:
-      SampleError: not an object, no turns, an unknown role, media of an unknown form, or a field whose meaning is not built.
+      SampleError: not an object, no turns, an unknown role, media of an unknown form, or a field whose meaning is not
+        built.
     """
     if not isinstance(record, Mapping):
         raise SampleError("malformed", f"a sample must be an object with named fields, found {type(record).__name__}")
@@ -72,21 +91,41 @@ def sample_from_record(record: Any, *, columns: ColumnMapping, media_root: str |
         record, turns = asked, asked[columns.messages]
     if not isinstance(turns, (list, tuple)):
         keys = shortened(", ".join(map(str, list(record)[:8])))
-        raise SampleError("malformed", f"no list of turns in {columns.messages!r} or 'conversations' (the record has: {keys}); name the column in columns.messages, or in columns.question and columns.answer")
+        raise SampleError(
+            "malformed",
+            f"no list of turns in {columns.messages!r} or 'conversations' (the record has: {keys}); name the "
+            "column in columns.messages, or in columns.question and columns.answer",
+        )
     _refuse(record, REFUSED_IN_RECORD, "the record", keep=_used(columns))
-    media = _Media({"image": _listed(_either(record, columns.images, "image")), "video": _listed(_either(record, columns.videos, "video"))}, media_root, media_in_file)
+    media = _Media(
+        {
+            "image": _listed(_either(record, columns.images, "image")),
+            "video": _listed(_either(record, columns.videos, "video")),
+        },
+        media_root,
+        media_in_file,
+    )
     messages: list[Message] = []
     for index, turn in enumerate(turns):
         message, calls_alone = _message(turn, index, columns, media)
         if calls_alone and messages and messages[-1].role == "assistant":
-            message = Message("assistant", messages[-1].content, messages[-1].weight, messages[-1].reasoning, messages[-1].calls + message.calls)
+            message = Message(
+                "assistant",
+                messages[-1].content,
+                messages[-1].weight,
+                messages[-1].reasoning,
+                messages[-1].calls + message.calls,
+            )
             messages.pop()
         messages.append(message)
     system = _system(record, columns)
     if system:
         own = [message.content for message in messages if message.role == "system"]
         if own and own != [literal(system)] and own != [system]:
-            raise SampleError("malformed", "the record has a system text beside a system turn that says something else; keep one of them")
+            raise SampleError(
+                "malformed",
+                "the record has a system text beside a system turn that says something else; keep one of them",
+            )
         if not own:
             messages.insert(0, Message("system", system))
     images, videos = media.finish()
@@ -103,8 +142,16 @@ def sample_from_record(record: Any, *, columns: ColumnMapping, media_root: str |
     )
 
 
-def conversation(turns: Sequence[Mapping[str, Any]], images: Sequence[Any] = (), videos: Sequence[Any] = (), *, media_root: str | None = None) -> tuple[tuple[Message, ...], tuple[Media, ...], tuple[Media, ...]]:
-    """Read the turns of a request: contents may be text or lists of parts. Media named in parts come before `images` of bare marks.
+def conversation(
+    turns: Sequence[Mapping[str, Any]],
+    images: Sequence[Any] = (),
+    videos: Sequence[Any] = (),
+    *,
+    media_root: str | None = None,
+) -> tuple[tuple[Message, ...], tuple[Media, ...], tuple[Media, ...]]:
+    """Read the turns of a request: contents may be text or lists of parts.
+
+    Media named in parts come before `images` of bare marks.
 
     Raises SampleError as `sample_from_record`.
     """
@@ -128,10 +175,16 @@ def _empty(value: Any) -> bool:
 
 
 def _either(record: Mapping[str, Any], *names: str) -> Any:
-    """The field by the first of its names that holds something. Two that differ are refused: one of them would be dropped."""
+    """The field by the first of its names that holds something.
+
+    Two that differ are refused: one of them would be dropped.
+    """
     found = [(name, value) for name in dict.fromkeys(names) if not _empty(value := _cell(record, name))]
     if len(found) > 1 and _listed(found[0][1]) != _listed(found[1][1]):
-        raise SampleError("malformed", f"the fields {found[0][0]!r} and {found[1][0]!r} both hold something, and not the same; keep one of them")
+        raise SampleError(
+            "malformed",
+            f"the fields {found[0][0]!r} and {found[1][0]!r} both hold something, and not the same; keep one of them",
+        )
     return found[0][1] if found else next((record[name] for name in names if record.get(name) is not None), None)
 
 
@@ -139,7 +192,11 @@ def _refuse(holder: Mapping[str, Any], names: Sequence[str], what: str, keep: Se
     for name in names:
         value = holder.get(name)
         if name in holder and name not in keep and not _empty(value) and value is not False:
-            raise SampleError("unsupported_field", f"{what} has {name!r} ({shortened(repr(value), 80)}), which changes what is learned and is not supported; take it out, or convert the data")
+            raise SampleError(
+                "unsupported_field",
+                f"{what} has {name!r} ({shortened(repr(value), 80)}), which changes what is learned and is "
+                "not supported; take it out, or convert the data",
+            )
 
 
 def _used(columns: ColumnMapping) -> tuple[str, ...]:
@@ -179,14 +236,20 @@ def _system(record: Mapping[str, Any], columns: ColumnMapping) -> str:
 def _message(turn: Any, index: int, columns: ColumnMapping, media: _Media) -> tuple[Message, bool]:
     """The turn, and whether it is nothing but calls of tools."""
     if not isinstance(turn, Mapping):
-        raise SampleError("malformed", f"turn {index} must be an object with a role and content, found {type(turn).__name__}")
+        raise SampleError(
+            "malformed", f"turn {index} must be an object with a role and content, found {type(turn).__name__}"
+        )
     where = f"turn {index}"
     role, content = _either(turn, columns.role, "from"), _either(turn, columns.content, "value")
     own = _role_names(columns)
     name = role if isinstance(role, str) else None
     known = own.get(name) or ("assistant" if name in CALL_ROLES else ROLE_ALIASES.get(name))
     if known is None:
-        raise SampleError("unknown_role", f"{where} has role {shortened(repr(role))}; known are {', '.join(sorted({*own, *ROLE_ALIASES, *CALL_ROLES}))} (name others in columns)")
+        raise SampleError(
+            "unknown_role",
+            f"{where} has role {shortened(repr(role))}; known are "
+            f"{', '.join(sorted({*own, *ROLE_ALIASES, *CALL_ROLES}))} (name others in columns)",
+        )
     _refuse(turn, REFUSED_IN_TURN, where, keep=_used(columns))
     weight, reasoning = _weight(turn, where, known, keep=_used(columns)), _reasoning(turn, where, known)
     calls = _calls(turn.get("tool_calls"), where, known) + _calls(turn.get("function_call"), where, known)
@@ -202,14 +265,21 @@ def _weight(turn: Mapping[str, Any], where: str, role: str, keep: Sequence[str])
     values = set()
     for name, value in found.items():
         if not isinstance(value, (bool, int, float)) or not math.isfinite(value) or not 0 <= value <= 1e6:
-            raise SampleError("malformed", f"{where} has {name} {shortened(repr(value), 80)}; expected true, false or a number from 0 upwards")
+            raise SampleError(
+                "malformed",
+                f"{where} has {name} {shortened(repr(value), 80)}; expected true, false or a number from 0 upwards",
+            )
         values.add(float(value))
     if len(values) > 1:
         raise SampleError("malformed", f"{where} has {' and '.join(found)} that differ; keep one of them")
     weight = values.pop() if values else 1.0
     if role != "assistant":
         if found and weight:
-            raise SampleError("unsupported_field", f"{where} is the {role}'s and has {next(iter(found))} {weight:g}, but only answers are learned turn by turn; take it out, or set data.train_on to `all`")
+            raise SampleError(
+                "unsupported_field",
+                f"{where} is the {role}'s and has {next(iter(found))} {weight:g}, but only answers are "
+                "learned turn by turn; take it out, or set data.train_on to `all`",
+            )
         return 1.0
     return weight
 
@@ -218,8 +288,14 @@ def _reasoning(turn: Mapping[str, Any], where: str, role: str) -> str:
     found = {name: turn[name] for name in REASONING if not _empty(turn.get(name))}
     if not found:
         return ""
-    if role != "assistant" or not all(isinstance(value, str) for value in found.values()) or len(set(found.values())) > 1:
-        raise SampleError("malformed", f"{where} has {' and '.join(found)}; expected one text, and in the assistant's turns only")
+    if (
+        role != "assistant"
+        or not all(isinstance(value, str) for value in found.values())
+        or len(set(found.values())) > 1
+    ):
+        raise SampleError(
+            "malformed", f"{where} has {' and '.join(found)}; expected one text, and in the assistant's turns only"
+        )
     return _text(next(iter(found.values())))
 
 
@@ -236,17 +312,25 @@ def _call(entry: Any, where: str) -> str:
     entry = _parsed(entry, f"{where}: a call")
     inner = entry.get("function", entry) if isinstance(entry, Mapping) else None
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str) or not inner["name"]:
-        raise SampleError("malformed", f"{where} calls a tool without a name; expected {{\"function\": {{\"name\": ..., \"arguments\": {{...}}}}}}")
+        raise SampleError(
+            "malformed",
+            f'{where} calls a tool without a name; expected {{"function": {{"name": ..., "arguments": {{...}}}}}}',
+        )
     arguments = inner.get("arguments", inner.get("parameters"))
     if isinstance(arguments, str):
         # As they are written: the published format copies a text of arguments letter by letter.
-        if arguments.strip() and not isinstance(_parsed(arguments, f"{where}: arguments of {inner['name']!r}"), Mapping):
+        if arguments.strip() and not isinstance(
+            _parsed(arguments, f"{where}: arguments of {inner['name']!r}"), Mapping
+        ):
             raise SampleError("malformed", f"{where}: arguments of {inner['name']!r} must be a JSON object")
         text = arguments if arguments.strip() else "{}"
     elif arguments is None or isinstance(arguments, Mapping):
         text = json.dumps(arguments or {}, ensure_ascii=False, default=str)
     else:
-        raise SampleError("malformed", f"{where}: arguments of {inner['name']!r} must be a JSON object, found {type(arguments).__name__}")
+        raise SampleError(
+            "malformed",
+            f"{where}: arguments of {inner['name']!r} must be a JSON object, found {type(arguments).__name__}",
+        )
     return _text(f'{{"name": {json.dumps(inner["name"], ensure_ascii=False)}, "arguments": {text}}}')
 
 
@@ -268,7 +352,11 @@ def _tools(record: Mapping[str, Any]) -> tuple[str, ...]:
         entry = _parsed(entry, "a tool")
         if not isinstance(entry, Mapping):
             raise SampleError("malformed", f"the record's tools must be objects, found {type(entry).__name__}")
-        whole = entry if entry.get("type") == "function" and "function" in entry else {"type": "function", "function": entry}
+        whole = (
+            entry
+            if entry.get("type") == "function" and "function" in entry
+            else {"type": "function", "function": entry}
+        )
         tools.append(_text(json.dumps(whole, ensure_ascii=False, default=str)))
     return tuple(tools)
 
@@ -294,7 +382,10 @@ class _Media:
                     self._marked[kind].append(None)
             return text
         if not isinstance(content, (list, tuple)):
-            raise SampleError("malformed", f"the content of turn {index} must be text or a list of parts, found {type(content).__name__}")
+            raise SampleError(
+                "malformed",
+                f"the content of turn {index} must be text or a list of parts, found {type(content).__name__}",
+            )
         text = ""
         for part in content:
             if isinstance(part, str):
@@ -313,11 +404,17 @@ class _Media:
         if not found:
             return None
         if len(found) > 1:
-            raise SampleError("malformed", f"a part of turn {index} names its {kind} twice ({', '.join(found)}); keep one of them")
+            raise SampleError(
+                "malformed", f"a part of turn {index} names its {kind} twice ({', '.join(found)}); keep one of them"
+            )
         key, value = next(iter(found.items()))
         if isinstance(value, Mapping) and key in ("image_url", "video_url"):
             value = value.get("url")
-        media = Media(data=_decoded(value)) if key in ("base64", "data") and isinstance(value, str) else media_of(value, self._root)
+        media = (
+            Media(data=_decoded(value))
+            if key in ("base64", "data") and isinstance(value, str)
+            else media_of(value, self._root)
+        )
         if self._in_file and media.data is None:
             return None
         self._named[kind] = f"turn {index} names {shortened(repr(media.path), 80) if media.path else 'embedded bytes'}"
@@ -334,27 +431,55 @@ class _Media:
         if column and len(named) == len(marked):
             if named == column:
                 return tuple(named)
-            raise SampleError("media_mismatch", f"{self._named[kind]} in its content, and the record lists other {kind}s beside ({len(column)}); keep one of them")
+            raise SampleError(
+                "media_mismatch",
+                f"{self._named[kind]} in its content, and the record lists other {kind}s beside "
+                f"({len(column)}); keep one of them",
+            )
         if len(marked) - len(named) != len(column):
-            raise SampleError("media_mismatch", f"{len(marked) - len(named)} marks take their {kind} from the record's list, which has {len(column)}")
+            raise SampleError(
+                "media_mismatch",
+                f"{len(marked) - len(named)} marks take their {kind} from the record's list, which has {len(column)}",
+            )
         rest = iter(column)
         return tuple(next(rest) if media is None else media for media in marked)
 
 
 def _kind_of(part: Any, index: int) -> str:
     if not isinstance(part, Mapping):
-        raise SampleError("malformed", f"turn {index} has a part that is a {type(part).__name__}; expected an object with type text, image or video")
+        raise SampleError(
+            "malformed",
+            f"turn {index} has a part that is a {type(part).__name__}; expected an object with type text, "
+            "image or video",
+        )
     said = part.get("type")
     if said is None:
-        kinds = [kind for key, kind in (("text", "text"), ("image", "image"), ("image_url", "image"), ("video", "video"), ("video_url", "video")) if not _empty(part.get(key))]
+        kinds = [
+            kind
+            for key, kind in (
+                ("text", "text"),
+                ("image", "image"),
+                ("image_url", "image"),
+                ("video", "video"),
+                ("video_url", "video"),
+            )
+            if not _empty(part.get(key))
+        ]
         kind = kinds[0] if len(kinds) == 1 else None
     else:
         kind = _KINDS.get(said) if isinstance(said, str) else None
-    text, media = part.get("text"), any(not _empty(part.get(key)) for key in ("image", "image_url", "video", "video_url"))
+    text, media = (
+        part.get("text"),
+        any(not _empty(part.get(key)) for key in ("image", "image_url", "video", "video_url")),
+    )
     if kind is None or (kind == "text" and not isinstance(text, str)):
-        raise SampleError("malformed", f"turn {index} has a part of type {shortened(repr(said), 80)}; expected text, image or video")
+        raise SampleError(
+            "malformed", f"turn {index} has a part of type {shortened(repr(said), 80)}; expected text, image or video"
+        )
     if media if kind == "text" else not _empty(text):
-        raise SampleError("malformed", f"turn {index} has a part that is text and a medium at once; make two parts of it")
+        raise SampleError(
+            "malformed", f"turn {index} has a part that is text and a medium at once; make two parts of it"
+        )
     return kind
 
 
@@ -366,7 +491,8 @@ def _decoded(text: str) -> bytes:
 
 
 def media_of(item: Any, root: str | None) -> Media:
-    """Read one medium of a record: a path below `root`, a data URI or base64, bytes, or an object that holds one of them.
+    """Read one medium of a record: a path below `root`, a data URI or base64, bytes, or an object that holds one of
+    them.
 
     Raises SampleError for anything else.
     """
@@ -407,7 +533,9 @@ def _path(text: str) -> str:
     return urllib.parse.unquote("/" + path)
 
 
-def turns_of(sample: Sample, role: str = "role", content: str = "content", names: Mapping[str, str] | None = None) -> Iterator[dict[str, Any]]:
+def turns_of(
+    sample: Sample, role: str = "role", content: str = "content", names: Mapping[str, str] | None = None
+) -> Iterator[dict[str, Any]]:
     """Write a sample's turns as a record's, every field that `sample_from_record` reads back in place."""
     for message in sample.messages:
         turn: dict[str, Any] = {role: (names or {}).get(message.role, message.role), content: message.content}
@@ -421,6 +549,11 @@ def turns_of(sample: Sample, role: str = "role", content: str = "content", names
 
 
 def _written(call: str) -> dict[str, str]:
-    """A call with its arguments as the text that they are: written anew they could get other blanks, and so other tokens."""
+    """A call with its arguments as the text that they are: written anew they could get other blanks, and so other
+    tokens.
+    """
     name = json.loads(call)["name"]
-    return {"name": name, "arguments": call[len(f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": ') : -1]}
+    return {
+        "name": name,
+        "arguments": call[len(f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": ') : -1],
+    }

@@ -1,4 +1,7 @@
-"""One training sample as the rest of the data room sees it. `record.py` makes one from a record of any accepted shape."""
+"""One training sample as the rest of the data room sees it.
+
+`record.py` makes one from a record of any accepted shape.
+"""
 
 from __future__ import annotations
 

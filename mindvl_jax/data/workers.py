@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from mindvl_jax.config.schema import Config
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.data.encoding import DecodedRows, Planned, encode_record
 from mindvl_jax.data.processor import Example, MakeProcessor, MediaArea, Processor
 from mindvl_jax.data.sample import SampleError
-from mindvl_jax.data.sources.readers import Source
 from mindvl_jax.data.sources.mixture import MixtureStream
-from mindvl_jax.core.errors import UserError
+from mindvl_jax.data.sources.readers import Source
 
 CHUNK = 16  # records a task: enough to pay for the hand-over, few enough not to wait for
 STANDSTILL = 600.0  # seconds without an answer: far above what the longest video takes
@@ -57,7 +57,7 @@ def _start(job: Job, parent: int) -> None:
 
 
 def _leave_with(parent: int) -> None:
-    """Ends this process when the one that started it is gone, killed for instance: nobody would read the results."""
+    """End this process when the one that started it is gone, killed for instance: nobody would read the results."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)
@@ -71,7 +71,8 @@ def _encode(references: Sequence[tuple[int, int]]) -> list[Example | SampleError
 def _fill(memory: str, offset: int, media: Sequence[Any]) -> list[SampleError | None]:
     area = _Worker.processor.media
     with open(memory, "r+b") as file:
-        # Unmapped when the last array that looks into it is gone; closing it here would be too early for error tracebacks.
+        # Unmapped when the last array that looks into it is gone; closing it here would be too early for error
+        # tracebacks.
         mapped = mmap.mmap(file.fileno(), 0)
     row = np.frombuffer(mapped, area.dtype, math.prod(area.shape), offset).reshape(area.shape)
     return _Worker.processor.fill(row, media)
@@ -89,7 +90,10 @@ class WorkerPool:
         if self._pool is None:
             # Fresh processes, not forks: a fork of a process with JAX's threads can stop for ever in a lock.
             self._pool = concurrent.futures.ProcessPoolExecutor(
-                self.count, mp_context=multiprocessing.get_context("spawn"), initializer=_start, initargs=(self._job, os.getpid())
+                self.count,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start,
+                initargs=(self._job, os.getpid()),
             )
         try:
             return self._pool.submit(function, *arguments)
@@ -109,7 +113,8 @@ class WorkerPool:
         except concurrent.futures.TimeoutError:
             self.kill()
             raise UserError(
-                f"a decoding process (data.workers is {self.count}) gave no answer for {STANDSTILL:g} s: it was stopped, or waits for a file system that does not "
+                f"a decoding process (data.workers is {self.count}) gave no answer for {STANDSTILL:g} s: it "
+                "was stopped, or waits for a file system that does not "
                 "answer. Start the same command again when it does; data.workers 0 decodes in this process"
             ) from None
 
@@ -120,7 +125,8 @@ class WorkerPool:
 
     def broken(self) -> UserError:
         return UserError(
-            f"a decoding process (data.workers is {self.count}) ended by itself. The machine may be out of memory: use fewer workers or a smaller "
+            f"a decoding process (data.workers is {self.count}) ended by itself. The machine may be out of "
+            "memory: use fewer workers or a smaller "
             "data.packing_buffer; data.workers 0 decodes in this process and shows the error itself"
         )
 
@@ -137,7 +143,7 @@ class WorkerPool:
 
 
 class PoolEncoder:
-    """Encodes ahead of the stream in the pool, in chunks; answers in order of asking."""
+    """Encode ahead of the stream in the pool, in chunks; answers in order of asking."""
 
     def __init__(self, stream: MixtureStream, pool: WorkerPool):
         self._stream = stream
@@ -149,13 +155,15 @@ class PoolEncoder:
         for ahead in range(chunk, chunk + CHUNKS_AHEAD * self._pool.count + 1):
             if ahead not in self._chunks:
                 references = [self._stream[p] for p in range(ahead * CHUNK, (ahead + 1) * CHUNK)]
-                self._chunks[ahead] = self._pool.submit(_encode, [(reference.source, reference.index) for reference in references])
+                self._chunks[ahead] = self._pool.submit(
+                    _encode, [(reference.source, reference.index) for reference in references]
+                )
         for done in [known for known in self._chunks if known < chunk]:
             del self._chunks[done]
         return self._pool.result(self._chunks[chunk])[position % CHUNK]
 
     def encode_many(self, positions: Sequence[int]) -> list[Example | SampleError]:
-        """Encodes samples from anywhere in the stream, in the pool, and waits for them."""
+        """Encode samples from anywhere in the stream, in the pool, and wait for them."""
         references = [self._stream[position] for position in positions]
         pairs = [(reference.source, reference.index) for reference in references]
         tasks = [self._pool.submit(_encode, pairs[start : start + CHUNK]) for start in range(0, len(pairs), CHUNK)]
@@ -167,7 +175,7 @@ class PoolEncoder:
 
 
 class PoolDecoder:
-    """Decodes the rows of a batch in the pool, into shared memory; several batches are under way at a time."""
+    """Decode the rows of a batch in the pool, into shared memory; several batches are under way at a time."""
 
     depth = 3
 
@@ -201,7 +209,9 @@ class PoolDecoder:
         finally:
             os.close(handle)  # the mapping lives on for as long as the array
         shape = (len(rows), *self._area.shape)
-        return DecodedRows(kept, failures, media=np.frombuffer(memory, self._area.dtype, math.prod(shape)).reshape(shape))
+        return DecodedRows(
+            kept, failures, media=np.frombuffer(memory, self._area.dtype, math.prod(shape)).reshape(shape)
+        )
 
     def close(self) -> None:
         self._pool.close()

@@ -1,1 +1,1 @@
-"""Scores out: tasks, scorers, cached predictions, pages to look at."""
+"""Score out: tasks, scorers, cached predictions, pages to look at."""

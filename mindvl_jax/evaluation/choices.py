@@ -1,7 +1,7 @@
 """Which option an answer names. Benchmarks read answers by different rules; each is here under its benchmark's name.
 
-An answer that names no option is wrong: no rule here guesses, and none asks another model. (The published MMMU rule draws a
-random option instead, which gives a model that says nothing a quarter of the points.)
+An answer that names no option is wrong: no rule here guesses, and none asks another model. (The published MMMU rule
+draws a random option instead, which gives a model that says nothing a quarter of the points.)
 """
 
 from __future__ import annotations
@@ -28,21 +28,38 @@ def _bare(text: str) -> str:
     return text.lower().translate(str.maketrans("", "", string.punctuation))
 
 
-# --- MMBench -----------------------------------------------------------------------------------------------------------
+# --- MMBench
+# -----------------------------------------------------------------------------------------------------------
 
-_WRAPPINGS = (("", "."), ("", ","), ("", ":"), ("", ")"), ("", ")."), ("(", ")"), ("(", ")."), (":", ""), (":", ","), (":", "."), (":", ")"), (":", ")."))
+_WRAPPINGS = (
+    ("", "."),
+    ("", ","),
+    ("", ":"),
+    ("", ")"),
+    ("", ")."),
+    ("(", ")"),
+    ("(", ")."),
+    (":", ""),
+    (":", ","),
+    (":", "."),
+    (":", ")"),
+    (":", ")."),
+)
 
 
 def mmbench_option(answer: str, options: Mapping[str, str]) -> str:
-    """MMBench's rules without a judge, in order: a single option letter as a word of its own, bare or wrapped in one kind of
-    punctuation; the only option whose text occurs in the answer; the most telling place of a letter (`telling_letter`).
+    """MMBench's rules without a judge, in order: a single option letter as a word of its own, bare or wrapped in one
+    kind of punctuation; the only option whose text occurs in the answer; the most telling place of a letter
+    (`telling_letter`).
 
     Returns:
       The letter, or an empty string.
     """
     words = answer.split()
     letters = LETTERS[:5]
-    if sum(letter in words for letter in letters) == 1 and not ("A" in words and len(words) > 3):  # a lone A in a sentence is an article
+    if sum(letter in words for letter in letters) == 1 and not (
+        "A" in words and len(words) > 3
+    ):  # a lone A in a sentence is an article
         return next(letter for letter in letters if letter in words)
     for before, after in _WRAPPINGS:
         wrapped = [letter for letter in letters if before + letter + after in words]
@@ -52,17 +69,32 @@ def mmbench_option(answer: str, options: Mapping[str, str]) -> str:
     return named[0] if len(named) == 1 else telling_letter(answer, sorted(options))
 
 
-# --- RealWorldQA, and MMBench where nothing else decides -----------------------------------------------------------------
+# --- RealWorldQA, and MMBench where nothing else decides
+# -----------------------------------------------------------------
 
 _PHRASES = (
-    "answer is", "choice is", "correct option is", "best option is", "i choose", "i select", "i pick",
-    "옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは",
+    "answer is",
+    "choice is",
+    "correct option is",
+    "best option is",
+    "i choose",
+    "i select",
+    "i pick",
+    "옵션",
+    "정답은",
+    "답은",
+    "답:",
+    "答案是",
+    "答案为",
+    "选",
+    "答えは",
 )
 
 
 def telling_letter(answer: str, letters: Sequence[str]) -> str:
     """The letter in the most telling place: alone at the start, alone at the end, after words like "the answer is", in
-    parentheses, before a period, colon, parenthesis or blank; the last one among equals; any occurrence when there is nothing else.
+    parentheses, before a period, colon, parenthesis or blank; the last one among equals; any occurrence when there is
+    nothing else.
 
     Returns:
       The letter, or an empty string.
@@ -78,10 +110,16 @@ def telling_letter(answer: str, letters: Sequence[str]) -> str:
     for letter in letters:
         if stripped.startswith(letter) and not stripped[1:2].isalpha():
             found.append((10, 0, letter))
-        if stripped.endswith(letter) and not stripped[-2:-1].isalpha() or stripped == letter:
+        if (stripped.endswith(letter) and not stripped[-2:-1].isalpha()) or stripped == letter:
             found.append((9, len(padded), letter))
         found += [(7, place, letter) for start in _phrase_ends(padded) if (place := padded.find(letter, start)) >= 0]
-        for telling, form in ((6, f"({letter})"), (5, f"{letter}."), (4, f"{letter}:"), (3, f"{letter})"), (2, f"{letter} ")):
+        for telling, form in (
+            (6, f"({letter})"),
+            (5, f"{letter}."),
+            (4, f"{letter}:"),
+            (3, f"{letter})"),
+            (2, f"{letter} "),
+        ):
             if form in padded:
                 found.append((telling, padded.rfind(form), letter))
     if not found:
@@ -95,12 +133,13 @@ def _phrase_ends(text: str) -> list[int]:
     return [place + len(phrase) for phrase in _PHRASES if (place := lowered.find(phrase)) >= 0]
 
 
-# --- MMMU --------------------------------------------------------------------------------------------------------------
+# --- MMMU
+# --------------------------------------------------------------------------------------------------------------
 
 
 def mmmu_option(answer: str, options: Sequence[str]) -> str:
-    """MMMU's rule: `(B)`, else `B` before a blank, else `B.`, else (in an answer of more than five words) an option's text;
-    the last one where several occur.
+    """MMMU's rule: `(B)`, else `B` before a blank, else `B.`, else (in an answer of more than five words) an option's
+    text; the last one where several occur.
 
     Returns:
       The letter, or an empty string where the published rule would draw one by chance.

@@ -16,40 +16,84 @@ POINTS = 400  # of a line: a screen shows no more
 def charts(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the charts that the metrics have values for: loss of everything, gradients, rate, speed, packing.
 
-    Lines are smoothed inside a phase: another phase is other data, and its beginning must not bend the end of the one before.
+    Lines are smoothed inside a phase: another phase is other data, and its beginning must not bend the end of the one
+    before.
     """
     names = list(dict.fromkeys(key for row in metrics for key in row))
     sources = sorted(name for name in names if name.startswith(SOURCE))
     parts = sorted(name for name in names if name.startswith(PART))
     wanted: list[tuple[str, list[tuple[str, str, bool]], bool, bool]] = [
-        ("Loss", [("loss", "loss", True), ("validation", "validation_loss", False), *((name.removeprefix(SOURCE), name, True) for name in sources)], True, True),
-        ("Gradient norm", [("all", "grad_norm", True), *((name.removeprefix(PART), name, True) for name in parts)], True, False),
+        (
+            "Loss",
+            [
+                ("loss", "loss", True),
+                ("validation", "validation_loss", False),
+                *((name.removeprefix(SOURCE), name, True) for name in sources),
+            ],
+            True,
+            True,
+        ),
+        (
+            "Gradient norm",
+            [("all", "grad_norm", True), *((name.removeprefix(PART), name, True) for name in parts)],
+            True,
+            False,
+        ),
         ("Learning rate", [("rate", "learning_rate", False)], False, False),
         ("Tokens a second", [("tokens", "tokens_per_second", True)], False, False),
-        ("Packing: share of a batch that is no padding", [("tokens", "token_efficiency", True), ("patches", "patch_efficiency", True)], False, False),
+        (
+            "Packing: share of a batch that is no padding",
+            [("tokens", "token_efficiency", True), ("patches", "patch_efficiency", True)],
+            False,
+            False,
+        ),
     ]
-    return [chart for title, lines, log, tall in wanted if (chart := _chart(metrics, title, lines, log, tall)) is not None]
+    return [
+        chart for title, lines, log, tall in wanted if (chart := _chart(metrics, title, lines, log, tall)) is not None
+    ]
 
 
-def _chart(metrics: Sequence[dict[str, Any]], title: str, wanted: Sequence[tuple[str, str, bool]], log: bool, tall: bool) -> dict[str, Any] | None:
+def _chart(
+    metrics: Sequence[dict[str, Any]], title: str, wanted: Sequence[tuple[str, str, bool]], log: bool, tall: bool
+) -> dict[str, Any] | None:
     phases = _phases(metrics)
-    lines = [line for label, key, averaged in wanted if (line := _line(metrics, phases, label, key, averaged)) is not None]
+    lines = [
+        line for label, key, averaged in wanted if (line := _line(metrics, phases, label, key, averaged)) is not None
+    ]
     if not lines:
         return None
     values = [value for line in lines for value in line["values"] if value is not None]
     log = log and min(values, default=0) > 0 and max(values) / min(values) > 20
-    named = [{"name": name, "first": metrics[start]["step"], "last": metrics[end - 1]["step"]} for name, start, end in phases]
-    return {"title": title, "lines": lines, "phases": named, "first": metrics[0]["step"], "last": metrics[-1]["step"], "log": log, "tall": tall}
+    named = [
+        {"name": name, "first": metrics[start]["step"], "last": metrics[end - 1]["step"]} for name, start, end in phases
+    ]
+    return {
+        "title": title,
+        "lines": lines,
+        "phases": named,
+        "first": metrics[0]["step"],
+        "last": metrics[-1]["step"],
+        "log": log,
+        "tall": tall,
+    }
 
 
 def _phases(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, int, int]]:
     """(name, first row, row after the last) of each phase."""
-    borders = [0] + [index for index in range(1, len(metrics)) if metrics[index].get("phase") != metrics[index - 1].get("phase")] + [len(metrics)]
+    borders = (
+        [0]
+        + [index for index in range(1, len(metrics)) if metrics[index].get("phase") != metrics[index - 1].get("phase")]
+        + [len(metrics)]
+    )
     return [(metrics[start].get("phase", ""), start, end) for start, end in zip(borders, borders[1:], strict=False)]
 
 
-def _line(metrics: Sequence[dict[str, Any]], phases: Sequence[tuple[str, int, int]], label: str, key: str, averaged: bool) -> dict[str, Any] | None:
-    """A line with a gap (null) between phases; rows without a value are left out, so that rare checks still make a line."""
+def _line(
+    metrics: Sequence[dict[str, Any]], phases: Sequence[tuple[str, int, int]], label: str, key: str, averaged: bool
+) -> dict[str, Any] | None:
+    """A line with a gap (null) between phases; rows without a value are left out, so that rare checks still make a
+    line.
+    """
     window = max(1, len(metrics) // 60) if averaged else 1
     steps: list[int] = []
     values: list[float | None] = []

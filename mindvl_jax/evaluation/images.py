@@ -1,4 +1,4 @@
-"""Pictures of a few samples, kept beside the predictions for the report."""
+"""Images of a few samples, kept beside the predictions for the report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ SHOWN = 12  # samples a task
 
 
 def keep_pictures(items: list[Item], rows: list[dict[str, Any]], folder: Path, most: int = SHOWN) -> None:
-    """Saves the pictures of at most `most` samples, right and wrong ones, below `folder` and notes them in their rows as `shown`."""
+    """Save the images of at most `most` samples, right and wrong ones, below `folder` and note them in their rows as
+    `shown`.
+    """
     generator = np.random.default_rng(1)
     order = generator.permutation(len(rows))
     right = [index for index in order if rows[index]["score"] == 1]

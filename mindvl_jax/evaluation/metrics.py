@@ -24,7 +24,9 @@ def _best(function: Callable[[str, str], float]) -> Callable[[Item, str], float]
 
 METRICS: dict[str, Callable[[Item, str], float]] = {
     "exact_match": lambda item, prediction: scorers.exact_match(prediction, item.answers),
-    "exact_match_any_case": lambda item, prediction: scorers.exact_match(prediction.lower().rstrip("."), [answer.lower().rstrip(".") for answer in item.answers]),
+    "exact_match_any_case": lambda item, prediction: scorers.exact_match(
+        prediction.lower().rstrip("."), [answer.lower().rstrip(".") for answer in item.answers]
+    ),
     "contains": lambda item, prediction: scorers.ocrbench_match(prediction, item.answers),
     "anls": lambda item, prediction: scorers.anls(prediction, item.answers),
     "relaxed_accuracy": _best(scorers.relaxed_accuracy),
@@ -42,7 +44,10 @@ def parse_task(text: str) -> tuple[str, str, str]:
     """
     name, _, rest = text.partition("=")
     if not name.strip() or not rest.strip():
-        raise UserError(f"--tasks {text!r}: expected NAME=FILE or NAME=FILE:METRIC; metrics are {', '.join(METRICS)}, or FILE.py:FUNCTION")
+        raise UserError(
+            f"--tasks {text!r}: expected NAME=FILE or NAME=FILE:METRIC; metrics are {', '.join(METRICS)}, or "
+            "FILE.py:FUNCTION"
+        )
     try:
         file_name(name.strip())
     except ValueError as error:
@@ -57,8 +62,8 @@ def parse_task(text: str) -> tuple[str, str, str]:
 def rule_of(metric: str) -> tuple[str, Rule]:
     """Return (name of the main score, rule) of a metric.
 
-    A function of `FILE.py:FUNCTION` is called with (prediction, answers) and returns a number from 0 to 1, or a mapping of scores
-    whose first is the main one.
+    A function of `FILE.py:FUNCTION` is called with (prediction, answers) and returns a number from 0 to 1, or a mapping
+    of scores whose first is the main one.
 
     Raises:
       UserError: an unknown metric, or a file without that function.
@@ -67,7 +72,10 @@ def rule_of(metric: str) -> tuple[str, Rule]:
         return metric, lambda item, prediction: {metric: METRICS[metric](item, prediction)}
     if ".py:" not in metric:
         near = difflib.get_close_matches(metric, METRICS, n=1, cutoff=0.5)
-        raise UserError(f"there is no metric {metric!r}{f'; did you mean {near[0]!r}?' if near else ''} Known are {', '.join(METRICS)}; or name a function as FILE.py:FUNCTION")
+        raise UserError(
+            f"there is no metric {metric!r}{f'; did you mean {near[0]!r}?' if near else ''} Known are "
+            f"{', '.join(METRICS)}; or name a function as FILE.py:FUNCTION"
+        )
     path, _, name = metric.rpartition(":")
     function = _function(Path(path).expanduser(), name)
 
@@ -100,7 +108,10 @@ def _scores(value: Any, name: str, metric: str, item: Item) -> dict[str, float]:
     except (TypeError, ValueError):
         numbers = {}
     if not numbers or not all(0 <= number <= 1 for number in numbers.values()):
-        raise UserError(f"metric {metric}: sample {item.id} got {value!r}; expected a number from 0 to 1, or a mapping of names to such numbers")
+        raise UserError(
+            f"metric {metric}: sample {item.id} got {value!r}; expected a number from 0 to 1, or a mapping "
+            "of names to such numbers"
+        )
     # The main score goes by the function's name, whatever the mapping calls it.
     first = next(iter(numbers.values()))
     return {name: first} | numbers

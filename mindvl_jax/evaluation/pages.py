@@ -27,7 +27,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def picture_uri(picture: Image.Image | bytes, largest: int | None = None) -> str:
-    """A picture as a data URI; `largest` bounds its longer side (pictures are never enlarged)."""
+    """An image as a data URI; `largest` bounds its longer side (images are never enlarged)."""
     if isinstance(picture, Image.Image):
         if largest is not None and max(picture.size) > largest:
             picture = picture.copy()

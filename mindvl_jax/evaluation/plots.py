@@ -1,4 +1,4 @@
-"""Pictures of a run and of a search, as data URIs to put into a page."""
+"""Images of a run and of a search, as data URIs to put into a page."""
 
 from __future__ import annotations
 
@@ -10,9 +10,22 @@ import numpy as np
 from matplotlib.figure import Figure
 
 PALETTE = ("#2457a6", "#c0532c", "#1c7f4d", "#7a4fa3", "#b58a00", "#1f8a99", "#a3476b", "#5c6878")
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#9aa5b1", "axes.labelcolor": "#5c6878",
-         "xtick.color": "#5c6878", "ytick.color": "#5c6878", "axes.grid": True, "grid.color": "#e8ecf0", "axes.titlesize": 10, "axes.titleweight": "bold",
-         "axes.titlelocation": "left", "legend.frameon": False, "legend.fontsize": 8}
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9aa5b1",
+    "axes.labelcolor": "#5c6878",
+    "xtick.color": "#5c6878",
+    "ytick.color": "#5c6878",
+    "axes.grid": True,
+    "grid.color": "#e8ecf0",
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
 
 
 def data_uri(figure: Figure) -> str:

@@ -1,4 +1,4 @@
-"""Benchmark files as published: VLMEvalKit's TSV (pictures as base64) and lmms-eval's parquet (pictures as bytes)."""
+"""Benchmark files as published: VLMEvalKit's TSV (images as base64) and lmms-eval's parquet (images as bytes)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from mindvl_jax.data.media.inline import InlineError, decode_base64
 
 
 class Picture64:
-    """A picture in base64, decoded when it is needed: a whole benchmark's pictures may not fit in memory twice."""
+    """An image in base64, decoded when it is needed: a whole benchmark's images may not fit in memory twice."""
 
     def __init__(self, text: str):
         self.text = text
 
     def read(self) -> bytes:
-        """Raises UserError when the text is not base64."""
+        """Raise UserError when the text is not base64."""
         try:
             return decode_base64(self.text)
         except InlineError as error:
@@ -37,7 +37,7 @@ class Row:
 
     Attributes:
       where: file and row, for messages. values: column -> value; empty and NaN cells are left out.
-      images: pictures in order (bytes or Picture64).
+      images: images in order (bytes or Picture64).
     """
 
     where: str
@@ -45,7 +45,7 @@ class Row:
     images: tuple[Any, ...]
 
     def text(self, column: str) -> str:
-        """Raises UserError when the row has no such cell."""
+        """Raise UserError when the row has no such cell."""
         if column not in self.values:
             raise UserError(f"{self.where}: no {column!r} (the row has: {', '.join(self.values)})")
         return str(self.values[column])
@@ -67,12 +67,18 @@ LONGEST_LIST = 100_000  # characters of a cell that is taken for a list written 
 
 
 def spelled_list(text: str) -> Any:
-    """What a cell that spells a list holds: `['a', 'b']` as Python writes it, `['a' 'b']` as numpy prints it. The text itself when it
-    merely stands in brackets."""
+    """What a cell that spells a list holds: `['a', 'b']` as Python writes it, `['a' 'b']` as numpy prints it.
+
+    The text itself when it merely stands in brackets.
+    """
     if len(text) > LONGEST_LIST:
         return text
     try:
-        kinds = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in (tokenize.NEWLINE, tokenize.NL, tokenize.ENDMARKER)]
+        kinds = [
+            token
+            for token in tokenize.generate_tokens(io.StringIO(text).readline)
+            if token.type not in (tokenize.NEWLINE, tokenize.NL, tokenize.ENDMARKER)
+        ]
         if len(kinds) > 3 and all(token.type == tokenize.STRING for token in kinds[1:-1]):
             return [ast.literal_eval(token.string) for token in kinds[1:-1]]  # Python would join them into one word
         return ast.literal_eval(text)
@@ -93,13 +99,18 @@ def read_rows(path: Path, required: Sequence[str]) -> Iterator[Row]:
         return _tsv(path, required)
     if path.suffix == ".parquet":
         return _parquet(path, required)
-    raise UserError(f"{path}: the ending {path.suffix!r} is unknown; expected .tsv (VLMEvalKit) or .parquet (lmms-eval)")
+    raise UserError(
+        f"{path}: the ending {path.suffix!r} is unknown; expected .tsv (VLMEvalKit) or .parquet (lmms-eval)"
+    )
 
 
 def _check(path: Path, columns: Sequence[str], required: Sequence[str]) -> None:
     missing = [name for name in required if not any(option in columns for option in name.split("|"))]
     if missing:
-        raise UserError(f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(name.replace('|', ' or ') for name in missing)} (it has: {', '.join(columns)})")
+        raise UserError(
+            f"{path} lacks the column{'s' * (len(missing) > 1)} "
+            f"{', '.join(name.replace('|', ' or ') for name in missing)} (it has: {', '.join(columns)})"
+        )
 
 
 def _tsv(path: Path, required: Sequence[str]) -> Iterator[Row]:
@@ -108,7 +119,10 @@ def _tsv(path: Path, required: Sequence[str]) -> Iterator[Row]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter="\t")
             _check(path, reader.fieldnames or (), (*required, "image"))
-            rows = [{column: value for column, value in cells.items() if column is not None and value not in (None, "")} for cells in reader]
+            rows = [
+                {column: value for column, value in cells.items() if column is not None and value not in (None, "")}
+                for cells in reader
+            ]
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from None
     except (csv.Error, OSError) as error:
@@ -131,7 +145,10 @@ def _tsv(path: Path, required: Sequence[str]) -> Iterator[Row]:
 
 
 def _image_list(cell: str) -> list[str]:
-    """The base64 texts of a cell: one, or a list written out. No character of base64 is a quote, so nothing needs to be evaluated."""
+    """The base64 texts of a cell: one, or a list written out.
+
+    No character of base64 is a quote, so nothing needs to be evaluated.
+    """
     if not cell.startswith("["):
         return [cell]
     return [part for part in re.split(r"[\[\]'\",\s]+", cell) if part]
@@ -157,7 +174,10 @@ def _parquet(path: Path, required: Sequence[str]) -> Iterator[Row]:
             for column, value in cells.items():
                 if isinstance(value, dict) and "bytes" in value:
                     if value["bytes"] is None:
-                        raise UserError(f"{path} row {number}: column {column!r} names a picture by path ({value.get('path')!r}); save the pictures' bytes in the file")
+                        raise UserError(
+                            f"{path} row {number}: column {column!r} names a picture by path "
+                            f"({value.get('path')!r}); save the pictures' bytes in the file"
+                        )
                     pictures.append(value["bytes"])
                 elif value is not None and not (isinstance(value, float) and math.isnan(value)):
                     values[column] = value

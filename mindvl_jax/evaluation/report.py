@@ -1,4 +1,4 @@
-"""report.html of a run folder: scores, gains, curves, answers beside their pictures, configuration, machine."""
+"""report.html of a run folder: scores, gains, curves, answers beside their images, configuration, machine."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from typing import Any
 from PIL import Image
 
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.evaluation.browse import score_line
-from mindvl_jax.evaluation.pages import picture_uri, render
-from mindvl_jax.evaluation.curves import charts
 from mindvl_jax.core.files import read_json, read_jsonl, write_text
-
+from mindvl_jax.evaluation.browse import score_line
+from mindvl_jax.evaluation.curves import charts
+from mindvl_jax.evaluation.pages import picture_uri, render
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Writes report.html from what the run folder holds; parts that are not there are left out.
+    """Write report.html from what the run folder holds; parts that are not there are left out.
 
     Returns:
       Path of the page.
@@ -34,11 +33,15 @@ def write_report(run_dir: str | Path) -> Path:
     try:
         scores = read_json(run_dir / "scores.json", {"tasks": {}})
     except ValueError as error:
-        raise UserError(f"{run_dir / 'scores.json'} is not JSON ({error}); delete it to write the report without scores") from None
+        raise UserError(
+            f"{run_dir / 'scores.json'} is not JSON ({error}); delete it to write the report without scores"
+        ) from None
     if not isinstance(scores, dict) or not isinstance(scores.get("tasks"), dict):
         raise UserError(f"{run_dir / 'scores.json'} is no file of scores; delete it to write the report without scores")
     if not metrics and not scores["tasks"] and "benchmarks" not in scores:
-        raise UserError(f"{run_dir} has neither metrics.jsonl nor scores.json: it is no run folder, or the run has not taken a step")
+        raise UserError(
+            f"{run_dir} has neither metrics.jsonl nor scores.json: it is no run folder, or the run has not taken a step"
+        )
     config = run_dir / "config.yaml"
     phases = list(dict.fromkeys(row.get("phase", "") for row in metrics))
     page = render(
@@ -52,7 +55,9 @@ def write_report(run_dir: str | Path) -> Path:
         images=_images(run_dir),
         phase_rows=_phase_rows(metrics),
         samples=_samples(run_dir / "predictions" / scores.get("phase", ""), scores["tasks"]),
-        benchmarks=_benchmarks(run_dir / "predictions" / scores.get("phase", "") / "benchmarks", scores.get("benchmarks")),
+        benchmarks=_benchmarks(
+            run_dir / "predictions" / scores.get("phase", "") / "benchmarks", scores.get("benchmarks")
+        ),
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
         machine=_machine(),
         **_score_table(scores),
@@ -63,7 +68,10 @@ def write_report(run_dir: str | Path) -> Path:
 
 def _images(run_dir: Path) -> list[dict[str, str]]:
     """The images that lie in RUN/images, such as generated ones."""
-    return [{"name": path.stem, "data": picture_uri(path.read_bytes())} for path in sorted((run_dir / "images").glob("*.png"))]
+    return [
+        {"name": path.stem, "data": picture_uri(path.read_bytes())}
+        for path in sorted((run_dir / "images").glob("*.png"))
+    ]
 
 
 def _human(number: float) -> str:
@@ -81,17 +89,30 @@ def _facts(metrics: list[dict], scores: dict) -> list[tuple[str, str]]:
     facts = []
     if metrics:
         seconds, tokens, samples = (_total(metrics, metrics, key) for key in ("seconds", "tokens", "samples"))
-        facts += [("steps", f"{metrics[-1]['step']:,}"), ("training time", f"{seconds / 60:.1f} min"), ("samples", _human(samples)), ("tokens", _human(tokens))]
+        facts += [
+            ("steps", f"{metrics[-1]['step']:,}"),
+            ("training time", f"{seconds / 60:.1f} min"),
+            ("samples", _human(samples)),
+            ("tokens", _human(tokens)),
+        ]
         if seconds:
             facts.append(("tokens a second", _human(tokens / seconds)))
         facts.append(("last loss", f"{_number(metrics[-1].get('loss')):.3f}"))
     if scores["tasks"]:
-        facts.append(("mean of tasks", f"{sum(task['exact_match'] for task in scores['tasks'].values()) / len(scores['tasks']):.3f}"))
+        facts.append(
+            (
+                "mean of tasks",
+                f"{sum(task['exact_match'] for task in scores['tasks'].values()) / len(scores['tasks']):.3f}",
+            )
+        )
     return facts
 
 
 def _total(metrics: list[dict], own: list[dict], key: str) -> float:
-    """Seconds, tokens or samples over the rows `own`, a run of `metrics`. The running totals also count steps that were not logged."""
+    """Seconds, tokens or samples over the rows `own`, a run of `metrics`.
+
+    The running totals also count steps that were not logged.
+    """
     if f"{key}_total" in own[-1]:
         first = metrics.index(own[0])
         return own[-1][f"{key}_total"] - (metrics[first - 1].get(f"{key}_total", 0) if first else 0)
@@ -111,7 +132,11 @@ def _notes(metrics: list[dict], scores: dict) -> list[str]:
 
 def _links(run_dir: Path) -> list[tuple[str, str]]:
     """Pages of the same run that are there."""
-    pages = (("evaluation/index.html", "evaluation"), ("evaluation/search.html", "resolution search"), ("evaluation-ema/index.html", "evaluation of the moving average"))
+    pages = (
+        ("evaluation/index.html", "evaluation"),
+        ("evaluation/search.html", "resolution search"),
+        ("evaluation-ema/index.html", "evaluation of the moving average"),
+    )
     return [(path, label) for path, label in pages if (run_dir / path).is_file()]
 
 
@@ -121,16 +146,29 @@ def _phase_rows(metrics: list[dict]) -> list[dict[str, Any]]:
         own = [row for row in metrics if row.get("phase", "") == phase]
         seconds, tokens, samples = (_total(metrics, own, key) for key in ("seconds", "tokens", "samples"))
         before = metrics.index(own[0])
-        rows.append({
-            "name": phase, "steps": own[-1]["step"] - (metrics[before - 1]["step"] if before else 0), "first_loss": f"{_number(own[0].get('loss')):.3f}", "last_loss": f"{_number(own[-1].get('loss')):.3f}",
-            "samples": f"{samples:,.0f}", "tokens": f"{tokens:,.0f}", "rate": _human(tokens / seconds) if seconds else "–", "seconds": f"{seconds:.0f}",
-        })
+        rows.append(
+            {
+                "name": phase,
+                "steps": own[-1]["step"] - (metrics[before - 1]["step"] if before else 0),
+                "first_loss": f"{_number(own[0].get('loss')):.3f}",
+                "last_loss": f"{_number(own[-1].get('loss')):.3f}",
+                "samples": f"{samples:,.0f}",
+                "tokens": f"{tokens:,.0f}",
+                "rate": _human(tokens / seconds) if seconds else "–",
+                "seconds": f"{seconds:.0f}",
+            }
+        )
     return rows
 
 
 def _score_table(scores: dict) -> dict[str, Any]:
     phases = list(dict.fromkeys(phase for task in scores["tasks"].values() for phase in task.get("by_phase", {})))
-    steps = {phase: task["by_phase"][phase].get("step", 0) for phase in phases for task in scores["tasks"].values() if phase in task.get("by_phase", {})}
+    steps = {
+        phase: task["by_phase"][phase].get("step", 0)
+        for phase in phases
+        for task in scores["tasks"].values()
+        if phase in task.get("by_phase", {})
+    }
     phases.sort(key=steps.__getitem__)
     tasks, counts = [], set()
     for name, task in scores["tasks"].items():
@@ -139,17 +177,38 @@ def _score_table(scores: dict) -> dict[str, Any]:
             found = task.get("by_phase", {}).get(phase)
             # Scores of other samples are not compared in colour: their difference is mostly chance.
             same = before is not None and found is not None and before["n"] == found["n"]
-            cells.append(None if found is None else {"score": found["exact_match"], "gain": None if before is None else found["exact_match"] - before["exact_match"], "same": same})
+            cells.append(
+                None
+                if found is None
+                else {
+                    "score": found["exact_match"],
+                    "gain": None if before is None else found["exact_match"] - before["exact_match"],
+                    "same": same,
+                }
+            )
             if found is not None:
                 before = found
                 if found["n"] < task["n"]:
                     counts.add(found["n"])
         floors = [value for value in (task.get("language_only"), task.get("blind_majority")) if value is not None]
-        tasks.append({"name": name, "exact_match": task["exact_match"], "ci95": task["ci95"], "n": task["n"], "language_only": task.get("language_only"),
-                      "blind_majority": task.get("blind_majority"), "floor": max(floors, default=None), "by_phase": cells})
+        tasks.append(
+            {
+                "name": name,
+                "exact_match": task["exact_match"],
+                "ci95": task["ci95"],
+                "n": task["n"],
+                "language_only": task.get("language_only"),
+                "blind_majority": task.get("blind_majority"),
+                "floor": max(floors, default=None),
+                "by_phase": cells,
+            }
+        )
     return {
-        "tasks": tasks, "phases": phases, "fewer": " / ".join(f"{count} samples" for count in sorted(counts)),
-        "has_language_only": any(task["language_only"] is not None for task in tasks), "has_blind": any(task["blind_majority"] is not None for task in tasks),
+        "tasks": tasks,
+        "phases": phases,
+        "fewer": " / ".join(f"{count} samples" for count in sorted(counts)),
+        "has_language_only": any(task["language_only"] is not None for task in tasks),
+        "has_blind": any(task["blind_majority"] is not None for task in tasks),
     }
 
 
@@ -159,7 +218,12 @@ def _benchmarks(folder: Path, found: dict | None) -> dict[str, Any] | None:
         return None
     tasks = found["tasks"]
     groups = [{**group, "task": tasks[group["task"]]["title"]} for group in _samples(folder, tasks)]
-    return {"heading": "Benchmarks" if found["standins"] is None else "Stand-in benchmark sets", "note": found["standins"], "tasks": [score_line(task) for task in tasks.values()], "samples": groups}
+    return {
+        "heading": "Benchmarks" if found["standins"] is None else "Stand-in benchmark sets",
+        "note": found["standins"],
+        "tasks": [score_line(task) for task in tasks.values()],
+        "samples": groups,
+    }
 
 
 def _samples(folder: Path, tasks: dict) -> list[dict[str, Any]]:
@@ -168,7 +232,11 @@ def _samples(folder: Path, tasks: dict) -> list[dict[str, Any]]:
         rows = [row for row in read_jsonl(folder / f"{name}.jsonl", whole=False) if "shown" in row]
         shown = []
         for row in rows:
-            pictures = [picture_uri(Image.open(folder / picture), largest=320) for picture in row["shown"] if (folder / picture).is_file()]
+            pictures = [
+                picture_uri(Image.open(folder / picture), largest=320)
+                for picture in row["shown"]
+                if (folder / picture).is_file()
+            ]
             shown.append({**row, "error": row.get("error"), "pictures": pictures})
         if shown:
             groups.append({"task": name, "rows": sorted(shown, key=lambda row: row["score"])})
@@ -184,4 +252,9 @@ def _machine() -> list[tuple[str, str]]:
     except RuntimeError:  # a report may be written where no backend starts
         device = "none"
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "numpy"))
-    return [("device", device), ("host cores", str(os.cpu_count())), ("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"), ("versions", versions)]
+    return [
+        ("device", device),
+        ("host cores", str(os.cpu_count())),
+        ("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"),
+        ("versions", versions),
+    ]

@@ -3,7 +3,7 @@
 Writes into the run folder:
   scores.json                         the table, newest evaluation on top, each phase's below
   predictions/PHASE/TASK.jsonl        every answer beside what was expected
-  predictions/PHASE/TASK/NNN.png      pictures of the samples that the report shows
+  predictions/PHASE/TASK/NNN.png      images of the samples that the report shows
   predictions/PHASE/benchmarks/       the same of the benchmarks (`run_benchmarks.py`)
 """
 
@@ -21,20 +21,19 @@ import numpy as np
 from rich.console import Console
 
 from mindvl_jax.config.schema import Config, EvaluationTask, SourceConfig, TokenizerConfig
+from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.files import read_json, write_json, write_jsonl
+from mindvl_jax.core.progress import counting
 from mindvl_jax.data.sources.readers import Source
 from mindvl_jax.data.text.tokenizer import load_tokenizer
-from mindvl_jax.core.errors import UserError
+from mindvl_jax.evaluation.images import keep_pictures
 from mindvl_jax.evaluation.items import Item, item_from_sample
 from mindvl_jax.evaluation.run_benchmarks import Show, counted, evaluate_benchmarks
 from mindvl_jax.evaluation.scorers import exact_match
-from mindvl_jax.evaluation.images import keep_pictures
 from mindvl_jax.evaluation.statistics import bootstrap_interval
 from mindvl_jax.evaluation.tables import score_table
-from mindvl_jax.core.files import read_json, write_json, write_jsonl
-from mindvl_jax.core.progress import counting
 from mindvl_jax.inference import Generator, Sampling
 from mindvl_jax.inference.prompts import without_media
-
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +48,16 @@ class LiveModel:
     max_pixels: int
 
 
-def evaluate_run(config: Config, model, step: int, phase: str, run_dir: str | Path, console: Console | None = None) -> dict[str, Any]:
-    """Scores the model on `config.evaluation.tasks`, after the last phase on `config.evaluation.benchmarks` too, updates scores.json
-    and returns its content.
+def evaluate_run(
+    config: Config, model, step: int, phase: str, run_dir: str | Path, console: Console | None = None
+) -> dict[str, Any]:
+    """Score the model on `config.evaluation.tasks`, after the last phase on `config.evaluation.benchmarks` too, updates
+    scores.json and returns its content.
 
     Args:
       model: a live MindVL module. Its parameters may be spread over a mesh of any shape.
-      step: optimizer steps so far. phase: name of the phase that just ended; after the last phase all samples are taken and the
-        language-only score is measured beside, in between `phase_samples` of each task.
+      step: optimizer steps so far. phase: name of the phase that just ended; after the last phase all samples are taken
+        and the language-only score is measured beside, in between `phase_samples` of each task.
       console: told how far it is, and the scores at the end.
 
     Raises:
@@ -75,18 +76,42 @@ def _evaluate(config: Config, model, step: int, phase: str, run_dir: Path, show:
     final = phase == config.training.phases[-1].name
     limits = config.training.phases[-1]
     generator = Generator(
-        LiveModel(model, _tokenizer(config.tokenizer), settings.min_pixels or limits.min_pixels, settings.max_pixels or limits.max_pixels),
-        slots=settings.batch, resample=config.data.resample, video_fps=config.data.video_fps, video_max_frames=config.data.video_max_frames,
+        LiveModel(
+            model,
+            _tokenizer(config.tokenizer),
+            settings.min_pixels or limits.min_pixels,
+            settings.max_pixels or limits.max_pixels,
+        ),
+        slots=settings.batch,
+        resample=config.data.resample,
+        video_fps=config.data.video_fps,
+        video_max_frames=config.data.video_max_frames,
     )
     scores = _earlier_scores(run_dir / "scores.json")
-    limit = lambda task: min((value for value in (task.max_samples, None if final else settings.phase_samples) if value is not None), default=None)
+
+    def limit(task):
+        return min(
+            (value for value in (task.max_samples, None if final else settings.phase_samples) if value is not None),
+            default=None,
+        )
+
     # All samples are read before the first token is generated: one that cannot be used is said at once.
     prepared = {task.name: sample_items(task.name, task.source, limit(task)) for task in settings.tasks}
     for task in settings.tasks:
         started = time.perf_counter()
         items = prepared.pop(task.name)
-        result, rows = score_items(generator, items, max_new_tokens=task.max_new_tokens, language_only=settings.language_only and final, on_progress=lambda done, total, what, name=task.name: show(done, total, name + what))
-        result |= {"step": step, "seconds": round(time.perf_counter() - started, 2), "blind_majority": _blind_majority(task)}
+        result, rows = score_items(
+            generator,
+            items,
+            max_new_tokens=task.max_new_tokens,
+            language_only=settings.language_only and final,
+            on_progress=lambda done, total, what, name=task.name: show(done, total, name + what),
+        )
+        result |= {
+            "step": step,
+            "seconds": round(time.perf_counter() - started, 2),
+            "blind_majority": _blind_majority(task),
+        }
         entry = scores["tasks"].setdefault(task.name, {})
         by_phase = entry.get("by_phase", {})
         by_phase[phase] = {key: result[key] for key in ("exact_match", "ci95", "n", "step")}
@@ -96,7 +121,11 @@ def _evaluate(config: Config, model, step: int, phase: str, run_dir: Path, show:
             write_jsonl(run_dir / "predictions" / phase / f"{task.name}.jsonl", rows)
     if settings.benchmarks is not None and final:
         scores["benchmarks"] = evaluate_benchmarks(
-            generator, settings.benchmarks, run_dir / "predictions" / phase / "benchmarks", language_only=settings.language_only, on_progress=show
+            generator,
+            settings.benchmarks,
+            run_dir / "predictions" / phase / "benchmarks",
+            language_only=settings.language_only,
+            on_progress=show,
         )
     scores |= {"step": step, "phase": phase, "metric": "exact_match"}
     if jax.process_index() == 0:
@@ -108,7 +137,11 @@ def _earlier_scores(path: Path) -> dict[str, Any]:
     """Scores of earlier phases. A damaged file is set aside: what is scored now must not be lost with it."""
     try:
         content = read_json(path, {"tasks": {}})
-        if isinstance(content, dict) and isinstance(content.get("tasks"), dict) and all(isinstance(task, dict) for task in content["tasks"].values()):
+        if (
+            isinstance(content, dict)
+            and isinstance(content.get("tasks"), dict)
+            and all(isinstance(task, dict) for task in content["tasks"].values())
+        ):
             return content
         problem = "of another form"
     except ValueError as error:
@@ -118,11 +151,18 @@ def _earlier_scores(path: Path) -> dict[str, Any]:
     return {"tasks": {}}
 
 
-def score_items(generator: Generator, items: list[Item], *, max_new_tokens: int, language_only: bool, on_progress: Show | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def score_items(
+    generator: Generator,
+    items: list[Item],
+    *,
+    max_new_tokens: int,
+    language_only: bool,
+    on_progress: Show | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Exact match over items, greedy.
 
     Args:
-      language_only: also answer with the pictures taken away.
+      language_only: also answer with the images taken away.
       on_progress: called with answers done, their number and "" or " without images".
 
     Returns:
@@ -134,7 +174,13 @@ def score_items(generator: Generator, items: list[Item], *, max_new_tokens: int,
     requests = [item.request(sampling) for item in items]
     answers = counted(generator, requests, on_progress, "")
     rows = [
-        {"id": item.id, "question": item.question, "answers": list(item.answers), "prediction": answer.text, "score": exact_match(answer.text, item.answers)}
+        {
+            "id": item.id,
+            "question": item.question,
+            "answers": list(item.answers),
+            "prediction": answer.text,
+            "score": exact_match(answer.text, item.answers),
+        }
         | ({"error": answer.error} if answer.error else {})
         for item, answer in zip(items, answers, strict=True)
     ]
@@ -147,7 +193,10 @@ def score_items(generator: Generator, items: list[Item], *, max_new_tokens: int,
     if language_only:
         blind = counted(generator, [without_media(request) for request in requests], on_progress, " without images")
         for row, item, answer in zip(rows, items, blind, strict=True):
-            row |= {"language_only_prediction": answer.text, "language_only_score": exact_match(answer.text, item.answers)}
+            row |= {
+                "language_only_prediction": answer.text,
+                "language_only_score": exact_match(answer.text, item.answers),
+            }
         result["language_only"] = _mean([row["language_only_score"] for row in rows])
     return result, rows
 
@@ -162,7 +211,8 @@ def _tokenizer(config: TokenizerConfig):
 
 
 def sample_items(name: str, source: SourceConfig, most: int | None) -> list[Item]:
-    """Samples in a training format as questions; at most `most`, then a fixed random part: files are often sorted by answer.
+    """Samples in a training format as questions; at most `most`, then a fixed random part: files are often sorted by
+    answer.
 
     Raises:
       UserError: files or samples that cannot be read.

@@ -1,7 +1,7 @@
 """Benchmarks at the end of a training run: published prompts, metrics and summaries, as `mindvl evaluate` has them.
 
-All questions of all benchmarks are answered in one go, each with its own bound on the answer: small files would otherwise each
-leave slots empty at their end.
+All questions of all benchmarks are answered in one go, each with its own bound on the answer: small files would
+otherwise each leave slots empty at their end.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import jax
 
 from mindvl_jax.config.schema import BenchmarksConfig
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.files import read_json, write_jsonl
 from mindvl_jax.evaluation.benchmarks import STANDINS_MARK, Benchmark, find_benchmark, find_files, open_task
 from mindvl_jax.evaluation.evaluate import require_scorable, summarise
+from mindvl_jax.evaluation.images import keep_pictures
 from mindvl_jax.evaluation.items import Item
 from mindvl_jax.evaluation.readers import read_rows
-from mindvl_jax.evaluation.images import keep_pictures
-from mindvl_jax.core.files import read_json, write_jsonl
 from mindvl_jax.inference import Answer, Generator, Request, Sampling
 from mindvl_jax.inference.prompts import without_media
 
-SHOWN = 4  # samples a benchmark whose pictures are kept for the report
+SHOWN = 4  # samples a benchmark whose images are kept for the report
 
 
 Show = Callable[[int, int, str], None]
@@ -63,15 +63,18 @@ def check_benchmarks(config: BenchmarksConfig) -> None:
         raise UserError("\n".join(problems))
 
 
-def evaluate_benchmarks(generator: Generator, config: BenchmarksConfig, out: Path, *, language_only: bool, on_progress: Show | None = None) -> dict[str, Any]:
-    """Scores every benchmark of `config` and writes OUT/TASK.jsonl, one line a question, with pictures of a few beside.
+def evaluate_benchmarks(
+    generator: Generator, config: BenchmarksConfig, out: Path, *, language_only: bool, on_progress: Show | None = None
+) -> dict[str, Any]:
+    """Score every benchmark of `config` and write OUT/TASK.jsonl, one line a question, with images of a few beside.
 
     Args:
-      generator: its picture sizes are those of the run.
-      language_only: also answer with the pictures taken away.
+      generator: its image sizes are those of the run.
+      language_only: also answer with the images taken away.
 
     Returns:
-      `standins` (what the folder says about itself when it is marked so, else None), `seconds`, and `tasks`: the summary of each by name.
+      `standins` (what the folder says about itself when it is marked so, else None), `seconds`, and `tasks`: the
+      summary of each by name.
 
     Raises:
       UserError: files that cannot be read.
@@ -84,11 +87,22 @@ def evaluate_benchmarks(generator: Generator, config: BenchmarksConfig, out: Pat
         opened[name] = benchmark, items[: config.max_samples]
         require_scorable(*opened[name])
     requests = [
-        item.request(Sampling(max_new_tokens=min(benchmark.max_new_tokens, config.max_new_tokens or benchmark.max_new_tokens)))
-        for benchmark, items in opened.values() for item in items
+        item.request(
+            Sampling(max_new_tokens=min(benchmark.max_new_tokens, config.max_new_tokens or benchmark.max_new_tokens))
+        )
+        for benchmark, items in opened.values()
+        for item in items
     ]
     answers = iter(counted(generator, requests, on_progress, "benchmarks"))
-    blind = iter(counted(generator, [without_media(request) for request in requests], on_progress, "benchmarks without images")) if language_only else None
+    blind = (
+        iter(
+            counted(
+                generator, [without_media(request) for request in requests], on_progress, "benchmarks without images"
+            )
+        )
+        if language_only
+        else None
+    )
     results = {}
     for name, (benchmark, items) in opened.items():
         rows = [_row(benchmark, item, next(answers)) for item in items]
@@ -96,15 +110,28 @@ def evaluate_benchmarks(generator: Generator, config: BenchmarksConfig, out: Pat
         results[name] = summarise(benchmark, items, rows, without)
         if without is not None:
             for row, item, unseen in zip(rows, items, without, strict=True):
-                row |= {"language_only_prediction": unseen["prediction"], "language_only_score": benchmark.score(item, unseen["prediction"])[benchmark.metric]}
+                row |= {
+                    "language_only_prediction": unseen["prediction"],
+                    "language_only_score": benchmark.score(item, unseen["prediction"])[benchmark.metric],
+                }
         if jax.process_index() == 0:
             keep_pictures(items, rows, out / name, SHOWN)
             write_jsonl(out / f"{name}.jsonl", rows)
     note = read_json(folder / STANDINS_MARK)
-    return {"standins": None if note is None else note.get("what", "stand-ins"), "seconds": round(time.perf_counter() - started, 2), "tasks": results}
+    return {
+        "standins": None if note is None else note.get("what", "stand-ins"),
+        "seconds": round(time.perf_counter() - started, 2),
+        "tasks": results,
+    }
 
 
 def _row(benchmark: Benchmark, item: Item, answer: Answer) -> dict[str, Any]:
-    row = {"id": item.id, "question": item.question, "answers": list(dict.fromkeys(item.answers)), "category": item.category, "prediction": answer.text,
-           "score": benchmark.score(item, answer.text)[benchmark.metric]}
+    row = {
+        "id": item.id,
+        "question": item.question,
+        "answers": list(dict.fromkeys(item.answers)),
+        "category": item.category,
+        "prediction": answer.text,
+        "score": benchmark.score(item, answer.text)[benchmark.metric],
+    }
     return row | ({"error": answer.error} if answer.error else {})

@@ -22,10 +22,11 @@ def _squeeze(text: str) -> str:
 
 
 def anls(prediction: str, answers: Sequence[str], *, threshold: float = 0.5) -> float:
-    """Average normalised Levenshtein similarity of DocVQA and InfoVQA (Biten et al. 2019): best over the answers, 0 below the threshold.
+    """Average normalised Levenshtein similarity of DocVQA and InfoVQA (Biten et al. 2019): best over the answers, 0
+    below the threshold.
 
-    Case and white space do not count for the distance; the length that it is divided by is that of the strings as given, as in
-    lmms-eval and VLMEvalKit.
+    Case and white space do not count for the distance; the length that it is divided by is that of the strings as
+    given, as in lmms-eval and VLMEvalKit.
     """
     best = 1.0
     for answer in answers:
@@ -60,15 +61,21 @@ def relaxed_accuracy_swapped(prediction: str, answer: str) -> float:
 
 
 def ocrbench_match(prediction: str, answers: Sequence[str], *, formula: bool = False) -> float:
-    """OCRBench (Liu et al. 2023): 1 when an answer occurs in the prediction; full-width letters count as plain ones, case does not matter.
+    """OCRBench (Liu et al. 2023): 1 when an answer occurs in the prediction; full-width letters count as plain ones,
+    case does not matter.
 
     Args:
       formula: handwritten formulas (data set HME100k): blanks are dropped and case does count.
     """
     if formula:
-        clean = lambda text: "".join(text.strip().replace("\n", " ").split(" "))
+
+        def clean(text):
+            return "".join(text.strip().replace("\n", " ").split(" "))
     else:
-        clean = lambda text: text.translate(_FULL_WIDTH).lower().strip().replace("\n", " ")
+
+        def clean(text):
+            return text.translate(_FULL_WIDTH).lower().strip().replace("\n", " ")
+
     return float(any(clean(answer) in clean(prediction.strip()) for answer in answers))
 
 
@@ -84,7 +91,9 @@ def yes_or_no(prediction: str) -> str:
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """VQA accuracy (Antol et al. 2015) as used by TextVQA: over all ways to leave one annotator out, min(1, matches / 3)."""
+    """VQA accuracy (Antol et al. 2015) as used by TextVQA: over all ways to leave one annotator out, min(1, matches /
+    3).
+    """
     given = [vqa_normal_form(answer) for answer in answers]
     predicted = vqa_normal_form(prediction)
     matches = given.count(predicted)
@@ -92,25 +101,121 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 _VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_VQA_NUMBERS = {word: str(value) for value, word in enumerate("zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
+_VQA_NUMBERS = {
+    word: str(value)
+    for value, word in enumerate(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    )
+} | {"none": "0"}
 # The evaluation server puts apostrophes back; every form lacks exactly one of them.
 _VQA_CONTRACTIONS = {
-    word[: place] + word[place + 1 :]: word
-    for word in (
-        "'ow's'at 'twas I'd've I'm I've ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd "
-        "how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've o'clock oughtn't shan't she'd've should've "
-        "shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's "
-        "there'd there'd've there're there's they'd they'd've they'll they're they've wasn't we'd've we've weren't what'll what're what's what've when's where'd "
-        "where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll "
-        "you're you've"
-    ).split()
+    word[:place] + word[place + 1 :]: word
+    for word in [
+        "'ow's'at",
+        "'twas",
+        "I'd've",
+        "I'm",
+        "I've",
+        "ain't",
+        "aren't",
+        "can't",
+        "could've",
+        "couldn't",
+        "couldn't've",
+        "didn't",
+        "doesn't",
+        "don't",
+        "hadn't",
+        "hadn't've",
+        "hasn't",
+        "haven't",
+        "he'd",
+        "he'd've",
+        "he's",
+        "how'd",
+        "how'll",
+        "how's",
+        "isn't",
+        "it'd",
+        "it'd've",
+        "it'll",
+        "ma'am",
+        "might've",
+        "mightn't",
+        "mightn't've",
+        "must've",
+        "mustn't",
+        "needn't",
+        "not've",
+        "o'clock",
+        "oughtn't",
+        "shan't",
+        "she'd've",
+        "should've",
+        "shouldn't",
+        "shouldn't've",
+        "somebody'd've",
+        "somebody'll",
+        "somebody's",
+        "someone'd",
+        "someone'd've",
+        "someone'll",
+        "someone's",
+        "something'd",
+        "something'd've",
+        "something'll",
+        "that's",
+        "there'd",
+        "there'd've",
+        "there're",
+        "there's",
+        "they'd",
+        "they'd've",
+        "they'll",
+        "they're",
+        "they've",
+        "wasn't",
+        "we'd've",
+        "we've",
+        "weren't",
+        "what'll",
+        "what're",
+        "what's",
+        "what've",
+        "when's",
+        "where'd",
+        "where's",
+        "where've",
+        "who'd",
+        "who'd've",
+        "who'll",
+        "who's",
+        "who've",
+        "why'll",
+        "why're",
+        "why's",
+        "won't",
+        "would've",
+        "wouldn't",
+        "wouldn't've",
+        "y'all",
+        "y'all'd've",
+        "y'all'll",
+        "you'd",
+        "you'd've",
+        "you'll",
+        "you're",
+        "you've",
+    ]
     for place, character in enumerate(word)
     if character == "'"
 } | {"somebody'd": "somebodyd"}
 
 
 def vqa_normal_form(text: str) -> str:
-    """An answer as the VQA evaluation server compares it: lower case, without punctuation and articles, numbers as digits."""
+    """An answer as the VQA evaluation server compares it: lower case, without punctuation and articles, numbers as
+    digits.
+    """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
     plain = text
@@ -123,7 +228,8 @@ def vqa_normal_form(text: str) -> str:
 
 
 def mmmu_open(prediction: str, answers: Sequence[str]) -> float:
-    """MMMU (Yue et al. 2023), open questions: the clause that states the result, and every number in it, against the answers.
+    """MMMU (Yue et al. 2023), open questions: the clause that states the result, and every number in it, against the
+    answers.
 
     Numbers compare after rounding to two decimals; a text answer must occur in the stated result.
     """
@@ -138,7 +244,11 @@ def mmmu_open(prediction: str, answers: Sequence[str]) -> float:
 
 
 _MMMU_SIGNS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
-_MMMU_NUMBERS = (r"-?\b\d{1,3}(?:,\d{3})+\b", r"-?\d+(?:\.\d+)?[eE][+-]?\d+", r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")
+_MMMU_NUMBERS = (
+    r"-?\b\d{1,3}(?:,\d{3})+\b",
+    r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
+    r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",
+)
 
 
 def _mmmu_candidates(prediction: str) -> list[str | float]:
@@ -152,7 +262,15 @@ def _mmmu_candidates(prediction: str) -> list[str | float]:
         for tail in (clause.split(sign)[-1].strip() for sign in signs if sign in clause):
             if not shortest or len(tail) < len(shortest):
                 shortest = tail
-        if shortest and shortest not in {":", ",", ".", "!", "?", ";", "'"}:  # a clause that ends with its sign states nothing
+        if shortest and shortest not in {
+            ":",
+            ",",
+            ".",
+            "!",
+            "?",
+            ";",
+            "'",
+        }:  # a clause that ends with its sign states nothing
             stated.append(shortest)
     stated = stated or [whole]
     numbers = [number for text in stated for pattern in _MMMU_NUMBERS for number in re.findall(pattern, text)]
@@ -165,4 +283,6 @@ def _mmmu_forms(text: str) -> list[str | float]:
         return [round(float(text.replace(",", "")), 2)]
     except ValueError:
         text = text.lower()
-        return [f" {text}", f"{text} "] if len(text) == 1 else [text]  # a single letter would occur in nearly every word
+        return (
+            [f" {text}", f"{text} "] if len(text) == 1 else [text]
+        )  # a single letter would occur in nearly every word

@@ -1,7 +1,7 @@
-"""Resolution search: which smallest and largest picture area answers best.
+"""Resolution search: which smallest and largest image area answers best.
 
-Small pictures gain from being enlarged, until enlarging blurs them; large ones cost tokens. Settings are compared on one part
-of a task's samples and the winner is judged on the other part, which had no say.
+Small images gain from being enlarged, until enlarging blurs them; large ones cost tokens. Settings are compared on one
+part of a task's samples and the winner is judged on the other part, which had no say.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class Pixels:
     max_pixels: int | None
 
     def __str__(self) -> str:
-        show = lambda value: "own" if value is None else f"{value:,}"
+        def show(value):
+            return "own" if value is None else f"{value:,}"
+
         return f"min {show(self.min_pixels)}, max {show(self.max_pixels)}"
 
 
@@ -52,7 +54,8 @@ class Trial:
 
 
 def parse_grid(text: str, own: Pixels) -> list[Pixels]:
-    """`min_pixels=784:3136,max_pixels=25088:100352` -> every combination that is a range, the model's own setting first.
+    """`min_pixels=784:3136,max_pixels=25088:100352` -> every combination that is a range, the model's own setting
+    first.
 
     Raises:
       UserError: unknown names, values that are no areas, or no combination left.
@@ -61,36 +64,61 @@ def parse_grid(text: str, own: Pixels) -> list[Pixels]:
     for part in text.split(","):
         name, _, listed = part.partition("=")
         if name.strip() not in values:
-            raise UserError(f"--search {text!r}: {name.strip()!r} cannot be searched; expected min_pixels=A:B:... and max_pixels=A:B:...")
+            raise UserError(
+                f"--search {text!r}: {name.strip()!r} cannot be searched; expected min_pixels=A:B:... and "
+                "max_pixels=A:B:..."
+            )
         try:
             values[name.strip()] = [int(value) for value in listed.split(":")]
         except ValueError:
-            raise UserError(f"--search {text!r}: {listed!r} is no list of areas in pixels such as 784:3136:12544") from None
+            raise UserError(
+                f"--search {text!r}: {listed!r} is no list of areas in pixels such as 784:3136:12544"
+            ) from None
         if min(values[name.strip()]) <= 0:
             raise UserError(f"--search {text!r}: areas are positive numbers of pixels")
-    low = lambda pixels: own.min_pixels if pixels.min_pixels is None else pixels.min_pixels
-    high = lambda pixels: own.max_pixels if pixels.max_pixels is None else pixels.max_pixels
+
+    def low(pixels):
+        return own.min_pixels if pixels.min_pixels is None else pixels.min_pixels
+
+    def high(pixels):
+        return own.max_pixels if pixels.max_pixels is None else pixels.max_pixels
+
     grid = [Pixels(*pair) for pair in itertools.product(values["min_pixels"], values["max_pixels"])]
     grid = [pixels for pixels in grid if low(pixels) <= high(pixels)]
     if not grid:
-        raise UserError(f"--search {text!r}: in every combination min_pixels is larger than max_pixels (the model's own are {own})")
+        raise UserError(
+            f"--search {text!r}: in every combination min_pixels is larger than max_pixels (the model's own are {own})"
+        )
     return [Pixels(None, None), *(pixels for pixels in grid if pixels != Pixels(None, None))]
 
 
 def split_items(items: Sequence[Item], group: Callable[[Item], str]) -> tuple[list[Item], list[Item]]:
-    """(validation, held out): halves by the hash of each sample's group, so that pairs stay together and new samples do not move old ones.
+    """(validation, held out): halves by the hash of each sample's group, so that pairs stay together and new samples do
+    not move old ones.
 
     Raises:
       UserError: a half is empty.
     """
-    first = lambda item: hashlib.sha256(group(item).encode()).digest()[0] < 128
+
+    def first(item):
+        return hashlib.sha256(group(item).encode()).digest()[0] < 128
+
     halves = [item for item in items if first(item)], [item for item in items if not first(item)]
     if not all(halves):
-        raise UserError(f"{len(items)} samples are too few to be split into a part to search on and a part to judge on; give more")
+        raise UserError(
+            f"{len(items)} samples are too few to be split into a part to search on and a part to judge on; give more"
+        )
     return halves
 
 
-def halving(grid: Sequence[Pixels], items: Sequence[Item], measure: Callable[[Pixels, Sequence[Item]], Trial], *, start: int = 32, on_round=None) -> list[Trial]:
+def halving(
+    grid: Sequence[Pixels],
+    items: Sequence[Item],
+    measure: Callable[[Pixels, Sequence[Item]], Trial],
+    *,
+    start: int = 32,
+    on_round=None,
+) -> list[Trial]:
     """Successive halving: all settings on a few samples, the better half on twice as many, and so on until all samples.
 
     The model's own setting (first of the grid) stays in to the end, as what a gain is measured against.
@@ -111,7 +139,9 @@ def halving(grid: Sequence[Pixels], items: Sequence[Item], measure: Callable[[Pi
         if on_round:
             on_round([last[pixels] for pixels in alive])
         if count == len(items):
-            return sorted((last[pixels] for pixels in grid), key=lambda trial: (-len(trial.scores), -trial.score, trial.tokens))
+            return sorted(
+                (last[pixels] for pixels in grid), key=lambda trial: (-len(trial.scores), -trial.score, trial.tokens)
+            )
         # Equal scores: the cheaper setting lives on.
         ranked = sorted(alive, key=lambda pixels: (-last[pixels].score, last[pixels].tokens))
         kept = ranked[: max(2, (len(ranked) + 1) // 2)]
@@ -120,12 +150,16 @@ def halving(grid: Sequence[Pixels], items: Sequence[Item], measure: Callable[[Pi
 
 
 def _largest_first(settings: Sequence[Pixels]) -> list[Pixels]:
-    """What is compiled for the largest pictures serves the smaller ones too."""
+    """What is compiled for the largest images serves the smaller ones too."""
     return sorted(settings, key=lambda pixels: (pixels.min_pixels or 0, pixels.max_pixels or 0), reverse=True)
 
 
-def full_grid(grid: Sequence[Pixels], items: Sequence[Item], measure: Callable[[Pixels, Sequence[Item]], Trial], *, on_round=None) -> list[Trial]:
-    """Every setting on every sample; best first, the cheaper one of equals, and the earlier one of the grid where they cost the same."""
+def full_grid(
+    grid: Sequence[Pixels], items: Sequence[Item], measure: Callable[[Pixels, Sequence[Item]], Trial], *, on_round=None
+) -> list[Trial]:
+    """Every setting on every sample; best first, the cheaper one of equals, and the earlier one of the grid where they
+    cost the same.
+    """
     measured = {pixels: measure(pixels, items) for pixels in _largest_first(grid)}
     trials = [measured[pixels] for pixels in grid]
     if on_round:
@@ -136,9 +170,13 @@ def full_grid(grid: Sequence[Pixels], items: Sequence[Item], measure: Callable[[
 def judge(own: Trial, best: Trial) -> dict:
     """The winner against the model's own setting on the same held-out samples, with the paired interval of the gain."""
     return {
-        "own": round(own.score, 4), "best": round(best.score, 4), "gain": round(best.score - own.score, 4),
-        "gain_ci95": [round(bound, 4) for bound in paired_interval(own.scores, best.scores)], "n": len(own.scores),
-        "own_prompt_tokens": round(own.tokens, 1), "best_prompt_tokens": round(best.tokens, 1),
+        "own": round(own.score, 4),
+        "best": round(best.score, 4),
+        "gain": round(best.score - own.score, 4),
+        "gain_ci95": [round(bound, 4) for bound in paired_interval(own.scores, best.scores)],
+        "n": len(own.scores),
+        "own_prompt_tokens": round(own.tokens, 1),
+        "best_prompt_tokens": round(best.tokens, 1),
     }
 
 
@@ -149,21 +187,49 @@ def picture(trials: Sequence[Trial], own: Pixels, title: str) -> Figure:
         left, right = figure.subplots(1, 2, sharey=True)
         varied = "min_pixels" if len({trial.pixels.min_pixels for trial in trials}) > 1 else "max_pixels"
         other = "max_pixels" if varied == "min_pixels" else "min_pixels"
-        value = lambda trial, name: getattr(trial.pixels, name) if getattr(trial.pixels, name) is not None else getattr(own, name)
+
+        def value(trial, name):
+            return getattr(trial.pixels, name) if getattr(trial.pixels, name) is not None else getattr(own, name)
+
         for colour, level in zip(itertools.cycle(PALETTE), sorted({value(trial, other) for trial in trials})):
-            line = sorted((trial for trial in trials if value(trial, other) == level), key=lambda trial: value(trial, varied))
+            line = sorted(
+                (trial for trial in trials if value(trial, other) == level), key=lambda trial: value(trial, varied)
+            )
             bounds = np.array([bootstrap_interval(trial.scores) for trial in line]).T
             scores = np.array([trial.score for trial in line])
             bars = np.abs(bounds - scores)
             label = f"{other} {level:,}"
-            for axis, places in ((left, [value(trial, varied) for trial in line]), (right, [trial.tokens for trial in line])):
-                axis.errorbar(places, scores, yerr=bars, color=colour, marker="o", markersize=4, linewidth=1.4 if axis is left else 0, elinewidth=0.9, capsize=2, label=label)
+            for axis, places in (
+                (left, [value(trial, varied) for trial in line]),
+                (right, [trial.tokens for trial in line]),
+            ):
+                axis.errorbar(
+                    places,
+                    scores,
+                    yerr=bars,
+                    color=colour,
+                    marker="o",
+                    markersize=4,
+                    linewidth=1.4 if axis is left else 0,
+                    elinewidth=0.9,
+                    capsize=2,
+                    label=label,
+                )
         baseline = next((trial for trial in trials if trial.pixels == Pixels(None, None)), None)
         if baseline:
             for axis, place in ((left, value(baseline, varied)), (right, baseline.tokens)):
-                axis.plot(place, baseline.score, marker="s", markersize=9, markerfacecolor="none", markeredgecolor="#1c2430", linewidth=0, label="model's own setting")
+                axis.plot(
+                    place,
+                    baseline.score,
+                    marker="s",
+                    markersize=9,
+                    markerfacecolor="none",
+                    markeredgecolor="#1c2430",
+                    linewidth=0,
+                    label="model's own setting",
+                )
         left.set_xscale("log", base=2)
-        left.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda pixels, _: f"{round(pixels ** 0.5)}²"))
+        left.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda pixels, _: f"{round(pixels**0.5)}²"))
         left.set(title=title, xlabel=f"{varied} (side of the square of that area)", ylabel="score")
         right.set(title="against cost", xlabel="prompt tokens a sample")
         left.legend(loc="best")

@@ -16,8 +16,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of per-sample scores (Efron 1979), reproducible by seed.
 
-    Equal scores have no spread to resample. If all are 0 or all are 1, return the Wilson interval instead: ten right answers
-    out of ten are not a certainty.
+    Equal scores have no spread to resample. If all are 0 or all are 1, return the Wilson interval instead: ten right
+    answers out of ten are not a certainty.
 
     Raises:
       ValueError: no scores.
@@ -36,7 +36,8 @@ def paired_interval(
 ) -> tuple[float, float]:
     """Bootstrap interval of mean(second - first) over the same samples.
 
-    Narrower than what two separate intervals suggest, because most samples are as hard for one setting as for the other.
+    Narrower than what two separate intervals suggest, because most samples are as hard for one setting as for the
+    other.
 
     Raises:
       ValueError: different numbers of samples.

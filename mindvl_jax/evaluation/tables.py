@@ -14,13 +14,18 @@ def score_table(scores: Mapping[str, Any], title: str) -> Table:
     rows = [(name, "exact match", task["exact_match"], task) for name, task in scores["tasks"].items()]
     benchmarks = scores.get("benchmarks") or {}
     standin = " (stand-in)" if benchmarks.get("standins") else ""
-    rows += [(task["title"].removesuffix(" (stand-in)") + standin, task["metric"].replace("_", " "), task["score"], task) for task in benchmarks.get("tasks", {}).values()]
+    rows += [
+        (task["title"].removesuffix(" (stand-in)") + standin, task["metric"].replace("_", " "), task["score"], task)
+        for task in benchmarks.get("tasks", {}).values()
+    ]
     return _table(title, rows)
 
 
 def results_table(results: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     """Return the results of `mindvl evaluate`: one row a task."""
-    return _table(title, [(name, result["metric"].replace("_", " "), result["score"], result) for name, result in results.items()])
+    return _table(
+        title, [(name, result["metric"].replace("_", " "), result["score"], result) for name, result in results.items()]
+    )
 
 
 def _table(title: str, rows: list[tuple[str, str, float, Mapping[str, Any]]]) -> Table:
@@ -32,7 +37,9 @@ def _table(title: str, rows: list[tuple[str, str, float, Mapping[str, Any]]]) ->
     table.add_column("notes")
     for name, metric, score, task in rows:
         low, high = task["ci95"]
-        blind, majority = ("" if task.get(key) is None else f"{task[key]:.3f}" for key in ("language_only", "blind_majority"))
+        blind, majority = (
+            "" if task.get(key) is None else f"{task[key]:.3f}" for key in ("language_only", "blind_majority")
+        )
         notes = f"{task['errors']} unreadable, count as wrong" if task.get("errors") else ""
         cells = (name, metric, f"{score:.3f}", f"{low:.3f} to {high:.3f}", str(task["n"]), blind, majority, notes)
         table.add_row(*(Text(cell) for cell in cells))  # Text: a name may hold console markup
@@ -57,6 +64,8 @@ def leaderboard(models: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
             text = f"{results[task]['score']:.3f}" if task in results else "–"
             cells.append(Text(text, style="bold" if task in results and results[task]["score"] == best[task] else ""))
         whole = all(task in results for task in tasks)
-        cells.append(Text(f"{sum(results[task]['score'] for task in tasks) / len(tasks):.3f}" if whole and tasks else "–"))
+        cells.append(
+            Text(f"{sum(results[task]['score'] for task in tasks) / len(tasks):.3f}" if whole and tasks else "–")
+        )
         table.add_row(Text(model), *cells)
     return table

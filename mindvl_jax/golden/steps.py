@@ -1,7 +1,8 @@
-"""The doctor's training: a small MindVL, twenty steps, random pictures and text; its losses on XLA are stored in golden.json.
+"""The doctor's training: a small MindVL, twenty steps, random images and text; its losses on XLA are stored in
+golden.json.
 
-`python -m mindvl_jax.golden.steps --store` trains on XLA and writes them; `--device npu` trains through the bridge and prints one
-line of JSON. Everything that decides the losses is in this file: no data set, no tokenizer, no weights.
+`python -m mindvl_jax.golden.steps --store` trains on XLA and writes them; `--device npu` trains through the bridge and
+prints one line of JSON. Everything that decides the losses is in this file: no data set, no tokenizer, no weights.
 
 B rows, T tokens, P patches.
 """
@@ -24,19 +25,20 @@ import numpy as np
 
 from mindvl_jax.config import loader as config_loader
 from mindvl_jax.config.schema import Config, ModelConfig
+from mindvl_jax.data.media.image import visual_layout
 from mindvl_jax.models.vision_language.collate import collate, shape_for
 from mindvl_jax.models.vision_language.example import Example
-from mindvl_jax.data.media.image import visual_layout
 from mindvl_jax.models.vision_language.positions import rotary_positions
 
 STORED = Path(__file__).with_name("golden.json")
 STEPS, ROWS, TOKENS, PATCHES, SAMPLES, BATCHES, LEARNING_RATE = 20, 8, 64, 64, 3, 4, 1e-3
 MIN_PIXELS = 28 * 28
-# Larger than usual: with 1e-8 AdamW turns gradients that are nothing but rounding into steps of full length, and no two devices agree.
+# Larger than usual: with 1e-8 AdamW turns gradients that are nothing but rounding into steps of full length, and no two
+# devices agree.
 EPSILON = 1e-6
 
-# Both towers with everything the published models have: windows and whole images, grouped heads, three-row rotary positions, q and k
-# norms, a head of its own. Head dims are multiples of 16, as fused attention wants them.
+# Both towers with everything the published models have: windows and whole images, grouped heads, three-row rotary
+# positions, q and k norms, a head of its own. Head dims are multiples of 16, as fused attention wants them.
 MODEL = {
     "vision": {"depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "window_size": 56, "fullatt_block_indexes": [1]},
     "text": {
@@ -62,8 +64,10 @@ def configuration(*, compute_dtype: str, device: str | None, places: int = 1) ->
     return config_loader.from_mapping(mapping)
 
 
-def example(rng: np.random.Generator, model: ModelConfig, grid: tuple[int, int] | None, text: int, answer: int) -> Example:
-    """Random pixels and tokens: a picture of `grid` patches (or none), `text` tokens, `answer` tokens that are learned."""
+def example(
+    rng: np.random.Generator, model: ModelConfig, grid: tuple[int, int] | None, text: int, answer: int
+) -> Example:
+    """Random pixels and tokens: an image of `grid` patches (or none), `text` tokens, `answer` tokens that are learned."""
     vision, spans = model.vision, []
     tokens, index = [], []
     layout = None if grid is None else visual_layout((1, *grid), vision)
@@ -88,7 +92,7 @@ def example(rng: np.random.Generator, model: ModelConfig, grid: tuple[int, int] 
 
 
 def batches(model: ModelConfig):
-    """-> the static shape and BATCHES batches: rows of two pictures and a text, of one picture, and of text alone."""
+    """-> the static shape and BATCHES batches: rows of two images and a text, of one image, and of text alone."""
     rng = np.random.default_rng(20260101)
     shape = shape_for(model.vision, rows=ROWS, tokens=TOKENS, patches=PATCHES, samples=SAMPLES, min_pixels=MIN_PIXELS)
     made = []
@@ -115,28 +119,34 @@ class Training:
     """The training ready to step: parameters made, batches placed, programs of the back end.
 
     Attributes:
-      state: after the last step; donated by the next. program: (state, batch, learning rate) -> (state, metrics). batches: placed.
+      state: after the last step; donated by the next. program: (state, batch, learning rate) -> (state, metrics).
+        batches: placed.
       device_kind: name of the device that computes.
     """
 
     def __init__(self, config: Config):
         import jax
 
+        from mindvl_jax.models.outline import outline_of
+        from mindvl_jax.objectives.registry import make_objective
         from mindvl_jax.parallel.mesh import make_mesh
         from mindvl_jax.parallel.rules import row_sharding
         from mindvl_jax.training.backend import make_backend
-        from mindvl_jax.models.outline import outline_of
         from mindvl_jax.training.state import initial_params, start_phase
         from mindvl_jax.training.step import make_programs
-        from mindvl_jax.objectives.registry import make_objective
 
         self.backend = make_backend(config)
         self.backend.join()
         mesh = make_mesh(config.mesh, self.backend.devices())
         self.outline = outline_of(config.model, config.adapters)
-        self.state = start_phase(initial_params(self.outline, mesh, config.run.seed), list(self.outline.shapes), [], mesh)
+        self.state = start_phase(
+            initial_params(self.outline, mesh, config.run.seed), list(self.outline.shapes), [], mesh
+        )
         shape, made = batches(config.model)
-        place = lambda x: jax.make_array_from_callback(x.shape, row_sharding(mesh), lambda part: x[part])
+
+        def place(x):
+            return jax.make_array_from_callback(x.shape, row_sharding(mesh), lambda part: x[part])
+
         self.batches = [jax.tree.map(place, batch) for batch in made]
         phase = config.training.phases[0]
         programs = make_programs(
@@ -148,7 +158,9 @@ class Training:
     def step(self) -> dict[str, Any]:
         """One step -> its metrics, which nobody has waited for."""
         with self.backend.precision():
-            self.state, metrics = self.program(self.state, self.batches[self.steps % BATCHES], np.float32(LEARNING_RATE))
+            self.state, metrics = self.program(
+                self.state, self.batches[self.steps % BATCHES], np.float32(LEARNING_RATE)
+            )
         self.steps += 1
         return metrics
 
@@ -160,7 +172,7 @@ def train(config: Config, steps: int = STEPS) -> tuple[list[float], str]:
 
 
 def store() -> dict[str, Any]:
-    """Trains on XLA in both dtypes and writes golden.json."""
+    """Train on XLA in both dtypes and write golden.json."""
     runs = {dtype: train(configuration(compute_dtype=dtype, device=None))[0] for dtype in ("float32", "bfloat16")}
     made = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
     whole = {
@@ -182,7 +194,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("give either --store or --device")
     if given.store:
         whole = store()
-        print(f"{STORED}: " + ", ".join(f"{dtype} {losses[0]:.4f} -> {losses[-1]:.4f}" for dtype, losses in whole["losses"].items()))
+        print(
+            f"{STORED}: "
+            + ", ".join(f"{dtype} {losses[0]:.4f} -> {losses[-1]:.4f}" for dtype, losses in whole["losses"].items())
+        )
         return 0
     from mindvl_jax.training.backend import launched_processes
 

@@ -8,7 +8,13 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOMES = {"Answer": "request", "Generator": "generator", "Piece": "generator", "Request": "request", "Sampling": "request"}
+_HOMES = {
+    "Answer": "request",
+    "Generator": "generator",
+    "Piece": "generator",
+    "Request": "request",
+    "Sampling": "request",
+}
 __all__ = sorted(_HOMES)
 
 

@@ -2,8 +2,8 @@
 
     Generator(opened, programs=BridgePrograms("cpu"))
 
-The condition of `decode`'s loop depends on data, so each round synchronises with the device once (`allow_host_sync`); nothing else
-does. One device and one process; only the XLA programs support a mesh.
+The condition of `decode`'s loop depends on data, so each round synchronises with the device once (`allow_host_sync`);
+nothing else does. One device and one process; only the XLA programs support a mesh.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class BridgePrograms:
             default_device(device)
         except BridgeError as error:
             raise UserError(str(error)) from error
+
         def compiled(fn, **options):
             return npu_bridge.jit(fn, device=device, allow_host_sync=True, **options)
 

@@ -31,7 +31,8 @@ def bucket_of(tokens: int, patches: int, images: int, *, halves: bool = False) -
     """Return the bucket of one prompt.
 
     Args:
-      tokens: prompt tokens, visual ones included. patches: of all its images. images: image segments (a video counts its frame pairs).
+      tokens: prompt tokens, visual ones included. patches: of all its images. images: image segments (a video counts
+        its frame pairs).
       halves: use a finer ladder, with less padding and more compilations.
     """
     return Bucket(

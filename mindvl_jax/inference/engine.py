@@ -1,4 +1,5 @@
-"""Continuous batching: prompts wait, are prefilled in buckets, decode in slots, and free their slot as soon as they end.
+"""Continuous batching: prompts wait, are prefilled in buckets, decode in slots, and free their slot as soon as they
+end.
 
 The engine handles tokens only; `generator.py` handles text, stop strings and image files.
 """
@@ -62,7 +63,8 @@ class Engine:
       eos_ids: tokens that end an answer.
       slots: answers that decode together.
       context: cache positions of a slot, for the longest prompt plus answer.
-      mesh: spreads the slots over its rows axes (data, fsdp) when their number divides; None: wherever the parameters are.
+      mesh: spreads the slots over its rows axes (data, fsdp) when their number divides; None: wherever the parameters
+        are.
       programs: the module `programs` (XLA) or a `backends.BridgePrograms`.
     """
 
@@ -76,7 +78,9 @@ class Engine:
         self._eos_set = frozenset(int(token) for token in eos_ids)
         self._mesh = mesh
         self._planner = RowPlanner(model, slots, row_groups(mesh))
-        cache = model.language.empty_cache(slots, context, model.compute_dtype, unrolled=self._decode_params is not None)
+        cache = model.language.empty_cache(
+            slots, context, model.compute_dtype, unrolled=self._decode_params is not None
+        )
         self._state = self._place(empty_slots(cache, slots, model.language.config.vocab_size))
         self._waiting: collections.deque[_Running] = collections.deque()
         self._running: list[_Running | None] = [None] * slots
@@ -112,7 +116,9 @@ class Engine:
         self._planner.fix(sizes)
 
     def warm_up(self, prompt: Prompt, sizes: Sequence[tuple[Bucket, int]]) -> Iterator[tuple[int, int, str]]:
-        """Compile all programs of these prompt sizes and of decoding, and `fix` the sizes. Yields (done, total, what) before each.
+        """Compile all programs of these prompt sizes and of decoding, and `fix` the sizes.
+
+        Yields (done, total, what) before each.
 
         Args:
           prompt: any small one without images.
@@ -126,7 +132,9 @@ class Engine:
                 yield done, total, f"prompts of {bucket.tokens} tokens and {bucket.patches} patches, {count} at a time"
                 done += 1
                 # Slot numbers past the last are dropped.
-                self._read_rows([prompt], [[0]], [0] * count, bucket, rows, [self.slots] * count, self._settings([], count))
+                self._read_rows(
+                    [prompt], [[0]], [0] * count, bucket, rows, [self.slots] * count, self._settings([], count)
+                )
         for alternatives in (False, True):
             yield done, total, "decoding" + (" with alternatives" if alternatives else "")
             done += 1
@@ -152,17 +160,25 @@ class Engine:
         """
         if prompt.tokens > self.context:
             raise UserError(
-                f"The prompt of {prompt.id or 'a request'} has {prompt.tokens} tokens ({prompt.patches // 4} of images) but the context holds {self.context}. "
+                f"The prompt of {prompt.id or 'a request'} has {prompt.tokens} tokens ({prompt.patches // 4} "
+                f"of images) but the context holds {self.context}. "
                 "Use smaller images (--max-pixels), a shorter prompt, or a larger context"
             )
         if not self._planner.holds([prompt]):
-            raise UserError(f"The prompt has {prompt.tokens} tokens, {prompt.patches} patches and {len(prompt.example.image_lengths)} images, more than any size that was compiled")
+            raise UserError(
+                f"The prompt has {prompt.tokens} tokens, {prompt.patches} patches and "
+                f"{len(prompt.example.image_lengths)} images, more than any size that was compiled"
+            )
 
     def abort(self, watchers: Sequence[Watcher]) -> None:
-        """Drop the answers of these watchers, waiting or decoding; their slots are free at once and nothing more is delivered."""
+        """Drop the answers of these watchers, waiting or decoding; their slots are free at once and nothing more is
+        delivered.
+        """
         gone = set(map(id, watchers))
         self._waiting = collections.deque(running for running in self._waiting if id(running.watcher) not in gone)
-        self._release([slot for slot, running in enumerate(self._running) if running is not None and id(running.watcher) in gone])
+        self._release(
+            [slot for slot, running in enumerate(self._running) if running is not None and id(running.watcher) in gone]
+        )
 
     def load(self, params) -> None:
         """Replace the parameters, an nnx.State of the model's structure. Running answers continue with the new ones.
@@ -170,8 +186,10 @@ class Engine:
         Raises:
           ValueError: another structure, shapes or dtypes than the model's.
         """
+
         def kind(tree):
             return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
         if kind(params) != kind(self._params):
             raise ValueError("the new parameters have another structure, shapes or dtypes than the model's")
         self._params = params
@@ -190,8 +208,8 @@ class Engine:
         """Admit prompts that fit, then decode up to `chunk` tokens in each slot and deliver them to the watchers.
 
         Args:
-          eager: admit as soon as any slot is free; False waits until a quarter of the slots is free, which wastes less on
-            prefill when nobody watches.
+          eager: admit as soon as any slot is free; False waits until a quarter of the slots is free, which wastes less
+            on prefill when nobody watches.
         """
         admitted = self._admit(1 if eager else max(1, self.slots // 4))
         active = [running is not None for running in self._running]
@@ -206,17 +224,34 @@ class Engine:
         firsts = {}
         for slots, tokens, logprobs, others in admitted:
             ids_NA, values_NA = map(np.asarray, others)
-            for slot, token, logprob, ids, values in zip(slots, np.asarray(tokens), np.asarray(logprobs), ids_NA, values_NA):
+            for slot, token, logprob, ids, values in zip(
+                slots, np.asarray(tokens), np.asarray(logprobs), ids_NA, values_NA
+            ):
                 firsts[slot] = int(token), float(logprob), _pairs(ids, values)
-        self._deliver(firsts, np.asarray(tokens_CB), np.asarray(logprobs_CB), jax.tree.map(np.asarray, others_CBA), np.asarray(active_B))
+        self._deliver(
+            firsts,
+            np.asarray(tokens_CB),
+            np.asarray(logprobs_CB),
+            jax.tree.map(np.asarray, others_CBA),
+            np.asarray(active_B),
+        )
 
     def _decode(self, chunk: int, wanted: int, alternatives: bool):
         self._state, *results = self._programs.decode(
-            self._graphdef, self._params, self._decode_params, self._state, self._eos, np.int32(min(chunk, CHUNK)), np.int32(wanted), alternatives
+            self._graphdef,
+            self._params,
+            self._decode_params,
+            self._state,
+            self._eos,
+            np.int32(min(chunk, CHUNK)),
+            np.int32(wanted),
+            alternatives,
         )
         return results
 
-    def _deliver(self, firsts: dict[int, tuple[int, float, tuple]], tokens_CB, logprobs_CB, others_CBA, active_B) -> None:
+    def _deliver(
+        self, firsts: dict[int, tuple[int, float, tuple]], tokens_CB, logprobs_CB, others_CBA, active_B
+    ) -> None:
         stopped = []
         gained_CB = tokens_CB >= 0
         self.decode_steps += int(gained_CB.any(1).sum())
@@ -227,7 +262,11 @@ class Engine:
             tokens = tokens_CB[gained, slot].tolist()
             logprobs = logprobs_CB[gained, slot].tolist()
             most = running.sampling.top_logprobs
-            others = [_pairs(ids, values) for ids, values in zip(*(store[gained, slot] for store in others_CBA))] if most else []
+            others = (
+                [_pairs(ids, values) for ids, values in zip(*(store[gained, slot] for store in others_CBA))]
+                if most
+                else []
+            )
             if slot in firsts:
                 for store, first in zip((tokens, logprobs, others), firsts[slot], strict=True):
                     store.insert(0, first)
@@ -236,7 +275,9 @@ class Engine:
             self.decoded_tokens += len(tokens)
             ended = None
             if not active_B[slot]:
-                ended = "stop" if tokens and tokens[-1] in self._eos_set and not running.sampling.ignore_eos else "length"
+                ended = (
+                    "stop" if tokens and tokens[-1] in self._eos_set and not running.sampling.ignore_eos else "length"
+                )
             if running.watcher(Delivery(tokens, logprobs, others, ended)) and ended is None:
                 stopped.append(slot)
             if ended:
@@ -279,16 +320,29 @@ class Engine:
         pad = rows_for(len(group), self.slots) - len(group)
         alternatives = any(running.sampling.top_logprobs for running in group)
         slot_N = slots + [self.slots] * pad
-        first = self._read_rows(prompts, rows, prompt_of + [0] * pad, bucket, count, slot_N, self._settings(group, pad), alternatives)
+        first = self._read_rows(
+            prompts, rows, prompt_of + [0] * pad, bucket, count, slot_N, self._settings(group, pad), alternatives
+        )
         for running, slot in zip(group, slots):
             self._running[slot] = running
         return first
 
-    def _read_rows(self, prompts, rows, prompt_of: Sequence[int], bucket: Bucket, count: int, slots: Sequence[int], settings, alternatives: bool | None = None):
+    def _read_rows(
+        self,
+        prompts,
+        rows,
+        prompt_of: Sequence[int],
+        bucket: Bucket,
+        count: int,
+        slots: Sequence[int],
+        settings,
+        alternatives: bool | None = None,
+    ):
         """Prefill rows of prompts and put their answers into slots; returns the first tokens.
 
         Args:
-          rows: indexes of the prompts of each row. prompt_of, slots: of each answer. alternatives: None compiles both programs.
+          rows: indexes of the prompts of each row. prompt_of, slots: of each answer. alternatives: None compiles both
+            programs.
         """
         batch = pack_bucket([[prompts[index] for index in row] for row in rows], bucket, count, self._vision)
         batch = place_rows(self._mesh, batch, batch.tokens.shape[0])
@@ -299,7 +353,15 @@ class Engine:
             self._programs.first_tokens(logits, seen, settings, True)
         first = self._programs.first_tokens(logits, seen, settings, bool(alternatives))
         self._state = self._programs.admit(
-            self._state, prefilled.keys, prefilled.values, places, seen, np.asarray(slots, np.int32), first[0], settings, self._eos
+            self._state,
+            prefilled.keys,
+            prefilled.values,
+            places,
+            seen,
+            np.asarray(slots, np.int32),
+            first[0],
+            settings,
+            self._eos,
         )
         return first
 
@@ -307,9 +369,11 @@ class Engine:
         def column(value: Callable[[_Running], object], kind, rest):
             return np.asarray([value(running) for running in group] + [rest] * pad, kind)
 
-        # The last token of an answer is never written to the cache, so an answer has one token more than its cache positions.
+        # The last token of an answer is never written to the cache, so an answer has one token more than its cache
+        # positions.
         def limit(running):
             return min(running.sampling.max_new_tokens, self.context - running.prompt.tokens + 1)
+
         return programs.Settings(
             temperature=column(lambda r: r.sampling.temperature, np.float32, 0),
             top_k=column(lambda r: r.sampling.top_k, np.int32, 0),

@@ -20,7 +20,8 @@ class Piece:
     """Newly released text of an answer.
 
     Attributes:
-      request: index of the request. sample: which of its answers. text: may be empty. answer: set once the answer is complete.
+      request: index of the request. sample: which of its answers. text: may be empty. answer: set once the answer is
+        complete.
       tokens, logprobs, alternatives: since the last piece (see `Answer`); the text of the newest may still be withheld.
     """
 
@@ -34,7 +35,7 @@ class Piece:
 
 
 class Generator:
-    """Answers requests with one model.
+    """Answer requests with one model.
 
     Args:
       opened: anything with `model`, `tokenizer`, `min_pixels` and `max_pixels` (such as `weights.open_model` returns).
@@ -44,22 +45,46 @@ class Generator:
       programs: back end; None is XLA, `backends.BridgePrograms(device)` is npu_bridge.
     """
 
-    def __init__(self, opened, *, slots: int = 16, context: int | None = None, mesh=None, programs=None, resample: str = "bicubic",
-                 video_fps: float = 2.0, video_max_frames: int = 64):
+    def __init__(
+        self,
+        opened,
+        *,
+        slots: int = 16,
+        context: int | None = None,
+        mesh=None,
+        programs=None,
+        resample: str = "bicubic",
+        video_fps: float = 2.0,
+        video_max_frames: int = 64,
+    ):
         self.model, self.tokenizer = opened.model, opened.tokenizer
         self.slots, self._fixed_context, self._mesh = slots, context, mesh or mesh_of(self.model)
-        self.encode = PromptEncoder(self.model, self.tokenizer, min_pixels=opened.min_pixels, max_pixels=opened.max_pixels, resample=resample,
-                                    video_fps=video_fps, video_max_frames=video_max_frames)
+        self.encode = PromptEncoder(
+            self.model,
+            self.tokenizer,
+            min_pixels=opened.min_pixels,
+            max_pixels=opened.max_pixels,
+            resample=resample,
+            video_fps=video_fps,
+            video_max_frames=video_max_frames,
+        )
         self._engine: Engine | None = None
         self._programs = {} if programs is None else {"programs": programs}
         self.eos_ids = self.tokenizer.stop_ids
 
-    def generate(self, requests: Sequence[Request], *, on_answer: Callable[[int, Answer], None] | None = None, skip_errors: bool = False) -> list[Answer]:
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        on_answer: Callable[[int, Answer], None] | None = None,
+        skip_errors: bool = False,
+    ) -> list[Answer]:
         """All answers, in the order of the requests (a request with n > 1 has n in a row).
 
         Args:
           on_answer: called with the request's index and each answer as soon as it is complete.
-          skip_errors: a request that cannot be used gets an empty answer with `finish` "error" instead of ending the call.
+          skip_errors: a request that cannot be used gets an empty answer with `finish` "error" instead of ending the
+            call.
 
         Raises:
           UserError: a request that cannot be used; the message names its id.
@@ -73,7 +98,9 @@ class Generator:
         return [answers[key] for key in sorted(answers)]
 
     def stream(self, requests: Sequence[Request], *, chunk: int = 1) -> Iterator[Piece]:
-        """Pieces of text as they are generated, `chunk` tokens at a time; the last piece of an answer carries the whole."""
+        """Pieces of text as they are generated, `chunk` tokens at a time; the last piece of an answer carries the
+        whole.
+        """
         return self._run(requests, chunk=chunk)
 
     def _run(self, requests: Sequence[Request], chunk: int | None, skip_errors: bool = False) -> Iterator[Piece]:
@@ -91,10 +118,21 @@ class Generator:
                         usable.append(index)
                         continue
                     for sample in range(part[index].sampling.n):
-                        failed = Answer(id=part[index].id, sample=sample, text="", tokens=(), logprobs=(), finish="error", prompt_tokens=0, error=str(prompt))
+                        failed = Answer(
+                            id=part[index].id,
+                            sample=sample,
+                            text="",
+                            tokens=(),
+                            logprobs=(),
+                            finish="error",
+                            prompt_tokens=0,
+                            error=str(prompt),
+                        )
                         pieces.append(Piece(start + index, sample, "", failed))
                 if chunk is None:
-                    usable.sort(key=lambda index: (prompts[index].bucket, part[index].sampling.max_new_tokens), reverse=True)
+                    usable.sort(
+                        key=lambda index: (prompts[index].bucket, part[index].sampling.max_new_tokens), reverse=True
+                    )
                 engine = self._engine_for([prompts[index] for index in usable], [part[index] for index in usable])
                 for index in usable:
                     self.submit(engine, start + index, part[index], prompts[index], pieces.append)
@@ -112,7 +150,10 @@ class Generator:
             return error
 
     def _engine_for(self, prompts: Sequence[Prompt], requests: Sequence[Request]) -> Engine:
-        needed = max((prompt.tokens + request.sampling.max_new_tokens - 1 for prompt, request in zip(prompts, requests)), default=1)
+        needed = max(
+            (prompt.tokens + request.sampling.max_new_tokens - 1 for prompt, request in zip(prompts, requests)),
+            default=1,
+        )
         context = self._fixed_context or next_size(needed, 64, halves=True)
         if self._engine is None or (self._fixed_context is None and self._engine.context < context):
             self._engine = self.new_engine(context)
@@ -125,10 +166,16 @@ class Generator:
           context: None is the context that the generator was given, which must not be None then.
         """
         size = context or self._fixed_context
-        return Engine(self.model, eos_ids=self.eos_ids, slots=self.slots, context=size, mesh=self._mesh, **self._programs)
+        return Engine(
+            self.model, eos_ids=self.eos_ids, slots=self.slots, context=size, mesh=self._mesh, **self._programs
+        )
 
-    def submit(self, engine: Engine, number: int, request: Request, prompt: Prompt, emit: Callable[[Piece], None]) -> list[Watcher]:
-        """Queue a request; `emit` gets its pieces on the thread that steps the engine. Returns what `Engine.abort` takes.
+    def submit(
+        self, engine: Engine, number: int, request: Request, prompt: Prompt, emit: Callable[[Piece], None]
+    ) -> list[Watcher]:
+        """Queue a request; `emit` gets its pieces on the thread that steps the engine.
+
+        Returns what `Engine.abort` takes.
 
         Raises:
           UserError: the prompt does not fit the context.
@@ -136,10 +183,14 @@ class Generator:
         sampling = request.sampling
         base = number if sampling.seed is None else sampling.seed
         watchers = [self._watcher(number, sample, request, prompt, emit) for sample in range(sampling.n)]
-        engine.submit(prompt, sampling, seeds=[base + (sample << 32) for sample in range(sampling.n)], watchers=watchers)
+        engine.submit(
+            prompt, sampling, seeds=[base + (sample << 32) for sample in range(sampling.n)], watchers=watchers
+        )
         return watchers
 
-    def _watcher(self, number: int, sample: int, request: Request, prompt: Prompt, emit: Callable[[Piece], None]) -> Watcher:
+    def _watcher(
+        self, number: int, sample: int, request: Request, prompt: Prompt, emit: Callable[[Piece], None]
+    ) -> Watcher:
         stream = TextStream(self.tokenizer, request.sampling.stop)
         logprobs: list[float] = []
         alternatives: list[tuple] = []
@@ -148,7 +199,11 @@ class Generator:
         def news(count: int) -> dict:
             nonlocal told
             since, told = slice(told, count), count
-            return dict(tokens=tuple(stream.tokens[since]), logprobs=tuple(logprobs[since]), alternatives=tuple(alternatives[since]))
+            return dict(
+                tokens=tuple(stream.tokens[since]),
+                logprobs=tuple(logprobs[since]),
+                alternatives=tuple(alternatives[since]),
+            )
 
         def watch(new: Delivery) -> bool:
             ended = new.ended
@@ -160,9 +215,16 @@ class Generator:
                     emit(Piece(number, sample, text, **news(len(stream.tokens))))
                 return False
             count = len(stream.tokens)
-            answer = Answer(id=request.id, sample=sample, text=stream.text, tokens=tuple(stream.tokens), logprobs=tuple(logprobs[:count]),
-                            finish="stop" if stream.stopped else ended, prompt_tokens=prompt.tokens,
-                            alternatives=tuple(alternatives[:count]))
+            answer = Answer(
+                id=request.id,
+                sample=sample,
+                text=stream.text,
+                tokens=tuple(stream.tokens),
+                logprobs=tuple(logprobs[:count]),
+                finish="stop" if stream.stopped else ended,
+                prompt_tokens=prompt.tokens,
+                alternatives=tuple(alternatives[:count]),
+            )
             emit(Piece(number, sample, text, answer, **news(count)))
             return stream.stopped
 

@@ -29,7 +29,10 @@ def open_for_inference(folder: str | Path, *, mesh: str | None = None, adapter: 
     if adapter is not None:
         opened = add_adapter(opened, adapter)
     if opened.tokenizer is None:
-        raise UserError(f"{folder} has no tokenizer.json, so there is no text to read or write; save the tokenizer beside the weights")
+        raise UserError(
+            f"{folder} has no tokenizer.json, so there is no text to read or write; save the tokenizer "
+            "beside the weights"
+        )
     path = named_folder(folder)[0] / SETTINGS
     if not path.is_file():
         return opened
@@ -49,6 +52,8 @@ def parse_mesh(text: str):
     for part in text.split(","):
         axis, _, size = part.partition("=")
         if axis.strip() not in AXES or not size.strip().lstrip("-").isdigit():
-            raise UserError(f"--mesh {text!r}: expected AXIS=SIZE pairs such as data=2,tensor=4; axes are {', '.join(AXES)}")
+            raise UserError(
+                f"--mesh {text!r}: expected AXIS=SIZE pairs such as data=2,tensor=4; axes are {', '.join(AXES)}"
+            )
         sizes[axis.strip()] = int(size)
     return make_mesh(MeshConfig(**sizes))

@@ -26,7 +26,8 @@ def row_groups(mesh: Mesh | None) -> int:
 
 
 def place_rows(mesh, tree, rows: int):
-    """Put a pytree whose leaves have `rows` as their leading dim (second in a stacked Cache; scalars have none) onto the mesh.
+    """Put a pytree whose leaves have `rows` as their leading dim (second in a stacked Cache; scalars have none) onto
+    the mesh.
 
     Rows that do not divide over the mesh are replicated. Without a mesh nothing moves.
     """

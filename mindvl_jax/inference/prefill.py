@@ -22,8 +22,8 @@ STEPS = 4
 class RowPlanner:
     """Find the cheapest rows for prompts that are prefilled together.
 
-    Reuse a compiled size until the padding it wasted, summed over all calls that preferred a better size, exceeds the cost of one
-    compilation. A small model then runs a whole evaluation at a few sizes, and a large one at the best.
+    Reuse a compiled size until the padding it wasted, summed over all calls that preferred a better size, exceeds the
+    cost of one compilation. A small model then runs a whole evaluation at a few sizes, and a large one at the best.
 
     Args:
       model: its sizes give the cost of a token and of a patch.
@@ -33,7 +33,9 @@ class RowPlanner:
     def __init__(self, model, slots: int, groups: int = 1):
         text = model.language.config
         work = WorkModel.of(types.SimpleNamespace(text=text, vision=vision_of(model)))
-        self._token = work.token - text.hidden_size * text.vocab_size  # the output matrix is applied to one token of each prompt
+        self._token = (
+            work.token - text.hidden_size * text.vocab_size
+        )  # the output matrix is applied to one token of each prompt
         self._work, self._counts, self._groups = work, row_counts(slots), groups
         self._known: list[tuple[Bucket, int]] = []
         self._wasted: dict[tuple[Bucket, int], float] = collections.defaultdict(float)
@@ -74,7 +76,12 @@ class RowPlanner:
 
     def _cost(self, bucket: Bucket, count: int) -> float:
         """Multiply-adds of a prefill; attention is computed for the whole square of a row."""
-        row = self._token * bucket.tokens + 2 * self._work.token_pair * bucket.tokens**2 + self._work.patch * bucket.patches + self._work.patch_pair * bucket.patches**2
+        row = (
+            self._token * bucket.tokens
+            + 2 * self._work.token_pair * bucket.tokens**2
+            + self._work.patch * bucket.patches
+            + self._work.patch_pair * bucket.patches**2
+        )
         return count * row / (self._groups if count % self._groups == 0 else 1)
 
 
@@ -118,7 +125,10 @@ def _candidates(sizes: Sequence[tuple[int, int, int]], count: int) -> Iterator[t
     tokens, patches, images = (max(max(column), -(-sum(column) // count)) for column in zip(*sizes))
     for more_tokens in _ladder(tokens, 32):
         for more_patches in _ladder(patches, 16) if patches else (0,):
-            yield Bucket(tokens=more_tokens, patches=more_patches, images=next_size(2 * images, 4) if images else 0), count
+            yield (
+                Bucket(tokens=more_tokens, patches=more_patches, images=next_size(2 * images, 4) if images else 0),
+                count,
+            )
 
 
 def _ladder(value: int, smallest: int) -> Iterator[int]:

@@ -1,10 +1,11 @@
 """Device programs of generation: prefill, choose first tokens, admit to slots, decode, release.
 
-Legend: B slots, R prompt rows, N admitted answers, T prompt positions, S cache positions of a slot, V vocabulary, L layers, D width.
+Legend: B slots, R prompt rows, N admitted answers, T prompt positions, S cache positions of a slot, V vocabulary, L
+layers, D width.
 
-All shapes are static. One decode program serves every request whatever its length, images or settings: requests differ only in the
-values of the per-slot arrays. Prefill uses a few bucketed sizes (see `buckets.py`) and packs several prompts into a row, as training
-does.
+All shapes are static. One decode program serves every request whatever its length, images or settings: requests differ
+only in the values of the per-slot arrays. Prefill uses a few bucketed sizes (see `buckets.py`) and packs several
+prompts into a row, as training does.
 """
 
 from __future__ import annotations
@@ -72,15 +73,31 @@ class Slots:
 
 def empty_slots(cache: Cache, slots: int, vocabulary: int) -> Slots:
     """Return free slots over an empty cache. `decode` with `DecodeParams` needs an unrolled one."""
+
     def zeros(kind):
         return jnp.zeros((slots,), kind)
+
     return Slots(
-        cache=cache, place=jnp.int32(0),
-        token=zeros(jnp.int32), index=zeros(jnp.int32), position=zeros(jnp.int32), count=zeros(jnp.int32), active=zeros(bool),
-        seen=jnp.zeros((slots, vocabulary), bool), counts=jnp.zeros((slots, vocabulary), jnp.int32),
+        cache=cache,
+        place=jnp.int32(0),
+        token=zeros(jnp.int32),
+        index=zeros(jnp.int32),
+        position=zeros(jnp.int32),
+        count=zeros(jnp.int32),
+        active=zeros(bool),
+        seen=jnp.zeros((slots, vocabulary), bool),
+        counts=jnp.zeros((slots, vocabulary), jnp.int32),
         settings=Settings(
-            temperature=zeros(jnp.float32), top_k=zeros(jnp.int32), top_p=jnp.ones((slots,), jnp.float32), min_p=zeros(jnp.float32),
-            penalty=jnp.ones((slots,), jnp.float32), presence=zeros(jnp.float32), frequency=zeros(jnp.float32), limit=zeros(jnp.int32), ignore_eos=zeros(bool), key=jnp.zeros((slots, 2), jnp.uint32),
+            temperature=zeros(jnp.float32),
+            top_k=zeros(jnp.int32),
+            top_p=jnp.ones((slots,), jnp.float32),
+            min_p=zeros(jnp.float32),
+            penalty=jnp.ones((slots,), jnp.float32),
+            presence=zeros(jnp.float32),
+            frequency=zeros(jnp.float32),
+            limit=zeros(jnp.int32),
+            ignore_eos=zeros(bool),
+            key=jnp.zeros((slots, 2), jnp.uint32),
         ),
     )
 
@@ -88,7 +105,9 @@ def empty_slots(cache: Cache, slots: int, vocabulary: int) -> Slots:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefilled:
-    """Result of prefilling R rows: keys and values (L, R, T, K, H), hidden states after the final norm (R, T, D), tokens (R, T)."""
+    """Result of prefilling R rows: keys and values (L, R, T, K, H), hidden states after the final norm (R, T, D),
+    tokens (R, T).
+    """
 
     keys: jax.Array
     values: jax.Array
@@ -101,7 +120,8 @@ class Prefilled:
 class Places:
     """Positions of the prompts of N answers in the prefilled rows, (N,) int32 each.
 
-    Attributes: row: of the prompt. start: its first position there. length: its tokens. position: rotary position of the token after it.
+    Attributes: row: of the prompt. start: its first position there. length: its tokens. position: rotary position of
+    the token after it.
     """
 
     row: jax.Array
@@ -127,19 +147,29 @@ UNSTACKED_LAYERS = 32
 def unstack_layers(graphdef, params) -> DecodeParams | None:
     """Unstack the layers and transpose the token table once, not at every token.
 
-    On a CPU both are copies, for a small model as much work as the rest of a step. Returns None for a model that is too large to be
-    held twice or too deep to be unrolled.
+    On a CPU both are copies, for a small model as much work as the rest of a step. Returns None for a model that is too
+    large to be held twice or too deep to be unrolled.
     """
     language = nnx.merge(graphdef, params).language
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(language)))
-    return None if size > UNSTACKED_BYTES or language.config.num_layers > UNSTACKED_LAYERS else _unstack_layers(graphdef, params)
+    return (
+        None
+        if size > UNSTACKED_BYTES or language.config.num_layers > UNSTACKED_LAYERS
+        else _unstack_layers(graphdef, params)
+    )
 
 
 @partial(jax.jit, static_argnames=("graphdef",))
 def _unstack_layers(graphdef, params) -> DecodeParams:
     model = nnx.merge(graphdef, params)
     stack = nnx.state(model.language.layers)
-    return DecodeParams(tuple(jax.tree.map(lambda leaf, number=number: leaf[number], stack) for number in range(model.language.config.num_layers)), model.head_kernel())
+    return DecodeParams(
+        tuple(
+            jax.tree.map(lambda leaf, number=number: leaf[number], stack)
+            for number in range(model.language.config.num_layers)
+        ),
+        model.head_kernel(),
+    )
 
 
 @partial(jax.jit, static_argnames=("graphdef", "has_pictures"))
@@ -154,18 +184,26 @@ def prefill(graphdef, params, batch: Batch, *, has_pictures: bool) -> Prefilled:
         inputs_RTD = model.embed(batch)
     else:
         inputs_RTD = model.language.embed(batch.tokens).astype(model.compute_dtype)
-    hidden_RTD, keys, values = model.language.read(inputs_RTD, batch.positions, batch.segment_ids, segment_lengths=batch.segment_lengths)
+    hidden_RTD, keys, values = model.language.read(
+        inputs_RTD, batch.positions, batch.segment_ids, segment_lengths=batch.segment_lengths
+    )
     return Prefilled(keys=keys, values=values, hidden=hidden_RTD, tokens=batch.tokens)
 
 
 @partial(jax.jit, static_argnames=("graphdef",))
 def last_logits(graphdef, params, prefilled: Prefilled, places: Places) -> tuple[jax.Array, jax.Array]:
-    """Logits (N, V) float32 after the last token of each answer's prompt, and the tokens that occur in the prompt, (N, V) bool."""
+    """Logits (N, V) float32 after the last token of each answer's prompt, and the tokens that occur in the prompt, (N,
+    V) bool.
+    """
     logits_NV = nnx.merge(graphdef, params).logits(prefilled.hidden[places.row, places.start + places.length - 1])
     N, T = places.row.shape[0], prefilled.tokens.shape[1]
     place_1T = jnp.arange(T)[None]
     own_NT = (place_1T >= places.start[:, None]) & (place_1T < (places.start + places.length)[:, None])
-    counts_NV = jnp.zeros((N, logits_NV.shape[-1]), jnp.int32).at[jnp.arange(N)[:, None], prefilled.tokens[places.row]].max(own_NT.astype(jnp.int32))
+    counts_NV = (
+        jnp.zeros((N, logits_NV.shape[-1]), jnp.int32)
+        .at[jnp.arange(N)[:, None], prefilled.tokens[places.row]]
+        .max(own_NT.astype(jnp.int32))
+    )
     return logits_NV, counts_NV > 0
 
 
@@ -184,15 +222,23 @@ def alternatives_of(logits_BV, wanted: bool) -> Alternatives:
 
 
 @partial(jax.jit, static_argnames=("alternatives",))
-def first_tokens(logits_NV, seen_NV, settings: Settings, alternatives: bool = False) -> tuple[jax.Array, jax.Array, Alternatives]:
+def first_tokens(
+    logits_NV, seen_NV, settings: Settings, alternatives: bool = False
+) -> tuple[jax.Array, jax.Array, Alternatives]:
     """First token (N,) int32 of each answer, its log-probability (N,) float32 and, if wanted, the alternatives to it.
 
-    A program of its own, because `admit` and `last_logits` are compiled for each bucket, and sampling code compiles slowly.
+    A program of its own, because `admit` and `last_logits` are compiled for each bucket, and sampling code compiles
+    slowly.
     """
     penalised_NV = sampling.apply_repetition_penalty(logits_NV, seen_NV, settings.penalty)
     token_N = sampling.choose(
-        penalised_NV, keys_B2=settings.key, counts_B=jnp.zeros(logits_NV.shape[:1], jnp.int32),
-        temperature_B=settings.temperature, top_k_B=settings.top_k, top_p_B=settings.top_p, min_p_B=settings.min_p,
+        penalised_NV,
+        keys_B2=settings.key,
+        counts_B=jnp.zeros(logits_NV.shape[:1], jnp.int32),
+        temperature_B=settings.temperature,
+        top_k_B=settings.top_k,
+        top_p_B=settings.top_p,
+        min_p_B=settings.min_p,
     )
     return token_N, sampling.log_probability(logits_NV, token_N), alternatives_of(logits_NV, alternatives)
 
@@ -202,18 +248,24 @@ def admit(slots: Slots, keys, values, places: Places, seen_NV, slot_N, token_N, 
     """Put N answers with their first tokens into slots.
 
     Args:
-      keys, values: (L, R, T, K, H) of the prefilled rows. places: of each answer's prompt in them; several answers may share one (n samples).
+      keys, values: (L, R, T, K, H) of the prefilled rows. places: of each answer's prompt in them; several answers may
+        share one (n samples).
       slot_N: slot of each answer; a number past the last slot drops the entry (padding).
     """
     ended_N = (token_N[:, None] == eos_E[None]).any(-1) & ~settings.ignore_eos
+
     def put(old, new):
         return old.at[slot_N].set(new.astype(old.dtype), mode="drop")
-    # The prompt's last token goes just before the next write position. Positions before the prompt's first are never read.
+
+    # The prompt's last token goes just before the next write position. Positions before the prompt's first are never
+    # read.
     S, T = slots.cache.places, keys.shape[2]
     ages_S = (slots.place - 1 - jnp.arange(S)) % S
     place_NS = jnp.clip((places.start + places.length - 1)[:, None] - ages_S[None], 0, T - 1)
+
     def of_answers(store):
         return store[:, places.row[:, None], place_NS]
+
     return Slots(
         cache=slots.cache.replace_rows(slot_N, of_answers(keys), of_answers(values)),
         place=slots.place,
@@ -236,28 +288,39 @@ def decode(
 
     Args:
       decode_params: from `unstack_layers`; None for slots whose cache is a stack.
-      eos_E: (E,) int32, tokens that end an answer. steps: int32 scalar, at most CHUNK. wanted: int32 scalar, at least 1.
+      eos_E: (E,) int32, tokens that end an answer. steps: int32 scalar, at most CHUNK. wanted: int32 scalar, at least
+        1.
       alternatives: static; also return the likeliest tokens of each step.
 
     Returns:
-      slots; tokens (CHUNK, B) int32, -1 where a slot gained none; log-probabilities (CHUNK, B) float32; alternatives (CHUNK, B, A);
-      active (B,).
+      slots; tokens (CHUNK, B) int32, -1 where a slot gained none; log-probabilities (CHUNK, B) float32; alternatives
+      (CHUNK, B, A); active (B,).
     """
     model = nnx.merge(graphdef, params)
     layer = nnx.graphdef(model.language.layers)
-    layers, head = (None, None) if decode_params is None else ([nnx.merge(layer, state) for state in decode_params.layers], decode_params.head)
+    layers, head = (
+        (None, None)
+        if decode_params is None
+        else ([nnx.merge(layer, state) for state in decode_params.layers], decode_params.head)
+    )
     B = slots.token.shape[0]
     at_start = jnp.sum(slots.active)
     # Rarely asked for, and a (B, V) table costs a small model a fifth of its step.
-    penalises = jnp.any((slots.settings.penalty != 1) | (slots.settings.presence != 0) | (slots.settings.frequency != 0))
+    penalises = jnp.any(
+        (slots.settings.penalty != 1) | (slots.settings.presence != 0) | (slots.settings.frequency != 0)
+    )
 
     def penalise(logits_BV, slots: Slots):
         logits_BV = sampling.apply_repetition_penalty(logits_BV, slots.seen, slots.settings.penalty)
-        return sampling.apply_count_penalties(logits_BV, slots.counts, slots.settings.presence, slots.settings.frequency)
+        return sampling.apply_count_penalties(
+            logits_BV, slots.counts, slots.settings.presence, slots.settings.frequency
+        )
 
     def remember(slots: Slots, token_B):
         rows = jnp.arange(B)
-        return slots.seen.at[rows, token_B].set(True), slots.counts.at[rows, token_B].add(slots.active.astype(jnp.int32))
+        return slots.seen.at[rows, token_B].set(True), slots.counts.at[rows, token_B].add(
+            slots.active.astype(jnp.int32)
+        )
 
     def go_on(carry):
         step, slots, *_ = carry
@@ -268,22 +331,32 @@ def decode(
         step, slots, tokens_CB, logprobs_CB, others_CBA = carry
         inputs_B1D = model.language.embed(slots.token[:, None]).astype(model.compute_dtype)
         positions_B31 = jnp.broadcast_to(slots.position[:, None, None], (B, 3, 1))
-        hidden_B1D, cache = model.language.extend(inputs_B1D, positions_B31, slots.cache, slots.place, slots.index + 1, layers=layers)
+        hidden_B1D, cache = model.language.extend(
+            inputs_B1D, positions_B31, slots.cache, slots.place, slots.index + 1, layers=layers
+        )
         logits_BV = model.logits(hidden_B1D[:, 0], head)
         settings = slots.settings
         token_B = sampling.choose(
             jax.lax.cond(penalises, penalise, lambda logits_BV, _: logits_BV, logits_BV, slots),
-            keys_B2=settings.key, counts_B=slots.count, temperature_B=settings.temperature, top_k_B=settings.top_k, top_p_B=settings.top_p,
+            keys_B2=settings.key,
+            counts_B=slots.count,
+            temperature_B=settings.temperature,
+            top_k_B=settings.top_k,
+            top_p_B=settings.top_p,
             min_p_B=settings.min_p,
         )
         logprob_B = sampling.log_probability(logits_BV, token_B)
         active_B = slots.active
         tokens_CB = tokens_CB.at[step].set(jnp.where(active_B, token_B, -1))
         logprobs_CB = logprobs_CB.at[step].set(logprob_B)
-        others_CBA = jax.tree.map(lambda store, new: store.at[step].set(new), others_CBA, alternatives_of(logits_BV, alternatives))
+        others_CBA = jax.tree.map(
+            lambda store, new: store.at[step].set(new), others_CBA, alternatives_of(logits_BV, alternatives)
+        )
         ended_B = (token_B[:, None] == eos_E[None]).any(-1) & ~settings.ignore_eos
         grow_B = active_B.astype(jnp.int32)
-        seen_BV, counts_BV = jax.lax.cond(penalises, remember, lambda slots, _: (slots.seen, slots.counts), slots, token_B)
+        seen_BV, counts_BV = jax.lax.cond(
+            penalises, remember, lambda slots, _: (slots.seen, slots.counts), slots, token_B
+        )
         slots = Slots(
             cache=cache,
             place=(slots.place + 1) % cache.places,

@@ -52,24 +52,43 @@ class PromptEncoder:
       min_pixels, max_pixels: area of a resized image unless a request sets it.
     """
 
-    def __init__(self, model, tokenizer, *, min_pixels: int, max_pixels: int, resample: str = "bicubic", video_fps: float = 2.0,
-                 video_max_frames: int = 64):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        *,
+        min_pixels: int,
+        max_pixels: int,
+        resample: str = "bicubic",
+        video_fps: float = 2.0,
+        video_max_frames: int = 64,
+    ):
         self._model, self._tokenizer, self._resample = prompt_config(model, tokenizer), tokenizer, resample
         self._sees = hasattr(model.config, "vision")
-        self._limits = EncodeLimits(min_pixels=min_pixels, max_pixels=max_pixels, resample=resample, video_fps=video_fps, video_max_frames=video_max_frames)
+        self._limits = EncodeLimits(
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            resample=resample,
+            video_fps=video_fps,
+            video_max_frames=video_max_frames,
+        )
         self._encoders: dict[tuple[int, int], ExampleEncoder] = {}
 
     def __call__(self, request: Request) -> Prompt:
         """Read and encode everything that the request names.
 
         Raises:
-          UserError: unreadable images, a number of marks that differs from the number of images, text outside the vocabulary.
+          UserError: unreadable images, a number of marks that differs from the number of images, text outside the
+            vocabulary.
         """
         try:
             given = ([_media(item) for item in items] for items in (request.images, request.videos))
             messages, images, videos = conversation(request.messages, *given, media_root=request.media_root)
             if not self._sees and (images or videos):
-                raise UserError("the model is a language model alone and cannot see images; use the weights of a vision-language model")
+                raise UserError(
+                    "the model is a language model alone and cannot see images; use the weights of a "
+                    "vision-language model"
+                )
             example = self._encoder(request).encode_prompt(messages, images, videos, id=request.id)
             example = example.with_pixels(self._model.vision, self._resample)
         except UserError as error:
@@ -89,7 +108,12 @@ class PromptEncoder:
         zeros, running = np.zeros_like(tokens), np.arange(len(tokens), dtype=np.int32)
         template = self._encoder(request).encode_prompt([Message("user", "a")], id=request.id)
         example = dataclasses.replace(
-            template, tokens=tokens, targets=zeros, loss_weights=zeros.astype(np.float32), positions=np.stack([running] * 3), visual_index=zeros - 1
+            template,
+            tokens=tokens,
+            targets=zeros,
+            loss_weights=zeros.astype(np.float32),
+            positions=np.stack([running] * 3),
+            visual_index=zeros - 1,
         ).with_pixels(self._model.vision, self._resample)
         return Prompt(id=request.id, example=example, bucket=bucket_of(len(tokens), 0, 0))
 
@@ -129,8 +153,15 @@ def prompt_config(model, tokenizer) -> Any:
     """Configuration for the chat encoder. A language model alone takes its unused media tokens from the tokenizer."""
     if hasattr(model.config, "vision"):
         return model.config
-    names = dict(image_token_id="<|image_pad|>", video_token_id="<|video_pad|>", vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>")
-    return _TextModel(vision=_NO_VISION, text=model.config.text, **{key: tokenizer.token_id(name) for key, name in names.items()})
+    names = dict(
+        image_token_id="<|image_pad|>",
+        video_token_id="<|video_pad|>",
+        vision_start_token_id="<|vision_start|>",
+        vision_end_token_id="<|vision_end|>",
+    )
+    return _TextModel(
+        vision=_NO_VISION, text=model.config.text, **{key: tokenizer.token_id(name) for key, name in names.items()}
+    )
 
 
 def without_media(request: Request) -> Request:
@@ -174,6 +205,16 @@ def pack_bucket(rows_of_prompts: Sequence[Sequence[Prompt]], bucket: Bucket, row
     """
     P = max(bucket.patches, vision.merge_unit)
     # A window holds at least one visual token, so there are at most as many windows as visual tokens.
-    shape = BatchShape(rows=rows, tokens=bucket.tokens, patches=P, samples=samples_of(bucket), images=max(bucket.images, 1), windows=P // vision.merge_unit, patch_dim=vision.patch_dim)
-    padded = [[prompt.example for prompt in row] for row in rows_of_prompts] + [[] for _ in range(rows - len(rows_of_prompts))]
+    shape = BatchShape(
+        rows=rows,
+        tokens=bucket.tokens,
+        patches=P,
+        samples=samples_of(bucket),
+        images=max(bucket.images, 1),
+        windows=P // vision.merge_unit,
+        patch_dim=vision.patch_dim,
+    )
+    padded = [[prompt.example for prompt in row] for row in rows_of_prompts] + [
+        [] for _ in range(rows - len(rows_of_prompts))
+    ]
     return collate(padded, shape, pad_id=0, vision=vision).batch

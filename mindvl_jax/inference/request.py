@@ -21,7 +21,8 @@ class Sampling:
       top_p: sample inside the smallest set of tokens whose probabilities reach this mass; 1 is no limit.
       min_p: sample among tokens at least this many times as likely as the likeliest one; 0 is no limit.
       repetition_penalty: above 1 makes tokens of the prompt and of the answer so far less likely.
-      presence_penalty, frequency_penalty: subtracted from the logits of tokens of the answer so far, once and for each occurrence.
+      presence_penalty, frequency_penalty: subtracted from the logits of tokens of the answer so far, once and for each
+        occurrence.
       stop: the answer ends before the first of these strings.
       seed: the same seed gives the same answer, whatever else is in the batch. None: a seed from the request's index.
       n: number of independent answers; the prompt is read once.
@@ -55,7 +56,9 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p is {self.top_p}, expected more than 0 and at most 1")
         if not 0 < self.repetition_penalty < float("inf"):
-            problems.append(f"repetition_penalty is {self.repetition_penalty}, expected more than 0 (1 changes nothing)")
+            problems.append(
+                f"repetition_penalty is {self.repetition_penalty}, expected more than 0 (1 changes nothing)"
+            )
         if not 0 <= self.min_p <= 1:
             problems.append(f"min_p is {self.min_p}, expected a number from 0 (no limit) to 1")
         for name in ("presence_penalty", "frequency_penalty"):
@@ -77,8 +80,9 @@ class Request:
 
     Attributes:
       messages: chat turns `{"role": ..., "content": ...}`; each `<image>` in a content takes the next of `images`, each
-        `<video>` the next of `videos` (`\\<image>` is text). A content may be a list of parts as in training data; the media that
-        parts name are paths below `media_root`, `file://` URLs, data URIs or base64. The last turn is the user's.
+        `<video>` the next of `videos` (`\\<image>` is text). A content may be a list of parts as in training data; the
+        media that parts name are paths below `media_root`, `file://` URLs, data URIs or base64. The last turn is the
+        user's.
       images: bytes, paths, PIL images, or objects whose `read()` returns bytes; in the order of their marks.
       id: comes back with the answer.
       min_pixels, max_pixels: image area after resizing; None is the model's own setting.
@@ -99,7 +103,10 @@ class Request:
         marked = marks(prompt).count(IMAGE)
         missing = len(images) - marked
         if missing < 0:
-            raise UserError(f"The prompt marks {marked} pictures with <image> but {len(images)} were given; give one picture for each mark.")
+            raise UserError(
+                f"The prompt marks {marked} pictures with <image> but {len(images)} were given; give one "
+                "picture for each mark."
+            )
         return cls(messages=[{"role": "user", "content": "<image>" * missing + prompt}], images=tuple(images), **rest)
 
 
@@ -119,7 +126,8 @@ class Answer:
       text: decoded text, without special tokens and without the stop string.
       tokens: generated ids of the model's vocabulary, the end token included when it was produced.
       logprobs: natural log-probability of each token under the model (temperature 1, no penalties).
-      alternatives: for each token the likeliest (id, log-probability) pairs, likeliest first; empty unless `top_logprobs` asked.
+      alternatives: for each token the likeliest (id, log-probability) pairs, likeliest first; empty unless
+        `top_logprobs` asked.
       finish: `stop` (end token or stop string), `length` (max_new_tokens, or the context is full) or `error`.
       prompt_tokens: tokens of the prompt, visual tokens included.
       error: reason of a failed request, when the caller asked to skip such requests.

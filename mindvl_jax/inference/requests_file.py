@@ -49,7 +49,13 @@ class _Question(_Form):
         given = self.model_dump(exclude_none=True)
         sampling = Sampling(**{**common, **{key: given[key] for key in Sampling.__dataclass_fields__ if key in given}})
         images, videos = (tuple(_named(name, root) for name in names) for names in (self.images, self.videos))
-        rest = dict(sampling=sampling, media_root=str(root), id=str(number if self.id is None else self.id), videos=videos, **{key: given.get(key, value) for key, value in pixels.items()})
+        rest = dict(
+            sampling=sampling,
+            media_root=str(root),
+            id=str(number if self.id is None else self.id),
+            videos=videos,
+            **{key: given.get(key, value) for key, value in pixels.items()},
+        )
         if self.prompt is not None:
             return Request.from_prompt(self.prompt, images, **rest)
         messages = [turn.model_dump() for turn in self.messages]
@@ -97,7 +103,11 @@ def read_requests(path: str, common: Mapping[str, Any], pixels: Mapping[str, int
         except UserError as error:
             problems.append(f"  line {number}: {error}")
     if problems:
-        what = f"1 line of {path} is no request" if len(problems) == 1 else f"{len(problems)} lines of {path} are no requests"
+        what = (
+            f"1 line of {path} is no request"
+            if len(problems) == 1
+            else f"{len(problems)} lines of {path} are no requests"
+        )
         raise UserError(f"{what}:\n" + "\n".join(problems[:SHOWN]) + ("\n  ..." if len(problems) > SHOWN else ""))
     if not requests:
         raise UserError(f"{path} holds no request")

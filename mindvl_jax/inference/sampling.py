@@ -1,8 +1,8 @@
 """Choose the next token on the device.
 
 Legend: B rows (slots), V vocabulary.
-Every row has its own settings and random key, so its choice depends neither on other rows nor on its slot: a request returns the
-same text alone, in any batch, and whenever it is admitted.
+Every row has its own settings and random key, so its choice depends neither on other rows nor on its slot: a request
+returns the same text alone, in any batch, and whenever it is admitted.
 """
 
 from __future__ import annotations
@@ -16,26 +16,30 @@ NEGATIVE = -1e30  # not -inf: a difference of two infinities is NaN
 def apply_repetition_penalty(logits_BV: jax.Array, seen_BV: jax.Array, penalty_B: jax.Array) -> jax.Array:
     """Make tokens that occurred in prompt or answer less likely; 1 changes nothing.
 
-    A positive logit is divided by the penalty and a negative one multiplied (CTRL, Keskar et al. 2019, section 4.1, in the
-    form that transformers' RepetitionPenaltyLogitsProcessor uses).
+    A positive logit is divided by the penalty and a negative one multiplied (CTRL, Keskar et al. 2019, section 4.1, in
+    the form that transformers' RepetitionPenaltyLogitsProcessor uses).
     """
     penalty_B1 = penalty_B[:, None]
     punished_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
     return jnp.where(seen_BV, punished_BV, logits_BV)
 
 
-def apply_count_penalties(logits_BV: jax.Array, counts_BV: jax.Array, presence_B: jax.Array, frequency_B: jax.Array) -> jax.Array:
+def apply_count_penalties(
+    logits_BV: jax.Array, counts_BV: jax.Array, presence_B: jax.Array, frequency_B: jax.Array
+) -> jax.Array:
     """Subtract `presence` once and `frequency` per occurrence from tokens of the answer so far (OpenAI's definition)."""
     counts_BV = counts_BV.astype(jnp.float32)
     return logits_BV - presence_B[:, None] * (counts_BV > 0) - frequency_B[:, None] * counts_BV
 
 
-def restrict(logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array, min_p_B: jax.Array | None = None) -> jax.Array:
-    """Keep the `top_k` most likely tokens (0: no limit), of these the nucleus of mass `top_p` (1: no limit), of these the ones
-    at least `min_p` times as likely as the likeliest (0: no limit).
+def restrict(
+    logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array, min_p_B: jax.Array | None = None
+) -> jax.Array:
+    """Keep the `top_k` most likely tokens (0: no limit), of these the nucleus of mass `top_p` (1: no limit), of these
+    the ones at least `min_p` times as likely as the likeliest (0: no limit).
 
-    As in transformers, the nucleus is measured inside what top-k left, the token that crosses `top_p` stays in, and tokens
-    that tie with the k-th stay.
+    As in transformers, the nucleus is measured inside what top-k left, the token that crosses `top_p` stays in, and
+    tokens that tie with the k-th stay.
     """
     V = logits_BV.shape[-1]
     k_B = jnp.where(top_k_B <= 0, V, jnp.minimum(top_k_B, V))
@@ -45,7 +49,9 @@ def restrict(logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array, min_p
     sorted_probs_BV = jax.nn.softmax(sorted_kept_BV, axis=-1)
     mass_before_BV = jnp.cumsum(sorted_probs_BV, axis=-1) - sorted_probs_BV
     in_nucleus_BV = (mass_before_BV < top_p_B[:, None]).at[:, 0].set(True)
-    lowest_B1 = jnp.min(jnp.where(in_nucleus_BV & (sorted_kept_BV > NEGATIVE), sorted_kept_BV, jnp.inf), axis=-1, keepdims=True)
+    lowest_B1 = jnp.min(
+        jnp.where(in_nucleus_BV & (sorted_kept_BV > NEGATIVE), sorted_kept_BV, jnp.inf), axis=-1, keepdims=True
+    )
     if min_p_B is not None:  # a ratio of probabilities is a difference of logits
         relative_B1 = jnp.log(jnp.maximum(min_p_B, 1e-30))[:, None] + descending_BV[:, :1]
         lowest_B1 = jnp.where(min_p_B[:, None] > 0, jnp.maximum(lowest_B1, relative_B1), lowest_B1)
@@ -55,8 +61,8 @@ def restrict(logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array, min_p
 def likeliest(logits_BV: jax.Array) -> jax.Array:
     """Argmax of each row, (B,) int32; the first of equals.
 
-    Computed as a maximum and the smallest index that has it: on a CPU, XLA vectorises both but not its argmax (176 us for 16 rows
-    of 2,300 tokens; the maximum takes 3).
+    Computed as a maximum and the smallest index that has it: on a CPU, XLA vectorises both but not its argmax (176 us
+    for 16 rows of 2,300 tokens; the maximum takes 3).
     """
     V = logits_BV.shape[-1]
     highest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 class TextStream:
     """Text of an answer, grown token by token.
 
-    A character may span several tokens, so text is released only when it is complete. Text that may be the start of a stop string is
-    withheld until it is decided.
+    A character may span several tokens, so text is released only when it is complete. Text that may be the start of a
+    stop string is withheld until it is decided.
 
     Attributes:
       tokens: all tokens so far. stopped: a stop string was seen.
@@ -45,15 +45,19 @@ class TextStream:
         return self._release(end)
 
     def _decode(self) -> None:
-        # Decode from a few settled tokens back: the text of a byte-level token does not depend on what came long before, so the cost
-        # does not grow with the answer.
+        # Decode from a few settled tokens back: the text of a byte-level token does not depend on what came long
+        # before, so the cost does not grow with the answer.
         tail = self._tokenizer.decode(self.tokens[self._settled :])
         self._text = self._settled_text + tail
         if len(self.tokens) - self._settled > 16 and not tail.endswith("\ufffd"):
             self._settled, self._settled_text = len(self.tokens), self._text
 
     def _find_stop(self) -> bool:
-        places = [place for place in (self._text.find(stop, max(0, self._released - len(stop))) for stop in self._stop) if place >= 0]
+        places = [
+            place
+            for place in (self._text.find(stop, max(0, self._released - len(stop))) for stop in self._stop)
+            if place >= 0
+        ]
         if places:
             self._text = self._text[: min(places)]
             self.stopped = True

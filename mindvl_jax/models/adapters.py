@@ -1,11 +1,13 @@
 """Which linear layers carry a low-rank adapter, and how it is attached to a model.
 
-A layout maps module paths such as `language/layers/attention/query` to an `Adapter`. It comes from the `adapters` section of a
-configuration (`weights.adapter_layout`) or from a PEFT folder (`weights.adapters`). The parameters `lora_a`, `lora_b` and `lora_magnitude` stand
-beside the base `kernel`, stacked over layers like it, so freezing, sharding, moments and checkpoints need no special case.
+A layout maps module paths such as `language/layers/attention/query` to an `Adapter`. It comes from the `adapters`
+section of a configuration (`weights.adapter_layout`) or from a PEFT folder (`weights.adapters`). The parameters
+`lora_a`, `lora_b` and `lora_magnitude` stand beside the base `kernel`, stacked over layers like it, so freezing,
+sharding, moments and checkpoints need no special case.
 
-Published linear layers that we keep apart (`attn.qkv` of the vision tower is query, key and value here) have one A in PEFT. Named by
-their published name they share one `lora_a` here too, which stands under the first of them in sorted order (`key`).
+Published linear layers that we keep apart (`attn.qkv` of the vision tower is query, key and value here) have one A in
+PEFT. Named by their published name they share one `lora_a` here too, which stands under the first of them in sorted
+order (`key`).
 """
 
 from __future__ import annotations
@@ -55,7 +57,10 @@ def is_adapter(path: str) -> bool:
 
 
 def attach_values(model: nnx.Module, layout: Layout, values: Mapping[str, jax.Array]) -> nnx.Module:
-    """Add adapters with given values, by path, to a model with values, in place. Each lies on the devices of its base kernel."""
+    """Add adapters with given values, by path, to a model with values, in place.
+
+    Each lies on the devices of its base kernel.
+    """
     for path, adapter in sorted(layout.items(), key=lambda item: (item[1].shares is not None, item[0])):
         linear = _module(model, path)
         *lead, in_name, out_name = linear.kernel.get_metadata()["out_sharding"]
@@ -63,10 +68,16 @@ def attach_values(model: nnx.Module, layout: Layout, values: Mapping[str, jax.Ar
 
         def put(leaf, *names, path=path, place=place, lead=lead):
             value = jnp.asarray(values[f"{path}/{leaf}"])
-            where = NamedSharding(place.mesh, partition_spec((*lead, *names), value.shape, place.mesh)) if isinstance(place, NamedSharding) else place
+            where = (
+                NamedSharding(place.mesh, partition_spec((*lead, *names), value.shape, place.mesh))
+                if isinstance(place, NamedSharding)
+                else place
+            )
             return parameter(jax.device_put(value, where), (*lead, *names))
 
-        linear.lora_a = put("lora_a", in_name, None) if adapter.shares is None else _module(model, adapter.shares).lora_a
+        linear.lora_a = (
+            put("lora_a", in_name, None) if adapter.shares is None else _module(model, adapter.shares).lora_a
+        )
         linear.lora_b = put("lora_b", None, out_name)
         if adapter.dora:
             linear.lora_magnitude = put("lora_magnitude", out_name)
@@ -85,7 +96,9 @@ def attach(model: nnx.Module, layout: Layout, rngs: nnx.Rngs) -> nnx.Module:
         *lead, inputs, outputs = kernel.shape
         *lead_names, in_name, out_name = names
         if adapter.shares is None:
-            linear.lora_a = parameter(initial_lora_a(rngs.params(), (*lead, inputs, adapter.rank)), (*lead_names, in_name, None))
+            linear.lora_a = parameter(
+                initial_lora_a(rngs.params(), (*lead, inputs, adapter.rank)), (*lead_names, in_name, None)
+            )
         else:
             linear.lora_a = _module(model, adapter.shares).lora_a
         linear.lora_b = parameter(jnp.zeros((*lead, adapter.rank, outputs), jnp.float32), (*lead_names, None, out_name))
@@ -100,9 +113,13 @@ def base_magnitude(kernel: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=-2))
 
 
-def merge_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float, magnitude: jax.Array | None = None) -> jax.Array:
+def merge_kernel(
+    kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float, magnitude: jax.Array | None = None
+) -> jax.Array:
     """Base kernel (.., D, F) with its adapter folded in, computed in float32 and rounded once to the kernel's dtype."""
-    merged = kernel.astype(jnp.float32) + scale * jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
+    merged = kernel.astype(jnp.float32) + scale * jnp.matmul(
+        a.astype(jnp.float32), b.astype(jnp.float32), precision="highest"
+    )
     if magnitude is not None:
         merged = merged * (magnitude / jnp.linalg.norm(merged, axis=-2))[..., None, :]
     return merged.astype(kernel.dtype)
@@ -114,7 +131,9 @@ def merge(params: Mapping[str, jax.Array], layout: Layout) -> dict[str, jax.Arra
     fold = jax.jit(merge_kernel, static_argnames=("scale",))
     for path, adapter in layout.items():
         a = params[f"{adapter.shares or path}/lora_a"]
-        merged[f"{path}/kernel"] = fold(params[f"{path}/kernel"], a, params[f"{path}/lora_b"], adapter.scale, params.get(f"{path}/lora_magnitude"))
+        merged[f"{path}/kernel"] = fold(
+            params[f"{path}/kernel"], a, params[f"{path}/lora_b"], adapter.scale, params.get(f"{path}/lora_magnitude")
+        )
     return merged
 
 

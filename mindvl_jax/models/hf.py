@@ -1,7 +1,9 @@
-"""Types that describe a family's published files: `models/<family>/hf.py` fills them in, `mindvl_jax.weights` reads and writes by them.
+"""Types that describe a family's published files: `models/<family>/hf.py` fills them in, `mindvl_jax.weights` reads and
+writes by them.
 
-Published matrices are (outputs, inputs); ours are (inputs, outputs), with the layers of a stack on a leading axis and experts on the
-axis after it. A form says how one published tensor holds one or more parameters of one layer. Imports no jax.
+Published matrices are (outputs, inputs); ours are (inputs, outputs), with the layers of a stack on a leading axis and
+experts on the axis after it. A form says how one published tensor holds one or more parameters of one layer. Imports no
+jax.
 """
 
 from __future__ import annotations
@@ -66,7 +68,10 @@ class Rows:
         return [part.reshape(len(part), -1).T if self.transpose else part for part in parts]
 
     def to_published(self, arrays: Sequence[Any]) -> Any:
-        own = [np.ascontiguousarray(array.T if self.transpose else array).reshape(self._published(array.shape)) for array in arrays]
+        own = [
+            np.ascontiguousarray(array.T if self.transpose else array).reshape(self._published(array.shape))
+            for array in arrays
+        ]
         return own[0] if len(own) == 1 else np.concatenate(own)
 
 
@@ -75,13 +80,16 @@ TRANSPOSE = Rows(transpose=True)
 
 
 def flatten(*kernel: int) -> Rows:
-    """Convolution kernel (outputs, *kernel) whose stride is its size: the matrix of a flattened patch, (product of kernel, outputs)."""
+    """Convolution kernel (outputs, *kernel) whose stride is its size: the matrix of a flattened patch, (product of
+    kernel, outputs).
+    """
     return Rows(transpose=True, kernel=kernel)
 
 
 @dataclasses.dataclass(frozen=True)
 class Interleaved:
-    """Matrices (or biases) whose rows take turns in groups: InternLM2's grouped q, k, v, or q, k, v of each head in turn.
+    """Matrices (or biases) whose rows take turns in groups: InternLM2's grouped q, k, v, or q, k, v of each head in
+    turn.
 
     Attributes:
       groups: how often the parameters take turns; each then holds its rows / groups.
@@ -262,18 +270,22 @@ class HFMapping:
     Attributes:
       model_types: `model_type` of config.json -> what it is.
       rules: of a configuration: every published tensor.
-      read_config: (content of config.json, reader) -> configuration; None after it has noted problems in the reader. What would change
-        the mathematics and is not built is noted, never ignored.
-      write_config: (configuration, {"dtype": .., "pad_token_id": .., ..}) -> content of config.json without `architectures`.
+      read_config: (content of config.json, reader) -> configuration; None after it has noted problems in the reader.
+        What would change the mathematics and is not built is noted, never ignored.
+      write_config: (configuration, {"dtype": .., "pad_token_id": .., ..}) -> content of config.json without
+        `architectures`.
       companions: (configuration, pixel areas) -> file name -> JSON content, such as preprocessor_config.json.
       chat_template: Jinja text for tokenizers that bring none.
       aliases: (prefix, published prefix): other spellings of the same tensors.
       ignored: ends of names of tensors that follow from the configuration.
       tied: configuration -> (tensor that may be left out, tensor that it then equals), or None.
-      assemble: (configuration whose tower is taken, configuration whose decoder is taken, mrope=bool) -> configuration of both together;
+      assemble: (configuration whose tower is taken, configuration whose decoder is taken, mrope=bool) -> configuration
+        of both together;
         None: towers of this family serve no other decoder.
-      reference: loads the family's reference, (folder, content of config.json, torch dtype) -> torch module; None: transformers' class.
-      reference_parts: our name of a part -> dotted path in the reference, both with `{layer}`; the first path that exists counts.
+      reference: loads the family's reference, (folder, content of config.json, torch dtype) -> torch module; None:
+        transformers' class.
+      reference_parts: our name of a part -> dotted path in the reference, both with `{layer}`; the first path that
+        exists counts.
     """
 
     model_types: Mapping[str, ModelType]

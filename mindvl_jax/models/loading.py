@@ -21,7 +21,10 @@ def processor_of(config: Config) -> Named:
     """
     spec = spec_of(config.model)
     if spec.processor is None:
-        raise UserError(f"model.family={spec.name} cannot be trained: nothing makes batches for it; families that can: " + ", ".join(name for name, other in SPECS.items() if other.processor))
+        raise UserError(
+            f"model.family={spec.name} cannot be trained: nothing makes batches for it; families that can: "
+            + ", ".join(name for name, other in SPECS.items() if other.processor)
+        )
     return spec.processor
 
 

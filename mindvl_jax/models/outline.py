@@ -11,7 +11,9 @@ from mindvl_jax.models.adapters import attach
 from mindvl_jax.models.registry import spec_of
 from mindvl_jax.models.spec import Named
 
-_layout_of = Named("mindvl_jax.weights.adapter_layout:layout_of")  # published names, which select layers, are known up there
+_layout_of = Named(
+    "mindvl_jax.weights.adapter_layout:layout_of"
+)  # published names, which select layers, are known up there
 
 
 @functools.lru_cache(maxsize=8)

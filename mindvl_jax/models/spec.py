@@ -1,7 +1,7 @@
 """`ModelSpec`: all that the rest of the project knows of a model family. Imports no jax.
 
-A family is one folder `models/<family>/`, whose `__init__` defines `SPEC`. What needs jax or files is named there and imported at its
-first use (`Named`), so that reading a configuration loads configuration classes alone.
+A family is one folder `models/<family>/`, whose `__init__` defines `SPEC`. What needs jax or files is named there and
+imported at its first use (`Named`), so that reading a configuration loads configuration classes alone.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class ModelSpec:
       objective: name of the loss that the family trains with unless the configuration names another.
       hf: HFMapping of the published files; None where there are none.
       parts: name -> parameter glob of the parts that people freeze, profile or give a rate of their own.
-      flops: (config, parameter shapes, trained paths) -> function of a step's counts; see `models.counts.StepFlops`; None counts nothing.
+      flops: (config, parameter shapes, trained paths) -> function of a step's counts; see `models.counts.StepFlops`;
+        None counts nothing.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """The protocol between an objective and the training step.
 
-The step knows nothing of a batch's fields: it differentiates `Objective.loss`, sums `LossTerms` over the micro-steps of an optimizer
-step, divides, updates, and hands the summed metrics back for display.
+The step knows nothing of a batch's fields: it differentiates `Objective.loss`, sums `LossTerms` over the micro-steps of
+an optimizer step, divides, updates, and hands the summed metrics back for display.
 """
 
 from __future__ import annotations
@@ -53,16 +53,19 @@ class Objective(Protocol):
         """Loss terms of one micro-batch; differentiated with respect to the model's trained parameters.
 
         Args:
-          key: `fold_in(key(run.seed), step)`, equal for all micro-steps of an optimizer step. Fold in each sample's own number (its
-            position in the data stream) before drawing: then the numbers of a sample depend neither on the mesh, nor on
-            packing, nor on how many micro-steps a step has.
+          key: `fold_in(key(run.seed), step)`, equal for all micro-steps of an optimizer step. Fold in each sample's own
+            number (its position in the data stream) before drawing: then the numbers of a sample depend neither on the
+            mesh, nor on packing, nor on how many micro-steps a step has.
         """
 
     def for_validation(self) -> Objective:
         """The objective that held-out samples are scored by: its loss must not depend on how they were batched."""
 
     def after_update(self, params: Params, aux: Any) -> Params:
-        """Trained parameters after the optimizer, with changes that no gradient makes (a router's load balancing). Called only with aux."""
+        """Trained parameters after the optimizer, with changes that no gradient makes (a router's load balancing).
+
+        Called only with aux.
+        """
 
     def display(self, values: Mapping[str, Any], sources: list[str]) -> dict[str, Any]:
         """Entries of metrics.jsonl from the summed metrics of a step (numpy, on the host).

@@ -2,10 +2,11 @@
 
 Legend: B samples, X shape of one sample.
 
-A sample at noise level t is x_t = (1 - t) x_0 + t e with e ~ N(0, 1): t = 0 is data, t = 1 is noise. The model predicts e - x_0.
+A sample at noise level t is x_t = (1 - t) x_0 + t e with e ~ N(0, 1): t = 0 is data, t = 1 is noise. The model predicts
+e - x_0.
 
-Noise, noise level and dropped conditions are drawn for each sample from its own number (its position in the data stream), in float32:
-they are the same under any mesh, any accumulation, and after a resume.
+Noise, noise level and dropped conditions are drawn for each sample from its own number (its position in the data
+stream), in float32: they are the same under any mesh, any accumulation, and after a resume.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from flax import nnx
 from mindvl_jax.config.schema import FlowMatchingConfig
 from mindvl_jax.objectives.base import LossTerms, Params
 
-TIME_BINS = 4  # the loss is shown by equal parts of the noise levels: late ones say what is seen, early ones whether it is consistent
+# the loss is shown by equal parts of the noise levels: late ones say what is seen, early ones whether it is consistent
+TIME_BINS = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class FlowMatching:
     """Flow matching for any model with three methods.
 
-    `clean(batch)` gives the data (B, *X) float32, `conditions(batch, withheld_B)` what the model is told of each sample, and
-    `velocity(noisy, times_B, conditions)` the prediction (B, *X). Reads of a batch: `weights` and `numbers`, both (B,).
+    `clean(batch)` gives the data (B, *X) float32, `conditions(batch, withheld_B)` what the model is told of each
+    sample, and `velocity(noisy, times_B, conditions)` the prediction (B, *X). Reads of a batch: `weights` and
+    `numbers`, both (B,).
 
     Attributes:
       times: how noise levels are drawn. uniform; logit_normal: sigmoid of a standard normal, which prefers the middle.
@@ -51,10 +54,14 @@ class FlowMatching:
     def metric_shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {"tokens": (), "samples": (), "by_time": (TIME_BINS, 2)}
 
-    def draw(self, key: jax.Array, numbers_B: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def draw(
+        self, key: jax.Array, numbers_B: jax.Array, shape: tuple[int, ...]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Noise (B, *shape), noise levels (B,) and withheld conditions (B,) bool of the samples with these numbers."""
         key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers_B)
-        noise_key_B, time_key_B, drop_key_B = (jax.vmap(jax.random.fold_in, (0, None))(key_B, part) for part in range(3))
+        noise_key_B, time_key_B, drop_key_B = (
+            jax.vmap(jax.random.fold_in, (0, None))(key_B, part) for part in range(3)
+        )
         noise = jax.vmap(lambda one: jax.random.normal(one, shape, jnp.float32))(noise_key_B)
         if self.times == "uniform":
             times_B = jax.vmap(lambda one: jax.random.uniform(one, (), jnp.float32))(time_key_B)
@@ -91,10 +98,16 @@ class FlowMatching:
         """Samples and tokens, and the mean loss of each part of the noise levels as `loss/noise 0.00-0.25`, ..."""
         edges = [number / TIME_BINS for number in range(TIME_BINS + 1)]
         names = [f"loss/noise {low:.2f}-{high:.2f}" for low, high in itertools.pairwise(edges)]
-        losses = {name: total / weight for name, (total, weight) in zip(names, values["by_time"].tolist(), strict=True) if weight > 0}
+        losses = {
+            name: total / weight
+            for name, (total, weight) in zip(names, values["by_time"].tolist(), strict=True)
+            if weight > 0
+        }
         return losses | {name: int(values[name].item()) for name in ("tokens", "samples")}
 
 
 def for_phase(config: FlowMatchingConfig, *, tokens: int) -> FlowMatching:
     """The objective of a run; `tokens` of one sample."""
-    return FlowMatching(times=config.times, shift=config.shift, condition_dropout=config.condition_dropout, tokens=tokens)
+    return FlowMatching(
+        times=config.times, shift=config.shift, condition_dropout=config.condition_dropout, tokens=tokens
+    )

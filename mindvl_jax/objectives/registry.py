@@ -8,11 +8,14 @@ from mindvl_jax.objectives import flow_matching, routed_sft, sft
 from mindvl_jax.objectives.base import Objective
 
 
-def make_objective(model: ModelConfig, phase: PhaseConfig, *, loss_chunk: int = 1024, flow: FlowMatchingConfig | None = None) -> Objective:
+def make_objective(
+    model: ModelConfig, phase: PhaseConfig, *, loss_chunk: int = 1024, flow: FlowMatchingConfig | None = None
+) -> Objective:
     """What `model` learns in `phase`.
 
     Args:
-      loss_chunk: `training.loss_chunk`, of `sft`. flow: `training.flow_matching`, of `flow_matching`; default: its defaults.
+      loss_chunk: `training.loss_chunk`, of `sft`. flow: `training.flow_matching`, of `flow_matching`; default: its
+        defaults.
 
     Raises:
       ValueError: the family names an objective that does not exist.

@@ -29,8 +29,8 @@ LOAD = "expert_load"
 class RoutedSft(Sft):
     """`Sft` for a model with `routed_losses`.
 
-    The balancing terms of a micro-batch are weighted by its denominator, so the loss of a step is the token loss plus the weighted
-    mean of its micro-batches' terms. The bias moves once a step, by the load of the whole global batch.
+    The balancing terms of a micro-batch are weighted by its denominator, so the loss of a step is the token loss plus
+    the weighted mean of its micro-batches' terms. The bias moves once a step, by the load of the whole global batch.
 
     Attributes:
       moe: of the model. layers: L.
@@ -46,7 +46,9 @@ class RoutedSft(Sft):
     def loss(self, model: nnx.Module, batch: Any, key: None = None) -> LossTerms:
         losses_BT, routed = model.routed_losses(batch, chunk=self.chunk, **dict(self.bounds))
         with jax.named_scope("reduce_loss"):
-            numerator, denominator = loss_terms(losses_BT, batch.loss_weights, batch.segment_ids, samples=self.samples, reduction=self.gradients_by)
+            numerator, denominator = loss_terms(
+                losses_BT, batch.loss_weights, batch.segment_ids, samples=self.samples, reduction=self.gradients_by
+            )
             sums = by_source(losses_BT, batch.loss_weights, batch.source_ids, self.sources)
         counts = self.counts.function(batch)
         with jax.named_scope("router_losses"):
@@ -68,7 +70,8 @@ class RoutedSft(Sft):
         return {**params, BIAS: routing.moved_bias(params[BIAS], aux, self.moe.bias_update_rate)}
 
     def display(self, values: Mapping[str, Any], sources: list[str]) -> dict[str, Any]:
-        """As `Sft`, the balancing terms, and the highest load of an expert over the mean: of the worst layer and on average over layers.
+        """As `Sft`, the balancing terms, and the highest load of an expert over the mean: of the worst layer and on
+        average over layers.
 
         `dropped_tokens` is counted, not assumed: k times the tokens less what the experts got.
         """

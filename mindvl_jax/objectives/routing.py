@@ -12,11 +12,14 @@ from mindvl_jax.models.layers.config import MoEConfig
 from mindvl_jax.models.layers.moe import Routing
 
 
-def balance(routing: Routing, config: MoEConfig, tokens: jax.Array | float, *, segments: jax.Array | float) -> jax.Array:
+def balance(
+    routing: Routing, config: MoEConfig, tokens: jax.Array | float, *, segments: jax.Array | float
+) -> jax.Array:
     """Load-balancing loss of one micro-batch without its factor, a scalar.
 
-    sequence: DeepSeek-V3's, the mean over packed samples, summed over layers. pooled: Hugging Face's, one loss over the tokens of all
-    layers together, whose balanced value is k. layer: Megatron's, the mean over layers of a loss whose balanced value is 1.
+    sequence: DeepSeek-V3's, the mean over packed samples, summed over layers. pooled: Hugging Face's, one loss over the
+    tokens of all layers together, whose balanced value is k. layer: Megatron's, the mean over layers of a loss whose
+    balanced value is 1.
     """
     if config.balance == "sequence":
         return jnp.sum(routing.sequence_balance) / segments

@@ -2,8 +2,9 @@
 
 Legend: B rows, T tokens, S samples a row, K sources.
 
-Each reduction is a quotient of two sums over the micro-batches of a step, so accumulation, packing and the mesh change nothing in
-`token` and `sample`. A step without any label gives 0 / 0, which the training step treats as nothing to learn.
+Each reduction is a quotient of two sums over the micro-batches of a step, so accumulation, packing and the mesh change
+nothing in `token` and `sample`. A step without any label gives 0 / 0, which the training step treats as nothing to
+learn.
 """
 
 from __future__ import annotations
@@ -56,7 +57,11 @@ class Sft:
         token_losses_BT = model.token_losses(batch, chunk=self.chunk, **dict(self.bounds))
         with jax.named_scope("reduce_loss"):
             numerator, denominator = loss_terms(
-                token_losses_BT, batch.loss_weights, batch.segment_ids, samples=self.samples, reduction=self.gradients_by
+                token_losses_BT,
+                batch.loss_weights,
+                batch.segment_ids,
+                samples=self.samples,
+                reduction=self.gradients_by,
             )
             sums = by_source(token_losses_BT, batch.loss_weights, batch.source_ids, self.sources)
         return LossTerms(numerator, denominator, {**self.counts.function(batch), SOURCES: sums})
@@ -70,7 +75,9 @@ class Sft:
     def display(self, values: Mapping[str, Any], sources: list[str]) -> dict[str, Any]:
         """Counts as integers, and the mean loss of each source that had labels as `loss/NAME`."""
         sums = values[SOURCES].tolist()
-        losses = {f"loss/{name}": total / weight for name, (total, weight) in zip(sources, sums, strict=False) if weight > 0}
+        losses = {
+            f"loss/{name}": total / weight for name, (total, weight) in zip(sources, sums, strict=False) if weight > 0
+        }
         return losses | {name: int(values[name].item()) for name in self.counts.shown}
 
 
@@ -106,8 +113,8 @@ def loss_terms(
       reduction:
         token: sum of losses / sum of weights, over the whole global batch;
         sample: mean over samples of each sample's weighted mean; samples without labels do not count;
-        micro_batch: mean over micro-batches (one micro-step's rows) of their weighted means; those without labels do not count.
-          MindSpeed-MM's default, without its 0 / 0.
+        micro_batch: mean over micro-batches (one micro-step's rows) of their weighted means; those without labels do
+          not count. MindSpeed-MM's default, without its 0 / 0.
     """
     weights_BT = weights_BT.astype(jnp.float32)
     if reduction == "token":

@@ -1,8 +1,8 @@
 """Where activations lie: constraints by logical dim names, which a step installs for its mesh and models only name.
 
-XLA decides by itself which operand of a product to exchange. Told nothing, it gathers the batch over fsdp and keeps the weights split
-(Qwen2.5-VL-7B on 8 x H100: activations summed in every layer, 49.6 GiB of temporaries in place of 30.0). With rows constrained
-it gathers weights and scatters their gradients, which is what fsdp means.
+XLA decides by itself which operand of a product to exchange. Told nothing, it gathers the batch over fsdp and keeps the
+weights split (Qwen2.5-VL-7B on 8 x H100: activations summed in every layer, 49.6 GiB of temporaries in place of 30.0).
+With rows constrained it gathers weights and scatters their gradients, which is what fsdp means.
 
 B rows, T tokens, N query heads, K key/value heads, H head dim.
 """
@@ -30,8 +30,8 @@ class Placement:
     Attributes:
       mesh: devices behind it are not needed.
       attention: form of attention on XLA, see `npu_bridge.ops.attention`.
-      manual: compute attention and the loss inside a shard_map: XLA cannot partition kernels, and sums the gradient of the head over
-        all rows in each chunk of the loss. The bridge partitions its own operators.
+      manual: compute attention and the loss inside a shard_map: XLA cannot partition kernels, and sums the gradient of
+        the head over all rows in each chunk of the loss. The bridge partitions its own operators.
     """
 
     mesh: Mesh | AbstractMesh
@@ -64,7 +64,8 @@ def tracing(function: Callable, placement: Placement) -> Callable:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """`x` with its dims on the mesh axes that the rules give to `names`; `x` itself where no mesh of several devices is installed.
+    """`x` with its dims on the mesh axes that the rules give to `names`; `x` itself where no mesh of several devices is
+    installed.
 
     A dim whose name has no rule is whole on every device, so every dim is said. Gradients get the same constraint.
     """
@@ -84,15 +85,15 @@ def constrain_rows(x: jax.Array) -> jax.Array:
 def exchange_rows(x: jax.Array) -> jax.Array:
     """(rows, tokens, embed) that was read from a table whose columns are split over fsdp, as the residual stream.
 
-    Rows and columns change places in one all_to_all, and back in another for the gradient: the table is never gathered, nor its
-    gradient whole on a device.
+    Rows and columns change places in one all_to_all, and back in another for the gradient: the table is never gathered,
+    nor its gradient whole on a device.
     """
     return constrain_rows(constrain(x, "outer_rows", None, "columns"))
 
 
 def within_rows(function: Callable[..., jax.Array], rows: Sequence[jax.Array], whole: Sequence[jax.Array]) -> jax.Array:
-    """`function(*rows, *whole)` where devices of different rows work apart: what is summed over rows in the gradient of `whole` is summed
-    on each device first and exchanged once, however many rounds a loop inside takes.
+    """`function(*rows, *whole)` where devices of different rows work apart: what is summed over rows in the gradient of
+    `whole` is summed on each device first and exchanged once, however many rounds a loop inside takes.
 
     Args:
       rows: arrays whose leading dim is rows; the result lies as the last of them. whole: parameters, gathered before.
@@ -104,7 +105,9 @@ def within_rows(function: Callable[..., jax.Array], rows: Sequence[jax.Array], w
     return _manual(function, [*rows, *whole], names, len(rows) - 1, placement, axes=ROW_AXES)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: jax.Array, lengths: jax.Array | None = None, **static) -> jax.Array:
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: jax.Array, lengths: jax.Array | None = None, **static
+) -> jax.Array:
     """`npu_bridge.ops.attention` among the positions of packed rows, on the devices that hold the rows and heads.
 
     Args:
@@ -128,9 +131,17 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: jax.Arra
     return _manual(attend, arrays, [heads, heads, heads, rows, *[rows] * (len(arrays) - 4)], 0, placement)
 
 
-def _manual(function: Callable, arrays: Sequence[jax.Array], names: Sequence[Sequence[str | None]], like: int, placement: Placement,
-            axes: Sequence[str] = AXES) -> jax.Array:
-    """`function` of each device's own part of the arrays over these axes of the mesh; the result lies as array number `like`."""
+def _manual(
+    function: Callable,
+    arrays: Sequence[jax.Array],
+    names: Sequence[Sequence[str | None]],
+    like: int,
+    placement: Placement,
+    axes: Sequence[str] = AXES,
+) -> jax.Array:
+    """`function` of each device's own part of the arrays over these axes of the mesh; the result lies as array number
+    `like`.
+    """
     ambient = jax.sharding.get_abstract_mesh()
     others = {*placement.mesh.axis_names} - {*axes} | {*ambient.manual_axes}
     specs = tuple(activation_spec(name, x.shape, placement.mesh, others) for x, name in zip(arrays, names, strict=True))

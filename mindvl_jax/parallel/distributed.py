@@ -16,7 +16,8 @@ AUTO = "auto"
 
 
 def discovered(config: DistributedConfig, environment: Mapping[str, str] = os.environ) -> DistributedConfig:
-    """Return what the launcher says of this process: torchrun (and npu_bridge.launch), Slurm, or an indexed Job of Kubernetes.
+    """Return what the launcher says of this process: torchrun (and npu_bridge.launch), Slurm, or an indexed Job of
+    Kubernetes.
 
     Raises:
       UserError: none of them started this process.
@@ -26,15 +27,23 @@ def discovered(config: DistributedConfig, environment: Mapping[str, str] = os.en
         # torchrun's own store listens on MASTER_PORT.
         found = f"{environment['MASTER_ADDR']}:{int(port) + 1}", environment["WORLD_SIZE"], environment["RANK"]
     elif {"SLURM_PROCID", "SLURM_NTASKS"} <= set(environment):
-        first = first_host(environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or "localhost")
+        first = first_host(
+            environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or "localhost"
+        )
         # Jobs that share a host get ports of their own.
-        found = f"{first}:{61000 + int(environment.get('SLURM_JOB_ID', '0')) % 4000}", environment["SLURM_NTASKS"], environment["SLURM_PROCID"]
+        found = (
+            f"{first}:{61000 + int(environment.get('SLURM_JOB_ID', '0')) % 4000}",
+            environment["SLURM_NTASKS"],
+            environment["SLURM_PROCID"],
+        )
     elif {"JOB_COMPLETION_INDEX", "MINDVL_PROCESSES", "MINDVL_COORDINATOR"} <= set(environment):
         found = environment["MINDVL_COORDINATOR"], environment["MINDVL_PROCESSES"], environment["JOB_COMPLETION_INDEX"]
     else:
         raise UserError(
-            "distributed.coordinator=auto: no launcher's variables here. Known are torchrun (MASTER_ADDR, RANK, WORLD_SIZE), Slurm (SLURM_PROCID, SLURM_NTASKS) and "
-            "Kubernetes (JOB_COMPLETION_INDEX, MINDVL_PROCESSES, MINDVL_COORDINATOR); see examples/launch, or set distributed.coordinator, processes and process_id"
+            "distributed.coordinator=auto: no launcher's variables here. Known are torchrun (MASTER_ADDR, "
+            "RANK, WORLD_SIZE), Slurm (SLURM_PROCID, SLURM_NTASKS) and "
+            "Kubernetes (JOB_COMPLETION_INDEX, MINDVL_PROCESSES, MINDVL_COORDINATOR); see examples/launch, "
+            "or set distributed.coordinator, processes and process_id"
         )
     return config.model_copy(update=dict(coordinator=found[0], processes=int(found[1]), process_id=int(found[2])))
 
@@ -60,11 +69,15 @@ def initialize(config: DistributedConfig) -> None:
     missing = [name for name in ("processes", "process_id") if getattr(config, name) is None]
     if missing:
         raise UserError(
-            f"distributed.coordinator={config.coordinator} also needs {' and '.join('distributed.' + name for name in missing)} "
+            f"distributed.coordinator={config.coordinator} also needs "
+            f"{' and '.join('distributed.' + name for name in missing)} "
             "(number of processes; 0 .. processes-1 for this one)"
         )
     if not 0 <= config.process_id < config.processes:
-        raise UserError(f"distributed.process_id={config.process_id} is not in 0 .. {config.processes - 1} (distributed.processes={config.processes})")
+        raise UserError(
+            f"distributed.process_id={config.process_id} is not in 0 .. {config.processes - 1} "
+            f"(distributed.processes={config.processes})"
+        )
     if jax.distributed.is_initialized():
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -74,9 +87,10 @@ def initialize(config: DistributedConfig) -> None:
         )
     except RuntimeError as error:
         raise UserError(
-            f"process {config.process_id} of {config.processes} could not join at distributed.coordinator={config.coordinator}: {error}; "
+            f"process {config.process_id} of {config.processes} could not join at "
+            f"distributed.coordinator={config.coordinator}: {error}; "
             "process 0 must run at that address, and every process must be started before devices are used"
         ) from error
-    # The first exchange sets up the links, and gloo gives the slowest process 30 s to turn up. Here all have just met; later one may
-    # still be compiling.
+    # The first exchange sets up the links, and gloo gives the slowest process 30 s to turn up. Here all have just met;
+    # later one may still be compiling.
     multihost_utils.sync_global_devices("joined")

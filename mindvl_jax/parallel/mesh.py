@@ -36,13 +36,15 @@ def mesh_shape(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
     if open_axes:
         if device_count % fixed:
             raise UserError(
-                f"mesh.{open_axes[0]}=-1 cannot be filled: the other axes take {fixed} devices, which does not divide the {device_count} devices found"
+                f"mesh.{open_axes[0]}=-1 cannot be filled: the other axes take {fixed} devices, which does "
+                f"not divide the {device_count} devices found"
             )
         sizes[open_axes[0]] = device_count // fixed
     elif fixed > device_count:
         shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
         raise UserError(
-            f"mesh {shape} needs {fixed} devices, found {device_count}; lower an axis, set one to -1, or start more processes (distributed.*)"
+            f"mesh {shape} needs {fixed} devices, found {device_count}; lower an axis, set one to -1, or "
+            "start more processes (distributed.*)"
         )
     return sizes["data"], sizes["fsdp"], sizes["tensor"]
 
@@ -60,7 +62,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     used = devices[: math.prod(shape)]
     if jax.process_count() > 1 and len(used) < len(devices):
         raise UserError(
-            f"mesh {dict(zip(AXES, shape, strict=True))} uses {len(used)} of the {len(devices)} devices of {jax.process_count()} processes; "
+            f"mesh {dict(zip(AXES, shape, strict=True))} uses {len(used)} of the {len(devices)} devices of "
+            f"{jax.process_count()} processes; "
             "every process takes part with all its devices: set one axis to -1"
         )
     return Mesh(np.asarray(used).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))

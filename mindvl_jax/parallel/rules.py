@@ -1,7 +1,7 @@
 """Logical axis names of parameters and activations -> mesh axes; rows of a batch -> mesh axes.
 
-Models name the dims of their parameters ("layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", ...) and of their activations
-("rows", "tokens", and the same) and know no mesh.
+Models name the dims of their parameters ("layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", ...) and
+of their activations ("rows", "tokens", and the same) and know no mesh.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ BATCH_RULES: dict[str, tuple[str, ...]] = {"rows": ROW_AXES}
 # Of activations. `embed` is whole here: parameters are gathered over fsdp for each layer, activations never.
 ACTIVATION_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("rows", ROW_AXES),
-    ("outer_rows", ("data",)),  # with `columns`: what a table that is split over fsdp yields for all rows of a data group
+    (
+        "outer_rows",
+        ("data",),
+    ),  # with `columns`: what a table that is split over fsdp yields for all rows of a data group
     ("columns", ("fsdp",)),
     ("vocab", ("tensor",)),
     ("heads", ("tensor",)),
@@ -43,8 +46,8 @@ STACK = "layers"  # the scanned dim: every device walks through all layers
 def partition_spec(names: Sequence[str | None] | None, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     """Mesh axis of each dim of one parameter.
 
-    A dim stays whole when its size is not a multiple of the axis, or when the axis is taken by an earlier dim. Vectors (norm scales,
-    biases over `embed`) are not spread over fsdp: gathering them costs more than keeping them.
+    A dim stays whole when its size is not a multiple of the axis, or when the axis is taken by an earlier dim. Vectors
+    (norm scales, biases over `embed`) are not spread over fsdp: gathering them costs more than keeping them.
     """
     if not names:
         return PartitionSpec()
@@ -64,7 +67,9 @@ def partition_spec(names: Sequence[str | None] | None, shape: Sequence[int], mes
     return PartitionSpec(*spec)
 
 
-def activation_spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, manual: Collection[str] = ()) -> PartitionSpec:
+def activation_spec(
+    names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, manual: Collection[str] = ()
+) -> PartitionSpec:
     """Mesh axes of each dim of an activation.
 
     A dim whose size is not a multiple of its axes stays whole, as for parameters.
@@ -100,7 +105,9 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(dims: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """Sharding of one array of a batch from the names of its dims, by BATCH_RULES. An array without rows is whole everywhere.
+    """Sharding of one array of a batch from the names of its dims, by BATCH_RULES.
+
+    An array without rows is whole everywhere.
 
     Raises:
       ValueError: `dims` and `shape` differ in length.
@@ -123,7 +130,9 @@ class RowShare:
 
 
 def row_share(mesh: Mesh, rows: int, where: str) -> RowShare:
-    """The rows that this process's devices hold. Processes that share rows (tensor axis across hosts) get the same share.
+    """The rows that this process's devices hold.
+
+    Processes that share rows (tensor axis across hosts) get the same share.
 
     Raises:
       UserError: `rows` cannot be spread evenly; `where` names the config key.
@@ -131,7 +140,8 @@ def row_share(mesh: Mesh, rows: int, where: str) -> RowShare:
     groups = int(np.prod([mesh.shape[axis] for axis in ROW_AXES]))
     if rows % groups:
         raise UserError(
-            f"{where}={rows} rows cannot be spread over mesh.data x mesh.fsdp = {groups}: use a multiple of {groups}, or a smaller mesh"
+            f"{where}={rows} rows cannot be spread over mesh.data x mesh.fsdp = {groups}: use a multiple of "
+            f"{groups}, or a smaller mesh"
         )
     held = {
         (index[0].start or 0, index[0].stop or rows)
@@ -142,7 +152,8 @@ def row_share(mesh: Mesh, rows: int, where: str) -> RowShare:
     own = stop - start
     if sum(high - low for low, high in held) != own or rows % own or start % own:
         raise UserError(
-            f"the mesh {dict(mesh.shape)} gives process {jax.process_index()} rows {sorted(held)}, which are not one even share of {rows}; "
+            f"the mesh {dict(mesh.shape)} gives process {jax.process_index()} rows {sorted(held)}, which are "
+            f"not one even share of {rows}; "
             "let mesh.tensor divide the devices of a process"
         )
     return RowShare(index=start // own, count=rows // own, rows=own)

@@ -15,17 +15,18 @@ from flax import nnx
 
 from mindvl_jax.config.schema import ModelConfig
 from mindvl_jax.models.outline import outline_of
-from mindvl_jax.weights.load import load_parameters
-from mindvl_jax.weights.mapping import read_config
 from mindvl_jax.parity.probe import Part, compare_parts
 from mindvl_jax.parity.reference import load_reference, to_numpy
 from mindvl_jax.parity.samples import ParitySample, pack, random_sample, reference_inputs
+from mindvl_jax.weights.load import load_parameters
+from mindvl_jax.weights.mapping import read_config
 
 
 @dataclasses.dataclass(frozen=True)
 class LogitsOutcome:
-    """difference and scale as `Part`; kl: mean over places, in nats; top1, top5: share of places with the same best token, and mean
-    overlap of the five best."""
+    """difference and scale as `Part`; kl: mean over places, in nats; top1, top5: share of places with the same best
+    token, and mean overlap of the five best.
+    """
 
     difference: float
     scale: float
@@ -52,7 +53,7 @@ class Outcome:
 
 
 def check(folder: Path, *, samples: int, text_tokens: int, seed: int = 0, tolerance: float = 1e-3) -> Outcome:
-    """Loads both models of a folder and compares them.
+    """Load both models of a folder and compare them.
 
     Raises:
       WeightsError: as `load_parameters`, or a family without a reference.
@@ -69,10 +70,15 @@ def check(folder: Path, *, samples: int, text_tokens: int, seed: int = 0, tolera
 
 
 def parity_samples(config: ModelConfig, count: int, text_tokens: int, seed: int) -> list[ParitySample]:
-    """Random samples: one picture, several, a video with its own clock, text; in turn."""
+    """Random samples: one image, several, a video with its own clock, text; in turn."""
     rng = np.random.default_rng(seed)
     head = max(1, text_tokens // 2)
-    shapes = [(head, ("image", (1, 16, 20)), head), (head, ("image", (1, 4, 6)), 1, ("image", (1, 10, 26)), head), (head, ("video", (3, 8, 12), 1.5), head), (2 * head,)]
+    shapes = [
+        (head, ("image", (1, 16, 20)), head),
+        (head, ("image", (1, 4, 6)), 1, ("image", (1, 10, 26)), head),
+        (head, ("video", (3, 8, 12), 1.5), head),
+        (2 * head,),
+    ]
     if not hasattr(config, "vision"):
         shapes = [(text_tokens,), (1,), (3 * text_tokens,), (head,)]
     return [random_sample(config, rng, *shapes[number % len(shapes)]) for number in range(count)]
@@ -92,17 +98,27 @@ def compare_logits(model, reference, samples: Sequence[ParitySample]) -> LogitsO
 
     ours = np.asarray(logits(state, batch))[0]
     with torch.no_grad():
-        theirs = np.concatenate([to_numpy(reference(**reference_inputs(sample, model.config)).logits[0]) for sample in samples])
-    best = lambda values, k: np.argpartition(values, -k, -1)[:, -k:]
+        theirs = np.concatenate(
+            [to_numpy(reference(**reference_inputs(sample, model.config)).logits[0]) for sample in samples]
+        )
+
+    def best(values, k):
+        return np.argpartition(values, -k, -1)[:, -k:]
+
     overlap = [len(set(a) & set(b)) / 5 for a, b in zip(best(ours, 5), best(theirs, 5), strict=True)]
     return LogitsOutcome(
-        difference=float(np.abs(ours - theirs).max()), scale=float(np.abs(theirs).max()), kl=mean_kl(ours, theirs),
-        top1=float(np.mean(ours.argmax(-1) == theirs.argmax(-1))), top5=float(np.mean(overlap)), places=len(ours),
+        difference=float(np.abs(ours - theirs).max()),
+        scale=float(np.abs(theirs).max()),
+        kl=mean_kl(ours, theirs),
+        top1=float(np.mean(ours.argmax(-1) == theirs.argmax(-1))),
+        top5=float(np.mean(overlap)),
+        places=len(ours),
     )
 
 
 def mean_kl(ours: np.ndarray, theirs: np.ndarray) -> float:
     """Mean KL(theirs || ours) over places, float64."""
+
     def log_softmax(x):
         x = x.astype(np.float64)
         x = x - x.max(-1, keepdims=True)
@@ -124,7 +140,13 @@ def table(outcome: Outcome):
         kind = " ".join(word for word in part.name.split() if not word.isdigit())
         kinds[kind] = max(kinds.get(kind, part), part, key=lambda p: p.difference)
     for kind, part in sorted(kinds.items()):
-        shown.add_row(kind, "" if part.layer is None else str(part.layer), f"{part.difference:.2e}", f"{part.scale:.3g}", f"{part.difference / max(part.scale, 1e-30):.1e}")
+        shown.add_row(
+            kind,
+            "" if part.layer is None else str(part.layer),
+            f"{part.difference:.2e}",
+            f"{part.scale:.3g}",
+            f"{part.difference / max(part.scale, 1e-30):.1e}",
+        )
     return shown
 
 
@@ -145,7 +167,12 @@ def draw(outcome: Outcome, path: Path) -> None:
         layers, errors = zip(*sorted(points))
         axis.plot(layers, np.maximum(errors, 1e-12), marker="o", markersize=3, linewidth=1.2, label=kind)
     axis.axhline(np.finfo(np.float32).eps, color="grey", linewidth=0.8, linestyle=":", label="float32 resolution")
-    axis.set(yscale="log", xlabel="layer", ylabel="max abs difference / largest output", title=f"Error of each part on the reference's own input: {Path(outcome.folder).name}")
+    axis.set(
+        yscale="log",
+        xlabel="layer",
+        ylabel="max abs difference / largest output",
+        title=f"Error of each part on the reference's own input: {Path(outcome.folder).name}",
+    )
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=130)

@@ -39,7 +39,10 @@ def _modules(reference, config) -> dict[str, Any]:
     found = {}
     for name, paths in mapping_of(config).reference_parts.items():
         for number in itertools.count():
-            module = next((module for path in paths if (module := _submodule(reference, path.format(layer=number))) is not None), None)
+            module = next(
+                (module for path in paths if (module := _submodule(reference, path.format(layer=number))) is not None),
+                None,
+            )
             if module is not None:
                 found[name.format(layer=number)] = module
             if module is None or "{layer}" not in name:
@@ -55,18 +58,26 @@ def _submodule(module, path: str):
         return None
 
 
-def record(reference, config, inputs: dict[str, Any]) -> tuple[dict[str, list[tuple[np.ndarray, np.ndarray]]], np.ndarray]:
-    """Runs the reference once: (input, output) of every submodule in call order, and the logits (T, V)."""
+def record(
+    reference, config, inputs: dict[str, Any]
+) -> tuple[dict[str, list[tuple[np.ndarray, np.ndarray]]], np.ndarray]:
+    """Run the reference once: (input, output) of every submodule in call order, and the logits (T, V)."""
     calls: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
 
     def hook(name):
         def keep(module, args, kwargs, output):
             given = args[0] if args else kwargs["hidden_states"]
             output = output[0] if isinstance(output, tuple) else output
-            calls.setdefault(name, []).append((given.detach().numpy() if not given.is_floating_point() else to_numpy(given), to_numpy(output)))
+            calls.setdefault(name, []).append(
+                (given.detach().numpy() if not given.is_floating_point() else to_numpy(given), to_numpy(output))
+            )
+
         return keep
 
-    handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in _modules(reference, config).items()]
+    handles = [
+        module.register_forward_hook(hook(name), with_kwargs=True)
+        for name, module in _modules(reference, config).items()
+    ]
     try:
         with torch.no_grad():
             logits = to_numpy(reference(**inputs).logits[0])
@@ -86,7 +97,13 @@ def compare_parts(model, reference, samples: Sequence[ParitySample]) -> list[Par
     jitted: dict[str, Callable] = {}
     for sample in samples:
         calls, _ = record(reference, model.config, reference_inputs(sample, model.config))
-        batch = pack([[sample]], model.config, reference, tokens=len(sample.tokens), patches=sum(len(visual.pixels) for visual in sample.visuals))
+        batch = pack(
+            [[sample]],
+            model.config,
+            reference,
+            tokens=len(sample.tokens),
+            patches=sum(len(visual.pixels) for visual in sample.visuals),
+        )
         images = _visual_batches(model, reference, sample)
         for name, pairs in calls.items():
             if name == "projector" or name.startswith("vision"):
@@ -102,7 +119,7 @@ def compare_parts(model, reference, samples: Sequence[ParitySample]) -> list[Par
 
 
 def _visual_batches(model, reference, sample: ParitySample) -> list:
-    """One batch for each call of the reference's tower: it sees all pictures at once, then all videos."""
+    """One batch for each call of the reference's tower: it sees all images at once, then all videos."""
     if not hasattr(model.config, "vision"):
         return []
     batches = []
@@ -110,9 +127,16 @@ def _visual_batches(model, reference, sample: ParitySample) -> list:
         chosen = tuple(visual for visual in sample.visuals if visual.kind == kind)
         if chosen:
             token = model.config.image_token_id if kind == 1 else model.config.video_token_id
-            tokens = np.concatenate([[model.config.vision_start_token_id, *[token] * (len(v.pixels) // model.config.vision.merge_unit)] for v in chosen])
+            tokens = np.concatenate(
+                [
+                    [model.config.vision_start_token_id, *[token] * (len(v.pixels) // model.config.vision.merge_unit)]
+                    for v in chosen
+                ]
+            )
             alone = dataclasses.replace(sample, tokens=tokens, visuals=chosen, learned=np.zeros(len(tokens), bool))
-            batches.append(pack([[alone]], model.config, reference, tokens=len(tokens), patches=sum(len(v.pixels) for v in chosen)))
+            batches.append(
+                pack([[alone]], model.config, reference, tokens=len(tokens), patches=sum(len(v.pixels) for v in chosen))
+            )
     return batches
 
 
@@ -126,12 +150,19 @@ def _run(model, name: str, given: np.ndarray, batch, jitted: dict[str, Callable]
     kind = words[0] if words[0] != "layer" else words[2]
     number = next((int(word) for word in words if word.isdigit()), None)
     x = jnp.asarray(given)
-    whole = {"embed": lambda model, x: model.language.embed(x), "norm": lambda model, x: model.language.norm(x), "head": lambda model, x: model.logits(x),
-             "projector": lambda model, x: model.projector(x[None]), "vision patch_embed": lambda model, x: model.vision.patch_embed(x[None])}
+    whole = {
+        "embed": lambda model, x: model.language.embed(x),
+        "norm": lambda model, x: model.language.norm(x),
+        "head": lambda model, x: model.logits(x),
+        "projector": lambda model, x: model.projector(x[None]),
+        "vision patch_embed": lambda model, x: model.vision.patch_embed(x[None]),
+    }
     if name in whole:
         return jitted.setdefault(name, jax.jit(whole[name]))(model, x)
     if kind == "vision":
-        program = jitted.setdefault(f"vision {number}", jax.jit(lambda model, x, batch: model.vision.run_block(number, x, batch)))
+        program = jitted.setdefault(
+            f"vision {number}", jax.jit(lambda model, x, batch: model.vision.run_block(number, x, batch))
+        )
         return program(model, x[None], batch)
     layer = _layer(model.language.layers, number)
     if kind != "attention":
@@ -139,7 +170,13 @@ def _run(model, name: str, given: np.ndarray, batch, jitted: dict[str, Callable]
     text = model.config.text
 
     def attend(layer, x, positions, ids):
-        tables = text_tables(positions, text.head_dim, text.rope_theta, text.mrope_section if text.rope == "mrope" else None)
-        return layer.attention.finish(ops.attention(*layer.attention.project(x, *tables), segment_ids_q=ids, segment_ids_kv=ids, causal=True))
+        tables = text_tables(
+            positions, text.head_dim, text.rope_theta, text.mrope_section if text.rope == "mrope" else None
+        )
+        return layer.attention.finish(
+            ops.attention(*layer.attention.project(x, *tables), segment_ids_q=ids, segment_ids_kv=ids, causal=True)
+        )
 
-    return jitted.setdefault(kind, jax.jit(attend))(layer, x, jnp.asarray(batch.positions), jnp.asarray(batch.segment_ids))
+    return jitted.setdefault(kind, jax.jit(attend))(
+        layer, x, jnp.asarray(batch.positions), jnp.asarray(batch.segment_ids)
+    )

@@ -24,7 +24,9 @@ def load_reference(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn
         kind = mapping.model_types[content["model_type"]]
         if not kind.in_transformers:
             raise WeightsError(f"{folder}: there is no reference for {kind.label} ({content['model_type']})")
-        model = getattr(transformers, kind.architecture).from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+        model = getattr(transformers, kind.architecture).from_pretrained(
+            folder, dtype=dtype, attn_implementation="eager"
+        )
     return model.eval()
 
 

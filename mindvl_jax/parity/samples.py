@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from mindvl_jax.models.vision_language.batch import Batch, BatchShape
 from mindvl_jax.config.schema import ModelConfig
 from mindvl_jax.data.media.geometry import PatchGeometry
 from mindvl_jax.models.layers.qwen_vl_reference import rope_index
+from mindvl_jax.models.vision_language.batch import Batch, BatchShape
 
 IMAGE, VIDEO = 1, 2  # transformers' mm_token_type_ids
 
 
 @dataclasses.dataclass(frozen=True)
 class Visual:
-    """One picture or video: grid (frame pairs, height, width) in patches, pixels (P, patch_dim) in published order."""
+    """One image or video: grid (frame pairs, height, width) in patches, pixels (P, patch_dim) in published order."""
 
     kind: int
     grid: tuple[int, int, int]
@@ -52,7 +52,11 @@ def random_sample(config: ModelConfig, rng: np.random.Generator, *pieces, answer
       answer: learned tokens at the end.
     """
     text = config.text
-    special = () if not hasattr(config, "vision") else (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
+    special = (
+        ()
+        if not hasattr(config, "vision")
+        else (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
+    )
     vocabulary = np.setdiff1d(np.arange(3, text.vocab_size), special)
     tokens: list[int] = []
     visuals: list[Visual] = []
@@ -65,7 +69,11 @@ def random_sample(config: ModelConfig, rng: np.random.Generator, *pieces, answer
         pixels = rng.standard_normal((int(np.prod(grid)), config.vision.patch_dim)).astype(np.float32)
         visuals.append(Visual(kind, grid, pixels, *seconds))
         place = config.image_token_id if kind == IMAGE else config.video_token_id
-        tokens += [config.vision_start_token_id, *[place] * (int(np.prod(grid)) // config.vision.merge_unit), config.vision_end_token_id]
+        tokens += [
+            config.vision_start_token_id,
+            *[place] * (int(np.prod(grid)) // config.vision.merge_unit),
+            config.vision_end_token_id,
+        ]
     learned = np.zeros(len(tokens), bool)
     learned[-answer:] = True
     return ParitySample(np.array(tokens), tuple(visuals), learned)
@@ -78,14 +86,21 @@ def reference_inputs(sample: ParitySample, config: ModelConfig) -> dict[str, Any
     inputs: dict[str, Any] = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
     if not hasattr(config, "vision"):
         return inputs
-    inputs["mm_token_type_ids"] = torch.where(ids == config.image_token_id, IMAGE, torch.where(ids == config.video_token_id, VIDEO, 0)).int()
-    for kind, pixels_name, grid_name in ((IMAGE, "pixel_values", "image_grid_thw"), (VIDEO, "pixel_values_videos", "video_grid_thw")):
+    inputs["mm_token_type_ids"] = torch.where(
+        ids == config.image_token_id, IMAGE, torch.where(ids == config.video_token_id, VIDEO, 0)
+    ).int()
+    for kind, pixels_name, grid_name in (
+        (IMAGE, "pixel_values", "image_grid_thw"),
+        (VIDEO, "pixel_values_videos", "video_grid_thw"),
+    ):
         chosen = [visual for visual in sample.visuals if visual.kind == kind]
         if chosen:
             inputs[pixels_name] = torch.tensor(np.concatenate([visual.pixels for visual in chosen]))
             inputs[grid_name] = torch.tensor([visual.grid for visual in chosen])
     if VIDEO in {visual.kind for visual in sample.visuals}:
-        inputs["second_per_grid_ts"] = torch.tensor([visual.seconds for visual in sample.visuals if visual.kind == VIDEO])
+        inputs["second_per_grid_ts"] = torch.tensor(
+            [visual.seconds for visual in sample.visuals if visual.kind == VIDEO]
+        )
     return inputs
 
 
@@ -94,12 +109,24 @@ def _layout(visual: Visual, vision: PatchGeometry) -> tuple[np.ndarray, np.ndarr
     grid = torch.tensor([visual.grid])
     if vision.window_size is None:
         frames, height, width = visual.grid
-        return np.arange(len(visual.pixels) // vision.merge_unit), np.full(frames, height * width), get_vision_position_ids(grid, vision.spatial_merge_size).numpy()
+        return (
+            np.arange(len(visual.pixels) // vision.merge_unit),
+            np.full(frames, height * width),
+            get_vision_position_ids(grid, vision.spatial_merge_size).numpy(),
+        )
     order, bounds = get_vision_window_index(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
     return order.numpy(), np.diff(bounds.numpy()), get_vision_position_ids(grid, vision.spatial_merge_size).numpy()
 
 
-def pack(rows: Sequence[Sequence[ParitySample]], config: ModelConfig, reference, *, tokens: int, patches: int = 0, samples: int = 8) -> Batch:
+def pack(
+    rows: Sequence[Sequence[ParitySample]],
+    config: ModelConfig,
+    reference,
+    *,
+    tokens: int,
+    patches: int = 0,
+    samples: int = 8,
+) -> Batch:
     """Rows of samples as a batch, laid out with transformers' own window index and rotary positions.
 
     Args:
@@ -108,7 +135,15 @@ def pack(rows: Sequence[Sequence[ParitySample]], config: ModelConfig, reference,
     vision = getattr(config, "vision", None)
     merge, patch_dim = (vision.merge_unit, vision.patch_dim) if vision else (4, 4)
     # At least one merged group: the arrays of a row are never empty.
-    shape = BatchShape(len(rows), tokens, max(patches, merge), samples=samples, images=64, windows=max(patches, merge), patch_dim=patch_dim)
+    shape = BatchShape(
+        len(rows),
+        tokens,
+        max(patches, merge),
+        samples=samples,
+        images=64,
+        windows=max(patches, merge),
+        patch_dim=patch_dim,
+    )
     batch = shape.empty()
     batch = batch.replace(patches=np.zeros(batch.patches.shape, np.float32))
     for b, row in enumerate(rows):
@@ -125,8 +160,14 @@ def pack(rows: Sequence[Sequence[ParitySample]], config: ModelConfig, reference,
             if vision is None or config.text.rope == "1d":
                 batch.positions[b, :, here] = np.arange(T)
             else:
-                batch.positions[b, :, here] = rope_index(reference, inputs["input_ids"], inputs["mm_token_type_ids"], inputs)[:, 0].numpy()
-            places = np.flatnonzero(np.isin(sample.tokens, [config.image_token_id, config.video_token_id])) + t if vision else np.zeros(0, int)
+                batch.positions[b, :, here] = rope_index(
+                    reference, inputs["input_ids"], inputs["mm_token_type_ids"], inputs
+                )[:, 0].numpy()
+            places = (
+                np.flatnonzero(np.isin(sample.tokens, [config.image_token_id, config.video_token_id])) + t
+                if vision
+                else np.zeros(0, int)
+            )
             for visual in sample.visuals:
                 order, window_lengths, positions = _layout(visual, vision)
                 P = len(visual.pixels)
@@ -137,9 +178,12 @@ def pack(rows: Sequence[Sequence[ParitySample]], config: ModelConfig, reference,
                 frame = P // visual.grid[0]
                 batch.patch_segment_ids[b, there] = images + 1 + np.arange(P) // frame
                 batch.image_lengths[b, images : images + visual.grid[0]] = frame
-                batch.patch_window_ids[b, there] = windows + 1 + np.repeat(np.arange(len(window_lengths)), window_lengths)
+                batch.patch_window_ids[b, there] = (
+                    windows + 1 + np.repeat(np.arange(len(window_lengths)), window_lengths)
+                )
                 batch.window_lengths[b, windows : windows + len(window_lengths)] = window_lengths
-                # Token k of the visual shows published group k, which lies at position argsort(order)[k] in window order.
+                # Token k of the visual shows published group k, which lies at position argsort(order)[k] in window
+                # order.
                 batch.visual_index[b, places[: P // merge]] = p // merge + np.argsort(order)
                 places = places[P // merge :]
                 p, images, windows = p + P, images + visual.grid[0], windows + len(window_lengths)

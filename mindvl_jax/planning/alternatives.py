@@ -1,4 +1,7 @@
-"""Search for changes that make a run fit. Each is planned like the configuration itself; nothing here is a rule of thumb."""
+"""Search for changes that make a run fit.
+
+Each is planned like the configuration itself; nothing here is a rule of thumb.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,9 @@ class Change:
         """Combine two changes; the second wins where both set a key."""
         keys = {override.split("=")[0] for override in other.overrides}
         kept = tuple(override for override in self.overrides if override.split("=")[0] not in keys)
-        return Change((*kept, *other.overrides), "; ".join(filter(None, (self.cost, other.cost))), self.free and other.free)
+        return Change(
+            (*kept, *other.overrides), "; ".join(filter(None, (self.cost, other.cost))), self.free and other.free
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +52,28 @@ def families(config: Config, phases: Sequence[int]) -> dict[str, list[Change]]:
     """Changes by kind, each kind ordered from mild to strong. `phases` are the ones that do not fit."""
     mesh = config.mesh
     found = {
-        "remat": [Change((f"model.remat={policy}",), "recomputes more in the backward pass", free=True) for policy in REMAT[config.model.remat]],
+        "remat": [
+            Change((f"model.remat={policy}",), "recomputes more in the backward pass", free=True)
+            for policy in REMAT[config.model.remat]
+        ],
         "micro-steps": list(_smaller_micro_steps(config, phases, mesh.data * mesh.fsdp)),
-        "loss chunk": [Change(("training.loss_chunk=256",), "smaller products in the loss", free=True)] if config.training.loss_chunk > 256 else [],
-        "data to fsdp": [Change(("mesh.data=1", f"mesh.fsdp={mesh.data * mesh.fsdp}"), "same devices; parameters are gathered over all of them", free=True)] if mesh.data > 1 else [],
+        "loss chunk": [Change(("training.loss_chunk=256",), "smaller products in the loss", free=True)]
+        if config.training.loss_chunk > 256
+        else [],
+        "data to fsdp": [
+            Change(
+                ("mesh.data=1", f"mesh.fsdp={mesh.data * mesh.fsdp}"),
+                "same devices; parameters are gathered over all of them",
+                free=True,
+            )
+        ]
+        if mesh.data > 1
+        else [],
         "tensor": [
-            Change((f"mesh.fsdp={mesh.fsdp // factor}", f"mesh.tensor={mesh.tensor * factor}"), "same devices; activations are exchanged in every layer")
+            Change(
+                (f"mesh.fsdp={mesh.fsdp // factor}", f"mesh.tensor={mesh.tensor * factor}"),
+                "same devices; activations are exchanged in every layer",
+            )
             for factor in (2, 4, 8)
             if mesh.fsdp % factor == 0 and _splits(config, mesh.tensor * factor)
         ],
@@ -74,7 +95,10 @@ def _smaller_micro_steps(config: Config, phases: Sequence[int], groups: int) -> 
             while own > 1 and not _divides(phase.rows, groups * own):
                 own //= 2
             if own > 1:
-                overrides += [f"training.phases[{index}].rows={phase.rows // own}", f"training.phases[{index}].gradient_accumulation={phase.gradient_accumulation * own}"]
+                overrides += [
+                    f"training.phases[{index}].rows={phase.rows // own}",
+                    f"training.phases[{index}].gradient_accumulation={phase.gradient_accumulation * own}",
+                ]
         yield Change(tuple(overrides), "same rows a step, in more micro-steps", free=True)
         factor *= 2
 
@@ -85,9 +109,18 @@ def _bounded_samples(config: Config, phases: Sequence[int]) -> Iterator[Change]:
         overrides = []
         for index in phases:
             phase = config.training.phases[index]
-            longest, image = phase.max_sample_length or phase.sequence_length, phase.max_image_patches or phase.patches_per_row
-            overrides += [f"training.phases[{index}].max_sample_length={longest // divisor}", *_bounded_images(config, index, image // divisor)]
-        yield Change(tuple(overrides), "longer samples are cut, larger pictures shrunk; attention needs scores of that length only")
+            longest, image = (
+                phase.max_sample_length or phase.sequence_length,
+                phase.max_image_patches or phase.patches_per_row,
+            )
+            overrides += [
+                f"training.phases[{index}].max_sample_length={longest // divisor}",
+                *_bounded_images(config, index, image // divisor),
+            ]
+        yield Change(
+            tuple(overrides),
+            "longer samples are cut, larger pictures shrunk; attention needs scores of that length only",
+        )
 
 
 def _shorter_rows(config: Config, phases: Sequence[int]) -> Iterator[Change]:
@@ -97,7 +130,10 @@ def _shorter_rows(config: Config, phases: Sequence[int]) -> Iterator[Change]:
         for index in phases:
             phase = config.training.phases[index]
             tokens, patches = phase.sequence_length // divisor, phase.patches_per_row // divisor // unit * unit
-            overrides += [f"training.phases[{index}].sequence_length={tokens}", f"training.phases[{index}].patches_per_row={patches}"]
+            overrides += [
+                f"training.phases[{index}].sequence_length={tokens}",
+                f"training.phases[{index}].patches_per_row={patches}",
+            ]
             if phase.max_sample_length is not None and phase.max_sample_length > tokens:
                 overrides.append(f"training.phases[{index}].max_sample_length={tokens}")
             overrides += _bounded_images(config, index, min(patches, phase.max_image_patches or patches))
@@ -129,7 +165,10 @@ def _more_devices(config: Config, factor: int) -> Change:
             overrides.append(f"training.phases[{index}].gradient_accumulation={max(1, whole // rows)}")
         if whole % rows:
             grown.append(f"{phase.name} {whole} to {rows * max(1, whole // rows)}")
-    return Change(tuple(overrides), f"{groups * mesh.tensor} devices" + (f"; rows a step become others ({', '.join(grown)})" if grown else ""))
+    return Change(
+        tuple(overrides),
+        f"{groups * mesh.tensor} devices" + (f"; rows a step become others ({', '.join(grown)})" if grown else ""),
+    )
 
 
 def _divides(rows: int, groups: int) -> bool:
@@ -137,15 +176,27 @@ def _divides(rows: int, groups: int) -> bool:
 
 
 def _splits(config: Config, tensor: int) -> bool:
-    """Whether the key/value heads and the vision heads divide by `tensor`. Dims that do not divide are replicated, which saves nothing."""
+    """Whether the key/value heads and the vision heads divide by `tensor`.
+
+    Dims that do not divide are replicated, which saves nothing.
+    """
     return config.model.text.num_kv_heads % tensor == 0 and config.model.vision.num_heads % tensor == 0
 
 
-def search(config: Config, plans: Sequence[PhasePlan], usable: int, planner_of: Callable[[Sequence[str]], Planner], say: Callable[[str], None] = lambda _: None) -> list[Tried]:
-    """Plan each kind of change from mild to strong until one fits. If none does alone, combine the free ones, then add each other kind.
+def search(
+    config: Config,
+    plans: Sequence[PhasePlan],
+    usable: int,
+    planner_of: Callable[[Sequence[str]], Planner],
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Tried]:
+    """Plan each kind of change from mild to strong until one fits.
+
+    If none does alone, combine the free ones, then add each other kind.
 
     Args:
-      planner_of: overrides -> a planner of the configuration with them; raises UserError if the configuration is invalid.
+      planner_of: overrides -> a planner of the configuration with them; raises UserError if the configuration is
+        invalid.
     """
     phases = [index for index, plan in enumerate(plans) if plan.total > usable]
     now = max(plan.total for plan in plans)
@@ -160,7 +211,9 @@ def search(config: Config, plans: Sequence[PhasePlan], usable: int, planner_of: 
             if own[-1].fits:
                 break
         tried.extend(own)
-        return min((one for one in own if one.bytes is not None), key=lambda one: (not one.fits, one.bytes), default=None)
+        return min(
+            (one for one in own if one.bytes is not None), key=lambda one: (not one.fits, one.bytes), default=None
+        )
 
     best = [first_that_fits(changes) for changes in families(config, phases).values()]
     if any(one.fits for one in tried):
@@ -177,7 +230,9 @@ def search(config: Config, plans: Sequence[PhasePlan], usable: int, planner_of: 
     return tried
 
 
-def evaluate(change: Change, planner_of: Callable[[Sequence[str]], Planner], phases: Sequence[int], usable: int) -> Tried:
+def evaluate(
+    change: Change, planner_of: Callable[[Sequence[str]], Planner], phases: Sequence[int], usable: int
+) -> Tried:
     """Plan a change: first the phases that did not fit, the others only if those do."""
     try:
         planner = planner_of(change.overrides)

@@ -1,10 +1,11 @@
-"""Compile training steps with the real XLA:TPU, without a device: does it fit, what does it exchange, which kernels does it call.
+"""Compile training steps with the real XLA:TPU, without a device: does it fit, what does it exchange, which kernels
+does it call.
 
     python -m mindvl_jax.planning.aot --page docs/aot.md            # the everyday cases: true widths, few layers
     python -m mindvl_jax.planning.aot --full --page docs/aot.md     # by hand: full depth, minutes for each phase
 
-Needs libtpu beside jax (`make aot` keeps an environment of its own for it); neither a driver nor a device. Fails when the compiler
-gathers or sums a batch in a mesh of fsdp alone, holds a score matrix, or runs out of memory.
+Needs libtpu beside jax (`make aot` keeps an environment of its own for it); neither a driver nor a device. Fails when
+the compiler gathers or sums a batch in a mesh of fsdp alone, holds a score matrix, or runs out of memory.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ class Compiled:
     """What the compiler said of one program, for one device.
 
     Attributes:
-      arguments, temporaries: bytes. calls: custom calls by target. seconds: of compilation. refused: the compiler's words when it did not
-        compile.
+      arguments, temporaries: bytes. calls: custom calls by target. seconds: of compilation. refused: the compiler's
+        words when it did not compile.
     """
 
     case: Case
@@ -96,14 +97,21 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
     try:
         return topologies.get_topology_desc(topology, platform="tpu").devices
     except Exception as error:  # classes of the plugin's errors are not public
-        raise UserError(f"XLA:TPU cannot describe {topology!r}: {str(error).splitlines()[0]}; it needs libtpu (`make aot` installs it) and a name such as v5p:4x4x4") from error
+        raise UserError(
+            f"XLA:TPU cannot describe {topology!r}: {str(error).splitlines()[0]}; it needs libtpu (`make "
+            "aot` installs it) and a name such as v5p:4x4x4"
+        ) from error
 
 
 def topology_mesh(config: Config, topology: str) -> Mesh:
     """The mesh of the configuration over all devices of a topology."""
     devices = topology_devices(topology)
     sizes = planned_mesh(config.mesh, len(devices))
-    return Mesh(np.array(devices).reshape([getattr(sizes, axis) for axis in AXES]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(
+        np.array(devices).reshape([getattr(sizes, axis) for axis in AXES]),
+        AXES,
+        axis_types=(AxisType.Auto,) * len(AXES),
+    )
 
 
 def compile_case(case: Case) -> list[Compiled]:
@@ -111,12 +119,18 @@ def compile_case(case: Case) -> list[Compiled]:
     config = loader.load(case.config, [*case.overrides])
     mesh = topology_mesh(config, case.topology)
     found = []
-    for name, lowered in lowerings(config, case.phase, mesh, functools.partial(compile_xla, attention=config.model.attention)):
+    for name, lowered in lowerings(
+        config, case.phase, mesh, functools.partial(compile_xla, attention=config.model.attention)
+    ):
         begin = time.monotonic()
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            found.append(Compiled(case, name, dict(mesh.shape), refused=str(error).splitlines()[0], faults=["the compiler refused it"]))
+            found.append(
+                Compiled(
+                    case, name, dict(mesh.shape), refused=str(error).splitlines()[0], faults=["the compiler refused it"]
+                )
+            )
             continue
         memory, text = compiled.memory_analysis(), compiled.as_text()
         calls = Counter(re.findall(r'custom_call_target="([^"]+)"', text))
@@ -126,7 +140,8 @@ def compile_case(case: Case) -> list[Compiled]:
 
 
 def measure(config: Config, indexes: Sequence[int], topology: str) -> list[Measured]:
-    """What the programs of these phases need on one chip of a topology, by its own compiler; for `planning.phase.Planner`.
+    """What the programs of these phases need on one chip of a topology, by its own compiler; for
+    `planning.phase.Planner`.
 
     Raises:
       UserError: the topology is unknown, or the compiler refuses a program; its words say how much memory is missing.
@@ -135,12 +150,19 @@ def measure(config: Config, indexes: Sequence[int], topology: str) -> list[Measu
     measured = []
     for index in indexes:
         programs = {}
-        for name, lowered in lowerings(config, index, mesh, functools.partial(compile_xla, attention=config.model.attention)):
+        for name, lowered in lowerings(
+            config, index, mesh, functools.partial(compile_xla, attention=config.model.attention)
+        ):
             try:
                 memory = lowered.compile().memory_analysis()
             except jax.errors.JaxRuntimeError as error:
-                raise UserError(f"phase {config.training.phases[index].name}, program {name}: XLA:TPU refuses it for {topology}: {str(error).splitlines()[0]}") from error
-            programs[name] = ProgramBytes(memory.argument_size_in_bytes, memory.argument_size_in_bytes + beyond_arguments(memory))
+                raise UserError(
+                    f"phase {config.training.phases[index].name}, program {name}: XLA:TPU refuses it for "
+                    f"{topology}: {str(error).splitlines()[0]}"
+                ) from error
+            programs[name] = ProgramBytes(
+                memory.argument_size_in_bytes, memory.argument_size_in_bytes + beyond_arguments(memory)
+            )
         measured.append(Measured(programs))
     return measured
 
@@ -156,7 +178,11 @@ def faults_of(text: str, config: Config, phase: int, mesh: Mesh) -> list[str]:
     tokens, patches = where.sequence_length, where.patches_per_row
     long = {tokens, patches} - {None}
     faults = []
-    squares = {shape for shape in map(_shape, re.findall(r"= \w+\[([\d,]+)\]", text)) if any(shape.count(size) > 1 for size in long)}
+    squares = {
+        shape
+        for shape in map(_shape, re.findall(r"= \w+\[([\d,]+)\]", text))
+        if any(shape.count(size) > 1 for size in long)
+    }
     faults += [f"an array of scores: {shape}" for shape in sorted(squares)]
     if mesh.shape["tensor"] == 1:
         for one in exchanges(text):
@@ -172,19 +198,31 @@ def _shape(text: str) -> tuple[int, ...]:
 def page(results: Sequence[Compiled]) -> str:
     """The results as a Markdown table."""
     lines = [
-        "| Recipe, phase | Depth | Chips | Mesh | State and batch, GiB | Temporaries, GiB | Exchanges in the text of the program | Kernels | Compiled in |",
+        "| Recipe, phase | Depth | Chips | Mesh | State and batch, GiB | Temporaries, GiB | Exchanges in the "
+        "text of the program | Kernels | Compiled in |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for one in results:
         config = loader.load(one.case.config, [*one.case.overrides])
         mesh = " x ".join(f"{axis} {size}" for axis, size in one.mesh.items() if size > 1)
         kinds = Counter(e.kind for e in one.exchanges)
-        said = [f"{Path(one.case.config).stem}, {config.training.phases[one.case.phase].name}", one.case.depth, one.case.topology, mesh]
+        said = [
+            f"{Path(one.case.config).stem}, {config.training.phases[one.case.phase].name}",
+            one.case.depth,
+            one.case.topology,
+            mesh,
+        ]
         if one.refused:
             lines.append(f"| {' | '.join(said)} | | refused: {one.refused} | | | |")
             continue
         kernels = one.calls["tpu_custom_call"]
-        said += [f"{one.arguments / GIB:.2f}", f"{one.temporaries / GIB:.2f}", ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())), f"{kernels}", f"{one.seconds:.0f} s"]
+        said += [
+            f"{one.arguments / GIB:.2f}",
+            f"{one.temporaries / GIB:.2f}",
+            ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())),
+            f"{kernels}",
+            f"{one.seconds:.0f} s",
+        ]
         lines.append(f"| {' | '.join(said)} |")
     return "\n".join(lines) + "\n"
 

@@ -1,11 +1,11 @@
 """What a compiler plans for the trainer's own programs on one device.
 
-backend npu_bridge: the memory plan of the torch program that would run, statement by statement (`npu_bridge.compiler.memory`). It is lowered
-for a mesh without devices, so it takes seconds for any number of them.
+backend npu_bridge: the memory plan of the torch program that would run, statement by statement
+(`npu_bridge.compiler.memory`). It is lowered for a mesh without devices, so it takes seconds for any number of them.
 
-backend xla: XLA's buffer assignment (`memory_analysis`) of the program compiled for as many virtual CPU devices, in a process of
-its own, because XLA reads their number once. It is exact for a run on CPUs. For a GPU or TPU it stands in: their compilers fuse more
-and keep bfloat16 where XLA for a CPU widens some of it, so that it is usually too high.
+backend xla: XLA's buffer assignment (`memory_analysis`) of the program compiled for as many virtual CPU devices, in a
+process of its own, because XLA reads their number once. It is exact for a run on CPUs. For a GPU or TPU it stands in:
+their compilers fuse more and keep bfloat16 where XLA for a CPU widens some of it, so that it is usually too high.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from mindvl_jax.parallel.mesh import AXES, make_mesh
 from mindvl_jax.planning.phase import Measured, ProgramBytes, abstract_mesh, lowerings
 from mindvl_jax.training.backend import Xla, compile_xla, compiler_options
 
-# Each communicator of HCCL holds two buffers of HCCL_BUFFSIZE MB (default 200) outside torch's allocator (CANN's documentation of that variable).
+# Each communicator of HCCL holds two buffers of HCCL_BUFFSIZE MB (default 200) outside torch's allocator (CANN's
+# documentation of that variable).
 HCCL_BUFFER_MB = 200
 COMMUNICATION = "HCCL's buffers"
 
@@ -42,7 +43,11 @@ def measure(config: Config, indexes: Sequence[int]) -> list[Measured]:
     Raises:
       UserError: the bridge refuses the program, or XLA does not compile it.
     """
-    return [measure_bridge(config, index) for index in indexes] if config.backend == "npu_bridge" else measure_xla_apart(config, indexes)
+    return (
+        [measure_bridge(config, index) for index in indexes]
+        if config.backend == "npu_bridge"
+        else measure_xla_apart(config, indexes)
+    )
 
 
 def measure_bridge(config: Config, index: int) -> Measured:
@@ -69,9 +74,18 @@ def measure_xla(config: Config, index: int) -> Measured:
     mesh = make_mesh(config.mesh)
     programs = {}
     with Xla(config).precision():
-        for name, lowered in lowerings(config, index, mesh, functools.partial(compile_xla, options=compiler_options(config.model, mesh), attention=config.model.attention)):
+        for name, lowered in lowerings(
+            config,
+            index,
+            mesh,
+            functools.partial(
+                compile_xla, options=compiler_options(config.model, mesh), attention=config.model.attention
+            ),
+        ):
             # LLVM's work does not move a buffer: they are assigned before it.
-            analysis = lowered.compile({"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}).memory_analysis()
+            analysis = lowered.compile(
+                {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+            ).memory_analysis()
             beyond = analysis.output_size_in_bytes - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes
             programs[name] = ProgramBytes(analysis.argument_size_in_bytes, analysis.argument_size_in_bytes + beyond)
     return Measured(programs)
@@ -82,9 +96,17 @@ def measure_xla_apart(config: Config, indexes: Sequence[int]) -> list[Measured]:
     count = math.prod(getattr(config.mesh, axis) for axis in AXES)
     kept = re.sub(rf"{_DEVICE_COUNT}=\S+", "", os.environ.get("XLA_FLAGS", ""))
     path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = dict(os.environ, PYTHONPATH=path, XLA_FLAGS=f"{kept} {_DEVICE_COUNT}={count}".strip(), JAX_PLATFORMS="cpu")
+    environment = dict(
+        os.environ, PYTHONPATH=path, XLA_FLAGS=f"{kept} {_DEVICE_COUNT}={count}".strip(), JAX_PLATFORMS="cpu"
+    )
     request = json.dumps(dict(config=config_loader.dump(config), indexes=list(indexes)))
-    done = subprocess.run([sys.executable, "-m", "mindvl_jax.planning.peak"], input=request, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "mindvl_jax.planning.peak"],
+        input=request,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         last = " / ".join(done.stderr.strip().splitlines()[-3:])
         raise UserError(f"XLA could not compile the step for {count} virtual devices: {last}")

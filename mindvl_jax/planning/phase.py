@@ -1,4 +1,5 @@
-"""Memory of one device in one phase: the state by exact arithmetic, the rest from a compiler's plan of the trainer's own step.
+"""Memory of one device in one phase: the state by exact arithmetic, the rest from a compiler's plan of the trainer's
+own step.
 
 Nothing is allocated: parameters are shapes and the mesh is abstract.
 """
@@ -15,18 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from mindvl_jax.data.processor import BatchSpec
-from mindvl_jax.models.loading import batch_spec
-from mindvl_jax.objectives.base import Objective
-from mindvl_jax.objectives.registry import make_objective
 from mindvl_jax.config.schema import Config, MeshConfig
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.data.processor import BatchSpec
+from mindvl_jax.models.loading import batch_spec
+from mindvl_jax.models.outline import outline_of
+from mindvl_jax.objectives.base import Objective
+from mindvl_jax.objectives.registry import make_objective
 from mindvl_jax.parallel.mesh import AXES, ROW_AXES, mesh_shape
 from mindvl_jax.parallel.rules import batch_sharding
-from mindvl_jax.training import ema, state as states
+from mindvl_jax.training import ema
+from mindvl_jax.training import state as states
 from mindvl_jax.training.muon import optimizer_init, require_matrices
 from mindvl_jax.training.optimizer import learning_rates, parameter_rules
-from mindvl_jax.models.outline import outline_of
 from mindvl_jax.training.state import TrainState
 from mindvl_jax.training.step import StepPrograms, make_programs, program_key
 
@@ -78,8 +80,18 @@ class PhasePlan:
         return sum(self.rows.values())
 
 
-PARAMETERS, FROZEN, MOMENTS, GRADIENTS = "parameters, trained", "parameters, frozen", "AdamW moments (float32)", "gradients (float32)"
-EMA, BATCH, ACTIVATIONS, OLD_MOMENTS = "moving average (float32)", "batches", "activations, temporaries", "moments of the phase before"
+PARAMETERS, FROZEN, MOMENTS, GRADIENTS = (
+    "parameters, trained",
+    "parameters, frozen",
+    "AdamW moments (float32)",
+    "gradients (float32)",
+)
+EMA, BATCH, ACTIVATIONS, OLD_MOMENTS = (
+    "moving average (float32)",
+    "batches",
+    "activations, temporaries",
+    "moments of the phase before",
+)
 
 
 def planned_mesh(config: MeshConfig, devices: int | None) -> MeshConfig:
@@ -92,7 +104,10 @@ def planned_mesh(config: MeshConfig, devices: int | None) -> MeshConfig:
     if devices is None:
         if -1 in sizes:
             axis = AXES[sizes.index(-1)]
-            raise UserError(f"mesh.{axis}=-1 takes what is left of the devices: say how many there will be by --devices N, or --set mesh.{axis}=N")
+            raise UserError(
+                f"mesh.{axis}=-1 takes what is left of the devices: say how many there will be by --devices "
+                f"N, or --set mesh.{axis}=N"
+            )
         devices = math.prod(sizes)
     return MeshConfig(**dict(zip(AXES, mesh_shape(config, devices), strict=True)))
 
@@ -104,7 +119,11 @@ def abstract_mesh(config: MeshConfig) -> AbstractMesh:
 
 def abstract_batch(spec: BatchSpec, mesh: AnyMesh) -> Any:
     """Shapes, dtypes and shardings of a global batch."""
-    return spec.map(lambda field: jax.ShapeDtypeStruct(field.shape, jnp.dtype(field.dtype), sharding=batch_sharding(field.dims, field.shape, mesh)))
+    return spec.map(
+        lambda field: jax.ShapeDtypeStruct(
+            field.shape, jnp.dtype(field.dtype), sharding=batch_sharding(field.dims, field.shape, mesh)
+        )
+    )
 
 
 def local_bytes(tree: Any) -> int:
@@ -126,7 +145,7 @@ class Parts:
 
 
 class Planner:
-    """Plans the phases of one configuration whose mesh has no -1.
+    """Plan the phases of one configuration whose mesh has no -1.
 
     Args:
       measure: (config, indexes of phases) -> memory of the programs of each phase on one device, see `peak`.
@@ -147,12 +166,20 @@ class Planner:
         """Bytes held through the whole phase, and gradients: arithmetic, no compiler."""
         parts, phase = self.parts[index], self.config.training.phases[index]
         state = parts.state
-        gradients = local_bytes({p: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) for p, x in state.trained.items()})
-        rows = {PARAMETERS: local_bytes(state.trained), FROZEN: local_bytes(state.frozen), MOMENTS: local_bytes(state.opt_state)}
+        gradients = local_bytes(
+            {p: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) for p, x in state.trained.items()}
+        )
+        rows = {
+            PARAMETERS: local_bytes(state.trained),
+            FROZEN: local_bytes(state.frozen),
+            MOMENTS: local_bytes(state.opt_state),
+        }
         # With accumulation the running sums exist beside each micro-step's gradients.
         rows[GRADIENTS] = gradients * (1 if phase.gradient_accumulation == 1 else 2)
         if self.config.training.ema_decay is not None:
-            rows[EMA] = local_bytes({p: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) for p, x in state.params.items()})
+            rows[EMA] = local_bytes(
+                {p: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) for p, x in state.params.items()}
+            )
         # The next batch is placed while a step runs; with the bridge it waits on the host.
         rows[BATCH] = local_bytes(parts.batch) * (2 if self.config.backend == "xla" else 1)
         return rows
@@ -171,7 +198,8 @@ class Planner:
         gradients = rows[GRADIENTS]
         resident = sum(rows.values()) - gradients
         totals = gradients // 2 if phase.gradient_accumulation > 1 else 0
-        # A program's arguments are resident; its temporaries come on top. Gradients are among the temporaries, or (sums) arguments.
+        # A program's arguments are resident; its temporaries come on top. Gradients are among the temporaries, or
+        # (sums) arguments.
         heights = {name: resident + totals + program.temporaries for name, program in measured.programs.items()}
         highest = max(heights, key=heights.get)
         rows[ACTIVATIONS] = max(0, heights[highest] - resident - gradients)
@@ -181,11 +209,25 @@ class Planner:
         if handed is not None and sum(handed.values()) > sum(rows.values()):
             rows, highest = handed, "hand-over"
         rows = rows | measured.extra
-        numbers = lambda paths: sum(self.outline.shapes[path].size for path in paths)
-        return PhasePlan(phase.name, numbers([*parts.trained, *parts.frozen]), numbers(parts.trained), {n: v for n, v in rows.items() if v}, self.least(index), highest, measured.programs)
+
+        def numbers(paths):
+            return sum(self.outline.shapes[path].size for path in paths)
+
+        return PhasePlan(
+            phase.name,
+            numbers([*parts.trained, *parts.frozen]),
+            numbers(parts.trained),
+            {n: v for n, v in rows.items() if v},
+            self.least(index),
+            highest,
+            measured.programs,
+        )
 
     def hand_over(self, index: int) -> dict[str, int] | None:
-        """Bytes while a phase replaces the one before: new moments beside the old ones. None if that happens on the host or not at all."""
+        """Bytes while a phase replaces the one before: new moments beside the old ones.
+
+        None if that happens on the host or not at all.
+        """
         phase = self.config.training.phases[index]
         if index == 0 or phase.keep_optimizer or self.config.backend != "xla":
             return None
@@ -201,17 +243,35 @@ class Planner:
 
 def parts_of(config: Config, index: int, mesh: AnyMesh) -> Parts:
     """State and batch of a phase as shapes, after the trainer's own checks."""
-    phase, where, model = config.training.phases[index], f"training.phases[{index}]", outline_of(config.model, config.adapters)
+    phase, where, model = (
+        config.training.phases[index],
+        f"training.phases[{index}]",
+        outline_of(config.model, config.adapters),
+    )
     trained, frozen = states.split_trained(list(model.shapes), phase.train, f"{where}.train")
     learning_rates(phase, where)
     parameter_rules(trained, phase, config.training.optimizer, where)
     require_matrices({path: model.shapes[path] for path in trained}, config.training.optimizer, f"{where}.train")
     groups = math.prod(mesh.shape[axis] for axis in ROW_AXES)
     if phase.rows % groups:
-        raise UserError(f"{where}.rows={phase.rows} rows cannot be spread over mesh.data x mesh.fsdp = {groups}: use a multiple of {groups}, or a smaller mesh")
-    spec, objective = batch_spec(config, phase), make_objective(config.model, phase, loss_chunk=config.training.loss_chunk, flow=config.training.flow_matching)
+        raise UserError(
+            f"{where}.rows={phase.rows} rows cannot be spread over mesh.data x mesh.fsdp = {groups}: use a "
+            f"multiple of {groups}, or a smaller mesh"
+        )
+    spec, objective = (
+        batch_spec(config, phase),
+        make_objective(config.model, phase, loss_chunk=config.training.loss_chunk, flow=config.training.flow_matching),
+    )
     key = (*program_key(phase, objective, spec, trained), phase.gradient_accumulation > 1)
-    return Parts(states.abstract_state(model, trained, frozen, mesh, init=optimizer_init(config.training.optimizer)), abstract_batch(spec, mesh), spec, objective, trained, frozen, key)
+    return Parts(
+        states.abstract_state(model, trained, frozen, mesh, init=optimizer_init(config.training.optimizer)),
+        abstract_batch(spec, mesh),
+        spec,
+        objective,
+        trained,
+        frozen,
+        key,
+    )
 
 
 def lowerings(config: Config, index: int, mesh: AnyMesh, compile: Callable[..., Callable]) -> Iterable[tuple[str, Any]]:

@@ -10,15 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 from mindvl_jax.config.schema import Config
+from mindvl_jax.core.devices import GIB, Limit
 from mindvl_jax.parallel.mesh import AXES
 from mindvl_jax.planning.alternatives import Tried
-from mindvl_jax.core.devices import GIB, Limit
 from mindvl_jax.planning.phase import PhasePlan
 from mindvl_jax.training.display import human
 
 SOURCES = {
     "npu_bridge": "Activations: the memory plan of the emitted torch program. Workspaces inside kernels are not in it.",
-    "xla": "Activations: XLA's buffer assignment for virtual CPU devices: exact there; on a GPU or TPU usually too high (it fuses less and widens some bfloat16).",
+    "xla": "Activations: XLA's buffer assignment for virtual CPU devices: exact there; on a GPU or TPU usually too "
+    "high (it fuses less and widens some bfloat16).",
 }
 
 
@@ -29,8 +30,13 @@ def gib(count: int) -> str:
 def show(console: Console, config: Config, plans: Sequence[PhasePlan], limit: Limit | None) -> None:
     mesh = " x ".join(f"{axis} {getattr(config.mesh, axis)}" for axis in AXES)
     devices = math.prod(getattr(config.mesh, axis) for axis in AXES)
-    console.print(f"{devices} device{'s' if devices > 1 else ''} ({mesh}), backend {config.backend}{f' on {config.bridge.device}' if config.backend == 'npu_bridge' else ''}, "
-                  f"remat {config.model.remat}, compute {config.model.compute_dtype}; GiB on one device at the highest point of each phase", highlight=False)
+    console.print(
+        f"{devices} device{'s' if devices > 1 else ''} ({mesh}), backend "
+        f"{config.backend}{f' on {config.bridge.device}' if config.backend == 'npu_bridge' else ''}, "
+        f"remat {config.model.remat}, compute {config.model.compute_dtype}; GiB on one device at the highest "
+        "point of each phase",
+        highlight=False,
+    )
     table = Table(box=None, padding=(0, 2), header_style="bold")
     table.add_column("")
     for plan in plans:
@@ -43,7 +49,10 @@ def show(console: Console, config: Config, plans: Sequence[PhasePlan], limit: Li
     table.add_row("total", *(gib(plan.total) for plan in plans), style="bold")
     table.add_row("reached in", *(plan.highest for plan in plans))
     if limit is not None:
-        table.add_row("headroom", *(f"{'-' if plan.total > limit.usable else ''}{gib(abs(limit.usable - plan.total))}" for plan in plans))
+        table.add_row(
+            "headroom",
+            *(f"{'-' if plan.total > limit.usable else ''}{gib(abs(limit.usable - plan.total))}" for plan in plans),
+        )
         table.add_row("verdict", *("fits" if plan.total <= limit.usable else "does not fit" for plan in plans))
     console.print(table)
     if limit is not None:
@@ -51,11 +60,17 @@ def show(console: Console, config: Config, plans: Sequence[PhasePlan], limit: Li
     console.print(SOURCES[config.backend] + " Decoding for scores is not counted.", highlight=False)
 
 
-def show_difference(console: Console, topology: str, estimated: Sequence[PhasePlan], compiled: Sequence[PhasePlan]) -> None:
+def show_difference(
+    console: Console, topology: str, estimated: Sequence[PhasePlan], compiled: Sequence[PhasePlan]
+) -> None:
     """How far the estimate by XLA for CPU devices is off what the TPU's own compiler says."""
     for guess, real in zip(estimated, compiled, strict=True):
         off = guess.total / real.total - 1
-        console.print(f"{real.name}: XLA:TPU for {topology} says {gib(real.total)} GiB; our estimate was {gib(guess.total)} GiB ({off:+.0%})", highlight=False)
+        console.print(
+            f"{real.name}: XLA:TPU for {topology} says {gib(real.total)} GiB; our estimate was "
+            f"{gib(guess.total)} GiB ({off:+.0%})",
+            highlight=False,
+        )
 
 
 def show_tried(console: Console, tried: Sequence[Tried], limit: Limit) -> None:
@@ -63,12 +78,23 @@ def show_tried(console: Console, tried: Sequence[Tried], limit: Limit) -> None:
     console.print("\nWhat would fit:" if fitting else "\nNothing that was tried fits; the nearest:", highlight=False)
     shown = fitting or sorted((one for one in tried if one.bytes is not None), key=lambda one: one.bytes)[:3]
     for one in shown:
-        console.print(f"  {gib(one.bytes):>8} GiB  --set {' '.join(one.change.overrides)}\n{'':16}{one.change.cost}", highlight=False, markup=False, soft_wrap=True)
+        console.print(
+            f"  {gib(one.bytes):>8} GiB  --set {' '.join(one.change.overrides)}\n{'':16}{one.change.cost}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     others = [one for one in tried if one not in shown]
     if others:
         console.print("Tried too:", highlight=False)
         for one in others:
-            console.print(f"  {'-' if one.bytes is None else gib(one.bytes):>8} GiB  {' '.join(one.change.overrides)}{f' ({one.why_not})' if one.why_not else ''}", highlight=False, markup=False, soft_wrap=True)
+            console.print(
+                f"  {'-' if one.bytes is None else gib(one.bytes):>8} GiB  "
+                f"{' '.join(one.change.overrides)}{f' ({one.why_not})' if one.why_not else ''}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
 
 
 def record(config: Config, plans: Sequence[PhasePlan], limit: Limit | None, tried: Sequence[Tried]) -> dict[str, Any]:

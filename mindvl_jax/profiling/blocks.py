@@ -34,8 +34,8 @@ class BlockTimes:
 def block_of(path: str) -> str:
     """Return the block of a scope path (XLA's `op_name` or a scope of npu_bridge), such as "language mlp, backward".
 
-    The first part of a model in the path counts (`ModelSpec.parts`, such as `vision`; `loss`, `optimizer`), then the sub-layer in it.
-    JAX writes the backward pass of a scope as `transpose(jvp(scope))`.
+    The first part of a model in the path counts (`ModelSpec.parts`, such as `vision`; `loss`, `optimizer`), then the
+    sub-layer in it. JAX writes the backward pass of a scope as `transpose(jvp(scope))`.
     """
     words = re.findall(r"\w+", path)
     part = next((word for word in words if word in _PARTS), None)

@@ -43,7 +43,9 @@ class BridgeTracer:
 
             kinds = torch_npu.profiler.ProfilerActivity
             written = torch_npu.profiler.tensorboard_trace_handler(str(self._folder))
-            return self._stack.enter_context(torch_npu.profiler.profile(activities=[kinds.CPU, kinds.NPU], on_trace_ready=written))
+            return self._stack.enter_context(
+                torch_npu.profiler.profile(activities=[kinds.CPU, kinds.NPU], on_trace_ready=written)
+            )
         kinds = torch.profiler.ProfilerActivity
         activities = [kinds.CPU] + [kinds.CUDA] * (self._device == "cuda")
         return self._stack.enter_context(torch.profiler.profile(activities=activities, acc_events=True))
@@ -56,17 +58,28 @@ class BridgeTracer:
         if self._device == "npu":
             # torch_npu only prints to standard error why it could not start or parse.
             if not any(self._folder.glob("*/ASCEND_PROFILER_OUTPUT/*")):
-                notes.append("torch_npu's profiler left no trace: CANN's profiler is missing or was refused; its messages stand above.")
+                notes.append(
+                    "torch_npu's profiler left no trace: CANN's profiler is missing or was refused; its "
+                    "messages stand above."
+                )
         else:
             self._profiler.export_chrome_trace(str(self._folder / "trace.json"))
             order = "self_device_time_total" if self._device == "cuda" else "self_cpu_time_total"
-            (self._folder / "operators.txt").write_text(self._profiler.key_averages().table(sort_by=order, row_limit=ROWS), encoding="utf-8")
+            (self._folder / "operators.txt").write_text(
+                self._profiler.key_averages().table(sort_by=order, row_limit=ROWS), encoding="utf-8"
+            )
         if self._device != "cpu":
-            notes.append("Steps ran operator by operator, not as a captured graph; a block's time is that of the stream, waiting for the host included.")
+            notes.append(
+                "Steps ran operator by operator, not as a captured graph; a block's time is that of the "
+                "stream, waiting for the host included."
+            )
         total: collections.Counter[str] = collections.Counter()
         for (_, scope), seconds in self._scopes.seconds.items():
             total[COLLECTIVES if scope == scopes.COLLECTIVES else block_of(scope)] += seconds
-        lines = [dict(program=program, scope=scope, seconds=seconds) for (program, scope), seconds in self._scopes.seconds.most_common()]
+        lines = [
+            dict(program=program, scope=scope, seconds=seconds)
+            for (program, scope), seconds in self._scopes.seconds.most_common()
+        ]
         (self._folder / "scopes.json").write_text(json.dumps(lines, indent=1), encoding="utf-8")
         return BlockTimes(dict(total), sum(total.values()), aside=self._scopes.preparing, notes=tuple(notes))
 

@@ -7,12 +7,22 @@ import re
 
 from mindvl_jax.profiling.blocks import COLLECTIVES, OTHER, block_of
 
-# "%name = type opcode(%operand, ...), calls=%computation, metadata={op_name="jit(f)/jvp(vision)/blocks/attention/dot_general"}"
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?:\([^=]*?\)|\S+) (?P<opcode>[a-z][\w\-]*)\((?P<operands>[^)]*)\)")
+# "%name = type opcode(%operand, ...), calls=%computation,
+# metadata={op_name="jit(f)/jvp(vision)/blocks/attention/dot_general"}"
+_INSTRUCTION = re.compile(
+    r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?:\([^=]*?\)|\S+) (?P<opcode>[a-z][\w\-]*)\((?P<operands>[^)]*)\)"
+)
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLS = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
-_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+_COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 
 
 SPANS = "(spans others)"
@@ -22,7 +32,8 @@ SPANS = "(spans others)"
 def blocks_of_program(text: str) -> dict[str, str]:
     """Return instruction name -> block for an optimised program (`compiled.as_text()`).
 
-    Instructions added by the compiler carry no scope: they get the most frequent block inside them, or that of their operands.
+    Instructions added by the compiler carry no scope: they get the most frequent block inside them, or that of their
+    operands.
     """
     opcode: dict[str, str] = {}
     path: dict[str, str] = {}
@@ -52,7 +63,10 @@ def blocks_of_program(text: str) -> dict[str, str]:
         if block == OTHER and (within := inside.get(calls.get(name, ""))):
             block = next((candidate for candidate, _ in within.most_common() if candidate != OTHER), OTHER)
         if block == OTHER and depth < 4:
-            block = next((source for operand in operands.get(name, ()) if (source := resolve(operand, depth + 1)) != OTHER), OTHER)
+            block = next(
+                (source for operand in operands.get(name, ()) if (source := resolve(operand, depth + 1)) != OTHER),
+                OTHER,
+            )
         return block
 
     # The event of a loop spans the events of its body.

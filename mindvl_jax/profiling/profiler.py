@@ -1,7 +1,7 @@
 """Profile steps of a run, named in its configuration or requested while it trains.
 
-In the configuration: `profile.steps: [a, b]`. While it trains: `request(run_dir, steps)` writes a file that the trainer looks for
-between steps (one `stat` a step). RUN/profiles/STEP/ then holds
+In the configuration: `profile.steps: [a, b]`. While it trains: `request(run_dir, steps)` writes a file that the trainer
+looks for between steps (one `stat` a step). RUN/profiles/STEP/ then holds
 
   trace/         output of the back end's profiler (jax.profiler, torch.profiler, torch_npu.profiler), for TensorBoard or Perfetto
   blocks.json    time by block, in seconds a step
@@ -67,7 +67,9 @@ def request(run_dir: Path, steps: int) -> Path:
         raise UserError(f"{run_dir} is no run folder: it holds no config.yaml")
     path = run_dir / REQUEST
     if path.exists():
-        raise UserError(f"{path} is not answered yet; is a run training in this folder? Delete the file to withdraw the request")
+        raise UserError(
+            f"{path} is not answered yet; is a run training in this folder? Delete the file to withdraw the request"
+        )
     write_text(path, json.dumps({"steps": steps}))
     return path
 
@@ -75,7 +77,9 @@ def request(run_dir: Path, steps: int) -> Path:
 class StepProfiler:
     """Trace the requested steps."""
 
-    def __init__(self, run_dir: Path, config: ProfileConfig, say: Callable[[str], None], make_tracer: Callable[[], Tracer]):
+    def __init__(
+        self, run_dir: Path, config: ProfileConfig, say: Callable[[str], None], make_tracer: Callable[[], Tracer]
+    ):
         self._run_dir, self._config, self._say, self._make_tracer = run_dir, config, say, make_tracer
         self._running: _Capture | None = None
 
@@ -116,7 +120,7 @@ class StepProfiler:
         try:
             steps = int(json.loads(path.read_text(encoding="utf-8"))["steps"])
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError) as error:
-            self._say(f"{path}: not understood ({error}); expected {{\"steps\": N}}")
+            self._say(f'{path}: not understood ({error}); expected {{"steps": N}}')
             steps = 0
         try:
             path.unlink()
@@ -139,7 +143,14 @@ class _Capture:
         seconds = time.perf_counter() - self._start
         self._tracer.stop()
         samples = self._memory.stop()
-        return report.write(self.folder, self._tracer.times(programs), first=self.first, steps=self.steps, seconds=seconds, memory=samples)
+        return report.write(
+            self.folder,
+            self._tracer.times(programs),
+            first=self.first,
+            steps=self.steps,
+            seconds=seconds,
+            memory=samples,
+        )
 
     def abandon(self) -> None:
         self._tracer.stop()

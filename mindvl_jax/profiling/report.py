@@ -25,7 +25,13 @@ def write(folder: Path, times: BlockTimes, *, first: int, steps: int, seconds: f
     per_step = {name: value / steps for name, value in times.seconds.items()}
     per_step[HOST] = max(0.0, seconds - times.busy) / steps
     lines = sorted(per_step.items(), key=lambda item: -item[1])
-    record = {"first_step": first, "steps": steps, "seconds_per_step": seconds / steps, "blocks": dict(lines), "notes": list(times.notes)}
+    record = {
+        "first_step": first,
+        "steps": steps,
+        "seconds_per_step": seconds / steps,
+        "blocks": dict(lines),
+        "notes": list(times.notes),
+    }
     (folder / "blocks.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     (folder / "memory.json").write_text(json.dumps([dataclasses.asdict(sample) for sample in memory]), encoding="utf-8")
     text = "\n".join([table(lines, first, steps, seconds), *times.notes])
@@ -36,7 +42,10 @@ def write(folder: Path, times: BlockTimes, *, first: int, steps: int, seconds: f
 
 def table(lines: Sequence[tuple[str, float]], first: int, steps: int, seconds: float) -> str:
     whole = seconds / steps
-    said = [f"steps {first} to {first + steps - 1}: {whole * 1e3:.1f} ms a step", f"{'block':32} {'ms a step':>10} {'share':>7}"]
+    said = [
+        f"steps {first} to {first + steps - 1}: {whole * 1e3:.1f} ms a step",
+        f"{'block':32} {'ms a step':>10} {'share':>7}",
+    ]
     shown, rest = lines[:ROWS], lines[ROWS:]
     said += [f"{name:32} {value * 1e3:10.2f} {value / whole:7.1%}" for name, value in shown]
     if rest:

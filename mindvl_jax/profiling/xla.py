@@ -27,7 +27,9 @@ class XlaTracer:
         jax.profiler.stop_trace()
 
     def times(self, programs: Callable[[], Programs]) -> BlockTimes:
-        texts = {name: function.lower(*arguments).compile().as_text() for name, (function, arguments) in programs().items()}
+        texts = {
+            name: function.lower(*arguments).compile().as_text() for name, (function, arguments) in programs().items()
+        }
         times = trace.read(self._folder)
         blocks = by_block(times.operations, texts)
         # Threads and devices overlap: scale their times to the busy time, so that all lines add up to the wall time.

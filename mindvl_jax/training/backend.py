@@ -1,7 +1,8 @@
 """Where the pure programs of a run are compiled and executed: XLA, or torch programs through npu_bridge.
 
-With npu_bridge JAX still holds the host side of a run: parameters are made, restored and saved as JAX arrays, whose shards lie
-where the bridge's do, because process r of the job is device r of the mesh in both. A state changes hands without a copy over the
+With npu_bridge JAX still holds the host side of a run: parameters are made, restored and saved as JAX arrays, whose
+shards lie where the bridge's do, because process r of the job is device r of the mesh in both. A state changes hands
+without a copy over the
 network: into torch at the first step of a phase, back into JAX for a checkpoint, the next phase or an evaluation.
 """
 
@@ -31,19 +32,28 @@ class Backend(Protocol):
     """What the trainer asks of a back end.
 
     Attributes:
-      in_flight: steps that may be dispatched and not fetched yet while the next is prepared; 0 where a call returns when it is done.
+      in_flight: steps that may be dispatched and not fetched yet while the next is prepared; 0 where a call returns
+        when it is done.
     """
 
     in_flight: int
 
     def join(self) -> None:
-        """Joins the other processes of the run; before the first use of a device. UserError when that cannot be."""
+        """Join the other processes of the run; before the first use of a device. UserError when that cannot be."""
 
     def devices(self) -> Sequence[jax.Device] | None:
         """Devices that the mesh is made of, in order; None: all that JAX sees."""
 
-    def compile(self, function: Callable, *, mesh: Mesh, in_shardings: Any, out_shardings: Any, donate_argnums: tuple[int, ...] = ()) -> Callable:
-        """Compiles a pure function of pytrees; what it returns is taken by every other program of the back end."""
+    def compile(
+        self,
+        function: Callable,
+        *,
+        mesh: Mesh,
+        in_shardings: Any,
+        out_shardings: Any,
+        donate_argnums: tuple[int, ...] = (),
+    ) -> Callable:
+        """Compile a pure function of pytrees; what it returns is taken by every other program of the back end."""
 
     def as_jax(self, tree: Tree, shardings: Any) -> Tree:
         """Arrays of this back end as JAX arrays of these shardings, which later steps do not overwrite."""
@@ -59,7 +69,10 @@ def make_backend(config: Config) -> Backend:
     if config.backend == "xla":
         return Xla(config)
     if importlib.util.find_spec("torch") is None:
-        raise UserError("backend=npu_bridge runs torch programs, and torch is not installed here; install it: pip install 'mindvl-jax[bridge]' (on NPUs 'mindvl-jax[npu]'), or set backend=xla")
+        raise UserError(
+            "backend=npu_bridge runs torch programs, and torch is not installed here; install it: pip "
+            "install 'mindvl-jax[bridge]' (on NPUs 'mindvl-jax[npu]'), or set backend=xla"
+        )
     from mindvl_jax.training.bridge_backend import Bridge
 
     return Bridge(config)
@@ -79,7 +92,15 @@ class Xla:
     def devices(self) -> Sequence[jax.Device] | None:
         return None
 
-    def compile(self, function: Callable, *, mesh: Mesh, in_shardings: Any, out_shardings: Any, donate_argnums: tuple[int, ...] = ()) -> Callable:
+    def compile(
+        self,
+        function: Callable,
+        *,
+        mesh: Mesh,
+        in_shardings: Any,
+        out_shardings: Any,
+        donate_argnums: tuple[int, ...] = (),
+    ) -> Callable:
         options = compiler_options(self._config.model, mesh)
         return compile_xla(
             function, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=donate_argnums, options=options, attention=self._config.model.attention
@@ -114,14 +135,20 @@ def compile_xla(
     mesh = getattr(jax.tree.leaves(out_shardings)[0], "mesh", None)
     if mesh is not None:  # arrays of a single device have nothing to place
         function = tracing(function, Placement(mesh, attention=attention))
-    return jax.jit(function, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=donate_argnums, compiler_options=dict(options or {}) or None)
+    return jax.jit(
+        function,
+        in_shardings=in_shardings,
+        out_shardings=out_shardings,
+        donate_argnums=donate_argnums,
+        compiler_options=dict(options or {}) or None,
+    )
 
 
 def matmul_precision(model: ModelConfig) -> str:
     """`model.matmul_precision` with `auto` decided: on a CPU that emulates bfloat16 products they are made in float32.
 
-    Measured on an AVX2 processor (processor time, side by side): products in bfloat16 take 1.53 times as long as in float32 forward and
-    backward of one 2,048 x 192 x 512 layer, 1.29 times in the quickstart's whole multitask step.
+    Measured on an AVX2 processor (processor time, side by side): products in bfloat16 take 1.53 times as long as in
+    float32 forward and backward of one 2,048 x 192 x 512 layer, 1.29 times in the quickstart's whole multitask step.
     """
     if model.matmul_precision != "auto":
         return model.matmul_precision
@@ -132,10 +159,10 @@ def matmul_precision(model: ModelConfig) -> str:
 def compiler_options(model: ModelConfig, mesh: Mesh) -> dict[str, str]:
     """XLA's options for a training step on a CPU; {} elsewhere, and where this jaxlib does not know them.
 
-    Float32 products are Eigen's: jaxlib 0.10 hands them to YNNPACK, which takes a third longer for those of a layer. It keeps the sums
-    along rows, which without it are made in windows one after another, and products of bfloat16, for which it knows the processor's
-    matrix units. Who recomputes wants memory, so operations then run in the order that needs least of it, not in the widest one
-    (figures: benchmarks/LOG.md).
+    Float32 products are Eigen's: jaxlib 0.10 hands them to YNNPACK, which takes a third longer for those of a layer. It
+    keeps the sums along rows, which without it are made in windows one after another, and products of bfloat16, for
+    which it knows the processor's matrix units. Who recomputes wants memory, so operations then run in the order that
+    needs least of it, not in the widest one (figures: benchmarks/LOG.md).
     """
     options = {}
     if mesh.devices.flat[0].platform == "cpu":
@@ -157,17 +184,23 @@ def _known(name: str, value: str) -> bool:
 
 
 def launched_processes() -> int:
-    """Processes of this job by the launcher's word (`npu_bridge.launch` and torchrun set WORLD_SIZE); 1 without a launcher."""
+    """Processes of this job by the launcher's word (`npu_bridge.launch` and torchrun set WORLD_SIZE); 1 without a
+    launcher.
+    """
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdigit() or int(text) < 1:
-        raise UserError(f"WORLD_SIZE={text!r} in the environment; expected the number of processes, as npu_bridge.launch and torchrun set it")
+        raise UserError(
+            f"WORLD_SIZE={text!r} in the environment; expected the number of processes, as npu_bridge.launch "
+            "and torchrun set it"
+        )
     return int(text)
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, so that a resumed run starts in seconds.
+    """Keep compiled programs in the user's cache folder, so that a resumed run starts in seconds.
 
-    JAX's own setting (JAX_COMPILATION_CACHE_DIR) wins where it is given; its key covers program, compiler, flags and device.
+    JAX's own setting (JAX_COMPILATION_CACHE_DIR) wins where it is given; its key covers program, compiler, flags and
+    device.
     """
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder()))

@@ -31,7 +31,8 @@ class Bridge:
     def join(self) -> None:
         if self._config.distributed.coordinator is not None:
             raise UserError(
-                f"distributed.coordinator={self._config.distributed.coordinator} is for backend xla; with backend npu_bridge leave it out and start "
+                f"distributed.coordinator={self._config.distributed.coordinator} is for backend xla; with "
+                "backend npu_bridge leave it out and start "
                 "the processes by `python -m npu_bridge.launch --nproc N train.py ...`, or by torchrun"
             )
         # JAX traces, makes, restores and saves on the host; the accelerator's memory is torch's alone.
@@ -44,7 +45,9 @@ class Bridge:
             places.ensure_process_group(self._bridge.device, self._processes)
             address = places.share_address()
         except (BridgeError, RuntimeError, ValueError) as error:
-            raise UserError(f"the {self._processes} processes of this job cannot meet through torch.distributed: {error}") from error
+            raise UserError(
+                f"the {self._processes} processes of this job cannot meet through torch.distributed: {error}"
+            ) from error
         join = self._config.distributed.model_copy(
             update=dict(coordinator=address, processes=self._processes, process_id=places.rank())
         )
@@ -57,23 +60,47 @@ class Bridge:
             first.setdefault(device.process_index, device)
         return [first[index] for index in sorted(first)]
 
-    def compile(self, function: Callable, *, mesh: Mesh, in_shardings: Any, out_shardings: Any, donate_argnums: tuple[int, ...] = ()) -> Callable:
+    def compile(
+        self,
+        function: Callable,
+        *,
+        mesh: Mesh,
+        in_shardings: Any,
+        out_shardings: Any,
+        donate_argnums: tuple[int, ...] = (),
+    ) -> Callable:
         if mesh.devices.size != self._processes:
             shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
             raise UserError(
-                f"mesh {shape} has {mesh.devices.size} places, but {self._processes} process{'es run' if self._processes > 1 else ' runs'}: "
+                f"mesh {shape} has {mesh.devices.size} places, but {self._processes} "
+                f"process{'es run' if self._processes > 1 else ' runs'}: "
                 "backend npu_bridge wants one process a place (python -m npu_bridge.launch --nproc N train.py ...)"
             )
-        return _with_clear_errors(program_of(self._bridge, function, mesh=mesh, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=donate_argnums))
+        return _with_clear_errors(
+            program_of(
+                self._bridge,
+                function,
+                mesh=mesh,
+                in_shardings=in_shardings,
+                out_shardings=out_shardings,
+                donate_argnums=donate_argnums,
+            )
+        )
 
     def as_jax(self, tree: Tree, shardings: Any) -> Tree:
-        give = lambda x, sharding: x.to_jax(sharding) if isinstance(x, npu_bridge.Array) else x
+        def give(x, sharding):
+            return x.to_jax(sharding) if isinstance(x, npu_bridge.Array) else x
+
         return jax.tree.map(give, tree, shardings)
 
     @contextlib.contextmanager
     def precision(self) -> Iterator[None]:
-        """torch's own switch: float32 products read bfloat16 and sum in float32 where the device has such units (AMX, tensor cores)."""
-        if (self._bridge.device == "cpu" and matmul_precision(self._config.model) == "default") or self._config.model.matmul_precision == "default":
+        """torch's own switch: float32 products read bfloat16 and sum in float32 where the device has such units (AMX,
+        tensor cores).
+        """
+        if (
+            self._bridge.device == "cpu" and matmul_precision(self._config.model) == "default"
+        ) or self._config.model.matmul_precision == "default":
             yield
             return
         import torch
@@ -91,8 +118,19 @@ class Bridge:
         return device_name(self._bridge.device)
 
 
-def program_of(bridge: BridgeConfig, function: Callable, *, mesh: Mesh | AbstractMesh, in_shardings: Any, out_shardings: Any, donate_argnums: tuple[int, ...] = ()) -> Callable:
-    """`function` as the bridge's program for one place of `mesh`. Its `lower` needs neither devices nor other processes, so that a mesh may be abstract."""
+def program_of(
+    bridge: BridgeConfig,
+    function: Callable,
+    *,
+    mesh: Mesh | AbstractMesh,
+    in_shardings: Any,
+    out_shardings: Any,
+    donate_argnums: tuple[int, ...] = (),
+) -> Callable:
+    """`function` as the bridge's program for one place of `mesh`.
+
+    Its `lower` needs neither devices nor other processes, so that a mesh may be abstract.
+    """
     alone = mesh.size == 1  # then no sharding says anything
     function = tracing(function, Placement(mesh, manual=False))
     return npu_bridge.jit(

@@ -19,10 +19,10 @@ from rich.text import Text
 
 from mindvl_jax.config.schema import Config, PhaseConfig
 from mindvl_jax.core import processor
+from mindvl_jax.core.params import Outline, matches_any
 from mindvl_jax.core.progress import LogConsole, duration, heartbeat
 from mindvl_jax.data.processor import BatchSpec
 from mindvl_jax.parallel.mesh import describe_mesh
-from mindvl_jax.core.params import Outline, matches_any
 from mindvl_jax.training.backend import matmul_precision
 from npu_bridge.ops.attention import describe_attention
 
@@ -37,26 +37,49 @@ def human(number: float) -> str:
     return f"{number:.3g}"
 
 
-def print_startup(console: Console, config: Config, outline: Outline, mesh: Mesh, peak: float | None, device_kind: str) -> None:
+def print_startup(
+    console: Console, config: Config, outline: Outline, mesh: Mesh, peak: float | None, device_kind: str
+) -> None:
     """Device, dtype and why, mesh, kernels, parameters by part."""
     device = mesh.devices.flat[0]
     processes = f", process {jax.process_index()} of {jax.process_count()}" if jax.process_count() > 1 else ""
     compute, masters = config.model.compute_dtype, config.model.param_dtype
     why = {
-        ("bfloat16", "float32"): "products in bfloat16 with float32 sums; parameters, moments, norms, softmax and loss in float32",
-        ("float32", "float32"): "everything in float32: exact, and slower than bfloat16 where the device has bfloat16 units",
-        ("bfloat16", "bfloat16"): "half the parameter memory; small updates round away: for inference or very large models",
+        (
+            "bfloat16",
+            "float32",
+        ): "products in bfloat16 with float32 sums; parameters, moments, norms, softmax and loss in float32",
+        (
+            "float32",
+            "float32",
+        ): "everything in float32: exact, and slower than bfloat16 where the device has bfloat16 units",
+        (
+            "bfloat16",
+            "bfloat16",
+        ): "half the parameter memory; small updates round away: for inference or very large models",
         ("float32", "bfloat16"): "parameters rounded to bfloat16, products in float32",
     }[(compute, masters)]
     if compute == "float32" and matmul_precision(config.model) == "bfloat16":
         why = "products read bfloat16 and sum in float32 (model.matmul_precision); everything else in float32"
     elif compute == "float32" and config.model.matmul_precision == "auto":
-        why = "everything in float32: this processor has no bfloat16 units, and products that emulate them would take longer"
+        why = (
+            "everything in float32: this processor has no bfloat16 units, and products that emulate them would "
+            "take longer"
+        )
     rows = Table.grid(padding=(0, 2))
-    rows.add_row("device", f"{device_kind} ({device.platform if config.backend == 'xla' else 'torch'}) on {platform.node() or 'this machine'}{processes}, jax {jax.__version__}")
+    rows.add_row(
+        "device",
+        f"{device_kind} ({device.platform if config.backend == 'xla' else 'torch'}) on "
+        f"{platform.node() or 'this machine'}{processes}, jax {jax.__version__}",
+    )
     if device.platform == "cpu":
-        rows.add_row("processor", f"{processor.name()}, {os.cpu_count()} cores, bfloat16 units: {processor.bfloat16_unit() or 'none'}")
-    rows.add_row("peak", f"{human(peak)}FLOP/s a device" if peak else "unknown for this device: no MFU (set logging.peak_flops)")
+        rows.add_row(
+            "processor",
+            f"{processor.name()}, {os.cpu_count()} cores, bfloat16 units: {processor.bfloat16_unit() or 'none'}",
+        )
+    rows.add_row(
+        "peak", f"{human(peak)}FLOP/s a device" if peak else "unknown for this device: no MFU (set logging.peak_flops)"
+    )
     rows.add_row("mesh", describe_mesh(mesh))
     rows.add_row("compute", f"{compute}, parameters {masters}: {why}")
     rows.add_row("kernels", kernels_in_use(config, mesh))
@@ -64,7 +87,11 @@ def print_startup(console: Console, config: Config, outline: Outline, mesh: Mesh
     rows.add_row("run folder", config.run.dir)
     console.print(rows)
     if (idle := jax.device_count() - mesh.devices.size) > 0 and config.backend == "xla":
-        console.print(f"[bold yellow]{idle} of {jax.device_count()} devices stay idle[/bold yellow]: set mesh.data=-1 (copies of the model) or mesh.fsdp=-1 (parameters spread) to use all", soft_wrap=True)
+        console.print(
+            f"[bold yellow]{idle} of {jax.device_count()} devices stay idle[/bold yellow]: set mesh.data=-1 "
+            "(copies of the model) or mesh.fsdp=-1 (parameters spread) to use all",
+            soft_wrap=True,
+        )
     console.print(parameter_table(config, outline))
 
 
@@ -87,23 +114,49 @@ def parameter_table(config: Config, outline: Outline) -> Table:
     parts: dict[str, list[str]] = collections.defaultdict(list)
     for path in outline.shapes:
         parts[path.split("/")[0]].append(path)
-    size = lambda paths: sum(math.prod(outline.shapes[path].shape) for path in paths)
+
+    def size(paths):
+        return sum(math.prod(outline.shapes[path].shape) for path in paths)
+
     for part, paths in parts.items():
         cells = []
         for phase in config.training.phases:
             learning = [path for path in paths if matches_any(path, phase.train)]
-            cells.append("trained" if len(learning) == len(paths) else f"{human(size(learning))} trained" if learning else "frozen")
+            cells.append(
+                "trained"
+                if len(learning) == len(paths)
+                else f"{human(size(learning))} trained"
+                if learning
+                else "frozen"
+            )
         table.add_row(part, f"{size(paths):,}", *cells)
-    totals = [f"{human(size([p for p in outline.shapes if matches_any(p, phase.train)]))} trained" for phase in config.training.phases]
+    totals = [
+        f"{human(size([p for p in outline.shapes if matches_any(p, phase.train)]))} trained"
+        for phase in config.training.phases
+    ]
     table.add_row("all", f"{size(outline.shapes):,}", *totals)
     return table
 
 
-def print_phase(console: Console, phase: PhaseConfig, index: int, count: int, spec: BatchSpec, trained: Collection[str], start: int, *, reduction: str) -> None:
+def print_phase(
+    console: Console,
+    phase: PhaseConfig,
+    index: int,
+    count: int,
+    spec: BatchSpec,
+    trained: Collection[str],
+    start: int,
+    *,
+    reduction: str,
+) -> None:
     resumed = f", from step {start}" if start else ""
     console.print(
-        Text.assemble((f"phase {index + 1}/{count} {phase.name}", "bold"), f": {phase.steps} steps{resumed} of {phase.gradient_accumulation} x {spec.rows} rows, {spec.describe()}, "
-        f"{len(trained)} arrays learn ({', '.join(phase.train)}), {phase.schedule} {phase.learning_rate:g}, loss by {reduction}")
+        Text.assemble(
+            (f"phase {index + 1}/{count} {phase.name}", "bold"),
+            f": {phase.steps} steps{resumed} of {phase.gradient_accumulation} x {spec.rows} rows, {spec.describe()}, "
+            f"{len(trained)} arrays learn ({', '.join(phase.train)}), {phase.schedule} "
+            f"{phase.learning_rate:g}, loss by {reduction}",
+        )
     )
 
 
@@ -114,7 +167,14 @@ class LiveLine:
       phases: name, steps and work of a step (in any unit) of each phase, for the time that later phases will take.
     """
 
-    def __init__(self, console: Console, total_steps: int, *, plain_seconds: float = 10.0, phases: Sequence[tuple[str, int, float]] = ()):
+    def __init__(
+        self,
+        console: Console,
+        total_steps: int,
+        *,
+        plain_seconds: float = 10.0,
+        phases: Sequence[tuple[str, int, float]] = (),
+    ):
         self._console = console
         self._total = total_steps
         self._plain_seconds = plain_seconds
@@ -123,7 +183,12 @@ class LiveLine:
         self._phases = list(phases)
         self._progress = None
         if console.is_terminal:
-            self._progress = Progress(TextColumn("{task.percentage:3.0f}%"), BarColumn(bar_width=16), TextColumn("{task.fields[line]}"), console=console)
+            self._progress = Progress(
+                TextColumn("{task.percentage:3.0f}%"),
+                BarColumn(bar_width=16),
+                TextColumn("{task.fields[line]}"),
+                console=console,
+            )
             self._task = self._progress.add_task("", total=total_steps, line="starting")
             self._progress.start()
 
@@ -147,7 +212,9 @@ class LiveLine:
             self._console.print(f"{what}: done in {duration(seconds)}", highlight=False)
 
     def update(self, record: Mapping[str, float], *, first_of_phase: bool) -> None:
-        """Shows one step's record (see `trainer`); the first step of a phase holds its compilation and does not count for rates."""
+        """Show one step's record (see `trainer`); the first step of a phase holds its compilation and does not count
+        for rates.
+        """
         if not first_of_phase:
             self._recent.append(record)
         text = self.text(record)
@@ -162,7 +229,9 @@ class LiveLine:
                 self._console.log_only(line)
 
     def _left(self, step: int, seconds: float) -> float:
-        """Seconds that are left: steps of this phase at its own speed, those of later phases by the work of their steps."""
+        """Seconds that are left: steps of this phase at its own speed, those of later phases by the work of their
+        steps.
+        """
         if not self._phases:
             return (self._total - step) * seconds
         end, here, left = 0, None, 0.0
@@ -180,8 +249,13 @@ class LiveLine:
     def text(self, record: Mapping[str, float]) -> str:
         recent = self._recent or [record]
         seconds = sum(r["step_seconds"] for r in recent)
-        mean = lambda key: sum(r[key] for r in recent) / len(recent)
-        rate = lambda key: sum(r[key] for r in recent) / seconds if seconds else 0.0
+
+        def mean(key):
+            return sum(r[key] for r in recent) / len(recent)
+
+        def rate(key):
+            return sum(r[key] for r in recent) / seconds if seconds else 0.0
+
         parts = [
             f"{record['phase']} {record['step']}/{self._total}",
             f"loss {record['loss']:.4f}",
@@ -189,7 +263,9 @@ class LiveLine:
             f"{human(rate('samples'))} samples/s",
         ]
         if record.get("mfu") is not None:
-            language = f" ({100 * mean('mfu_language'):.1f}% without ViT)" if record.get("mfu_language") is not None else ""
+            language = (
+                f" ({100 * mean('mfu_language'):.1f}% without ViT)" if record.get("mfu_language") is not None else ""
+            )
             parts.append(f"MFU {100 * mean('mfu'):.1f}%{language}")
         if "token_efficiency" in record:
             parts.append(f"packed {100 * mean('token_efficiency'):.0f}%")

@@ -1,8 +1,8 @@
 """An exponential moving average of the parameters, kept beside a run (`training.ema_decay`).
 
-After each optimizer step that was applied: average = decay * average + (1 - decay) * parameters, in float32, starting from the
-parameters that the run starts with. Skipped steps leave it alone. All parameters are in it, those that a phase freezes too: they
-may have learned in the phase before. It lies where the parameters lie and goes into every checkpoint.
+After each optimizer step that was applied: average = decay * average + (1 - decay) * parameters, in float32, starting
+from the parameters that the run starts with. Skipped steps leave it alone. All parameters are in it, those that a phase
+freezes too: they may have learned in the phase before. It lies where the parameters lie and goes into every checkpoint.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from jax.sharding import NamedSharding
 
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.params import Params
 from mindvl_jax.parallel.rules import replicated
 from mindvl_jax.training.backend import compile_xla
-from mindvl_jax.core.params import Params
 
 
 def _blend(average: Params, params: Params, applied: jax.Array, decay: jax.Array) -> Params:
@@ -41,7 +41,10 @@ class MovingAverage:
         some = next(iter(self.shardings.values()))
         scalar = replicated(some.mesh) if isinstance(some, NamedSharding) else some
         self._blend = compile(
-            _blend, in_shardings=(self.shardings, self.shardings, scalar, scalar), out_shardings=self.shardings, donate_argnums=(0,)
+            _blend,
+            in_shardings=(self.shardings, self.shardings, scalar, scalar),
+            out_shardings=self.shardings,
+            donate_argnums=(0,),
         )
         self._decay = np.float32(decay)
 
@@ -49,12 +52,16 @@ class MovingAverage:
         """Take in the parameters after a step.
 
         Args:
-          applied: bool scalar, on the device: False for a skipped step, which changes nothing. The host does not wait for it.
+          applied: bool scalar, on the device: False for a skipped step, which changes nothing. The host does not wait
+            for it.
         """
         self.params = self._blend(self.params, {path: params[path] for path in self.params}, applied, self._decay)
 
 
 def require_possible(config: Config) -> None:
-    """Raises UserError for a configuration whose average could not be kept."""
+    """Raise UserError for a configuration whose average could not be kept."""
     if config.training.ema_decay is None and config.evaluation.ema:
-        raise UserError("evaluation.ema scores the moving average, but training.ema_decay is not set; set it (such as 0.999) or leave evaluation.ema out")
+        raise UserError(
+            "evaluation.ema scores the moving average, but training.ema_decay is not set; set it (such as "
+            "0.999) or leave evaluation.ema out"
+        )

@@ -33,7 +33,8 @@ class MicroBatch:
 
     Attributes:
       sample_ids: of this process's rows.
-      loader_state: the loader's state right after this batch; only at the last micro-step of an optimizer step, else None.
+      loader_state: the loader's state right after this batch; only at the last micro-step of an optimizer step, else
+        None.
       counters: the loader's counters right after this batch.
     """
 
@@ -52,7 +53,9 @@ class Feed:
       accumulation: micro-steps of one optimizer step.
     """
 
-    def __init__(self, loader: Loader, mesh: Mesh, spec: BatchSpec, *, micro_steps: int, accumulation: int, ahead: int = 1):
+    def __init__(
+        self, loader: Loader, mesh: Mesh, spec: BatchSpec, *, micro_steps: int, accumulation: int, ahead: int = 1
+    ):
         self._loader = loader
         self._shardings = spec.map(lambda field: batch_sharding(field.dims, field.shape, mesh))
         self._micro_steps = micro_steps
@@ -62,7 +65,10 @@ class Feed:
         self._ahead = ahead
 
     def next(self) -> MicroBatch:
-        """The next micro-step's batch. Call `refill` after its program is dispatched, so that the wait for data overlaps with it."""
+        """The next micro-step's batch.
+
+        Call `refill` after its program is dispatched, so that the wait for data overlaps with it.
+        """
         if not self._queue:
             self._pull()
         return self._queue.popleft()
@@ -76,13 +82,16 @@ class Feed:
             packed = next(self._loader)
         except StopIteration:
             raise UserError(
-                f"the data ran out after {self._pulled} of {self._micro_steps} micro-steps; the mixture's sources give no further batch"
+                f"the data ran out after {self._pulled} of {self._micro_steps} micro-steps; the mixture's "
+                "sources give no further batch"
             ) from None
         self._pulled += 1
         border = self._pulled % self._accumulation == 0
         batch = place(packed.batch, self._shardings)
         ids = tuple(sample for row in packed.sample_ids for sample in row)
-        self._queue.append(MicroBatch(batch, ids, self._loader.state() if border else None, dict(self._loader.counters)))
+        self._queue.append(
+            MicroBatch(batch, ids, self._loader.state() if border else None, dict(self._loader.counters))
+        )
 
 
 def place(batch: Any, shardings: Any) -> Any:

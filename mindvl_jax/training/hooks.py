@@ -1,4 +1,7 @@
-"""What a run calls outside of training: evaluation, the report, the profiler. Injected, so that training imports none of them."""
+"""What a run calls outside of training: evaluation, the report, the profiler.
+
+Injected, so that training imports none of them.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ class StepWatcher(Protocol):
         """Before step `step` (from 1) is dispatched; `wait` returns when all earlier work is done."""
 
     def after_step(self, step: int, programs: Callable[[], Any], wait: Callable[[], None]) -> None:
-        """After step `step` was dispatched; `programs` gives the functions that it ran, with arguments to lower them again."""
+        """After step `step` was dispatched; `programs` gives the functions that it ran, with arguments to lower them
+        again.
+        """
 
     def close(self) -> None: ...
 

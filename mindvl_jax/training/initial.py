@@ -12,9 +12,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
+from mindvl_jax.checkpoints.checkpoint import abstract_params
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.checkpoints.checkpoint import abstract_params
 from mindvl_jax.core.params import Outline, Params, flatten
 from mindvl_jax.models.adapters import base_magnitude, is_adapter
 from mindvl_jax.models.layers.lora import initial_lora_a
@@ -34,8 +34,14 @@ def starting_params(config: Config, outline: Outline, mesh: Mesh, console: Conso
     if source is None and config.adapters is None:
         return initial_params(outline, mesh, config.run.seed)
     if config.adapters is not None:
-        base = dataclasses.replace(outline, shapes={path: shape for path, shape in outline.shapes.items() if not is_adapter(path)})
-        params = starting_params(config.model_copy(update=dict(adapters=None)), base, mesh, console) if source else initial_params(outline, mesh, config.run.seed)
+        base = dataclasses.replace(
+            outline, shapes={path: shape for path, shape in outline.shapes.items() if not is_adapter(path)}
+        )
+        params = (
+            starting_params(config.model_copy(update=dict(adapters=None)), base, mesh, console)
+            if source
+            else initial_params(outline, mesh, config.run.seed)
+        )
         return {**params, **starting_adapters(config, outline, params, mesh, console)}
     console.print(f"starting from the weights of {source}")
     given = flatten(nnx.state(open_model(source, mesh=mesh).model, nnx.Param))
@@ -60,7 +66,9 @@ def starting_params(config: Config, outline: Outline, mesh: Mesh, console: Conso
     return place({path: given[path] for path in target})
 
 
-def starting_adapters(config: Config, outline: Outline, base: Mapping[str, jax.Array], mesh: Mesh, console: Console) -> Params:
+def starting_adapters(
+    config: Config, outline: Outline, base: Mapping[str, jax.Array], mesh: Mesh, console: Console
+) -> Params:
     """Adapter parameters for step 0, on the mesh: fresh, or those of the PEFT folder `adapters.init_from`.
 
     Fresh ones leave the model as it is: B is zero, and DoRA's magnitude is the norm of the base column.
@@ -73,7 +81,10 @@ def starting_adapters(config: Config, outline: Outline, base: Mapping[str, jax.A
         console.print(f"starting from the adapter of {source}")
         adapter = read_adapter(Path(source), config.model)
         require_layout(adapter.layout, layout_of(config.adapters, config.model), source)
-        return {path: jax.device_put(jnp.asarray(adapter.parameters[path], want.dtype), want.sharding) for path, want in target.items()}
+        return {
+            path: jax.device_put(jnp.asarray(adapter.parameters[path], want.dtype), want.sharding)
+            for path, want in target.items()
+        }
 
     def fresh(key: jax.Array, kernels: Mapping[str, jax.Array]) -> Params:
         made = {}
@@ -86,6 +97,10 @@ def starting_adapters(config: Config, outline: Outline, base: Mapping[str, jax.A
         return made
 
     # Only DoRA reads the kernels: they may be most of the model.
-    kernels = {path.rpartition("/")[0]: base[path.rpartition("/")[0] + "/kernel"] for path in target if path.endswith("/lora_magnitude")}
+    kernels = {
+        path.rpartition("/")[0]: base[path.rpartition("/")[0] + "/kernel"]
+        for path in target
+        if path.endswith("/lora_magnitude")
+    }
     make = jax.jit(fresh, out_shardings={path: want.sharding for path, want in target.items()})
     return make(jax.random.fold_in(jax.random.key(config.run.seed), 1), kernels)

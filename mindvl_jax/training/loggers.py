@@ -36,9 +36,16 @@ def require_installed(config: Config) -> None:
     Raises:
       UserError: names the packages and how to install them.
     """
-    missing = [PACKAGES[name] for name in config.logging.to if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None]
+    missing = [
+        PACKAGES[name]
+        for name in config.logging.to
+        if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None
+    ]
     if missing:
-        raise UserError(f"logging.to needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed here: pip install {' '.join(missing)}")
+        raise UserError(
+            f"logging.to needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
+            f"installed here: pip install {' '.join(missing)}"
+        )
 
 
 def make_trackers(config: Config, first_step: int) -> list[Tracker]:
@@ -71,7 +78,9 @@ class TensorBoard:
 
     def __init__(self, run_dir: Path, first_step: int):
         # purge_step hides what an earlier process logged beyond the restored step.
-        self._writer = _summary_writer_class()(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None, flush_secs=30)
+        self._writer = _summary_writer_class()(
+            str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None, flush_secs=30
+        )
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         for key, value in numbers.items():
@@ -82,7 +91,10 @@ class TensorBoard:
 
 
 def _summary_writer_class() -> type:
-    """tensorboardX's writer. It imports torch where it finds it, to accept torch tensors; here are none, and torch takes seconds."""
+    """tensorboardX's writer.
+
+    It imports torch where it finds it, to accept torch tensors; here are none, and torch takes seconds.
+    """
     hide = "torch" not in sys.modules
     if hide:
         sys.modules["torch"] = None  # an import of it now fails, which tensorboardX expects
@@ -101,7 +113,9 @@ class WandB:
         wandb = importlib.import_module("wandb")
         kept = run_dir / "wandb_id.txt"
         known = kept.read_text(encoding="utf-8").strip() if kept.is_file() else None
-        self._run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=config, id=known, resume="allow")
+        self._run = wandb.init(
+            project=project, name=run_dir.name, dir=str(run_dir), config=config, id=known, resume="allow"
+        )
         kept.write_text(str(self._run.id) + "\n", encoding="utf-8")
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
@@ -136,7 +150,9 @@ class SwanLab:
 
     def __init__(self, run_dir: Path, project: str, config: dict[str, Any]):
         self._swanlab = importlib.import_module("swanlab")
-        self._swanlab.init(project=project, experiment_name=run_dir.name, logdir=str(run_dir / "swanlab"), config=config)
+        self._swanlab.init(
+            project=project, experiment_name=run_dir.name, logdir=str(run_dir / "swanlab"), config=config
+        )
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         self._swanlab.log(dict(numbers), step=step)
@@ -167,7 +183,16 @@ def write_csv(rows: Iterable[Mapping[str, Any]], file: Any) -> None:
     writer = csv.writer(file)
     writer.writerow(columns)
     for row in rows:
-        writer.writerow(["" if (value := row.get(name)) is None else json.dumps(value) if isinstance(value, (list, dict)) else value for name in columns])
+        writer.writerow(
+            [
+                ""
+                if (value := row.get(name)) is None
+                else json.dumps(value)
+                if isinstance(value, (list, dict))
+                else value
+                for name in columns
+            ]
+        )
 
 
 def scores_of(scores: Mapping[str, Any]) -> dict[str, float]:

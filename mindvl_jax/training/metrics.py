@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mindvl_jax.training.loggers import Tracker, numbers_of
-
 from mindvl_jax.core.files import replacing
+from mindvl_jax.training.loggers import Tracker, numbers_of
 
 FILE = "metrics.jsonl"
 
@@ -22,7 +21,8 @@ def _plain(value: Any) -> Any:
 
 
 def cut_metrics(path: Path, last_step: int) -> int:
-    """Drops the lines of steps after `last_step`, and a last line that was cut off by a crash; returns how many were dropped.
+    """Drop the lines of steps after `last_step`, and a last line that was cut off by a crash; return how many were
+    dropped.
 
     The file is replaced in one move, so a crash here loses nothing.
     """
@@ -48,7 +48,7 @@ def cut_metrics(path: Path, last_step: int) -> int:
 
 
 class MetricsLog:
-    """Appends one JSON object a step, each in a single write, and hands the numbers to the trackers."""
+    """Append one JSON object a step, each in a single write, and hand the numbers to the trackers."""
 
     def __init__(self, run_dir: Path, *, trackers: Sequence[Tracker] = (), first_step: int):
         cut_metrics(run_dir / FILE, first_step)

@@ -1,8 +1,9 @@
 """Muon for the hidden matrices, AdamW for everything else (Jordan et al. 2024; update scaled as in arXiv 2502.16982).
 
-Momentum is orthogonalised matrix by matrix by optax's `scale_by_muon`: each layer of a stack, and query, key, value, gate and up apart,
-because each is a parameter of its own here. An orthogonal update times 0.2 sqrt(max(inputs, outputs)) has AdamW's usual root mean
-square, so learning rate and decay keep their meaning. Momentum in float32, no second moment: half of AdamW's state.
+Momentum is orthogonalised matrix by matrix by optax's `scale_by_muon`: each layer of a stack, and query, key, value,
+gate and up apart, because each is a parameter of its own here. An orthogonal update times 0.2 sqrt(max(inputs,
+outputs)) has AdamW's usual root mean square, so learning rate and decay keep their meaning. Momentum in float32, no
+second moment: half of AdamW's state.
 """
 
 from __future__ import annotations
@@ -42,9 +43,14 @@ def require_matrices(shapes: Mapping[str, Any], config: OptimizerConfig, where: 
         return
     chosen = muon_paths(shapes, config)
     if not chosen:
-        raise UserError(f"{where}: training.optimizer.name is muon, but none of the trained parameters is one of training.optimizer.muon ({', '.join(config.muon)})")
+        raise UserError(
+            f"{where}: training.optimizer.name is muon, but none of the trained parameters is one of "
+            f"training.optimizer.muon ({', '.join(config.muon)})"
+        )
     if flat := sorted(path for path in chosen if len(shapes[path].shape) < 2):
-        raise UserError(f"training.optimizer.muon selects {flat[0]} of shape {shapes[flat[0]].shape}; Muon is for matrices")
+        raise UserError(
+            f"training.optimizer.muon selects {flat[0]} of shape {shapes[flat[0]].shape}; Muon is for matrices"
+        )
 
 
 def optimizer_init(config: OptimizerConfig) -> Callable[[Params], AdamState]:
@@ -67,12 +73,18 @@ def muon(config: OptimizerConfig, rules: Mapping[str, ParameterRule]) -> optax.G
     """Muon over `config.muon`, `fused_adamw` over the rest; update arguments and results as in `fused_adamw`."""
     adamw, init = fused_adamw(config, rules), optimizer_init(config)
 
-    def update(gradients: Params, state: AdamState, params: Params, *, learning_rate: jax.Array, keep: jax.Array) -> tuple[dict[str, NewValue], AdamState]:
+    def update(
+        gradients: Params, state: AdamState, params: Params, *, learning_rate: jax.Array, keep: jax.Array
+    ) -> tuple[dict[str, NewValue], AdamState]:
         chosen = muon_paths(params, config)
         rest = {path: value for path, value in params.items() if path not in chosen}
-        updates, rest_state = adamw.update(gradients, AdamState(state.mu, state.nu, state.updates), rest, learning_rate=learning_rate, keep=keep)
+        updates, rest_state = adamw.update(
+            gradients, AdamState(state.mu, state.nu, state.updates), rest, learning_rate=learning_rate, keep=keep
+        )
         matrices = {path: params[path] for path in params if path in chosen}
-        dims = {path: optax.contrib.MuonDimensionNumbers(value.ndim - 2, value.ndim - 1) for path, value in matrices.items()}
+        dims = {
+            path: optax.contrib.MuonDimensionNumbers(value.ndim - 2, value.ndim - 1) for path, value in matrices.items()
+        }
         scale_by_muon = optax.contrib.scale_by_muon(beta=config.muon_momentum, weight_dimension_numbers=dims)
         before = scale_by_muon.init({path: state.mu[path] for path in matrices})
         before = before._replace(count=state.updates, mu={path: state.mu[path] for path in matrices})
@@ -84,6 +96,8 @@ def muon(config: OptimizerConfig, rules: Mapping[str, ParameterRule]) -> optax.G
             moved = (wide - learning_rate * rule.learning_rate_factor * step).astype(value.dtype)
             updates[path] = NewValue(jnp.where(keep, moved, value))
             mu[path] = jnp.where(keep, after.mu[path], state.mu[path])
-        return {path: updates[path] for path in params}, AdamState({path: mu[path] for path in params}, rest_state.nu, rest_state.updates)
+        return {path: updates[path] for path in params}, AdamState(
+            {path: mu[path] for path in params}, rest_state.nu, rest_state.updates
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -1,7 +1,7 @@
 """Learning-rate schedules and optimizers over flat parameter dicts.
 
-An optimizer is an optax transformation. AdamW is our own one around `npu_bridge.ops.fused_adamw`, so that a device with a fused
-kernel uses it; schedules come from optax.
+An optimizer is an optax transformation. AdamW is our own one around `npu_bridge.ops.fused_adamw`, so that a device with
+a fused kernel uses it; schedules come from optax.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from npu_bridge import ops
 def learning_rates(phase: PhaseConfig, where: str) -> np.ndarray:
     """(phase.steps,) float32: the rate of every optimizer step of a phase, computed once, so that no step waits for it.
 
-    Warm-up rises in equal parts to the full rate, which step `warmup_steps - 1` has (no step is wasted at rate 0); then the named
-    schedule falls to `final_learning_rate_fraction` over the rest.
+    Warm-up rises in equal parts to the full rate, which step `warmup_steps - 1` has (no step is wasted at rate 0); then
+    the named schedule falls to `final_learning_rate_fraction` over the rest.
 
     Raises:
       UserError: the warm-up is longer than the phase; `where` names the phase's place in the config.
@@ -54,14 +54,18 @@ class ParameterRule:
     weight_decay: float
 
 
-def parameter_rules(trained: Iterable[str], phase: PhaseConfig, optimizer: OptimizerConfig, where: str) -> dict[str, ParameterRule]:
+def parameter_rules(
+    trained: Iterable[str], phase: PhaseConfig, optimizer: OptimizerConfig, where: str
+) -> dict[str, ParameterRule]:
     """Learning-rate factor and weight decay of every trained parameter.
 
     Raises:
       UserError: a multiplier's glob matches no trained parameter.
     """
     trained = list(trained)
-    require_matches(trained, phase.learning_rate_multipliers, f"{where}.learning_rate_multipliers (trained parameters only)")
+    require_matches(
+        trained, phase.learning_rate_multipliers, f"{where}.learning_rate_multipliers (trained parameters only)"
+    )
     rules = {}
     for path in trained:
         factor = next((f for glob, f in phase.learning_rate_multipliers.items() if matches(path, glob)), 1.0)
@@ -88,7 +92,10 @@ class AdamState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NewValue:
-    """An update that is the parameter's new value. A fused kernel returns that; new value minus old would round once more."""
+    """An update that is the parameter's new value.
+
+    A fused kernel returns that; new value minus old would round once more.
+    """
 
     value: jax.Array
 
@@ -110,11 +117,14 @@ def _sharding(value: jax.Array) -> jax.sharding.Sharding | None:
 def fused_adamw(config: OptimizerConfig, rules: Mapping[str, ParameterRule]) -> optax.GradientTransformationExtraArgs:
     """AdamW by `npu_bridge.ops.fused_adamw`, one call a parameter.
 
-    Its update takes, beside gradients, state and parameters: `learning_rate` (before the parameter's own factor), and `keep`, a bool
-    scalar on the device; False leaves parameters and moments bitwise as they are, without a host round trip. Updates are `NewValue`s.
+    Its update takes, beside gradients, state and parameters: `learning_rate` (before the parameter's own factor), and
+    `keep`, a bool scalar on the device; False leaves parameters and moments bitwise as they are, without a host round
+    trip. Updates are `NewValue`s.
     """
 
-    def update(gradients: Params, state: AdamState, params: Params, *, learning_rate: jax.Array, keep: jax.Array) -> tuple[dict[str, NewValue], AdamState]:
+    def update(
+        gradients: Params, state: AdamState, params: Params, *, learning_rate: jax.Array, keep: jax.Array
+    ) -> tuple[dict[str, NewValue], AdamState]:
         new, mu, nu = {}, {}, {}
         for path, value in params.items():
             rule = rules[path]
@@ -131,23 +141,36 @@ def fused_adamw(config: OptimizerConfig, rules: Mapping[str, ParameterRule]) -> 
                 weight_decay=rule.weight_decay,
                 keep=keep,
             )
-        return {path: NewValue(value) for path, value in new.items()}, AdamState(mu, nu, state.updates + keep.astype(jnp.int32))
+        return {path: NewValue(value) for path, value in new.items()}, AdamState(
+            mu, nu, state.updates + keep.astype(jnp.int32)
+        )
 
     return optax.GradientTransformationExtraArgs(adam_state, update)
 
 
 def apply_update(
-    transformation: optax.GradientTransformationExtraArgs, gradients: Params, state: Any, params: Params, *, learning_rate: jax.Array, keep: jax.Array
+    transformation: optax.GradientTransformationExtraArgs,
+    gradients: Params,
+    state: Any,
+    params: Params,
+    *,
+    learning_rate: jax.Array,
+    keep: jax.Array,
 ) -> tuple[Params, Any]:
     """(parameters, optimizer state) after one update, or unchanged where `keep` is False.
 
-    Takes `fused_adamw` and any transformation of optax. Those of optax know neither `learning_rate` nor `keep`: their updates are
-    scaled by the rate here, and their state is selected.
+    Takes `fused_adamw` and any transformation of optax. Those of optax know neither `learning_rate` nor `keep`: their
+    updates are scaled by the rate here, and their state is selected.
     """
-    updates, new_state = optax.with_extra_args_support(transformation).update(gradients, state, params, learning_rate=learning_rate, keep=keep)
+    updates, new_state = optax.with_extra_args_support(transformation).update(
+        gradients, state, params, learning_rate=learning_rate, keep=keep
+    )
     if all(isinstance(update, NewValue) for update in updates.values()):
         return {path: update.value for path, update in updates.items()}, new_state
     rate = {path: jnp.asarray(learning_rate, jnp.float32) * update for path, update in updates.items()}
     moved = optax.apply_updates(params, rate)
-    choose = lambda new, old: jnp.where(keep, new, old)
+
+    def choose(new, old):
+        return jnp.where(keep, new, old)
+
     return jax.tree.map(choose, moved, params), jax.tree.map(choose, new_state, state)

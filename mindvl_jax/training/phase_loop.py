@@ -15,12 +15,13 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.text import Text
 
-from mindvl_jax.models.counts import StepFlops
-from mindvl_jax.models.registry import spec_of
 from mindvl_jax.checkpoints.checkpoint import Progress
 from mindvl_jax.config.schema import Config, PhaseConfig
+from mindvl_jax.core.params import Outline
 from mindvl_jax.data.processor import BatchSpec
+from mindvl_jax.models.counts import StepFlops
 from mindvl_jax.models.loading import batch_spec, make_loader
+from mindvl_jax.models.registry import spec_of
 from mindvl_jax.objectives.registry import make_objective
 from mindvl_jax.parallel.rules import RowShare, row_share
 from mindvl_jax.training.backend import Backend
@@ -29,7 +30,6 @@ from mindvl_jax.training.ema import MovingAverage
 from mindvl_jax.training.feed import Feed
 from mindvl_jax.training.hooks import StepWatcher
 from mindvl_jax.training.optimizer import learning_rates
-from mindvl_jax.core.params import Outline
 from mindvl_jax.training.recorder import Dispatched, Recorder, RunLog
 from mindvl_jax.training.state import TrainState
 from mindvl_jax.training.step import StepPrograms, program_key
@@ -47,7 +47,8 @@ class RunContext:
       watcher: the profiler, in the main process.
       ema: the moving average, if the run keeps one.
       best: lowest validation loss so far. keep: (step) -> None, keeps that step's checkpoint.
-      kept_if_diverged: (state) -> context in which a run that diverges leaves the parameters of that state for `mindvl replay`.
+      kept_if_diverged: (state) -> context in which a run that diverges leaves the parameters of that state for `mindvl
+        replay`.
     """
 
     config: Config
@@ -69,19 +70,36 @@ class RunContext:
 def _flop_counter(run: RunContext, trained: list[str]) -> Callable[[Mapping[str, float]], StepFlops]:
     """FLOPs of a step by the family's own count; none where the family has no count."""
     flops = spec_of(run.config.model).flops
-    return flops(run.config.model, run.outline.shapes, trained) if flops is not None else lambda counts: StepFlops(0.0, 0.0)
+    return (
+        flops(run.config.model, run.outline.shapes, trained)
+        if flops is not None
+        else lambda counts: StepFlops(0.0, 0.0)
+    )
 
 
 class PhaseLoop:
-    """Runs the steps of phase `index` that are still to be done."""
+    """Run the steps of phase `index` that are still to be done."""
 
-    def __init__(self, run: RunContext, index: int, trained: list[str], frozen: list[str], stop: StopRequest, stop_after: int | None):
+    def __init__(
+        self,
+        run: RunContext,
+        index: int,
+        trained: list[str],
+        frozen: list[str],
+        stop: StopRequest,
+        stop_after: int | None,
+    ):
         self._run, self._index, self._trained = run, index, trained
         self._stop, self._stop_after = stop, stop_after
         self._phase = run.config.training.phases[index]
         self._where = f"training.phases[{index}]"
         self._spec: BatchSpec = batch_spec(run.config, self._phase)
-        objective = make_objective(run.config.model, self._phase, loss_chunk=run.config.training.loss_chunk, flow=run.config.training.flow_matching)
+        objective = make_objective(
+            run.config.model,
+            self._phase,
+            loss_chunk=run.config.training.loss_chunk,
+            flow=run.config.training.flow_matching,
+        )
         self._objective = objective
         self._programs: StepPrograms = run.programs_for(
             program_key(self._phase, objective, self._spec, trained),
@@ -90,7 +108,9 @@ class PhaseLoop:
         self._recorder = Recorder(run.report, self._phase, objective, self._spec, _flop_counter(run, trained))
 
     def run(self, state: TrainState, step: int, begin: int, loader_state: dict | None) -> tuple[TrainState, int, bool]:
-        """Steps `begin` .. phase.steps; returns (state, step, whether the phase came to its end). The state is saved in every case.
+        """Step `begin` .. phase.steps; returns (state, step, whether the phase came to its end).
+
+        The state is saved in every case.
 
         Args:
           step: optimizer steps of the run that are done.
@@ -102,10 +122,21 @@ class PhaseLoop:
             run.report.console.print(Text(warning, style="yellow"), soft_wrap=True)
         validation = self._validation(share)
         rates = learning_rates(phase, self._where)
-        print_phase(run.report.console, phase, self._index, len(run.config.training.phases), self._spec, self._trained, begin, reduction=self._objective.gradients_by)
+        print_phase(
+            run.report.console,
+            phase,
+            self._index,
+            len(run.config.training.phases),
+            self._spec,
+            self._trained,
+            begin,
+            reduction=self._objective.gradients_by,
+        )
         run.report.live.new_phase()
         micro_steps = (phase.steps - begin) * phase.gradient_accumulation
-        with contextlib.closing(make_loader(run.config, self._index, process_index=share.index, process_count=share.count)) as loader:
+        with contextlib.closing(
+            make_loader(run.config, self._index, process_index=share.index, process_count=share.count)
+        ) as loader:
             if loader_state is not None:
                 loader.restore(loader_state)
             feed = Feed(loader, run.mesh, self._spec, micro_steps=micro_steps, accumulation=phase.gradient_accumulation)
@@ -123,11 +154,20 @@ class PhaseLoop:
                 self._after(step, state, dispatched)
                 ended = phase_step + 1 == phase.steps
                 checked, is_best = self._validate(validation, state, step, ended=ended)
-                recorder.add(dataclasses.replace(dispatched, first_of_phase=phase_step == begin, checked=checked, data_before=before, phase_step=phase_step))
+                recorder.add(
+                    dataclasses.replace(
+                        dispatched,
+                        first_of_phase=phase_step == begin,
+                        checked=checked,
+                        data_before=before,
+                        phase_step=phase_step,
+                    )
+                )
                 feed.refill()
                 with run.kept_if_diverged(state):
                     recorder.drain(keep=run.backend.in_flight)
-                # A request that arrives now is answered before the next step; asking twice for one step would break the agreement.
+                # A request that arrives now is answered before the next step; asking twice for one step would break the
+                # agreement.
                 enough = self._stop_after is not None and step >= self._stop_after and step < run.total_steps
                 if ended and begin == 0:
                     recorder.require_learning()  # before the phase is saved as done
@@ -147,10 +187,15 @@ class PhaseLoop:
         if self._run.ema is not None:
             self._run.ema.update(state.params, dispatched.metrics["applied"])
         if self._run.watcher is not None:
-            ran = lambda: programs_of_step(self._programs, state, self._spec, self._phase)
+
+            def ran():
+                return programs_of_step(self._programs, state, self._spec, self._phase)
+
             self._run.watcher.after_step(step, ran, lambda: jax.block_until_ready(state.step))
 
-    def _step(self, state: TrainState, learning_rate: np.float32, feed: Feed, step: int) -> tuple[TrainState, dict | None, Dispatched] | None:
+    def _step(
+        self, state: TrainState, learning_rate: np.float32, feed: Feed, step: int
+    ) -> tuple[TrainState, dict | None, Dispatched] | None:
         """Dispatch optimizer step `step`; returns (state, loader state after it, what is to be recorded).
 
         None if a stop was asked for before it was complete: the state given is then untouched.
@@ -166,7 +211,9 @@ class PhaseLoop:
         ids: list[str] = []
         for number in range(micro_steps):
             if number:
-                if jax.process_count() == 1 and self._stop.requested(step):  # several processes agree only between steps
+                if jax.process_count() == 1 and self._stop.requested(
+                    step
+                ):  # several processes agree only between steps
                     return None
                 micro = feed.next()
             totals = programs.accumulate(state, totals, micro.batch)
@@ -188,10 +235,14 @@ class PhaseLoop:
             rows=slice(share.index * share.rows, (share.index + 1) * share.rows), compile=functools.partial(run.backend.compile, mesh=run.mesh),
             shardings=self._programs.shardings,
         )  # fmt: skip
-        run.report.console.print(f"validation: {made.samples} samples of {settings.source} every {settings.every_steps} steps")
+        run.report.console.print(
+            f"validation: {made.samples} samples of {settings.source} every {settings.every_steps} steps"
+        )
         return made
 
-    def _validate(self, validation: Validation | None, state: TrainState, step: int, *, ended: bool) -> tuple[dict[str, float], bool]:
+    def _validate(
+        self, validation: Validation | None, state: TrainState, step: int, *, ended: bool
+    ) -> tuple[dict[str, float], bool]:
         """(metrics of a check that is due, whether this step is to be kept as the best)."""
         if validation is None or not validation.due(step, ended=ended):
             return {}, False
@@ -218,10 +269,15 @@ class PhaseLoop:
         self._run.save(state, progress)
 
 
-def programs_of_step(programs: StepPrograms, state: TrainState, spec: BatchSpec, phase: PhaseConfig) -> dict[str, tuple[Callable, tuple]]:
+def programs_of_step(
+    programs: StepPrograms, state: TrainState, spec: BatchSpec, phase: PhaseConfig
+) -> dict[str, tuple[Callable, tuple]]:
     """The programs of one step of a phase, with arguments to lower them again."""
     batch, rate = spec.empty(), np.float32(0)
     if phase.gradient_accumulation == 1:
         return {"train_step": (programs.train_step, (state, batch, rate))}
     totals = jax.eval_shape(programs.zeros)
-    return {"accumulate": (programs.accumulate, (state, totals, batch)), "update": (programs.update, (state, totals, rate))}
+    return {
+        "accumulate": (programs.accumulate, (state, totals, batch)),
+        "update": (programs.update, (state, totals, rate)),
+    }

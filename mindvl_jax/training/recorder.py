@@ -17,9 +17,9 @@ from mindvl_jax.config.schema import Config, PhaseConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.files import write_json
 from mindvl_jax.data.processor import BatchSpec
+from mindvl_jax.models.counts import StepFlops
 from mindvl_jax.objectives.base import Objective
 from mindvl_jax.training.display import LiveLine
-from mindvl_jax.models.counts import StepFlops
 from mindvl_jax.training.metrics import MetricsLog
 from mindvl_jax.training.step import PART_NORM, STEP_METRICS
 
@@ -40,7 +40,8 @@ class Dispatched:
       counters: of the loader, right after the step's last batch.
       first_of_phase: its time includes compilation.
       checked: metrics of a validation after the step.
-      data_before: state of the loader before the step, None at the start of a phase. phase_step: steps of the phase before it.
+      data_before: state of the loader before the step, None at the start of a phase. phase_step: steps of the phase
+        before it.
     """
 
     step: int
@@ -72,10 +73,23 @@ class RunLog:
 
 
 class Recorder:
-    """Records the steps of one phase."""
+    """Record the steps of one phase."""
 
-    def __init__(self, run: RunLog, phase: PhaseConfig, objective: Objective, spec: BatchSpec, count_flops: Callable[[Mapping[str, float]], StepFlops]):
-        self._run, self._phase, self._objective, self._spec, self._count_flops = run, phase, objective, spec, count_flops
+    def __init__(
+        self,
+        run: RunLog,
+        phase: PhaseConfig,
+        objective: Objective,
+        spec: BatchSpec,
+        count_flops: Callable[[Mapping[str, float]], StepFlops],
+    ):
+        self._run, self._phase, self._objective, self._spec, self._count_flops = (
+            run,
+            phase,
+            objective,
+            spec,
+            count_flops,
+        )
         self._pending: collections.deque[Dispatched] = collections.deque()
         self._bad: collections.deque[Dispatched] = collections.deque(maxlen=run.config.training.max_bad_steps)
         self._last = time.perf_counter()
@@ -100,12 +114,16 @@ class Recorder:
             self._last = now
 
     def require_learning(self) -> None:
-        """Wait for all steps; raise UserError when none of them changed the parameters: such a phase is not done, it never began."""
+        """Wait for all steps; raise UserError when none of them changed the parameters: such a phase is not done, it
+        never began.
+        """
         self.drain(keep=0)
         if not self._applied:
             raise UserError(
-                f"phase {self._phase.name}: none of its {self._phase.steps} steps had anything to learn: every sample was left out, had no learned token, or gave "
-                f"a loss that is not finite; {Path(self._run.config.run.dir) / 'quarantine.jsonl'} and metrics.jsonl say which (`mindvl data check` reads the data alone)"
+                f"phase {self._phase.name}: none of its {self._phase.steps} steps had anything to learn: "
+                "every sample was left out, had no learned token, or gave "
+                f"a loss that is not finite; {Path(self._run.config.run.dir) / 'quarantine.jsonl'} and "
+                "metrics.jsonl say which (`mindvl data check` reads the data alone)"
             )
 
     def _write(self, done: Dispatched, values: dict[str, Any], counted: dict[str, Any], seconds: float) -> None:
@@ -136,7 +154,11 @@ class Recorder:
             **{f"{name}_total": value for name, value in run.totals.items()},
             "applied": bool(values["applied"]),
             "skipped_steps": values["skipped_steps"],
-            **{name: done.counters[name] for name in ("quarantined", "truncated", "shrunk", "epochs") if name in done.counters},
+            **{
+                name: done.counters[name]
+                for name in ("quarantined", "truncated", "shrunk", "epochs")
+                if name in done.counters
+            },
         }
         if done.first_of_phase:
             record["includes_compilation"] = True
@@ -150,7 +172,11 @@ class Recorder:
 
     def _keep_bad(self, done: Dispatched, values: dict[str, Any]) -> None:
         """Write down what `mindvl replay` needs to build the batch of this step again."""
-        numbers = {name: str(value) for name, value in values.items() if name in ("loss", "grad_norm", "learning_rate") or name.startswith(PART_NORM)}
+        numbers = {
+            name: str(value)
+            for name, value in values.items()
+            if name in ("loss", "grad_norm", "learning_rate") or name.startswith(PART_NORM)
+        }
         phases = [phase.name for phase in self._run.config.training.phases]
         write_json(Path(self._run.config.run.dir) / BAD_STEP, {
             "step": done.step, "phase": self._phase.name, "phase_index": phases.index(self._phase.name), "phase_step": done.phase_step,
@@ -160,20 +186,33 @@ class Recorder:
     def _on_bad_step(self, done: Dispatched, values: dict[str, Any]) -> None:
         limit = self._run.config.training.max_bad_steps
         self._bad.append(done)
-        parts = ", ".join(f"{name.removeprefix(PART_NORM)} {value:.3g}" for name, value in values.items() if name.startswith(PART_NORM))
+        parts = ", ".join(
+            f"{name.removeprefix(PART_NORM)} {value:.3g}"
+            for name, value in values.items()
+            if name.startswith(PART_NORM)
+        )
         self._run.console.print(
-            f"step {done.step}: loss {values['loss']}, gradient norm {values['grad_norm']} ({parts}): skipped ({values['bad_steps']} in a row, the run stops at {limit})"
+            f"step {done.step}: loss {values['loss']}, gradient norm {values['grad_norm']} ({parts}): "
+            f"skipped ({values['bad_steps']} in a row, the run stops at {limit})"
         )
         if values["bad_steps"] == 1 and self._run.log is not None:
             self._keep_bad(done, values)
         if values["bad_steps"] < limit:
             return
         ids = list(dict.fromkeys(sample for bad in self._bad for sample in bad.sample_ids))
-        shown = ", ".join(ids[:LISTED_IDS]) + (f" and {len(ids) - LISTED_IDS} more (all stand in metrics.jsonl)" if len(ids) > LISTED_IDS else "")
+        shown = ", ".join(ids[:LISTED_IDS]) + (
+            f" and {len(ids) - LISTED_IDS} more (all stand in metrics.jsonl)" if len(ids) > LISTED_IDS else ""
+        )
         folder = Path(self._run.config.run.dir)
-        kept = f"the last checkpoint is in {folder / 'checkpoints'}" if has_checkpoints(folder) else "there is no checkpoint yet (checkpoint.every_steps)"
+        kept = (
+            f"the last checkpoint is in {folder / 'checkpoints'}"
+            if has_checkpoints(folder)
+            else "there is no checkpoint yet (checkpoint.every_steps)"
+        )
         raise TrainingDiverged(
-            f"{limit} steps in a row ({done.step - limit + 1} to {done.step}, phase {self._phase.name}) had a non-finite loss or gradient; "
-            f"parameters are those from before them. Samples: {shown}. Look at these samples, lower learning_rate (it was {values['learning_rate']:g}), or use compute_dtype: float32; {kept}. "
+            f"{limit} steps in a row ({done.step - limit + 1} to {done.step}, phase {self._phase.name}) had "
+            "a non-finite loss or gradient; "
+            f"parameters are those from before them. Samples: {shown}. Look at these samples, lower "
+            f"learning_rate (it was {values['learning_rate']:g}), or use compute_dtype: float32; {kept}. "
             f"`mindvl replay {folder}` runs the first of these steps again and names the layer"
         )

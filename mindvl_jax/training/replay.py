@@ -1,4 +1,6 @@
-"""Find the operation that made a bad step: run its forward and backward pass again, operation by operation where needed."""
+"""Find the operation that made a bad step: run its forward and backward pass again, operation by operation where
+needed.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ PARAMETERS = "bad_step.npz"
 
 def keep_parameters(run_dir: Path, params: Params) -> None:
     """Write parameters beside bad_step.json. bfloat16 becomes float32, which holds the same values."""
-    widened = {path: np.asarray(value if value.dtype.itemsize >= 4 else value.astype(jnp.float32)) for path, value in params.items()}
+    widened = {
+        path: np.asarray(value if value.dtype.itemsize >= 4 else value.astype(jnp.float32))
+        for path, value in params.items()
+    }
     np.savez(run_dir / PARAMETERS, **widened)
 
 
@@ -56,7 +61,8 @@ class Replay:
     """A bad step, run again.
 
     Attributes:
-      parameters: where they came from. finding: None when everything is finite, as with other parameters than those of the step.
+      parameters: where they came from. finding: None when everything is finite, as with other parameters than those of
+        the step.
       bad_parameters: paths of parameters that were not finite before the step.
     """
 
@@ -105,7 +111,9 @@ def replay(run_dir: Path, config: Config) -> Replay:
 def _parameters(run_dir: Path, dtypes: Mapping[str, Any]) -> tuple[Params, str]:
     if (run_dir / PARAMETERS).is_file():
         with np.load(run_dir / PARAMETERS) as stored:
-            return {path: jnp.asarray(stored[path]).astype(dtype) for path, dtype in dtypes.items()}, "those that the run stopped with"
+            return {
+                path: jnp.asarray(stored[path]).astype(dtype) for path, dtype in dtypes.items()
+            }, "those that the run stopped with"
     return load_params(run_dir)[1], "those of the newest checkpoint, which are not exactly those of the step"
 
 
@@ -113,8 +121,8 @@ def _parameters(run_dir: Path, dtypes: Mapping[str, Any]) -> tuple[Params, str]:
 
 
 def first_bad(function: Any, *args: Any) -> Finding | None:
-    """Return the first operation of a scalar function or of its gradient (by the first argument) that makes NaN or +inf out of finite
-    inputs, or None.
+    """Return the first operation of a scalar function or of its gradient (by the first argument) that makes NaN or +inf
+    out of finite inputs, or None.
 
     -inf alone is no sign: masks are made of it.
     """
@@ -132,14 +140,21 @@ def _bad(value: Any) -> bool:
     return bool((jnp.isnan(value) | jnp.isposinf(value)).any())
 
 
-def _search(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], scope: tuple[str, ...]) -> tuple[list[Any], Finding | None]:
+def _search(
+    jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], scope: tuple[str, ...]
+) -> tuple[list[Any], Finding | None]:
     """(outputs, finding); the outputs are whole only where nothing was found."""
     known: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-    read = lambda variable: variable.val if isinstance(variable, core.Literal) else known[variable]
+
+    def read(variable):
+        return variable.val if isinstance(variable, core.Literal) else known[variable]
+
     for equation in jaxpr.eqns:
         inputs = [read(variable) for variable in equation.invars]
         given = equation.primitive.get_bind_params(equation.params)
-        functions, parameters = given if isinstance(given, tuple) else ((), given)  # the form depends on the version of jax
+        functions, parameters = (
+            given if isinstance(given, tuple) else ((), given)
+        )  # the form depends on the version of jax
         with equation.ctx.manager:
             found = equation.primitive.bind(*functions, *inputs, **parameters)
         outputs = list(found) if equation.primitive.multiple_results else [found]
@@ -161,7 +176,12 @@ def _inside(equation: Any, inputs: Sequence[Any], scope: tuple[str, ...]) -> Fin
     fixed, carried, length = equation.params["num_consts"], equation.params["num_carry"], equation.params["length"]
     constants, carry, stacked = inputs[:fixed], inputs[fixed : fixed + carried], inputs[fixed + carried :]
     for number in range(length)[:: -1 if equation.params["reverse"] else 1]:
-        outputs, finding = _search(body, consts, [*constants, *carry, *(value[number] for value in stacked)], (*scope, f"layer {number}" if length > 1 else ""))
+        outputs, finding = _search(
+            body,
+            consts,
+            [*constants, *carry, *(value[number] for value in stacked)],
+            (*scope, f"layer {number}" if length > 1 else ""),
+        )
         if finding is not None:
             return finding
         carry = outputs[:carried]
@@ -175,7 +195,11 @@ def _named(equation: Any, inputs: Sequence[Any], scope: tuple[str, ...]) -> Find
         plain = plain.replace(wrapper, "")
     plain = "/".join(part for part in plain.split("/") if part)
     frame = next(iter(_frames(equation)), "unknown place")
-    sizes = tuple(float(jnp.max(jnp.abs(value))) for value in inputs if jnp.issubdtype(jnp.result_type(value), jnp.floating) and np.size(value))
+    sizes = tuple(
+        float(jnp.max(jnp.abs(value)))
+        for value in inputs
+        if jnp.issubdtype(jnp.result_type(value), jnp.floating) and np.size(value)
+    )
     return Finding(plain or "outside of any named part", equation.primitive.name, False, frame, sizes)
 
 
@@ -184,6 +208,10 @@ def _frames(equation: Any) -> list[str]:
     traceback = equation.source_info.traceback
     if traceback is None:
         return []
-    frames = [frame for frame in traceback.frames if "mindvl_jax/" in frame.file_name.replace("\\", "/") or "npu_bridge/ops" in frame.file_name]
+    frames = [
+        frame
+        for frame in traceback.frames
+        if "mindvl_jax/" in frame.file_name.replace("\\", "/") or "npu_bridge/ops" in frame.file_name
+    ]
     inner = [frame for frame in frames if not frame.file_name.endswith("replay.py")]
     return [f"{Path(frame.file_name).parent.name}/{Path(frame.file_name).name}:{frame.line_num}" for frame in inner]

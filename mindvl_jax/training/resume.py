@@ -11,19 +11,32 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from mindvl_jax.checkpoints import checkpoint
+from mindvl_jax.checkpoints.checkpoint import CheckpointReader, DamagedCheckpoint, Progress
 from mindvl_jax.config import families
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.params import Outline, Params
 from mindvl_jax.models.vision_language.processor import cached_tokenizer
 from mindvl_jax.training import metrics
-from mindvl_jax.checkpoints import checkpoint
-from mindvl_jax.checkpoints.checkpoint import CheckpointReader, DamagedCheckpoint, Progress
-from mindvl_jax.core.params import Outline, Params
 from mindvl_jax.training.muon import optimizer_init
 from mindvl_jax.training.state import TrainState, abstract_state, optimizer_arrays, state_of
 
-# May change between a checkpoint and its continuation without a word: they do not change what is learned.
-SILENT = ("run", "mesh", "distributed", "checkpoint", "validation", "logging", "evaluation", "backend", "bridge", "model.remat", "data.workers", "data.prefetch")
+# May change between a checkpoint and its continuation silently: they do not change what is learned.
+SILENT = (
+    "run",
+    "mesh",
+    "distributed",
+    "checkpoint",
+    "validation",
+    "logging",
+    "evaluation",
+    "backend",
+    "bridge",
+    "model.remat",
+    "data.workers",
+    "data.prefetch",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +64,8 @@ def plan(config: Config, outline: Outline, mesh: Mesh, parts: Sequence[tuple[lis
     """Decides by `run.resume`: `auto`, `never`, or the path of a checkpoint or run folder.
 
     Raises:
-      UserError: `never` and the folder holds a run; nothing can be restored; or the checkpoint belongs to another model or plan.
+      UserError: `never` and the folder holds a run; nothing can be restored; or the checkpoint belongs to another model
+        or plan.
     """
     run_dir = Path(config.run.dir)
     own = checkpoint.has_checkpoints(run_dir)
@@ -71,11 +85,16 @@ def plan(config: Config, outline: Outline, mesh: Mesh, parts: Sequence[tuple[lis
     source = Path(config.run.resume)
     folder, _ = checkpoint.locate(source)
     if own and folder.resolve() != (run_dir / checkpoint.FOLDER).resolve():
-        raise UserError(f"run.resume={source} would be continued in run.dir={run_dir}, which holds another run; choose an empty run.dir")
+        raise UserError(
+            f"run.resume={source} would be continued in run.dir={run_dir}, which holds another run; choose "
+            "an empty run.dir"
+        )
     return _restore(config, outline, mesh, parts, source)
 
 
-def _restore(config: Config, outline: Outline, mesh: Mesh, parts: Sequence[tuple[list[str], list[str]]], source: Path) -> Plan:
+def _restore(
+    config: Config, outline: Outline, mesh: Mesh, parts: Sequence[tuple[list[str], list[str]]], source: Path
+) -> Plan:
     damaged: list[tuple[int, DamagedCheckpoint]] = []
     found: tuple[Progress, TrainState, dict, Params | None] | None = None
     with CheckpointReader(source) as reader:
@@ -84,17 +103,23 @@ def _restore(config: Config, outline: Outline, mesh: Mesh, parts: Sequence[tuple
             try:
                 progress, prints, plain = reader.progress(step)
                 _require_same_run(config, progress, plain, parts, folder / str(step))
-                target = abstract_state(outline, *parts[progress.phase], mesh, init=optimizer_init(config.training.optimizer))
+                target = abstract_state(
+                    outline, *parts[progress.phase], mesh, init=optimizer_init(config.training.optimizer)
+                )
                 state = state_of(target, *reader.state(step, target.params, optimizer_arrays(target), prints))
-                ema = reader.ema(step, checkpoint.abstract_params(outline, mesh), prints) if config.training.ema_decay is not None else None
+                ema = (
+                    reader.ema(step, checkpoint.abstract_params(outline, mesh), prints)
+                    if config.training.ema_decay is not None
+                    else None
+                )
                 found = progress, state, plain, ema
                 break
             except DamagedCheckpoint as error:
                 damaged.append((step, error))
     if found is None:
         raise UserError(
-            f"{folder}: no checkpoint can be read whole; delete the folder to start anew, or restore it from a copy:\n  "
-            + "\n  ".join(str(error) for _, error in damaged)
+            f"{folder}: no checkpoint can be read whole; delete the folder to start anew, or restore it from "
+            "a copy:\n  " + "\n  ".join(str(error) for _, error in damaged)
         )
     progress, state, plain, ema = found
     notes = [f"damaged checkpoint passed over: {error}" for _, error in damaged]
@@ -110,7 +135,7 @@ def _restore(config: Config, outline: Outline, mesh: Mesh, parts: Sequence[tuple
 
 
 def _set_aside(folder: Path, damaged: Sequence[int], newest: int, run_dir: Path) -> list[str]:
-    """Moves damaged checkpoints out of the way of those that the run will save again, and keeps them for a look."""
+    """Move damaged checkpoints out of the way of those that the run will save again, and keep them for a look."""
     if jax.process_index() != 0:
         return []
     notes = []
@@ -128,54 +153,99 @@ def _set_aside(folder: Path, damaged: Sequence[int], newest: int, run_dir: Path)
     return notes
 
 
-def _require_same_run(config: Config, progress: Progress, plain: dict, parts: Sequence[tuple[list[str], list[str]]], where: Path) -> None:
-    """Raises UserError when the checkpoint cannot be continued under this configuration."""
+def _require_same_run(
+    config: Config, progress: Progress, plain: dict, parts: Sequence[tuple[list[str], list[str]]], where: Path
+) -> None:
+    """Raise UserError when the checkpoint cannot be continued under this configuration."""
     ours, theirs = config.model.model_dump(mode="json"), {"family": families.DEFAULT, **plain["model"]}
     free = {"remat", "compute_dtype", "preset"}
     other = [line for line in _differences(theirs, ours, "model") if line.split(":")[0].split(".")[1] not in free]
     if other:
         raise UserError(f"{where} holds another model than the configuration:\n  " + "\n  ".join(other))
     mine = None if config.adapters is None else config.adapters.model_dump(mode="json")
-    other = [line for line in _differences(plain.get("adapters"), mine, "adapters") if not line.startswith("adapters.init_from:")]
+    other = [
+        line
+        for line in _differences(plain.get("adapters"), mine, "adapters")
+        if not line.startswith("adapters.init_from:")
+    ]
     if other:
         raise UserError(f"{where} holds other adapters than the configuration:\n  " + "\n  ".join(other))
     own, stored = config.training.optimizer, {"name": "adamw", **plain["training"]["optimizer"]}
     if own.name != stored["name"] or (own.name == "muon" and list(own.muon) != stored["muon"]):
-        raise UserError(f"training.optimizer differs from that of {where} ({stored['name']}): its state cannot be continued; start a new run with run.init_from")
+        raise UserError(
+            f"training.optimizer differs from that of {where} ({stored['name']}): its state cannot be "
+            "continued; start a new run with run.init_from"
+        )
     phases = config.training.phases
     if progress.phase >= len(phases):
-        raise UserError(f"{where} is in phase {progress.phase + 1} ({progress.phase_name}), but the configuration has {len(phases)} phases")
+        raise UserError(
+            f"{where} is in phase {progress.phase + 1} ({progress.phase_name}), but the configuration has "
+            f"{len(phases)} phases"
+        )
     if config.run.seed != plain["run"]["seed"]:
-        raise UserError(f"run.seed is {config.run.seed}, but {where} was begun with {plain['run']['seed']}: the order of the data would be another one; set it back, or start a new run with run.init_from")
+        raise UserError(
+            f"run.seed is {config.run.seed}, but {where} was begun with {plain['run']['seed']}: the order of "
+            "the data would be another one; set it back, or start a new run with run.init_from"
+        )
     phase = phases[progress.phase]
     if phase.name != progress.phase_name:
-        raise UserError(f"{where} is in phase {progress.phase_name!r}, which is {phase.name!r} in the configuration; phases before it must stay as they were")
+        raise UserError(
+            f"{where} is in phase {progress.phase_name!r}, which is {phase.name!r} in the configuration; "
+            "phases before it must stay as they were"
+        )
     # What is done is done: a change there would have no effect, or shift which step is which.
-    done = [line for index in range(min(progress.phase, len(plain["training"]["phases"]))) for line in _differences(
-        plain["training"]["phases"][index], phases[index].model_dump(mode="json"), f"training.phases[{index}]")]
+    done = [
+        line
+        for index in range(min(progress.phase, len(plain["training"]["phases"])))
+        for line in _differences(
+            plain["training"]["phases"][index], phases[index].model_dump(mode="json"), f"training.phases[{index}]"
+        )
+    ]
     if done:
-        raise UserError(f"{where} is past phases that the configuration changes:\n  " + "\n  ".join(done[:10]) + "\nSet them back, or start a new run with run.init_from")
+        raise UserError(
+            f"{where} is past phases that the configuration changes:\n  "
+            + "\n  ".join(done[:10])
+            + "\nSet them back, or start a new run with run.init_from"
+        )
     if set(parts[progress.phase][0]) != set(progress.trained):
         changed = sorted(set(parts[progress.phase][0]) ^ set(progress.trained))
         raise UserError(
-            f"training.phases[{progress.phase}].train selects other parts than {where} trained ({len(changed)} parameters differ, such as {changed[0]}); "
+            f"training.phases[{progress.phase}].train selects other parts than {where} trained "
+            f"({len(changed)} parameters differ, such as {changed[0]}); "
             "start a new run with run.init_from instead"
         )
     if phase.steps < progress.phase_step:
-        raise UserError(f"training.phases[{progress.phase}].steps={phase.steps}, but {where} has done {progress.phase_step} steps of it already")
+        raise UserError(
+            f"training.phases[{progress.phase}].steps={phase.steps}, but {where} has done "
+            f"{progress.phase_step} steps of it already"
+        )
     if progress.phase_step and phase.keep_optimizer != plain["training"]["phases"][progress.phase]["keep_optimizer"]:
-        raise UserError(f"training.phases[{progress.phase}].keep_optimizer has changed, but the phase has begun in {where}; set it back")
+        raise UserError(
+            f"training.phases[{progress.phase}].keep_optimizer has changed, but the phase has begun in "
+            f"{where}; set it back"
+        )
     vocabulary = progress.loader and progress.loader["tokenizer"]
     if vocabulary and vocabulary != cached_tokenizer(config.tokenizer).digest:
-        raise UserError(f"{where} was trained with another tokenizer (vocabulary, id table or chat template): its tokens would mean other words; set tokenizer back, or start a new run with run.init_from")
+        raise UserError(
+            f"{where} was trained with another tokenizer (vocabulary, id table or chat template): its tokens "
+            "would mean other words; set tokenizer back, or start a new run with run.init_from"
+        )
 
 
 def _differences(before: Any, now: Any, path: str) -> list[str]:
     """`path: before -> now` for every leaf that differs."""
     if isinstance(before, dict) and isinstance(now, dict):
-        return [line for key in {**before, **now} for line in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)]
+        return [
+            line
+            for key in {**before, **now}
+            for line in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+        ]
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        return [line for i, (a, b) in enumerate(zip(before, now, strict=True)) for line in _differences(a, b, f"{path}[{i}]")]
+        return [
+            line
+            for i, (a, b) in enumerate(zip(before, now, strict=True))
+            for line in _differences(a, b, f"{path}[{i}]")
+        ]
     return [] if before == now else [f"{path}: {before} -> {now}"]
 
 

@@ -1,7 +1,7 @@
 """Scores of a run of several processes: the main one answers on its own devices, the others wait for it.
 
-Answers need no other process, weights do: every process takes part in bringing them together, and then in an exchange of one number
-about every second, so that none waits in one exchange for longer than the collectives allow.
+Answers need no other process, weights do: every process takes part in bringing them together, and then in an exchange
+of one number about every second, so that none waits in one exchange for longer than the collectives allow.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.params import Outline, Params
 from mindvl_jax.parallel.mesh import AXES
 from mindvl_jax.parallel.rules import parameter_shardings
-from mindvl_jax.core.params import Outline, Params
 
 _SECONDS = 1.0  # between two signs of life
 _RUNNING, _DONE, _FAILED = range(3)
@@ -26,8 +26,8 @@ _RUNNING, _DONE, _FAILED = range(3)
 def for_scoring(params: Params, outline: Outline) -> Params | None:
     """Parameters as the main process scores them: with one process as they are.
 
-    With several, whole ones over the main process's own devices (as axis fsdp); None in the others. Called by all of them; each
-    parameter is whole on every device for a moment.
+    With several, whole ones over the main process's own devices (as axis fsdp); None in the others. Called by all of
+    them; each parameter is whole on every device for a moment.
     """
     if jax.process_count() == 1:
         return params
@@ -43,7 +43,7 @@ def for_scoring(params: Params, outline: Outline) -> Params | None:
 
 
 def in_main_process(work: Callable[[], None]) -> None:
-    """Runs `work` in the main process, and returns in all of them when it is done.
+    """Run `work` in the main process, and return in all of them when it is done.
 
     Raises:
       UserError: in the other processes, when it failed in the main one, where its own error is raised.

@@ -12,9 +12,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.params import Outline, Params, matches_any, require_matches
 from mindvl_jax.parallel.rules import parameter_shardings, replicated
 from mindvl_jax.training.optimizer import adam_state
-from mindvl_jax.core.params import Outline, Params, matches_any, require_matches
 
 Init = Callable[[Params], Any]  # trained parameters -> fresh optimizer state
 
@@ -62,16 +62,23 @@ def split_trained(paths: Sequence[str], globs: Sequence[str], where: str) -> tup
     bases = [path for path in trained if path.removesuffix("/kernel") in adapted]
     if bases:
         raise UserError(
-            f"{where} selects {bases[0]}" + (f" and {len(bases) - 1} more" if len(bases) > 1 else "") + ", base weights that have adapters: both would learn. "
-            "Leave `train` out to train the adapters alone, or name **/lora_* and the parts without adapters that learn too"
+            f"{where} selects {bases[0]}"
+            + (f" and {len(bases) - 1} more" if len(bases) > 1 else "")
+            + ", base weights that have adapters: both would learn. "
+            "Leave `train` out to train the adapters alone, or name **/lora_* and the parts without adapters "
+            "that learn too"
         )
     if not trained:
         raise UserError(f"{where} is empty: nothing would learn; give at least one glob such as projector/**")
     return trained, [path for path in paths if path not in set(trained)]
 
 
-def _optimizer_like(init: Init, trained: Mapping[str, jax.ShapeDtypeStruct], of_parameter: Mapping[str, Any], other: Any) -> Any:
-    """A pytree shaped like the optimizer state: `of_parameter[path]` for arrays kept beside a parameter, `other` for the rest."""
+def _optimizer_like(
+    init: Init, trained: Mapping[str, jax.ShapeDtypeStruct], of_parameter: Mapping[str, Any], other: Any
+) -> Any:
+    """A pytree shaped like the optimizer state: `of_parameter[path]` for arrays kept beside a parameter, `other` for
+    the rest.
+    """
 
     def choose(keys: tuple, leaf: jax.ShapeDtypeStruct) -> Any:
         path = getattr(keys[-1], "key", None)
@@ -80,7 +87,9 @@ def _optimizer_like(init: Init, trained: Mapping[str, jax.ShapeDtypeStruct], of_
     return jax.tree_util.tree_map_with_path(choose, jax.eval_shape(init, dict(trained)))
 
 
-def state_shardings(outline: Outline, trained: Sequence[str], frozen: Sequence[str], mesh: Mesh, *, init: Init = adam_state) -> TrainState:
+def state_shardings(
+    outline: Outline, trained: Sequence[str], frozen: Sequence[str], mesh: Mesh, *, init: Init = adam_state
+) -> TrainState:
     """The sharding of every array of the state; optimizer arrays lie where their parameters lie."""
     shardings = parameter_shardings(outline.axis_names, {path: s.shape for path, s in outline.shapes.items()}, mesh)
     return TrainState(
@@ -91,7 +100,9 @@ def state_shardings(outline: Outline, trained: Sequence[str], frozen: Sequence[s
     )
 
 
-def abstract_state(outline: Outline, trained: Sequence[str], frozen: Sequence[str], mesh: Mesh, *, init: Init = adam_state) -> TrainState:
+def abstract_state(
+    outline: Outline, trained: Sequence[str], frozen: Sequence[str], mesh: Mesh, *, init: Init = adam_state
+) -> TrainState:
     """Shapes, dtypes and shardings of the state, as a checkpoint is restored into."""
     shardings = state_shardings(outline, trained, frozen, mesh, init=init)
 
@@ -115,10 +126,17 @@ def initial_params(outline: Outline, mesh: Mesh, seed: int) -> Params:
 
 
 def start_phase(
-    params: Params, trained: Sequence[str], frozen: Sequence[str], mesh: Mesh, *, before: TrainState | None = None, keep_optimizer: bool = False,
+    params: Params,
+    trained: Sequence[str],
+    frozen: Sequence[str],
+    mesh: Mesh,
+    *,
+    before: TrainState | None = None,
+    keep_optimizer: bool = False,
     init: Init = adam_state,
 ) -> TrainState:
-    """The state at the first step of a phase: counters of the run go on, those of the phase start at 0, the optimizer too unless kept.
+    """The state at the first step of a phase: counters of the run go on, those of the phase start at 0, the optimizer
+    too unless kept.
 
     Args:
       before: state at the end of the phase before; its counters are read (a host synchronisation).
@@ -128,21 +146,28 @@ def start_phase(
     Raises:
       UserError: the optimizer state shall be kept, but the trained parts differ.
     """
-    counter = lambda value: jax.device_put(np.int32(value), replicated(mesh))
+
+    def counter(value):
+        return jax.device_put(np.int32(value), replicated(mesh))
+
     own = {path: params[path] for path in trained}
     counts = {name: 0 if before is None else int(getattr(before, name)) for name in ("step", "skipped", "bad_steps")}
     if keep_optimizer and before is not None:
         if set(before.trained) != set(trained):
             changed = sorted(set(before.trained) ^ set(trained))
             raise UserError(
-                f"keep_optimizer: the phase before trained other parts ({len(changed)} parameters differ, such as {changed[0]}); "
+                f"keep_optimizer: the phase before trained other parts ({len(changed)} parameters differ, "
+                f"such as {changed[0]}); "
                 "give both phases the same `train` globs, or leave keep_optimizer out"
             )
         opt_state = before.opt_state
     else:
-        # What stands beside no parameter (a counter) has no sharding yet. Through the host: JAX cannot move an array of one device onto
-        # devices of several processes.
-        opt_state = jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(np.asarray(x), replicated(mesh)), init(own))
+        # What stands beside no parameter (a counter) has no sharding yet. Through the host: JAX cannot move an array of
+        # one device onto devices of several processes.
+        opt_state = jax.tree.map(
+            lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(np.asarray(x), replicated(mesh)),
+            init(own),
+        )
     return TrainState(
         trained=own,
         frozen={path: params[path] for path in frozen},
@@ -159,7 +184,10 @@ def start_phase(
 
 def optimizer_arrays(state: TrainState) -> dict[str, Any]:
     """Optimizer state and counters by name: `mu/<path>`, `nu/<path>`, `updates`, `step`, ..."""
-    named = {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)}
+    named = {
+        jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+    }
     return named | {name: getattr(state, name) for name in COUNTERS}
 
 

@@ -1,10 +1,12 @@
 """One optimizer step as pure functions of (state, batch), compiled once for each phase.
 
-A step without accumulation is one program. With accumulation it is three: `zeros`, `accumulate` (each micro-step, adds to gradient
-totals) and `update`. The state changes only in `update`, so a run that is cut between micro-steps still has the state of the last
-step, whole. Nothing here waits for the device: a non-finite step is undone by a select inside the program.
+A step without accumulation is one program. With accumulation it is three: `zeros`, `accumulate` (each micro-step, adds
+to gradient totals) and `update`. The state changes only in `update`, so a run that is cut between micro-steps still has
+the state of the last step, whole. Nothing here waits for the device: a non-finite step is undone by a select inside the
+program.
 
-The step knows no field of a batch: what is learned from it, and what is counted, is the objective's (`mindvl_jax.objectives`).
+The step knows no field of a batch: what is learned from it, and what is counted, is the objective's
+(`mindvl_jax.objectives`).
 """
 
 from __future__ import annotations
@@ -19,13 +21,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mindvl_jax.config.schema import OptimizerConfig, PhaseConfig
+from mindvl_jax.core.params import Outline, Params
 from mindvl_jax.data.processor import BatchSpec
 from mindvl_jax.objectives.base import Objective
 from mindvl_jax.parallel.rules import batch_sharding, replicated
 from mindvl_jax.training.backend import compile_xla
 from mindvl_jax.training.muon import optimizer_init, optimizer_of
 from mindvl_jax.training.optimizer import apply_update, parameter_rules
-from mindvl_jax.core.params import Outline, Params
 from mindvl_jax.training.state import TrainState, state_shardings
 from npu_bridge import ops
 
@@ -101,9 +103,10 @@ def make_programs(
     where: str = "training.phases[?]",
     compile: Callable[..., Callable] = compile_xla,
 ) -> StepPrograms:
-    """Builds the programs of a phase; nothing is compiled before its first call.
+    """Build the programs of a phase; nothing is compiled before its first call.
 
-    The learning rate is an argument, so that phases which differ in schedule or mixture alone share their programs (see `program_key`).
+    The learning rate is an argument, so that phases which differ in schedule or mixture alone share their programs (see
+    `program_key`).
 
     Args:
       seed: of the random key; in the programs only if the objective uses one.
@@ -118,10 +121,13 @@ def make_programs(
         return terms.numerator, terms
 
     def micro_step(state: TrainState, batch: Any) -> Totals:
-        # No micro-step number in the key: a sample's random numbers must not depend on how a step is cut into micro-steps.
+        # No micro-step number in the key: a sample's random numbers must not depend on how a step is cut into
+        # micro-steps.
         key = jax.random.fold_in(jax.random.key(seed), state.step) if objective.uses_key else None
         # Differentiates the trained parts alone: no gradient of a frozen part ever exists.
-        (_, terms), gradients = jax.value_and_grad(loss_numerator, has_aux=True)(state.trained, state.frozen, batch, key)
+        (_, terms), gradients = jax.value_and_grad(loss_numerator, has_aux=True)(
+            state.trained, state.frozen, batch, key
+        )
         gradients = {path: gradient.astype(jnp.float32) for path, gradient in gradients.items()}
         return Totals(gradients, terms.numerator, terms.denominator, terms.metrics, terms.aux)
 
@@ -141,7 +147,8 @@ def make_programs(
             divisor = jnp.where(has_labels, totals.denominator, 1.0)
             loss = totals.numerator / divisor
             norms = {part: ops.global_norm(own) / divisor for part, own in by_part(totals.gradients).items()}
-            # Not from the parts' norms: another order of the sum would change the clipping, and so the bits of every later loss.
+            # Not from the parts' norms: another order of the sum would change the clipping, and so the bits of every
+            # later loss.
             norm = ops.global_norm(totals.gradients) / divisor
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)
             keep = finite & has_labels
@@ -149,10 +156,15 @@ def make_programs(
             if optimizer.clip_norm > 0:
                 scale = scale * jnp.where(norm > optimizer.clip_norm, optimizer.clip_norm / norm, 1.0)
             gradients = {path: gradient * scale for path, gradient in totals.gradients.items()}
-            new_trained, opt_state = apply_update(transformation, gradients, state.opt_state, state.trained, learning_rate=learning_rate, keep=keep)
+            new_trained, opt_state = apply_update(
+                transformation, gradients, state.opt_state, state.trained, learning_rate=learning_rate, keep=keep
+            )
             if totals.aux is not None:
                 changed = objective.after_update(new_trained, totals.aux)
-                new_trained = {path: value if value is new_trained[path] else jnp.where(keep, value, new_trained[path]) for path, value in changed.items()}
+                new_trained = {
+                    path: value if value is new_trained[path] else jnp.where(keep, value, new_trained[path])
+                    for path, value in changed.items()
+                }
         bad = (~finite).astype(jnp.int32)
         new_state = TrainState(
             trained=new_trained,
@@ -189,10 +201,16 @@ def make_programs(
         aux=jax.tree.map(lambda like: scalar, objective.aux_shapes),
     )
     return StepPrograms(
-        train_step=compile(train_step, in_shardings=(states, batches, scalar), out_shardings=(states, scalar), donate_argnums=(0,)),
+        train_step=compile(
+            train_step, in_shardings=(states, batches, scalar), out_shardings=(states, scalar), donate_argnums=(0,)
+        ),
         zeros=compile(zeros, in_shardings=(), out_shardings=totals),
-        accumulate=compile(accumulate, in_shardings=(states, totals, batches), out_shardings=totals, donate_argnums=(1,)),
+        accumulate=compile(
+            accumulate, in_shardings=(states, totals, batches), out_shardings=totals, donate_argnums=(1,)
+        ),
         # The totals have no successor that could take their buffers; the caller drops them.
-        update=compile(update, in_shardings=(states, totals, scalar), out_shardings=(states, scalar), donate_argnums=(0,)),
+        update=compile(
+            update, in_shardings=(states, totals, scalar), out_shardings=(states, scalar), donate_argnums=(0,)
+        ),
         shardings=states,
     )

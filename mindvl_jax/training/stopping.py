@@ -11,10 +11,11 @@ from jax.experimental import multihost_utils
 
 
 class StopRequest:
-    """Catches SIGTERM and SIGINT while it is entered; a second SIGINT interrupts at once.
+    """Catch SIGTERM and SIGINT while it is entered; a second SIGINT interrupts at once.
 
-    With several processes the request must reach all of them at the same step, or the others would wait for ever in an exchange: the
-    coordination service of jax.distributed catches SIGTERM itself and agrees on the step; SIGINT is passed on to it.
+    With several processes the request must reach all of them at the same step, or the others would wait for ever in an
+    exchange: the coordination service of jax.distributed catches SIGTERM itself and agrees on the step; SIGINT is
+    passed on to it.
     """
 
     def __init__(self) -> None:

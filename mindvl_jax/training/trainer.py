@@ -17,24 +17,25 @@ from mindvl_jax.checkpoints import id_table
 from mindvl_jax.checkpoints.checkpoint import CheckpointWriter, Progress, room_in
 from mindvl_jax.config import loader as config_loader
 from mindvl_jax.config.schema import Config
+from mindvl_jax.core.devices import known_peak
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.files import read_json
+from mindvl_jax.core.params import Outline
 from mindvl_jax.core.progress import LogConsole, working
 from mindvl_jax.data.sources.readers import find_files
 from mindvl_jax.models.loading import resolve_epochs
+from mindvl_jax.models.outline import outline_of
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import row_share
-from mindvl_jax.training import ema, loggers, replay, resume, scoring, state as states
+from mindvl_jax.training import ema, loggers, replay, resume, scoring
+from mindvl_jax.training import state as states
 from mindvl_jax.training.backend import Backend, make_backend, use_compilation_cache
-from mindvl_jax.core.devices import known_peak
 from mindvl_jax.training.display import LiveLine, print_startup
 from mindvl_jax.training.hooks import Hooks
 from mindvl_jax.training.initial import starting_params
 from mindvl_jax.training.metrics import MetricsLog
 from mindvl_jax.training.muon import optimizer_init, require_matrices
 from mindvl_jax.training.optimizer import learning_rates, parameter_rules
-from mindvl_jax.core.params import Outline
-from mindvl_jax.models.outline import outline_of
 from mindvl_jax.training.phase_loop import PhaseLoop, RunContext
 from mindvl_jax.training.recorder import RunLog, TrainingDiverged
 from mindvl_jax.training.state import TrainState
@@ -63,7 +64,9 @@ class RunResult:
     stopped_by: str | None
 
 
-def train(config: Config, *, stop_after: int | None = None, console: Console | None = None, hooks: Hooks | None = None) -> RunResult:
+def train(
+    config: Config, *, stop_after: int | None = None, console: Console | None = None, hooks: Hooks | None = None
+) -> RunResult:
     """Train through all phases, or continue where the run folder stands.
 
     Args:
@@ -71,7 +74,8 @@ def train(config: Config, *, stop_after: int | None = None, console: Console | N
       hooks: evaluation, report and profiler; without them none is made.
 
     Raises:
-      UserError: configuration, data, checkpoint or mesh do not fit, or training diverged; the message says which and what to do.
+      UserError: configuration, data, checkpoint or mesh do not fit, or training diverged; the message says which and
+        what to do.
     """
     backend = make_backend(config)
     backend.join()
@@ -102,16 +106,21 @@ def _claim(run_dir: Path) -> Iterator[None]:
             run_dir.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context((run_dir / ".lock").open("w"))
         except (OSError, ValueError) as error:
-            raise UserError(f"run.dir={run_dir}: cannot be made or written ({getattr(error, 'strerror', None) or error}); choose another folder") from None
+            raise UserError(
+                f"run.dir={run_dir}: cannot be made or written "
+                f"({getattr(error, 'strerror', None) or error}); choose another folder"
+            ) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"run.dir={run_dir}: another process trains in this folder; wait for it or choose another folder") from None
+            raise UserError(
+                f"run.dir={run_dir}: another process trains in this folder; wait for it or choose another folder"
+            ) from None
         yield
 
 
 class Trainer:
-    """Holds what lives as long as the run."""
+    """Hold what lives as long as the run."""
 
     def __init__(self, config: Config, backend: Backend, console: Console, hooks: Hooks):
         self.config = config
@@ -138,7 +147,10 @@ class Trainer:
         parts = [self._check(index) for index in range(len(self.config.training.phases))]
         plan = resume.plan(self.config, self.outline, self.mesh, parts)
         if plan.step == self.total_steps and (self.run_dir / "report.html").exists():
-            self.console.print(f"{self.run_dir}: finished already, after {plan.step} steps; the report is {self.run_dir / 'report.html'}")
+            self.console.print(
+                f"{self.run_dir}: finished already, after {plan.step} steps; the report is "
+                f"{self.run_dir / 'report.html'}"
+            )
             return RunResult(self.run_dir, plan.step, finished=True, stopped_by=None)
         self._announce(plan)
         state = plan.state
@@ -159,16 +171,28 @@ class Trainer:
                 if not here:
                     state = self._as_jax(state)
                     source = state.params if state is not None else params
-                    state = states.start_phase(source, *parts[index], self.mesh, before=state, keep_optimizer=phase.keep_optimizer, init=self.init)
+                    state = states.start_phase(
+                        source,
+                        *parts[index],
+                        self.mesh,
+                        before=state,
+                        keep_optimizer=phase.keep_optimizer,
+                        init=self.init,
+                    )
                 params = None  # the state owns them from here on: its buffers are donated
                 begin = plan.phase_step if here else 0
                 if begin < phase.steps:
-                    state, step, ended = PhaseLoop(context, index, *parts[index], stop, stop_after).run(state, step, begin, plan.loader if here else None)
+                    state, step, ended = PhaseLoop(context, index, *parts[index], stop, stop_after).run(
+                        state, step, begin, plan.loader if here else None
+                    )
                     if not ended:
                         self._wait(step)
                         self.live.close()
                         why = stop.reason or "stop_after"
-                        self.console.print(f"stopped by {why} after step {step} of {self.total_steps}: saved, `run.resume: auto` continues exactly here")
+                        self.console.print(
+                            f"stopped by {why} after step {step} of {self.total_steps}: saved, `run.resume: "
+                            "auto` continues exactly here"
+                        )
                         return RunResult(self.run_dir, step, finished=False, stopped_by=why)
                 if self.config.evaluation.after_phases and index + 1 < len(parts):
                     self._evaluate(state, step, phase.name)
@@ -185,12 +209,16 @@ class Trainer:
         trained, frozen = states.split_trained(list(self.outline.shapes), phase.train, f"{where}.train")
         learning_rates(phase, where)
         parameter_rules(trained, phase, self.config.training.optimizer, where)
-        require_matrices({path: self.outline.shapes[path] for path in trained}, self.config.training.optimizer, f"{where}.train")
+        require_matrices(
+            {path: self.outline.shapes[path] for path in trained}, self.config.training.optimizer, f"{where}.train"
+        )
         row_share(self.mesh, phase.rows, f"{where}.rows")
         return trained, frozen
 
     def _check_files(self) -> None:
-        """Refuse files that are missing, of every phase and task: not hours later, when the phase begins or the run is scored."""
+        """Refuse files that are missing, of every phase and task: not hours later, when the phase begins or the run is
+        scored.
+        """
         wanted = {f"data.sources.{name}": name for phase in self.config.training.phases for name in phase.sources}
         if self.config.validation is not None:
             wanted["validation.source"] = self.config.validation.source
@@ -215,19 +243,30 @@ class Trainer:
     def _start_average(self, plan: resume.Plan, params: dict[str, jax.Array]) -> None:
         if plan.state is not None and plan.ema is None:
             self.console.print("the checkpoint holds no moving average: it starts from the parameters there")
-        self.ema = ema.MovingAverage(plan.ema or params, self.config.training.ema_decay, functools.partial(self.backend.compile, mesh=self.mesh))
+        self.ema = ema.MovingAverage(
+            plan.ema or params, self.config.training.ema_decay, functools.partial(self.backend.compile, mesh=self.mesh)
+        )
 
     def _open(self, stack: contextlib.ExitStack, step: int) -> RunContext:
         """Open what is written to during the run, which `stack` closes, and gather what the phases share."""
         self.writer = stack.enter_context(CheckpointWriter(self.run_dir, self.config.checkpoint))
         best = Best(self.run_dir, resumed=step)
         self.writer.best = best.step if self.config.checkpoint.keep_best else None
-        log = MetricsLog(self.run_dir, trackers=loggers.make_trackers(self.config, step), first_step=step) if self.is_main else None
+        log = (
+            MetricsLog(self.run_dir, trackers=loggers.make_trackers(self.config, step), first_step=step)
+            if self.is_main
+            else None
+        )
         self.log = log
         if log is not None:
             stack.callback(log.close)
         phases = [
-            (each.name, each.steps, each.gradient_accumulation * each.rows * (each.sequence_length + each.patches_per_row)) for each in self.config.training.phases
+            (
+                each.name,
+                each.steps,
+                each.gradient_accumulation * each.rows * (each.sequence_length + each.patches_per_row),
+            )
+            for each in self.config.training.phases
         ]
         self.live = LiveLine(self.console, self.total_steps, phases=phases)
         stack.callback(self.live.close)
@@ -249,14 +288,25 @@ class Trainer:
         if key not in self.programs:
             compile = functools.partial(self.backend.compile, mesh=self.mesh)
             self.programs[key] = make_programs(
-                self.outline, optimizer=self.config.training.optimizer, mesh=self.mesh, seed=self.config.run.seed, compile=compile, **options
+                self.outline,
+                optimizer=self.config.training.optimizer,
+                mesh=self.mesh,
+                seed=self.config.run.seed,
+                compile=compile,
+                **options,
             )
         return self.programs[key]
 
     def _save(self, state: TrainState, progress: Progress) -> None:
         state = self._as_jax(state)
         with self.live.working(f"saving step {progress.step}"):
-            self.writer.save(state.params, states.optimizer_arrays(state), progress, self.config, None if self.ema is None else self._average())
+            self.writer.save(
+                state.params,
+                states.optimizer_arrays(state),
+                progress,
+                self.config,
+                None if self.ema is None else self._average(),
+            )
 
     def _wait(self, step: int) -> None:
         with self.live.working(f"writing the checkpoint of step {step}"):
@@ -278,7 +328,10 @@ class Trainer:
     def _as_jax(self, state: TrainState | None) -> TrainState | None:
         if state is None:
             return None
-        return self.backend.as_jax(state, states.state_shardings(self.outline, list(state.trained), list(state.frozen), self.mesh, init=self.init))
+        return self.backend.as_jax(
+            state,
+            states.state_shardings(self.outline, list(state.trained), list(state.frozen), self.mesh, init=self.init),
+        )
 
     def _average(self) -> dict[str, jax.Array]:
         return self.backend.as_jax(self.ema.params, self.ema.shardings)

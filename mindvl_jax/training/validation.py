@@ -44,7 +44,17 @@ class Validation:
     """
 
     def __init__(
-        self, config: Config, index: int, objective: Objective, spec: BatchSpec, *, outline: Outline, mesh: Mesh, rows: slice, compile: Callable, shardings: TrainState
+        self,
+        config: Config,
+        index: int,
+        objective: Objective,
+        spec: BatchSpec,
+        *,
+        outline: Outline,
+        mesh: Mesh,
+        rows: slice,
+        compile: Callable,
+        shardings: TrainState,
     ):
         self._settings, self._own = config.validation, rows
         self._processor = spec_of(config.model).processor(config, index)
@@ -90,15 +100,25 @@ def _plan(config: Config, processor: Processor, rows: int) -> list[list[list[Exa
         chosen = sorted(np.random.default_rng(0).permutation(len(source))[: settings.samples].tolist())
     outcomes = [encode_record(source, number, processor) for number in chosen]
     waiting = [
-        dataclasses.replace(outcome, number=number) for number, outcome in zip(chosen, outcomes, strict=True) if not isinstance(outcome, SampleError)
+        dataclasses.replace(outcome, number=number)
+        for number, outcome in zip(chosen, outcomes, strict=True)
+        if not isinstance(outcome, SampleError)
     ]
     if not waiting:
         reasons = collections.Counter(outcome.reason for outcome in outcomes)
-        raise UserError(f"validation.source={name}: none of {len(outcomes)} samples can be used ({', '.join(f'{reason} {count}' for reason, count in reasons.items())}): {outcomes[0]}")
+        raise UserError(
+            f"validation.source={name}: none of {len(outcomes)} samples can be used "
+            f"({', '.join(f'{reason} {count}' for reason, count in reasons.items())}): {outcomes[0]}"
+        )
     batches = []
     while waiting:
         costs = [processor.cost(example) for example in waiting]
-        planned = plan_rows(np.array([cost.size for cost in costs], np.int64), np.array([cost.work for cost in costs]), processor.budgets, rows)
+        planned = plan_rows(
+            np.array([cost.size for cost in costs], np.int64),
+            np.array([cost.work for cost in costs]),
+            processor.budgets,
+            rows,
+        )
         batches.append([[waiting[number] for number in row] for row in planned])
         used = {number for row in planned for number in row}
         waiting = [example for number, example in enumerate(waiting) if number not in used]

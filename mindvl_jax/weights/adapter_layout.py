@@ -1,8 +1,8 @@
 """The `adapters` section of a configuration, resolved against a model: which linear layers, at which rank and alpha.
 
 Targets are PEFT's names (`q_proj`, `self_attn.q_proj`, `qkv`, `all-linear`) or globs over our module paths
-(`language/layers/attention/*`). Every target and every key of `ranks` and `alphas` must select something: a typo there would
-otherwise train less than the user believes, or, with no target left, everything.
+(`language/layers/attention/*`). Every target and every key of `ranks` and `alphas` must select something: a typo there
+would otherwise train less than the user believes, or, with no target left, everything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from mindvl_jax.models.hf import TRANSPOSE
 from mindvl_jax.models.outline import outline_of
 from mindvl_jax.weights.mapping import mapping_of
 
-
 CHECKED_FAMILIES = ("mindvl", "qwen")
 """Families whose adapters agree with PEFT in the tests. Others have layers that read a kernel by themselves, where an adapter would do nothing."""
 
@@ -29,7 +28,9 @@ CHECKED_FAMILIES = ("mindvl", "qwen")
 def require_checked_family(config: Any) -> None:
     """Refuse adapters on a model whose layers were not checked with them."""
     if config.family not in CHECKED_FAMILIES:
-        raise UserError(f"adapters: not built for model.family {config.family}; they work on {' and '.join(CHECKED_FAMILIES)}")
+        raise UserError(
+            f"adapters: not built for model.family {config.family}; they work on {' and '.join(CHECKED_FAMILIES)}"
+        )
 
 
 class LinearShapes(NamedTuple):
@@ -45,20 +46,25 @@ class PublishedLinear:
     """A published linear layer that can take an adapter.
 
     Attributes:
-      name: published module name, with `{layer}` where layers are numbered. modules: our module paths, in the order of its rows.
+      name: published module name, with `{layer}` where layers are numbered. modules: our module paths, in the order of
+        its rows.
     """
 
     name: str
     modules: tuple[str, ...]
 
     def shares(self, path: str) -> str | None:
-        """Module whose A `path` uses when all are adapted as one layer. nnx keeps a shared variable under the first path in sorted order."""
+        """Module whose A `path` uses when all are adapted as one layer. nnx keeps a shared variable under the first
+        path in sorted order.
+        """
         owner = min(self.modules)
         return None if path == owner else owner
 
     def shapes(self, config: Any) -> LinearShapes:
         kernels = [_kernel_shapes(config)[f"{path}/kernel"] for path in self.modules]
-        return LinearShapes(kernels[0][0] if "{layer}" in self.name else None, kernels[0][-2], tuple(shape[-1] for shape in kernels))
+        return LinearShapes(
+            kernels[0][0] if "{layer}" in self.name else None, kernels[0][-2], tuple(shape[-1] for shape in kernels)
+        )
 
 
 @functools.lru_cache(maxsize=16)
@@ -81,7 +87,9 @@ def published_linears(config: Any) -> tuple[PublishedLinear, ...]:
 
 
 def names_that_cannot_adapt(config: Any) -> tuple[str, ...]:
-    """Published modules with a weight that take no adapter here: embeddings, norms, the patch convolution, the output matrix."""
+    """Published modules with a weight that take no adapter here: embeddings, norms, the patch convolution, the output
+    matrix.
+    """
     return _tables(config)[1]
 
 
@@ -110,7 +118,10 @@ def _select(target: str, config: Any) -> dict[str, str | None]:
     if refused:
         why = "PEFT would adapt it too, we cannot: it is an embedding, a norm, a convolution or the output matrix"
         longer = [linear.name.split("{layer}.")[-1] for linear in linears if _ends_with(linear.name, target)]
-        raise UserError(f"adapters.targets: {target!r} selects {refused[0]} ({why})" + (f"; name {longer[0]!r} instead" if longer else ""))
+        raise UserError(
+            f"adapters.targets: {target!r} selects {refused[0]} ({why})"
+            + (f"; name {longer[0]!r} instead" if longer else "")
+        )
     found = [linear for linear in linears if _ends_with(linear.name, target)]
     return {path: linear.shares(path) for linear in found for path in linear.modules}
 
@@ -130,22 +141,40 @@ def layout_of(settings: AdaptersConfig, config: Any) -> Layout:
             problems.append(f"adapters.targets: {target!r} selects no linear layer{_near(target, config)}")
         for path, shares in selected.items():
             if path in chosen and chosen[path] != shares:
-                problems.append(f"adapters.targets: {target!r} and an earlier target both select {path}, once with an A of its own and once with a shared one")
+                problems.append(
+                    f"adapters.targets: {target!r} and an earlier target both select {path}, once with an A "
+                    "of its own and once with a shared one"
+                )
             chosen.setdefault(path, shares)
     ranks = _by_module(settings.ranks, "ranks", chosen, config, problems)
     alphas = _by_module(settings.alphas, "alphas", chosen, config, problems)
     layout = {}
     for path, shares in sorted(chosen.items()):
-        layout[path] = Adapter(ranks.get(path, settings.rank), float(alphas.get(path, settings.alpha)), settings.rslora, settings.dora, shares)
+        layout[path] = Adapter(
+            ranks.get(path, settings.rank),
+            float(alphas.get(path, settings.alpha)),
+            settings.rslora,
+            settings.dora,
+            shares,
+        )
     for path, adapter in layout.items():
-        if adapter.shares is not None and (other := layout.get(adapter.shares)) and (other.rank, other.alpha) != (adapter.rank, adapter.alpha):
-            problems.append(f"adapters.ranks or adapters.alphas: {path} and {adapter.shares} share one A, so their rank and alpha must be equal")
+        if (
+            adapter.shares is not None
+            and (other := layout.get(adapter.shares))
+            and (other.rank, other.alpha) != (adapter.rank, adapter.alpha)
+        ):
+            problems.append(
+                f"adapters.ranks or adapters.alphas: {path} and {adapter.shares} share one A, so their rank "
+                "and alpha must be equal"
+            )
     if problems:
         raise UserError("\n".join(problems))
     return layout
 
 
-def _by_module(values: Mapping[str, Any], key: str, chosen: Mapping[str, Any], config, problems: list[str]) -> dict[str, Any]:
+def _by_module(
+    values: Mapping[str, Any], key: str, chosen: Mapping[str, Any], config, problems: list[str]
+) -> dict[str, Any]:
     """Value of each chosen module; the first key that selects it wins."""
     found: dict[str, Any] = {}
     for target, value in values.items():
@@ -162,4 +191,6 @@ def _near(target: str, config) -> str:
     names = sorted({linear.name.rsplit(".", 1)[-1] for linear in linears})
     pool = sorted({path for linear in linears for path in linear.modules}) if "/" in target or "*" in target else names
     close = difflib.get_close_matches(target, pool, n=1, cutoff=0.5)
-    return (f"; did you mean {close[0]!r}?" if close else "") + f" Published names are {', '.join(names)}; paths look like {linears[0].modules[0]}"
+    return (
+        f"; did you mean {close[0]!r}?" if close else ""
+    ) + f" Published names are {', '.join(names)}; paths look like {linears[0].modules[0]}"

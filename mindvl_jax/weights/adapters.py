@@ -1,8 +1,9 @@
 """PEFT folders: `adapter_model.safetensors` and `adapter_config.json`, in and out.
 
-PEFT stores A as (r, in) and B as (out, r) for each layer; ours are (layers, in, r) and (layers, r, out). Tensors keep their dtype, so
-a folder that is read and written again has equal bytes. Nothing of a folder is ignored in silence: every key must belong to an
-adapter of this model, and every option of the configuration that would change the result must be one that we compute.
+PEFT stores A as (r, in) and B as (out, r) for each layer; ours are (layers, in, r) and (layers, r, out). Tensors keep
+their dtype, so a folder that is read and written again has equal bytes. Nothing of a folder is ignored in silence:
+every key must belong to an adapter of this model, and every option of the configuration that would change the result
+must be one that we compute.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from safetensors.numpy import load_file, save
 
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.models.adapters import LEAVES, Adapter, Layout
-from mindvl_jax.weights.adapter_layout import PublishedLinear, names_that_cannot_adapt, published_linears, require_checked_family
+from mindvl_jax.weights.adapter_layout import (
+    PublishedLinear,
+    names_that_cannot_adapt,
+    published_linears,
+    require_checked_family,
+)
 from mindvl_jax.weights.mapping import mapping_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -40,8 +46,8 @@ class PeftAdapter:
 
     Attributes:
       layout: which of our layers carry it. parameters: by path, numpy, in the dtype of the file.
-      config: `adapter_config.json` as it was. modern: whether tensors are named as transformers names them in memory since 4.52
-        (`model.language_model.`, `model.visual.`) or as the files of that time were (`model.`, `visual.`).
+      config: `adapter_config.json` as it was. modern: whether tensors are named as transformers names them in memory
+        since 4.52 (`model.language_model.`, `model.visual.`) or as the files of that time were (`model.`, `visual.`).
     """
 
     layout: Layout
@@ -70,14 +76,19 @@ def read_adapter(folder: Path, config: Any) -> PeftAdapter:
     """Read a PEFT folder for the model that `config` describes.
 
     Raises:
-      UserError: no such folder; an option that we do not compute; keys that are no adapter of this model; a shape that does not fit;
-        a rank in the file that is not the one of its configuration; an adapter that covers some layers of a stack only.
+      UserError: no such folder; an option that we do not compute; keys that are no adapter of this model; a shape that
+        does not fit; a rank in the file that is not the one of its configuration; an adapter that covers some layers of
+        a stack only.
     """
     require_checked_family(config)
     settings = _read_settings(folder)
     path = folder / WEIGHTS
     if not path.is_file():
-        other = "adapter_model.bin is a pickle, which is refused; save it as safetensors" if (folder / "adapter_model.bin").is_file() else f"expected {WEIGHTS}"
+        other = (
+            "adapter_model.bin is a pickle, which is refused; save it as safetensors"
+            if (folder / "adapter_model.bin").is_file()
+            else f"expected {WEIGHTS}"
+        )
         raise UserError(f"{folder}: no adapter weights ({other})")
     try:
         tensors = load_file(path)
@@ -97,12 +108,23 @@ def read_adapter(folder: Path, config: Any) -> PeftAdapter:
         _take_linear(linear, found, settings, config, layout, parameters, problems, modern)
     unknown += [f"{PREFIX}{name}.{leaf}" for name, leaf in found]
     if unknown:
-        problems.append(f"{len(unknown)} tensor{'s' if len(unknown) > 1 else ''} that belong to no adapter of this model: {', '.join(sorted(unknown)[:5])}")
+        problems.append(
+            f"{len(unknown)} tensor{'s' if len(unknown) > 1 else ''} that belong to no adapter of this "
+            f"model: {', '.join(sorted(unknown)[:5])}"
+        )
     if not layout and not problems:
         problems.append("no adapter in it")
     if problems:
         more = [f"  and {len(problems) - 10} more"] if len(problems) > 10 else []
-        raise UserError("\n".join([f"{folder}: this adapter cannot be used with this model:", *(f"  {problem}" for problem in problems[:10]), *more]))
+        raise UserError(
+            "\n".join(
+                [
+                    f"{folder}: this adapter cannot be used with this model:",
+                    *(f"  {problem}" for problem in problems[:10]),
+                    *more,
+                ]
+            )
+        )
     return PeftAdapter(layout, parameters, settings, modern or config.family == "qwen")
 
 
@@ -115,54 +137,90 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if settings.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type is {settings.get('peft_type')!r}; only LORA (with use_rslora, use_dora) is supported")
+        raise UserError(
+            f"{path}: peft_type is {settings.get('peft_type')!r}; only LORA (with use_rslora, use_dora) is supported"
+        )
     missing = [key for key in ("r", "lora_alpha") if not isinstance(settings.get(key), int | float)]
     if missing:
         raise UserError(f"{path}: {' and '.join(missing)} missing; without them the adapter's scale is unknown")
-    used = {key: settings[key] for key, neutral in _NEUTRAL.items() if settings.get(key) not in (neutral, None, [], {}, False)}
+    used = {
+        key: settings[key]
+        for key, neutral in _NEUTRAL.items()
+        if settings.get(key) not in (neutral, None, [], {}, False)
+    }
     if used:
-        raise UserError(f"{path}: options that are not supported, and that would change the result: " + ", ".join(f"{key}={value!r}" for key, value in used.items()))
+        raise UserError(
+            f"{path}: options that are not supported, and that would change the result: "
+            + ", ".join(f"{key}={value!r}" for key, value in used.items())
+        )
     return settings
 
 
 def _pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """PEFT's look-up of `rank_pattern` and `alpha_pattern`: the first regular expression that the end of the name matches."""
+    """PEFT's look-up of `rank_pattern` and `alpha_pattern`: the first regular expression that the end of the name
+    matches.
+    """
     return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
-def _take_linear(linear: PublishedLinear, found: dict, settings: Mapping[str, Any], config, layout, parameters, problems, modern) -> None:
+def _take_linear(
+    linear: PublishedLinear, found: dict, settings: Mapping[str, Any], config, layout, parameters, problems, modern
+) -> None:
     """Move one published linear layer's tensors from `found` into `layout` and `parameters`, or say why not."""
     shapes = linear.shapes(config)
-    cells = [(name, layer) for name, layer in _cells(linear, shapes.layers) if (name, "lora_A") in found or (name, "lora_B") in found]
+    cells = [
+        (name, layer)
+        for name, layer in _cells(linear, shapes.layers)
+        if (name, "lora_A") in found or (name, "lora_B") in found
+    ]
     if not cells:
         return
     leaves = ("lora_A", "lora_B", "lora_magnitude_vector") if settings.get("use_dora") else ("lora_A", "lora_B")
-    named = lambda name: module_name(name, config, modern=modern)
+
+    def named(name):
+        return module_name(name, config, modern=modern)
+
     if shapes.layers is not None and len(cells) != shapes.layers:
-        problems.append(f"{linear.name}: adapters on {len(cells)} of {shapes.layers} layers; all layers of a stack or none")
+        problems.append(
+            f"{linear.name}: adapters on {len(cells)} of {shapes.layers} layers; all layers of a stack or none"
+        )
     got = {leaf: [found.pop((name, leaf), None) for name, _ in cells] for leaf in leaves}
     for leaf in leaves:
         lacking = [name for (name, _), value in zip(cells, got[leaf], strict=True) if value is None]
         if lacking:
-            problems.append(f"{lacking[0]}.{leaf} is missing" + (f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""))
+            problems.append(
+                f"{lacking[0]}.{leaf} is missing" + (f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else "")
+            )
     ranks = {_pattern(settings.get("rank_pattern"), named(name), settings["r"]) for name, _ in cells}
     alphas = {float(_pattern(settings.get("alpha_pattern"), named(name), settings["lora_alpha"])) for name, _ in cells}
     if len(ranks) > 1 or len(alphas) > 1:
-        problems.append(f"{linear.name}: rank {sorted(ranks)}, alpha {sorted(alphas)}: one rank and alpha for all layers of a stack are supported")
+        problems.append(
+            f"{linear.name}: rank {sorted(ranks)}, alpha {sorted(alphas)}: one rank and alpha for all layers "
+            "of a stack are supported"
+        )
     if problems:
         return
     rank, alpha = ranks.pop(), alphas.pop()
-    wanted = {"lora_A": (rank, shapes.inputs), "lora_B": (sum(shapes.outputs), rank), "lora_magnitude_vector": (sum(shapes.outputs),)}
+    wanted = {
+        "lora_A": (rank, shapes.inputs),
+        "lora_B": (sum(shapes.outputs), rank),
+        "lora_magnitude_vector": (sum(shapes.outputs),),
+    }
     for leaf in leaves:
         wrong = [value.shape for value in got[leaf] if value.shape != wanted[leaf]]
         if wrong:
-            problems.append(f"{linear.name}.{leaf} has shape {list(wrong[0])}; expected {list(wanted[leaf])} for rank {rank} of {CONFIG}")
+            problems.append(
+                f"{linear.name}.{leaf} has shape {list(wrong[0])}; expected {list(wanted[leaf])} for rank "
+                f"{rank} of {CONFIG}"
+            )
             return
     stack = (lambda values: np.stack(values)) if shapes.layers is not None else (lambda values: values[0])
     start = 0
     for path, outputs in zip(linear.modules, shapes.outputs, strict=True):
         rows = slice(start, start + outputs)
-        layout[path] = Adapter(rank, alpha, bool(settings.get("use_rslora")), bool(settings.get("use_dora")), linear.shares(path))
+        layout[path] = Adapter(
+            rank, alpha, bool(settings.get("use_rslora")), bool(settings.get("use_dora")), linear.shares(path)
+        )
         if linear.shares(path) is None:
             parameters[f"{path}/lora_a"] = stack([value.T for value in got["lora_A"]])
         parameters[f"{path}/lora_b"] = stack([value[rows].T for value in got["lora_B"]])
@@ -177,17 +235,31 @@ def require_layout(found: Layout, wanted: Layout, source: str | Path) -> None:
     problems += [f"{path}: among adapters.targets, not in the folder" for path in sorted(set(wanted) - set(found))]
     for path in sorted(set(found) & set(wanted)):
         there, here = dataclasses.asdict(found[path]), dataclasses.asdict(wanted[path])
-        other = [f"{key} {there[key]} there, {here[key]} in the configuration" for key in here if here[key] != there[key]]
+        other = [
+            f"{key} {there[key]} there, {here[key]} in the configuration" for key in here if here[key] != there[key]
+        ]
         if other:
             problems.append(f"{path}: {', '.join(other)}")
     if problems:
-        raise UserError("\n".join([f"{source} does not fit the adapters of the configuration:", *(f"  {line}" for line in problems[:10])]))
+        raise UserError(
+            "\n".join(
+                [f"{source} does not fit the adapters of the configuration:", *(f"  {line}" for line in problems[:10])]
+            )
+        )
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write_adapter(folder: Path, config: Any, layout: Layout, parameters: Mapping[str, Any], *, base: str | None = None, like: PeftAdapter | None = None) -> None:
+def write_adapter(
+    folder: Path,
+    config: Any,
+    layout: Layout,
+    parameters: Mapping[str, Any],
+    *,
+    base: str | None = None,
+    like: PeftAdapter | None = None,
+) -> None:
     """Write adapters as a PEFT folder.
 
     Args:
@@ -195,8 +267,8 @@ def write_adapter(folder: Path, config: Any, layout: Layout, parameters: Mapping
       base: name or folder of the base model, for `base_model_name_or_path`.
       like: the folder that they came from: its configuration and naming are kept.
 
-    Adapters of query, key and value apart, which the vision tower publishes as one matrix, become one of their ranks' sum with a
-    block-diagonal B; its alpha grows alike, so that the scale stays.
+    Adapters of query, key and value apart, which the vision tower publishes as one matrix, become one of their ranks'
+    sum with a block-diagonal B; its alpha grows alike, so that the scale stays.
 
     Raises:
       UserError: DoRA on some parts of a fused matrix only; other ranks than `like` says.
@@ -209,7 +281,7 @@ def write_adapter(folder: Path, config: Any, layout: Layout, parameters: Mapping
             continue
         rank, alpha, pieces = _published(linear, layout, parameters, config)
         ranks[linear.name], alphas[linear.name] = rank, alpha
-        for (name, layer) in _cells(linear, linear.shapes(config).layers):
+        for name, layer in _cells(linear, linear.shapes(config).layers):
             for leaf, value in pieces(layer).items():
                 tensors[f"{PREFIX}{module_name(name, config, modern=modern)}.{leaf}"] = np.ascontiguousarray(value)
     settings = dict(like.config) if like is not None else _settings(config, layout, ranks, alphas, base, modern)
@@ -222,22 +294,47 @@ def _published(linear: PublishedLinear, layout: Layout, parameters: Mapping[str,
     """(rank, alpha, function of the layer that gives its PEFT tensors) of one published linear layer."""
     present = [path for path in linear.modules if path in layout]
     adapters = [layout[path] for path in present]
-    values = {path: np.asarray(jax.device_get(parameters[path])) for module in present for leaf in LEAVES if (path := f"{module}/{leaf}") in parameters}
-    at = lambda path, layer: values[path] if layer is None else values[path][layer]
+    values = {
+        path: np.asarray(jax.device_get(parameters[path]))
+        for module in present
+        for leaf in LEAVES
+        if (path := f"{module}/{leaf}") in parameters
+    }
+
+    def at(path, layer):
+        return values[path] if layer is None else values[path][layer]
+
     outputs = dict(zip(linear.modules, linear.shapes(config).outputs, strict=True))
     dora = adapters[0].dora
     if len(present) == len(linear.modules) and (len(present) == 1 or any(adapter.shares for adapter in adapters)):
         owner = min(linear.modules)
 
         def one(layer):
-            found = {"lora_A.weight": at(f"{owner}/lora_a", layer).T, "lora_B.weight": np.concatenate([at(f"{path}/lora_b", layer).T for path in linear.modules])}
-            return found | ({"lora_magnitude_vector": np.concatenate([at(f"{path}/lora_magnitude", layer) for path in linear.modules])} if dora else {})
+            found = {
+                "lora_A.weight": at(f"{owner}/lora_a", layer).T,
+                "lora_B.weight": np.concatenate([at(f"{path}/lora_b", layer).T for path in linear.modules]),
+            }
+            return found | (
+                {
+                    "lora_magnitude_vector": np.concatenate(
+                        [at(f"{path}/lora_magnitude", layer) for path in linear.modules]
+                    )
+                }
+                if dora
+                else {}
+            )
 
         return adapters[0].rank, adapters[0].alpha, one
     if dora and len(present) < len(linear.modules):
-        raise UserError(f"{linear.name}: DoRA on {', '.join(present)} alone has no PEFT form, which needs a magnitude for every row; merge it instead")
+        raise UserError(
+            f"{linear.name}: DoRA on {', '.join(present)} alone has no PEFT form, which needs a magnitude "
+            "for every row; merge it instead"
+        )
     if len({adapter.scale for adapter in adapters}) > 1:
-        raise UserError(f"{linear.name}: {', '.join(present)} have different scales (alpha over rank), which one PEFT adapter cannot have; merge it instead")
+        raise UserError(
+            f"{linear.name}: {', '.join(present)} have different scales (alpha over rank), which one PEFT "
+            "adapter cannot have; merge it instead"
+        )
     rank = sum(adapter.rank for adapter in adapters)
     alpha = adapters[0].scale * (rank**0.5 if adapters[0].rslora else rank)
 
@@ -249,19 +346,39 @@ def _published(linear: PublishedLinear, layout: Layout, parameters: Mapping[str,
                 b[row : row + outputs[path], column : column + layout[path].rank] = at(f"{path}/lora_b", layer).T
                 column += layout[path].rank
             row += outputs[path]
-        found = {"lora_A.weight": np.concatenate([at(f"{path}/lora_a", layer).T for path in present]), "lora_B.weight": b}
-        return found | ({"lora_magnitude_vector": np.concatenate([at(f"{path}/lora_magnitude", layer) for path in present])} if dora else {})
+        found = {
+            "lora_A.weight": np.concatenate([at(f"{path}/lora_a", layer).T for path in present]),
+            "lora_B.weight": b,
+        }
+        return found | (
+            {"lora_magnitude_vector": np.concatenate([at(f"{path}/lora_magnitude", layer) for path in present])}
+            if dora
+            else {}
+        )
 
     return rank, alpha, blocks
 
 
-def _settings(config, layout: Layout, ranks: Mapping[str, int], alphas: Mapping[str, float], base: str | None, modern: bool) -> dict[str, Any]:
+def _settings(
+    config, layout: Layout, ranks: Mapping[str, int], alphas: Mapping[str, float], base: str | None, modern: bool
+) -> dict[str, Any]:
     """`adapter_config.json` of adapters that were trained here."""
-    common = max(set(ranks.values()), key=list(ranks.values()).count), max(set(alphas.values()), key=list(alphas.values()).count)
-    whole = lambda value: int(value) if float(value).is_integer() else value
-    pattern = lambda name: re.escape(module_name(name, config, modern=modern)).replace(r"\{layer\}", r"\d+")
+    common = (
+        max(set(ranks.values()), key=list(ranks.values()).count),
+        max(set(alphas.values()), key=list(alphas.values()).count),
+    )
+
+    def whole(value):
+        return int(value) if float(value).is_integer() else value
+
+    def pattern(name):
+        return re.escape(module_name(name, config, modern=modern)).replace(r"\{layer\}", r"\d+")
+
     any_adapter = next(iter(layout.values()))
-    classes = dict(base_model_class="Qwen2_5_VLForConditionalGeneration", parent_library="transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
+    classes = dict(
+        base_model_class="Qwen2_5_VLForConditionalGeneration",
+        parent_library="transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+    )
     return {
         "alpha_pattern": {pattern(name): whole(value) for name, value in alphas.items() if value != common[1]},
         "auto_mapping": None if config.family == "qwen" else classes,
@@ -293,7 +410,11 @@ def target_modules(names: Sequence[str], config, *, modern: bool = True) -> list
     for name in names:
         tail = name.rsplit("{layer}.", 1)[-1].split(".")
         ends = [".".join(tail[start:]) for start in range(len(tail) - 1, -1, -1) if not tail[start].isdigit()]
-        safe = [end for end in ends if all(other in names for other in everything if other == end or other.endswith("." + end))]
+        safe = [
+            end
+            for end in ends
+            if all(other in names for other in everything if other == end or other.endswith("." + end))
+        ]
         if safe:
             chosen.add(safe[0])
         else:
@@ -316,14 +437,16 @@ class Update:
 
     def merged(self, weight: np.ndarray) -> np.ndarray:
         """The matrix with the adapter folded in: float32 inside, rounded once to the matrix's dtype."""
-        wide = weight.astype(np.float32) + np.float32(self.scale) * (self.b.astype(np.float32) @ self.a.astype(np.float32))
+        wide = weight.astype(np.float32) + np.float32(self.scale) * (
+            self.b.astype(np.float32) @ self.a.astype(np.float32)
+        )
         if self.magnitude is not None:
             wide *= (self.magnitude.astype(np.float32) / np.linalg.norm(wide, axis=1))[:, None]
         return wide.astype(weight.dtype)
 
 
 def published_updates(adapter: PeftAdapter, config: Any) -> dict[str, Update]:
-    """Updates by published module name, layer by layer."""
+    """Update by published module name, layer by layer."""
     updates = {}
     for linear in published_linears(config):
         if not any(path in adapter.layout for path in linear.modules):
@@ -332,5 +455,7 @@ def published_updates(adapter: PeftAdapter, config: Any) -> dict[str, Update]:
         scale = next(adapter.layout[path].scale for path in linear.modules if path in adapter.layout)
         for name, layer in _cells(linear, linear.shapes(config).layers):
             tensors = tensors_of(layer)
-            updates[name] = Update(tensors["lora_A.weight"], tensors["lora_B.weight"], scale, tensors.get("lora_magnitude_vector"))
+            updates[name] = Update(
+                tensors["lora_A.weight"], tensors["lora_B.weight"], scale, tensors.get("lora_magnitude_vector")
+            )
     return updates

@@ -1,4 +1,6 @@
-"""A model from two published folders: the vision tower of one, the language model of another, a new projector between them."""
+"""A model from two published folders: the vision tower of one, the language model of another, a new projector between
+them.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,13 @@ from mindvl_jax.weights.mapping import mapping_of, read_config
 
 
 def assemble(
-    vision_folder: str | Path, language_folder: str | Path, *, mrope: bool = True, seed: int = 0, mesh: Mesh | None = None, dtype=None
+    vision_folder: str | Path,
+    language_folder: str | Path,
+    *,
+    mrope: bool = True,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    dtype=None,
 ) -> tuple[ModelConfig, dict[str, jax.Array]]:
     """Configuration and parameters of a model whose projector is new.
 
@@ -26,12 +34,16 @@ def assemble(
       seed: of the projector, which starts at random (its width belongs to the language model).
 
     Raises:
-      WeightsError: folders of other families, or anything `load_parameters` refuses. UserError: a decoder that does not suit the tower.
+      WeightsError: folders of other families, or anything `load_parameters` refuses. UserError: a decoder that does not
+        suit the tower.
     """
     tower, decoder = read_config(Path(vision_folder)), read_config(Path(language_folder))
     join = mapping_of(tower).assemble
     if join is None:
-        raise WeightsError(f"{vision_folder}: a language model without a vision tower, or one that serves no other decoder; expected Qwen2.5-VL or MindVL")
+        raise WeightsError(
+            f"{vision_folder}: a language model without a vision tower, or one that serves no other decoder; "
+            "expected Qwen2.5-VL or MindVL"
+        )
     if hasattr(decoder, "vision"):
         raise WeightsError(f"{language_folder}: a vision-language model; expected Qwen3 or Qwen2.5")
     config = join(tower, decoder, mrope=mrope)
@@ -52,5 +64,9 @@ def _new_parts(config: ModelConfig, given: set[str], seed: int, dtype, mesh: Mes
 
     shardings = None
     if mesh is not None:
-        shardings = parameter_shardings({path: outline.axis_names[path] for path in paths}, {path: outline.shapes[path].shape for path in paths}, mesh)
+        shardings = parameter_shardings(
+            {path: outline.axis_names[path] for path in paths},
+            {path: outline.shapes[path].shape for path in paths},
+            mesh,
+        )
     return jax.jit(initial, out_shardings=shardings)(jax.random.key(seed))

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from mindvl_jax.core.errors import UserError
 from mindvl_jax.checkpoints.checkpoint import CheckpointReader, locate
+from mindvl_jax.core.errors import UserError
 
 Parameters = Mapping[str, jax.Array]
 
@@ -31,7 +31,7 @@ class RunningAverage:
         self.weight = 0.0
 
     def add(self, parameters: Parameters, weight: float, name: str) -> None:
-        """Adds one set.
+        """Add one set.
 
         Args:
           name: what to call it when it does not fit the ones before.
@@ -41,13 +41,23 @@ class RunningAverage:
         """
         if not self._sum:
             self._dtypes = {path: value.dtype for path, value in parameters.items()}
-            self._sum = {path: _add(jnp.zeros_like(value, jnp.float32), value, jnp.float32(weight)) for path, value in parameters.items()}
+            self._sum = {
+                path: _add(jnp.zeros_like(value, jnp.float32), value, jnp.float32(weight))
+                for path, value in parameters.items()
+            }
         else:
             wrong = [f"{path} is missing" for path in self._sum if path not in parameters]
             wrong += [f"{path} is new" for path in parameters if path not in self._sum]
-            wrong += [f"{path} is {value.shape}, not {self._sum[path].shape}" for path, value in parameters.items() if path in self._sum and value.shape != self._sum[path].shape]
+            wrong += [
+                f"{path} is {value.shape}, not {self._sum[path].shape}"
+                for path, value in parameters.items()
+                if path in self._sum and value.shape != self._sum[path].shape
+            ]
             if wrong:
-                raise UserError(f"{name} is not of the same architecture as the first model: {'; '.join(wrong[:5])}" + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""))
+                raise UserError(
+                    f"{name} is not of the same architecture as the first model: {'; '.join(wrong[:5])}"
+                    + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+                )
             for path, value in parameters.items():
                 value = jax.device_put(value, self._sum[path].sharding)
                 self._sum[path] = _add(self._sum[path], value, jnp.float32(weight))
@@ -86,8 +96,11 @@ def ema_weights(count: int, decay: float) -> list[float]:
     return [decay ** (count - 1)] + [(1 - decay) * decay ** (count - 1 - index) for index in range(1, count)]
 
 
-def greedy_soup(names: Sequence[str], load: Callable[[str], Parameters], score: Callable[[Parameters, str], float]) -> tuple[dict[str, jax.Array], list[dict]]:
-    """Greedy soup (Wortsman et al. 2022): from the best model on, each next one stays in if the average does not get worse.
+def greedy_soup(
+    names: Sequence[str], load: Callable[[str], Parameters], score: Callable[[Parameters, str], float]
+) -> tuple[dict[str, jax.Array], list[dict]]:
+    """Greedy soup (Wortsman et al. 2022): from the best model on, each next one stays in if the average does not get
+    worse.
 
     Args:
       score: of parameters on a validation split, higher is better; the second argument is a label for people.

@@ -1,4 +1,7 @@
-"""The configuration that a folder of weights brings with it: model sizes and tokenizer. Does not load jax or any weight."""
+"""The configuration that a folder of weights brings with it: model sizes and tokenizer.
+
+Does not load jax or any weight.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +25,28 @@ def described(folder: str) -> dict[str, Any]:
     """
     path = Path(folder.removesuffix(":ema")).expanduser()
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; expected one of our runs or a Hugging Face folder (download one with `hf download NAME --local-dir {path.name}`)")
-    run = next((place / "config.yaml" for place in (path, *path.parents[:2]) if (place / "config.yaml").is_file()), None)
+        raise UserError(
+            f"{path}: no such folder; expected one of our runs or a Hugging Face folder (download one with "
+            f"`hf download NAME --local-dir {path.name}`)"
+        )
+    run = next(
+        (place / "config.yaml" for place in (path, *path.parents[:2]) if (place / "config.yaml").is_file()), None
+    )
     if not (path / "config.json").is_file() and run is not None:
         config = loader.load(run)
-        sections: dict[str, Any] = {"model": _sizes(config.model), "tokenizer": config.tokenizer.model_dump(mode="json")}
+        sections: dict[str, Any] = {
+            "model": _sizes(config.model),
+            "tokenizer": config.tokenizer.model_dump(mode="json"),
+        }
         if config.tokenizer.id_table is not None and (run.parent / "id_table.json").is_file():
             sections["tokenizer"]["id_table"] = str(run.parent / "id_table.json")
         return sections
     model = read_config(path)
     if not hasattr(model, "vision"):
-        raise UserError(f"{path} holds a language model alone; join it with a vision tower first: mindvl export --vision DIR --language {path} --out DIR")
+        raise UserError(
+            f"{path} holds a language model alone; join it with a vision tower first: mindvl export --vision "
+            f"DIR --language {path} --out DIR"
+        )
     sections = {"model": _sizes(model)}
     if (path / "tokenizer.json").is_file():
         table = path / "mindvl_id_table.json"

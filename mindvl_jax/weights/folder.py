@@ -1,6 +1,7 @@
 """A folder of safetensors files: what is in it, checked before anything is read.
 
-The library reads and validates each file; this module adds the folder: index, spelling of names, hostile paths, pickles.
+The library reads and validates each file; this module adds the folder: index, spelling of names, hostile paths,
+pickles.
 """
 
 from __future__ import annotations
@@ -61,9 +62,9 @@ class WeightsFolder:
           mapping: of the model's family: how it spells names, and what it ignores.
 
         Raises:
-          WeightsError: everything that is wrong with the files, at once: no weights, pickles only, an index that names absent
-            files or climbs out of the folder, truncated files, damaged headers, tensors that are not where the index says, dtypes
-            that are not floating point, names twice.
+          WeightsError: everything that is wrong with the files, at once: no weights, pickles only, an index that names
+            absent files or climbs out of the folder, truncated files, damaged headers, tensors that are not where the
+            index says, dtypes that are not floating point, names twice.
         """
         self.folder, self._mapping = folder, mapping
         self.entries: dict[str, Entry] = {}
@@ -83,7 +84,14 @@ class WeightsFolder:
         if expected is not None:
             self._compare_with_index(expected, missing_files, problems)
         if problems:
-            raise WeightsError("\n".join([f"{folder}: {len(problems)} problem{'s' if len(problems) > 1 else ''} with the weight files:", *(f"  {p}" for p in problems)]))
+            raise WeightsError(
+                "\n".join(
+                    [
+                        f"{folder}: {len(problems)} problem{'s' if len(problems) > 1 else ''} with the weight files:",
+                        *(f"  {p}" for p in problems),
+                    ]
+                )
+            )
 
     def _index(self, problems: list[str]) -> dict[str, str] | None:
         """File of each stored name by the index; None when there is a single file."""
@@ -92,12 +100,19 @@ class WeightsFolder:
             if not (self.folder / SINGLE).is_file():
                 pickles = sorted(file.name for pattern in _PICKLES for file in self.folder.glob(pattern))
                 if pickles:
-                    raise WeightsError(f"{self.folder}: only pickled weights ({', '.join(pickles[:3])}). A pickle can run any code when it is read, so it is refused; "
-                                       "save the model with `save_pretrained`, which writes safetensors")
+                    raise WeightsError(
+                        f"{self.folder}: only pickled weights ({', '.join(pickles[:3])}). A pickle can run "
+                        "any code when it is read, so it is refused; "
+                        "save the model with `save_pretrained`, which writes safetensors"
+                    )
                 raise WeightsError(f"{self.folder}: no weights; expected {SINGLE}, or {INDEX} and its files")
             return None
         weight_map = read_json(path).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(file, str) for file in weight_map.values())
+        ):
             raise WeightsError(f"{path}: expected weight_map, an object of tensor name to file name")
         kept = {}
         for file in sorted(set(weight_map.values())):
@@ -121,13 +136,23 @@ class WeightsFolder:
                     view = file.get_slice(stored)
                     dtype, name = view.get_dtype(), self._mapping.canonical(stored)
                     if dtype not in FLOAT_DTYPES:
-                        problems.append(f"{path.name}: {stored} has dtype {dtype}; expected one of {', '.join(FLOAT_DTYPES)} (quantised weights are not supported)")
+                        problems.append(
+                            f"{path.name}: {stored} has dtype {dtype}; expected one of "
+                            f"{', '.join(FLOAT_DTYPES)} (quantised weights are not supported)"
+                        )
                     elif name in self.entries:
-                        problems.append(f"{path.name}: {stored} is there twice (also in {self.entries[name].file.name})")
+                        problems.append(
+                            f"{path.name}: {stored} is there twice (also in {self.entries[name].file.name})"
+                        )
                     else:
-                        self.entries[name] = Entry(name, stored, path, tuple(view.get_shape()), FLOAT_DTYPES[dtype], starts[stored])
+                        self.entries[name] = Entry(
+                            name, stored, path, tuple(view.get_shape()), FLOAT_DTYPES[dtype], starts[stored]
+                        )
         except SafetensorError as error:
-            problems.append(f"{path.name}: not a whole safetensors file ({error}). {path.stat().st_size} bytes on disk; download or save it again")
+            problems.append(
+                f"{path.name}: not a whole safetensors file ({error}). {path.stat().st_size} bytes on disk; "
+                "download or save it again"
+            )
 
     def _compare_with_index(self, expected: dict[str, str], missing_files: set[str], problems: list[str]) -> None:
         readable = set(self.metadata)
@@ -139,9 +164,13 @@ class WeightsFolder:
                 problems.append(f"{INDEX}: places {name} in {file}, which does not hold it")
             elif name in where and where[name] != file:
                 problems.append(f"{INDEX}: places {name} in {file}, but it is in {where[name]}")
-        problems += [f"{file}: holds {name}, which the index does not know" for name, file in where.items() if name not in expected]
+        problems += [
+            f"{file}: holds {name}, which the index does not know"
+            for name, file in where.items()
+            if name not in expected
+        ]
 
-    def reader(self) -> "Reader":
+    def reader(self) -> Reader:
         """Open files for reading rows; use as a context manager."""
         return Reader(self)
 
@@ -157,8 +186,8 @@ def _starts(path: Path) -> dict[str, int]:
 class Reader:
     """Rows of tensors, read into memory that the caller owns. Safe to call from several threads.
 
-    Reading beats mapping the files here: no page of the mapping has to be faulted in, and a block that is turned next is still in
-    the processor's cache.
+    Reading beats mapping the files here: no page of the mapping has to be faulted in, and a block that is turned next
+    is still in the processor's cache.
     """
 
     def __init__(self, folder: WeightsFolder):
@@ -167,7 +196,7 @@ class Reader:
         files = sorted({entry.file for entry in folder.entries.values()})
         self._files = {file: self._stack.enter_context(file.open("rb", buffering=0)).fileno() for file in files}
 
-    def __enter__(self) -> "Reader":
+    def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *exception) -> None:
@@ -180,10 +209,12 @@ class Reader:
         """Lets the system fetch a tensor from disk ahead of its use."""
         if hasattr(os, "posix_fadvise"):
             entry = self._entries[name]
-            os.posix_fadvise(self._files[entry.file], entry.start, entry.shape[0] * entry.row_bytes, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(
+                self._files[entry.file], entry.start, entry.shape[0] * entry.row_bytes, os.POSIX_FADV_WILLNEED
+            )
 
     def into(self, memory: np.ndarray, name: str, start: int) -> None:
-        """Fills contiguous memory with a tensor's bytes from row `start` of its first axis on.
+        """Fill contiguous memory with a tensor's bytes from row `start` of its first axis on.
 
         Raises:
           WeightsError: the file ended, so it was changed after it was opened.
@@ -194,7 +225,9 @@ class Reader:
         while left:
             count = os.preadv(self._files[entry.file], [left], position)
             if count == 0:
-                raise WeightsError(f"{entry.file}: ended while {entry.stored} was read; another program changes this file")
+                raise WeightsError(
+                    f"{entry.file}: ended while {entry.stored} was read; another program changes this file"
+                )
             left, position = left[count:], position + count
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Published tensors onto a mesh.
 
-Parameter by parameter: every layer's tensor is read in blocks of rows, turned and written once into the place where the device
-array will lie, so that host memory holds one (stacked) parameter and a block for each thread. On CPU devices the array is that
-memory. What needs no turning is read straight into its place.
+Parameter by parameter: every layer's tensor is read in blocks of rows, turned and written once into the place where the
+device array will lie, so that host memory holds one (stacked) parameter and a block for each thread. On CPU devices the
+array is that memory. What needs no turning is read straight into its place.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from mindvl_jax.weights.errors import WeightsError
 from mindvl_jax.weights.folder import Reader, WeightsFolder
 from mindvl_jax.weights.mapping import Slot, mapping_of, read_config, slots
 
-_BLOCK_ROWS = 512  # rows of a published matrix turned at once: runs of a kilobyte in the turned one, and one line of each fits the first-level cache
+# rows of a published matrix turned at once: runs of a kilobyte in the turned one, and one line of each fits the
+# first-level cache
+_BLOCK_ROWS = 512
 _TILE_BYTES = 1024  # of each of these rows at a time: together they stay in the second-level cache
 _BLOCK_BYTES = 1 << 20  # read at once of what is not turned
 _JOB_BYTES = 1 << 24  # what one thread takes at a time
@@ -36,8 +38,14 @@ _ALIGNMENT = 64  # of host memory that a CPU device takes over without a copy
 _scratch = threading.local()
 
 
-def load_parameters(folder: str | Path, config: ModelConfig | None = None, *, mesh: Mesh | None = None, dtype=None,
-                    parts: tuple[str, ...] | None = None) -> dict[str, jax.Array]:
+def load_parameters(
+    folder: str | Path,
+    config: ModelConfig | None = None,
+    *,
+    mesh: Mesh | None = None,
+    dtype=None,
+    parts: tuple[str, ...] | None = None,
+) -> dict[str, jax.Array]:
     """Parameters by path, each where the mesh's rules put it.
 
     Args:
@@ -45,7 +53,8 @@ def load_parameters(folder: str | Path, config: ModelConfig | None = None, *, me
       config: the model; None takes the folder's own.
       mesh: devices; None is the default device.
       dtype: of the parameters; None keeps the files' own (the widest of a stack).
-      parts: only parameters under these prefixes ("vision/", "projector/" ...); what belongs to other parts is then not looked at.
+      parts: only parameters under these prefixes ("vision/", "projector/" ...); what belongs to other parts is then not
+        looked at.
 
     Raises:
       WeightsError: damaged files, or missing, unexpected and misshapen tensors, all of them at once.
@@ -70,8 +79,10 @@ def load_parameters(folder: str | Path, config: ModelConfig | None = None, *, me
     default = SingleDeviceSharding(jax.local_devices()[0])
     with files.reader() as reader, concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         if tied is not None and tied[0] in files.entries and not _equal(reader, files, *tied):
-            raise WeightsError(f"{folder}: config.json ties the word embeddings, but {tied[0]} differs from {tied[1]}; "
-                               f"set tie_word_embeddings to false, or remove {tied[0]}")
+            raise WeightsError(
+                f"{folder}: config.json ties the word embeddings, but {tied[0]} differs from {tied[1]}; "
+                f"set tie_word_embeddings to false, or remove {tied[0]}"
+            )
         parameters = {}
         for path in sorted(wanted):
             kind = jnp.dtype(dtype) if dtype is not None else _stored_dtype(files, by_path[path])
@@ -87,12 +98,27 @@ def _check(files: WeightsFolder, tied: tuple[str, str] | None, expected: list[Sl
         if entry is None:
             problems.append(f"missing     {slot.name}: expected shape {list(slot.shape)}")
         elif entry.shape != slot.shape:
-            problems.append(f"misshapen   {slot.name}: shape {list(entry.shape)} in {entry.file.name}, but config.json asks for {list(slot.shape)}")
+            problems.append(
+                f"misshapen   {slot.name}: shape {list(entry.shape)} in {entry.file.name}, but config.json "
+                f"asks for {list(slot.shape)}"
+            )
     if whole:
         known = {slot.name for slot in expected} | set(tied[:1] if tied else ())
-        problems += [f"unexpected  {entry.stored} in {entry.file.name}: no parameter of this model" for name, entry in files.entries.items() if name not in known]
+        problems += [
+            f"unexpected  {entry.stored} in {entry.file.name}: no parameter of this model"
+            for name, entry in files.entries.items()
+            if name not in known
+        ]
     if problems:
-        raise WeightsError("\n".join([f"{files.folder}: config.json and weights do not fit ({len(problems)} tensor{'s' if len(problems) > 1 else ''}):", *(f"  {p}" for p in problems)]))
+        raise WeightsError(
+            "\n".join(
+                [
+                    f"{files.folder}: config.json and weights do not fit ({len(problems)} "
+                    f"tensor{'s' if len(problems) > 1 else ''}):",
+                    *(f"  {p}" for p in problems),
+                ]
+            )
+        )
 
 
 def _equal(reader: Reader, files: WeightsFolder, one: str, other: str) -> bool:
@@ -100,7 +126,10 @@ def _equal(reader: Reader, files: WeightsFolder, one: str, other: str) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     step = max(1, _BLOCK_BYTES // a.row_bytes)
-    bits = lambda name, start: reader.rows(name, start, min(start + step, a.shape[0])).view(np.uint8)
+
+    def bits(name, start):
+        return reader.rows(name, start, min(start + step, a.shape[0])).view(np.uint8)
+
     return all(np.array_equal(bits(one, start), bits(other, start)) for start in range(0, a.shape[0], step))
 
 
@@ -112,8 +141,12 @@ def _stored_dtype(files: WeightsFolder, pieces: list[tuple[Slot, int]]):
 
 def _place(reader: Reader, pieces: list[tuple[Slot, int]], shape: tuple[int, ...], dtype, sharding, pool) -> jax.Array:
     """One parameter: allocate each distinct shard, copy every layer into them, hand them to their devices."""
-    indices = {device: _bounds(index, shape) for device, index in sharding.addressable_devices_indices_map(shape).items()}
-    shards = {bounds: _aligned_empty(tuple(stop - start for start, stop in bounds), dtype) for bounds in set(indices.values())}
+    indices = {
+        device: _bounds(index, shape) for device, index in sharding.addressable_devices_indices_map(shape).items()
+    }
+    shards = {
+        bounds: _aligned_empty(tuple(stop - start for start, stop in bounds), dtype) for bounds in set(indices.values())
+    }
     jobs = []
     for slot, member in pieces:
         axes = len(slot.index)
@@ -124,7 +157,11 @@ def _place(reader: Reader, pieces: list[tuple[Slot, int]], shape: tuple[int, ...
                 targets.append((bounds[axes:], own))
         if targets:
             reader.announce(slot.name)
-            jobs += _copies(reader, slot, member, targets) if isinstance(slot.rule.form, Rows) else [_whole_copy(reader, slot, member, targets)]
+            jobs += (
+                _copies(reader, slot, member, targets)
+                if isinstance(slot.rule.form, Rows)
+                else [_whole_copy(reader, slot, member, targets)]
+            )
     for done in concurrent.futures.as_completed([pool.submit(job) for job in jobs]):
         done.result()
     arrays = [jax.device_put(shards[bounds], device) for device, bounds in indices.items()]
@@ -132,12 +169,17 @@ def _place(reader: Reader, pieces: list[tuple[Slot, int]], shape: tuple[int, ...
 
 
 def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    return tuple((part.start or 0, size if part.stop is None else part.stop) for part, size in zip(index, shape, strict=True))
+    return tuple(
+        (part.start or 0, size if part.stop is None else part.stop) for part, size in zip(index, shape, strict=True)
+    )
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype) -> np.ndarray:
-    """Memory as a CPU device wants it. Large arrays lie on large pages where the system has them: faulting in small ones costs as
-    much as the copy that follows."""
+    """Memory as a CPU device wants it.
+
+    Large arrays lie on large pages where the system has them: faulting in small ones costs as much as the copy that
+    follows.
+    """
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if size >= 2 * _LARGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
         pages = mmap.mmap(-1, size + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -159,7 +201,9 @@ def _scratch_of(use: str, size: int) -> np.ndarray:
 
 
 def _whole_copy(reader: Reader, slot: Slot, member: int, targets) -> Callable[[], None]:
-    """Job for the forms that no run of rows serves: read the tensor whole, take the member's part, copy each shard's block."""
+    """Job for the forms that no run of rows serves: read the tensor whole, take the member's part, copy each shard's
+    block.
+    """
 
     def copy() -> None:
         own = slot.rule.form.to_ours(reader.rows(slot.name, 0, slot.shape[0]), slot.shapes)[member]
@@ -170,7 +214,8 @@ def _whole_copy(reader: Reader, slot: Slot, member: int, targets) -> Callable[[]
 
 
 def _copies(reader: Reader, slot: Slot, member: int, targets) -> list[Callable[[], None]]:
-    """Jobs that copy one published tensor's part into (unstacked) shards: each block of rows is read once, for all of them.
+    """Jobs that copy one published tensor's part into (unstacked) shards: each block of rows is read once, for all of
+    them.
 
     Args:
       targets: (bounds of each axis, memory) of each shard; at least one.
@@ -221,8 +266,8 @@ def _copies(reader: Reader, slot: Slot, member: int, targets) -> list[Callable[[
 def _turn(place: np.ndarray, source: np.ndarray) -> None:
     """place = source.T for a block of rows, tile by tile.
 
-    Turning walks down the columns. Rows at a distance of large powers of two would all fall into the same few lines of the
-    first-level cache, so a tile is first copied with its rows a line apart: that doubles the speed.
+    Turning walks down the columns. Rows at a distance of large powers of two would all fall into the same few lines of
+    the first-level cache, so a tile is first copied with its rows a line apart: that doubles the speed.
     """
     count = len(source)
     width = _TILE_BYTES // source.itemsize

@@ -1,4 +1,6 @@
-"""Engine of the families' `HFMapping`s: config.json both ways, and every published tensor with the parameters that it holds."""
+"""Engine of the families' `HFMapping`s: config.json both ways, and every published tensor with the parameters that it
+holds.
+"""
 
 from __future__ import annotations
 
@@ -40,20 +42,28 @@ def read_config(folder: Path) -> ModelConfig:
     """The model that a folder's config.json describes.
 
     Raises:
-      WeightsError: no config.json, an unsupported model_type (the supported ones are named), or settings that are not built;
-        all problems at once.
+      WeightsError: no config.json, an unsupported model_type (the supported ones are named), or settings that are not
+        built; all problems at once.
     """
     path = folder / "config.json"
     if not path.is_file() and (folder / "adapter_config.json").is_file():
         base = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))[:200]
-        raise WeightsError(f"{folder}: a LoRA adapter (adapter_config.json), not a model; open its base model ({base}) with --adapter {folder}, or merge both by `mindvl merge`")
+        raise WeightsError(
+            f"{folder}: a LoRA adapter (adapter_config.json), not a model; open its base model ({base}) with "
+            f"--adapter {folder}, or merge both by `mindvl merge`"
+        )
     if not path.is_file():
-        raise WeightsError(f"{folder}: no config.json; expected a Hugging Face folder or one of our runs (config.yaml and checkpoints/)")
+        raise WeightsError(
+            f"{folder}: no config.json; expected a Hugging Face folder or one of our runs (config.yaml and "
+            "checkpoints/)"
+        )
     content = read_json(path)
     kind = content.get("model_type")
     mapping = _by_model_type().get(kind) if isinstance(kind, str) else None
     if mapping is None:
-        raise WeightsError(f"{path}: model_type is {kind!r}, which is not supported; supported are {supported_labels()}")
+        raise WeightsError(
+            f"{path}: model_type is {kind!r}, which is not supported; supported are {supported_labels()}"
+        )
     reader = ConfigReader()
     try:
         config = mapping.read_config(content, reader)
@@ -62,11 +72,20 @@ def read_config(folder: Path) -> ModelConfig:
         raise WeightsError(f"{path}: a value has another type than published folders give it ({error})") from error
     if reader.problems:
         count = len(reader.problems)
-        raise WeightsError("\n".join([f"{path}: {count} problem{'s' if count > 1 else ''}:", *(f"  {problem}" for problem in reader.problems)]))
+        raise WeightsError(
+            "\n".join(
+                [
+                    f"{path}: {count} problem{'s' if count > 1 else ''}:",
+                    *(f"  {problem}" for problem in reader.problems),
+                ]
+            )
+        )
     return config
 
 
-def config_content(config: ModelConfig, dtype: str, *, pad_token_id: int | None = None, eos_token_id: int | None = None) -> dict[str, Any]:
+def config_content(
+    config: ModelConfig, dtype: str, *, pad_token_id: int | None = None, eos_token_id: int | None = None
+) -> dict[str, Any]:
     """Content of config.json for a model.
 
     Args:

@@ -1,7 +1,7 @@
 """Fold a PEFT adapter into a Hugging Face folder, file by file, and check that the logits stay.
 
-Every weight file is read, changed and written under its own name, so host memory holds one file and its result. Everything else of
-the folder (tokenizer, processor, index) is copied.
+Every weight file is read, changed and written under its own name, so host memory holds one file and its result.
+Everything else of the folder (tokenizer, processor, index) is copied.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.models.vision_language.batch import BatchShape
 from mindvl_jax.models.adapters import attach_values
 from mindvl_jax.models.outline import outline_of
+from mindvl_jax.models.vision_language.batch import BatchShape
 from mindvl_jax.weights.adapters import PeftAdapter, published_updates, read_adapter
 from mindvl_jax.weights.folder import WeightsFolder
-from mindvl_jax.weights.mapping import mapping_of, read_config
 from mindvl_jax.weights.load import load_parameters
+from mindvl_jax.weights.mapping import mapping_of, read_config
 
 
 def merge_folder(base: Path, folder: Path, out: Path) -> int:
@@ -43,7 +43,11 @@ def merge_folder(base: Path, folder: Path, out: Path) -> int:
     updates = published_updates(adapter, config)
     absent = sorted(name for name in updates if f"{name}.weight" not in files.entries)
     if absent:
-        raise UserError(f"{base}: the adapter changes {absent[0]}.weight" + (f" and {len(absent) - 1} more" if len(absent) > 1 else "") + ", which the base does not have")
+        raise UserError(
+            f"{base}: the adapter changes {absent[0]}.weight"
+            + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")
+            + ", which the base does not have"
+        )
     out.mkdir(parents=True, exist_ok=True)
     weight_files = sorted({entry.file for entry in files.entries.values()})
     for path in sorted(base.iterdir()):
@@ -62,7 +66,9 @@ def merge_folder(base: Path, folder: Path, out: Path) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class LogitsCheck:
-    """Largest difference of logits between base with adapter and merged, and the largest logit, in the dtype of the files."""
+    """Largest difference of logits between base with adapter and merged, and the largest logit, in the dtype of the
+    files.
+    """
 
     difference: float
     largest: float
@@ -70,7 +76,10 @@ class LogitsCheck:
 
     @property
     def limit(self) -> float:
-        """Of difference / largest. Float32 differs by the order of sums; smaller dtypes by the one rounding of each merged matrix."""
+        """Of difference / largest.
+
+        Float32 differs by the order of sums; smaller dtypes by the one rounding of each merged matrix.
+        """
         return {"float32": 1e-4}.get(self.dtype, 0.1)
 
     @property
@@ -118,6 +127,11 @@ def probe(config, tokens: int = 24, seed: int = 0):
         batch.visual_index[0, 2:6] = range(4)
         batch.patches[0] = rng.integers(0, 256, batch.patches.shape[1:])
         batch.patch_segment_ids[:] = batch.patch_window_ids[:] = 1
-        groups = [(2 * side * 0 + y + side * (g // 2), x + side * (g % 2)) for g in range(4) for y in range(side) for x in range(side)]
+        groups = [
+            (2 * side * 0 + y + side * (g // 2), x + side * (g % 2))
+            for g in range(4)
+            for y in range(side)
+            for x in range(side)
+        ]
         batch.patch_positions[0] = groups
     return batch

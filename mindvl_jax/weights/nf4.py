@@ -1,8 +1,11 @@
-"""Four-bit weights of bitsandbytes (NF4, as QLoRA's bases are published) into a plain folder, in equal bits to its own dequantisation.
+"""Four-bit weights of bitsandbytes (NF4, as QLoRA's bases are published) into a plain folder, in equal bits to its own
+dequantisation.
 
-A matrix is stored as `NAME` (two codes a byte, the first in the high half) with siblings: `absmax` of each block of 64 weights, the 16 values
-of `quant_map`, and `quant_state.bitsandbytes__nf4`, JSON with shape, dtype and block sizes. With double quantisation `absmax` is
-itself a byte a block: an index into `nested_quant_map`, times `nested_absmax` of its block of 256, plus `nested_offset`.
+A matrix is stored as `NAME` (two codes a byte, the first in the high half) with siblings: `absmax` of each block of 64
+weights, the 16 values of `quant_map`, and `quant_state.bitsandbytes__nf4`, JSON with shape, dtype and block sizes. With
+double quantisation `absmax` is
+itself a byte a block: an index into `nested_quant_map`, times `nested_absmax` of its block of 256, plus
+`nested_offset`.
 """
 
 from __future__ import annotations
@@ -40,7 +43,9 @@ def dequantize(codes: np.ndarray, siblings: Mapping[str, np.ndarray]) -> np.ndar
     """
     state: dict[str, Any] = json.loads(siblings[STATE].tobytes())
     if state["quant_type"] != "nf4" or state["dtype"] not in _DTYPES:
-        raise ValueError(f"quant_type {state['quant_type']!r} of {state['dtype']}; expected nf4 of {', '.join(_DTYPES)}")
+        raise ValueError(
+            f"quant_type {state['quant_type']!r} of {state['dtype']}; expected nf4 of {', '.join(_DTYPES)}"
+        )
     count = int(np.prod(state["shape"], dtype=np.int64))
     absmax = siblings[".absmax"].reshape(-1)
     if "nested_blocksize" in state:
@@ -48,8 +53,13 @@ def dequantize(codes: np.ndarray, siblings: Mapping[str, np.ndarray]) -> np.ndar
         scale = np.repeat(siblings[".nested_absmax"].reshape(-1), state["nested_blocksize"])[: absmax.size]
         absmax = nested * scale + np.float32(state["nested_offset"])
     if codes.size != -(-count // 2) or absmax.size != -(-count // state["blocksize"]):
-        raise ValueError(f"{codes.size} bytes and {absmax.size} blocks for {count} weights in blocks of {state['blocksize']}")
-    table, blocks = siblings[".quant_map"].reshape(-1).astype(np.float32), np.repeat(absmax.astype(np.float32), state["blocksize"])[:count]
+        raise ValueError(
+            f"{codes.size} bytes and {absmax.size} blocks for {count} weights in blocks of {state['blocksize']}"
+        )
+    table, blocks = (
+        siblings[".quant_map"].reshape(-1).astype(np.float32),
+        np.repeat(absmax.astype(np.float32), state["blocksize"])[:count],
+    )
     pairs = codes.reshape(-1)
     values = np.empty(2 * pairs.size, np.float32)
     values[0::2], values[1::2] = table[pairs >> 4], table[pairs & 15]
@@ -57,7 +67,9 @@ def dequantize(codes: np.ndarray, siblings: Mapping[str, np.ndarray]) -> np.ndar
 
 
 def dequantize_folder(source: Path, out: Path) -> int:
-    """Write a plain Hugging Face folder from one of bitsandbytes; returns the number of matrices. One weight file is in memory at a time.
+    """Write a plain Hugging Face folder from one of bitsandbytes; returns the number of matrices.
+
+    One weight file is in memory at a time.
 
     Raises:
       UserError: nothing quantised in it, another quantisation than NF4, siblings that are missing or damaged.
@@ -75,7 +87,10 @@ def dequantize_folder(source: Path, out: Path) -> int:
                 quantised = [name.removesuffix(STATE) for name in present if name.endswith(STATE)]
                 hidden = {name + suffix for name in quantised for suffix in SIBLINGS}
                 plain = [name for name in present if name not in hidden]
-                made = {name: _one(file, path, name, present) if name in quantised else file.get_tensor(name) for name in plain}
+                made = {
+                    name: _one(file, path, name, present) if name in quantised else file.get_tensor(name)
+                    for name in plain
+                }
                 save_file(made, out / path.name, metadata=dict(file.metadata() or {"format": "pt"}))
         except SafetensorError as error:
             raise UserError(f"{path}: not a whole safetensors file ({error})") from error
@@ -88,7 +103,12 @@ def dequantize_folder(source: Path, out: Path) -> int:
 
 
 def _refuse_others(path: Path, present: list[str]) -> None:
-    other = [name for name in present if name.endswith((".SCB", ".weight_format")) or (".quant_state.bitsandbytes__" in name and not name.endswith(STATE))]
+    other = [
+        name
+        for name in present
+        if name.endswith((".SCB", ".weight_format"))
+        or (".quant_state.bitsandbytes__" in name and not name.endswith(STATE))
+    ]
     if other:
         raise UserError(f"{path}: {other[0]} belongs to another quantisation of bitsandbytes; only NF4 is read")
 
@@ -102,12 +122,16 @@ def _one(file: Any, path: Path, name: str, present: list[str]) -> np.ndarray:
 
 
 def _copy_rest(source: Path, out: Path, names: Mapping[str, str]) -> None:
-    """Copy everything but weights; the index lists the plain tensors, config.json says nothing of a quantisation any more."""
+    """Copy everything but weights; the index lists the plain tensors, config.json says nothing of a quantisation any
+    more.
+    """
     for path in sorted(source.iterdir()):
         if not path.is_file() or path.suffix == ".safetensors":
             continue
         if path.name == INDEX:
-            write_text(out / INDEX, json.dumps({"metadata": {}, "weight_map": dict(sorted(names.items()))}, indent=2) + "\n")
+            write_text(
+                out / INDEX, json.dumps({"metadata": {}, "weight_map": dict(sorted(names.items()))}, indent=2) + "\n"
+            )
         elif path.name == "config.json":
             content = json.loads(path.read_text(encoding="utf-8"))
             content.pop("quantization_config", None)

@@ -1,4 +1,6 @@
-"""One door for weights: `open_model` takes one of our runs or a Hugging Face folder and gives back what inference needs."""
+"""One door for weights: `open_model` takes one of our runs or a Hugging Face folder and gives back what inference
+needs.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,9 @@ from mindvl_jax.checkpoints import id_table as vocabulary
 from mindvl_jax.checkpoints.checkpoint import load_params, locate
 from mindvl_jax.checkpoints.names import EMA, ID_TABLE, is_run, named_folder
 from mindvl_jax.config.schema import Config, ModelConfig, TokenizerConfig
-from mindvl_jax.models.hf import Pixels
 from mindvl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from mindvl_jax.models.adapters import attach_values
+from mindvl_jax.models.hf import Pixels
 from mindvl_jax.models.outline import outline_of
 from mindvl_jax.weights.adapters import read_adapter
 from mindvl_jax.weights.errors import WeightsError, read_json
@@ -54,14 +56,18 @@ class OpenedModel:
 
     def parameters(self) -> dict:
         """Parameters by path."""
-        return {"/".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(self.model, nnx.Param))}
+        return {
+            "/".join(map(str, path)): variable.get_value()
+            for path, variable in nnx.to_flat_state(nnx.state(self.model, nnx.Param))
+        }
 
 
 def open_model(folder: str | Path, mesh: Mesh | None = None, dtype=None) -> OpenedModel:
-    """Opens a run, one of its checkpoints, or a Hugging Face folder.
+    """Open a run, one of its checkpoints, or a Hugging Face folder.
 
     Args:
-      folder: its path; `RUN:ema` is the moving average that the run kept. A run with adapters opens with them, not merged.
+      folder: its path; `RUN:ema` is the moving average that the run kept. A run with adapters opens with them, not
+        merged.
       mesh: devices to spread over; None is the default device.
       dtype: of parameters and computation; None keeps the stored one (and a run's own compute dtype).
 
@@ -70,11 +76,16 @@ def open_model(folder: str | Path, mesh: Mesh | None = None, dtype=None) -> Open
     """
     folder, ema = named_folder(folder)
     if not folder.is_dir():
-        raise WeightsError(f"{folder}: no such folder; expected one of our runs, a checkpoint, or a Hugging Face folder")
+        raise WeightsError(
+            f"{folder}: no such folder; expected one of our runs, a checkpoint, or a Hugging Face folder"
+        )
     if is_run(folder):
         return _open_run(folder, mesh, dtype, ema)
     if ema:
-        raise WeightsError(f"{folder}{EMA}: a Hugging Face folder holds one set of weights; only runs with training.ema_decay have a moving average")
+        raise WeightsError(
+            f"{folder}{EMA}: a Hugging Face folder holds one set of weights; only runs with "
+            "training.ema_decay have a moving average"
+        )
     return _open_published(folder, mesh, dtype)
 
 
@@ -83,13 +94,21 @@ def _open_run(folder: Path, mesh: Mesh | None, dtype, ema: bool) -> OpenedModel:
     config = config.model_copy(update=dict(tokenizer=vocabulary.of_run(locate(folder)[0], config.tokenizer)))
     if dtype is not None:
         name = jnp.dtype(dtype).name
-        config = config.model_copy(update=dict(model=config.model.model_copy(update=dict(compute_dtype=name, param_dtype=name))))
+        config = config.model_copy(
+            update=dict(model=config.model.model_copy(update=dict(compute_dtype=name, param_dtype=name)))
+        )
     _require_finite(values, folder)
     if dtype is not None:
         values = {path: value.astype(dtype) for path, value in values.items()}
     last = config.training.phases[-1]
     pixels = (config.evaluation.min_pixels or last.min_pixels, config.evaluation.max_pixels or last.max_pixels)
-    return OpenedModel(outline_of(config.model, config.adapters).merge(values), config, load_tokenizer(config.tokenizer), *pixels, folder)
+    return OpenedModel(
+        outline_of(config.model, config.adapters).merge(values),
+        config,
+        load_tokenizer(config.tokenizer),
+        *pixels,
+        folder,
+    )
 
 
 def _open_published(folder: Path, mesh: Mesh | None, dtype) -> OpenedModel:
@@ -110,7 +129,10 @@ def add_adapter(opened: OpenedModel, folder: str | Path) -> OpenedModel:
       UserError: the folder does not fit (see `read_adapter`), or the model has adapters already.
     """
     if isinstance(opened.config, Config) and opened.config.adapters is not None:
-        raise WeightsError(f"{opened.folder} is a run with adapters of its own; merge it (`mindvl export --run {opened.folder} --merge --out DIR`) before another is added")
+        raise WeightsError(
+            f"{opened.folder} is a run with adapters of its own; merge it (`mindvl export --run "
+            f"{opened.folder} --merge --out DIR`) before another is added"
+        )
     adapter = read_adapter(Path(folder).expanduser(), opened.model_config)
     return dataclasses.replace(opened, model=attach_values(opened.model, adapter.layout, adapter.parameters))
 
@@ -121,10 +143,15 @@ def _finite(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _require_finite(values: dict[str, jax.Array], folder: Path) -> None:
-    """Raises WeightsError for weights with NaN or infinite values: every answer, score and average of them would be without meaning."""
+    """Raise WeightsError for weights with NaN or infinite values: every answer, score and average of them would be
+    without meaning.
+    """
     bad = [path for path, finite in jax.device_get(_finite(values)).items() if not finite]
     if bad:
-        raise WeightsError(f"{folder}: {len(bad)} of {len(values)} parameters hold values that are NaN or infinite, such as {bad[0]}; the weights are damaged, or their training diverged")
+        raise WeightsError(
+            f"{folder}: {len(bad)} of {len(values)} parameters hold values that are NaN or infinite, such as "
+            f"{bad[0]}; the weights are damaged, or their training diverged"
+        )
 
 
 def open_companions(folder: Path, config: ModelConfig | None = None) -> tuple[Tokenizer | None, tuple[int, int]]:
@@ -146,7 +173,10 @@ def open_companions(folder: Path, config: ModelConfig | None = None) -> tuple[To
             tokenizer.use_own_template()
         rows = None if config is None else config.text.vocab_size
         if rows is not None and tokenizer.largest_id >= rows:
-            raise WeightsError(f"{folder}: tokenizer.json has ids up to {tokenizer.largest_id}, but the model's table has {rows} rows: the tokenizer belongs to another model")
+            raise WeightsError(
+                f"{folder}: tokenizer.json has ids up to {tokenizer.largest_id}, but the model's table has "
+                f"{rows} rows: the tokenizer belongs to another model"
+            )
     return tokenizer, _pixel_limits(folder, config)
 
 
@@ -175,7 +205,7 @@ def _pixel_limits(folder: Path, config: ModelConfig | None) -> tuple[int, int]:
 
 
 def _require_our_pixels(path: Path, content: dict, config: ModelConfig) -> None:
-    """Raises WeightsError for settings under which another preparation of pixels would be right."""
+    """Raise WeightsError for settings under which another preparation of pixels would be right."""
     ours = mapping_of(config).companions(config, Pixels(0, 0)).get("preprocessor_config.json", {})
     wrong = []
     for name, value in ours.items():

@@ -24,13 +24,21 @@ SHARD_BYTES = 5 * 10**9
 METADATA = {"format": "pt"}
 
 
-def save_parameters(folder: str | Path, config: ModelConfig, parameters: Mapping[str, jax.Array], *, dtype=None,
-                    shard_bytes: int = SHARD_BYTES, pad_token_id: int | None = None, eos_token_id: int | None = None) -> None:
-    """Writes config.json and the weights; existing weight files of the folder are replaced.
+def save_parameters(
+    folder: str | Path,
+    config: ModelConfig,
+    parameters: Mapping[str, jax.Array],
+    *,
+    dtype=None,
+    shard_bytes: int = SHARD_BYTES,
+    pad_token_id: int | None = None,
+    eos_token_id: int | None = None,
+) -> None:
+    """Write config.json and the weights; existing weight files of the folder are replaced.
 
     Args:
-      parameters: by path, as `load_parameters` returns them, on any mesh. In a run of several processes every process must call
-        this (gathering is a collective); the first one writes.
+      parameters: by path, as `load_parameters` returns them, on any mesh. In a run of several processes every process
+        must call this (gathering is a collective); the first one writes.
       dtype: of the files; None keeps each parameter's own.
 
     Raises:
@@ -45,10 +53,18 @@ def save_parameters(folder: str | Path, config: ModelConfig, parameters: Mapping
     unknown = set(shapes) - {path for slot in all_slots for path in slot.rule.ours}
     if unknown:
         raise UserError(f"parameters that have no published name: {', '.join(sorted(unknown))}")
-    kinds = {path: jnp.dtype(dtype) if dtype is not None else np.dtype(value.dtype) for path, value in parameters.items()}
-    sizes = {slot.name: int(np.prod(slot.shape, dtype=np.int64)) * kinds[slot.rule.ours[0]].itemsize for slot in all_slots}
+    kinds = {
+        path: jnp.dtype(dtype) if dtype is not None else np.dtype(value.dtype) for path, value in parameters.items()
+    }
+    sizes = {
+        slot.name: int(np.prod(slot.shape, dtype=np.int64)) * kinds[slot.rule.ours[0]].itemsize for slot in all_slots
+    }
     groups = _group(all_slots, sizes, shard_bytes)
-    names = [SINGLE] if len(groups) == 1 else [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    names = (
+        [SINGLE]
+        if len(groups) == 1
+        else [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    )
 
     writes = jax.process_index() == 0
     if writes:
@@ -61,7 +77,10 @@ def save_parameters(folder: str | Path, config: ModelConfig, parameters: Mapping
             save_file(tensors, folder / name, metadata=METADATA)
     if writes:
         if len(groups) > 1:
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": {slot.name: name for name, group in zip(names, groups) for slot in group}}
+            index = {
+                "metadata": {"total_size": sum(sizes.values())},
+                "weight_map": {slot.name: name for name, group in zip(names, groups) for slot in group},
+            }
             (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         stored = kinds[all_slots[0].rule.ours[0]].name
         content = config_content(config, stored, pad_token_id=pad_token_id, eos_token_id=eos_token_id)
@@ -81,7 +100,10 @@ def _group(all_slots: list[Slot], sizes: Mapping[str, int], limit: int) -> list[
 
 
 def _published(slot: Slot, parameters: Mapping[str, jax.Array], kinds: Mapping[str, np.dtype]) -> np.ndarray:
-    arrays = [_gather(parameters[path][slot.index] if slot.index else parameters[path]).astype(kinds[path], copy=False) for path in slot.rule.ours]
+    arrays = [
+        _gather(parameters[path][slot.index] if slot.index else parameters[path]).astype(kinds[path], copy=False)
+        for path in slot.rule.ours
+    ]
     return slot.rule.form.to_published(arrays)
 
 

@@ -1,7 +1,7 @@
 """Everything JAX can write beside an operation, argument or result: read, harmless for a reason, or refused by name.
 
-An attribute that nobody reads changes what a program means without a word. So the importer holds every name against these tables, and
-one that stands in none is refused.
+An attribute that nobody reads changes what a program means silently. So the importer holds every name against these
+tables, and one that stands in none is refused.
 """
 
 from __future__ import annotations
@@ -10,13 +10,72 @@ from jaxlib.mlir import ir
 
 # Read by the importer, the passes or the code generator.
 READ = frozenset(
-    """all_gather_dim base_dilations batch_group_count broadcast_dimensions call_target_name callee compare_type comparison_direction concat_dimension
-    dimension dimension_numbers dimensions dot_dimension_numbers fft_length fft_type edge_padding_high edge_padding_low exponent_bits feature_group_count
-    interior_padding iota_dimension lhs_dilation limit_indices mantissa_bits padding permutation replica_groups rhs_dilation rng_algorithm
-    scatter_dimension scatter_dimension_numbers slice_sizes source_target_pairs split_count split_dimension start_indices strides unique_indices
-    value window_dilations window_dimensions window_reversal window_strides bridge.params
-    sdy.sharding axes gathering_axes in_shardings manual_axes mesh name out_sharding out_shardings params reduce_scatter_axes reduction_axes
-    sharding slicing_axes sym_name arg_attrs res_attrs function_type mhlo.frontend_attributes mhlo.memory_kind""".split()
+    [
+        "all_gather_dim",
+        "base_dilations",
+        "batch_group_count",
+        "broadcast_dimensions",
+        "call_target_name",
+        "callee",
+        "compare_type",
+        "comparison_direction",
+        "concat_dimension",
+        "dimension",
+        "dimension_numbers",
+        "dimensions",
+        "dot_dimension_numbers",
+        "fft_length",
+        "fft_type",
+        "edge_padding_high",
+        "edge_padding_low",
+        "exponent_bits",
+        "feature_group_count",
+        "interior_padding",
+        "iota_dimension",
+        "lhs_dilation",
+        "limit_indices",
+        "mantissa_bits",
+        "padding",
+        "permutation",
+        "replica_groups",
+        "rhs_dilation",
+        "rng_algorithm",
+        "scatter_dimension",
+        "scatter_dimension_numbers",
+        "slice_sizes",
+        "source_target_pairs",
+        "split_count",
+        "split_dimension",
+        "start_indices",
+        "strides",
+        "unique_indices",
+        "value",
+        "window_dilations",
+        "window_dimensions",
+        "window_reversal",
+        "window_strides",
+        "bridge.params",
+        "sdy.sharding",
+        "axes",
+        "gathering_axes",
+        "in_shardings",
+        "manual_axes",
+        "mesh",
+        "name",
+        "out_sharding",
+        "out_shardings",
+        "params",
+        "reduce_scatter_axes",
+        "reduction_axes",
+        "sharding",
+        "slicing_axes",
+        "sym_name",
+        "arg_attrs",
+        "res_attrs",
+        "function_type",
+        "mhlo.frontend_attributes",
+        "mhlo.memory_kind",
+    ]
 )
 HARMLESS = {
     "sdy.sharding_rule": "said what partitioning may do; it is done",
@@ -49,15 +108,19 @@ HARMLESS = {
     "allowed_direction": "said what propagation may do; it is done",
     "group_id": "said what propagation may do; it is done",
 }
-# Keys of mhlo.frontend_attributes that ask for another place or another meaning, with what they ask for. All others are notes to XLA's own
-# passes (jax.experimental.xla_metadata), which change no value.
-_PLACES = {"_xla_compute_type": "compute_on asks the host to compute this", "_xla_buffer_placement": "this value is placed in another memory"}
+# Keys of mhlo.frontend_attributes that ask for another place or another meaning, with what they ask for. All others are
+# notes to XLA's own passes (jax.experimental.xla_metadata), which change no value.
+_PLACES = {
+    "_xla_compute_type": "compute_on asks the host to compute this",
+    "_xla_buffer_placement": "this value is placed in another memory",
+}
 _DEVICE = ("", "device", "unpinned_host")  # the device's own memory
 
 
 def refused(op: ir.Operation, device: str) -> list[str]:
-    """What is written beside an operation that the bridge would lose. device: where the program runs; a CPU's memory is the host's, so
-    that nothing is lost there by computing and storing on it."""
+    """What is written beside an operation that the bridge would lose. device: where the program runs; a CPU's memory is
+    the host's, so that nothing is lost there by computing and storing on it.
+    """
     found = []
     for item in op.attributes:
         key = item if isinstance(item, str) else item.name
@@ -65,9 +128,13 @@ def refused(op: ir.Operation, device: str) -> list[str]:
             found += _refused_notes(op.attributes[key], device)
         elif key in ("arg_attrs", "res_attrs"):
             for number, attributes in enumerate(op.attributes[key]):
-                found += _refused_of_value(attributes, f"{'argument' if key == 'arg_attrs' else 'result'} {number}", device)
+                found += _refused_of_value(
+                    attributes, f"{'argument' if key == 'arg_attrs' else 'result'} {number}", device
+                )
         elif key not in READ and key not in HARMLESS:
-            found.append(f"attribute {key!r} ({str(op.attributes[key])[:80]}) is unknown to the bridge and would be lost")
+            found.append(
+                f"attribute {key!r} ({str(op.attributes[key])[:80]}) is unknown to the bridge and would be lost"
+            )
     return found
 
 
@@ -79,7 +146,10 @@ def _refused_of_value(attributes: ir.DictAttr, what: str, device: str) -> list[s
         if key == "mhlo.memory_kind":
             kind = ir.StringAttr(value).value
             if device != "cpu" and kind not in _DEVICE:
-                found.append(f"{what} lives in {kind} memory, which the bridge has not on {device}; leave it in the device's memory")
+                found.append(
+                    f"{what} lives in {kind} memory, which the bridge has not on {device}; leave it in the "
+                    "device's memory"
+                )
         elif key not in READ and key not in HARMLESS:
             found.append(f"attribute {key!r} of {what} is unknown to the bridge and would be lost")
     return found
@@ -88,4 +158,8 @@ def _refused_of_value(attributes: ir.DictAttr, what: str, device: str) -> list[s
 def _refused_notes(attribute: ir.Attribute, device: str) -> list[str]:
     notes = ir.DictAttr(attribute)
     keys = [item if isinstance(item, str) else item.name for item in notes]
-    return [f"{_PLACES[k]} ({k} = {notes[k]}); the bridge has no such place on {device}" for k in keys if k in _PLACES and device != "cpu"]
+    return [
+        f"{_PLACES[k]} ({k} = {notes[k]}); the bridge has no such place on {device}"
+        for k in keys
+        if k in _PLACES and device != "cpu"
+    ]

@@ -1,7 +1,7 @@
 """Partitioned StableHLO to the bridge's own form: calls inlined, attributes plain, shapes local, shardings checked.
 
-Every result's local shape is computed from its sharding and compared with what the operation makes of its operands, because a
-partitioning that went wrong shows first as a shape that does not fit. Problems are gathered and raised once.
+Every result's local shape is computed from its sharding and compared with what the operation makes of its operands,
+because a partitioning that went wrong shows first as a shape that does not fit. Problems are gathered and raised once.
 """
 
 from __future__ import annotations
@@ -19,15 +19,83 @@ from jaxlib.mlir.dialects import sdy, stablehlo
 
 from npu_bridge import jaxcompat
 from npu_bridge.compiler import attributes
+from npu_bridge.compiler.ir import (
+    COMPLEX,
+    ELEMENT_BYTES,
+    Block,
+    Layout,
+    Location,
+    MeshShape,
+    Op,
+    Program,
+    Type,
+    Value,
+    body_kind,
+)
 from npu_bridge.errors import UnsupportedError
-from npu_bridge.compiler.ir import COMPLEX, ELEMENT_BYTES, Block, Layout, Location, MeshShape, Op, Program, Type, Value, body_kind
 
 # Operations whose operands and result all have one local shape.
 _SAME_SHAPE = frozenset(
-    "abs add and atan2 cbrt ceil compare convert cosine count_leading_zeros divide exponential exponential_minus_one floor "
-    "is_finite log log_plus_one logistic maximum minimum multiply negate not or popcnt power reduce_precision remainder "
-    "round_nearest_afz round_nearest_even rsqrt shift_left shift_right_arithmetic shift_right_logical sign sine sqrt subtract tan "
-    "tanh xor acos acosh asin asinh atan atanh bessel_i1e cosh digamma erf erf_inv erfc lgamma next_after polygamma sinh zeta".split()
+    [
+        "abs",
+        "add",
+        "and",
+        "atan2",
+        "cbrt",
+        "ceil",
+        "compare",
+        "convert",
+        "cosine",
+        "count_leading_zeros",
+        "divide",
+        "exponential",
+        "exponential_minus_one",
+        "floor",
+        "is_finite",
+        "log",
+        "log_plus_one",
+        "logistic",
+        "maximum",
+        "minimum",
+        "multiply",
+        "negate",
+        "not",
+        "or",
+        "popcnt",
+        "power",
+        "reduce_precision",
+        "remainder",
+        "round_nearest_afz",
+        "round_nearest_even",
+        "rsqrt",
+        "shift_left",
+        "shift_right_arithmetic",
+        "shift_right_logical",
+        "sign",
+        "sine",
+        "sqrt",
+        "subtract",
+        "tan",
+        "tanh",
+        "xor",
+        "acos",
+        "acosh",
+        "asin",
+        "asinh",
+        "atan",
+        "atanh",
+        "bessel_i1e",
+        "cosh",
+        "digamma",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "lgamma",
+        "next_after",
+        "polygamma",
+        "sinh",
+        "zeta",
+    ]
 )
 _NUMBERS = {"gather": stablehlo.GatherDimensionNumbers, "scatter": stablehlo.ScatterDimensionNumbers}
 _FIELDS = {
@@ -41,25 +109,30 @@ _FIELDS = {
                     "kernel_output_feature_dimension", "kernel_spatial_dimensions", "output_batch_dimension",
                     "output_feature_dimension", "output_spatial_dimensions"),
 }  # fmt: skip
-# Operations of the dialects that never reach the code generator, with the reason. tests/bridge/test_registry.py holds every
-# operation of StableHLO, CHLO and Shardy against this table, the importer and the registry.
+# Operations of the dialects that never reach the code generator, with the reason. tests/bridge/test_registry.py holds
+# every operation of StableHLO, CHLO and Shardy against this table, the importer and the registry.
 NOT_LOWERED = {
     "CHLO of infinities and conjugates, which jax writes in other ways": "is_inf is_neg_inf is_pos_inf conj",
     "dense linear algebra, which npu_bridge.primitives lowers in its own way": "cholesky triangular_solve",
     "host, tokens, asynchronous pairs": "infeed outfeed send recv after_all create_token async_start async_done tuple get_tuple_element",
-    "dynamic shapes": "dynamic_broadcast_in_dim dynamic_conv dynamic_gather dynamic_iota dynamic_pad dynamic_reshape get_dimension_size "
+    "dynamic shapes": "dynamic_broadcast_in_dim dynamic_conv dynamic_gather dynamic_iota dynamic_pad dynamic_reshape "
+    "get_dimension_size "
     "set_dimension_size real_dynamic_slice torch_index_select constant_like",
     "quantised types": "uniform_quantize uniform_dequantize",
     "not reproducible across devices": "rng replica_id",
-    "StableHLO that jax's lowering does not emit": "batch_norm_grad batch_norm_inference batch_norm_training broadcast collective_broadcast collective_reduce "
+    "StableHLO that jax's lowering does not emit": "batch_norm_grad batch_norm_inference batch_norm_training broadcast collective_broadcast "
+    "collective_reduce "
     "composite cross-replica-sum dot einsum if map return unary_einsum",
     "CHLO and sort, which npu_bridge.compiler.primitives lowers in its own way": "square top_k sort scan ragged_dot",
     "CHLO that jax's lowering does not emit": "_asin_acos_kernel mulhi broadcast_add broadcast_and broadcast_atan2 broadcast_compare "
-    "broadcast_complex broadcast_divide broadcast_maximum broadcast_minimum broadcast_multiply broadcast_next_after broadcast_or "
-    "broadcast_polygamma broadcast_power broadcast_remainder broadcast_select broadcast_shift_left broadcast_shift_right_arithmetic "
+    "broadcast_complex broadcast_divide broadcast_maximum broadcast_minimum broadcast_multiply "
+    "broadcast_next_after broadcast_or "
+    "broadcast_polygamma broadcast_power broadcast_remainder broadcast_select broadcast_shift_left "
+    "broadcast_shift_right_arithmetic "
     "broadcast_shift_right_logical broadcast_subtract broadcast_xor broadcast_zeta",
     "Shardy's own bookkeeping, gone or dissolved before code is written": "data_flow_edge func_data_flow_edge manual_computation mesh "
-    "named_computation propagation_barrier replicated_to_unreduced reshard sharded_to_unreduced sharding_constraint sharding_group",
+    "named_computation propagation_barrier replicated_to_unreduced reshard sharded_to_unreduced "
+    "sharding_constraint sharding_group",
 }
 _SKIPPED = frozenset({"sdy.sharding", "sdy.sharding_rule", "channel_handle", "precision_config", "mhlo.backend_config",
                       "backend_config", "result_accuracy", "out_sharding", "api_version", "use_global_device_ids"})  # fmt: skip
@@ -88,11 +161,15 @@ def dense_array(attr: ir.DenseElementsAttr, dtype: str) -> np.ndarray:
 
 
 def parsed_array(text: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The elements of ``dense<..>`` in a text, for types of which the bindings hand out no buffer (complex numbers cannot even be read)."""
+    """The elements of ``dense<..>`` in a text, for types of which the bindings hand out no buffer (complex numbers
+    cannot even be read).
+    """
     named, bits = _BIT_TYPES[dtype]
     if found := re.search(r'dense<"0x([0-9A-Fa-f]*)">', text):
         return np.frombuffer(bytes.fromhex(found[1]), named).reshape(shape)
-    numbers = re.findall(r"0x[0-9A-Fa-f]+|[-+]?\d[\d.]*(?:[eE][-+]?\d+)?", text[text.index("dense<") + 6 : text.rindex("> :")])
+    numbers = re.findall(
+        r"0x[0-9A-Fa-f]+|[-+]?\d[\d.]*(?:[eE][-+]?\d+)?", text[text.index("dense<") + 6 : text.rindex("> :")]
+    )
     kind = {np.complex64: np.float32, np.complex128: np.float64}.get(named, named)
     made = np.empty(len(numbers), kind)
     for n, number in enumerate(numbers):
@@ -106,7 +183,7 @@ def _plain(value: Any) -> Any:
 
 
 class Importer:
-    """Walks one module. `run` returns the Program."""
+    """Walk one module. `run` returns the Program."""
 
     def __init__(self, module: ir.Module, device: str = "cpu"):
         self.module, self.device = module, device
@@ -130,7 +207,9 @@ class Importer:
                 self.meshes[ir.StringAttr(op.operation.attributes["sym_name"]).value] = MeshShape(axes, devices)
         real = {m for m in self.meshes.values() if m.axes}
         if len(real) > 1:
-            self.problems.append(f"{len(real)} different meshes in one program: {sorted(map(str, real))}; use one mesh for all shardings")
+            self.problems.append(
+                f"{len(real)} different meshes in one program: {sorted(map(str, real))}; use one mesh for all shardings"
+            )
         return next(iter(real), MeshShape())
 
     def _axis(self, attr: ir.Attribute) -> str:
@@ -143,9 +222,13 @@ class Importer:
     def layout(self, attr: ir.Attribute) -> Layout:
         if attr not in self._layouts:
             sharding = sdy.TensorShardingAttr(attr)
-            dims = tuple(tuple(self._axis(a) for a in sdy.DimensionShardingAttr(d).axes) for d in sharding.dimension_shardings)
+            dims = tuple(
+                tuple(self._axis(a) for a in sdy.DimensionShardingAttr(d).axes) for d in sharding.dimension_shardings
+            )
             if len(sharding.unreduced_axes):
-                self.problems.append(f"unreduced sharding {attr} crosses a program boundary; reduce it inside the program")
+                self.problems.append(
+                    f"unreduced sharding {attr} crosses a program boundary; reduce it inside the program"
+                )
             self._layouts[attr] = dims
         return self._layouts[attr]
 
@@ -175,13 +258,16 @@ class Importer:
             self.problems.append(f"{what} at {where}: element type {dtype} has no torch storage")
         shape = list(tensor.shape)
         if not tensor.has_static_shape:
-            self.problems.append(f"{what} at {where}: dynamic shape {tensor}; the bridge needs every size fixed at compile time")
+            self.problems.append(
+                f"{what} at {where}: dynamic shape {tensor}; the bridge needs every size fixed at compile time"
+            )
             shape = [max(n, 1) for n in shape]
         for d, axes in enumerate(layout or ()):
             shards = self.mesh.size(axes)
             if shape[d] % shards:
                 self.problems.append(
-                    f"{what} at {where}: dimension {d} of size {shape[d]} is split over {axes}, {shards} shards, unevenly; "
+                    f"{what} at {where}: dimension {d} of size {shape[d]} is split over {axes}, {shards} "
+                    "shards, unevenly; "
                     "pad it to a multiple or constrain it to be unsharded"
                 )
             shape[d] //= shards
@@ -202,12 +288,16 @@ class Importer:
     # -- program ------------------------------------------------------------------------------------------------------
 
     def run(self, donated: list[bool]) -> Program:
-        """Raises UnsupportedError with everything that was found."""
+        """Raise UnsupportedError with everything that was found."""
         main = self.functions["main"]
         self.problems += attributes.refused(main.operation, self.device)
         env: dict[Any, Value] = {}
         params = []
-        arg_attrs = main.operation.attributes["arg_attrs"] if "arg_attrs" in main.operation.attributes else [{}] * len(main.arguments)
+        arg_attrs = (
+            main.operation.attributes["arg_attrs"]
+            if "arg_attrs" in main.operation.attributes
+            else [{}] * len(main.arguments)
+        )
         for i, (arg, attrs) in enumerate(zip(main.arguments, arg_attrs)):
             layout = self.layout(attrs["sdy.sharding"]) if "sdy.sharding" in attrs else ()
             value = Value(self.local(arg.type, layout, Location(), f"argument {i}"), layout)
@@ -220,7 +310,7 @@ class Importer:
         return Program(self.mesh, body, donated)
 
     def block(self, block: ir.Block, env: dict[Any, Value], out: Block, manual: dict[str, None]) -> list[Value]:
-        """Appends the block's operations to `out` and returns what it yields."""
+        """Append the block's operations to `out` and return what it yields."""
         for view in block.operations:
             op = view.operation
             if op.name in ("func.return", "stablehlo.return", "sdy.return"):
@@ -229,7 +319,9 @@ class Importer:
                 env[result] = value
         return []
 
-    def region(self, region: ir.Region, env: dict[Any, Value], manual: dict[str, None], params: list[Value] | None = None) -> Block:
+    def region(
+        self, region: ir.Region, env: dict[Any, Value], manual: dict[str, None], params: list[Value] | None = None
+    ) -> Block:
         block = region.blocks[0]
         inner = dict(env)
         if params is None:
@@ -249,7 +341,8 @@ class Importer:
             return self._manual(op, env, out, manual)
         operands = [env[o] for o in op.operands]
         if name == "optimization_barrier":
-            # New values for the same storage: equal operations before and behind it are not shared, which is what keeps remat.
+            # New values for the same storage: equal operations before and behind it are not shared, which is what keeps
+            # remat.
             made = Op("optimization_barrier", operands, [Value(v.type, v.layout) for v in operands], location=where)
             out.ops.append(made)
             return made.results
@@ -284,7 +377,11 @@ class Importer:
                 continue
             attr = op.attributes[key]
             if key in ("dimension_numbers", "scatter_dimension_numbers", "dot_dimension_numbers"):
-                numbers = {**_NUMBERS, "dot_general": stablehlo.DotDimensionNumbers, "convolution": stablehlo.ConvDimensionNumbers}[name]
+                numbers = {
+                    **_NUMBERS,
+                    "dot_general": stablehlo.DotDimensionNumbers,
+                    "convolution": stablehlo.ConvDimensionNumbers,
+                }[name]
                 found.update({f: _plain(getattr(numbers(attr), f)) for f in _FIELDS[name]})
             elif isinstance(attr, ir.DenseElementsAttr) and name != "constant":
                 found[key] = np.array(attr).tolist()
@@ -321,7 +418,12 @@ class Importer:
 
     def _manual(self, op: ir.Operation, env: dict[Any, Value], out: Block, manual: dict[str, None]) -> list[Value]:
         axes = dict(manual)
-        axes.update(dict.fromkeys(a if isinstance(a, str) else ir.StringAttr(a).value for a in sdy.ManualAxesAttr(op.attributes["manual_axes"])))
+        axes.update(
+            dict.fromkeys(
+                a if isinstance(a, str) else ir.StringAttr(a).value
+                for a in sdy.ManualAxesAttr(op.attributes["manual_axes"])
+            )
+        )
         ins = sdy.TensorShardingPerValueAttr(op.attributes["in_shardings"]).shardings
         block = op.regions[0].blocks[0]
         inner = dict(env)
@@ -331,7 +433,9 @@ class Importer:
             value = env[operand]
             inside = self.local(arg.type, layout, self.location(op), "shard_map argument")
             if inside.shape != value.shape:
-                self.problems.append(f"shard_map at {self.location(op)}: argument has local shape {value.shape}, the body wants {inside}")
+                self.problems.append(
+                    f"shard_map at {self.location(op)}: argument has local shape {value.shape}, the body wants {inside}"
+                )
             inner[arg] = self._relabel(value, layout, op, out)
         results = self.block(block, inner, out, axes)
         return [self._relabel(v, layout, op, out) for v, layout in zip(results, self.result_layouts(op))]
@@ -347,7 +451,9 @@ class Importer:
     def _import_constant(self, op, made, out, env, manual):
         value = made.result
         if value.dtype in COMPLEX:
-            array = parsed_array(str(op).split(" loc(")[0], value.dtype, tuple(ir.RankedTensorType(op.results[0].type).shape))
+            array = parsed_array(
+                str(op).split(" loc(")[0], value.dtype, tuple(ir.RankedTensorType(op.results[0].type).shape)
+            )
             if array.size and (array == array.reshape(-1)[0]).all():
                 made.attrs["splat"] = complex(array.reshape(-1)[0])
             else:
@@ -373,7 +479,9 @@ class Importer:
     def _import_slice(self, op, made, out, env, manual):
         made.attrs = self.attributes(op, "slice")
         whole = ir.RankedTensorType(op.operands[0].type).shape
-        for d, (low, high, step) in enumerate(zip(*(made.attrs[k] for k in ("start_indices", "limit_indices", "strides")))):
+        for d, (low, high, step) in enumerate(
+            zip(*(made.attrs[k] for k in ("start_indices", "limit_indices", "strides")))
+        ):
             if (low, high, step) == (0, whole[d], 1):
                 made.attrs["limit_indices"][d] = made.operands[0].shape[d]
             elif whole[d] != made.operands[0].shape[d]:
@@ -382,10 +490,14 @@ class Importer:
         return made.results
 
     def _import_while(self, op, made, out, env, manual):
-        params = lambda: [Value(r.type, r.layout) for r in made.results]
+        def params():
+            return [Value(r.type, r.layout) for r in made.results]
+
         for operand, result in zip(made.operands, made.results):
             if operand.type != result.type:
-                self.problems.append(f"while at {made.location}: carried value enters as {operand.type} and is {result.type} inside")
+                self.problems.append(
+                    f"while at {made.location}: carried value enters as {operand.type} and is {result.type} inside"
+                )
         made.regions = [self.region(r, env, manual, params()) for r in op.regions]
         out.ops.append(made)
         return made.results
@@ -411,7 +523,9 @@ class Importer:
         made.attrs = self.attributes(op, "scatter")
         made.regions = [self.region(op.regions[0], env, manual)]
         if len(made.results) != 1:
-            self.problems.append(f"scatter at {made.location}: {len(made.results)} arrays scattered at once; scatter them one by one")
+            self.problems.append(
+                f"scatter at {made.location}: {len(made.results)} arrays scattered at once; scatter them one by one"
+            )
         self._indexed_shards(op, made, made.results[0], "scattered_dims_to_operand_dims")
         out.ops.append(made)
         return made.results
@@ -423,11 +537,18 @@ class Importer:
 
     def _import_custom_call(self, op, made, out, env, manual):
         target = ir.StringAttr(op.attributes["call_target_name"]).value
-        if target in ("Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "LayoutConstraint", "annotate_device_placement"):
+        if target in (
+            "Sharding",
+            "SPMDFullToShardShape",
+            "SPMDShardToFullShape",
+            "LayoutConstraint",
+            "annotate_device_placement",
+        ):
             return made.operands
         if not target.startswith(jaxcompat.CALL_PREFIX) or "bridge.params" not in op.attributes:
             self.problems.append(
-                f"custom call {target!r} at {made.location}: unknown to the bridge; define it with npu_bridge.jaxcompat.define_operator"
+                f"custom call {target!r} at {made.location}: unknown to the bridge; define it with "
+                "npu_bridge.jaxcompat.define_operator"
             )
             return made.results
         record = ast.literal_eval(ir.StringAttr(op.attributes["bridge.params"]).value)
@@ -436,7 +557,8 @@ class Importer:
         out.ops.append(made)
         return made.results
 
-    # -- collectives ----------------------------------------------------------------------------------------------------
+    # -- collectives
+    # ----------------------------------------------------------------------------------------------------
 
     # Python has no bindings for the attributes of Shardy's collectives: they are read from their text.
 
@@ -474,7 +596,9 @@ class Importer:
         axes = self.group_axes(self.attributes(op, "all_reduce")["replica_groups"], made)
         kind = body_kind(self.region(op.regions[0], env, manual))
         if kind is None:
-            self.problems.append(f"all_reduce at {made.location}: its body is not one of add, multiply, maximum, minimum, and, or")
+            self.problems.append(
+                f"all_reduce at {made.location}: its body is not one of add, multiply, maximum, minimum, and, or"
+            )
         for operand, result in zip(made.operands, made.results):
             out.ops.append(Op("all_reduce", [operand], [result], {"axes": axes, "kind": kind}, location=made.location))
         return made.results
@@ -482,7 +606,18 @@ class Importer:
     def _partial_kind(self, value: Value, made: Op) -> str:
         """How partial values combine: Shardy's all_reduce does not say, the operation that made them does."""
         op = value.producer
-        while op is not None and op.name in ("reshape", "transpose", "all_reduce", "all_slice", "broadcast_in_dim", "convert", "all_to_all", "permute", "optimization_barrier", "relabel"):
+        while op is not None and op.name in (
+            "reshape",
+            "transpose",
+            "all_reduce",
+            "all_slice",
+            "broadcast_in_dim",
+            "convert",
+            "all_to_all",
+            "permute",
+            "optimization_barrier",
+            "relabel",
+        ):
             if op.name == "all_reduce":
                 return op.attrs["kind"]
             source = op.operands[op.results.index(value)] if op.name == "optimization_barrier" else op.operands[0]
@@ -495,7 +630,10 @@ class Importer:
             kind = body_kind(op.regions[0])
             if kind in ("add", "multiply", "maximum", "minimum", "and", "or"):
                 return kind
-        self.problems.append(f"{op.name} at {op.location}: its result is partial on each device and cannot be combined; unshard its operand")
+        self.problems.append(
+            f"{op.name} at {op.location}: its result is partial on each device and cannot be combined; "
+            "unshard its operand"
+        )
         return "add"
 
     def _import_reduce_scatter(self, op, made, out, env, manual):
@@ -524,7 +662,9 @@ class Importer:
             shape = list(value.shape)
             shape[source] *= n
             if shape[target] % n:
-                self.problems.append(f"all_to_all at {made.location}: dimension {target} of size {shape[target]} over {n} devices")
+                self.problems.append(
+                    f"all_to_all at {made.location}: dimension {target} of size {shape[target]} over {n} devices"
+                )
             shape[target] //= n
             step = Op("all_to_all", [value], [Value(Type(tuple(shape), value.dtype), made.result.layout)],
                       {"axes": axes, "source": source, "target": target}, location=made.location)  # fmt: skip
@@ -536,7 +676,10 @@ class Importer:
         if op.name.startswith("sdy."):
             # The axes of an enclosing manual computation stay where they are.
             fixed = (tuple(manual),) if manual else ()
-            full = lambda v: v.layout or ((),) * len(v.shape)
+
+            def full(v):
+                return v.layout or ((),) * len(v.shape)
+
             pairs = self._relayout_pairs((*full(made.operands[0]), *fixed), (*full(made.result), *fixed))
         else:
             pairs = [tuple(p) for p in self.attributes(op, "collective_permute")["source_target_pairs"]]
@@ -587,5 +730,7 @@ class Importer:
                 rows = ids.transpose(order).reshape(-1, math.prod(shape[names.index(n)] for n in axes))
                 if sorted(map(tuple, rows.tolist())) == wanted:
                     return axes
-        self.problems.append(f"{made.name} at {made.location}: device groups {groups} do not follow the mesh axes {names}")
+        self.problems.append(
+            f"{made.name} at {made.location}: device groups {groups} do not follow the mesh axes {names}"
+        )
         return ()

@@ -1,9 +1,11 @@
 """The bridge's intermediate form: typed SSA over one device's share of every array.
 
-The importer makes it from partitioned StableHLO: calls are inlined, attributes are plain Python values, shapes are *local*, and
-every exchange between devices is one of the explicit collectives below. The passes rewrite it, the code generator prints it.
+The importer makes it from partitioned StableHLO: calls are inlined, attributes are plain Python values, shapes are
+*local*, and every exchange between devices is one of the explicit collectives below. The passes rewrite it, the code
+generator prints it.
 
-Operation names are StableHLO's without prefix (``add``, ``dot_general``). Collectives and kernels have names of their own:
+Operation names are StableHLO's without prefix (``add``, ``dot_general``). Collectives and kernels have names of their
+own:
 
 =================== ================================================================================================
 ``all_reduce``       attrs ``axes``, ``kind`` ("add", "maximum", ...)
@@ -164,8 +166,9 @@ class Program:
 
 
 def body_kind(block: Block) -> str | None:
-    """``add``, ``maximum``, ... when a reduction body is one binary operation of its two parameters; ``replace`` when it
-    returns the second; None for anything else."""
+    """``add``, ``maximum``, ... when a reduction body is one binary operation of its two parameters; ``replace`` when
+    it returns the second; None for anything else.
+    """
     if len(block.params) != 2 or len(block.results) != 1:
         return None
     if not block.ops:
@@ -178,7 +181,7 @@ def body_kind(block: Block) -> str | None:
 
 
 def substitute(block: Block, replacement: Mapping[Value, Value]) -> None:
-    """Replaces values wherever they are read, inner regions included. Chains (a -> b -> c) are followed."""
+    """Replace values wherever they are read, inner regions included. Chains (a -> b -> c) are followed."""
     if not replacement:
         return
 

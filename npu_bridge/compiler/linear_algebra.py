@@ -31,7 +31,9 @@ def _rule(avals_in: Any, avals_out: Any) -> tuple[str, list[str]]:
 def _lower(name: str, params: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda given: {}):
     def lower(ctx: Any, *operands: ir.Value, **given: Any):
         rule, whole = _rule(ctx.avals_in, ctx.avals_out)
-        return jaxcompat.custom_call_with_rule(ctx, f"math.{name}", operands, ctx.avals_out, rule, params(given), replicate=whole)
+        return jaxcompat.custom_call_with_rule(
+            ctx, f"math.{name}", operands, ctx.avals_out, rule, params(given), replicate=whole
+        )
 
     return lower
 
@@ -42,7 +44,9 @@ def _flags(*names: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
 
 LOWERINGS = {
     "cholesky": _lower("cholesky"),
-    "triangular_solve": _lower("triangular_solve", _flags("left_side", "lower", "transpose_a", "conjugate_a", "unit_diagonal")),
+    "triangular_solve": _lower(
+        "triangular_solve", _flags("left_side", "lower", "transpose_a", "conjugate_a", "unit_diagonal")
+    ),
     "lu": _lower("lu"),
     "qr": _lower("qr", _flags("full_matrices")),
     "svd": _lower("svd", _flags("full_matrices", "compute_uv")),

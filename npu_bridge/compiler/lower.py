@@ -1,4 +1,6 @@
-"""Trace a JAX function over abstract arguments and lower it to StableHLO for platform ``npu``. Nothing is compiled by XLA.
+"""Trace a JAX function over abstract arguments and lower it to StableHLO for platform ``npu``.
+
+Nothing is compiled by XLA.
 
 `check` looks at the traced program first and gathers everything the bridge refuses, each with the user's source line.
 """
@@ -19,14 +21,15 @@ from npu_bridge import jaxcompat
 from npu_bridge.compiler import linear_algebra, primitives
 from npu_bridge.compiler.codegen.contraction import MOST_SPATIAL_DIMS
 from npu_bridge.compiler.codegen.indexing import PHILOX
-from npu_bridge.errors import UnsupportedError
 from npu_bridge.compiler.ir import ELEMENT_BYTES
+from npu_bridge.errors import UnsupportedError
 
 # Primitives that can never run inside one captured device program, with the reason and the way out.
 REFUSED = {
     "pure_callback": "calls back to Python on the host in the middle of a step; compute it outside the step or write it in jax",
     "io_callback": "calls back to Python on the host in the middle of a step; return the value from the step instead",
-    "debug_callback": "jax.debug.print/callback runs on the host in the middle of a step; return the value from the step instead",
+    "debug_callback": "jax.debug.print/callback runs on the host in the middle of a step; return the value from the step "
+    "instead",
     "debug_print": "jax.debug.print runs on the host in the middle of a step; return the value from the step instead",
     "infeed": "host transfer inside a step; pass the data as an argument",
     "outfeed": "host transfer inside a step; return the data from the step",
@@ -59,24 +62,43 @@ def mlir_dtype(dtype: Any) -> str:
 
 
 def _refused_by_arguments(eqn: Any) -> str | None:
-    """Why this use of a primitive that is supported otherwise is not; the code generator refuses the same of a bare module."""
+    """Why this use of a primitive that is supported otherwise is not; the code generator refuses the same of a bare
+    module.
+    """
     if eqn.primitive.name == "conv_general_dilated" and eqn.invars[0].aval.ndim > 2 + MOST_SPATIAL_DIMS:
-        return f"{eqn.invars[0].aval.ndim - 2} spatial dimensions; torch has convolutions over up to {MOST_SPATIAL_DIMS}, write the others as a sum"
+        return (
+            f"{eqn.invars[0].aval.ndim - 2} spatial dimensions; torch has convolutions over up to "
+            f"{MOST_SPATIAL_DIMS}, write the others as a sum"
+        )
     if eqn.primitive.name == "call_exported":
         exported = eqn.params["exported"]
-        if jaxcompat.PLATFORM not in exported.platforms and jax.export.DisabledSafetyCheck.platform() not in exported.disabled_safety_checks:
-            return f"exported for {exported.platforms}; export it with disabled_checks=[jax.export.DisabledSafetyCheck.platform()]"
+        if (
+            jaxcompat.PLATFORM not in exported.platforms
+            and jax.export.DisabledSafetyCheck.platform() not in exported.disabled_safety_checks
+        ):
+            return (
+                f"exported for {exported.platforms}; export it with "
+                "disabled_checks=[jax.export.DisabledSafetyCheck.platform()]"
+            )
     if eqn.primitive.name == "rng_bit_generator":
         algorithm = str(getattr(eqn.params["algorithm"], "name", eqn.params["algorithm"])).removeprefix("RNG_")
         if algorithm not in PHILOX:
-            return f"algorithm {algorithm} has no torch form; use the default one (Philox), or jax.random with threefry keys"
+            return (
+                f"algorithm {algorithm} has no torch form; use the default one (Philox), or jax.random with "
+                "threefry keys"
+            )
     return None
 
 
 @functools.cache
 def refused_dtype(dtype: Any, x64: bool) -> str | None:
-    """Why arrays of a dtype cannot be lowered. Cached: a deep program asks some hundred thousand times about five dtypes."""
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jax.dtypes.float0:  # tangents of integers, which hold nothing
+    """Why arrays of a dtype cannot be lowered.
+
+    Cached: a deep program asks some hundred thousand times about five dtypes.
+    """
+    if (
+        jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jax.dtypes.float0
+    ):  # tangents of integers, which hold nothing
         return None
     name = np.dtype(dtype).name
     if name == "float64" and not x64:
@@ -85,13 +107,22 @@ def refused_dtype(dtype: Any, x64: bool) -> str | None:
 
 
 def _lost_placement(eqn: Any, device: str) -> str | None:
-    """Why a value or a computation cannot have the place that the program gives it. A CPU's memory is the host's: nothing is lost there."""
+    """Why a value or a computation cannot have the place that the program gives it.
+
+    A CPU's memory is the host's: nothing is lost there.
+    """
     if device == "cpu":
         return None
     if getattr(eqn.ctx, "compute_type", None):
-        return f"compute_on({eqn.ctx.compute_type!r}) asks the host to compute this; the bridge runs a step on {device} alone"
+        return (
+            f"compute_on({eqn.ctx.compute_type!r}) asks the host to compute this; the bridge runs a step on "
+            f"{device} alone"
+        )
     if any(getattr(getattr(v.aval, "memory_space", None), "name", "") == "Host" for v in (*eqn.invars, *eqn.outvars)):
-        return f"a value in host memory (an offload policy, or device_put to pinned_host); the bridge has no offload on {device}, leave it out or use remat"
+        return (
+            "a value in host memory (an offload policy, or device_put to pinned_host); the bridge has no "
+            f"offload on {device}, leave it out or use remat"
+        )
     return None
 
 
@@ -120,7 +151,10 @@ def check(jaxpr: Any, device: str = "cpu") -> list[str]:
             if not all(isinstance(n, (int, np.integer)) for n in shape):
                 add(eqn, f"dynamic shape {shape}; the bridge needs every size fixed at compile time")
             if device == "npu" and dtype is not None and jax.dtypes.issubdtype(dtype, np.complexfloating):
-                add(eqn, "complex numbers: torch_npu has next to no operators for them; keep real and imaginary parts apart")
+                add(
+                    eqn,
+                    "complex numbers: torch_npu has next to no operators for them; keep real and imaginary parts apart",
+                )
             if dtype is not None and (reason := refused_dtype(dtype, jax.config.jax_enable_x64)) is not None:
                 add(eqn, reason)
     return list(problems)
@@ -140,7 +174,7 @@ def lower(
     static_argnames: Sequence[str] = (),
     keep_unused: bool = False,
 ) -> Traced:
-    """Traces `fn` on abstract `args`, and `named` ones, (pytrees of ShapeDtypeStruct with shardings) and lowers it.
+    """Trace `fn` on abstract `args`, and `named` ones, (pytrees of ShapeDtypeStruct with shardings) and lowers it.
 
     Raises UnsupportedError with every problem of the traced program at once, VersionError for an untested jax.
     """

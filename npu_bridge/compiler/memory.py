@@ -1,14 +1,15 @@
 """Who may overwrite what, and when a variable dies.
 
-Every variable belongs to a *storage*; views share it. A statement takes its in-place form when the storage it would overwrite is
-owned by this call (made by it, or donated), nobody reads it later under any name, and no other operand shares it. Variables are
-deleted after their last use, so torch's allocator can hand the memory on, and the peak is known before anything runs.
+Every variable belongs to a *storage*; views share it. A statement takes its in-place form when the storage it would
+overwrite is owned by this call (made by it, or donated), nobody reads it later under any name, and no other operand
+shares it. Variables are deleted after their last use, so torch's allocator can hand the memory on, and the peak is
+known before anything runs.
 
 Constants belong to the program, not to one call: they are never overwritten, and a result that lies in one is cloned.
 
-Loops: a carried value that the body overwrites must own its storage alone when the loop begins: no other carried value may start in
-it, and the body may not read it under another name. It is copied on entry where that cannot be shown. Copies are counted, because a
-training step should have none.
+Loops: a carried value that the body overwrites must own its storage alone when the loop begins: no other carried value
+may start in it, and the body may not read it under another name. It is copied on entry where that cannot be shown.
+Copies are counted, because a training step should have none.
 
 Branches: each body is planned as if it alone stood there, since one of them runs.
 """
@@ -19,7 +20,6 @@ import dataclasses
 
 from npu_bridge.compiler.codegen.program import Assign, Branches, Function, Item, Loop, Stmt, reads
 from npu_bridge.compiler.ir import Type
-
 
 Source = Stmt | Loop | Assign | None  # what a line came from
 
@@ -115,9 +115,14 @@ class Planner:
     def root(self) -> dict[str, str]:
         return self.store.root
 
-    def block(self, items: list[Item], live_out: set[str], owned: set[str], indent: int, deletable: set[str]) -> set[str]:
-        """Plans items in order. `deletable`: variables of this scope that may be deleted here. Returns the storages that were
-        overwritten and not made in this block."""
+    def block(
+        self, items: list[Item], live_out: set[str], owned: set[str], indent: int, deletable: set[str]
+    ) -> set[str]:
+        """Plan items in order.
+
+        `deletable`: variables of this scope that may be deleted here. Returns the storages that were overwritten and
+        not made in this block.
+        """
         last_read = {v: n for n, item in enumerate(items) for v in reads(item)} | dict.fromkeys(live_out, len(items))
         made: set[str] = set()
         dirty: set[str] = set()
@@ -186,16 +191,33 @@ class Planner:
         self.line(indent, f"{', '.join(s.outs)} = {code}", s)
 
     def branches(
-        self, s: Branches, later: _Later, owned: set[str], made: set[str], dirty: set[str], indent: int, deletable: set[str]
+        self,
+        s: Branches,
+        later: _Later,
+        owned: set[str],
+        made: set[str],
+        dirty: set[str],
+        indent: int,
+        deletable: set[str],
     ) -> list[str]:
-        """Plans each body on its own: one of them runs. A body may overwrite and hand on what is owned outside and not read later."""
+        """Plan each body on its own: one of them runs.
+
+        A body may overwrite and hand on what is owned outside and not read later.
+        """
         free = {r for r in owned if not self.shared(r, later)}
         before = self.store.save()
         peak = self.store.peak
         for n, (body, results) in enumerate(zip(s.bodies, s.results)):
             self.store.restore(before)
             last = n == len(s.bodies) - 1
-            self.line(indent, "else:" if last and n else f"{'elif' if n else 'if'} {s.index} == {n}:" if len(s.bodies) > 1 else "if True:")
+            self.line(
+                indent,
+                "else:"
+                if last and n
+                else f"{'elif' if n else 'if'} {s.index} == {n}:"
+                if len(s.bodies) > 1
+                else "if True:",
+            )
             inner_owned = set(free)
             changed = self.block(body, set(results), inner_owned, indent + 1, set())
             ends: list[str] = []
@@ -224,7 +246,8 @@ class Planner:
             self.types[out] = type
             owned.add(out)
             made.add(out)
-        # What a body may have overwritten or handed on is not read later; it goes with the names that only this item read.
+        # What a body may have overwritten or handed on is not read later; it goes with the names that only this item
+        # read.
         owned -= {r for r in free if r in dirty or r in self.consumed(s)}
         dead = [v for v in sorted(reads(s)) if v not in later and v in deletable]
         deletable.update(o for o in s.outs if o in later)
@@ -243,9 +266,14 @@ class Planner:
             self.line(indent, "while True:", s)
         elif s.trip > 0:
             stop = int(s.start) + s.trip * s.step
-            spec = f"{stop}" if s.start == "0" and s.step == 1 else f"{s.start}, {stop}" + (f", {s.step}" if s.step != 1 else "")
+            spec = (
+                f"{stop}"
+                if s.start == "0" and s.step == 1
+                else f"{s.start}, {stop}" + (f", {s.step}" if s.step != 1 else "")
+            )
             self.line(indent, f"for {s.counter} in range({spec}):", s)
-        # Inside, each carried value is taken to own its storage alone; what that asks of the beginning is settled below.
+        # Inside, each carried value is taken to own its storage alone; what that asks of the beginning is settled
+        # below.
         inner_owned = set(params)
         for p, i in zip(params, inits):
             self.store.add(p, p, 0)
@@ -269,7 +297,9 @@ class Planner:
             else:
                 taken.add(r)
                 ends.append(y)
-        begins = self._loop_begins(s, later, owned, made, dirty, changed | {self.root[y] for y, e in zip(yields, ends) if e == y})
+        begins = self._loop_begins(
+            s, later, owned, made, dirty, changed | {self.root[y] for y, e in zip(yields, ends) if e == y}
+        )
         head: list[tuple[int, str, Source]] = []
         if params:
             head.append((indent, f"{', '.join(params)} = {', '.join(begins)}", None))
@@ -294,12 +324,17 @@ class Planner:
         outer_reads = reads(s) - set(inits)
         leftover = [v for v in inits if v in reads_of_bodies(s)]
         return [p for p in params if p not in later] + [
-            v for v in dict.fromkeys([*sorted(outer_reads), *leftover]) if v not in later and v in deletable and v not in params
+            v
+            for v in dict.fromkeys([*sorted(outer_reads), *leftover])
+            if v not in later and v in deletable and v not in params
         ]
 
-    def _loop_begins(self, s: Loop, later: _Later, owned: set[str], made: set[str], dirty: set[str], taken: set[str]) -> list[str]:
-        """Code of the initial values: copies of those that the body overwrites or hands on as its own (`taken`, names of carried
-        values), where their storage is not free to take."""
+    def _loop_begins(
+        self, s: Loop, later: _Later, owned: set[str], made: set[str], dirty: set[str], taken: set[str]
+    ) -> list[str]:
+        """Code of the initial values: copies of those that the body overwrites or hands on as its own (`taken`, names
+        of carried values), where their storage is not free to take.
+        """
         read_inside = {self.root[v] for v in reads_of_bodies(s) if v in self.root}
         needs_own = [p in taken or s.trip is None for p, _, _ in s.carries]
         starts_shared = {self.root[i] for (_, i, _), own in zip(s.carries, needs_own) if not own}
@@ -307,7 +342,12 @@ class Planner:
         gone: set[str] = set()  # storages that a carried value before this one has taken
         for (_, i, _), own in zip(s.carries, needs_own):
             r = self.root[i]
-            free = r in owned and not self.shared(r, later) and r not in gone | starts_shared | read_inside and i not in self.expanded
+            free = (
+                r in owned
+                and not self.shared(r, later)
+                and r not in gone | starts_shared | read_inside
+                and i not in self.expanded
+            )
             if own and not free:
                 begins.append(f"{i}.clone()")
                 self.plan.copies += 1

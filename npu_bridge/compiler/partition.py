@@ -1,14 +1,18 @@
 """Shardy's passes, in the order that gives correct and cheap per-device programs.
 
-After `partition` every value carries its sharding and every exchange is an explicit ``sdy`` collective. Three things are done
+After `partition` every value carries its sharding and every exchange is an explicit ``sdy`` collective. Three things
+are done
 besides running the passes:
 
-* `_strict_rules`: operations that read neighbours or move elements along a dimension (slice, pad, concatenate, convolution,
-  windows, updates at an index) get a rule that wants those dimensions whole. Shardy's own rules let some of them stay sharded,
-  which is a different program.
-* `_batch_first`: shardings of state get priority 1, so that those of the batch and of constraints (priority 0) reach a fixed
+* `_strict_rules`: operations that read neighbours or move elements along a dimension (slice, pad, concatenate,
+convolution,
+  windows, updates at an index) get a rule that wants those dimensions whole. Shardy's own rules let some of them stay
+  sharded, which is a different program.
+* `_batch_first`: shardings of state get priority 1, so that those of the batch and of constraints (priority 0) reach a
+fixed
   point first. Otherwise residuals of a scan take the parameters' shardings.
-* `_plain_rules`: rules marked ``custom`` get no reshards inserted around them, and lose all_reduces without a word; the mark is
+* `_plain_rules`: rules marked ``custom`` get no reshards inserted around them, and lose all_reduces silently; the mark
+is
   dropped once propagation is over.
 """
 
@@ -19,8 +23,8 @@ from collections.abc import Callable, Sequence
 
 from jaxlib.mlir import ir, passmanager
 
-from npu_bridge.errors import UnsupportedError
 from npu_bridge.compiler.sharding_rule import ShardingRule
+from npu_bridge.errors import UnsupportedError
 
 _SHARDED_DIM = re.compile(r'\{("[^{}]*)\}')
 
@@ -58,7 +62,8 @@ def _plain_rules(module: ir.Module) -> None:
     module.operation.walk(visit)
 
 
-# ---- strict rules ---------------------------------------------------------------------------------------------------------
+# ---- strict rules
+# ---------------------------------------------------------------------------------------------------------
 
 
 def _elementwise_but(op: ir.Operation, operand_count: int) -> tuple[list, list]:
@@ -66,14 +71,25 @@ def _elementwise_but(op: ir.Operation, operand_count: int) -> tuple[list, list]:
     shapes = [_shape(o) for o in op.operands][:operand_count]
     out = _shape(op.results[0])
     same = [all(len(s) == len(out) and s[d] == out[d] for s in shapes if s) for d in range(len(out))]
-    name = lambda v, d: f"d{d}" if same[d] else f"whole{v}_{d}"
-    return [[(name(i, d),) for d in range(len(s))] for i, s in enumerate(shapes)], [(name("r", d),) for d in range(len(out))]
+
+    def name(v, d):
+        return f"d{d}" if same[d] else f"whole{v}_{d}"
+
+    return [[(name(i, d),) for d in range(len(s))] for i, s in enumerate(shapes)], [
+        (name("r", d),) for d in range(len(out))
+    ]
 
 
 def _rule_pad(op: ir.Operation):
     """A pad can keep the size and still shift (low 1, high -1), so sizes alone do not tell."""
-    moved = [any(n) for n in zip(*(list(op.attributes[k]) for k in ("edge_padding_low", "edge_padding_high", "interior_padding")))]
-    side = lambda kind: [(f"whole_{kind}{d}" if m else f"d{d}",) for d, m in enumerate(moved)]
+    moved = [
+        any(n)
+        for n in zip(*(list(op.attributes[k]) for k in ("edge_padding_low", "edge_padding_high", "interior_padding")))
+    ]
+
+    def side(kind):
+        return [(f"whole_{kind}{d}" if m else f"d{d}",) for d, m in enumerate(moved)]
+
     return [side("x"), []], [side("y")]
 
 
@@ -84,7 +100,10 @@ def _rule_slice(op: ir.Operation):
 
 def _rule_concatenate(op: ir.Operation):
     axis = ir.IntegerAttr(op.attributes["dimension"]).value
-    dims = lambda i, s: [(f"whole{i}" if d == axis else f"d{d}",) for d in range(len(s))]
+
+    def dims(i, s):
+        return [(f"whole{i}" if d == axis else f"d{d}",) for d in range(len(s))]
+
     return [dims(i, _shape(o)) for i, o in enumerate(op.operands)], [dims("r", _shape(op.results[0]))]
 
 
@@ -106,7 +125,10 @@ def _rule_dynamic(op: ir.Operation):
 
 def _rule_window(op: ir.Operation):
     window = list(op.attributes["window_dimensions"])
-    plain = lambda d: window[d] == 1 and _shape(op.operands[0])[d] == _shape(op.results[0])[d]
+
+    def plain(d):
+        return window[d] == 1 and _shape(op.operands[0])[d] == _shape(op.results[0])[d]
+
     count = len(op.results)
     x = [(f"d{d}" if plain(d) else f"whole_x{d}",) for d in range(len(window))]
     y = [(f"d{d}" if plain(d) else f"whole_y{d}",) for d in range(len(window))]
@@ -122,12 +144,17 @@ def _rule_select_and_scatter(op: ir.Operation):
 
 def _rule_pointwise(op: ir.Operation):
     """Shardy has no rules for CHLO; all that reach this point are element-wise."""
-    dims = lambda v: [(f"d{d}",) for d in range(len(_shape(v)))]
+
+    def dims(v):
+        return [(f"d{d}",) for d in range(len(_shape(v)))]
+
     return [dims(o) for o in op.operands], [dims(r) for r in op.results]
 
 
 def _rule_replicated(op: ir.Operation):
-    name = lambda kind, i, s: [(f"whole_{kind}{i}_{d}",) for d in range(len(s))]
+    def name(kind, i, s):
+        return [(f"whole_{kind}{i}_{d}",) for d in range(len(s))]
+
     ins = [name("o", i, _shape(v)) for i, v in enumerate(op.operands)]
     return ins, [name("r", i, _shape(v)) for i, v in enumerate(op.results)]
 
@@ -144,7 +171,10 @@ def _rule_convolution(op: ir.Operation):
     lhs = {d.input_batch_dimension: "b", d.input_feature_dimension: "i"}
     rhs = {d.kernel_input_feature_dimension: "i", d.kernel_output_feature_dimension: "o"}
     out = {d.output_batch_dimension: "b", d.output_feature_dimension: "o"}
-    fill = lambda named, rank, kind: [(named.get(n, f"whole_{kind}{n}"),) for n in range(rank)]
+
+    def fill(named, rank, kind):
+        return [(named.get(n, f"whole_{kind}{n}"),) for n in range(rank)]
+
     return [fill(lhs, x, "x"), fill(rhs, k, "k")], [fill(out, y, "y")]
 
 
@@ -152,7 +182,10 @@ def _rule_fft(op: ir.Operation):
     """The dimensions that are transformed are whole."""
     transformed = len(list(op.attributes["fft_length"]))
     x, y = _shape(op.operands[0]), _shape(op.results[0])
-    side = lambda shape, kind: [(f"d{d}" if d < len(shape) - transformed else f"whole_{kind}{d}",) for d in range(len(shape))]
+
+    def side(shape, kind):
+        return [(f"d{d}" if d < len(shape) - transformed else f"whole_{kind}{d}",) for d in range(len(shape))]
+
     return [side(x, "x")], [side(y, "y")]
 
 
@@ -201,7 +234,10 @@ def _strict_rules(module: ir.Module) -> None:
         make = _rule_pointwise if op.name.startswith("chlo.") else _STRICT.get(op.name)
         found = make(op) if make is not None else None
         if found is not None:
-            tidy = lambda values: tuple(tuple(v) for v in values)
+
+            def tidy(values):
+                return tuple(tuple(v) for v in values)
+
             sizes = {}
             for dims, value in zip([*found[0], *found[1]], [*op.operands, *op.results], strict=True):
                 sizes.update({dim[0]: n for dim, n in zip(dims, _shape(value), strict=True)})
@@ -216,7 +252,9 @@ def _strict_rules(module: ir.Module) -> None:
 
 def _run(module: ir.Module, pipeline: str) -> None:
     passes = passmanager.PassManager.parse(f"builtin.module({pipeline})")
-    passes.enable_verifier(False)  # after each of three dozen passes it takes more time than they do; `partition` verifies once
+    passes.enable_verifier(
+        False
+    )  # after each of three dozen passes it takes more time than they do; `partition` verifies once
     try:
         passes.run(module.operation)
     except ir.MLIRError as error:
@@ -224,7 +262,7 @@ def _run(module: ir.Module, pipeline: str) -> None:
 
 
 def partition(module: ir.Module, state: Sequence[bool] = ()) -> ir.Module:
-    """Runs the passes on `module` in place and returns it.
+    """Run the passes on `module` in place and return it.
 
     Args:
       state: for each argument of the module whether its sharding has low priority (parameters, optimizer state).
@@ -239,7 +277,8 @@ def partition(module: ir.Module, state: Sequence[bool] = ()) -> ir.Module:
         _run(module, "sdy-resolve-permutation-factors")
         _run(module, "func.func(sdy-insert-explicit-reshards{enable-full-version=true})")
         _run(module, "func.func(sdy-reshard-to-collectives)")
-        # Again at the end: propagation makes equal constants and reshards; before it, barriers of remat kept things apart.
+        # Again at the end: propagation makes equal constants and reshards; before it, barriers of remat kept things
+        # apart.
         _run(module, "cse,symbol-dce")
         try:
             module.operation.verify()

@@ -1,9 +1,10 @@
 """Lowerings of JAX primitives that platform ``npu`` needs of its own.
 
-Most primitives keep JAX's default StableHLO. These do not, for one of three reasons: the default is a CHLO operation that
-Shardy partitions wrongly without a word (``top_k``), a region that cannot be reduced across shards (``argmax``, ``sort``), or a
-composition far slower than torch's operator (``cumsum`` as a reduce_window, threefry as 300 integer operations). Each becomes a
-custom call ``npu_bridge.math.<name>`` with a sharding rule; `npu_bridge.runtime.math` holds what it runs.
+Most primitives keep JAX's default StableHLO. These do not, for one of three reasons: the default is a CHLO operation
+that Shardy partitions wrongly silently (``top_k``), a region that cannot be reduced across shards (``argmax``,
+``sort``), or a composition far slower than torch's operator (``cumsum`` as a reduce_window, threefry as 300 integer
+operations). Each becomes a custom call ``npu_bridge.math.<name>`` with a sharding rule; `npu_bridge.runtime.math` holds
+what it runs.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def _cumulative(name: str):
         params = {"axis": int(axis), "reverse": bool(reverse)}
         if name in ("cummax", "cummin"):
             params["unsigned"] = _unsigned(ctx.avals_in[0])
-        return jaxcompat.custom_call_with_rule(ctx, f"math.{name}", [x], ctx.avals_out, rule, params, replicate=[f"r{axis}"])
+        return jaxcompat.custom_call_with_rule(
+            ctx, f"math.{name}", [x], ctx.avals_out, rule, params, replicate=[f"r{axis}"]
+        )
 
     return lower
 
@@ -58,7 +61,9 @@ def _argument_of_extreme(name: str):
         rest = " ".join(f"d{i}" for i in range(rank) if i != axis)
         rule = f"{_dims(rank, (axis,))} -> {rest}"
         params = {"axis": int(axis), "unsigned": _unsigned(ctx.avals_in[0]), "dtype": _stored(ctx.avals_out[0])}
-        return jaxcompat.custom_call_with_rule(ctx, f"math.{name}", [x], ctx.avals_out, rule, params, replicate=[f"r{axis}"])
+        return jaxcompat.custom_call_with_rule(
+            ctx, f"math.{name}", [x], ctx.avals_out, rule, params, replicate=[f"r{axis}"]
+        )
 
     return lower
 
@@ -69,7 +74,9 @@ def _top_k(ctx: Any, x: ir.Value, *, k: int, **other: Any):
     lead = " ".join("k" if i == axis else f"d{i}" for i in range(rank))
     rule = f"{_dims(rank, (axis,))} -> {lead}, {lead}"
     params = {"k": int(k), "axis": axis, "unsigned": _unsigned(ctx.avals_in[0])}
-    return jaxcompat.custom_call_with_rule(ctx, "math.top_k", [x], ctx.avals_out, rule, params, replicate=[f"r{axis}", "k"])
+    return jaxcompat.custom_call_with_rule(
+        ctx, "math.top_k", [x], ctx.avals_out, rule, params, replicate=[f"r{axis}", "k"]
+    )
 
 
 def _approximate_top_k(x: Any, *, k: int, reduction_dimension: int, is_max_k: bool, **options: Any) -> Sequence[Any]:
@@ -81,10 +88,15 @@ def _approximate_top_k(x: Any, *, k: int, reduction_dimension: int, is_max_k: bo
 
 
 def _sort(ctx: Any, *operands: ir.Value, dimension: int, is_stable: bool, num_keys: int):
-    rule = f"{_along(dimension, operands, len(ctx.avals_in[0].shape))} -> {_along(dimension, operands, len(ctx.avals_in[0].shape))}"
+    rule = (
+        f"{_along(dimension, operands, len(ctx.avals_in[0].shape))} -> "
+        f"{_along(dimension, operands, len(ctx.avals_in[0].shape))}"
+    )
     unsigned = tuple(_unsigned(a) for a in ctx.avals_in[:num_keys])
     params = {"axis": int(dimension), "keys": int(num_keys), "unsigned": unsigned}
-    return jaxcompat.custom_call_with_rule(ctx, "math.sort", operands, ctx.avals_out, rule, params, replicate=[f"r{dimension}"])
+    return jaxcompat.custom_call_with_rule(
+        ctx, "math.sort", operands, ctx.avals_out, rule, params, replicate=[f"r{dimension}"]
+    )
 
 
 def _threefry(ctx: Any, *operands: ir.Value):
@@ -101,11 +113,13 @@ def _threefry(ctx: Any, *operands: ir.Value):
         return " ".join(names)
 
     rule = ", ".join(dims(number, a.shape) for number, a in enumerate(ctx.avals_in)) + f" -> {full}, {full}"
-    return jaxcompat.custom_call_with_rule(ctx, "math.threefry2x32", operands, ctx.avals_out, rule, {}, replicate=replicate)
+    return jaxcompat.custom_call_with_rule(
+        ctx, "math.threefry2x32", operands, ctx.avals_out, rule, {}, replicate=replicate
+    )
 
 
 def register() -> None:
-    """Registers the lowerings; calling it again changes nothing."""
+    """Register the lowerings; calling it again changes nothing."""
     if getattr(register, "done", False):
         return
     register.done = True

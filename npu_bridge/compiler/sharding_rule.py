@@ -1,8 +1,8 @@
 """Sharding rules of operators, written like einsum: ``"b s (k g) h, b t k h -> b s (k g) h"``.
 
-A rule names the *factors* of every dimension of every operand and result. A dimension in round brackets is the product of
-several factors, major first. A leading ``...`` stands for all leading dimensions that are not named (all values with ``...``
-must then have the same number of them). Shardy reads a rule to decide how shardings travel through an operator.
+A rule names the *factors* of every dimension of every operand and result. A dimension in round brackets is the product
+of several factors, major first. A leading ``...`` stands for all leading dimensions that are not named (all values with
+``...`` must then have the same number of them). Shardy reads a rule to decide how shardings travel through an operator.
 
 This module is plain text work: no jax, no MLIR, so that rules can be tested and printed alone.
 """
@@ -29,7 +29,9 @@ def _parse_value(text: str) -> list[Dim]:
     group: list[str] | None = None
     stripped = _TOKEN.sub("", text).strip()
     if stripped:
-        raise RuleError(f"sharding rule: cannot read {stripped!r} in {text!r}; expected factor names, brackets or '...'")
+        raise RuleError(
+            f"sharding rule: cannot read {stripped!r} in {text!r}; expected factor names, brackets or '...'"
+        )
     for token in _TOKEN.findall(text):
         if token == "(":
             if group is not None:
@@ -55,7 +57,9 @@ def _expand_ellipsis(dims: list[Dim], rank: int, what: str) -> list[Dim]:
             raise RuleError(f"sharding rule: '...' must come first in {what}")
         extra = rank - (len(dims) - 1)
         if extra < 0:
-            raise RuleError(f"sharding rule: {what} has rank {rank}, the rule names {len(dims) - 1} dimensions besides '...'")
+            raise RuleError(
+                f"sharding rule: {what} has rank {rank}, the rule names {len(dims) - 1} dimensions besides '...'"
+            )
         dims = [(f"batch{i}",) for i in range(extra)] + dims[1:]
     if len(dims) != rank:
         raise RuleError(f"sharding rule: {what} has rank {rank}, the rule names {len(dims)} dimensions")
@@ -72,9 +76,13 @@ class ShardingRule:
 
     @classmethod
     def fit(
-        cls, rule: str, operand_shapes: Sequence[Sequence[int]], result_shapes: Sequence[Sequence[int]], sizes: Mapping[str, int] | None = None
+        cls,
+        rule: str,
+        operand_shapes: Sequence[Sequence[int]],
+        result_shapes: Sequence[Sequence[int]],
+        sizes: Mapping[str, int] | None = None,
     ) -> ShardingRule:
-        """Reads `rule` and fits it to shapes. `sizes` gives factors that no whole dimension shows.
+        """Read `rule` and fit it to shapes. `sizes` gives factors that no whole dimension shows.
 
         Raises RuleError when counts, ranks or sizes disagree or a factor's size cannot be found.
         """
@@ -86,7 +94,10 @@ class ShardingRule:
             parts = text.split(",") if text.strip() or len(shapes) == 1 else []
             if len(parts) != len(shapes):
                 raise RuleError(f"sharding rule {rule!r}: {len(parts)} {kind}s named, {len(shapes)} given")
-            return [_expand_ellipsis(_parse_value(p), len(s), f"{kind} {i} of {rule!r}") for i, (p, s) in enumerate(zip(parts, shapes))]
+            return [
+                _expand_ellipsis(_parse_value(p), len(s), f"{kind} {i} of {rule!r}")
+                for i, (p, s) in enumerate(zip(parts, shapes))
+            ]
 
         operands, results = side(left, operand_shapes, "operand"), side(right, result_shapes, "result")
         known: dict[str, int] = dict(sizes or {})
@@ -98,20 +109,28 @@ class ShardingRule:
                     if len(unknown) == 1:
                         rest = math.prod(known[f] for f in dim if f in known)
                         if rest == 0 or size % rest:
-                            raise RuleError(f"sharding rule {rule!r}: dimension of size {size} is not divisible by {rest} ({dim})")
+                            raise RuleError(
+                                f"sharding rule {rule!r}: dimension of size {size} is not divisible by {rest} ({dim})"
+                            )
                         known[unknown[0]] = size // rest
         for dims, shape in everything:
             for dim, size in zip(dims, shape):
                 missing = [f for f in dim if f not in known]
                 if missing:
-                    raise RuleError(f"sharding rule {rule!r}: size of factor {missing[0]!r} cannot be found; pass it in `sizes`")
+                    raise RuleError(
+                        f"sharding rule {rule!r}: size of factor {missing[0]!r} cannot be found; pass it in `sizes`"
+                    )
                 if math.prod(known[f] for f in dim) != size:
-                    raise RuleError(f"sharding rule {rule!r}: {dim} has size {[known[f] for f in dim]}, the dimension has {size}")
+                    raise RuleError(
+                        f"sharding rule {rule!r}: {dim} has size {[known[f] for f in dim]}, the dimension has {size}"
+                    )
 
         def dissolve(dim: Dim) -> Dim:  # Shardy refuses size-one factors inside a product of factors
             return tuple(f for f in dim if known[f] != 1) or dim[:1]
 
-        tidy = lambda values: tuple(tuple(dissolve(d) for d in v) for v in values)
+        def tidy(values):
+            return tuple(tuple(dissolve(d) for d in v) for v in values)
+
         return cls(tidy(operands), tidy(results), known)
 
     def factors(self) -> list[str]:
@@ -122,12 +141,19 @@ class ShardingRule:
         """The same rule with only the results numbered in `keep`."""
         return ShardingRule(self.operands, tuple(self.results[i] for i in keep), self.sizes)
 
-    def as_attribute(self, reduction: Sequence[str] = (), replicate: Sequence[str] = (), permutation: Sequence[str] = ()) -> str:
+    def as_attribute(
+        self, reduction: Sequence[str] = (), replicate: Sequence[str] = (), permutation: Sequence[str] = ()
+    ) -> str:
         """Text of the ``#sdy.op_sharding_rule`` attribute. Special factors that do not occur are ignored."""
         order = self.factors()
         name = {f: (chr(ord("i") + n) if n < 18 else f"z_{n - 17}") for n, f in enumerate(order)}
-        value = lambda dims: "[" + ", ".join("".join(name[f] for f in d) for d in dims) + "]"
-        side = lambda values: "(" + ", ".join(value(v) for v in values) + ")"
+
+        def value(dims):
+            return "[" + ", ".join("".join(name[f] for f in d) for d in dims) + "]"
+
+        def side(values):
+            return "(" + ", ".join(value(v) for v in values) + ")"
+
         sizes = ", ".join(f"{name[f]}={self.sizes[f]}" for f in order)
         special = ""
         # Shardy wants the members of each set in order of their numbers.

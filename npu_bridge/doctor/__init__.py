@@ -1,7 +1,8 @@
-"""Check whether a machine can run the bridge: host, network, operators, collectives, and a training against stored losses.
+"""Check whether a machine can run the bridge: host, network, operators, collectives, and a training against stored
+losses.
 
-The checks return findings and print nothing; `mindvl doctor` shows them. They know no model: a training is a command and the
-losses it should print (`training.check`).
+The checks return findings and print nothing; `mindvl doctor` shows them. They know no model: a training is a command
+and the losses it should print (`training.check`).
 """
 
 from npu_bridge.doctor.findings import Finding, Outcome

@@ -1,7 +1,7 @@
 """Check the network for collectives: HCCL's ports and interface on the host, the links of the devices, the rendezvous.
 
-Names and defaults are those of CANN's reference of environment variables (HCCL_IF_BASE_PORT, HCCL_HOST_SOCKET_PORT_RANGE,
-HCCL_SOCKET_IFNAME, HCCL_IF_IP).
+Names and defaults are those of CANN's reference of environment variables (HCCL_IF_BASE_PORT,
+HCCL_HOST_SOCKET_PORT_RANGE, HCCL_SOCKET_IFNAME, HCCL_IF_IP).
 """
 
 from __future__ import annotations
@@ -81,26 +81,37 @@ def check_ports(host: Host) -> Finding:
     spans, busy = _spans(ports), taken(ports)
     if busy:
         return GROUP.failed("HCCL ports", f"of {spans}, {_spans(busy)} {'is' if len(busy) == 1 else 'are'} in use",
-                            f"end the job that holds them (ss -ltnp | grep :{busy[0]}), or export HCCL_IF_BASE_PORT to {PORTS} free ports, the same on every machine")  # fmt: skip
+                            f"end the job that holds them (ss -ltnp | grep :{busy[0]}), or export "
+                                f"HCCL_IF_BASE_PORT to {PORTS} free ports, the same on every machine")  # fmt: skip
     local = (host.text("/proc/sys/net/ipv4/ip_local_port_range") or "").split()
     kept = _reserved(host.text("/proc/sys/net/ipv4/ip_local_reserved_ports") or "")
     open_ = [p for p in ports if len(local) == 2 and int(local[0]) <= p <= int(local[1]) and p not in kept]
     if open_:
-        return GROUP.unsure("HCCL ports", f"{spans} are free now, but the system may give {_spans(open_)} to any program", f"sysctl -w net.ipv4.ip_local_reserved_ports={spans}")
+        return GROUP.unsure(
+            "HCCL ports",
+            f"{spans} are free now, but the system may give {_spans(open_)} to any program",
+            f"sysctl -w net.ipv4.ip_local_reserved_ports={spans}",
+        )
     return GROUP.ok("HCCL ports", f"{spans} are free")
 
 
 def interfaces(host: Host) -> dict[str, str]:
     """Return name -> state ("up", "down", "unknown") of the network interfaces."""
-    return {path.name: (host.text(f"/sys/class/net/{path.name}/operstate") or "unknown").strip() for path in sorted(host.at("/sys/class/net").glob("*")) if path.is_dir()}
+    return {
+        path.name: (host.text(f"/sys/class/net/{path.name}/operstate") or "unknown").strip()
+        for path in sorted(host.at("/sys/class/net").glob("*"))
+        if path.is_dir()
+    }
 
 
 def chosen(names: Iterable[str], setting: str) -> list[str]:
     """Interfaces selected by HCCL_SOCKET_IFNAME: names with that prefix; `=` exact names; `^` all others."""
     words = setting.lstrip("^=").split(",")
     exact, others = "=" in setting[:2], setting.startswith("^")
+
     def hit(name):
         return any(name == word if exact else name.startswith(word) for word in words)
+
     return [name for name in names if hit(name) != others]
 
 
@@ -115,37 +126,65 @@ def check_interface(host: Host) -> Finding:
             try:
                 s.bind((address, 0))
             except OSError as error:
-                return GROUP.failed("interface", f"HCCL_IF_IP={address} is no address of this machine ({error.strerror})", f"set it to one of `ip -br addr`, or leave it out; interfaces: {listed}")
+                return GROUP.failed(
+                    "interface",
+                    f"HCCL_IF_IP={address} is no address of this machine ({error.strerror})",
+                    f"set it to one of `ip -br addr`, or leave it out; interfaces: {listed}",
+                )
         return GROUP.ok("interface", f"HCCL_IF_IP={address}")
     setting = host.environment.get("HCCL_SOCKET_IFNAME")
     if setting:
         left = chosen(states, setting)
         if not left:
-            return GROUP.failed("interface", f"HCCL_SOCKET_IFNAME={setting} names none of {listed}", f"export HCCL_SOCKET_IFNAME={usable[0] if usable else 'lo'}")
+            return GROUP.failed(
+                "interface",
+                f"HCCL_SOCKET_IFNAME={setting} names none of {listed}",
+                f"export HCCL_SOCKET_IFNAME={usable[0] if usable else 'lo'}",
+            )
         if all(states[name] == "down" for name in left):
-            return GROUP.failed("interface", f"HCCL_SOCKET_IFNAME={setting} leaves {', '.join(left)}, which is down", f"export HCCL_SOCKET_IFNAME={usable[0] if usable else 'lo'}")
+            return GROUP.failed(
+                "interface",
+                f"HCCL_SOCKET_IFNAME={setting} leaves {', '.join(left)}, which is down",
+                f"export HCCL_SOCKET_IFNAME={usable[0] if usable else 'lo'}",
+            )
         return GROUP.ok("interface", f"HCCL_SOCKET_IFNAME={setting}: {', '.join(left)}")
     virtual = [name for name in usable if name.startswith(("docker", "veth", "virbr", "br-", "tunl", "cali"))]
     if virtual and len(usable) > len(virtual):
         real = next(name for name in usable if name not in virtual)
-        return GROUP.unsure("interface", f"HCCL_SOCKET_IFNAME is not set, and {', '.join(virtual)} could be taken", f"{SEVERAL}: export HCCL_SOCKET_IFNAME={real} on every machine")
+        return GROUP.unsure(
+            "interface",
+            f"HCCL_SOCKET_IFNAME is not set, and {', '.join(virtual)} could be taken",
+            f"{SEVERAL}: export HCCL_SOCKET_IFNAME={real} on every machine",
+        )
     return GROUP.ok("interface", f"HCCL_SOCKET_IFNAME is not set; {', '.join(usable) or 'lo'}")
 
 
 def check_rendezvous(host: Host) -> Finding:
     """Check that the loopback works, over which torch's local processes meet, and that the host name resolves."""
     try:
-        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), timeout=5):
+        with (
+            socket.create_server(("127.0.0.1", 0)) as server,
+            socket.create_connection(server.getsockname(), timeout=5),
+        ):
             pass
     except OSError as error:
-        return GROUP.failed("rendezvous", f"a connection to 127.0.0.1 fails: {error}", "bring the loopback up (ip link set lo up); a firewall must let 127.0.0.1 pass")
+        return GROUP.failed(
+            "rendezvous",
+            f"a connection to 127.0.0.1 fails: {error}",
+            "bring the loopback up (ip link set lo up); a firewall must let 127.0.0.1 pass",
+        )
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)
     except OSError:
-        return GROUP.unsure("rendezvous", f"the host name {name} has no address", f"add a line for {name} to /etc/hosts")
+        return GROUP.unsure(
+            "rendezvous", f"the host name {name} has no address", f"add a line for {name} to /etc/hosts"
+        )
     if address.startswith("127."):
-        return GROUP.ok("rendezvous", f"127.0.0.1 answers; {name} is {address}, so {SEVERAL} give torchrun the master's address, not its name")
+        return GROUP.ok(
+            "rendezvous",
+            f"127.0.0.1 answers; {name} is {address}, so {SEVERAL} give torchrun the master's address, not its name",
+        )
     return GROUP.ok("rendezvous", f"127.0.0.1 answers; {name} is {address}")
 
 
@@ -161,11 +200,28 @@ def check_links(host: Host, devices: int) -> list[Finding]:
         twice = sorted({a for a in addresses.values() if list(addresses.values()).count(a) > 1})
         missing = [n for n in range(devices) if n not in addresses]
         if twice:
-            findings.append(GROUP.failed("device addresses", f"/etc/hccn.conf gives {', '.join(twice)} to several devices", "hccn_tool -i <device> -ip -s address <address> netmask <mask>, one address a device"))
+            findings.append(
+                GROUP.failed(
+                    "device addresses",
+                    f"/etc/hccn.conf gives {', '.join(twice)} to several devices",
+                    "hccn_tool -i <device> -ip -s address <address> netmask <mask>, one address a device",
+                )
+            )
         elif missing and addresses:
-            findings.append(GROUP.unsure("device addresses", f"/etc/hccn.conf has no address of device {', '.join(map(str, missing))}", f"{SEVERAL}: hccn_tool -i {missing[0]} -ip -s address <address> netmask <mask>"))
+            findings.append(
+                GROUP.unsure(
+                    "device addresses",
+                    f"/etc/hccn.conf has no address of device {', '.join(map(str, missing))}",
+                    f"{SEVERAL}: hccn_tool -i {missing[0]} -ip -s address <address> netmask <mask>",
+                )
+            )
         else:
-            findings.append(GROUP.ok("device addresses", ", ".join(f"{n}: {a}" for n, a in sorted(addresses.items())) or "none in /etc/hccn.conf"))
+            findings.append(
+                GROUP.ok(
+                    "device addresses",
+                    ", ".join(f"{n}: {a}" for n, a in sorted(addresses.items())) or "none in /etc/hccn.conf",
+                )
+            )
     if tool is not None:
         down = []
         for device in range(devices):
@@ -182,5 +238,8 @@ def check(host: Host, kind: str, devices: int) -> list[Finding]:
     if kind != "npu":
         return [check_rendezvous(host)]
     if host.emulated:
-        return [check_rendezvous(host), GROUP.left_out("HCCL ports and links", "the emulated HCCL goes over shared memory or ports of its own")]
+        return [
+            check_rendezvous(host),
+            GROUP.left_out("HCCL ports and links", "the emulated HCCL goes over shared memory or ports of its own"),
+        ]
     return [check_rendezvous(host), check_ports(host), check_interface(host), *check_links(host, devices)]

@@ -1,9 +1,10 @@
 """Check every operator of npu_bridge.kernels on the device against its formula in float64.
 
-Operators run in a subprocess, because a failing kernel can take down its process or the whole device context. The remaining
-operators then continue in a new one.
+Operators run in a subprocess, because a failing kernel can take down its process or the whole device context. The
+remaining operators then continue in a new one.
 
-The subprocess is `python -m npu_bridge.doctor.operators --device npu [NAME ...]`; it prints a line of JSON before and after each.
+The subprocess is `python -m npu_bridge.doctor.operators --device npu [NAME ...]`; it prints a line of JSON before and
+after each.
 """
 
 from __future__ import annotations
@@ -62,7 +63,11 @@ def check(host: Host, kind: str, wanted: Sequence[str] | None = None, seconds: f
         said = next((line.strip() for line in reversed(complaints) if line.strip()), "no word")
         died = f"did not end within {seconds:.0f} s" if code == -9 else f"ended with {code}: {said[:200]}"
         if begun is None:
-            yield GROUP.failed("process", f"the process that runs the operators {died}", f"run it by hand: {sys.executable} -m npu_bridge.doctor.operators --device {kind}")
+            yield GROUP.failed(
+                "process",
+                f"the process that runs the operators {died}",
+                f"run it by hand: {sys.executable} -m npu_bridge.doctor.operators --device {kind}",
+            )
             return
         left.remove(begun)
         yield GROUP.failed(begun, f"its process {died}", fix(begun))
@@ -89,7 +94,10 @@ def fix(name: str) -> str:
     from npu_bridge.kernels.registry import SWITCH
 
     family = KERNELS[name].family
-    return f"export {SWITCH}={family} runs the torch equivalent of family {family} instead of {KERNELS[name].call}; report it with the versions above"
+    return (
+        f"export {SWITCH}={family} runs the torch equivalent of family {family} instead of {KERNELS[name].call}; "
+        "report it with the versions above"
+    )
 
 
 def finding(told: dict) -> Finding:

@@ -47,8 +47,10 @@ def wanted_cann(torch_npu: str) -> tuple[str, bool]:
     if same:
         return min(same, key=cann_key), False
     newest = max(CANN_OF, key=lambda package: tuple(map(int, release(package).split("."))))
+
     def numbers(version):
         return tuple(map(int, release(version).split(".")))
+
     if numbers(torch_npu) > numbers(newest):
         return CANN_OF[newest], False
     return min(CANN_OF.values(), key=cann_key), False

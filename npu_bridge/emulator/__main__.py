@@ -18,18 +18,59 @@ def parser() -> argparse.ArgumentParser:
     defaults = Settings()
     p = argparse.ArgumentParser(
         prog="python -m npu_bridge.emulator", usage="%(prog)s [options] -- command ...",
-        description="Runs a command with software NPUs: the torch_npu wheel on an emulated CANN runtime. Kernels are computed by torch on the CPU; "
+        description="Runs a command with software NPUs: the torch_npu wheel on an emulated CANN runtime. Kernels are "
+            "computed by torch on the CPU; "
         "nothing here says anything about the speed or the rounding of a chip.",
     )  # fmt: skip
-    p.add_argument("--devices", type=int, default=defaults.devices, metavar="N", help="NPUs that each process sees (default %(default)s)")
-    p.add_argument("--soc", default=defaults.soc, metavar="NAME", help="chip that torch_npu shall believe in (default %(default)s)")
-    p.add_argument("--memory", default="64GiB", metavar="SIZE", help="memory of a device (default %(default)s); more is torch_npu's OutOfMemoryError")
-    p.add_argument("--no-execute", action="store_true", help="count kernels and plan memory, compute nothing: full-size models in little memory")
-    p.add_argument("--trace", default="", metavar="FILE", help="write the counters of each process as JSON (FILE.rankN where there are ranks)")
-    p.add_argument("--asynchronous", action="store_true", help="work runs late, on a thread a stream: a missing event or record_stream becomes a wrong result")
-    p.add_argument("--delay", type=float, default=defaults.delay, metavar="S", help="with --asynchronous: seconds a task lies in its queue (default %(default)s)")
-    p.add_argument("--timeout", type=float, default=defaults.timeout, metavar="S", help="seconds a collective waits for its peers (default %(default)s)")
-    p.add_argument("--transport", choices=("shm", "tcp"), default="shm", help="what collectives go over (default %(default)s)")
+    p.add_argument(
+        "--devices",
+        type=int,
+        default=defaults.devices,
+        metavar="N",
+        help="NPUs that each process sees (default %(default)s)",
+    )
+    p.add_argument(
+        "--soc", default=defaults.soc, metavar="NAME", help="chip that torch_npu shall believe in (default %(default)s)"
+    )
+    p.add_argument(
+        "--memory",
+        default="64GiB",
+        metavar="SIZE",
+        help="memory of a device (default %(default)s); more is torch_npu's OutOfMemoryError",
+    )
+    p.add_argument(
+        "--no-execute",
+        action="store_true",
+        help="count kernels and plan memory, compute nothing: full-size models in little memory",
+    )
+    p.add_argument(
+        "--trace",
+        default="",
+        metavar="FILE",
+        help="write the counters of each process as JSON (FILE.rankN where there are ranks)",
+    )
+    p.add_argument(
+        "--asynchronous",
+        action="store_true",
+        help="work runs late, on a thread a stream: a missing event or record_stream becomes a wrong result",
+    )
+    p.add_argument(
+        "--delay",
+        type=float,
+        default=defaults.delay,
+        metavar="S",
+        help="with --asynchronous: seconds a task lies in its queue (default %(default)s)",
+    )
+    p.add_argument(
+        "--timeout",
+        type=float,
+        default=defaults.timeout,
+        metavar="S",
+        help="seconds a collective waits for its peers (default %(default)s)",
+    )
+    p.add_argument(
+        "--transport", choices=("shm", "tcp"), default="shm", help="what collectives go over (default %(default)s)"
+    )
     p.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return p
 

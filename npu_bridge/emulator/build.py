@@ -1,8 +1,8 @@
 """Build the emulated CANN libraries on first use, against the installed torch and torch_npu, into the user's cache.
 
-Each build has a folder named by the hash of its inputs: sources, versions, compiler, flags. Objects are cached by the hash of their
-dependencies, so a changed file only recompiles itself. `NPU_EMULATOR_KEEP_HEADER=1` also keeps the precompiled header (hundreds of
-megabytes), for work on the operators.
+Each build has a folder named by the hash of its inputs: sources, versions, compiler, flags. Objects are cached by the
+hash of their dependencies, so a changed file only recompiles itself. `NPU_EMULATOR_KEEP_HEADER=1` also keeps the
+precompiled header (hundreds of megabytes), for work on the operators.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from npu_bridge.emulator.errors import EmulatorError
 SOURCES = Path(__file__).parent / "src"
 # Warnings of the vendor's headers are not ours to fix.
 FLAGS = ("-std=c++20", "-fPIC", "-pthread", "-Wall", "-Wno-unused-function", "-D_GLIBCXX_USE_CXX11_ABI=1")
-# Precompiled header of each library, and its optimisation level. Operators compile without optimisation: ATen does the work, this
-# code runs for microseconds a call, and most time goes into compiling it.
+# Precompiled header of each library, and its optimisation level. Operators compile without optimisation: ATen does the
+# work, this code runs for microseconds a call, and most time goes into compiling it.
 RUNTIME, OPERATORS = "runtime/runtime.h", "opapi/operator.h"
 LEVELS = {RUNTIME: ("-O1",), OPERATORS: ("-O0",)}
 FIRST = "first.h"  # includes that header; g++ finds the precompiled form beside it
@@ -74,7 +74,14 @@ def _digest(*parts: str | bytes) -> str:
 
 def _base(toolchain: Toolchain) -> str:
     """Inputs of every object besides its sources."""
-    return _digest(*FLAGS, *LEVELS[RUNTIME], *LEVELS[OPERATORS], toolchain.compiler_version, str(toolchain.torch), *(f"{k}={v}" for k, v in sorted(toolchain.versions.items())))
+    return _digest(
+        *FLAGS,
+        *LEVELS[RUNTIME],
+        *LEVELS[OPERATORS],
+        toolchain.compiler_version,
+        str(toolchain.torch),
+        *(f"{k}={v}" for k, v in sorted(toolchain.versions.items())),
+    )
 
 
 def key_of(toolchain: Toolchain) -> str:
@@ -92,14 +99,20 @@ def _keep(made: Path, kept: Path) -> None:
 def operator_names(torch_npu: Path) -> list[str]:
     """Names of all operators that the wheel can look up in libopapi.so, from the strings of its binary."""
     binary = (torch_npu / "lib" / "libtorch_npu.so").read_bytes()
-    return sorted({m.group(1).decode() for m in re.finditer(rb"(?<![A-Za-z0-9_])(acl(?:nn)?[A-Z][A-Za-z0-9_]*)GetWorkspaceSize\0", binary)})
+    return sorted(
+        {
+            m.group(1).decode()
+            for m in re.finditer(rb"(?<![A-Za-z0-9_])(acl(?:nn)?[A-Z][A-Za-z0-9_]*)GetWorkspaceSize\0", binary)
+        }
+    )
 
 
 def unknown_source(names: list[str]) -> str:
     """Weak symbols for every operator, so that those not implemented refuse by name.
 
-    In assembly, because C++ takes a second for a hundred of them. The argument list is not known: an entry passes its name and the
-    addresses of its register and stack arguments (x86-64 calling convention), where npu_emulator_refuse_unknown looks for tensors.
+    In assembly, because C++ takes a second for a hundred of them. The argument list is not known: an entry passes its
+    name and the addresses of its register and stack arguments (x86-64 calling convention), where
+    npu_emulator_refuse_unknown looks for tensors.
     """
     lines = [
         "# Generated.",
@@ -124,7 +137,7 @@ def unknown_source(names: list[str]) -> str:
         "\\name:",
         "  mov $161001, %eax",
         "  ret",
-        '.pushsection .rodata',
+        ".pushsection .rodata",
         '9: .asciz "\\name"',
         ".popsection",
         ".endm",
@@ -138,7 +151,8 @@ def _run(command: list[str], what: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise EmulatorError(
-            f"npu_bridge.emulator: compiling {what} failed (exit code {done.returncode}); the command was\n  {' '.join(command)}\n{done.stderr[-4000:]}"
+            f"npu_bridge.emulator: compiling {what} failed (exit code {done.returncode}); the command was\n  "
+            f"{' '.join(command)}\n{done.stderr[-4000:]}"
         )
 
 
@@ -146,11 +160,22 @@ class _Builder:
     def __init__(self, toolchain: Toolchain, work: Path, report):
         self.toolchain, self.work, self.report = toolchain, work, report
         npu, torch = toolchain.torch_npu / "include", toolchain.torch / "include"
-        system = (npu / "third_party/acl/inc", npu / "third_party/hccl/inc", npu, torch, torch / "torch/csrc/api/include")
+        system = (
+            npu / "third_party/acl/inc",
+            npu / "third_party/hccl/inc",
+            npu,
+            torch,
+            torch / "torch/csrc/api/include",
+        )
         self.objects = work.parent / "objects"
         headers = [p for p in source_files() if p.suffix == ".h"]
-        plain = [p for p in headers if p.relative_to(SOURCES).parts[0] != "opapi"]  # no other folder includes opapi's headers
-        self.bases = {header: _digest(_base(toolchain), *(p.read_bytes() for p in read)) for header, read in ((RUNTIME, plain), (OPERATORS, headers))}
+        plain = [
+            p for p in headers if p.relative_to(SOURCES).parts[0] != "opapi"
+        ]  # no other folder includes opapi's headers
+        self.bases = {
+            header: _digest(_base(toolchain), *(p.read_bytes() for p in read))
+            for header, read in ((RUNTIME, plain), (OPERATORS, headers))
+        }
         self.objects.mkdir(exist_ok=True)
         # Private to this build unless kept: another build would remove it when it ends.
         place = self.objects if os.environ.get("NPU_EMULATOR_KEEP_HEADER") == "1" else work
@@ -186,14 +211,19 @@ class _Builder:
             if library.header == OPERATORS:
                 sources.append(generated)
             objects[library.name] = [self.work / library.name / (p.stem + ".o") for p in sources]
-            jobs += [(source, target, self._kept(source, library.header), library.header) for source, target in zip(sources, objects[library.name])]
+            jobs += [
+                (source, target, self._kept(source, library.header), library.header)
+                for source, target in zip(sources, objects[library.name])
+            ]
         # Operators last, the longest first: the other core compiles the rest while torch's headers are precompiled.
         jobs.sort(key=lambda job: (job[3] == OPERATORS, -job[0].stat().st_size))
         missing = {header for source, _, kept, header in jobs if source.suffix == ".cpp" and not kept.exists()}
         total, done = len(jobs), 0
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             # Headers are queued before all files, so no file waits for a header that was never started.
-            headers = {header: pool.submit(self._precompile, header) for header in (OPERATORS, RUNTIME) if header in missing}
+            headers = {
+                header: pool.submit(self._precompile, header) for header in (OPERATORS, RUNTIME) if header in missing
+            }
             files = [pool.submit(self._compile, *job, headers.get(job[3])) for job in jobs]
             for future in concurrent.futures.as_completed(files):
                 try:
@@ -224,7 +254,16 @@ class _Builder:
     def _link(self, name: str, objects: list[Path], links: tuple[str, ...], torch: bool) -> None:
         lib = self.work / "lib"
         lib.mkdir(exist_ok=True)
-        command = [self.toolchain.compiler, "-shared", "-fPIC", "-pthread", f"-Wl,-soname,lib{name}.so", "-Wl,-rpath,$ORIGIN", "-o", str(lib / f"lib{name}.so")]
+        command = [
+            self.toolchain.compiler,
+            "-shared",
+            "-fPIC",
+            "-pthread",
+            f"-Wl,-soname,lib{name}.so",
+            "-Wl,-rpath,$ORIGIN",
+            "-o",
+            str(lib / f"lib{name}.so"),
+        ]
         command += [str(o) for o in objects] + [f"-L{lib}", "-Wl,--no-as-needed", *(f"-l{link}" for link in links)]
         if torch:
             command += [f"-L{self.toolchain.torch / 'lib'}", "-ltorch_cpu", "-lc10"]
@@ -239,7 +278,9 @@ def _reporter(quiet: bool):
             return
         end = "\n" if done == total or not sys.stderr.isatty() else "\r"
         if sys.stderr.isatty() or done in (1, total) or done % 10 == 0:
-            sys.stderr.write(f"npu_bridge.emulator: built {done} of {total} files, {time.monotonic() - start:.0f} s{end}")
+            sys.stderr.write(
+                f"npu_bridge.emulator: built {done} of {total} files, {time.monotonic() - start:.0f} s{end}"
+            )
             sys.stderr.flush()
 
     return report
@@ -258,7 +299,8 @@ def build(toolchain: Toolchain | None = None, *, cache: Path | None = None, quie
     """Return the folder of the libraries, building them on first use.
 
     Raises:
-      EmulatorError: the machine does not fit (see `environment.check`), or the compiler failed; the message holds its command and output.
+      EmulatorError: the machine does not fit (see `environment.check`), or the compiler failed; the message holds its
+        command and output.
     """
     toolchain = toolchain or check()
     folder = (cache or cache_folder()) / key_of(toolchain)

@@ -60,14 +60,23 @@ def page(cases: list[dict], versions: str, machine: str, date: str, seconds: flo
     files = collections.defaultdict(list)
     for case in cases:
         files[case["file"]].append(case)
+
     def cell(text):
         return text.replace("|", "\\|")
+
     for file, group in sorted(files.items()):  # processes end in any order
-        lines += [f"## {file.removeprefix('test_').replace('_', ' ').capitalize()}", "", "| Test | Outcome | Found |", "|---|---|---|"]
+        lines += [
+            f"## {file.removeprefix('test_').replace('_', ' ').capitalize()}",
+            "",
+            "| Test | Outcome | Found |",
+            "|---|---|---|",
+        ]
         for case in group:
             figures = {name: value for name, value in case["found"].items() if not name.startswith(TABLE)}
             found = case["message"] or "; ".join(f"{name} {value}" for name, value in figures.items())
-            lines.append(f"| {cell(case['name'].removeprefix('test_').replace('_', ' '))} | {case['outcome']} | {cell(found)} |")
+            lines.append(
+                f"| {cell(case['name'].removeprefix('test_').replace('_', ' '))} | {case['outcome']} | {cell(found)} |"
+            )
         lines.append("")
         for case in group:
             for name, value in case["found"].items():
@@ -77,9 +86,23 @@ def page(cases: list[dict], versions: str, machine: str, date: str, seconds: flo
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m npu_bridge.emulator.conformance", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="where the results are written (default docs/conformance.md)")
-    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 2), metavar="N", help="processes that share the tests (default %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m npu_bridge.emulator.conformance", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument(
+        "--page",
+        type=Path,
+        default=PAGE,
+        metavar="FILE",
+        help="where the results are written (default docs/conformance.md)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=min(os.cpu_count() or 1, 2),
+        metavar="N",
+        help="processes that share the tests (default %(default)s)",
+    )
     given, selection = parser.parse_known_args(arguments)
     try:
         toolchain = check()
@@ -94,7 +117,22 @@ def main(arguments: list[str]) -> int:
         # xunit1, because properties of a test case do not exist in xunit2.
         form = ["-o", "junit_family=xunit1", f"--junitxml={report}"]
         shared = ["-n", str(given.processes), "--dist", "loadscope", "--no-loadscope-reorder"]
-        command = [sys.executable, "-m", "npu_bridge.emulator", "--devices", "4", "--", "python", "-m", "pytest", str(TESTS), "--durations=10", *shared, *form, *selection]
+        command = [
+            sys.executable,
+            "-m",
+            "npu_bridge.emulator",
+            "--devices",
+            "4",
+            "--",
+            "python",
+            "-m",
+            "pytest",
+            str(TESTS),
+            "--durations=10",
+            *shared,
+            *form,
+            *selection,
+        ]
         start = time.monotonic()
         # One thread for each test process and its children.
         code = subprocess.run(command, cwd=ROOT, env={"OMP_NUM_THREADS": "1"} | os.environ).returncode

@@ -1,10 +1,10 @@
 """Counters of the emulated device: kernels by name, synchronisations, copies, bytes, memory.
 
-    with npu_bridge.emulator.count() as counts:
-        step()
-        torch.npu.synchronize()
-    assert counts.synchronisations == {"stream": 1}
-    print(counts.table())
+with npu_bridge.emulator.count() as counts:
+    step()
+    torch.npu.synchronize()
+assert counts.synchronisations == {"stream": 1}
+print(counts.table())
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Counts:
     """Counters of one process.
 
     Attributes:
-      raw: kind -> name -> {"calls", "captured", "replayed", "bytes", "host_us", "compute_us"}. `calls` counts launches by the program,
-        `captured` those recorded into a graph instead of run, `replayed` runs inside graph replays.
+      raw: kind -> name -> {"calls", "captured", "replayed", "bytes", "host_us", "compute_us"}. `calls` counts launches
+        by the program, `captured` those recorded into a graph instead of run, `replayed` runs inside graph replays.
       memory: for each device, bytes allocated now and at peak (with torch_npu: reserved by its caching allocator).
     """
 
@@ -81,18 +81,40 @@ class Counts:
         for kind in KINDS:
             rows = sorted(self.raw[kind].items(), key=lambda item: -(item[1]["calls"] + item[1]["replayed"]))
             for name, c in rows:
-                lines.append((kind, name, f"{c['calls']:.0f}", f"{c['replayed']:.0f}", f"{c['bytes']:.0f}" if c["bytes"] else "", f"{c['host_us']:.0f}", f"{c['compute_us']:.0f}"))
+                lines.append(
+                    (
+                        kind,
+                        name,
+                        f"{c['calls']:.0f}",
+                        f"{c['replayed']:.0f}",
+                        f"{c['bytes']:.0f}" if c["bytes"] else "",
+                        f"{c['host_us']:.0f}",
+                        f"{c['compute_us']:.0f}",
+                    )
+                )
         head = ("kind", "name", "calls", "replayed", "bytes", "host us", "compute us")
         widths = [max(len(row[i]) for row in (head, *lines)) for i in range(len(head))]
-        text = ["  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in (head, *lines)]
-        text += [f"device {i}: {m['used']} bytes in use, {m['peak']} at most, of {m['limit']}" for i, m in enumerate(self.memory) if m["peak"]]
+        text = [
+            "  ".join(
+                cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))
+            ).rstrip()
+            for row in (head, *lines)
+        ]
+        text += [
+            f"device {i}: {m['used']} bytes in use, {m['peak']} at most, of {m['limit']}"
+            for i, m in enumerate(self.memory)
+            if m["peak"]
+        ]
         return "\n".join(text)
 
 
 def _library(environment: Mapping[str, str] = os.environ) -> ctypes.CDLL:
     folder = environment.get("NPU_EMULATOR_LIBRARIES")
     if not folder:
-        raise EmulatorError("npu_bridge.emulator: this process does not run in the emulator; start it with `python -m npu_bridge.emulator -- python ...`")
+        raise EmulatorError(
+            "npu_bridge.emulator: this process does not run in the emulator; start it with `python -m "
+            "npu_bridge.emulator -- python ...`"
+        )
     library = ctypes.CDLL(str(Path(folder) / "libascendcl.so"))
     library.npu_emulator_counters.restype = ctypes.c_uint64
     library.npu_emulator_counters.argtypes = [ctypes.c_char_p, ctypes.c_uint64]

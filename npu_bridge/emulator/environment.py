@@ -49,7 +49,9 @@ def folder_of(name: str) -> Path | None:
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
-def find_cann(environment: Mapping[str, str] = os.environ, folders=CANN_FOLDERS, device_node: str = DEVICE_NODE) -> str | None:
+def find_cann(
+    environment: Mapping[str, str] = os.environ, folders=CANN_FOLDERS, device_node: str = DEVICE_NODE
+) -> str | None:
     """Path of a real CANN or NPU driver, or None."""
     for name in CANN_VARIABLES:
         if environment.get(name):
@@ -65,7 +67,8 @@ def refuse_beside_cann(environment: Mapping[str, str] = os.environ) -> None:
     where = find_cann(environment)
     if where:
         raise RealCannFound(
-            f"npu_bridge.emulator: a real CANN was found ({where}), and the emulator steps aside: two sets of the same libraries in one process "
+            f"npu_bridge.emulator: a real CANN was found ({where}), and the emulator steps aside: two sets "
+            "of the same libraries in one process "
             "give neither. Run the program plainly, or `mindvl doctor` to check the installation"
         )
 
@@ -79,11 +82,16 @@ def check(find=shutil.which, machine: str | None = None, python: tuple[int, int]
     problems = []
     machine, python = machine or platform.machine(), python or sys.version_info[:2]
     if machine != MACHINE:
-        problems.append(f"the machine is {machine}; the calling convention was tested on {MACHINE} only, use such a machine or container")
+        problems.append(
+            f"the machine is {machine}; the calling convention was tested on {MACHINE} only, use such a "
+            "machine or container"
+        )
     if sys.platform != "linux":
         problems.append(f"the system is {sys.platform}; torch_npu's wheel is for Linux")
     if python != PYTHON:
-        problems.append(f"Python is {'.'.join(map(str, python))}; the wheel that was tested is for {'.'.join(map(str, PYTHON))}")
+        problems.append(
+            f"Python is {'.'.join(map(str, python))}; the wheel that was tested is for {'.'.join(map(str, PYTHON))}"
+        )
     versions = {}
     for name, wanted in VERSIONS.items():
         found = installed_version(name)
@@ -94,8 +102,12 @@ def check(find=shutil.which, machine: str | None = None, python: tuple[int, int]
             problems.append(f"{name} is {found}; the operators were written for {wanted} ({SETUP})")
     compiler = find(os.environ.get("CXX", "g++"))
     if compiler is None:
-        problems.append("no C++ compiler: g++ was not found on PATH (Debian and Ubuntu: apt-get install g++; or name one in CXX)")
+        problems.append(
+            "no C++ compiler: g++ was not found on PATH (Debian and Ubuntu: apt-get install g++; or name one in CXX)"
+        )
     if problems:
-        raise EmulatorError("npu_bridge.emulator cannot be used here:\n" + "\n".join(f"  {i}. {p}" for i, p in enumerate(problems, 1)))
+        raise EmulatorError(
+            "npu_bridge.emulator cannot be used here:\n" + "\n".join(f"  {i}. {p}" for i, p in enumerate(problems, 1))
+        )
     line = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
     return Toolchain(folder_of("torch"), folder_of("torch_npu"), versions, compiler, line)

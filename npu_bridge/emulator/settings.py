@@ -12,8 +12,27 @@ from npu_bridge.emulator.errors import EmulatorError
 
 PREFIX = "NPU_EMULATOR_"
 # Names that select code paths inside torch_npu. Others select paths that were never tested.
-SOCS = ("Ascend910B1", "Ascend910B2", "Ascend910B3", "Ascend910B4", "Ascend910_9391", "Ascend910_9392", "Ascend950PR_957b")
-_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "M": 1 << 20, "G": 1 << 30}
+SOCS = (
+    "Ascend910B1",
+    "Ascend910B2",
+    "Ascend910B3",
+    "Ascend910B4",
+    "Ascend910_9391",
+    "Ascend910_9392",
+    "Ascend950PR_957b",
+)
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KiB": 1 << 10,
+    "MiB": 1 << 20,
+    "GiB": 1 << 30,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "M": 1 << 20,
+    "G": 1 << 30,
+}
 
 
 def parse_bytes(text: str) -> int:
@@ -21,7 +40,10 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = match and next((size for name, size in _UNITS.items() if name.lower() == match[2].lower()), None)
     if not unit:
-        raise ValueError(f"{text!r} is not an amount of memory; write a number and one of {', '.join(u for u in _UNITS if u)}, such as 64GiB")
+        raise ValueError(
+            f"{text!r} is not an amount of memory; write a number and one of "
+            f"{', '.join(u for u in _UNITS if u)}, such as 64GiB"
+        )
     return int(float(match[1]) * unit)
 
 
@@ -53,14 +75,19 @@ class Settings:
         if self.soc not in SOCS:
             raise EmulatorError(f"npu_bridge.emulator: --soc {self.soc}; known: {', '.join(SOCS)}")
         if self.memory < 64 << 20:
-            raise EmulatorError(f"npu_bridge.emulator: --memory {self.memory} bytes; expected at least 64MiB, torch_npu's allocator asks for 20 MiB at a time")
+            raise EmulatorError(
+                f"npu_bridge.emulator: --memory {self.memory} bytes; expected at least 64MiB, torch_npu's "
+                "allocator asks for 20 MiB at a time"
+            )
         if self.transport not in ("shm", "tcp"):
             raise EmulatorError(f"npu_bridge.emulator: --transport {self.transport}; expected shm or tcp")
 
     def variables(self) -> dict[str, str]:
         """Environment variables that the libraries read."""
+
         def text(value):
             return str(int(value)) if isinstance(value, bool) else str(value)
+
         values = {PREFIX + name.upper(): text(value) for name, value in dataclasses.asdict(self).items()}
         if self.trace:
             values[PREFIX + "TRACE"] = str(Path(self.trace).resolve())
@@ -72,8 +99,8 @@ def environment_for(settings: Settings, libraries: Path, base: Mapping[str, str]
     environment = dict(base) | settings.variables()
     environment[PREFIX + "LIBRARIES"] = str(libraries)
     environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [str(libraries), base.get("LD_LIBRARY_PATH", "")]))
-    # With torch_npu's own queue an error comes one call late, and what follows it is skipped without a word; without it every refusal
-    # is raised where it arises. A program that measures the queue sets the variable itself.
+    # With torch_npu's own queue an error comes one call late, and what follows it is skipped silently; without it every
+    # refusal is raised where it arises. A program that measures the queue sets the variable itself.
     environment.setdefault("TASK_QUEUE_ENABLE", "0")
     # Importing torch imports an installed torch_npu automatically.
     environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "1"

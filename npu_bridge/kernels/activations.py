@@ -50,7 +50,9 @@ def _rotated_part(x, cos, rotate):
 
 def _npu_rotate(x, cos, sin, mode):
     # One dtype for all three operands; float32, because bfloat16 tables lose the angle at long positions.
-    y = torch_npu().npu_rotary_mul(x.float().contiguous(), cos.float()[:, :, None], sin.float()[:, :, None], _MODES[mode])
+    y = torch_npu().npu_rotary_mul(
+        x.float().contiguous(), cos.float()[:, :, None], sin.float()[:, :, None], _MODES[mode]
+    )
     return y.to(x.dtype)
 
 
@@ -101,12 +103,19 @@ def _npu_swiglu_joined_backward(g, both):
     return (torch_npu().npu_swiglu_backward(g, both, dim=-1),)
 
 
-@register("swiglu", family="swiglu", call="torch_npu.npu_swiglu(cat(gate, up), dim=-1)", npu=_npu_swiglu, note="gate first")
+@register(
+    "swiglu", family="swiglu", call="torch_npu.npu_swiglu(cat(gate, up), dim=-1)", npu=_npu_swiglu, note="gate first"
+)
 def swiglu(gate, up):
     return (F.silu(gate.float()).mul_(up.float()).to(gate.dtype),)
 
 
-@register("swiglu_backward", family="swiglu", call="torch_npu.npu_swiglu_backward(g, cat(gate, up), dim=-1)", npu=_npu_swiglu_backward)
+@register(
+    "swiglu_backward",
+    family="swiglu",
+    call="torch_npu.npu_swiglu_backward(g, cat(gate, up), dim=-1)",
+    npu=_npu_swiglu_backward,
+)
 def swiglu_backward(g, gate, up):
     g, wide = g.float(), gate.float()
     dgate = torch.ops.aten.silu_backward(g * up.float(), wide)
@@ -118,13 +127,19 @@ def swiglu_backward(g, gate, up):
     family="swiglu",
     call="torch_npu.npu_swiglu(both, dim=-1)",
     npu=_npu_swiglu_joined,
-    note="both: gate and up side by side; on npu a pass writes it for `swiglu`, so that forward and backward share one concatenation",
+    note="both: gate and up side by side; on npu a pass writes it for `swiglu`, so that forward and backward "
+    "share one concatenation",
 )
 def swiglu_joined(both):
     return swiglu(*both.chunk(2, -1))
 
 
-@register("swiglu_joined_backward", family="swiglu", call="torch_npu.npu_swiglu_backward(g, both, dim=-1)", npu=_npu_swiglu_joined_backward)
+@register(
+    "swiglu_joined_backward",
+    family="swiglu",
+    call="torch_npu.npu_swiglu_backward(g, both, dim=-1)",
+    npu=_npu_swiglu_joined_backward,
+)
 def swiglu_joined_backward(g, both):
     return (torch.cat(swiglu_backward(g, *both.chunk(2, -1)), -1),)
 
@@ -152,6 +167,11 @@ def gelu(x, *, approximate):
     return (F.gelu(x.float(), approximate=_approximation(approximate)).to(x.dtype),)
 
 
-@register("gelu_backward", family="gelu", call='torch_npu.npu_gelu_backward(g, x, approximate="tanh" | "none")', npu=_npu_gelu_backward)
+@register(
+    "gelu_backward",
+    family="gelu",
+    call='torch_npu.npu_gelu_backward(g, x, approximate="tanh" | "none")',
+    npu=_npu_gelu_backward,
+)
 def gelu_backward(g, x, *, approximate):
     return (torch.ops.aten.gelu_backward(g.float(), x.float(), approximate=_approximation(approximate)).to(x.dtype),)

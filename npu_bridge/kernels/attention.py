@@ -1,7 +1,8 @@
 """Attention: the blocked torch equivalent, and npu_fusion_attention.
 
-B rows, I blocks, C query positions of a block, S key positions in its window, N query heads, K key heads, G = N / K, H and J head
-dims. `blocks` is (C, left halo, right halo) as planned by npu_bridge.ops, with C = 0 for one block over everything.
+B rows, I blocks, C query positions of a block, S key positions in its window, N query heads, K key heads, G = N / K, H
+and J head dims. `blocks` is (C, left halo, right halo) as planned by npu_bridge.ops, with C = 0 for one block over
+everything.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def _by_place(x, group, places):
 
 
 def forbidden(q, k, segments, *, causal, window, blocks):
-    """Mask (B or 1, I or 1, C, S), True where a query may not attend (torch_npu's convention); None when nothing is masked."""
+    """Mask (B or 1, I or 1, C, S), True where a query may not attend (torch_npu's convention); None when nothing is
+    masked.
+    """
     size, left, right = blocks
     queries, keys = q.shape[1], k.shape[1]
     places, reached, shift = (size, left + size + right, left) if size else (queries, keys, keys - queries)
@@ -91,8 +94,8 @@ def forbidden(q, k, segments, *, causal, window, blocks):
     return mask
 
 
-# Logits are in base 2. On a CPU torch.exp calls MKL, which is ten times slower on infinities (every masked position) and near
-# underflow; exp2 is not.
+# Logits are in base 2. On a CPU torch.exp calls MKL, which is ten times slower on infinities (every masked position)
+# and near underflow; exp2 is not.
 _LOG2E, _LN2 = math.log2(math.e), math.log(2)
 
 
@@ -130,8 +133,10 @@ def attention_backward(g, q, k, v, out, lse, *segments, causal, window, scale, b
     """Backward pass from the saved log-sum-exp. Returns dq, dk, dv."""
     key_heads, group, places, keys = k.shape[2], q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
     mask = _forbidden_or(mask, q, k, segments, causal=causal, window=window, blocks=blocks)
+
     def per_head(x):
         return _by_key_head(_own(x, blocks[0]), key_heads)
+
     delta, lse = per_head((g.float() * out.float()).sum(-1, keepdim=True)), per_head(lse.transpose(1, 2)[..., None])
     qb, gb = per_head(q), per_head(g)
     kb, vb = (_reached(x, blocks).transpose(2, 3) for x in (k, v))
@@ -144,7 +149,8 @@ def attention_backward(g, q, k, v, out, lse, *segments, causal, window, scale, b
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-# ---- torch_npu --------------------------------------------------------------------------------------------------------
+# ---- torch_npu
+# --------------------------------------------------------------------------------------------------------
 
 COMPRESSED = 2048  # size of the compressed causal or band mask, whatever the sequence length
 MOST_LENGTHS = 1024  # longest list of lengths that variable-length attention takes
@@ -169,7 +175,9 @@ def cumulative_lengths(lengths, places):
                 used += length
                 ends.append(end + used)
         if used > places:
-            raise ValueError(f"npu_bridge.kernels: segment lengths {row} add up to {used}, but a row has {places} places")
+            raise ValueError(
+                f"npu_bridge.kernels: segment lengths {row} add up to {used}, but a row has {places} places"
+            )
         end += places
         if used < places:
             ends.append(end)
@@ -181,7 +189,8 @@ _recorders: list[list[tuple[torch.Tensor, int]]] = []
 
 @contextlib.contextmanager
 def recording_lengths():
-    """Record the (B, M) run lengths and the row length of each captured call whose lengths can be updated before a replay.
+    """Record the (B, M) run lengths and the row length of each captured call whose lengths can be updated before a
+    replay.
 
     The order is that of the calls, as in torch_npu's own records.
     """
@@ -201,9 +210,13 @@ def replay_lengths(lengths, places):
 
 
 def _npu_arguments(q, k, segments, *, causal, window, padding):
-    """Return the layout arguments of npu_fusion_attention, and a (B, T) bool of queries whose output must be zeroed (or None)."""
+    """Return the layout arguments of npu_fusion_attention, and a (B, T) bool of queries whose output must be zeroed (or
+    None).
+    """
     unlimited = 2147483647
-    banded = dict(pre_tockens=window - 1 if window else unlimited, next_tockens=0 if causal or not window else window - 1)
+    banded = dict(
+        pre_tockens=window - 1 if window else unlimited, next_tockens=0 if causal or not window else window - 1
+    )
     ends = cumulative_lengths(segments[2], q.shape[1]) if len(segments) == 3 else None
     limited = causal or window is not None
     if (segments and (ends is None or len(ends) > MOST_LENGTHS)) or (limited and q.shape[1] > k.shape[1]):
@@ -216,7 +229,8 @@ def _npu_arguments(q, k, segments, *, causal, window, padding):
     elif causal:
         arguments |= dict(atten_mask=_triangle(q.device), sparse_mode=3)  # aligned at the last query and the last key
     if ends:
-        # Without softmax_layout the TND statistics are (N, length) blocks, one for each sequence, in a tensor of shape (T, N).
+        # Without softmax_layout the TND statistics are (N, length) blocks, one for each sequence, in a tensor of shape
+        # (T, N).
         arguments |= dict(actual_seq_qlen=ends, actual_seq_kvlen=ends, softmax_layout="TND")
         return arguments, segments[0] == 0 if padding == "zeros" else None
     return arguments, None
@@ -230,7 +244,9 @@ _LENGTH_ARGUMENTS = ("actual_seq_qlen", "actual_seq_kvlen")
 
 
 def _version(q, arguments, segments):
-    """Return ("", arguments), or ("_v3", ...) with lengths as host tensors during capture of a graph whose lengths are updated."""
+    """Return ("", arguments), or ("_v3", ...) with lengths as host tensors during capture of a graph whose lengths are
+    updated.
+    """
     if arguments["input_layout"] == "TND" and _recorders:
         _recorders[-1].append((segments[2], q.shape[1]))
         return "_v3", arguments | {name: torch.tensor(arguments[name], dtype=torch.int64) for name in _LENGTH_ARGUMENTS}
@@ -277,5 +293,16 @@ def _npu_attention_backward(g, q, k, v, out, *rest, causal, window, scale, block
         total = torch.ones_like(peak)
     ql, kl, vl, gl, outl = _lay(layout, q, k, v, g, out)
     call = getattr(torch_npu(), "npu_fusion_attention_grad" + suffix)
-    dq, dk, dv = call(ql, kl, vl, gl, q.shape[2], softmax_max=peak, softmax_sum=total, attention_in=outl, scale_value=scale, **arguments)[:3]
+    dq, dk, dv = call(
+        ql,
+        kl,
+        vl,
+        gl,
+        q.shape[2],
+        softmax_max=peak,
+        softmax_sum=total,
+        attention_in=outl,
+        scale_value=scale,
+        **arguments,
+    )[:3]
     return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)

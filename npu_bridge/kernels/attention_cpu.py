@@ -1,7 +1,7 @@
 """Attention on a CPU by torch's fused kernels, whose logits stay in cache, forward and backward.
 
-The operators behind `scaled_dot_product_attention` are called directly, because they take and return the log-sum-exp that our
-forward saves for the backward. Shapes as in attention.py; blocks of queries become rows of the batch.
+The operators behind `scaled_dot_product_attention` are called directly, because they take and return the log-sum-exp
+that our forward saves for the backward. Shapes as in attention.py; blocks of queries become rows of the batch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ _BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu
 
 
 def _fits(q, v):
-    return _FORWARD is not None and _BACKWARD is not None and q.shape[-1] == v.shape[-1] and q.dtype in (torch.float32, torch.bfloat16)
+    return (
+        _FORWARD is not None
+        and _BACKWARD is not None
+        and q.shape[-1] == v.shape[-1]
+        and q.dtype in (torch.float32, torch.bfloat16)
+    )
 
 
 def _lay(x):
@@ -45,7 +50,10 @@ def _operands(q, k, v, blocks):
 
 
 def flash(q, k, v, *segments, causal, window, scale, blocks, mask=None):
-    """Forward pass. Returns out (B, T, N, J) and lse (B, N, T) in float32. `mask`: (B * I, 1, C, S), if computed before."""
+    """Forward pass.
+
+    Returns out (B, T, N, J) and lse (B, N, T) in float32. `mask`: (B * I, 1, C, S), if computed before.
+    """
     if not _fits(q, v):
         return attention(q, k, v, *segments, causal=causal, window=window, scale=scale, blocks=blocks, mask=mask)
     batch, places = q.shape[:2]
@@ -57,15 +65,22 @@ def flash(q, k, v, *segments, causal, window, scale, blocks, mask=None):
 def flash_backward(g, q, k, v, out, lse, *segments, causal, window, scale, blocks, mask=None):
     """Backward pass from the saved log-sum-exp. Returns dq, dk, dv."""
     if not _fits(q, v):
-        return attention_backward(g, q, k, v, out, lse, *segments, causal=causal, window=window, scale=scale, blocks=blocks, mask=mask)
+        return attention_backward(
+            g, q, k, v, out, lse, *segments, causal=causal, window=window, scale=scale, blocks=blocks, mask=mask
+        )
     batch, places, keys, dtype = q.shape[0], q.shape[1], k.shape[1], q.dtype
-    # In float32: with bfloat16 inputs torch's kernel accumulates dk and dv in bfloat16 over query blocks and the heads of a group.
+    # In float32: with bfloat16 inputs torch's kernel accumulates dk and dv in bfloat16 over query blocks and the heads
+    # of a group.
     # With eight heads a group and 512 positions the error is 1e-2; rounded once at the end, 1.7e-3.
     g, q, k, v, out = (x.float() for x in (g, q, k, v, out))
     mask = _mask(q, k, segments, None if mask is None else mask.float(), causal=causal, window=window, blocks=blocks)
+
     def per_block(x):
         return _lay(_own(x, blocks[0]))
+
     statistics = per_block(lse.transpose(1, 2)[..., None])[..., 0].contiguous()
-    dq, dk, dv = _BACKWARD(per_block(g), *_operands(q, k, v, blocks), per_block(out), statistics, 0.0, False, attn_mask=mask, scale=scale)
+    dq, dk, dv = _BACKWARD(
+        per_block(g), *_operands(q, k, v, blocks), per_block(out), statistics, 0.0, False, attn_mask=mask, scale=scale
+    )
     dk, dv = (_sum_reached(x.transpose(1, 2).unflatten(0, (batch, -1)), blocks, keys) for x in (dk, dv))
     return _join(dq, batch, places).to(dtype), dk.to(dtype).contiguous(), dv.to(dtype).contiguous()

@@ -20,8 +20,9 @@ from npu_bridge.kernels.registry import register
 def _handing_over(forward):
     """Adapt `forward` to the table's parameters.
 
-    `padding` is ignored: outputs at padding are zero anyway. With `statistics` return the largest logit and the sum of exponentials,
-    (B, N, T, 8) float32 each, in place of the log-sum-exp. With `masked` the last operand is an additive mask.
+    `padding` is ignored: outputs at padding are zero anyway. With `statistics` return the largest logit and the sum of
+    exponentials, (B, N, T, 8) float32 each, in place of the log-sum-exp. With `masked` the last operand is an additive
+    mask.
     """
 
     @functools.wraps(forward)
@@ -62,14 +63,31 @@ _FORMS = {  # suffix -> (arguments, note)
     ),
     "_packed": (
         '"TND", actual_seq_qlen=ends, actual_seq_kvlen=ends, sparse_mode=0 | 3 | 4',
-        "ends: cumulative, host, no leading 0, at most 1024; v3 inside a captured graph, which is told new ends before each replay",
+        "ends: cumulative, host, no leading 0, at most 1024; v3 inside a captured graph, which is told new "
+        "ends before each replay",
     ),
 }
 
 for _suffix, (_arguments, _note) in _FORMS.items():
     _call = f"torch_npu.npu_fusion_attention(q, k, v, N, {_arguments})"
-    register("attention" + _suffix, family="attention", call=_call, npu=_npu_attention, cpu=_handing_over(flash), inside=True, note=_note)(_handing_over(attention))
-    _call = f"torch_npu.npu_fusion_attention_grad(q, k, v, g, N, {_arguments}, softmax_max=max, softmax_sum=sum, attention_in=out)"
-    register(f"attention{_suffix}_backward", family="attention", call=_call, npu=_npu_attention_backward, cpu=_taking_over(flash_backward), inside=True)(
-        _taking_over(attention_backward)
+    register(
+        "attention" + _suffix,
+        family="attention",
+        call=_call,
+        npu=_npu_attention,
+        cpu=_handing_over(flash),
+        inside=True,
+        note=_note,
+    )(_handing_over(attention))
+    _call = (
+        f"torch_npu.npu_fusion_attention_grad(q, k, v, g, N, {_arguments}, softmax_max=max, softmax_sum=sum, "
+        "attention_in=out)"
     )
+    register(
+        f"attention{_suffix}_backward",
+        family="attention",
+        call=_call,
+        npu=_npu_attention_backward,
+        cpu=_taking_over(flash_backward),
+        inside=True,
+    )(_taking_over(attention_backward))

@@ -1,7 +1,7 @@
 """Measure each kernel against its formula in float64, for docs/operators.md and for `mindvl doctor`.
 
-The formula is the operator's JAX reference in float64 on the inputs of the kernel. tests/ops compare that reference with formulas
-written by hand.
+The formula is the operator's JAX reference in float64 on the inputs of the kernel. tests/ops compare that reference
+with formulas written by hand.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Inputs of one kernel. `arrays(rng, rounded)` makes them in float64; `rounded` rounds an array to the dtype under test.
+    """Inputs of one kernel.
+
+    `arrays(rng, rounded)` makes them in float64; `rounded` rounds an array to the dtype under test.
 
     `wide` lists the operands that stay float32 whatever the dtype (statistics, the optimizer's state).
     """
@@ -145,8 +147,10 @@ CASES: dict[str, Case] = {
 def inputs(name: str, dtype: str, device: str = "cpu", seed: int = 0) -> tuple[list[np.ndarray], list[torch.Tensor]]:
     """Return the operands in float64 (after rounding to `dtype`), and the same as tensors on the device."""
     rng, case = np.random.default_rng(seed), CASES[name]
+
     def rounded(x):
         return torch.from_numpy(np.ascontiguousarray(x)).to(DTYPES[dtype]).double().numpy()
+
     with jax.enable_x64(True):
         arrays = [np.asarray(x) for x in case.arrays(rng, rounded)]
     exact, tensors = [], []
@@ -170,7 +174,9 @@ def difference(result: torch.Tensor, exact: np.ndarray) -> float:
 
 
 def measure(name: str, dtype: str, device: str = "cpu", equivalents: str | None = None, seed: int = 0) -> float:
-    """Worst relative error of a kernel over its results. On device "npu" this is the fused call unless `equivalents` says otherwise.
+    """Worst relative error of a kernel over its results.
+
+    On device "npu" this is the fused call unless `equivalents` says otherwise.
 
     Raises:
       KeyError: unknown kernel or dtype.

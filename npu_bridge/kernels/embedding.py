@@ -16,7 +16,12 @@ def _local(ids, first, rows):
     return local, (local >= 0) & (local < rows)
 
 
-@register("embedding", family="embedding", call=_CALL, note="aclnnEmbedding; ids of other shards give zeros and the shards add up")
+@register(
+    "embedding",
+    family="embedding",
+    call=_CALL,
+    note="aclnnEmbedding; ids of other shards give zeros and the shards add up",
+)
 def embedding(table, ids, *, first=0):
     local, mine = _local(ids, first, table.shape[0])
     rows = torch.nn.functional.embedding(torch.where(mine, local, 0), table)

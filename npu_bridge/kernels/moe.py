@@ -6,7 +6,8 @@ import torch
 
 from npu_bridge.kernels.registry import register, torch_npu
 
-# ---- grouped matrix product -------------------------------------------------------------------------------------------
+# ---- grouped matrix product
+# -------------------------------------------------------------------------------------------
 
 
 def _groups(sizes):
@@ -16,7 +17,9 @@ def _groups(sizes):
 
 
 def _npu_grouped(x, w, group_sizes):
-    y = torch_npu().npu_grouped_matmul([x], [w], bias=None, group_list=group_sizes.long(), split_item=2, group_type=0, group_list_type=1)[0]
+    y = torch_npu().npu_grouped_matmul(
+        [x], [w], bias=None, group_list=group_sizes.long(), split_item=2, group_type=0, group_list_type=1
+    )[0]
     # Rows past the last group belong to no expert; the kernel leaves them undefined.
     owned = torch.arange(x.shape[0], device=x.device) < group_sizes.sum()
     return (y.masked_fill(~owned[:, None], 0),)
@@ -28,7 +31,13 @@ def _npu_grouped_transposed(x, w, group_sizes):
 
 def _npu_weight_gradient(x, g, group_sizes):
     y = torch_npu().npu_grouped_matmul(
-        [x.transpose(0, 1)], [g], bias=None, group_list=group_sizes.long(), split_item=3, group_type=2, group_list_type=1
+        [x.transpose(0, 1)],
+        [g],
+        bias=None,
+        group_list=group_sizes.long(),
+        split_item=3,
+        group_type=2,
+        group_list_type=1,
     )[0]
     return (y.float(),)
 
@@ -62,13 +71,15 @@ def grouped_matmul_transposed(x, w, group_sizes):
 
 
 @register("grouped_matmul_weight_gradient", family="grouped_matmul", npu=_npu_weight_gradient,
-          call="torch_npu.npu_grouped_matmul([x.T], [g], group_list=sizes, split_item=3, group_type=2, group_list_type=1)",
+          call="torch_npu.npu_grouped_matmul([x.T], [g], group_list=sizes, split_item=3, group_type=2, "
+              "group_list_type=1)",
           note="on Ascend rounded to the operands' dtype before it is widened")  # fmt: skip
 def grouped_matmul_weight_gradient(x, g, group_sizes):
     return (torch.stack([x[start:end].float().T @ g[start:end].float() for start, end in _groups(group_sizes)]),)
 
 
-# ---- routing ------------------------------------------------------------------------------------------------------------
+# ---- routing
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _npu_gating(logits, *bias, k, scoring, groups, groups_kept, renormalize, scale):
@@ -104,7 +115,8 @@ def moe_gating(logits, *bias, k, scoring, groups, groups_kept, renormalize, scal
 
 
 _GATING = (
-    "torch_npu.npu_moe_gating_top_k(logits, k, bias=..., k_group=..., group_count=..., group_select_mode=1, renorm=0, norm_type=1, ...)"
+    "torch_npu.npu_moe_gating_top_k(logits, k, bias=..., k_group=..., group_count=..., group_select_mode=1, "
+    "renorm=0, norm_type=1, ...)"
 )
 register(
     "moe_gating",
@@ -132,7 +144,9 @@ def _npu_permute_backward(g, destination):
     return (
         torch_npu().npu_moe_token_unpermute(g, destination.flatten())
         if destination.shape[1] == 1
-        else torch_npu().npu_moe_token_unpermute(g, destination.flatten(), torch.ones(destination.shape, dtype=g.dtype, device=g.device)),
+        else torch_npu().npu_moe_token_unpermute(
+            g, destination.flatten(), torch.ones(destination.shape, dtype=g.dtype, device=g.device)
+        ),
     )
 
 
@@ -141,7 +155,9 @@ def _npu_unpermute(permuted, destination, weights):
 
 
 def _npu_unpermute_backward(g, permuted, destination, weights):
-    dpermuted, dweights = torch_npu().npu_moe_token_unpermute_grad(permuted, g, destination.flatten(), weights.to(permuted.dtype))
+    dpermuted, dweights = torch_npu().npu_moe_token_unpermute_grad(
+        permuted, g, destination.flatten(), weights.to(permuted.dtype)
+    )
     return dpermuted, dweights.float()
 
 

@@ -55,9 +55,11 @@ def _npu_layer_norm(x, scale, bias, *, eps):
 
 
 def _npu_layer_norm_backward(g, x, scale, mean, rstd):
-    # In float32: with bfloat16 operands a kernel may accumulate dscale and dbias over rows in bfloat16, whatever dtype it returns.
-    # torch's CPU kernel does: sums over 51 rows are off by 1.0e-2, bit for bit a bfloat16 accumulator's. Each addition rounds by up
-    # to 2^-9 of the running sum, so the error grows with the batch; one rounding of a float32 sum does not.
+    # In float32: with bfloat16 operands a kernel may accumulate dscale and dbias over rows in bfloat16, whatever dtype
+    # it returns.
+    # torch's CPU kernel does: sums over 51 rows are off by 1.0e-2, bit for bit a bfloat16 accumulator's. Each addition
+    # rounds by up to 2^-9 of the running sum, so the error grows with the batch; one rounding of a float32 sum does
+    # not.
     scale = scale.float()
     dx, dscale, dbias = torch.ops.aten.native_layer_norm_backward(
         g.float(), x.float(), x.shape[-1:], mean, rstd, scale, torch.zeros_like(scale), [True] * 3
@@ -85,7 +87,8 @@ def layer_norm(x, scale, bias, *, eps):
     family="layer_norm",
     call="aten.native_layer_norm_backward(g.float(), x.float(), (D,), mean, rstd, scale.float(), bias, [True] * 3)",
     npu=_npu_layer_norm_backward,
-    note="aclnnLayerNormBackward, in float32 so that dscale and dbias are summed in it; the bias tensor only says that a gradient is wanted",
+    note="aclnnLayerNormBackward, in float32 so that dscale and dbias are summed in it; the bias tensor only says "
+    "that a gradient is wanted",
 )
 def layer_norm_backward(g, x, scale, mean, rstd):
     g, normed = g.float(), (x.float() - mean) * rstd

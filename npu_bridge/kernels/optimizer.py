@@ -12,7 +12,20 @@ LARGEST_PIECE = 2**26
 
 def _npu_adamw(param, grad, mu, nu, step, learning_rate, keep, *, b1, b2, eps, weight_decay, inplace=False):
     if not (param.dtype == mu.dtype == nu.dtype == torch.float32):
-        return adamw(param, grad, mu, nu, step, learning_rate, keep, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, inplace=inplace)
+        return adamw(
+            param,
+            grad,
+            mu,
+            nu,
+            step,
+            learning_rate,
+            keep,
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            weight_decay=weight_decay,
+            inplace=inplace,
+        )
     if not inplace:
         param, mu, nu = param.clone(), mu.clone(), nu.clone()
     rate = torch.where(keep, learning_rate, 0.0)
@@ -26,8 +39,8 @@ def _npu_adamw(param, grad, mu, nu, step, learning_rate, keep, *, b1, b2, eps, w
 
 
 def _update_piece(param, grad, mu, nu, step, rate, keep, *, b1, b2, eps, weight_decay):
-    # The kernel takes the learning rate from the host, ours is on the device. Let it write the plain update (rate 1, no decay) into
-    # zeros and apply rate and decay afterwards: reading the rate back would synchronise at every parameter.
+    # The kernel takes the learning rate from the host, ours is on the device. Let it write the plain update (rate 1, no
+    # decay) into zeros and apply rate and decay afterwards: reading the rate back would synchronise at every parameter.
     update, new_mu, new_nu = torch.zeros_like(param), mu.clone(), nu.clone()
     torch._fused_adamw_(
         [update],
@@ -51,8 +64,26 @@ def _update_piece(param, grad, mu, nu, step, rate, keep, *, b1, b2, eps, weight_
 
 
 def _cpu_adamw(param, grad, mu, nu, step, learning_rate, keep, *, b1, b2, eps, weight_decay, inplace=False):
-    if not (param.dtype == mu.dtype == nu.dtype == torch.float32 and param.is_contiguous() and mu.is_contiguous() and nu.is_contiguous()):
-        return adamw(param, grad, mu, nu, step, learning_rate, keep, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, inplace=inplace)
+    if not (
+        param.dtype == mu.dtype == nu.dtype == torch.float32
+        and param.is_contiguous()
+        and mu.is_contiguous()
+        and nu.is_contiguous()
+    ):
+        return adamw(
+            param,
+            grad,
+            mu,
+            nu,
+            step,
+            learning_rate,
+            keep,
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            weight_decay=weight_decay,
+            inplace=inplace,
+        )
     if not inplace:
         param, mu, nu = param.clone(), mu.clone(), nu.clone()
     torch._fused_adamw_(
@@ -80,7 +111,8 @@ def _cpu_adamw(param, grad, mu, nu, step, learning_rate, keep, *, b1, b2, eps, w
     call="torch._fused_adamw_([update], [grad], [mu], [nu], [], [step], lr=1.0, ...); param.mul_(...).addcmul_(...)",
     npu=_npu_adamw,
     cpu=_cpu_adamw,
-    note="aclnnApplyAdamWV2 on 910B (npu_apply_adam_w is a legacy operator there); float32 state, else the equivalent; in place when donated",
+    note="aclnnApplyAdamWV2 on 910B (npu_apply_adam_w is a legacy operator there); float32 state, else the "
+    "equivalent; in place when donated",
 )
 def adamw(param, grad, mu, nu, step, learning_rate, keep, *, b1, b2, eps, weight_decay, inplace=False):
     g, m, v = grad.float(), mu.float(), nu.float()

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 PREFIX = "npu_bridge."
-SWITCH = "NPU_BRIDGE_EQUIVALENT"  # comma-separated families, or "all", that run their torch equivalent in place of the fused call
+# comma-separated families, or "all", that run their torch equivalent in place of the fused call
+SWITCH = "NPU_BRIDGE_EQUIVALENT"
 
 Function = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -52,9 +53,19 @@ KERNELS: dict[str, Kernel] = {}
 
 
 def register(
-    name: str, *, family: str, call: str, inside: bool = False, npu: Function | None = None, cpu: Function | None = None, note: str = ""
+    name: str,
+    *,
+    family: str,
+    call: str,
+    inside: bool = False,
+    npu: Function | None = None,
+    cpu: Function | None = None,
+    note: str = "",
 ) -> Callable[[Function], Function]:
-    """Register the decorated torch equivalent. `inside`: rounded intermediates feed a product, so the bfloat16 tolerance is wider."""
+    """Register the decorated torch equivalent.
+
+    `inside`: rounded intermediates feed a product, so the bfloat16 tolerance is wider.
+    """
 
     def enter(equivalent: Function) -> Function:
         if name in KERNELS:
@@ -95,7 +106,8 @@ def lookup(name: str, device: str, *, equivalents: str | None = None) -> Functio
       equivalents: overrides the environment variable NPU_BRIDGE_EQUIVALENT.
 
     Raises:
-      KeyError: no such kernel. ValueError: an unknown family in the switch. ImportError: device "npu" without torch_npu.
+      KeyError: no such kernel. ValueError: an unknown family in the switch. ImportError: device "npu" without
+        torch_npu.
     """
     kernel = KERNELS.get(name.removeprefix(PREFIX))
     if kernel is None:
@@ -117,7 +129,8 @@ def torch_npu() -> Any:
     except ImportError as error:
         raise ImportError(
             "npu_bridge.kernels: device 'npu' needs torch_npu and CANN, and importing torch_npu failed "
-            f"({error}). Install the torch_npu release that fits torch {torch.__version__}, or choose device 'cpu' or 'cuda', "
+            f"({error}). Install the torch_npu release that fits torch {torch.__version__}, or choose device "
+            "'cpu' or 'cuda', "
             f"or run without an NPU in the emulator (python -m npu_bridge.emulator)."
         ) from error
     return torch_npu

@@ -36,9 +36,14 @@ formulas; their own numerics on a chip are CANN's.
 def row(name: str, errors: dict[str, float]) -> str:
     """Format one line of the table."""
     kernel = KERNELS[name]
+
     def cell(text):
         return text.replace("|", "\\|")
-    return f"| `{name}` | `{cell(kernel.call)}` | {errors['float32']:.1e} | {errors['bfloat16']:.1e} | {cell(kernel.note)} |"
+
+    return (
+        f"| `{name}` | `{cell(kernel.call)}` | {errors['float32']:.1e} | {errors['bfloat16']:.1e} | "
+        f"{cell(kernel.note)} |"
+    )
 
 
 def render(measured: dict[str, dict[str, float]]) -> str:

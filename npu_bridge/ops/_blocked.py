@@ -1,10 +1,10 @@
 """The mathematics of attention in blocks of queries, each against the stretch of keys it can reach.
 
-B rows, I blocks, C query places of a block, S key places of a block (its own and the halo on both sides), N query heads, K key
-heads, G = N / K, H and J head dims. Dense attention is the case of one block that reaches everything.
+B rows, I blocks, C query positions of a block, S key positions of a block (its own and the halo on both sides), N query
+heads, K key heads, G = N / K, H and J head dims. Dense attention is the case of one block that reaches everything.
 
-Why blocks: on packed rows of short segments and on 64-patch windows nearly all of T x S is masked, and the exponential of masked
-logits costs as much as any other (on a CPU more than the products do).
+Why blocks: on packed rows of short segments and on 64-patch windows nearly all of T x S is masked, and the exponential
+of masked logits costs as much as any other (on a CPU more than the products do).
 """
 
 import functools
@@ -18,7 +18,9 @@ from npu_bridge.ops._common import accumulator, einsum, require, sum_over_rows
 
 
 class Plan(NamedTuple):
-    """Static shape of the computation: query blocks of `size` reach `left` keys before and `right` keys behind their own."""
+    """Static shape of the computation: query blocks of `size` reach `left` keys before and `right` keys behind their
+    own.
+    """
 
     causal: bool
     window: int | None
@@ -50,7 +52,8 @@ def plan_blocks(queries, keys, *, causal, window, max_segment_length, implementa
         return dense
     left = -(-(reach - 1) // 16) * 16
     right = 0 if causal else left
-    # A block costs C * (C + halo) logits and copies C + halo keys; measured, a copied key costs as much as about 32 logits.
+    # A block costs C * (C + halo) logits and copies C + halo keys; measured, a copied key costs as much as about 32
+    # logits.
     size = max(64, min(512, 1 << round(math.log2(math.sqrt(32 * max(left + right, 1))))))
     blocks = -(-queries // size)
     worthwhile = blocks * size * (size + left + right) < 0.8 * queries * keys
@@ -80,11 +83,14 @@ def allowed(plan, queries, keys, ids_q, ids_kv):
             if not plan.causal:
                 tests.append(ahead > -plan.window)
         if ids_q is not None:
-            tests.append((ids_q[:, :, :, None] == ids_kv[:, :, None, start : start + count]) & (ids_q != 0)[:, :, :, None])
+            tests.append(
+                (ids_q[:, :, :, None] == ids_kv[:, :, None, start : start + count]) & (ids_q != 0)[:, :, :, None]
+            )
         if not tests:
             return None
         parts.append(functools.reduce(jnp.logical_and, tests))
-    # XLA CPU does not fuse through a concatenation, so the comparisons run once and not again for every head and every use.
+    # XLA CPU does not fuse through a concatenation, so the comparisons run once and not again for every head and every
+    # use.
     return jnp.concatenate(parts, -1)
 
 

@@ -1,9 +1,10 @@
 """What every operator shares: the accumulation dtype, matrix products that accumulate in it, and argument checks.
 
-Trap this module exists for: on XLA CPU a bfloat16 product that is asked for with a bfloat16 result runs three to five times
-slower than the same product asked for with a float32 result and cast afterwards, and JAX's own transpose of a mixed dot casts
-an operand to float32 and leaves the fast path. So operators never differentiate through a product: they write their gradients
-with `dot`, `einsum` and `sum_over_rows`. tests/ops/test_fast_paths.py reads the optimized program for products that slipped.
+Trap this module exists for: on XLA CPU a bfloat16 product that is asked for with a bfloat16 result runs three to five
+times slower than the same product asked for with a float32 result and cast afterwards, and JAX's own transpose of a
+mixed dot casts an operand to float32 and leaves the fast path. So operators never differentiate through a product: they
+write their gradients with `dot`, `einsum` and `sum_over_rows`. tests/ops/test_fast_paths.py reads the optimized program
+for products that slipped.
 """
 
 import jax
@@ -22,9 +23,9 @@ def accumulator(dtype):
 def product_operands(x, y):
     """Both operands as a product reads them: float32 becomes bfloat16 under `jax.default_matmul_precision("bfloat16")`.
 
-    That is JAX's own name for one bfloat16 pass with float32 accumulation. XLA heeds it on TPU only; here it holds on every
-    XLA back end, so that a CPU with bfloat16 matrix units keeps float32 activations and still multiplies at the units' speed.
-    The setting must be in force while a program is traced and lowered, not when it runs.
+    That is JAX's own name for one bfloat16 pass with float32 accumulation. XLA heeds it on TPU only; here it holds on
+    every XLA back end, so that a CPU with bfloat16 matrix units keeps float32 activations and still multiplies at the
+    units' speed. The setting must be in force while a program is traced and lowered, not when it runs.
     """
     if x.dtype == y.dtype == jnp.float32 and jax.config.jax_default_matmul_precision == "bfloat16":
         return x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
@@ -42,18 +43,21 @@ def einsum(spec, x, y):
 
 
 def settle(product):
-    """Keeps XLA from folding a later transpose into the product, which it then could not run quickly, or (bfloat16 operands with
-    a float32 result, jax 0.10) not at all: "Unsupported element type for DotThunk"."""
+    """Keep XLA from folding a later transpose into the product, which it then could not run quickly, or (bfloat16
+    operands with a float32 result, jax 0.10) not at all: "Unsupported element type for DotThunk".
+    """
     return lax.optimization_barrier(product)
 
 
 def sum_over_rows(x, y, batch=0):
-    """(batch.., rows.., X), (batch.., rows.., Y) -> (batch.., X, Y): the product of a weight gradient, in `accumulator(dtype)`.
+    """(batch.., rows.., X), (batch.., rows.., Y) -> (batch.., X, Y): the product of a weight gradient, in
+    `accumulator(dtype)`.
 
-    XLA CPU runs a narrow product that contracts a single leading dim on a path four times slower than one that contracts two
-    (there it transposes x first), so a lone row dim is cut in two. In float32 it is the other way round: one dim needs no
-    transposition at all. Under `batch`, give the smaller operand as x: it is the one that is transposed; without, the float32
-    product is turned around where y is the smaller, a third faster for 512 and 192 columns.
+    XLA CPU runs a narrow product that contracts a single leading dim on a path four times slower than one that
+    contracts two (there it transposes x first), so a lone row dim is cut in two. In float32 it is the other way round:
+    one dim needs no transposition at all. Under `batch`, give the smaller operand as x: it is the one that is
+    transposed; without, the float32 product is turned around where y is the smaller, a third faster for 512 and 192
+    columns.
     """
     x, y = product_operands(x, y)
     rows = [size for size in x.shape[batch:-1] if size > 1]
@@ -66,7 +70,9 @@ def sum_over_rows(x, y, batch=0):
         y = y.reshape(*y.shape[:batch], 2, rows[0] // 2, y.shape[-1])
     contract = tuple(range(batch, x.ndim - 1))
     leading = tuple(range(batch))
-    return settle(lax.dot_general(x, y, ((contract, contract), (leading, leading)), preferred_element_type=accumulator(x.dtype)))
+    return settle(
+        lax.dot_general(x, y, ((contract, contract), (leading, leading)), preferred_element_type=accumulator(x.dtype))
+    )
 
 
 def _product_over_rows(x, y):
@@ -94,7 +100,8 @@ def require_float(operator, **arrays):
     for name, array in arrays.items():
         if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
             raise TypeError(
-                f"npu_bridge.ops.{operator}: {name} has dtype {jnp.result_type(array)}; a floating-point array is expected. "
+                f"npu_bridge.ops.{operator}: {name} has dtype {jnp.result_type(array)}; a floating-point "
+                "array is expected. "
                 f"Convert it first, for example with {name}.astype(jnp.bfloat16)."
             )
 

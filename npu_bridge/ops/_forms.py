@@ -1,8 +1,9 @@
-"""The forms in which XLA computes attention, and which one a call takes: by platform, place and shape, when a program is lowered.
+"""The forms in which XLA computes attention, and which one a call takes: by platform, place and shape, when a program
+is lowered.
 
-`reference` holds the scores of the whole row (of a band, where a promise bounds it); `skipping` leaves out masked tiles on a CPU;
-`blocked` is linear in the row on any platform and number of devices; `splash` are Pallas' kernels for TPU.
-B rows, T query positions, S key positions, N query heads, K key heads, H and J head dims.
+`reference` holds the scores of the whole row (of a band, where a promise bounds it); `skipping` leaves out masked tiles
+on a CPU; `blocked` is linear in the row on any platform and number of devices; `splash` are Pallas' kernels for TPU. B
+rows, T query positions, S key positions, N query heads, K key heads, H and J head dims.
 """
 
 from functools import partial
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 
 from npu_bridge.jaxcompat import chosen_function
 from npu_bridge.ops import _splash
-from npu_bridge.ops._common import accumulator
 from npu_bridge.ops._blocked import Plan, masked_backward, masked_forward
+from npu_bridge.ops._common import accumulator
 from npu_bridge.ops._skipping import skipping_backward, skipping_forward, tiles_of
 from npu_bridge.ops._tiled import tiled_backward, tiled_forward, tiling_of
 
@@ -46,7 +47,8 @@ def choose_form(form, platform, local, *, plan, rows, queries, keys, heads, ids)
             raise ValueError(f"npu_bridge.ops.attention: implementation 'splash' is asked for, but {refusal}")
     if form != "auto":
         return form
-    # XLA on a CPU pays for every masked logit. Other devices compute them faster than they could decide to leave them out.
+    # XLA on a CPU pays for every masked logit. Other devices compute them faster than they could decide to leave them
+    # out.
     if platform == "cpu" and local and _tiles(plan, rows, queries, keys, heads, ids):
         return "skipping"
     reach = min(keys, plan.size + plan.left + plan.right) if plan.size else keys
@@ -100,7 +102,9 @@ def _chosen(name, masked, skipping, tiled, splash, *, q_at, operands, results):
             compute = partial(masked, plan=plan, scale=scale)
         return lambda *arrays, plan, scale, form: compute(*arrays)
 
-    return chosen_function(name, lambda *arrays, plan, scale, form: masked(*arrays, plan=plan, scale=scale), choose, results=results)
+    return chosen_function(
+        name, lambda *arrays, plan, scale, form: masked(*arrays, plan=plan, scale=scale), choose, results=results
+    )
 
 
 def _with_ids(function, operands):
@@ -116,11 +120,21 @@ def _with_ids(function, operands):
 
 def _forward_results(q, k, v, *ids, **params):
     rows, queries, heads, _ = q.shape
-    return [jax.ShapeDtypeStruct((rows, queries, heads, v.shape[-1]), q.dtype), jax.ShapeDtypeStruct((rows, heads, queries), accumulator(q.dtype))]
+    return [
+        jax.ShapeDtypeStruct((rows, queries, heads, v.shape[-1]), q.dtype),
+        jax.ShapeDtypeStruct((rows, heads, queries), accumulator(q.dtype)),
+    ]
 
 
 _forward = _chosen(
-    "npu_bridge.attention_form", masked_forward, skipping_forward, tiled_forward, _splash.splash_forward, q_at=0, operands=3, results=_forward_results
+    "npu_bridge.attention_form",
+    masked_forward,
+    skipping_forward,
+    tiled_forward,
+    _splash.splash_forward,
+    q_at=0,
+    operands=3,
+    results=_forward_results,
 )
 _backward = _chosen(
     "npu_bridge.attention_form_backward", masked_backward, skipping_backward, tiled_backward, _splash.splash_backward,

@@ -1,7 +1,8 @@
-"""Cross entropy over labelled places alone, for programs of one device: their rows first, in pieces, as many as it takes.
+"""Cross entropy over labelled places alone, for programs of one device: their rows first, in pieces, as many as it
+takes.
 
-n = B * T places, C places of a piece, D model width, V vocabulary. In a mixture of questions and answers one token in three to ten
-carries a label; products with the output matrix are made for these and for what fills the last piece.
+n = B * T places, C places of a piece, D model width, V vocabulary. In a mixture of questions and answers one token in
+three to ten carries a label; products with the output matrix are made for these and for what fills the last piece.
 """
 
 import jax.numpy as jnp
@@ -13,13 +14,19 @@ from npu_bridge.ops._common import accumulator, dot, einsum, sum_over_rows
 def _order(weights, at_most):
     """-> places with the labelled first (padded to whole pieces), rank of each labelled place, their number, C.
 
-    A piece is a small share of the places, so that little is computed in vain; not smaller, for each one adds to a (D, V) sum.
+    A piece is a small share of the places, so that little is computed in vain; not smaller, for each one adds to a (D,
+    V) sum.
     """
     live = weights.reshape(-1) != 0
     n = live.size
     piece = min(at_most, max(256, -(-n // 128) * 16))
     order = jnp.argsort(~live, stable=True).astype(jnp.int32)
-    return jnp.pad(order, (0, -n % piece)), jnp.cumsum(live.astype(jnp.int32)) - 1, jnp.sum(live.astype(jnp.int32)), piece
+    return (
+        jnp.pad(order, (0, -n % piece)),
+        jnp.cumsum(live.astype(jnp.int32)) - 1,
+        jnp.sum(live.astype(jnp.int32)),
+        piece,
+    )
 
 
 def _rows(x, places):
@@ -58,7 +65,11 @@ def labelled_forward(hidden, head, targets, weights, *, chunk):
         known = (wanted >= 0) & (wanted < vocabulary)
         picked = jnp.take_along_axis(logits, jnp.where(known, wanted, 0)[:, None], 1, mode="promise_in_bounds")[:, 0]
         loss = jnp.where(live, total - jnp.where(known, picked, jnp.nan), 0)
-        return start + size, lax.dynamic_update_slice_in_dim(nll, loss, start, 0), lax.dynamic_update_slice_in_dim(lse, total, start, 0)
+        return (
+            start + size,
+            lax.dynamic_update_slice_in_dim(nll, loss, start, 0),
+            lax.dynamic_update_slice_in_dim(lse, total, start, 0),
+        )
 
     empty = jnp.zeros(order.size, accumulator(hidden.dtype))
     _, nll, lse = lax.while_loop(lambda state: state[0] < count, one, (jnp.int32(0), empty, empty))
@@ -82,7 +93,11 @@ def labelled_backward(g, hidden, head, targets, weights, lse, *, chunk):
         hit = wanted[:, None] == lax.broadcasted_iota(targets.dtype, logits.shape, 1)
         dlogits = ((jnp.exp(logits - total[:, None]) - hit) * steep[:, None]).astype(rows.dtype)
         drows = einsum("cv,dv->cd", dlogits, narrow_head).astype(rows.dtype)
-        return start + size, lax.dynamic_update_slice_in_dim(dhidden, drows, start, 0), dhead + sum_over_rows(rows, dlogits)
+        return (
+            start + size,
+            lax.dynamic_update_slice_in_dim(dhidden, drows, start, 0),
+            dhead + sum_over_rows(rows, dlogits),
+        )
 
     start = jnp.int32(0), jnp.zeros((order.size, width), hidden.dtype), jnp.zeros(head.shape, accumulator(hidden.dtype))
     _, dhidden, dhead = lax.while_loop(lambda state: state[0] < count, one, start)

@@ -15,7 +15,8 @@ from npu_bridge import jaxcompat
 def platform_function(name, default, on_npu):
     """-> function of arrays and static keywords that lowers to `on_npu` on platform `npu` and to `default` elsewhere.
 
-    Both return one array of one shape and dtype. The result has no derivative of its own: use it inside a `jax.custom_vjp`.
+    Both return one array of one shape and dtype. The result has no derivative of its own: use it inside a
+    `jax.custom_vjp`.
     """
     primitive = Primitive(name)
     primitive.def_impl(lambda *args, **params: jax.jit(partial(default, **params))(*args))

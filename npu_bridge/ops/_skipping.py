@@ -1,9 +1,11 @@
-"""Self-attention in tiles, of which those that segments, causality or padding mask entirely are never computed (XLA on a CPU).
+"""Self-attention in tiles, of which those that segments, causality or padding mask entirely are never computed (XLA on
+a CPU).
 
-B rows, T places, I = T / C blocks of C queries, S keys of a step, E blocks of one piece, N query heads, K key heads, G = N / K,
-H and J head dims. The number of pieces, and of steps in each, is read from the segment ids while the program runs: blocks that
-attend nothing come last and are left out, the others go through their stretch of keys from its end, S keys a step, with running
-maximum and sum (Milakov and Gimelshein, arXiv:1805.02867; FlashAttention, arXiv:2205.14135). Exact up to the order of sums.
+B rows, T places, I = T / C blocks of C queries, S keys of a step, E blocks of one piece, N query heads, K key heads, G
+= N / K, H and J head dims. The number of pieces, and of steps in each, is read from the segment ids while the program
+runs: blocks that attend nothing come last and are left out, the others go through their stretch of keys from its end, S
+keys a step, with running maximum and sum (Milakov and Gimelshein, arXiv:1805.02867; FlashAttention, arXiv:2205.14135).
+Exact up to the order of sums.
 """
 
 from typing import NamedTuple
@@ -27,7 +29,8 @@ LEAST_LOGITS = 2**20
 
 
 def tiles_of(batch, places, heads, band=None):
-    """Tiles such that the logits of a piece stay in a core's cache; None where so little is to be computed that nothing is gained.
+    """Tiles such that the logits of a piece stay in a core's cache; None where so little is to be computed that nothing
+    is gained.
 
     Args:
       band: keys that a block of queries reaches at most, where that is a narrow stretch of the row.
@@ -39,10 +42,12 @@ def tiles_of(batch, places, heads, band=None):
 
 
 class _Blocks(NamedTuple):
-    """The blocks in order of their number of steps: most first, those without any last; each field (I * B and a filling,).
+    """The blocks in order of their number of steps: most first, those without any last; each field (I * B and a
+    filling,).
 
     Attributes:
-      rows, starts: where a block begins. ends: the place behind the last key that it attends. steps: of `keys` places each.
+      rows, starts: where a block begins. ends: the place behind the last key that it attends. steps: of `keys` places
+        each.
       live: scalar, how many blocks have any.
     """
 
@@ -54,7 +59,9 @@ class _Blocks(NamedTuple):
 
 
 def _blocks(ids_q, ids_kv, tiles, causal, window):
-    """A block may attend another when the ranges of their segment ids touch: never too few, and exact for ids that count upwards."""
+    """A block may attend another when the ranges of their segment ids touch: never too few, and exact for ids that
+    count upwards.
+    """
     size = tiles.queries
 
     def ranges(ids):
@@ -73,21 +80,34 @@ def _blocks(ids_q, ids_kv, tiles, causal, window):
     end = count - jnp.argmax(touch[:, :, ::-1], -1)
     steps = jnp.where(jnp.any(touch, -1), -(-(end - first) * size // tiles.keys), 0).reshape(-1)
     order = jnp.argsort(-steps, stable=True)
-    sort = lambda x: jnp.pad(x[order], (0, -order.size % tiles.piece))
+
+    def sort(x):
+        return jnp.pad(x[order], (0, -order.size % tiles.piece))
+
     number = lax.iota(jnp.int32, order.size)
-    return _Blocks(sort(number // count), sort(number % count * size), sort((end * size).reshape(-1)), sort(steps), jnp.sum(steps > 0))
+    return _Blocks(
+        sort(number // count),
+        sort(number % count * size),
+        sort((end * size).reshape(-1)),
+        sort(steps),
+        jnp.sum(steps > 0),
+    )
 
 
 def _cut(x, rows, starts, size, axis=1):
     """(B, T, ..) -> (E, C, ..): a stretch of each of these rows; `axis` is that of T, 1 or 2."""
     shape = [1, *x.shape[1:]]
     shape[axis] = size
-    dims = lax.GatherDimensionNumbers(offset_dims=tuple(range(1, x.ndim)), collapsed_slice_dims=(0,), start_index_map=(0, axis))
+    dims = lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(1, x.ndim)), collapsed_slice_dims=(0,), start_index_map=(0, axis)
+    )
     return lax.gather(x, jnp.stack([rows, starts], 1), dims, tuple(shape), mode="promise_in_bounds")
 
 
 def _places(x, axis=1):
-    return lax.ScatterDimensionNumbers(update_window_dims=tuple(range(1, x.ndim)), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, axis))
+    return lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(1, x.ndim)), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, axis)
+    )
 
 
 class _Piece:
@@ -146,8 +166,10 @@ class _Piece:
         return _cut(x, self.rows, starts, self.tiles.keys).transpose(0, 2, 1, 3)
 
     def add_keys(self, whole, starts, x):
-        """Adds (E, K, H, S) to (B, T, K, H)."""
-        return lax.scatter_add(whole, jnp.stack([self.rows, starts], 1), x.transpose(0, 3, 1, 2), _places(whole), mode="promise_in_bounds")
+        """Add (E, K, H, S) to (B, T, K, H)."""
+        return lax.scatter_add(
+            whole, jnp.stack([self.rows, starts], 1), x.transpose(0, 3, 1, 2), _places(whole), mode="promise_in_bounds"
+        )
 
 
 def _padded(x, places):
@@ -203,12 +225,19 @@ def skipping_backward(g, q, k, v, out, lse, ids_q, ids_kv, *, tiles, causal, win
     delta, lse = (jnp.pad(x, [(0, 0), (0, 0), (0, places - real)]) for x in (delta, lse))
     g, q, k, v, ids_q, ids_kv = (_padded(x, places) for x in (g, q, k, v, ids_q, ids_kv))
     blocks = _blocks(ids_q, ids_kv, tiles, causal, window)
-    flat = lambda x: x.reshape(tiles.piece, key_heads, -1, x.shape[-1])
+
+    def flat(x):
+        return x.reshape(tiles.piece, key_heads, -1, x.shape[-1])
 
     def one_piece(state):
         start, dq, dk, dv = state
         piece = _Piece(blocks, ids_q, ids_kv, tiles, start, key_heads)
-        queries, gradients, deltas, logs = piece.queries(q), piece.queries(g), piece.statistics(delta), piece.statistics(lse)
+        queries, gradients, deltas, logs = (
+            piece.queries(q),
+            piece.queries(g),
+            piece.statistics(delta),
+            piece.statistics(lse),
+        )
 
         def one_step(state):
             number, dqueries, dk, dv = state

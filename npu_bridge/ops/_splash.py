@@ -1,8 +1,10 @@
-"""Attention by JAX's splash kernels (Pallas, TPU): memory linear in the row, blocks that causality or a band masks are skipped.
+"""Attention by JAX's splash kernels (Pallas, TPU): memory linear in the row, blocks that causality or a band masks are
+skipped.
 
 B rows, T query positions, S key positions, N query heads, K key heads, H and J head dims. The kernels are JAX's own
-(`jax.experimental.pallas.ops.tpu.splash_attention`); here their operands are padded to what they take (rows to whole blocks, head
-dims to 128) and their residuals handed on, so that the backward pass starts from the forward pass that was.
+(`jax.experimental.pallas.ops.tpu.splash_attention`); here their operands are padded to what they take (rows to whole
+blocks, head dims to 128) and their residuals handed on, so that the backward pass starts from the forward pass that
+was.
 
 The softmax scale is multiplied into the queries and rounded to their dtype, which is where these kernels expect it.
 """
@@ -41,7 +43,10 @@ def _block(places):
 
 @functools.lru_cache(maxsize=64)
 def _kernel(heads, queries, keys, offset, left, right, block_q, block_kv, interpret):
-    """The kernels' static part for padded rows: which blocks are visited. Arrays in it are numpy, so that it outlives a trace."""
+    """The kernels' static part for padded rows: which blocks are visited.
+
+    Arrays in it are numpy, so that it outlives a trace.
+    """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # Pallas takes a second to import
 
     class Band(splash.LocalMask):
@@ -66,7 +71,12 @@ def _kernel(heads, queries, keys, offset, left, right, block_q, block_kv, interp
     )  # fmt: skip
     with jax.ensure_compile_time_eval():
         kernel = splash.make_splash_mha(
-            splash.MultiHeadMask([mask] * heads), block_sizes=sizes, save_residuals=True, head_shards=1, q_seq_shards=1, interpret=interpret
+            splash.MultiHeadMask([mask] * heads),
+            block_sizes=sizes,
+            save_residuals=True,
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
         )
         infos = (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info)
         return *jax.tree.map(np.asarray, infos), kernel.kwargs
@@ -79,11 +89,16 @@ class _Call:
         self.queries, self.keys, self.value_dim = q.shape[1], k.shape[1], v.shape[3]
         block_q, block_kv = _block(self.queries), _block(self.keys)
         self.padded = -(-self.queries // block_q) * block_q, -(-self.keys // block_kv) * block_kv
-        self.infos = _kernel(q.shape[2], *self.padded, self.keys - self.queries, left, right, block_q, block_kv, interpret)
+        self.infos = _kernel(
+            q.shape[2], *self.padded, self.keys - self.queries, left, right, block_q, block_kv, interpret
+        )
         if ids_q is None:
             ids_q, ids_kv = jnp.ones(q.shape[:2], jnp.int32), jnp.ones(k.shape[:2], jnp.int32)
         ids_q = jnp.where(ids_q == 0, NO_QUERY, ids_q.astype(jnp.int32))
-        fill = lambda x, places, value: jnp.pad(x, [(0, 0), (0, places - x.shape[1])], constant_values=value)
+
+        def fill(x, places, value):
+            return jnp.pad(x, [(0, 0), (0, places - x.shape[1])], constant_values=value)
+
         self.ids = fill(ids_q, self.padded[0], NO_QUERY), fill(ids_kv.astype(jnp.int32), self.padded[1], NO_KEY)
 
     def heads_first(self, x, places):
@@ -94,7 +109,11 @@ class _Call:
 
     def operands(self, q, k, v, scale):
         q = (q.astype(jnp.float32) * scale).astype(q.dtype)
-        return self.heads_first(q, self.padded[0]), self.heads_first(k, self.padded[1]), self.heads_first(v, self.padded[1])
+        return (
+            self.heads_first(q, self.padded[0]),
+            self.heads_first(k, self.padded[1]),
+            self.heads_first(v, self.padded[1]),
+        )
 
     @staticmethod
     def places_first(x, like):
@@ -117,7 +136,10 @@ def splash_forward(q, k, v, ids_q=None, ids_kv=None, *, left, right, scale, inte
     call = _Call(q, k, v, ids_q, ids_kv, left=left, right=right, interpret=interpret)
     *infos, options = call.infos
     kernel = splash.SplashAttentionKernel(*infos, **options)
-    one_row = lambda q, k, v, ids_q, ids_kv: kernel(q, k, v, splash.SegmentIds(ids_q, ids_kv))
+
+    def one_row(q, k, v, ids_q, ids_kv):
+        return kernel(q, k, v, splash.SegmentIds(ids_q, ids_kv))
+
     out, (lse,) = jax.vmap(one_row)(*call.operands(q, k, v, scale), *call.ids)
     lse = lse[..., : call.queries]
     attends = lse > ATTENDS_NOTHING
@@ -131,7 +153,10 @@ def splash_backward(g, q, k, v, out, lse, ids_q=None, ids_kv=None, *, left, righ
 
     call = _Call(q, k, v, ids_q, ids_kv, left=left, right=right, interpret=interpret)
     _, for_queries, for_keys, options = call.infos
-    whole = lambda x: call.heads_first(x, call.padded[0])
+
+    def whole(x):
+        return call.heads_first(x, call.padded[0])
+
     lse = jnp.pad(lse, [(0, 0), (0, 0), (0, call.padded[0] - call.queries)])
 
     def one_row(q, k, v, ids_q, ids_kv, out, lse, g):
@@ -146,4 +171,12 @@ def splash_backward(g, q, k, v, out, lse, ids_q=None, ids_kv=None, *, left, righ
     return dq, call.places_first(dk, k).astype(k.dtype), call.places_first(dv, v).astype(v.dtype)
 
 
-_BACKWARD = ("mask_value", "is_mqa", "block_sizes", "residual_checkpoint_name", "mask_function", "attn_logits_soft_cap", "interpret")
+_BACKWARD = (
+    "mask_value",
+    "is_mqa",
+    "block_sizes",
+    "residual_checkpoint_name",
+    "mask_function",
+    "attn_logits_soft_cap",
+    "interpret",
+)

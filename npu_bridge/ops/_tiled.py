@@ -1,8 +1,10 @@
-"""Attention with memory linear in the row, in plain JAX: any platform, and several devices, whose rows and heads stay where they are.
+"""Attention with memory linear in the row, in plain JAX: any platform, and several devices, whose rows and heads stay
+where they are.
 
-B rows, T query positions, S key positions, N query heads, K key heads, G = N / K, H and J head dims. Queries are taken in steps of
-E blocks of C positions. Each step walks through its keys, C at a time, with running maximum and sum (Milakov and Gimelshein,
-arXiv:1805.02867; FlashAttention, arXiv:2205.14135), so at most B * N * E * C * C logits exist. Bounds of both loops depend on shapes
+B rows, T query positions, S key positions, N query heads, K key heads, G = N / K, H and J head dims. Queries are taken
+in steps of E blocks of C positions. Each step walks through its keys, C at a time, with running maximum and sum
+(Milakov and Gimelshein, arXiv:1805.02867; FlashAttention, arXiv:2205.14135), so at most B * N * E * C * C logits exist.
+Bounds of both loops depend on shapes
 alone: no device waits for another, and XLA partitions the program by rows and heads without an exchange.
 """
 
@@ -20,7 +22,8 @@ class Tiling(NamedTuple):
 
     Attributes:
       block: C. group: E; 1 unless the reach of a query is bounded.
-      before, behind: blocks of keys that a block of queries reaches on either side of its own; None where any key may be reached.
+      before, behind: blocks of keys that a block of queries reaches on either side of its own; None where any key may
+        be reached.
     """
 
     block: int
@@ -87,7 +90,7 @@ class _Loops:
         return part.reshape(x.shape[0], self.group, self.block, *x.shape[2:])
 
     def add_keys(self, whole, x, step, number):
-        """Adds (B, E, C, ..) where `cut_keys` took it from."""
+        """Add (B, E, C, ..) where `cut_keys` took it from."""
         start = (self.first_key_block(step) + number) * self.block
         x = x.reshape(x.shape[0], -1, *x.shape[3:])
         old = lax.dynamic_slice_in_dim(whole, start, x.shape[1], 1)
@@ -107,11 +110,24 @@ class _Loops:
         return jnp.clip(-(-reached // self.block), 0, last)
 
     def mask(self, step, number, ids_q, ids_kv):
-        """(B or 1, E, C, C) bool. Ids (B, T') and (B, S') carry different values in the padding, so that it is never attended."""
+        """(B or 1, E, C, C) bool.
+
+        Ids (B, T') and (B, S') carry different values in the padding, so that it is never attended.
+        """
         places = (1, self.group, self.block, self.block)
         block = lax.broadcasted_iota(jnp.int32, places, 1) * self.block
-        query = step * self.group * self.block + block + lax.broadcasted_iota(jnp.int32, places, 2) + (self.keys - self.queries)
-        key = (self.first_key_block(step) + number) * self.block + block + lax.broadcasted_iota(jnp.int32, places, 3) - self.lead
+        query = (
+            step * self.group * self.block
+            + block
+            + lax.broadcasted_iota(jnp.int32, places, 2)
+            + (self.keys - self.queries)
+        )
+        key = (
+            (self.first_key_block(step) + number) * self.block
+            + block
+            + lax.broadcasted_iota(jnp.int32, places, 3)
+            - self.lead
+        )
         ahead = query - key
         allowed = self.cut_queries(ids_q, step)[..., :, None] == self.cut_keys(ids_kv, step, number)[..., None, :]
         if self.causal:
@@ -195,10 +211,14 @@ def tiled_backward(g, q, k, v, out, lse, ids_q=None, ids_kv=None, *, tiling, cau
     lse = lse.transpose(0, 2, 1)[..., None]
     g, q, delta, lse = (loops.pad_queries(x) for x in (g, q, delta, lse))
     k, v = loops.pad_keys(k), loops.pad_keys(v)
-    flat = lambda x: x.reshape(*x.shape[:3], -1, x.shape[-1])
+
+    def flat(x):
+        return x.reshape(*x.shape[:3], -1, x.shape[-1])
 
     def one_step(state, step):
-        queries_, gradients, deltas, logs = (_by_key_head(loops.cut_queries(x, step), key_heads) for x in (q, g, delta, lse))
+        queries_, gradients, deltas, logs = (
+            _by_key_head(loops.cut_queries(x, step), key_heads) for x in (q, g, delta, lse)
+        )
 
         def one_tile(number, state):
             dqueries, dk, dv = state
@@ -207,7 +227,10 @@ def tiled_backward(g, q, k, v, out, lse, ids_q=None, ids_kv=None, *, tiling, cau
             allowed = loops.mask(step, number, ids_q, ids_kv)[:, :, None, None]
             p = jnp.exp(jnp.where(allowed, logits, -jnp.inf) - logs).astype(narrow)
             ds = (p.astype(wide) * (einsum("bekgcj,beskj->bekgcs", gradients, values) - deltas) * scale).astype(narrow)
-            to_keys = lambda x: x.transpose(0, 1, 4, 2, 3)
+
+            def to_keys(x):
+                return x.transpose(0, 1, 4, 2, 3)
+
             dv = loops.add_keys(dv, to_keys(sum_over_rows(flat(gradients), flat(p), batch=3)), step, number)
             dk = loops.add_keys(dk, to_keys(sum_over_rows(flat(queries_), flat(ds), batch=3)), step, number)
             return dqueries + einsum("bekgcs,beskh->bekgch", ds, keys_), dk, dv

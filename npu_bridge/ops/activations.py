@@ -48,8 +48,15 @@ def swiglu_backward(g, gate, up):
     return dgate.astype(gate.dtype), (g * wide * sigmoid).astype(up.dtype)
 
 
-_swiglu_operator = define_operator("swiglu", reference=swiglu_forward, rule="..., ... -> ...", results=lambda gate, up: [gate])
-_swiglu_gradient = define_operator("swiglu_backward", reference=swiglu_backward, rule="..., ..., ... -> ..., ...", results=lambda g, gate, up: [gate, up])
+_swiglu_operator = define_operator(
+    "swiglu", reference=swiglu_forward, rule="..., ... -> ...", results=lambda gate, up: [gate]
+)
+_swiglu_gradient = define_operator(
+    "swiglu_backward",
+    reference=swiglu_backward,
+    rule="..., ..., ... -> ..., ...",
+    results=lambda g, gate, up: [gate, up],
+)
 
 
 @jax.custom_vjp
@@ -100,7 +107,9 @@ def gelu_backward(g, x, *, approximate):
 
 
 _gelu_operator = define_operator("gelu", reference=gelu_forward, rule="... -> ...", results=lambda x, approximate: [x])
-_gelu_gradient = define_operator("gelu_backward", reference=gelu_backward, rule="..., ... -> ...", results=lambda g, x, approximate: [x])
+_gelu_gradient = define_operator(
+    "gelu_backward", reference=gelu_backward, rule="..., ... -> ...", results=lambda g, x, approximate: [x]
+)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -1,6 +1,6 @@
 """Softmax cross entropy straight from hidden states: the (B, T, V) logits never exist, forward or backward.
 
-B rows, T tokens, D model width, V vocabulary, C token places of a row in one chunk.
+B rows, T tokens, D model width, V vocabulary, C token positions of a row in one chunk.
 """
 
 from functools import partial
@@ -19,9 +19,9 @@ def cross_entropy(hidden, head, targets, weights, *, chunk: int):
 
     Args:
       hidden: (B, T, D) states of the last layer. head: (D, V) output matrix, cast to hidden's dtype for the products.
-      targets: (B, T) integers. weights: (B, T) float; places of weight 0 yield exactly 0 and pass no gradient, whatever their
-        hidden state (NaN included) and target (an ignore index included) hold.
-      chunk: static; token places of each row whose logits exist at a time, so the peak is B * chunk * V float32.
+      targets: (B, T) integers. weights: (B, T) float; places of weight 0 yield exactly 0 and pass no gradient, whatever
+        their hidden state (NaN included) and target (an ignore index included) hold.
+      chunk: static; token positions of each row whose logits exist at a time, so the peak is B * chunk * V float32.
 
     Returns:
       (B, T) float32 `weight * (logsumexp(logits) - logits[target])`, differentiable in hidden, head and weights.
@@ -39,7 +39,11 @@ def cross_entropy(hidden, head, targets, weights, *, chunk: int):
         "cross_entropy",
         f"targets have shape {targets.shape} and weights {weights.shape}; expected {hidden.shape[:2]}",
     )
-    require(jnp.issubdtype(targets.dtype, jnp.integer), "cross_entropy", f"targets have dtype {targets.dtype}; integers are expected")
+    require(
+        jnp.issubdtype(targets.dtype, jnp.integer),
+        "cross_entropy",
+        f"targets have dtype {targets.dtype}; integers are expected",
+    )
     require(chunk >= 1, "cross_entropy", f"chunk is {chunk}; expected at least 1")
     return _cross_entropy(hidden, head, targets, weights, int(chunk))
 
@@ -47,8 +51,8 @@ def cross_entropy(hidden, head, targets, weights, *, chunk: int):
 def split_chunks(x, chunk):
     """(B, T, ..) -> (n, B, C, ..) with place c * n + i of a row in chunk i, T padded with zeros to a multiple of n.
 
-    Strided on purpose: the chunk index is the minor part of T, so a T that is sharded over a mesh axis stays sharded inside
-    every chunk and the loop over chunks slices nothing across devices.
+    Strided on purpose: the chunk index is the minor part of T, so a T that is sharded over a mesh axis stays sharded
+    inside every chunk and the loop over chunks slices nothing across devices.
     """
     count = -(-x.shape[1] // chunk)
     width = -(-x.shape[1] // count)
@@ -65,7 +69,10 @@ def join_chunks(x, length):
 
 
 def chunk_logits(hidden, head, weights):
-    """-> hidden with dead places zeroed, logits (B, C, V) in float32. Zeroing keeps a NaN in padding out of the head's gradient."""
+    """-> hidden with dead places zeroed, logits (B, C, V) in float32.
+
+    Zeroing keeps a NaN in padding out of the head's gradient.
+    """
     hidden = jnp.where((weights != 0)[..., None], hidden, 0)
     return hidden, einsum("bcd,dv->bcv", hidden, head)
 
@@ -111,18 +118,24 @@ def cross_entropy_backward(g, hidden, head, targets, weights, lse, *, chunk):
     return join_chunks(dhidden, hidden.shape[1]), dhead
 
 
-# Over several devices rows of one would have to move to another, and the NPU's host would have to wait for their number.
+# Over several devices rows of one would have to move to another, and the NPU's host would have to wait for their
+# number.
 _forward = alone_function(
     "npu_bridge.cross_entropy_forward",
     cross_entropy_forward,
     labelled_forward,
-    results=lambda hidden, head, targets, weights, chunk: [jax.ShapeDtypeStruct(targets.shape, accumulator(hidden.dtype))] * 2,
+    results=lambda hidden, head, targets, weights, chunk: (
+        [jax.ShapeDtypeStruct(targets.shape, accumulator(hidden.dtype))] * 2
+    ),
 )
 _backward = alone_function(
     "npu_bridge.cross_entropy_backward",
     cross_entropy_backward,
     labelled_backward,
-    results=lambda g, hidden, head, *others, chunk: [hidden, jax.ShapeDtypeStruct(head.shape, accumulator(hidden.dtype))],
+    results=lambda g, hidden, head, *others, chunk: [
+        hidden,
+        jax.ShapeDtypeStruct(head.shape, accumulator(hidden.dtype)),
+    ],
 )
 
 

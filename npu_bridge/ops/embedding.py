@@ -14,8 +14,8 @@ def embedding(table, ids):
     """Rows of a table.
 
     Args:
-      table: (V, D) float. ids: integers of any shape. An id outside [0, V) yields a row of zeros and receives no gradient,
-        which is also what each shard of a vocabulary-sharded table does with the ids of the others.
+      table: (V, D) float. ids: integers of any shape. An id outside [0, V) yields a row of zeros and receives no
+        gradient, which is also what each shard of a vocabulary-sharded table does with the ids of the others.
 
     Returns:
       ids.shape + (D,) in the table's dtype. Repeated ids add their gradients in float32.
@@ -40,7 +40,8 @@ def embedding_backward(g, ids, *, rows):
     return jnp.zeros((rows, g.shape[-1]), accumulator(g.dtype)).at[ids].add(g.astype(accumulator(g.dtype)), mode="drop")
 
 
-# The vocabulary is a reduction: each shard answers for its own rows (`first` is the number of the first) and the answers add up.
+# The vocabulary is a reduction: each shard answers for its own rows (`first` is the number of the first) and the
+# answers add up.
 _forward = define_operator(
     "embedding",
     reference=embedding_forward,

@@ -16,8 +16,8 @@ def linear(x, w, bias=None):
 
     Args:
       x: (.., D) activations.
-      w: (D, F) weights; cast to x's dtype for the product. Its gradient is accumulated in float32 and returned in w's own
-        dtype, so float32 master weights may be passed with bfloat16 activations and lose nothing.
+      w: (D, F) weights; cast to x's dtype for the product. Its gradient is accumulated in float32 and returned in w's
+        own dtype, so float32 master weights may be passed with bfloat16 activations and lose nothing.
       bias: (F,) or None, added in float32 before the result is cast.
 
     Returns:
@@ -49,8 +49,8 @@ def _narrow(x, w, *bias, contract):
     return y + bias[0].astype(y.dtype) if bias else y
 
 
-# On the NPU the product is asked for in the operands' dtype at once: the matrix unit accumulates in float32 whatever it returns,
-# while for a float32 result of bfloat16 operands torch would have to widen the operands first.
+# On the NPU the product is asked for in the operands' dtype at once: the matrix unit accumulates in float32 whatever it
+# returns, while for a float32 result of bfloat16 operands torch would have to widen the operands first.
 _rounded_product = platform_function("npu_bridge.linear", _wide, _narrow)
 
 

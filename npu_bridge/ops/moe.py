@@ -17,8 +17,8 @@ def grouped_matmul(x, w, group_sizes):
     """Rows of x, sorted by expert, times the matrix of their expert.
 
     Args:
-      x: (T, D). w: (E, D, F), cast to x's dtype for the products. group_sizes: (E,) integers, rows of each expert in order; rows
-        past their sum belong to no expert and yield zeros.
+      x: (T, D). w: (E, D, F), cast to x's dtype for the products. group_sizes: (E,) integers, rows of each expert in
+        order; rows past their sum belong to no expert and yield zeros.
 
     Returns:
       (T, F) in x's dtype, accumulated in float32; gradients of w are summed in float32.
@@ -34,10 +34,10 @@ def grouped_matmul(x, w, group_sizes):
 
 
 def tile_plan(rows, group_sizes, tile):
-    """Cuts the sorted rows into ceil(rows / tile) + E tiles that each touch one expert.
+    """Cut the sorted rows into ceil(rows / tile) + E tiles that each touch one expert.
 
-    -> first row (n,), expert (n,) and live-row count (n,) of each tile; a tile without work has count 0. The number of tiles is
-    static whatever the routing, because each expert wastes at most one partial tile.
+    -> first row (n,), expert (n,) and live-row count (n,) of each tile; a tile without work has count 0. The number of
+    tiles is static whatever the routing, because each expert wastes at most one partial tile.
     """
     experts = group_sizes.shape[0]
     group_sizes = group_sizes.astype(jnp.int32)
@@ -108,7 +108,10 @@ _product_transposed = define_operator(
     replicate=("t", "e"),
 )
 _weight_gradient = define_operator(
-    "grouped_matmul_weight_gradient", reference=grouped_weight_gradient, rule="t d, t f, e -> e d f", replicate=("t", "e")
+    "grouped_matmul_weight_gradient",
+    reference=grouped_weight_gradient,
+    rule="t d, t f, e -> e d f",
+    replicate=("t", "e"),
 )
 
 
@@ -130,17 +133,18 @@ _grouped_matmul.defvjp(lambda x, w, sizes: (_grouped_matmul(x, w, sizes), (x, w,
 def moe_gating(logits, *, k: int, scoring="softmax", bias=None, groups=1, groups_kept=1, renormalize: bool, scale=1.0):
     """Top-k routing.
 
-    Scores are the softmax (Qwen3-MoE, Mixtral) or the sigmoid (DeepSeek-V3) of the logits in float32. `bias` enters the choice
-    of experts only, never their weights (auxiliary-loss-free balancing, DeepSeek-V3 report section 2.1.2). With groups > 1 the
-    experts fall into `groups` equal groups, of which the `groups_kept` with the largest sum of their two best biased scores
-    stay eligible.
+    Scores are the softmax (Qwen3-MoE, Mixtral) or the sigmoid (DeepSeek-V3) of the logits in float32. `bias` enters the
+    choice of experts only, never their weights (auxiliary-loss-free balancing, DeepSeek-V3 report section 2.1.2). With
+    groups > 1 the experts fall into `groups` equal groups, of which the `groups_kept` with the largest sum of their two
+    best biased scores stay eligible.
 
     Args:
-      logits: (T, E). bias: (E,) or None; it receives no gradient. renormalize: divide the chosen scores by their sum (with 1e-20
-        added for sigmoid scores). scale: static factor on the weights.
+      logits: (T, E). bias: (E,) or None; it receives no gradient. renormalize: divide the chosen scores by their sum
+        (with 1e-20 added for sigmoid scores). scale: static factor on the weights.
 
     Returns:
-      weights (T, k) float32, differentiable in logits, and experts (T, k) int32, best first; ties go to the lower expert.
+      weights (T, k) float32, differentiable in logits, and experts (T, k) int32, best first; ties go to the lower
+      expert.
     """
     logits = jnp.asarray(logits)
     require_float("moe_gating", logits=logits)
@@ -152,8 +156,14 @@ def moe_gating(logits, *, k: int, scoring="softmax", bias=None, groups=1, groups
         "moe_gating",
         f"k={k} of {experts} experts in {groups} groups of which {groups_kept} are kept does not work out",
     )
-    require(groups == 1 or experts // groups >= 2, "moe_gating", f"{groups} groups of {experts} experts leave less than two a group")
-    params = dict(k=k, scoring=scoring, groups=groups, groups_kept=groups_kept, renormalize=bool(renormalize), scale=float(scale))
+    require(
+        groups == 1 or experts // groups >= 2,
+        "moe_gating",
+        f"{groups} groups of {experts} experts leave less than two a group",
+    )
+    params = dict(
+        k=k, scoring=scoring, groups=groups, groups_kept=groups_kept, renormalize=bool(renormalize), scale=float(scale)
+    )
     # The choice itself passes no gradient, so the operator never sees one; the weights get theirs behind it.
     operands = lax.stop_gradient((logits,) if bias is None else (logits, bias))
     weights, experts = (_gating_operator if bias is None else _gating_biased)(*operands, **params)
@@ -189,7 +199,9 @@ def gating_forward(logits, *bias, k, scoring, groups, groups_kept, renormalize, 
 
 
 _gating_operator = define_operator("moe_gating", reference=gating_forward, rule="t e -> t k, t k", replicate=("e", "k"))
-_gating_biased = define_operator("moe_gating_biased", reference=gating_forward, rule="t e, e -> t k, t k", replicate=("e", "k"))
+_gating_biased = define_operator(
+    "moe_gating_biased", reference=gating_forward, rule="t e, e -> t k, t k", replicate=("e", "k")
+)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -209,13 +221,14 @@ _with_gradient.defvjp(lambda weights, logits, experts, params: (weights, (logits
 
 
 def moe_permute(tokens, experts, *, num_experts: int):
-    """Copies each token to its k experts and sorts the copies by expert, keeping token order inside an expert.
+    """Copy each token to its k experts and sort the copies by expert, keeping token order inside an expert.
 
     Args:
       tokens: (T, D). experts: (T, k) int32 in [0, num_experts).
 
     Returns:
-      permuted (T * k, D), group_sizes (num_experts,) int32, and destination (T, k) int32: the row of each copy in `permuted`.
+      permuted (T * k, D), group_sizes (num_experts,) int32, and destination (T, k) int32: the row of each copy in
+      `permuted`.
     """
     tokens, experts = jnp.asarray(tokens), jnp.asarray(experts)
     require(
@@ -267,20 +280,35 @@ def unpermute_forward(permuted, destination, weights):
 
 
 def unpermute_backward(g, permuted, destination, weights):
-    """-> dpermuted (T * k, D), dweights (T, k) float32. `destination` is a permutation, so nothing collides in the scatter."""
+    """-> dpermuted (T * k, D), dweights (T, k) float32.
+
+    `destination` is a permutation, so nothing collides in the scatter.
+    """
     wide = g.astype(accumulator(g.dtype))
     dweights = jnp.sum(permuted[destination].astype(wide.dtype) * wide[:, None], -1)
     rows = (wide[:, None] * weights[..., None].astype(wide.dtype)).astype(permuted.dtype)
-    dpermuted = jnp.zeros_like(permuted).at[destination.reshape(-1)].set(rows.reshape(-1, rows.shape[-1]), unique_indices=True)
+    dpermuted = (
+        jnp.zeros_like(permuted).at[destination.reshape(-1)].set(rows.reshape(-1, rows.shape[-1]), unique_indices=True)
+    )
     return dpermuted, dweights
 
 
 _ROWS = ("p", "t", "k")  # routing moves rows anywhere, so they stay whole; the width is free
-_permute_operator = define_operator("moe_permute", reference=permute_forward, rule="t d, p, t k -> p d", replicate=_ROWS)
-_permute_gradient = define_operator("moe_permute_backward", reference=permute_backward, rule="p d, t k -> t d", replicate=_ROWS)
-_unpermute_operator = define_operator("moe_unpermute", reference=unpermute_forward, rule="p d, t k, t k -> t d", replicate=_ROWS)
+_permute_operator = define_operator(
+    "moe_permute", reference=permute_forward, rule="t d, p, t k -> p d", replicate=_ROWS
+)
+_permute_gradient = define_operator(
+    "moe_permute_backward", reference=permute_backward, rule="p d, t k -> t d", replicate=_ROWS
+)
+_unpermute_operator = define_operator(
+    "moe_unpermute", reference=unpermute_forward, rule="p d, t k, t k -> t d", replicate=_ROWS
+)
 _unpermute_gradient = define_operator(
-    "moe_unpermute_backward", reference=unpermute_backward, rule="t d, p d, t k, t k -> p d, t k", reduces={1: ("d",)}, replicate=_ROWS
+    "moe_unpermute_backward",
+    reference=unpermute_backward,
+    rule="t d, p d, t k, t k -> p d, t k",
+    reduces={1: ("d",)},
+    replicate=_ROWS,
 )
 
 

@@ -14,7 +14,8 @@ from npu_bridge.ops._common import accumulator, require, require_float
 
 
 def rms_norm(x, scale, *, eps):
-    """`x / sqrt(mean(x^2) + eps) * scale` over the last dim, computed in float32 and rounded once (Zhang & Sennrich 2019).
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last dim, computed in float32 and rounded once (Zhang & Sennrich
+    2019).
 
     Args:
       x: (.., D). scale: (D,) of any float dtype. eps: static float.
@@ -53,7 +54,11 @@ def _gradient(x, statistic, vectors):
 
 
 _forward = define_operator(
-    "rms_norm", reference=rms_norm_forward, rule="... d, d -> ... d, ... u", replicate=("d", "u"), results=lambda x, scale, eps: [x, _statistic(x)]
+    "rms_norm",
+    reference=rms_norm_forward,
+    rule="... d, d -> ... d, ... u",
+    replicate=("d", "u"),
+    results=lambda x, scale, eps: [x, _statistic(x)],
 )
 _backward = define_operator(
     "rms_norm_backward",
@@ -85,7 +90,8 @@ _rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
 
 
 def layer_norm(x, scale, bias, *, eps):
-    """`(x - mean) / sqrt(var + eps) * scale + bias` over the last dim, computed in float32 and rounded once (Ba et al. 2016).
+    """`(x - mean) / sqrt(var + eps) * scale + bias` over the last dim, computed in float32 and rounded once (Ba et al.
+    2016).
 
     Args:
       x: (.., D). scale, bias: (D,). eps: static float.

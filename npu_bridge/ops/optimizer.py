@@ -11,10 +11,11 @@ def fused_adamw(param, grad, mu, nu, *, step, learning_rate, b1, b2, eps, weight
     """One decoupled AdamW update of one array (Loshchilov & Hutter 2019), computed in float32.
 
     Args:
-      param, grad, mu, nu: one shape; `mu` and `nu` are the running moments. step: number of this update, counted from 1 (a
-        traced integer is fine). learning_rate: float or traced scalar. b1, b2, eps, weight_decay: static floats.
+      param, grad, mu, nu: one shape; `mu` and `nu` are the running moments. step: number of this update, counted from 1
+        (a traced integer is fine). learning_rate: float or traced scalar. b1, b2, eps, weight_decay: static floats.
 
-      keep: bool or traced bool scalar; False leaves all three bitwise as they are, whatever grad holds, without asking the host.
+      keep: bool or traced bool scalar; False leaves all three bitwise as they are, whatever grad holds, without asking
+        the host.
 
     Returns:
       (param, mu, nu) updated, each in its own dtype.
@@ -27,7 +28,19 @@ def fused_adamw(param, grad, mu, nu, *, step, learning_rate, b1, b2, eps, weight
     dtype = accumulator(param.dtype)
     step = jnp.asarray(step).astype(dtype)
     learning_rate = jnp.asarray(learning_rate, dtype)
-    return _adamw(param, grad, mu, nu, step, learning_rate, jnp.asarray(keep, bool), b1=float(b1), b2=float(b2), eps=float(eps), weight_decay=float(weight_decay))
+    return _adamw(
+        param,
+        grad,
+        mu,
+        nu,
+        step,
+        learning_rate,
+        jnp.asarray(keep, bool),
+        b1=float(b1),
+        b2=float(b2),
+        eps=float(eps),
+        weight_decay=float(weight_decay),
+    )
 
 
 def adamw_update(param, grad, mu, nu, step, learning_rate, keep, *, b1, b2, eps, weight_decay):
@@ -55,5 +68,8 @@ _adamw = define_operator(
 
 def global_norm(tree):
     """Euclidean norm over all leaves of a pytree, squared and summed in float32; 0 for an empty tree."""
-    squares = [jnp.sum(jnp.square(jnp.asarray(leaf).astype(accumulator(jnp.result_type(leaf))))) for leaf in jax.tree.leaves(tree)]
+    squares = [
+        jnp.sum(jnp.square(jnp.asarray(leaf).astype(accumulator(jnp.result_type(leaf)))))
+        for leaf in jax.tree.leaves(tree)
+    ]
     return jnp.sqrt(sum(squares)) if squares else jnp.zeros((), jnp.float32)

@@ -17,7 +17,8 @@ MODES = ("half", "interleaved")
 def rotary(x, cos, sin, *, mode="half"):
     """Rotate the first R entries of each head by the angles of the tables; the rest passes unchanged.
 
-    `half` pairs entry i with i + R/2 (Llama, Qwen), `interleaved` pairs 2i with 2i + 1 (GPT-J, DeepSeek). The tables are given
+    `half` pairs entry i with i + R/2 (Llama, Qwen), `interleaved` pairs 2i with 2i + 1 (GPT-J, DeepSeek). The tables
+    are given
     at full width: entry j of the tables belongs to entry j of the head, so multi-axis tables need no special case.
 
     Args:
@@ -34,7 +35,8 @@ def rotary(x, cos, sin, *, mode="half"):
     require(
         cos.shape == sin.shape == (*x.shape[:2], width) and width % 2 == 0 and width <= x.shape[-1],
         "rotary",
-        f"cos has shape {cos.shape} and sin {sin.shape}; expected both (B, T, R) = {x.shape[:2]} + (R,) with even R <= {x.shape[-1]}",
+        f"cos has shape {cos.shape} and sin {sin.shape}; expected both (B, T, R) = {x.shape[:2]} + (R,) with "
+        f"even R <= {x.shape[-1]}",
     )
     return _rotary(x, cos, sin, mode)
 
@@ -67,9 +69,16 @@ def rotary_backward(g, cos, sin, *, mode):
 
 
 _RULE = "b t n h, b t r, b t r -> b t n h"
-_like_first = lambda x, cos, sin, mode: [x]
+
+
+def _like_first(x, cos, sin, mode):
+    return [x]
+
+
 _forward = define_operator("rotary", reference=rotary_forward, rule=_RULE, replicate=("h", "r"), results=_like_first)
-_backward = define_operator("rotary_backward", reference=rotary_backward, rule=_RULE, replicate=("h", "r"), results=_like_first)
+_backward = define_operator(
+    "rotary_backward", reference=rotary_backward, rule=_RULE, replicate=("h", "r"), results=_like_first
+)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -83,7 +92,8 @@ def _rotary_fwd(x, cos, sin, mode):
 
 def _rotary_bwd(mode, res, g):
     x, cos, sin = res
-    # Gradients of the tables are plain JAX beside the operator: nobody asks for them in training and XLA then drops them.
+    # Gradients of the tables are plain JAX beside the operator: nobody asks for them in training and XLA then drops
+    # them.
     width, dtype = cos.shape[-1], accumulator(x.dtype)
     head, gh = x[..., :width].astype(dtype), g[..., :width].astype(dtype)
     dcos = jnp.sum(gh * head, 2).astype(cos.dtype)

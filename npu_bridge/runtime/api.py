@@ -14,12 +14,11 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from npu_bridge import jaxcompat
-from npu_bridge.runtime import cache
-from npu_bridge.compiler import lower
-from npu_bridge.compiler.lower import Traced
-from npu_bridge.compiler import partition
-from npu_bridge.errors import PlacementError, UnsupportedError
+from npu_bridge.compiler import lower, partition
 from npu_bridge.compiler.ir import Layout, MeshShape
+from npu_bridge.compiler.lower import Traced
+from npu_bridge.errors import PlacementError, UnsupportedError
+from npu_bridge.runtime import cache
 
 if TYPE_CHECKING:
     from npu_bridge.compiler.codegen.printer import Source
@@ -69,7 +68,10 @@ def _spec(x: Any) -> PartitionSpec:
         return x
     if isinstance(x, NamedSharding):
         if x.memory_kind not in (None, "device", "unpinned_host"):
-            raise PlacementError(f"npu_bridge: sharding {x} asks for {x.memory_kind} memory; the bridge keeps arguments and results in the device's, leave memory_kind out")
+            raise PlacementError(
+                f"npu_bridge: sharding {x} asks for {x.memory_kind} memory; the bridge keeps arguments and "
+                "results in the device's, leave memory_kind out"
+            )
         return x.spec
     raise PlacementError(f"npu_bridge: sharding {x!r}; expected a PartitionSpec or a NamedSharding")
 
@@ -84,7 +86,14 @@ class Lowered:
 
     def __init__(self, name: str, source: Source, traced: Traced, layouts: dict[str, list], mesh: MeshShape, seconds: dict[str, float],
                  host_sync: bool = False):  # fmt: skip
-        self.name, self.source, self.traced, self.mesh, self.seconds, self.host_sync = name, source, traced, mesh, seconds, host_sync
+        self.name, self.source, self.traced, self.mesh, self.seconds, self.host_sync = (
+            name,
+            source,
+            traced,
+            mesh,
+            seconds,
+            host_sync,
+        )
         self.arg_layouts: list[Layout] = [tuple(tuple(a) for a in lay) for lay in layouts["args"]]
         self.result_layouts: list[Layout] = [tuple(tuple(a) for a in lay) for lay in layouts["results"]]
 
@@ -117,7 +126,9 @@ class Compiled:
         source = lowered.source
         self.runtime = Runtime(lowered.mesh, device, source.axes_used)
         kernels = list(dict.fromkeys(k["name"] for k in source.kernels))
-        program = LoadedProgram(source.text, source.constants, kernels, self.runtime, lowered.name, source.host_arguments, compile=compile)
+        program = LoadedProgram(
+            source.text, source.constants, kernels, self.runtime, lowered.name, source.host_arguments, compile=compile
+        )
         donated = [lowered.traced.donated[i] for i in lowered.traced.kept]
         instead = "torch.compile" if compile else "" if capture else "eager: capture is off"
         if lowered.host_sync:
@@ -135,7 +146,10 @@ class Compiled:
         from npu_bridge.runtime.scopes import program_to_run
 
         traced, low = self.lowered.traced, self.lowered
-        host = {n: self._on_host(flat[traced.kept[n]], traced.kept[n], low.arg_layouts[n]) for n in low.source.host_arguments}
+        host = {
+            n: self._on_host(flat[traced.kept[n]], traced.kept[n], low.arg_layouts[n])
+            for n in low.source.host_arguments
+        }
         local = [self._place(flat[i], i, low.arg_layouts[n]) for n, i in enumerate(traced.kept)]
         for i, donated in enumerate(traced.donated):
             if donated and isinstance(flat[i], Array) and not flat[i].is_deleted():
@@ -169,21 +183,29 @@ class Compiled:
         aval, donated = self.lowered.traced.in_avals[number], self.lowered.traced.donated[number]
         key = jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key)
         if not key and tuple(np.shape(x)) != tuple(aval.shape):
-            raise PlacementError(f"npu_bridge: argument {number} has shape {tuple(np.shape(x))}, {self.lowered.name} was compiled for {aval.shape}")
+            raise PlacementError(
+                f"npu_bridge: argument {number} has shape {tuple(np.shape(x))}, {self.lowered.name} was "
+                f"compiled for {aval.shape}"
+            )
         if isinstance(x, Array):
-            same = all(x.runtime.size(a) == 1 and self.runtime.size(b) == 1 or tuple(a) == tuple(b) for a, b in zip(_full(x), _full(x, layout)))
+            same = all(
+                (x.runtime.size(a) == 1 and self.runtime.size(b) == 1) or tuple(a) == tuple(b)
+                for a, b in zip(_full(x), _full(x, layout))
+            )
             if same:
                 return x.donate(self.lowered.name) if donated else x.local
             if not x.is_fully_replicated:
                 raise PlacementError(
-                    f"npu_bridge: argument {number} is split over {x.layout}, {self.lowered.name} wants {layout}; give it the sharding of "
+                    f"npu_bridge: argument {number} is split over {x.layout}, {self.lowered.name} wants "
+                    f"{layout}; give it the sharding of "
                     "the step that made it (out_shardings), or gather it first"
                 )
             local = shard(x.donate(self.lowered.name) if donated else x.local, layout, self.runtime)
             return local.contiguous()
         local = self._shard(x, number, layout)
         if local.device.type == "cpu" != self.runtime.device.type:
-            # From pinned memory the copy is queued; from any other the host would wait until all that was queued before has run.
+            # From pinned memory the copy is queued; from any other the host would wait until all that was queued before
+            # has run.
             return local.pin_memory().to(self.runtime.device, non_blocking=True)
         moved = local.to(self.runtime.device).contiguous()
         # A donated array is overwritten: never in memory that JAX or numpy still hold.
@@ -201,7 +223,8 @@ class Compiled:
             return to_torch(held, dtype)
         if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
             raise PlacementError(
-                f"npu_bridge: argument {number} is a JAX array of sharding {x.sharding}, of which this process holds another part than {layout} gives "
+                f"npu_bridge: argument {number} is a JAX array of sharding {x.sharding}, of which this "
+                f"process holds another part than {layout} gives "
                 "it; place it as in_shardings says, with process r of the job as device r of the mesh"
             )
         return shard(to_torch(x, np.uint32 if key else dtype), layout, self.runtime)
@@ -212,8 +235,9 @@ def _memory(x: Any) -> int:
 
 
 def _apart(results: Sequence[Any], others: set[int]) -> list[Any]:
-    """Results with memory of their own, each of which may be donated and overwritten: those that lie in memory of `others` (arguments
-    that the caller keeps) or of a result before them, or show an element twice, are copied."""
+    """Results with memory of their own, each of which may be donated and overwritten: those that lie in memory of
+    `others` (arguments that the caller keeps) or of a result before them, or show an element twice, are copied.
+    """
     taken, out = set(others), []
     for x in results:
         repeats = any(step == 0 and n > 1 for step, n in zip(x.stride(), x.shape))
@@ -231,8 +255,9 @@ def _full(x: Any, layout: Layout | None = None) -> Layout:
 
 
 def _collector_paused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Lowering makes some hundred thousand objects and drops few: looking for cycles among them, and among everything that jax and torch
-    hold, again and again costs up to a fifth of it."""
+    """Lowering makes some hundred thousand objects and drops few: looking for cycles among them, and among everything
+    that jax and torch hold, again and again costs up to a fifth of it.
+    """
 
     @functools.wraps(function)
     def paused(*args: Any, **named: Any) -> Any:
@@ -248,7 +273,9 @@ def _collector_paused(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _counted(numbers: Sequence[int], count: int) -> list[int]:
-    """Argument numbers of a call with `count` arguments: negative ones count from the end, those of defaults that were left out go."""
+    """Argument numbers of a call with `count` arguments: negative ones count from the end, those of defaults that were
+    left out go.
+    """
     return [n % count for n in numbers if -count <= n < count]
 
 
@@ -294,27 +321,38 @@ class Jitted:
         if _is_spec(given):
             given = (given,) * len(dynamic)
         if len(given) != len(dynamic):
-            raise PlacementError(f"npu_bridge: in_shardings has {len(given)} entries, {len(dynamic)} arguments were passed")
+            raise PlacementError(
+                f"npu_bridge: in_shardings has {len(given)} entries, {len(dynamic)} arguments were passed"
+            )
         return [jax.tree.broadcast(g, a, is_leaf=_is_spec) for g, a in zip(given, dynamic)]
 
     def _abstract(self, args: Sequence[Any], named: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Arguments as ShapeDtypeStructs with shardings. Gathers everything that does not fit and raises once."""
         if set(named) - set(self.static_names) and self.in_shardings is not None:
-            raise PlacementError(f"npu_bridge: {self._name} has in_shardings and was given {', '.join(named)} by name; pass these arguments by position")
+            raise PlacementError(
+                f"npu_bridge: {self._name} has in_shardings and was given {', '.join(named)} by name; pass "
+                "these arguments by position"
+            )
         specs, static = iter(self._specs(args)), _counted(self.static, len(args))
         problems: list[str] = []
 
         def one(path: Any, x: Any, spec: Any, number: int | str) -> Any:
             where = f"argument {number}{jax.tree_util.keystr(path)}"
             weak = _is_weak(x)
-            if isinstance(x, jax.ShapeDtypeStruct) or hasattr(x, "shape") and hasattr(x, "dtype"):
+            if isinstance(x, jax.ShapeDtypeStruct) or (hasattr(x, "shape") and hasattr(x, "dtype")):
                 shape, dtype = tuple(x.shape), x.dtype
                 if type(x).__module__.split(".")[0] == "torch":
-                    dtype = np.dtype(str(dtype).removeprefix("torch.")) if "bfloat" not in str(dtype) else jax.numpy.bfloat16
+                    dtype = (
+                        np.dtype(str(dtype).removeprefix("torch."))
+                        if "bfloat" not in str(dtype)
+                        else jax.numpy.bfloat16
+                    )
             elif isinstance(x, (bool, int, float, np.generic)):
                 shape, dtype = (), jax.dtypes.canonicalize_dtype(np.result_type(x))
             else:
-                problems.append(f"{where}: {type(x).__name__} is no array; pass an array, or name the argument in static_argnums")
+                problems.append(
+                    f"{where}: {type(x).__name__} is no array; pass an array, or name the argument in static_argnums"
+                )
                 return jax.ShapeDtypeStruct((), np.float32)
             if not jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
                 dtype = jax.dtypes.canonicalize_dtype(dtype)  # 64 bits become 32 unless jax_enable_x64 is on
@@ -323,7 +361,10 @@ class Jitted:
                 return jax.ShapeDtypeStruct(shape, np.float32)
             if self.mesh is None:
                 if spec is not None and any(_spec(spec)):
-                    problems.append(f"{where}: sharding {_spec(spec)} without a mesh; pass mesh={{axis: size}} or a jax.sharding.Mesh to npu_bridge.jit")
+                    problems.append(
+                        f"{where}: sharding {_spec(spec)} without a mesh; pass mesh={{axis: size}} or a "
+                        "jax.sharding.Mesh to npu_bridge.jit"
+                    )
                 return jax.ShapeDtypeStruct(shape, dtype, weak_type=weak)
             if spec is None and getattr(x, "layout", None):
                 spec = PartitionSpec(*(tuple(a) or None for a in x.layout))
@@ -338,8 +379,12 @@ class Jitted:
                 if d >= len(shape):
                     problems.append(f"{where}: sharding {spec} names dimension {d}, the array has shape {shape}")
                 elif shape[d] % shards:
-                    problems.append(f"{where}: dimension {d} of {shape} cannot be split evenly over {axes}, {shards} shards; pad it")
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=None if len(problems) > found else NamedSharding(self.mesh, spec), weak_type=weak)
+                    problems.append(
+                        f"{where}: dimension {d} of {shape} cannot be split evenly over {axes}, {shards} shards; pad it"
+                    )
+            return jax.ShapeDtypeStruct(
+                shape, dtype, sharding=None if len(problems) > found else NamedSharding(self.mesh, spec), weak_type=weak
+            )
 
         made = []
         for number, a in enumerate(args):
@@ -348,7 +393,9 @@ class Jitted:
             else:
                 made.append(jax.tree_util.tree_map_with_path(functools.partial(one, number=number), a, next(specs)))
         by_name = {
-            name: a if name in self.static_names else jax.tree_util.tree_map_with_path(lambda path, x: one(path, x, None, name), a)
+            name: a
+            if name in self.static_names
+            else jax.tree_util.tree_map_with_path(lambda path, x: one(path, x, None, name), a)
             for name, a in named.items()
         }
         if problems:
@@ -363,7 +410,7 @@ class Jitted:
 
     @_collector_paused
     def lower(self, *args: Any, **named: Any) -> Lowered:
-        """Lowers for these arguments (arrays or ShapeDtypeStructs). Needs no device and no other process.
+        """Lower for these arguments (arrays or ShapeDtypeStructs). Needs no device and no other process.
 
         Raises UnsupportedError listing everything the bridge refuses, VersionError, PlacementError.
         """
@@ -372,7 +419,9 @@ class Jitted:
         begin = time.perf_counter()
         out = self.out_shardings
         if self.mesh is not None and out is not None:
-            out = jax.tree.map(lambda s: None if s is None else NamedSharding(self.mesh, _spec(s)), out, is_leaf=_is_spec)
+            out = jax.tree.map(
+                lambda s: None if s is None else NamedSharding(self.mesh, _spec(s)), out, is_leaf=_is_spec
+            )
         abstract, by_name = self._abstract(args, named)
         traced = lower.lower(
             self.fn, abstract, named=by_name, mesh=self.mesh, donate_argnums=[n + len(args) if n < 0 else n for n in self.donate],
@@ -380,12 +429,16 @@ class Jitted:
             static_argnames=self.static_names, keep_unused=self.keep_unused,
         )  # fmt: skip
         lowered_at = time.perf_counter()
-        state = self._state_arguments(args) + [False] * len(jax.tree.leaves({k: v for k, v in named.items() if k not in self.static_names}))
+        state = self._state_arguments(args) + [False] * len(
+            jax.tree.leaves({k: v for k, v in named.items() if k not in self.static_names})
+        )
         state = [state[i] for i in traced.kept]
         donated = [traced.donated[i] for i in traced.kept]
         name = found = None
         if cache.directory() is not None:
-            name = cache.key(str(traced.module), state=state, donated=donated, order=self.order, **dataclasses.asdict(self.options))
+            name = cache.key(
+                str(traced.module), state=state, donated=donated, order=self.order, **dataclasses.asdict(self.options)
+            )
             found = cache.load(name)
         if found is None:
             try:
@@ -420,7 +473,9 @@ class Jitted:
         with module.context:
             program = Importer(module, self.device).run(donated)
         program.name = self._name
-        passes.run(program, device=self.device, reduce_in_float32=self.options.reduce_in_float32, overlap=self.options.overlap)
+        passes.run(
+            program, device=self.device, reduce_in_float32=self.options.reduce_in_float32, overlap=self.options.overlap
+        )
         source = generate(program, allow_host_sync=self.options.allow_host_sync, device=self.device)
         body = program.body
         extra = {"args": [v.layout for v in body.params], "results": [v.layout for v in body.results], "mesh": program.mesh.axes,
@@ -430,8 +485,12 @@ class Jitted:
     # -- running ----------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        flat, tree = jax.tree.flatten((self._dynamic(args), {k: v for k, v in named.items() if k not in self.static_names}))
-        if any(isinstance(x, jax.core.Tracer) for x in flat):  # under jax.grad, jax.vmap, or another function that is being traced
+        flat, tree = jax.tree.flatten(
+            (self._dynamic(args), {k: v for k, v in named.items() if k not in self.static_names})
+        )
+        if any(
+            isinstance(x, jax.core.Tracer) for x in flat
+        ):  # under jax.grad, jax.vmap, or another function that is being traced
             return self._inside(*args, **named)
         # With their types: 1, 1.0 and True are equal, and other programs.
         fixed: tuple[Any, ...] = tuple((type(args[i]), args[i]) for i in _counted(self.static, len(args)))
@@ -440,15 +499,23 @@ class Jitted:
         try:
             known = signature in self._compiled
         except TypeError as error:
-            raise TypeError(f"npu_bridge: a static argument of {self._name} cannot be hashed ({error}); static arguments are compiled in and must be hashable") from None
+            raise TypeError(
+                f"npu_bridge: a static argument of {self._name} cannot be hashed ({error}); static arguments "
+                "are compiled in and must be hashable"
+            ) from None
         if not known:
             low = self.lower(*args, **named)
-            self._compiled[signature] = (Compiled(low, self.device, capture=self.capture, compile=self.compile), low.traced.out_tree)
+            self._compiled[signature] = (
+                Compiled(low, self.device, capture=self.capture, compile=self.compile),
+                low.traced.out_tree,
+            )
         compiled, out_tree = self._compiled[signature]
         return jax.tree.unflatten(out_tree, compiled(flat))
 
 
-def _names_and_numbers(fn: Callable[..., Any], numbers: tuple[int, ...], names: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def _names_and_numbers(
+    fn: Callable[..., Any], numbers: tuple[int, ...], names: tuple[str, ...]
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Arguments that are named by number or by name, both ways, as far as the function's signature tells."""
     try:
         parameters = list(inspect.signature(fn).parameters.values())
@@ -479,13 +546,16 @@ def jit(
     capture: bool = True,
     compile: bool = False,
 ) -> Any:
-    """Compiles a JAX function into a torch program for one device of a mesh. Without a function it is a decorator with these options.
+    """Compile a JAX function into a torch program for one device of a mesh.
+
+    Without a function it is a decorator with these options.
 
     Args:
       fn: a function of pytrees of arrays, as for `jax.jit`.
-      mesh: a `jax.sharding.Mesh`, an `AbstractMesh`, or ``{axis: size}``. Each process is one place of it; no JAX devices needed.
-      in_shardings, out_shardings: pytree prefixes of PartitionSpec or NamedSharding; None is replicated (arguments) or left to
-        propagation (results).
+      mesh: a `jax.sharding.Mesh`, an `AbstractMesh`, or ``{axis: size}``. Each process is one place of it; no JAX
+        devices needed.
+      in_shardings, out_shardings: pytree prefixes of PartitionSpec or NamedSharding; None is replicated (arguments) or
+        left to propagation (results).
       donate_argnums: arguments whose storage the step may overwrite.
       static_argnums, static_argnames: hashable arguments that are compiled in, by position or by name.
       donate_argnames: as `donate_argnums`, for arguments that are passed by position.
@@ -494,13 +564,15 @@ def jit(
       device: "npu", "cuda" or "cpu".
       allow_host_sync: allow loops whose trip count is read from the device (one synchronisation a round).
       reduce_in_float32: exchange sums of 16-bit floats in float32.
-      overlap: start gathers ahead of the computation before their first use and wait for scatters behind what follows them; at most two of
-        each kind are under way, which is what it costs in memory. False waits for each exchange where it stands.
+      overlap: start gathers ahead of the computation before their first use and wait for scatters behind what follows
+        them; at most two of each kind are under way, which is what it costs in memory. False waits for each exchange
+        where it stands.
       capture: capture the whole step as a device graph where the device has graphs; False runs it operator by operator.
-      compile: hand the written program to `torch.compile`, on cuda or cpu and in one process. The first step takes as long as that takes.
+      compile: hand the written program to `torch.compile`, on cuda or cpu and in one process. The first step takes as
+        long as that takes.
 
-    Called under `jax.grad`, `jax.vmap`, `jax.checkpoint` or in a function that is being traced, the function becomes a part of that: wrap the
-    outermost one to run it all on the device.
+    Called under `jax.grad`, `jax.vmap`, `jax.checkpoint` or in a function that is being traced, the function becomes a
+    part of that: wrap the outermost one to run it all on the device.
 
     Returns a callable; its results are `npu_bridge.Array`, its `.lower(*args)` gives `.as_text()`, `.collectives()`,
     `.kernels()` and `.memory()`.
@@ -508,7 +580,10 @@ def jit(
     if fn is None:
         given = {k: v for k, v in locals().items() if k != "fn"}
         return functools.partial(jit, **given)
-    as_tuple = lambda n: (n,) if isinstance(n, (int, str)) else tuple(n)
+
+    def as_tuple(n):
+        return (n,) if isinstance(n, (int, str)) else tuple(n)
+
     static, names = _names_and_numbers(fn, as_tuple(static_argnums), as_tuple(static_argnames))
     donate, _ = _names_and_numbers(fn, as_tuple(donate_argnums), as_tuple(donate_argnames))
     jaxcompat.require_tested_version()

@@ -7,11 +7,12 @@ import torch
 _MIN = {torch.int8: -(1 << 7), torch.int16: -(1 << 15), torch.int32: -(1 << 31), torch.int64: -(1 << 63)}
 _WIDTH = {torch.int8: 8, torch.uint8: 8, torch.int16: 16, torch.int32: 32, torch.int64: 64}
 
-# ---- unsigned integers ------------------------------------------------------------------------------------------------
+# ---- unsigned integers
+# ------------------------------------------------------------------------------------------------
 
 
 def unsigned_order(x: torch.Tensor) -> torch.Tensor:
-    """Maps unsigned bits to signed numbers of the same order: flips the top bit."""
+    """Map unsigned bits to signed numbers of the same order: flips the top bit."""
     return x ^ _MIN[x.dtype]
 
 
@@ -38,8 +39,8 @@ def _unsigned_quotient(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     bits = _WIDTH[x.dtype]
     if bits < 64:
         return torch.div(widen_unsigned(x, bits), widen_unsigned(y, bits), rounding_mode="floor").to(x.dtype)
-    # No wider integer holds a uint64. A divisor with its top bit set goes in once or not at all; below that half of x, which is
-    # not negative, is divided, and what halving lost is at most one more.
+    # No wider integer holds a uint64. A divisor with its top bit set goes in once or not at all; below that half of x,
+    # which is not negative, is divided, and what halving lost is at most one more.
     half = (x >> 1) & ~_MIN[torch.int64]
     small = torch.where(y > 0, y, 1)
     quotient = torch.div(half, small, rounding_mode="floor") << 1
@@ -61,7 +62,8 @@ def unsigned_remainder(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.where(zero, x, x - _unsigned_quotient(x, divisor) * divisor)
 
 
-# ---- signed integers ----------------------------------------------------------------------------------------------------
+# ---- signed integers
+# ----------------------------------------------------------------------------------------------------
 
 
 def integer_divide(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -118,7 +120,8 @@ def count_leading_zeros(x: torch.Tensor) -> torch.Tensor:
     return count
 
 
-# ---- floats -------------------------------------------------------------------------------------------------------------
+# ---- floats
+# -------------------------------------------------------------------------------------------------------------
 
 
 def float_to_integer(x: torch.Tensor, dtype: torch.dtype, unsigned: bool) -> torch.Tensor:
@@ -131,13 +134,17 @@ def float_to_integer(x: torch.Tensor, dtype: torch.dtype, unsigned: bool) -> tor
     x = torch.nan_to_num(x.float() if x.dtype.itemsize < 4 else x, nan=0.0, posinf=float("inf"), neginf=float("-inf"))
     over, under = x >= float(high), x <= float(low)
     inside = torch.where(over | under, 0, x).to(torch.int64)
-    wrap = lambda n: n - (1 << bits) if unsigned and n >= 1 << (bits - 1) else n
+
+    def wrap(n):
+        return n - (1 << bits) if unsigned and n >= 1 << (bits - 1) else n
+
     return torch.where(over, wrap(high), torch.where(under, low, inside)).to(dtype)
 
 
 def float_remainder(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """x - trunc(x / y) y, exact. torch's vectorised fmod divides and gives NaN where the quotient overflows: there x is first reduced by
-    multiples of y, which leaves the result as it is."""
+    """x - trunc(x / y) y, exact. torch's vectorised fmod divides and gives NaN where the quotient overflows: there x is
+    first reduced by multiples of y, which leaves the result as it is.
+    """
     if x.dtype.itemsize < 4:
         return float_remainder(x.float(), y.float()).to(x.dtype)
     rest, step = x, 2.0 ** (700 if x.dtype == torch.float64 else 90)  # the quotient is below 2 ** 2100, or 2 ** 277
@@ -154,21 +161,35 @@ def total_order(x: torch.Tensor) -> torch.Tensor:
 
 
 def unsigned_to_float(x: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
-    """Unsigned bits as a float. Of 64 bits, what does not fit into an int64 is halved, keeping the last bit so that it is rounded once."""
+    """Unsigned bits as a float.
+
+    Of 64 bits, what does not fit into an int64 is halved, keeping the last bit so that it is rounded once.
+    """
     if bits < 64:
         return widen_unsigned(x, bits).to(dtype)
     half = ((x >> 1) & ~_MIN[torch.int64]) | (x & 1)
-    return torch.where(x < 0, half.to(torch.float64) * 2, x.to(torch.float64)).to(dtype) if dtype != torch.float32 else torch.where(x < 0, half.to(dtype) * 2, x.to(dtype))
+    return (
+        torch.where(x < 0, half.to(torch.float64) * 2, x.to(torch.float64)).to(dtype)
+        if dtype != torch.float32
+        else torch.where(x < 0, half.to(dtype) * 2, x.to(dtype))
+    )
 
 
 def to_float8(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rounds to an 8-bit float. What rounds beyond its largest number is NaN where the type has no infinity; torch saturates."""
+    """Rounds to an 8-bit float.
+
+    What rounds beyond its largest number is NaN where the type has no infinity; torch saturates.
+    """
     x = x.float()
     y = x.to(dtype)
     if dtype == torch.float8_e5m2:
         return y
     # Half a step above the largest number; the tie goes to it when its last bit is even, to NaN otherwise.
-    largest, step, even = {torch.float8_e4m3fn: (448.0, 32.0, True), torch.float8_e4m3fnuz: (240.0, 16.0, False), torch.float8_e5m2fnuz: (57344.0, 8192.0, False)}[dtype]
+    largest, step, even = {
+        torch.float8_e4m3fn: (448.0, 32.0, True),
+        torch.float8_e4m3fnuz: (240.0, 16.0, False),
+        torch.float8_e5m2fnuz: (57344.0, 8192.0, False),
+    }[dtype]
     beyond = (x.abs() > largest + step / 2) | ((x.abs() == largest + step / 2) & (not even))
     nan = torch.full((), float("nan"), device=x.device).to(dtype)
     return torch.where(beyond, nan.view(torch.uint8), y.view(torch.uint8)).view(dtype)
@@ -204,7 +225,9 @@ def zeta(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         return zeta(x.float(), q.float()).to(x.dtype)
     pole = (q <= 0) & (q == torch.floor(q))
     at_pole = torch.where((torch.remainder(x, 2) == 0) | (x == 1), float("inf"), float("nan")).to(x.dtype)
-    return torch.where(torch.isinf(x) | torch.isnan(x), float("nan"), torch.where(pole, at_pole, torch.special.zeta(x, q)))
+    return torch.where(
+        torch.isinf(x) | torch.isnan(x), float("nan"), torch.where(pole, at_pole, torch.special.zeta(x, q))
+    )
 
 
 def polygamma(n: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -215,7 +238,9 @@ def polygamma(n: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def reduce_precision(x: torch.Tensor, exponent_bits: int, mantissa_bits: int) -> torch.Tensor:
-    """Rounds float32 to fewer bits (ties to even); overflow gives infinity, numbers below the smallest normal give zero."""
+    """Rounds float32 to fewer bits (ties to even); overflow gives infinity, numbers below the smallest normal give
+    zero.
+    """
     if x.dtype != torch.float32:
         return reduce_precision(x.float(), exponent_bits, mantissa_bits).to(x.dtype)
     drop = 23 - mantissa_bits

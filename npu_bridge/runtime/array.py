@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from npu_bridge.compiler.codegen.operands import STORAGE
-from npu_bridge.errors import PlacementError
 from npu_bridge.compiler.ir import Layout
 from npu_bridge.compiler.lower import mlir_dtype
+from npu_bridge.errors import PlacementError
 from npu_bridge.runtime.mesh import Runtime
 
 # numpy has no name for these; torch hands them over as the bits of an integer.
@@ -51,7 +51,11 @@ def to_torch(x: Any, dtype: Any) -> torch.Tensor:
     if isinstance(x, torch.Tensor):
         t = x
     else:
-        if isinstance(x, jax.Array) and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) and x.is_fully_replicated:
+        if (
+            isinstance(x, jax.Array)
+            and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+            and x.is_fully_replicated
+        ):
             try:
                 t = torch.from_dlpack(x)
             except Exception:  # layouts and dtypes DLPack does not carry
@@ -63,7 +67,9 @@ def to_torch(x: Any, dtype: Any) -> torch.Tensor:
                 x = jax.random.key_data(x)
             host = np.asarray(x, dtype=dtype if np.isscalar(x) or isinstance(x, (bool, int, float)) else None)
             if host.dtype.kind == "O":
-                raise PlacementError(f"npu_bridge: a non-array leaf of type {type(x).__name__} was passed; mark it static or remove it")
+                raise PlacementError(
+                    f"npu_bridge: a non-array leaf of type {type(x).__name__} was passed; mark it static or remove it"
+                )
             bits = {named: (b, t) for t, (b, named) in _AS_BITS.items()}.get(host.dtype.type)
             host = np.ascontiguousarray(host) if host.ndim else host
             if bits is not None:
@@ -75,10 +81,14 @@ def to_torch(x: Any, dtype: Any) -> torch.Tensor:
                 t = torch.from_numpy(host if host.flags.writeable else host.copy())
     if t.dtype in (torch.uint16, torch.uint32, torch.uint64):
         t = t.view({torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}[t.dtype])
-    if t.dtype != wanted and t.dtype.itemsize == 8 and wanted == _NARROWED.get(t.dtype):  # jax without x64 takes 64 bits as 32
+    if (
+        t.dtype != wanted and t.dtype.itemsize == 8 and wanted == _NARROWED.get(t.dtype)
+    ):  # jax without x64 takes 64 bits as 32
         t = t.to(wanted)
     if t.dtype != wanted:
-        raise PlacementError(f"npu_bridge: array of dtype {t.dtype} found, the program was compiled for {np.dtype(dtype).name}")
+        raise PlacementError(
+            f"npu_bridge: array of dtype {t.dtype} found, the program was compiled for {np.dtype(dtype).name}"
+        )
     return t
 
 
@@ -102,11 +112,21 @@ def held_shard(x: jax.Array, layout: Layout, runtime: Runtime) -> jax.Array | No
 class Array:
     """One array of a bridge program: this device's shard, and how the whole is split.
 
-    shape, dtype: of the whole array. local: the shard, a torch tensor on the device. layout: mesh axes of each dimension.
+    shape, dtype: of the whole array. local: the shard, a torch tensor on the device. layout: mesh axes of each
+    dimension.
     weak_type: as JAX has it for the same result.
     """
 
-    def __init__(self, local: torch.Tensor, shape: tuple[int, ...], dtype: Any, layout: Layout, runtime: Runtime, *, weak_type: bool = False):
+    def __init__(
+        self,
+        local: torch.Tensor,
+        shape: tuple[int, ...],
+        dtype: Any,
+        layout: Layout,
+        runtime: Runtime,
+        *,
+        weak_type: bool = False,
+    ):
         self._local: torch.Tensor | None = local
         self.weak_type = weak_type
         self.shape, self.dtype, self.layout, self.runtime = tuple(shape), np.dtype(dtype), layout, runtime
@@ -117,7 +137,8 @@ class Array:
         """This device's shard. Raises PlacementError after the array was donated."""
         if self._local is None:
             raise PlacementError(
-                f"npu_bridge: array {self.dtype}{list(self.shape)} was donated to {self.donated_to or 'a step'} and is gone; "
+                f"npu_bridge: array {self.dtype}{list(self.shape)} was donated to "
+                f"{self.donated_to or 'a step'} and is gone; "
                 "use the step's result, or leave it out of donate_argnums"
             )
         return self._local
@@ -138,7 +159,7 @@ class Array:
         return self._local is None
 
     def donate(self, to: str) -> torch.Tensor:
-        """Hands the storage over; the array is gone afterwards."""
+        """Hand the storage over; the array is gone afterwards."""
         local, self._local, self.donated_to = self.local, None, to
         return local
 
@@ -154,20 +175,28 @@ class Array:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if not self.is_fully_replicated:
             raise PlacementError(
-                f"npu_bridge: array {self.dtype}{list(self.shape)} is split over {self.layout}; call .gather() on every rank, or read .local"
+                f"npu_bridge: array {self.dtype}{list(self.shape)} is split over {self.layout}; call "
+                ".gather() on every rank, or read .local"
             )
         host = to_numpy(self.local, self.dtype)
         # `local` may be donated and overwritten later: never hand out its memory.
         return np.array(host, dtype=dtype or host.dtype)
 
     def to_jax(self, sharding: jax.sharding.Sharding) -> jax.Array:
-        """The whole as a JAX array of this sharding, with this process's shard copied to its host device: no exchange, and later steps
-        leave it alone. Raises PlacementError when the sharding gives this process another shard than it holds."""
-        held = tuple((b, b + n) for b, n in zip(shard_begins(self.layout, self.local.shape, self.runtime), self.local.shape))
+        """The whole as a JAX array of this sharding, with this process's shard copied to its host device: no exchange,
+        and later steps leave it alone. Raises PlacementError when the sharding gives this process another shard than it
+        holds.
+        """
+        held = tuple(
+            (b, b + n) for b, n in zip(shard_begins(self.layout, self.local.shape, self.runtime), self.local.shape)
+        )
         mine = sharding.addressable_devices_indices_map(self.shape)
         wrong = {str(d): i for d, i in mine.items() if _bounds(i, self.shape) != held}
         if wrong:
-            raise PlacementError(f"npu_bridge: this process holds {held} of {self.dtype}{list(self.shape)}, the sharding asks for {wrong}")
+            raise PlacementError(
+                f"npu_bridge: this process holds {held} of {self.dtype}{list(self.shape)}, the sharding asks "
+                f"for {wrong}"
+            )
         host = np.array(to_numpy(self.local, self.dtype))
         return jax.make_array_from_single_device_arrays(self.shape, sharding, [jax.device_put(host, d) for d in mine])
 
@@ -177,7 +206,8 @@ class Array:
 
     def __dlpack__(self, **options: Any):
         """The shard's own memory, without a copy: a step that the array is donated to overwrites it."""
-        # Unsigned integers are kept as the bits of signed ones: whoever takes the memory must see the array's own dtype.
+        # Unsigned integers are kept as the bits of signed ones: whoever takes the memory must see the array's own
+        # dtype.
         own = getattr(torch, self.dtype.name) if self.dtype.kind == "u" else self.local.dtype
         return self.local.view(own).__dlpack__(**options)
 

@@ -32,7 +32,9 @@ def _own_source() -> str:
     """Digest of the compiler: a program written by another state of it is not reused."""
     digest = hashlib.sha256()
     root = pathlib.Path(__file__).parents[1]
-    for path in sorted([*root.glob("*.py"), *root.glob("compiler/**/*.py"), *root.glob("runtime/*.py"), *root.glob("ops/*.py")]):
+    for path in sorted(
+        [*root.glob("*.py"), *root.glob("compiler/**/*.py"), *root.glob("runtime/*.py"), *root.glob("ops/*.py")]
+    ):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -61,7 +63,7 @@ def load(name: str) -> tuple[Source, dict[str, Any]] | None:
 
 
 def store(name: str, source: Source, extra: dict[str, Any]) -> None:
-    """Writes an entry; a reader sees it whole or not at all. Failing to write is not an error."""
+    """Write an entry; a reader sees it whole or not at all. Failing to write is not an error."""
     base = directory()
     if base is None:
         return
@@ -75,7 +77,10 @@ def store(name: str, source: Source, extra: dict[str, Any]) -> None:
     try:
         base.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=base, suffix=".npz", delete=False) as f:
-            raw = {f"c{i}": np.ascontiguousarray(a).view(np.uint8) if a.ndim else a.reshape(1).view(np.uint8) for i, (a, _) in enumerate(source.constants)}
+            raw = {
+                f"c{i}": np.ascontiguousarray(a).view(np.uint8) if a.ndim else a.reshape(1).view(np.uint8)
+                for i, (a, _) in enumerate(source.constants)
+            }
             np.savez(f, **raw)
         os.replace(f.name, base / f"{name}.npz")
         with tempfile.NamedTemporaryFile("w", dir=base, suffix=".json", delete=False) as f:

@@ -1,14 +1,15 @@
 """A whole step as one CUDA graph or NPU graph, with a stated fall-back to eager execution.
 
-Shapes are static and nothing in a step synchronises, so the second call is captured and later calls replay it: one launch from the
-host instead of thousands. The first call runs eagerly (libraries allocate workspaces and communicators then).
+Shapes are static and nothing in a step synchronises, so the second call is captured and later calls replay it: one
+launch from the host instead of thousands. The first call runs eagerly (libraries allocate workspaces and communicators
+then).
 
-Addresses must not move. Arguments live in buffers that stay; a new batch is copied into its buffer; a donated argument is its own
-buffer, and the result that takes its place is written back into it inside the graph unless it is there already. Other results are
-copied out, because the next replay overwrites them.
+Addresses must not move. Arguments live in buffers that stay; a new batch is copied into its buffer; a donated argument
+is its own buffer, and the result that takes its place is written back into it inside the graph unless it is there
+already. Other results are copied out, because the next replay overwrites them.
 
-On the CPU the eager program is all there is. The paths for cuda and npu follow the documented interfaces (torch.cuda.CUDAGraph,
-torch.npu.NPUGraph); the CPU tests cover the bookkeeping with a stand-in for the graph.
+On the CPU the eager program is all there is. The paths for cuda and npu follow the documented interfaces
+(torch.cuda.CUDAGraph, torch.npu.NPUGraph); the CPU tests cover the bookkeeping with a stand-in for the graph.
 """
 
 from __future__ import annotations
@@ -25,8 +26,12 @@ from npu_bridge.runtime.program import LoadedProgram
 _NAMES = {"cuda": "one CUDA graph", "npu": "one NPU graph"}
 
 
-def pair_donated(args: Sequence[torch.Tensor], donated: Sequence[bool], results: Sequence[torch.Tensor]) -> dict[int, int]:
-    """Result number -> donated argument whose place it takes: the one whose storage it has, else the first free one of its kind."""
+def pair_donated(
+    args: Sequence[torch.Tensor], donated: Sequence[bool], results: Sequence[torch.Tensor]
+) -> dict[int, int]:
+    """Result number -> donated argument whose place it takes: the one whose storage it has, else the first free one of
+    its kind.
+    """
     free = [i for i, d in enumerate(donated) if d]
     pairs: dict[int, int] = {}
     for j, r in enumerate(results):
@@ -52,7 +57,9 @@ class _DeviceGraph:
         self.graph = torch.cuda.CUDAGraph() if kind == "cuda" else torch.npu.NPUGraph()
 
     def capture(self, function: Callable[[], Any]) -> tuple[Any, list[tuple[torch.Tensor, int]]]:
-        """What the function returns, and what its calls that can be told new lengths read: (run lengths, places of a row) each."""
+        """What the function returns, and what its calls that can be told new lengths read: (run lengths, places of a
+        row) each.
+        """
         self.module.synchronize()
         if self.module is torch.cuda:
             with self.module.graph(self.graph):
@@ -73,9 +80,19 @@ class _DeviceGraph:
 
 
 class GraphedProgram:
-    """Callable like `LoadedProgram`; captures on the second call where the device has graphs, unless `instead` says how it runs."""
+    """Callable like `LoadedProgram`; captures on the second call where the device has graphs, unless `instead` says how
+    it runs.
+    """
 
-    def __init__(self, program: LoadedProgram, kind: str, donated: Sequence[bool], *, instead: str = "", make_graph: Callable[[str], Any] | None = None):
+    def __init__(
+        self,
+        program: LoadedProgram,
+        kind: str,
+        donated: Sequence[bool],
+        *,
+        instead: str = "",
+        make_graph: Callable[[str], Any] | None = None,
+    ):
         self.program, self.kind, self.donated = program, kind, list(donated)
         self._make_graph = make_graph or _DeviceGraph
         self._calls = 0
@@ -83,7 +100,9 @@ class GraphedProgram:
         self._buffers: list[torch.Tensor] = []
         self._outs: list[torch.Tensor] = []
         self._pairs: dict[int, int] = {}
-        self._lengths: list[tuple[int, int]] = []  # argument and places of a row, for each captured call that is told them
+        self._lengths: list[
+            tuple[int, int]
+        ] = []  # argument and places of a row, for each captured call that is told them
         if instead:
             self.status, self._wanted = instead, False
         elif kind not in _NAMES and make_graph is None:
@@ -112,7 +131,10 @@ class GraphedProgram:
             # A result that lies in a donated buffer is read after the copies below have overwritten it.
             buffers = {b.untyped_storage().data_ptr() for b, d in zip(self._buffers, self.donated) if d}
             stays = {j for j, i in pairs.items() if results[j].data_ptr() == self._buffers[i].data_ptr()}
-            results = [r.clone() if j not in stays and r.untyped_storage().data_ptr() in buffers else r for j, r in enumerate(results)]
+            results = [
+                r.clone() if j not in stays and r.untyped_storage().data_ptr() in buffers else r
+                for j, r in enumerate(results)
+            ]
             for j, i in pairs.items():
                 if results[j].data_ptr() != self._buffers[i].data_ptr():
                     self._buffers[i].copy_(results[j])

@@ -1,7 +1,7 @@
 """Slices at device indices, padding, gather and scatter as StableHLO defines them.
 
-`shards` maps an indexed dimension to (first global index of this shard, size of the whole dimension). Indices are clamped or
-dropped by the whole array's size, then each device answers for its own part only.
+`shards` maps an indexed dimension to (first global index of this shard, size of the whole dimension). Indices are
+clamped or dropped by the whole array's size, then each device answers for its own part only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Shards = Mapping[int, tuple[int, int]]
 
 
 def write(base: torch.Tensor, view: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-    """Copies `update` into `view`, a view of `base`, and returns `base`."""
+    """Copy `update` into `view`, a view of `base`, and return `base`."""
     view.copy_(update)
     return base
 
@@ -40,9 +40,11 @@ def dynamic_slice(x: torch.Tensor, starts: Sequence, sizes: Sequence[int]) -> to
 
 
 def dynamic_update_slice(x: torch.Tensor, update: torch.Tensor, starts: Sequence) -> torch.Tensor:
-    """Writes into `x` and returns it."""
+    """Write into `x` and return it."""
     moved = [d for d in range(x.dim()) if update.shape[d] != x.shape[d]]
-    index = [_clamped(starts[d], update.shape[d], x.shape[d]) + torch.arange(update.shape[d], device=x.device) for d in moved]
+    index = [
+        _clamped(starts[d], update.shape[d], x.shape[d]) + torch.arange(update.shape[d], device=x.device) for d in moved
+    ]
     if len(moved) == 1:
         return x.index_copy_(moved[0], index[0].long(), update)
     whole: list = []
@@ -52,7 +54,9 @@ def dynamic_update_slice(x: torch.Tensor, update: torch.Tensor, starts: Sequence
     return x.index_put_(tuple(whole), update)
 
 
-def pad(x: torch.Tensor, fill: torch.Tensor, low: Sequence[int], high: Sequence[int], inner: Sequence[int]) -> torch.Tensor:
+def pad(
+    x: torch.Tensor, fill: torch.Tensor, low: Sequence[int], high: Sequence[int], inner: Sequence[int]
+) -> torch.Tensor:
     """StableHLO pad: `inner` fill elements between neighbours, then edges, which may be negative (cropping)."""
     spread = [n + max(n - 1, 0) * i for n, i in zip(x.shape, inner)]
     total = [max(a, 0) + n + max(b, 0) for n, a, b in zip(spread, low, high)]
@@ -78,11 +82,16 @@ def take(x: torch.Tensor, indices: torch.Tensor, dim: int, shards: Shards | None
     y = x.index_select(dim, rows.reshape(-1)).reshape((*x.shape[:dim], *indices.shape, *x.shape[dim + 1 :]))
     if not shards:
         return y
-    return torch.where(mine.reshape((*indices.shape, *[1] * (x.dim() - dim - 1))), y, torch.zeros((), dtype=x.dtype, device=x.device))
+    return torch.where(
+        mine.reshape((*indices.shape, *[1] * (x.dim() - dim - 1))), y, torch.zeros((), dtype=x.dtype, device=x.device)
+    )
 
 
 def _in_last(x: torch.Tensor, index: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(index into the last dimension of this shard, clamped; whether it was inside). `index` repeats itself along its last dimension."""
+    """(index into the last dimension of this shard, clamped; whether it was inside).
+
+    `index` repeats itself along its last dimension.
+    """
     index = index[..., :1].long() - first
     return index.clamp(0, x.shape[-1] - 1), (index >= 0) & (index < x.shape[-1])
 
@@ -94,7 +103,7 @@ def pick(x: torch.Tensor, index: torch.Tensor, first: int) -> torch.Tensor:
 
 
 def add_at(x: torch.Tensor, index: torch.Tensor, first: int, number: float) -> torch.Tensor:
-    """Adds to the element of each row at its index, if it is in the row; overwrites `x` and returns it."""
+    """Add to the element of each row at its index, if it is in the row; overwrites `x` and return it."""
     index, inside = _in_last(x, index, first)
     return x.scatter_add_(-1, index, torch.where(inside, number, 0.0).to(x.dtype))
 
@@ -122,8 +131,8 @@ def _indices(
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Index of every element in each operand dimension (local), and which elements count (None: all).
 
-    sizes: window size in each operand dimension. window_places: operand dimension -> place in the result. batching: operand
-    dimension -> place in the result along which it runs by itself.
+    sizes: window size in each operand dimension. window_places: operand dimension -> place in the result. batching:
+    operand dimension -> place in the result along which it runs by itself.
     """
     device = indices.device
     if vector_dim == indices.dim():
@@ -216,9 +225,10 @@ def scatter_(
     unsigned: bool = False,
     unique: bool = False,
 ) -> torch.Tensor:
-    """Writes into `x` and returns it. A window that leaves the array is dropped whole, as XLA does.
+    """Write into `x` and return it. A window that leaves the array is dropped whole, as XLA does.
 
-    mode: how an update meets what is there, by name or as a function of both. unsigned: the order of `x` is that of unsigned bits.
+    mode: how an update meets what is there, by name or as a function of both. unsigned: the order of `x` is that of
+    unsigned bits.
     unique: no element is named twice.
     """
     if unsigned:
@@ -236,15 +246,22 @@ def scatter_(
     for d, place in zip(windows, update_window_dims):
         sizes[d] = updates.shape[place]
     batching = {
-        d: scatter_places[s - (s > index_vector_dim)] for d, s in zip(input_batching_dims, scatter_indices_batching_dims)
+        d: scatter_places[s - (s > index_vector_dim)]
+        for d, s in zip(input_batching_dims, scatter_indices_batching_dims)
     }
     index, valid = _indices(
         indices, x.shape, sizes, dict(zip(windows, update_window_dims)), scatter_places, rank, list(scattered_dims_to_operand_dims),
         index_vector_dim, batching, shards or {}, clamp=False,
     )  # fmt: skip
     valid = torch.ones([1] * rank, dtype=torch.bool, device=x.device) if valid is None else valid
-    if mode == "add" and x.dim() and _row_scatter(x, sizes, windows, update_window_dims, scattered_dims_to_operand_dims, batching, rank):
-        rows = torch.broadcast_to(index[0], [n if d in scatter_places else 1 for d, n in enumerate(updates.shape)]).reshape(-1)
+    if (
+        mode == "add"
+        and x.dim()
+        and _row_scatter(x, sizes, windows, update_window_dims, scattered_dims_to_operand_dims, batching, rank)
+    ):
+        rows = torch.broadcast_to(
+            index[0], [n if d in scatter_places else 1 for d, n in enumerate(updates.shape)]
+        ).reshape(-1)
         kept = torch.where(valid, updates, torch.zeros((), dtype=updates.dtype, device=x.device))
         return x.index_add_(0, rows, kept.reshape(-1, *x.shape[1:]))
     flat = x.contiguous().view(-1)
@@ -280,9 +297,14 @@ def scatter_(
     return x
 
 
-def _scatter_with(body: Callable, flat: torch.Tensor, linear: torch.Tensor, values: torch.Tensor, valid: torch.Tensor, unique: bool) -> None:
-    """Combines by any body. Updates of one element are applied one after the other, in their order: in the n-th round every element
-    meets its n-th update."""
+def _scatter_with(
+    body: Callable, flat: torch.Tensor, linear: torch.Tensor, values: torch.Tensor, valid: torch.Tensor, unique: bool
+) -> None:
+    """Combines by any body.
+
+    Updates of one element are applied one after the other, in their order: in the n-th round every element meets its
+    n-th update.
+    """
     linear = torch.where(valid, linear, flat.numel())
     if unique:
         rounds, number = 1, torch.zeros_like(linear)

@@ -7,15 +7,20 @@ from typing import Any
 
 
 class KernelTable:
-    """Attribute access by the operator's name with dots as underscores. The table itself lives in `npu_bridge.kernels`."""
+    """Attribute access by the operator's name with dots as underscores.
+
+    The table itself lives in `npu_bridge.kernels`.
+    """
 
     def __init__(self, device: str):
         self._device = device
         self._local: dict[str, Callable[..., Any]] = {}
 
     def bind(self, names: list[str]) -> None:
-        """Looks up every kernel of a program, so that a missing one shows before the first step. Raises KeyError-like errors of
-        the kernel table."""
+        """Look up every kernel of a program, so that a missing one shows before the first step.
+
+        Raises KeyError-like errors of the kernel table.
+        """
         for name in names:
             identifier = name.removeprefix("npu_bridge.").replace(".", "_")
             if not hasattr(self, identifier):
@@ -32,5 +37,7 @@ _EXTRA: dict[str, Callable[..., Any]] = {}
 
 
 def provide(name: str, function: Callable[..., Any]) -> None:
-    """Registers a kernel outside the table (a user's own operator): ``function(*tensors, **params) -> tuple of tensors``."""
+    """Register a kernel outside the table (a user's own operator): ``function(*tensors, **params) -> tuple of
+    tensors``.
+    """
     _EXTRA[name if name.startswith("npu_bridge.") else "npu_bridge." + name] = function

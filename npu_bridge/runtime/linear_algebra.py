@@ -12,7 +12,14 @@ def math_cholesky(x: torch.Tensor) -> tuple[torch.Tensor]:
 
 
 def math_triangular_solve(
-    a: torch.Tensor, b: torch.Tensor, *, left_side: bool, lower: bool, transpose_a: bool, conjugate_a: bool, unit_diagonal: bool
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    left_side: bool,
+    lower: bool,
+    transpose_a: bool,
+    conjugate_a: bool,
+    unit_diagonal: bool,
 ) -> tuple[torch.Tensor]:
     """x with op(a) x = b, or x op(a) = b."""
     a = a.conj() if conjugate_a else a

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from npu_bridge.errors import BridgeError, CollectiveError
 from npu_bridge.compiler.ir import MeshShape, axis_parts
+from npu_bridge.errors import BridgeError, CollectiveError
 
 _BACKEND = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 _SUM = {"add": "SUM", "multiply": "PRODUCT", "maximum": "MAX", "minimum": "MIN", "or": "MAX", "and": "MIN"}
@@ -33,32 +33,39 @@ def timeout_seconds() -> float:
 
 
 def ensure_process_group(device: str, count: int) -> None:
-    """Joins the processes that torchrun or npu_bridge.launch started. One process needs none.
+    """Join the processes that torchrun or npu_bridge.launch started. One process needs none.
 
     Raises BridgeError when fewer processes were started than the mesh has places.
     """
     if count == 1:
         return
     if not dist.is_initialized():
-        default_device(device)  # before the group: its transport is registered by the device's own package, and uses the current device
+        default_device(
+            device
+        )  # before the group: its transport is registered by the device's own package, and uses the current device
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if world != count:
             raise BridgeError(
-                f"npu_bridge: the mesh has {count} places, {world} process{'es were' if world != 1 else ' was'} started; start one process a "
-                f"device with `python -m npu_bridge.launch --nproc {count} script.py` or torchrun --nproc-per-node {count}"
+                f"npu_bridge: the mesh has {count} places, {world} "
+                f"process{'es were' if world != 1 else ' was'} started; start one process a "
+                f"device with `python -m npu_bridge.launch --nproc {count} script.py` or torchrun "
+                f"--nproc-per-node {count}"
             )
         dist.init_process_group(_BACKEND[device], timeout=datetime.timedelta(seconds=timeout_seconds()))
         atexit.register(leave_process_group)
     if dist.get_world_size() != count:
-        raise BridgeError(f"npu_bridge: the mesh has {count} places, the process group has {dist.get_world_size()} processes")
+        raise BridgeError(
+            f"npu_bridge: the mesh has {count} places, the process group has {dist.get_world_size()} processes"
+        )
 
 
 def leave_process_group() -> None:
     """Leave the job together with the other ranks; runs by itself when the interpreter ends.
 
-    gloo's threads abort a rank (SIGABRT after all its work was done) when a peer closes its connections while they still run,
-    so ranks on the CPU meet once more first. A rank that ends by an exception does not wait: closing its connections ends the
-    wait of the others at once. A peer that works on alone is waited for no longer than `timeout_seconds`.
+    gloo's threads abort a rank (SIGABRT after all its work was done) when a peer closes its connections while they
+    still run, so ranks on the CPU meet once more first. A rank that ends by an exception does not wait: closing its
+    connections ends the wait of the others at once. A peer that works on alone is waited for no longer than
+    `timeout_seconds`.
     """
     if not dist.is_initialized():
         return
@@ -77,14 +84,19 @@ def default_device(kind: str) -> torch.device:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if kind == "cuda":
         if not torch.cuda.is_available():
-            raise BridgeError("npu_bridge: device 'cuda' asked for, torch sees none; use device='cpu' or install a CUDA build of torch")
+            raise BridgeError(
+                "npu_bridge: device 'cuda' asked for, torch sees none; use device='cpu' or install a CUDA "
+                "build of torch"
+            )
         torch.cuda.set_device(local)
         return torch.device("cuda", local)
     if kind == "npu":
         try:
             import torch_npu  # noqa: F401  (registers the device; never in the default environment)
         except ImportError as error:
-            raise BridgeError(f"npu_bridge: device 'npu' needs torch_npu and CANN ({error}); see docs/bridge.md") from error
+            raise BridgeError(
+                f"npu_bridge: device 'npu' needs torch_npu and CANN ({error}); see docs/bridge.md"
+            ) from error
         torch.npu.set_device(local)
         return torch.device("npu", local)
     raise BridgeError(f"npu_bridge: device {kind!r} unknown; expected 'cpu', 'cuda' or 'npu'")
@@ -114,10 +126,15 @@ def share_address() -> str:
 
 
 class UnderWay:
-    """An exchange that was started. On a device it runs on a stream of its own; `wait` makes the stream of the computation wait for it,
-    not the host, so that a captured graph holds both. On the CPU gloo's threads do it."""
+    """An exchange that was started.
 
-    def __init__(self, work: Any, named: Callable[[], Any], finish: Callable[[], torch.Tensor], held: tuple[torch.Tensor, ...]):
+    On a device it runs on a stream of its own; `wait` makes the stream of the computation wait for it, not the host, so
+    that a captured graph holds both. On the CPU gloo's threads do it.
+    """
+
+    def __init__(
+        self, work: Any, named: Callable[[], Any], finish: Callable[[], torch.Tensor], held: tuple[torch.Tensor, ...]
+    ):
         # `held`: the buffers of an exchange outlive it, whatever becomes of the variables of the program.
         self._work, self._named, self._finish, self._held = work, named, finish, held
 
@@ -142,11 +159,15 @@ class Runtime:
             raise BridgeError(f"npu_bridge: mesh places {order} are not the ranks 0..{mesh.count - 1}")
         self.order = order
         self.place = order.index(self.rank)
-        self.coordinates = dict(zip(self.sizes, map(int, np.unravel_index(self.place, tuple(self.sizes.values()) or (1,)))))
+        self.coordinates = dict(
+            zip(self.sizes, map(int, np.unravel_index(self.place, tuple(self.sizes.values()) or (1,))))
+        )
         self._members: dict[tuple[str, ...], tuple[Any, list[int]]] = {}
         self._calls = 0
         self._host_tensors: dict[Any, torch.Tensor] = {}
-        self.host: Mapping[int, torch.Tensor] = {}  # the running program's arguments that kernels read on the host, by number
+        self.host: Mapping[
+            int, torch.Tensor
+        ] = {}  # the running program's arguments that kernels read on the host, by number
         for axes in axes_used:
             self._join(tuple(axes))
         from npu_bridge.runtime.kernel_table import KernelTable
@@ -181,8 +202,13 @@ class Runtime:
         """A flat table of the host with one element exchanged."""
         return (*values[:at], value, *values[at + 1 :])
 
-    def host_tensor(self, values: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, unsigned: bool = False) -> torch.Tensor:
-        """A table of the host on the device. What the host knows is the same in every call, so the first one puts it there for all."""
+    def host_tensor(
+        self, values: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, unsigned: bool = False
+    ) -> torch.Tensor:
+        """A table of the host on the device.
+
+        What the host knows is the same in every call, so the first one puts it there for all.
+        """
         key = values, shape, dtype
         if key not in self._host_tensors:
             bits = 8 * dtype.itemsize
@@ -193,7 +219,13 @@ class Runtime:
     @staticmethod
     def int_quotient(x: int, y: int) -> int:
         """Rounds to zero, as StableHLO divides; Python rounds down."""
-        return -1 if y == 0 else math.trunc(x / y) if abs(x) < 1 << 52 else (abs(x) // abs(y)) * (1 if (x < 0) == (y < 0) else -1)
+        return (
+            -1
+            if y == 0
+            else math.trunc(x / y)
+            if abs(x) < 1 << 52
+            else (abs(x) // abs(y)) * (1 if (x < 0) == (y < 0) else -1)
+        )
 
     @staticmethod
     def int_remainder(x: int, y: int) -> int:
@@ -208,7 +240,9 @@ class Runtime:
             where = np.unravel_index(place, tuple(self.sizes.values()) or (1,))
             rest = []
             for name, at in zip(self.sizes, map(int, where)):
-                mine = sorted((axis_parts(a, self.sizes) for a in axes if a.partition(":")[0] == name), key=lambda p: p[1])
+                mine = sorted(
+                    (axis_parts(a, self.sizes) for a in axes if a.partition(":")[0] == name), key=lambda p: p[1]
+                )
                 # what is left of this coordinate once the digits of the group's (sub-)axes are taken out
                 digits, total = [], self.sizes[name]
                 taken = {(b, s) for _, b, s in mine}
@@ -235,12 +269,13 @@ class Runtime:
 
     @contextlib.contextmanager
     def _named(self, what: str, number: int, x: torch.Tensor, axes: Sequence[str]):
-        """Turns a failure or time-out of a collective into an error that names it."""
+        """Turn a failure or time-out of a collective into an error that names it."""
         try:
             yield
         except RuntimeError as error:
             raise CollectiveError(
-                f"rank {self.rank}: {what} number {number} over {tuple(axes)} of {tuple(x.shape)} {x.dtype} failed or timed out after "
+                f"rank {self.rank}: {what} number {number} over {tuple(axes)} of {tuple(x.shape)} {x.dtype} "
+                "failed or timed out after "
                 f"{timeout_seconds():.0f} s (NPU_BRIDGE_TIMEOUT); a peer died, hangs or runs another program: {error}"
             ) from error
 
@@ -253,9 +288,14 @@ class Runtime:
         """A form the transport knows: bool and 8-bit floats travel as bytes, complex numbers as the bits of an integer."""
         if x.is_complex():
             return x.contiguous().view(torch.int64)
-        return x.contiguous().view(torch.uint8) if x.dtype == torch.bool or x.dtype.itemsize == 1 and x.is_floating_point() else x.contiguous()
+        return (
+            x.contiguous().view(torch.uint8)
+            if x.dtype == torch.bool or (x.dtype.itemsize == 1 and x.is_floating_point())
+            else x.contiguous()
+        )
 
-    # -- collectives ----------------------------------------------------------------------------------------------------
+    # -- collectives
+    # ----------------------------------------------------------------------------------------------------
 
     def all_reduce(self, x: torch.Tensor, axes: tuple[str, ...], kind: str) -> torch.Tensor:
         """Combines `x` over the group; may overwrite `x`."""
@@ -271,7 +311,7 @@ class Runtime:
         return y.view(x.dtype)
 
     def _gather(self, x: torch.Tensor, d: int, axes: tuple[str, ...], beside: bool) -> UnderWay:
-        """Starts putting the shards of dimension `d` together; `beside`: on a stream of its own."""
+        """Start putting the shards of dimension `d` together; `beside`: on a stream of its own."""
         group, members = self._members[axes]
         y = self._carried(x)
         out = torch.empty((len(members), *y.shape), dtype=y.dtype, device=y.device)
@@ -283,7 +323,10 @@ class Runtime:
             return shards.flatten(0, 1) if d == 0 and x.dim() else shards.movedim(0, d).flatten(d, d + 1)
 
         target = out.view(len(members) * y.shape[0], *y.shape[1:]) if y.dim() else out
-        begin = lambda: _all_gather(target, y, group=group, async_op=beside)
+
+        def begin():
+            return _all_gather(target, y, group=group, async_op=beside)
+
         return self._start("all_gather", x, axes, begin, finish, (y, out))
 
     def _one_dim(self, dims: Sequence[tuple[str, ...]]) -> tuple[int, tuple[str, ...]]:
@@ -320,11 +363,20 @@ class Runtime:
         y = y.contiguous()
         out = torch.empty(y.shape[1:], dtype=x.dtype, device=x.device)
         source, how = y.view(n * y.shape[1], *y.shape[2:]) if y.dim() > 1 else y, getattr(dist.ReduceOp, _SUM[kind])
-        begin = lambda: _reduce_scatter(out, source, how, group=group, async_op=beside)
+
+        def begin():
+            return _reduce_scatter(out, source, how, group=group, async_op=beside)
+
         return self._start("reduce_scatter", x, axes, begin, lambda: out, (y, out))
 
     def _start(
-        self, what: str, x: torch.Tensor, axes: tuple[str, ...], begin: Callable[[], Any], finish: Callable[[], torch.Tensor], held: tuple[torch.Tensor, ...]
+        self,
+        what: str,
+        x: torch.Tensor,
+        axes: tuple[str, ...],
+        begin: Callable[[], Any],
+        finish: Callable[[], torch.Tensor],
+        held: tuple[torch.Tensor, ...],
     ) -> UnderWay:
         self._calls += 1
         number = self._calls

@@ -1,4 +1,6 @@
-"""A written program made ready to run on this rank: compiled text, constants on the device, groups and kernels looked up."""
+"""A written program made ready to run on this rank: compiled text, constants on the device, groups and kernels looked
+up.
+"""
 
 from __future__ import annotations
 
@@ -64,11 +66,16 @@ class LoadedProgram:
             raise CollectiveError(
                 f"rank {self.runtime.rank}: ranks compiled different programs for {name}: "
                 + "; ".join(f"{d} on ranks {ranks}" for d, ranks in groups.items())
-                + ". Shapes, static arguments, jax versions or configs differ between the processes; compare `.as_text()` of two of them"
+                + (
+                    ". Shapes, static arguments, jax versions or configs differ between the processes; compare "
+                    "`.as_text()` of two of them"
+                )
             )
 
     def __call__(self, args: list[torch.Tensor], host: Mapping[int, torch.Tensor] | None = None) -> list[torch.Tensor]:
-        """`host`: arguments that kernels read on the host, as they were before they went to the device; fetched from it when not given."""
+        """`host`: arguments that kernels read on the host, as they were before they went to the device; fetched from it
+        when not given.
+        """
         self.runtime.host = {n: args[n].cpu() for n in self.host_arguments} if host is None else host
         try:
             with torch.inference_mode():
@@ -80,7 +87,11 @@ class LoadedProgram:
 
     def _place(self, error: BaseException) -> str | None:
         """Scope, file and line of the JAX program whose statement failed."""
-        lines = [number for frame, number in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == self.filename]
+        lines = [
+            number
+            for frame, number in traceback.walk_tb(error.__traceback__)
+            if frame.f_code.co_filename == self.filename
+        ]
         if not lines:
             return None
         comments = [line.strip()[2:] for line in self.text.splitlines()[: lines[0]] if line.strip().startswith("# ")]

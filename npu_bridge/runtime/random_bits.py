@@ -12,9 +12,12 @@ def _rotate(x: torch.Tensor, n: int) -> torch.Tensor:
     return (x << n) | ((x >> (32 - n)) & ((1 << n) - 1))
 
 
-def math_threefry2x32(k0: torch.Tensor, k1: torch.Tensor, x0: torch.Tensor, x1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Threefry-2x32 with 20 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). int32 tensors of one
-    shape; keys may be scalars."""
+def math_threefry2x32(
+    k0: torch.Tensor, k1: torch.Tensor, x0: torch.Tensor, x1: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Threefry-2x32 with 20 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). int32 tensors
+    of one shape; keys may be scalars.
+    """
     keys = (k0, k1, k0 ^ k1 ^ _PARITY)
     a, b = x0 + k0, x1 + k1
     for i in range(5):
@@ -32,7 +35,10 @@ _MASK = 0xFFFFFFFF
 
 
 def _multiply(constant: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 32 bits of constant * x for x in [0, 2^32) held as int64. Split, because the product needs 64 unsigned bits."""
+    """High and low 32 bits of constant * x for x in [0, 2^32) held as int64.
+
+    Split, because the product needs 64 unsigned bits.
+    """
     low_half, high_half = x & 0xFFFF, x >> 16
     low = constant * low_half
     high = constant * high_half + (low >> 16)
@@ -58,8 +64,8 @@ def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def rng_bit_generator(state: torch.Tensor, shape: tuple[int, ...], dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
     """XLA's RngBitGenerator as its CPU and GPU compilers expand it: Philox-4x32-10 for the default algorithm.
 
-    state: int64 (2,) or (3,) holding uint64 words, the key first. dtype: ui8, ui16, ui32 or ui64. Returns (new state, bits of
-    `dtype` and `shape`).
+    state: int64 (2,) or (3,) holding uint64 words, the key first. dtype: ui8, ui16, ui32 or ui64. Returns (new state,
+    bits of `dtype` and `shape`).
     """
     count = 1
     for n in shape:

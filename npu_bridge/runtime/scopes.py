@@ -4,10 +4,12 @@
         state = step(state, batch)
     times.seconds[("step", "transpose(jvp(mlp))")]
 
-A written program names the scope of its statements in comments (`Lowered.as_text`). While scopes are recorded, programs run from a
-text in which each such place is a mark: it ends the last range and begins the next. Ranges are `torch.profiler.record_function`s, so
-that the trace of torch's or torch_npu's profiler shows them, and they are timed here, by the clock on a CPU and by events on the
-stream of a device. A program that is a captured graph otherwise runs operator by operator meanwhile: a graph has no names in it.
+A written program names the scope of its statements in comments (`Lowered.as_text`). While scopes are recorded, programs
+run from a
+text in which each such place is a mark: it ends the last range and begins the next. Ranges are
+`torch.profiler.record_function`s, so that the trace of torch's or torch_npu's profiler shows them, and they are timed
+here, by the clock on a CPU and by events on the stream of a device. A program that is a captured graph otherwise runs
+operator by operator meanwhile: a graph has no names in it.
 """
 
 from __future__ import annotations
@@ -28,13 +30,16 @@ if TYPE_CHECKING:
 
 COLLECTIVES = "collectives"
 _PLACE = re.compile(r"^\S+:\d+$")
-_EXCHANGE = re.compile(r" = (?:rt\.(?:start_)?(?:all_reduce|all_gather|reduce_scatter|all_to_all|permute)\(|\w+\.wait\(\))")
+_EXCHANGE = re.compile(
+    r" = (?:rt\.(?:start_)?(?:all_reduce|all_gather|reduce_scatter|all_to_all|permute)\(|\w+\.wait\(\))"
+)
 
 
 def with_marks(text: str) -> tuple[str, list[str]]:
     """A written program with calls of `mark(n)` where the scope changes, and the scopes by n.
 
-    Exchanges between devices belong to `collectives`, whatever asked for them. Statements outside of every scope are "".
+    Exchanges between devices belong to `collectives`, whatever asked for them. Statements outside of every scope are
+    "".
     """
     lines, scopes = [], {}
     scope, last, inside = "", None, False
@@ -60,8 +65,8 @@ class ScopeTimes:
     """What was recorded.
 
     Attributes:
-      seconds: by (program's name, scope), summed over all calls; on a device the time of its stream between marks, in which it may
-        have waited for the host.
+      seconds: by (program's name, scope), summed over all calls; on a device the time of its stream between marks, in
+        which it may have waited for the host.
       calls: of each program.
       preparing: seconds spent on making marked programs, which a step does not cost otherwise.
     """
@@ -90,7 +95,9 @@ class ScopeTimes:
         keys = [(name, scope) for scope in scopes]
         namespace: dict[str, Any] = {"mark": lambda number: self._mark(keys[number])}
         exec(compile_text(text, f"<npu_bridge {name}, marked>", "exec"), namespace)
-        loaded = copy.copy(compiled.program.program)  # the loaded program behind graphs: same constants, kernels and groups
+        loaded = copy.copy(
+            compiled.program.program
+        )  # the loaded program behind graphs: same constants, kernels and groups
         loaded.main = namespace["main"]
 
         def run(*args: Any) -> list[torch.Tensor]:
@@ -138,7 +145,8 @@ _recording: ScopeTimes | None = None
 
 @contextlib.contextmanager
 def record_scopes(device: str) -> Iterator[ScopeTimes]:
-    """Records every program of the bridge that runs meanwhile in this process; `device`: "npu", "cuda" or "cpu", where they run.
+    """Record every program of the bridge that runs meanwhile in this process; `device`: "npu", "cuda" or "cpu", where
+    they run.
 
     Raises:
       RuntimeError: scopes are being recorded already.

@@ -1,4 +1,6 @@
-"""Torch helpers that written programs call as ``T.<name>``: everything StableHLO means and torch has no single operator for."""
+"""Torch helpers that written programs call as ``T.<name>``: everything StableHLO means and torch has no single operator
+for.
+"""
 
 from npu_bridge.runtime.arithmetic import (
     bessel_i1e,
@@ -29,7 +31,17 @@ from npu_bridge.runtime.arithmetic import (
     widen_unsigned,
     zeta,
 )
-from npu_bridge.runtime.index_ops import add_at, dynamic_slice, dynamic_update_slice, gather, pad, pick, scatter_, take, write
+from npu_bridge.runtime.index_ops import (
+    add_at,
+    dynamic_slice,
+    dynamic_update_slice,
+    gather,
+    pad,
+    pick,
+    scatter_,
+    take,
+    write,
+)
 from npu_bridge.runtime.linear_algebra import (
     math_cholesky,
     math_eig,

@@ -16,10 +16,12 @@ _FOR_XLA = frozenset({"inline", "compiler_options", "abstracted_axes"})  # what 
 
 
 class use:
-    """From here on, or inside a ``with``, `jax.jit` is `npu_bridge.jit` for a device; functions that were jitted before stay with XLA.
+    """From here on, or inside a ``with``, `jax.jit` is `npu_bridge.jit` for a device; functions that were jitted before
+    stay with XLA.
 
-    Results are `npu_bridge.Array`s, which jax.numpy and Python's operators read as arrays. What is traced within another jitted function,
-    `jax.vmap` or `jax.grad` becomes part of that. Only the name `jax.jit` is exchanged: jax's own functions outside of a jit run on XLA.
+    Results are `npu_bridge.Array`s, which jax.numpy and Python's operators read as arrays. What is traced within
+    another jitted function, `jax.vmap` or `jax.grad` becomes part of that. Only the name `jax.jit` is exchanged: jax's
+    own functions outside of a jit run on XLA.
 
     Args:
       device: "npu", "cuda" or "cpu".
@@ -39,7 +41,7 @@ class use:
         jax.jit = jitted
 
     def stop(self) -> None:
-        """Gives `jax.jit` back."""
+        """Give `jax.jit` back."""
         jax.jit = self._before
 
     def __enter__(self) -> use:
@@ -54,8 +56,16 @@ def _translated(fun: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any
     given = {k: v for k, v in given.items() if v is not None and k not in _FOR_XLA}
     chosen = [k for k in ("device", "backend") if k in given]
     if chosen:
-        raise UnsupportedError([f"jax.jit({k}={given[k]!r}): npu_bridge.use has chosen the device" for k in chosen], getattr(fun, "__name__", "this function"))
-    meshes: list[Mesh] = [s.mesh for k in ("in_shardings", "out_shardings") for s in jax.tree.leaves(given.get(k)) if isinstance(s, NamedSharding)]
+        raise UnsupportedError(
+            [f"jax.jit({k}={given[k]!r}): npu_bridge.use has chosen the device" for k in chosen],
+            getattr(fun, "__name__", "this function"),
+        )
+    meshes: list[Mesh] = [
+        s.mesh
+        for k in ("in_shardings", "out_shardings")
+        for s in jax.tree.leaves(given.get(k))
+        if isinstance(s, NamedSharding)
+    ]
     if not meshes:  # shardings of one device say nothing here
         return {k: v for k, v in given.items() if k not in ("in_shardings", "out_shardings")}
     return given | {"mesh": meshes[0]}

@@ -96,6 +96,7 @@ def test_small_model_has_about_sixty_million_parameters_and_tiny_about_three():
 
     def count(config):
         return sum(shape.size for shape in outline_of(config).shapes.values()) / 1e6
+
     assert 50 < count(workloads.small_config("float32")) < 70 and 2 < count(workloads.tiny_config("float32")) < 4
 
 
@@ -104,7 +105,11 @@ def test_the_batch_of_the_emulated_suite_is_full_and_its_lengths_are_those_of_it
 
     model = npu.slice_of(1, 1)
     _, batch = npu.batch_of(model)
-    for ids, lengths in ((batch.segment_ids, batch.segment_lengths), (batch.patch_segment_ids, batch.image_lengths), (batch.patch_window_ids, batch.window_lengths)):
+    for ids, lengths in (
+        (batch.segment_ids, batch.segment_lengths),
+        (batch.patch_segment_ids, batch.image_lengths),
+        (batch.patch_window_ids, batch.window_lengths),
+    ):
         counts = np.bincount(ids[0])
         assert counts[0] == 0 and np.array_equal(counts[1:], lengths[0][lengths[0] >= 0])
     assert model.text.num_layers == 1 and model.vision.depth == 1 and model.vision.fullatt_block_indexes == (0,)
@@ -120,7 +125,9 @@ def test_the_emulated_suite_says_how_its_environment_is_made(monkeypatch, tmp_pa
 
 @pytest.mark.parametrize("one_core, clock", [(True, "cpu"), (False, "wall")])
 def test_one_core_measures_processor_time(one_core, clock, monkeypatch, tmp_path):
-    comparison = Comparison("both wait", [Side(name, lambda: time.sleep(0.02), {"items": 1.0}) for name in "ab"], unit="items")
+    comparison = Comparison(
+        "both wait", [Side(name, lambda: time.sleep(0.02), {"items": 1.0}) for name in "ab"], unit="items"
+    )
     monkeypatch.setattr(command, "load_cases", lambda: {"x": Case("x", "cpu", "", lambda settings: iter([comparison]))})
     monkeypatch.setattr(command.machine, "use_threads", lambda count: None)
     assert command._case("x", Settings(seconds=0.0, least=2, one_core=one_core), tmp_path / "out") == 0
@@ -152,9 +159,17 @@ def test_command_line_names_what_it_does_not_know(capsys):
 
 def test_run_leaves_a_page_and_a_file_and_reports_a_broken_case(tmp_path):
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    done = subprocess.run([sys.executable, "-m", "benchmarks", "run", "--only", "packing", "--dry", "--out", str(tmp_path)], env=environment, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "run", "--only", "packing", "--dry", "--out", str(tmp_path)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (stored,), (page,) = tmp_path.glob("*.json"), tmp_path.glob("*.html")
     record = json.loads(stored.read_text())
-    assert record["cases"]["packing"]["comparisons"] and record["settings"]["dry"] and "mean nothing" in page.read_text()
+    assert (
+        record["cases"]["packing"]["comparisons"] and record["settings"]["dry"] and "mean nothing" in page.read_text()
+    )
     assert str(ROOT) not in stored.read_text()

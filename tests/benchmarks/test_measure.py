@@ -18,7 +18,10 @@ def clockwork(durations):
         order.append(name)
         now[0] += seconds
 
-    sides = [Side(name, lambda name=name, seconds=seconds: run(name, seconds), {"items": 10.0}) for name, seconds in durations.items()]
+    sides = [
+        Side(name, lambda name=name, seconds=seconds: run(name, seconds), {"items": 10.0})
+        for name, seconds in durations.items()
+    ]
     return sides, lambda: now[0], order
 
 
@@ -50,11 +53,24 @@ def test_interval_shrinks_when_noise_is_common_to_a_round():
     assert (ratio.low, ratio.value, ratio.high) == (2.0, 2.0, 2.0), ratio
 
 
-@pytest.mark.parametrize("broken, words", [
-    (dict(sides=[Side("a", lambda: None, {"items": 1.0}), Side("a", lambda: None, {"items": 1.0})], unit="items"), "two sides have one name"),
-    (dict(sides=[Side("a", lambda: None, {"items": 1.0}), Side("b", lambda: None, {"tokens": 1.0})], unit="items"), "b do not say how many items"),
-    (dict(sides=[Side("a", lambda: None, {"items": 1.0})], unit="items", bars={"b": 2.0}), "which are not sides"),
-])
+@pytest.mark.parametrize(
+    "broken, words",
+    [
+        (
+            dict(
+                sides=[Side("a", lambda: None, {"items": 1.0}), Side("a", lambda: None, {"items": 1.0})], unit="items"
+            ),
+            "two sides have one name",
+        ),
+        (
+            dict(
+                sides=[Side("a", lambda: None, {"items": 1.0}), Side("b", lambda: None, {"tokens": 1.0})], unit="items"
+            ),
+            "b do not say how many items",
+        ),
+        (dict(sides=[Side("a", lambda: None, {"items": 1.0})], unit="items", bars={"b": 2.0}), "which are not sides"),
+    ],
+)
 def test_comparison_of_unlike_things_is_refused(broken, words):
     with pytest.raises(ValueError, match=words):
         Comparison("c", **broken)
@@ -63,11 +79,32 @@ def test_comparison_of_unlike_things_is_refused(broken, words):
 @pytest.fixture
 def record():
     ours = Side("ours", lambda: sum(range(200)), {"items": 2.0}, {"compile s": 0.5})
-    timed = measure(Comparison("timed", [ours, Side("other <b>", lambda: sum(range(2000)), {"items": 2.0})], unit="items", checked={"loss difference": 1e-7}, bars={"other <b>": 2.0}, bound=1e-9),
-                    seconds=0.0, least=20)
-    sizes = measure(Comparison("sizes", [Side("ours", size=50.0), Side("other", size=100.0)], unit="MiB"), seconds=0.0, least=2)
+    timed = measure(
+        Comparison(
+            "timed",
+            [ours, Side("other <b>", lambda: sum(range(2000)), {"items": 2.0})],
+            unit="items",
+            checked={"loss difference": 1e-7},
+            bars={"other <b>": 2.0},
+            bound=1e-9,
+        ),
+        seconds=0.0,
+        least=20,
+    )
+    sizes = measure(
+        Comparison("sizes", [Side("ours", size=50.0), Side("other", size=100.0)], unit="MiB"), seconds=0.0, least=2
+    )
     about = dict(date="2026-01-02T03:04:05+00:00", commit="abc1234", threads=1, processor="x")
-    return json.loads(json.dumps(dict(machine=about, suite="cpu", settings=dict(dry=False), cases={"case": dict(summary="s", comparisons=[timed, sizes], seconds=1.0, failed=False)})))
+    return json.loads(
+        json.dumps(
+            dict(
+                machine=about,
+                suite="cpu",
+                settings=dict(dry=False),
+                cases={"case": dict(summary="s", comparisons=[timed, sizes], seconds=1.0, failed=False)},
+            )
+        )
+    )
 
 
 def test_stored_run_reads_back_and_shows_in_table_and_page(record, tmp_path):

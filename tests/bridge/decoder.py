@@ -33,15 +33,22 @@ class Config:
 
 def init(c: Config, seed: int = 0):
     r = np.random.RandomState(seed)
+
     def w(*s):
         return (r.randn(*s) * 0.05).astype(np.float32)
+
     n = (c.layers,)
     block = {
         "norm1": np.ones((*n, c.width), np.float32), "norm2": np.ones((*n, c.width), np.float32),
         "wq": w(*n, c.width, c.heads, c.head_dim), "wk": w(*n, c.width, c.kv, c.head_dim), "wv": w(*n, c.width, c.kv, c.head_dim),
         "wo": w(*n, c.heads, c.head_dim, c.width), "wg": w(*n, c.width, c.ff), "wu": w(*n, c.width, c.ff), "wd": w(*n, c.ff, c.width),
     }  # fmt: skip
-    return {"embed": w(c.vocab, c.width) * 20, "block": block, "norm": np.ones(c.width, np.float32), "head": w(c.width, c.vocab)}
+    return {
+        "embed": w(c.vocab, c.width) * 20,
+        "block": block,
+        "norm": np.ones(c.width, np.float32),
+        "head": w(c.width, c.vocab),
+    }
 
 
 RULES = [("embed", P("tensor", "fsdp")), ("head", P("fsdp", "tensor")), ("w[qkv]", P(None, "fsdp", "tensor")), ("wo", P(None, "tensor", None, "fsdp")),
@@ -60,7 +67,12 @@ def batch(c: Config, rows: int = 4, tokens: int = 16, seed: int = 0):
     r = np.random.RandomState(seed)
     t = r.randint(0, c.vocab, (rows, tokens + 1)).astype(np.int32)
     segments = 1 + np.cumsum(r.rand(rows, tokens) < 0.15, 1).astype(np.int32)
-    return {"tokens": t[:, :-1], "targets": t[:, 1:], "segments": segments, "weights": (r.rand(rows, tokens) < 0.9).astype(np.float32)}
+    return {
+        "tokens": t[:, :-1],
+        "targets": t[:, 1:],
+        "segments": segments,
+        "weights": (r.rand(rows, tokens) < 0.9).astype(np.float32),
+    }
 
 
 def _hold(x, *spec):
@@ -107,7 +119,10 @@ def loss_fn(c: Config, params, data):
     def block(x, p):
         with jax.named_scope("attention"):
             h = _norm(c, x, p["norm1"])
-            q, k, v = (_hold(jnp.einsum("btd,dnh->btnh", h, p[w].astype(dt)), c.rows, None, "tensor", None) for w in ("wq", "wk", "wv"))
+            q, k, v = (
+                _hold(jnp.einsum("btd,dnh->btnh", h, p[w].astype(dt)), c.rows, None, "tensor", None)
+                for w in ("wq", "wk", "wv")
+            )
             o = _attend(c, _rotary(c, q, cos, sin), _rotary(c, k, cos, sin), v, data["segments"])
             x = x + _hold(jnp.einsum("btnh,nhd->btd", o, p["wo"].astype(dt)), c.rows, None, None)
         with jax.named_scope("mlp"):
@@ -125,13 +140,17 @@ def loss_fn(c: Config, params, data):
     if c.fused:
         total = ops.cross_entropy(x, params["head"].astype(dt), data["targets"], data["weights"], chunk=32).sum()
     else:
-        logits = _hold(jnp.einsum("btd,dv->btv", x, params["head"].astype(dt)), c.rows, None, "tensor").astype(jnp.float32)
+        logits = _hold(jnp.einsum("btd,dv->btv", x, params["head"].astype(dt)), c.rows, None, "tensor").astype(
+            jnp.float32
+        )
         hit = jax.nn.one_hot(data["targets"], c.vocab, dtype=jnp.float32)
         total = ((jax.nn.logsumexp(logits, -1) - (logits * hit).sum(-1)) * data["weights"]).sum()
     return total / data["weights"].sum()
 
 
-TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 200), weight_decay=0.1))
+TX = optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 200), weight_decay=0.1)
+)
 
 
 def make(c: Config):

@@ -53,28 +53,41 @@ def assert_close(want, got, rtol: float, atol: float, what: str) -> None:
     assert len(want) == len(got), f"{what}: {len(want)} results expected, {len(got)} found"
     for n, (a, b) in enumerate(zip(want, got)):
         a, b = np.asarray(a), np.asarray(b)
-        assert a.shape == b.shape and a.dtype == b.dtype, f"{what}[{n}]: {a.dtype}{a.shape} expected, {b.dtype}{b.shape} found"
+        assert a.shape == b.shape and a.dtype == b.dtype, (
+            f"{what}[{n}]: {a.dtype}{a.shape} expected, {b.dtype}{b.shape} found"
+        )
         if a.dtype.kind in "iub":
-            assert np.array_equal(a, b), f"{what}[{n}]: {int((a != b).sum())} of {a.size} integers differ, first {a[a != b][:3]} {b[a != b][:3]}"
+            assert np.array_equal(a, b), (
+                f"{what}[{n}]: {int((a != b).sum())} of {a.size} integers differ, first {a[a != b][:3]} {b[a != b][:3]}"
+            )
         else:
             x, y = (v.astype(np.complex128 if v.dtype.kind == "c" else np.float64) for v in (a, b))
             with np.errstate(invalid="ignore"):
                 worst = np.nanmax(np.abs(x - y), initial=0.0)
-            assert np.allclose(x, y, rtol=rtol, atol=atol, equal_nan=True), f"{what}[{n}]: largest difference {worst:.3g} (rtol {rtol}, atol {atol})"
+            assert np.allclose(x, y, rtol=rtol, atol=atol, equal_nan=True), (
+                f"{what}[{n}]: largest difference {worst:.3g} (rtol {rtol}, atol {atol})"
+            )
 
 
 def fresh_arguments(args, call: int):
-    """Return other arguments of the same kind for each call: floats rolled by `call`, integers too if there are no floats.
+    """Return other arguments of the same kind for each call: floats rolled by `call`, integers too if there are no
+    floats.
 
     Rolling keeps every value in the domain of the function.
     """
     leaves, tree = jax.tree.flatten(args)
+
     def is_float(x):
         return jnp.issubdtype(np.asarray(x).dtype, jnp.floating)
+
     moves = is_float if any(is_float(x) and np.size(x) > 1 for x in leaves) else lambda x: True
+
     def turned(x):
         return np.roll(np.asarray(x), call)
-    return jax.tree.unflatten(tree, [turned(x) if call and moves(x) and isinstance(x, (np.ndarray, jax.Array)) else x for x in leaves])
+
+    return jax.tree.unflatten(
+        tree, [turned(x) if call and moves(x) and isinstance(x, (np.ndarray, jax.Array)) else x for x in leaves]
+    )
 
 
 CALLS = 3  # a program that overwrites its own constants is right in its first call
@@ -91,7 +104,9 @@ def call_three_times(fn, *args, rtol: float = 1e-5, atol: float = 1e-6, **option
 
 
 class Replay:
-    """Stand-in for a device graph: a replay runs the captured step again on the same buffers and writes into the same results."""
+    """Stand-in for a device graph: a replay runs the captured step again on the same buffers and writes into the same
+    results.
+    """
 
     def __init__(self, watch):
         self.replays, self.watch = 0, watch
@@ -120,7 +135,11 @@ def portable(low: Lowered) -> dict[str, Any]:
 
 
 def _dtype(name: str):
-    return np.dtype(getattr(jnp, name)) if hasattr(jnp, name) and not hasattr(np, name) else np.dtype("bool" if name == "bool" else name)
+    return (
+        np.dtype(getattr(jnp, name))
+        if hasattr(jnp, name) and not hasattr(np, name)
+        else np.dtype("bool" if name == "bool" else name)
+    )
 
 
 def _run(job: dict[str, Any], flat: list[np.ndarray]) -> Any:
@@ -131,22 +150,35 @@ def _run(job: dict[str, Any], flat: list[np.ndarray]) -> Any:
     axes = {tuple(a) for layout in job["results"] for a in layout if a} | {tuple(a) for a in job["source"].axes_used}
     runtime = Runtime(job["mesh"], "cpu", sorted(axes))
     source = job["source"]
-    program = LoadedProgram(source.text, source.constants, [k["name"] for k in source.kernels], runtime, job["name"], source.host_arguments)
+    program = LoadedProgram(
+        source.text, source.constants, [k["name"] for k in source.kernels], runtime, job["name"], source.host_arguments
+    )
+
     def place(arrays):
         return [
-            shard(to_torch(arrays[i].copy(), _dtype(job["in_dtypes"][i])), layout, runtime).contiguous()  # a program may overwrite what is donated
+            shard(
+                to_torch(arrays[i].copy(), _dtype(job["in_dtypes"][i])), layout, runtime
+            ).contiguous()  # a program may overwrite what is donated
             for i, layout in zip(job["kept"], job["args"])
         ]
+
     if "batches" in job:
         return _steps(job, program, place(flat), runtime)
     found = []
     for arrays in [flat, *job.get("again", [flat] * (CALLS - 1))]:
         outs = program(place(arrays))
-        found.append([Array(t, s, _dtype(d), lay, runtime).gather() for t, s, d, lay in zip(outs, job["shapes"], job["dtypes"], job["results"])])
+        found.append(
+            [
+                Array(t, s, _dtype(d), lay, runtime).gather()
+                for t, s, d, lay in zip(outs, job["shapes"], job["dtypes"], job["results"])
+            ]
+        )
     if "again" in job:
         return found
     for call, other in enumerate(found):
-        assert all(np.array_equal(_bits(a), _bits(b)) for a, b in zip(found[0], other)), f"call {call} of one program differs from its first call"
+        assert all(np.array_equal(_bits(a), _bits(b)) for a, b in zip(found[0], other)), (
+            f"call {call} of one program differs from its first call"
+        )
     return found[0]
 
 
@@ -155,24 +187,40 @@ def _bits(x: np.ndarray) -> np.ndarray:
 
 
 def _steps(job, program, local, runtime):
-    """Several steps of ``state, batch -> state, metrics``: the state stays local. Returns metrics of each step and the last state."""
+    """Several steps of ``state, batch -> state, metrics``: the state stays local.
+
+    Returns metrics of each step and the last state.
+    """
     from npu_bridge.runtime.array import Array, to_torch
     from npu_bridge.runtime.program import shard
 
     count = job["state"]
     state, metrics = local[:count], []
     for batch in job["batches"]:
-        args = [*state, *(shard(to_torch(x, x.dtype), lay, runtime).contiguous() for x, lay in zip(batch, job["args"][count:]))]
+        args = [
+            *state,
+            *(shard(to_torch(x, x.dtype), lay, runtime).contiguous() for x, lay in zip(batch, job["args"][count:])),
+        ]
         del state
         outs = program(args)
         state = outs[:count]
         metrics.append([float(o) for o in outs[count:]])
-    whole = [Array(t, s, _dtype(d), lay, runtime).gather() for t, s, d, lay in zip(state, job["shapes"], job["dtypes"], job["results"])]
+    whole = [
+        Array(t, s, _dtype(d), lay, runtime).gather()
+        for t, s, d, lay in zip(state, job["shapes"], job["dtypes"], job["results"])
+    ]
     return metrics, whole
 
 
 def _worker(rank: int, count: int, port: int, jobs, answers) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NPU_BRIDGE_TIMEOUT="60")
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(count),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        NPU_BRIDGE_TIMEOUT="60",
+    )
     import torch
 
     torch.set_num_threads(1)
@@ -199,7 +247,10 @@ class Pool:
         self.count = count
         self.jobs = [context.Queue() for _ in range(count)]
         self.answers = context.Queue()
-        self.processes = [context.Process(target=_worker, args=(r, count, port, self.jobs[r], self.answers), daemon=True) for r in range(count)]
+        self.processes = [
+            context.Process(target=_worker, args=(r, count, port, self.jobs[r], self.answers), daemon=True)
+            for r in range(count)
+        ]
         for p in self.processes:
             p.start()
 
@@ -207,7 +258,12 @@ class Pool:
         """Run a training step over batches. Returns for each rank (metrics of each step, final state)."""
         flat = jax.tree.leaves((state, batches[0]))
         assert low.traced.kept == list(range(len(flat))), "a training step reads all of its arguments"
-        return self.run(low, flat, state=len(jax.tree.leaves(state)), batches=[[np.asarray(x) for x in jax.tree.leaves(b)] for b in batches])
+        return self.run(
+            low,
+            flat,
+            state=len(jax.tree.leaves(state)),
+            batches=[[np.asarray(x) for x in jax.tree.leaves(b)] for b in batches],
+        )
 
     def run(self, low: Lowered, flat, **extra: Any) -> list[Any]:
         """Results of every rank, gathered to whole arrays."""
@@ -220,7 +276,9 @@ class Pool:
             try:
                 rank, result, error = self.answers.get(timeout=120)
             except queue.Empty:
-                raise AssertionError(f"ranks {set(range(self.count)) - set(found)} gave no answer; errors so far: {errors}") from None
+                raise AssertionError(
+                    f"ranks {set(range(self.count)) - set(found)} gave no answer; errors so far: {errors}"
+                ) from None
             found[rank] = result
             if error:
                 errors.append(error)

@@ -1,8 +1,9 @@
 """JAX's own tests through the bridge: ``python -m tests.bridge.jax_tests <folder of jax's tests> [module ...]``.
 
-The tests are those of jax's source release of the installed version; none of them is part of this project. Wherever one compares a
-compiled function with an uncompiled one (`JaxTestCase._CompileAndCheck`), the function is also compiled by the bridge, called three
-times, and each call compared with XLA by the tolerance that the test gives. Writes a table: passed, refused by reason, wrong, crashed.
+The tests are those of jax's source release of the installed version; none of them is part of this project. Wherever one
+compares a compiled function with an uncompiled one (`JaxTestCase._CompileAndCheck`), the function is also compiled by
+the bridge, called three times, and each call compared with XLA by the tolerance that the test gives. Writes a table:
+passed, refused by reason, wrong, crashed.
 """
 
 from __future__ import annotations
@@ -45,8 +46,20 @@ class Record:
             total.update(found)
             lines.append(f"| {module} | {found.total()} | " + " | ".join(str(found[o]) for o in outcomes) + " |")
         share_passed = 100 * total["passed"] / max(total.total(), 1)
-        lines.append(f"| **all** | {total.total()} | {total['passed']} ({share_passed:.1f} %) | " + " | ".join(str(total[o]) for o in outcomes[1:]) + " |")
-        lines += ["", "Refused:", "", *[f"* {n}: {reason}" for reason, n in self.reasons.most_common()], "", "Wrong and crashed:", ""]
+        lines.append(
+            f"| **all** | {total.total()} | {total['passed']} ({share_passed:.1f} %) | "
+            + " | ".join(str(total[o]) for o in outcomes[1:])
+            + " |"
+        )
+        lines += [
+            "",
+            "Refused:",
+            "",
+            *[f"* {n}: {reason}" for reason, n in self.reasons.most_common()],
+            "",
+            "Wrong and crashed:",
+            "",
+        ]
         return "\n".join([*lines, *(f"* {fault}" for fault in sorted(set(self.faults)) or ["none"])]) + "\n"
 
 
@@ -69,7 +82,11 @@ def _compare(case: Any, fun: Any, args_maker: Any, record: Record, tolerance: di
         record.add(module, "refused", re.sub(r" at .*?: ", ": ", re.sub(r"^\s*\d+\. ", "", reason))[:160])
         return
     except Exception as error:
-        record.add(module, "crashed", f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}")
+        record.add(
+            module,
+            "crashed",
+            f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}",
+        )
         return
     for call, got in enumerate(found):
         try:
@@ -84,7 +101,9 @@ def _patched(record: Record) -> None:
     """Exchanges the comparison that all of jax's tests share."""
     from jax._src import test_util
 
-    def compile_and_check(self, fun, args_maker, *, check_dtypes=True, tol=None, rtol=None, atol=None, check_cache_misses=True):
+    def compile_and_check(
+        self, fun, args_maker, *, check_dtypes=True, tol=None, rtol=None, atol=None, check_cache_misses=True
+    ):
         _compare(self, fun, args_maker, record, {"rtol": rtol or tol, "atol": atol or tol})
 
     test_util.JaxTestCase._CompileAndCheck = compile_and_check
@@ -99,11 +118,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bridge.jax_tests", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=pathlib.Path, help="tests/ of jax's source release")
     parser.add_argument("modules", nargs="*", default=MODULES)
-    parser.add_argument("--each", type=int, default=40, help="tests drawn of each module, the same ones every time; 0 takes all")
+    parser.add_argument(
+        "--each", type=int, default=40, help="tests drawn of each module, the same ones every time; 0 takes all"
+    )
     parser.add_argument("--page", type=pathlib.Path, help="where the table is written")
     given = parser.parse_args(arguments)
     if not given.folder.is_dir():
-        parser.error(f"{given.folder} is no folder; unpack tests/ of the jax source release of the installed version and name it")
+        parser.error(
+            f"{given.folder} is no folder; unpack tests/ of the jax source release of the installed version and name it"
+        )
     sys.path.insert(0, str(given.folder))
 
     import jax
@@ -123,7 +146,10 @@ def main(arguments: list[str] | None = None) -> int:
         for test in chosen:
             test.run(unittest.TestResult())
         print(module, dict(record.count.get(module, {})), flush=True)
-    page = record.page(f"jax {jax.__version__}, torch {torch.__version__}", f"{given.each} tests drawn of each module" if given.each else "every test")
+    page = record.page(
+        f"jax {jax.__version__}, torch {torch.__version__}",
+        f"{given.each} tests drawn of each module" if given.each else "every test",
+    )
     print(page)
     if given.page:
         given.page.write_text(page)

@@ -1,5 +1,7 @@
-"""Five training programs made of public packages' own parts (flax.linen, flax.nnx, optax, jax.example_libraries), none written for
-the bridge. Each gives ``step(state, batch) -> (state, loss)``, a state and a function of the step number that makes a batch."""
+"""Five training programs made of public packages' own parts (flax.linen, flax.nnx, optax, jax.example_libraries), none
+written for the bridge. Each gives ``step(state, batch) -> (state, loss)``, a state and a function of the step number
+that makes a batch.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ from jax.example_libraries import optimizers, stax
 
 def _images(i, rows=8, size=8, channels=4, classes=8):
     r = np.random.RandomState(i)
-    return {"x": r.randn(rows, size, size, channels).astype(np.float32), "y": r.randint(0, classes, rows).astype(np.int32)}
+    return {
+        "x": r.randn(rows, size, size, channels).astype(np.float32),
+        "y": r.randint(0, classes, rows).astype(np.int32),
+    }
 
 
 def _tokens(i, rows=4, length=8, vocab=32):
@@ -36,17 +41,33 @@ def linen_cnn():
 
     model, tx = CNN(), optax.sgd(0.05, momentum=0.9, nesterov=True)
     variables = model.init(jax.random.key(0), _images(0)["x"], False)
-    state = {"params": variables["params"], "stats": variables["batch_stats"], "opt": tx.init(variables["params"]), "step": np.int32(0)}
+    state = {
+        "params": variables["params"],
+        "stats": variables["batch_stats"],
+        "opt": tx.init(variables["params"]),
+        "step": np.int32(0),
+    }
 
     def step(state, batch):
         def loss(p):
             key = jax.random.fold_in(jax.random.key(1), state["step"])
-            out, new = model.apply({"params": p, "batch_stats": state["stats"]}, batch["x"], True, rngs={"dropout": key}, mutable=["batch_stats"])
+            out, new = model.apply(
+                {"params": p, "batch_stats": state["stats"]},
+                batch["x"],
+                True,
+                rngs={"dropout": key},
+                mutable=["batch_stats"],
+            )
             return optax.softmax_cross_entropy_with_integer_labels(out, batch["y"]).mean(), new["batch_stats"]
 
         (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(state["params"])
         updates, opt = tx.update(grads, state["opt"], state["params"])
-        return {"params": optax.apply_updates(state["params"], updates), "stats": stats, "opt": opt, "step": state["step"] + 1}, value
+        return {
+            "params": optax.apply_updates(state["params"], updates),
+            "stats": stats,
+            "opt": opt,
+            "step": state["step"] + 1,
+        }, value
 
     return step, state, _images
 
@@ -68,8 +89,10 @@ def linen_lstm():
 
     def step(state, batch):
         params, opt = state
+
         def loss(p):
             return optax.softmax_cross_entropy_with_integer_labels(model.apply(p, batch["x"]), batch["y"]).mean()
+
         value, grads = jax.value_and_grad(loss)(params)
         updates, opt = tx.update(grads, opt, params)
         return (optax.apply_updates(params, updates), opt), value
@@ -83,7 +106,8 @@ def nnx_transformer():
     class Block(nnx.Module):
         def __init__(self, rngs):
             self.norm1, self.norm2 = nnx.LayerNorm(16, rngs=rngs), nnx.RMSNorm(16, rngs=rngs)
-            # Without biases: softmax does not feel the keys' bias, its gradient is all rounding, and Adam makes steps of it.
+            # Without biases: softmax does not feel the keys' bias, its gradient is all rounding, and Adam makes steps
+            # of it.
             self.attend = nnx.MultiHeadAttention(num_heads=4, in_features=16, decode=False, use_bias=False, rngs=rngs)
             self.up, self.down = nnx.Linear(16, 32, rngs=rngs), nnx.Linear(32, 16, rngs=rngs)
 
@@ -124,11 +148,18 @@ def nnx_transformer():
 
 def stax_resnet():
     """A residual block of jax.example_libraries.stax with its own momentum optimizer."""
-    main = stax.serial(stax.Conv(8, (3, 3), padding="SAME"), stax.BatchNorm(), stax.Relu, stax.Conv(4, (3, 3), padding="SAME"), stax.BatchNorm())
+    main = stax.serial(
+        stax.Conv(8, (3, 3), padding="SAME"),
+        stax.BatchNorm(),
+        stax.Relu,
+        stax.Conv(4, (3, 3), padding="SAME"),
+        stax.BatchNorm(),
+    )
     block = stax.serial(stax.FanOut(2), stax.parallel(main, stax.Identity), stax.FanInSum, stax.Relu)
     init, apply = stax.serial(block, stax.AvgPool((2, 2), (2, 2)), block, stax.Flatten, stax.Dense(8), stax.LogSoftmax)
     _, params = init(jax.random.key(0), (8, 8, 8, 4))
-    # At a rate of 0.02 XLA differs from itself by 2.6e-3 when the parameters move by 1e-7: a rounding decides a ReLU. Here it is 3e-7.
+    # At a rate of 0.02 XLA differs from itself by 2.6e-3 when the parameters move by 1e-7: a rounding decides a ReLU.
+    # Here it is 3e-7.
     opt_init, update, get = optimizers.momentum(optimizers.exponential_decay(0.005, 10, 0.9), mass=0.9)
     state = {"opt": opt_init(params), "step": np.int32(0)}
 
@@ -157,6 +188,7 @@ def linen_vae():
 
     def flat(i):
         return {"x": np.random.RandomState(i).uniform(0, 1, (8, 32)).astype(np.float32)}
+
     model, tx = VAE(), optax.lion(1e-3)
     params = model.init(jax.random.key(0), flat(0)["x"], jax.random.key(1))
     state = (params, tx.init(params), np.int32(0))

@@ -1,4 +1,6 @@
-"""Nothing that JAX writes beside an operation is lost: each attribute is read, harmless for a reason, or refused by name."""
+"""Nothing that JAX writes beside an operation is lost: each attribute is read, harmless for a reason, or refused by
+name.
+"""
 
 import importlib
 import re
@@ -85,7 +87,9 @@ def _computed_on_the_host(x):
 
 PLACED = {
     "device_put to a memory": lambda x: jax.device_put(jax.device_put(x * 2, HOST), DEVICE) + 1,
-    "device_put to a sharding": lambda x: jax.device_put(x * 2, SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")),
+    "device_put to a sharding": lambda x: jax.device_put(
+        x * 2, SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    ),
     "a result in host memory": lambda x: jax.device_put(x * 2, HOST),
     "an offload policy": _offloaded,
     "compute_on": _computed_on_the_host,
@@ -103,8 +107,14 @@ def test_other_places_are_the_same_on_a_cpu_and_refused_on_devices(name):
 
 
 def test_placements_that_only_a_module_says_are_refused_on_devices():
-    argument = 'func.func @main(%a: tensor<2xf32> {mhlo.memory_kind = "pinned_host"}) -> tensor<2xf32> { return %a : tensor<2xf32> }'
-    note = "func.func @main(%a: tensor<2xf32>) -> tensor<2xf32> { %0 = stablehlo.sine %a {mhlo.frontend_attributes = {_xla_compute_type = \"host\"}} : tensor<2xf32> return %0 : tensor<2xf32> }"
+    argument = (
+        'func.func @main(%a: tensor<2xf32> {mhlo.memory_kind = "pinned_host"}) -> tensor<2xf32> { return %a : '
+        "tensor<2xf32> }"
+    )
+    note = (
+        "func.func @main(%a: tensor<2xf32>) -> tensor<2xf32> { %0 = stablehlo.sine %a {mhlo.frontend_attributes "
+        '= {_xla_compute_type = "host"}} : tensor<2xf32> return %0 : tensor<2xf32> }'
+    )
     for text, words in ((argument, "argument 0 lives in pinned_host memory"), (note, "_xla_compute_type")):
         _imported(f"module {{ {text} }}")
         with pytest.raises(UnsupportedError, match=words):
@@ -122,7 +132,9 @@ def _annotated(x, i):
     with set_xla_metadata(note="for XLA", _scheduling_group_id="1"):
         y = jnp.sin(x) @ x
     y = lax.dot(y, x, precision=lax.Precision.HIGHEST) + lax.dot(x, x, precision=lax.DotAlgorithmPreset.F32_F32_F32)
-    y = jax.named_call(jnp.cos, name="part")(y) + x.at[i].get(mode="promise_in_bounds", unique_indices=True, indices_are_sorted=True)
+    y = jax.named_call(jnp.cos, name="part")(y) + x.at[i].get(
+        mode="promise_in_bounds", unique_indices=True, indices_are_sorted=True
+    )
     return jax.export.export(jax.jit(jnp.tanh), disabled_checks=[jax.export.DisabledSafetyCheck.platform()])(x).call(y)
 
 

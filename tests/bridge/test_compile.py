@@ -28,7 +28,9 @@ def test_everything_that_stands_against_compiling_is_said_at_once():
 def test_a_missing_compiler_is_named_before_anything_runs(monkeypatch, tmp_path, cxx):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CXX", cxx) if cxx else monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(UnsupportedError, match=r"needs a C\+\+ compiler, none of " + (cxx or r"g\+\+, clang\+\+, c\+\+")):
+    with pytest.raises(
+        UnsupportedError, match=r"needs a C\+\+ compiler, none of " + (cxx or r"g\+\+, clang\+\+, c\+\+")
+    ):
         npu_bridge.jit(lambda x: x, compile=True)
 
 
@@ -37,7 +39,8 @@ def test_a_compiled_step_equals_xla_and_updates_its_state_in_place(monkeypatch, 
     from torch._inductor import config
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    # Two thirds of a first compilation go into headers compiled ahead and into trying out vector instructions, once a cache.
+    # Two thirds of a first compilation go into headers compiled ahead and into trying out vector instructions, once a
+    # cache.
     monkeypatch.setattr(config, "cpp_cache_precompile_headers", False)
     monkeypatch.setattr(config, "compile_threads", 1)
     monkeypatch.setattr(config.cpp, "vec_isa_ok", True)
@@ -45,6 +48,7 @@ def test_a_compiled_step_equals_xla_and_updates_its_state_in_place(monkeypatch, 
     def step(w, x):
         def loss(w):
             return (jax.nn.softmax(jnp.tanh(x @ w)) ** 2).sum()
+
         value, gradient = jax.value_and_grad(loss)(w)
         return w - 0.1 * gradient, value
 
@@ -58,5 +62,5 @@ def test_a_compiled_step_equals_xla_and_updates_its_state_in_place(monkeypatch, 
     difference = np.abs(np.asarray(ours) - np.asarray(theirs)).max()
     assert difference < 1e-5, f"largest difference {difference:.2e} after three steps"  # float32, sums of 16 terms
     assert len(places) == 1, "the state moved to other storage"
-    (compiled, _), = fast._compiled.values()
+    ((compiled, _),) = fast._compiled.values()
     assert compiled.execution == "torch.compile"

@@ -1,4 +1,7 @@
-"""Bookkeeping of captured steps, with a stand-in whose replay runs the recorded step again. The graphs themselves need a device."""
+"""Bookkeeping of captured steps, with a stand-in whose replay runs the recorded step again.
+
+The graphs themselves need a device.
+"""
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from tests.bridge.harness import Replay
 def _program():
     def step(w, x):
         return (w * 0.5 + x, (w * x).sum())
+
     low = npu_bridge.jit(step, donate_argnums=0).lower(np.ones(4, np.float32), np.ones(4, np.float32))
     return LoadedProgram(low.source.text, low.source.constants, [], Runtime(MeshShape()), "step"), step
 
@@ -42,9 +46,13 @@ def test_a_captured_step_trains_like_the_eager_one():
             kept = total
         w_now = new
     assert made[0].replays == 4 and graphed.status == "one graph"
-    assert abs(float(kept) - float((np.arange(4) * np.array([0.5, 1.5, 2.5, 3.5]) + 0).sum() + np.array([0.5, 1.5, 2.5, 3.5]).sum())) < 1e-4, (
-        "a result of an earlier replay was overwritten by a later one"
-    )
+    assert (
+        abs(
+            float(kept)
+            - float((np.arange(4) * np.array([0.5, 1.5, 2.5, 3.5]) + 0).sum() + np.array([0.5, 1.5, 2.5, 3.5]).sum())
+        )
+        < 1e-4
+    ), "a result of an earlier replay was overwritten by a later one"
 
 
 def test_a_failed_capture_falls_back_to_eager_and_says_why():
@@ -83,10 +91,15 @@ def test_a_captured_step_is_told_the_lengths_of_each_batch_and_one_with_too_many
             told.append([call["actual_seq_qlen"].tolist() for call in lengths])
 
     graphed = GraphedProgram(program, "npu", [False], make_graph=Records)
-    batches = [torch.tensor(rows, dtype=torch.int32) for rows in ([[4, 2], [6, -1]], [[1, 5], [3, 2]], [[6, -1], [2, 2]])]
+    batches = [
+        torch.tensor(rows, dtype=torch.int32) for rows in ([[4, 2], [6, -1]], [[1, 5], [3, 2]], [[6, -1], [2, 2]])
+    ]
     for lengths in batches:
         graphed([torch.ones(2)], {3: lengths})
-    assert told == [[[1, 6, 8, 11, 13, 16], [1, 6, 9, 11, 12], [1, 6, 8, 11, 13, 16]], [[6, 8, 10, 12, 16], [6, 8, 10, 12], [6, 8, 10, 12, 16]]]
+    assert told == [
+        [[1, 6, 8, 11, 13, 16], [1, 6, 9, 11, 12], [1, 6, 8, 11, 13, 16]],
+        [[6, 8, 10, 12, 16], [6, 8, 10, 12], [6, 8, 10, 12, 16]],
+    ]
     assert len(eager) == 2, "the first call, and the capture"
     graphed([torch.ones(2)], {3: torch.ones(300, 5, dtype=torch.int32)})
     assert len(eager) == 3 and len(told) == 2, "1,500 segments: no captured call takes them"
@@ -100,5 +113,5 @@ def test_results_are_paired_with_donated_arguments_by_storage_then_by_shape():
 def test_the_way_steps_run_is_stated():
     fn = npu_bridge.jit(lambda x: x + 1)
     fn(np.ones(3, np.float32))
-    (compiled, _), = fn._compiled.values()
+    ((compiled, _),) = fn._compiled.values()
     assert compiled.execution == "eager: cpu has no graphs"

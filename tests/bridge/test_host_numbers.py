@@ -21,9 +21,12 @@ def text(fn, *args, **options):
 def test_a_branch_on_a_counter_runs_alone():
     def step(x):
         return lax.fori_loop(0, 5, lambda i, c: lax.cond(i % 2 == 0, jnp.sin, lambda c: c * 2 + 1, c), x)
+
     written = text(step, X)
     assert "if " in written and "else:" in written and "torch.where" not in written, written
-    assert written.count("sin") == 1 and "torch.full" not in written, "nothing of the counter is on the device\n" + written
+    assert written.count("sin") == 1 and "torch.full" not in written, (
+        "nothing of the counter is on the device\n" + written
+    )
 
 
 def test_a_constant_table_is_looked_up_by_the_host():
@@ -31,7 +34,9 @@ def test_a_constant_table_is_looked_up_by_the_host():
         return lax.fori_loop(0, 3, lambda k, c: lax.switch(jnp.asarray(TABLE)[k, (k + 1) % 3], ACTIONS, c), x)
 
     written = text(step, X)
-    assert "TABLE0 = (0, 1, 2, 2, 1, 0, 1, 1, 1)" in written and "K[" not in written and "torch.where" not in written, written
+    assert "TABLE0 = (0, 1, 2, 2, 1, 0, 1, 1, 1)" in written and "K[" not in written and "torch.where" not in written, (
+        written
+    )
 
 
 def test_a_table_that_is_scanned_over_gives_numbers_of_the_host():
@@ -55,13 +60,19 @@ def test_what_a_loop_carries_may_be_a_number_of_the_host():
 def test_a_carried_number_that_turns_into_one_of_the_device_is_a_tensor():
     def step(x):
         return lax.fori_loop(0, 3, lambda i, c: (c[0] + c[1].astype(jnp.int32)[0], c[1] * 1.5), (jnp.int32(2), x + 2))
+
     text(step, X)
 
 
 def test_a_branch_hands_on_what_it_was_given_without_a_copy_and_overwrites_what_nobody_reads():
     def step(x):
         buffer = jnp.tanh(x)
-        return lax.fori_loop(0, 4, lambda i, c: lax.cond(i < 2, lambda c: (c[0].at[i].set(9.0), c[1]), lambda c: (c[0], c[1] * 0.5), c), (buffer, buffer))
+        return lax.fori_loop(
+            0,
+            4,
+            lambda i, c: lax.cond(i < 2, lambda c: (c[0].at[i].set(9.0), c[1]), lambda c: (c[0], c[1] * 0.5), c),
+            (buffer, buffer),
+        )
 
     fn = call_three_times(step, X)
     low = fn.lower(X)
@@ -89,7 +100,15 @@ def test_select_by_a_number_of_the_host_takes_one_side():
 def test_nested_loops_and_branches():
     def step(x):
         def inner(i, c):
-            return lax.fori_loop(0, 3, lambda j, d: lax.cond((i + j) % 2 == 0, lambda d: d * 1.5, lambda d: lax.cond(j > i, jnp.sin, jnp.cos, d), d), c)
+            return lax.fori_loop(
+                0,
+                3,
+                lambda j, d: lax.cond(
+                    (i + j) % 2 == 0, lambda d: d * 1.5, lambda d: lax.cond(j > i, jnp.sin, jnp.cos, d), d
+                ),
+                c,
+            )
+
         return lax.fori_loop(0, 3, inner, x)
 
     assert "torch.where" not in text(step, X)
@@ -99,6 +118,7 @@ def test_the_gradient_of_a_chosen_branch_is_chosen_as_well():
     def loss(x):
         def body(c, k):
             return (lax.switch(k, ACTIONS, c), None)
+
         return lax.scan(body, x, np.array([1, 2, 0, 1], np.int32))[0].sum()
 
     written = text(jax.value_and_grad(loss), X)

@@ -1,6 +1,8 @@
-"""The launcher: a rank that dies or hangs ends the job, ranks with different programs never start; torchrun does as well.
+"""The launcher: a rank that dies or hangs ends the job, ranks with different programs never start; torchrun does as
+well.
 
-That its ranks train together: tests/training/test_backend.py (four); that the first one's output comes as it is: tests/doctor/test_checks.py.
+That its ranks train together: tests/training/test_backend.py (four); that the first one's output comes as it is:
+tests/doctor/test_checks.py.
 """
 
 import os
@@ -19,7 +21,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 def _launch(*command, **env):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "NPU_BRIDGE_CACHE": "off", "XLA_FLAGS": ""} | env
     begin = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, env=environment, timeout=150, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True, env=environment, timeout=150, cwd=ROOT
+    )
     return done, time.monotonic() - begin
 
 
@@ -27,7 +31,9 @@ def test_ranks_started_by_torchrun_train_together():
     from npu_bridge.launch import free_port
 
     where = ("--master-addr", "127.0.0.1", "--master-port", str(free_port()))
-    done, _ = _launch("torch.distributed.run", "--nproc-per-node", "2", *where, str(SCRIPT), "nothing", JAX_PLATFORMS="cpu")
+    done, _ = _launch(
+        "torch.distributed.run", "--nproc-per-node", "2", *where, str(SCRIPT), "nothing", JAX_PLATFORMS="cpu"
+    )
     assert done.returncode == 0, done.stderr
     assert "gap" in done.stdout
 
@@ -62,7 +68,9 @@ def test_ranks_with_different_programs_stop_before_the_first_step():
     assert "on ranks [0]" in done.stderr and "on ranks [1]" in done.stderr
 
 
-@pytest.mark.parametrize("arguments, message", [(["--nproc", "0", "x.py"], "at least 1"), (["--nproc", "2", "missing.py"], "does not exist")])
+@pytest.mark.parametrize(
+    "arguments, message", [(["--nproc", "0", "x.py"], "at least 1"), (["--nproc", "2", "missing.py"], "does not exist")]
+)
 def test_wrong_arguments_of_the_launcher_are_refused(arguments, message, capsys):
     from npu_bridge import launch
 

@@ -22,6 +22,7 @@ def _refused(call) -> str:
 def test_numbers_give_way_to_the_dtype_of_arrays_as_in_jax():
     def times(x, s):
         return x * s
+
     ours, x = npu_bridge.jit(times), jnp.ones(3, jnp.bfloat16)
     for s in (2.0, 3, jnp.asarray(2.0), jnp.asarray(2.0, jnp.float32), np.float32(2)):
         want, got = jax.jit(times)(x, s), ours(x, s)
@@ -54,6 +55,7 @@ def test_argument_numbers_count_from_the_end_as_well():
 def test_arguments_may_be_given_by_name_where_no_sharding_is_asked_for():
     def scaled(x, *, scale, shift=0.0):
         return x * scale + shift
+
     fn = npu_bridge.jit(scaled)
     assert np.array_equal(np.asarray(fn(X, scale=np.float32(2))), X * 2)
     assert np.array_equal(np.asarray(fn(X, shift=np.float32(1), scale=np.float32(2))), X * 2 + 1)
@@ -74,7 +76,11 @@ def test_arrays_of_jax_numpy_and_torch_are_read_where_they_lie():
     fn = npu_bridge.jit(lambda x: x + 1)
     fn(X)
     ((compiled, _),) = fn._compiled.values()
-    for x, where in ((X, X.ctypes.data), ((j := jnp.asarray(X)), j.unsafe_buffer_pointer()), ((t := torch.ones(2, 4)), t.data_ptr())):
+    for x, where in (
+        (X, X.ctypes.data),
+        ((j := jnp.asarray(X)), j.unsafe_buffer_pointer()),
+        ((t := torch.ones(2, 4)), t.data_ptr()),
+    ):
         assert compiled._place(x, 0, ()).data_ptr() == where, f"{type(x).__name__} was copied"
 
 
@@ -87,13 +93,21 @@ def test_a_result_may_be_donated_without_touching_what_it_was_made_from():
         before = [np.array(other) for other in results[n + 1 :]]
         assert float(np.asarray(overwrite(r)).max()) == -1
         assert np.array_equal(np.asarray(mine), X), f"result {n}: the array of jax that was passed changed"
-        assert all(np.array_equal(a, np.asarray(b)) for a, b in zip(before, results[n + 1 :])), f"result {n} shares its memory with a later one"
+        assert all(np.array_equal(a, np.asarray(b)) for a, b in zip(before, results[n + 1 :])), (
+            f"result {n} shares its memory with a later one"
+        )
 
 
 def test_arguments_of_dtypes_without_storage_and_shardings_without_a_mesh_are_named():
-    text = _refused(lambda: npu_bridge.jit(lambda d: d).lower({"a": np.array(["x"]), "b": np.array([object()]), "c": np.array([None])}))
+    text = _refused(
+        lambda: npu_bridge.jit(lambda d: d).lower(
+            {"a": np.array(["x"]), "b": np.array([object()]), "c": np.array([None])}
+        )
+    )
     assert "3 problems" in text and all(f"argument 0['{k}']: " in text for k in "abc"), text
-    assert "('x',) without a mesh; pass mesh=" in _refused(lambda: npu_bridge.jit(lambda x: x, in_shardings=P("x")).lower(X))
+    assert "('x',) without a mesh; pass mesh=" in _refused(
+        lambda: npu_bridge.jit(lambda x: x, in_shardings=P("x")).lower(X)
+    )
     text = _refused(lambda: npu_bridge.jit(lambda x: x, mesh={"x": 2}, in_shardings=P(None, None, "x")).lower(X))
     assert "names dimension 2, the array has shape (2, 4)" in text, text
 
@@ -132,8 +146,10 @@ def test_it_decorates_functions_and_methods_with_and_without_options():
 
 def test_under_transformations_it_is_a_part_of_what_is_traced():
     inner = npu_bridge.jit(lambda x, n: jnp.sin(x) ** n, static_argnames="n")
+
     def loss(x):
         return inner(x, n=2).sum()
+
     assert np.allclose(jax.grad(loss)(X), 2 * np.sin(X) * np.cos(X), atol=1e-6)
     assert np.allclose(jax.vmap(lambda x: inner(x, n=2))(X), np.sin(X) ** 2, atol=1e-6)
     assert np.allclose(jax.grad(jax.checkpoint(loss))(X), 2 * np.sin(X) * np.cos(X), atol=1e-6)
@@ -158,6 +174,7 @@ def test_a_script_of_jax_jit_runs_through_the_bridge_unchanged():
         def step(w, x):
             def loss(w):
                 return ((x @ w - 1) ** 2).mean()
+
             value, gradient = jax.value_and_grad(loss)(w)
             return w - 0.01 * gradient, value
 
@@ -173,7 +190,11 @@ def test_a_script_of_jax_jit_runs_through_the_bridge_unchanged():
         assert made[0].shape == () and len(made) == 2 and jnp.stack([made, made]).shape == (2, 2) and made.mean() < 1e9
     assert jax.jit is real
     v, want = jnp.ones(4), []
-    plain = real(lambda w, x: (lambda value, g: (w - 0.01 * g, value))(*jax.value_and_grad(lambda w: ((x @ w - 1) ** 2).mean())(w)))
+    plain = real(
+        lambda w, x: (lambda value, g: (w - 0.01 * g, value))(
+            *jax.value_and_grad(lambda w: ((x @ w - 1) ** 2).mean())(w)
+        )
+    )
     for _ in range(3):
         v, loss = plain(v, X)
         want.append(float(loss))

@@ -1,4 +1,7 @@
-"""Memory of compiled programs: constants are never overwritten, loops own their buffers, views are declared. Each is called three times."""
+"""Memory of compiled programs: constants are never overwritten, loops own their buffers, views are declared.
+
+Each is called three times.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -50,11 +53,20 @@ def test_a_constant_is_the_same_in_every_call(name):
 
 def test_a_constant_that_is_returned_is_a_copy_that_may_be_donated():
     table = np.array([4.0, 5.0, 6.0], np.float32)
-    init = npu_bridge.jit(lambda s: {"w": jnp.asarray(table), "part": jnp.asarray(table)[1:], "all": jnp.broadcast_to(table, (2, 3)), "n": s + 1})
+    init = npu_bridge.jit(
+        lambda s: {
+            "w": jnp.asarray(table),
+            "part": jnp.asarray(table)[1:],
+            "all": jnp.broadcast_to(table, (2, 3)),
+            "n": s + 1,
+        }
+    )
     step = npu_bridge.jit(lambda p: jax.tree.map(lambda x: x * 2, p), donate_argnums=0)
     for n in range(3):
         made = init(np.float32(n))
-        assert np.array_equal(np.asarray(made["w"]), table) and np.array_equal(np.asarray(made["part"]), table[1:]), f"call {n}"
+        assert np.array_equal(np.asarray(made["w"]), table) and np.array_equal(np.asarray(made["part"]), table[1:]), (
+            f"call {n}"
+        )
         assert np.array_equal(np.asarray(made["all"]), np.broadcast_to(table, (2, 3))) and float(made["n"]) == n + 1
         doubled = step(made)
         assert np.array_equal(np.asarray(doubled["w"]), table * 2)
@@ -66,12 +78,20 @@ def _loop(body, start):
 
 LOOPS = {
     "two carried values start from one array": _loop(lambda c: (c[0] * 2 + 1, c[1] + c[0]), lambda z: (z, z)),
-    "the first is overwritten, the second is only read": _loop(lambda c: (c[0].at[0].set(1.0) * 1.5, c[0] * 0.5, c[1] + c[2]), lambda z: (z, z, z)),
+    "the first is overwritten, the second is only read": _loop(
+        lambda c: (c[0].at[0].set(1.0) * 1.5, c[0] * 0.5, c[1] + c[2]), lambda z: (z, z, z)
+    ),
     "one starts in a view of another": _loop(lambda c: (c[0] * 2 + 1, c[1] + c[0][1:]), lambda z: (z, z[1:])),
-    "the body reads what a carried value starts from": lambda x: (lambda z: lax.fori_loop(0, 4, lambda i, c: c * 0.5 + z, z))(jnp.sin(x)),
+    "the body reads what a carried value starts from": lambda x: (
+        lambda z: lax.fori_loop(0, 4, lambda i, c: c * 0.5 + z, z)
+    )(jnp.sin(x)),
     "carried values change places": _loop(lambda c: (c[1] * 2, c[0]), lambda z: (z, z)),
-    "a scan over what it carries": lambda x: (lambda z: lax.scan(lambda c, y: (c + y, c), z, jnp.stack([z, z])))(jnp.sin(x)),
-    "a loop in a loop": lambda x: lax.fori_loop(0, 3, lambda i, c: lax.fori_loop(0, 2, lambda j, d: d * 0.5 + c, c), jnp.sin(x)),
+    "a scan over what it carries": lambda x: (lambda z: lax.scan(lambda c, y: (c + y, c), z, jnp.stack([z, z])))(
+        jnp.sin(x)
+    ),
+    "a loop in a loop": lambda x: lax.fori_loop(
+        0, 3, lambda i, c: lax.fori_loop(0, 2, lambda j, d: d * 0.5 + c, c), jnp.sin(x)
+    ),
 }
 
 
@@ -82,7 +102,10 @@ def test_loops_overwrite_only_what_they_own(name):
 
 def test_a_loop_whose_rounds_the_device_decides_owns_its_carried_values():
     def step(x):
-        return (lambda z: lax.while_loop(lambda c: (c[0] ** 2).sum() < 50, lambda c: (c[0] * 2, c[1] + c[0]), (z, z)))(jnp.cos(x))
+        return (lambda z: lax.while_loop(lambda c: (c[0] ** 2).sum() < 50, lambda c: (c[0] * 2, c[1] + c[0]), (z, z)))(
+            jnp.cos(x)
+        )
+
     call_three_times(step, X, allow_host_sync=True)
 
 
@@ -132,13 +155,17 @@ def test_replays_keep_constants_and_results_that_lie_in_donated_arguments():
 
 def _checked(outs, ins, alias):
     """The results of a statement, after those that share memory with an operand were found declared."""
+
     def memory(t):
         return t.untyped_storage().data_ptr() if isinstance(t, torch.Tensor) else 0
+
     others = {memory(t) for t in ins} - {0}
     for n, out in enumerate(outs if isinstance(outs, (tuple, list)) else (outs,)):
         if isinstance(out, torch.Tensor) and out.numel() and not (alias and n == 0):
             assert memory(out) not in others, "its result lies in the memory of an operand"
-            assert not any(s == 0 and size > 1 for s, size in zip(out.stride(), out.shape)), "its result shows an element twice"
+            assert not any(s == 0 and size > 1 for s, size in zip(out.stride(), out.shape)), (
+                "its result shows an element twice"
+            )
     return outs
 
 
@@ -158,5 +185,7 @@ def test_a_statement_says_when_its_result_lies_in_the_memory_of_an_operand(name,
     monkeypatch.setattr(printer, "remove_dead", marked)
     monkeypatch.setattr(tensor_ops, "checked", _checked, raising=False)
     case = CASES[name]
-    low = npu_bridge.jit(value_and_gradient(case.fn, case.grad, case.args), allow_host_sync=case.host_sync).lower(*case.args)
+    low = npu_bridge.jit(value_and_gradient(case.fn, case.grad, case.args), allow_host_sync=case.host_sync).lower(
+        *case.args
+    )
     Compiled(low, "cpu")(jax.tree.leaves(case.args))

@@ -54,7 +54,9 @@ def test_every_fused_operator_equals_xla_on_a_mesh(pool):
     from tests.ops import test_through_the_bridge as every
 
     arguments = every.make_arguments()
-    low = npu_bridge.jit(every.step, mesh={"fsdp": 2, "tensor": 2}, in_shardings=(*[every.SPECS] * 3, P("fsdp"))).lower(*arguments)
+    low = npu_bridge.jit(every.step, mesh={"fsdp": 2, "tensor": 2}, in_shardings=(*[every.SPECS] * 3, P("fsdp"))).lower(
+        *arguments
+    )
     want = jax.tree.leaves(jax.jit(every.step)(*arguments))
     for rank, found in enumerate(pool.run(low, jax.tree.leaves(arguments))):
         for n, (a, b) in enumerate(zip(want, found, strict=True)):

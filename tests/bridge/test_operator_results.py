@@ -12,7 +12,9 @@ from npu_bridge.kernels.check import CASES, inputs
 
 
 def _types(results):
-    return [(tuple(r.shape), jnp.dtype(r.dtype)) for r in (results if isinstance(results, (tuple, list)) else (results,))]
+    return [
+        (tuple(r.shape), jnp.dtype(r.dtype)) for r in (results if isinstance(results, (tuple, list)) else (results,))
+    ]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -23,8 +25,14 @@ def test_what_an_operator_tells_of_its_results_is_what_its_reference_makes(dtype
         if tell is None:
             continue
         told += 1
-        operands = [jax.ShapeDtypeStruct(tuple(t.shape), jnp.dtype(str(t.dtype).removeprefix("torch."))) for t in inputs(name, dtype)[1]]
-        said, made = _types(tell(*operands, **case.params)), _types(jax.eval_shape(partial(case.reference, **case.params), *operands))
+        operands = [
+            jax.ShapeDtypeStruct(tuple(t.shape), jnp.dtype(str(t.dtype).removeprefix("torch.")))
+            for t in inputs(name, dtype)[1]
+        ]
+        said, made = (
+            _types(tell(*operands, **case.params)),
+            _types(jax.eval_shape(partial(case.reference, **case.params), *operands)),
+        )
         if said != made:
             wrong[name] = (said, made)
     assert not wrong, f"told and made: {wrong}"
@@ -35,8 +43,15 @@ def test_what_an_operator_tells_of_its_results_is_what_its_reference_makes(dtype
 def test_cross_entropy_tells_its_results_too(dtype):
     def like(*shape, dtype=dtype):
         return jax.ShapeDtypeStruct(shape, dtype)
+
     entropy = importlib.import_module("npu_bridge.ops.cross_entropy")  # the package has the function of that name
-    hidden, head, ids, weights, lse = like(2, 6, 8), like(8, 11, dtype=jnp.float32), like(2, 6, dtype=jnp.int32), like(2, 6), like(2, 6, dtype=jnp.float32)
+    hidden, head, ids, weights, lse = (
+        like(2, 6, 8),
+        like(8, 11, dtype=jnp.float32),
+        like(2, 6, dtype=jnp.int32),
+        like(2, 6),
+        like(2, 6, dtype=jnp.float32),
+    )
     for operator, reference, operands in (
         (entropy._forward, entropy.cross_entropy_forward, (hidden, head, ids, weights)),
         (entropy._backward, entropy.cross_entropy_backward, (lse, hidden, head, ids, weights, lse)),

@@ -45,7 +45,9 @@ def spans(text: str) -> list[tuple[str, int, int]]:
 
 
 def products_between(text: str, start: int, end: int) -> int:
-    return sum(any(word in line for word in ("torch.mm(", "torch.bmm(", "rt.kernel.")) for line in text.splitlines()[start:end])
+    return sum(
+        any(word in line for word in ("torch.mm(", "torch.bmm(", "rt.kernel.")) for line in text.splitlines()[start:end]
+    )
 
 
 def most_under_way(found, kind: str) -> int:
@@ -64,7 +66,9 @@ def test_weights_are_gathered_while_the_computation_before_their_first_use_runs(
     gathers = [(a, b) for kind, a, b in found if kind == "all_gather"]
     hidden = sum(products_between(text, a, b) > 0 for a, b in gathers)
     # Not hidden: what the first operations of the program and of a loop's body read, because nothing crosses a round.
-    assert hidden >= len(gathers) * (0.75 if scan else 0.85), f"{hidden} of {len(gathers)} gathers have computation beside them"
+    assert hidden >= len(gathers) * (0.75 if scan else 0.85), (
+        f"{hidden} of {len(gathers)} gathers have computation beside them"
+    )
     scatters = [(a, b) for kind, a, b in found if kind == "reduce_scatter"]
     hidden = sum(products_between(text, a, b) > 0 for a, b in scatters)
     assert hidden >= len(scatters) * 0.75, f"{hidden} of {len(scatters)} scatters have computation beside them"
@@ -77,8 +81,10 @@ def test_overlap_costs_no_more_memory_than_what_is_under_way(scan):
     c = decoder.Config(fused=True, scan=scan, layers=4)
     (early, _), (plain, _) = decoder_step(c), decoder_step(c, overlap=False)
     assert "rt.start_" not in plain.as_text() and all(e["waits"] for e in plain.collectives())
+
     def exchanged(low):
         return sorted((e["kind"], e["axes"], e["shape"], e["bytes"], e["times"]) for e in low.collectives())
+
     assert exchanged(early) == exchanged(plain), "the same exchanges, only at other times"
     largest = max(int(np.prod(e["shape"])) * 4 for e in early.collectives() if not e["waits"])
     # A gather holds its result; a scatter what it was given and a copy of it in the order of the shards.
@@ -95,7 +101,9 @@ def test_unrolled_layers_with_overlap_train_like_xla_on_four_processes(pool):
     want, _ = _xla(c)
     for rank, (metrics, _) in enumerate(pool.steps(low, state, _batches(c))):
         gap = _loss_gap([m[1] for m in metrics], want)
-        assert gap < 1e-5, f"rank {rank}: loss differs by {gap:.2e} relative over {STEPS} steps"  # float32; usually near 1e-7
+        assert gap < 1e-5, (
+            f"rank {rank}: loss differs by {gap:.2e} relative over {STEPS} steps"
+        )  # float32; usually near 1e-7
 
 
 def test_a_weight_is_not_overwritten_while_its_gather_is_under_way(pool):
@@ -106,9 +114,11 @@ def test_a_weight_is_not_overwritten_while_its_gather_is_under_way(pool):
         return w - 1.0, v, y.sum()
 
     w, v, x = f32(64, 8), f32(8, 64), f32(4, 8)
-    low = npu_bridge.jit(fn, mesh=_MESH, in_shardings=(P("fsdp"), P(), P()), out_shardings=(P("fsdp"), P(), P()), donate_argnums=0).lower(w, v, x)
+    low = npu_bridge.jit(
+        fn, mesh=_MESH, in_shardings=(P("fsdp"), P(), P()), out_shardings=(P("fsdp"), P(), P()), donate_argnums=0
+    ).lower(w, v, x)
     lines = low.as_text().splitlines()
-    (_, start, end), = (s for s in spans(low.as_text()) if s[0] == "all_gather")
+    ((_, start, end),) = (s for s in spans(low.as_text()) if s[0] == "all_gather")
     update = next(n for n, line in enumerate(lines) if "a0.sub_(" in line)
     assert start < end < update, low.as_text()
     for got in pool.run(low, [w, v, x]):
@@ -152,5 +162,8 @@ def test_a_wait_that_fails_names_the_exchange():
 
     rt = Runtime(MeshShape())
     under_way = rt._start("all_gather", torch.zeros(2, 3), ("fsdp",), Dead, lambda: None, ())
-    with pytest.raises(CollectiveError, match=r"all_gather number 1 over \('fsdp',\) of \(2, 3\) torch.float32 failed or timed out .* closed by peer"):
+    with pytest.raises(
+        CollectiveError,
+        match=r"all_gather number 1 over \('fsdp',\) of \(2, 3\) torch.float32 failed or timed out .* closed by peer",
+    ):
         under_way.wait()

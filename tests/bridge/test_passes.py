@@ -37,8 +37,10 @@ def test_a_kernel_that_reads_lengths_on_the_host_gets_the_hosts_copy_while_other
 def test_an_unrolled_scan_stacks_nothing_but_the_gradients_of_its_parameters():
     def layer(x, w):
         return (jnp.tanh(x @ w), None)
+
     def loss(ws, x):
         return lax.scan(layer, x, ws, unroll=True)[0].sum()
+
     text = both(jax.value_and_grad(loss), f32(4, 8, 8), f32(3, 8))
     assert text.count("torch.cat(") == 1 and "pad(" not in text, text
 
@@ -59,27 +61,37 @@ def test_a_slice_with_steps_keeps_its_concatenation():
 def test_padded_pieces_become_a_concatenation_only_where_they_cover_the_whole_side_by_side():
     def pad(x, low, high):
         return lax.pad(x, np.float32(0), [(low, high, 0), (0, 0, 0)])
+
     a, b, c = f32(2, 3), f32(1, 3), f32(3, 3)
     assert "pad(" not in both(lambda a, b, c: pad(b, 2, 3) + (pad(c, 3, 0) + pad(a, 0, 4)), a, b, c)
-    for other in (lambda a, b: pad(a, 0, 2) + pad(b, 3, 0), lambda a, b: pad(a, 1, 0) + pad(b, 2, 0), lambda a, b: pad(a, 0, 1) + pad(b, 0, 2)):
+    for other in (
+        lambda a, b: pad(a, 0, 2) + pad(b, 3, 0),
+        lambda a, b: pad(a, 1, 0) + pad(b, 2, 0),
+        lambda a, b: pad(a, 0, 1) + pad(b, 0, 2),
+    ):
         assert "pad(" in both(other, a, b)
 
 
 def test_a_padding_with_another_number_is_no_piece():
     def pad(x, low, high):
         return lax.pad(x, np.float32(1), [(low, high, 0)])
+
     assert "pad(" in both(lambda a, b: pad(a, 0, 2) + pad(b, 2, 0), f32(2), f32(2))
 
 
 def test_an_integer_target_is_looked_up_not_compared_with_every_class():
     targets = np.array([[1, 0], [4, -1]], np.int32)
+
     def hit(t):
         return t[..., None] == lax.broadcasted_iota(t.dtype, (1, 1, 5), 2)
+
     x = f32(2, 2, 5)
     text = both(lambda x, t: (jnp.where(hit(t), x, 0).sum(-1), jnp.sin(x) - hit(t)), x, targets)
     assert "T.pick(" in text and "T.add_at(" in text and "==" not in text, text
     x[0, 0, 0] = np.inf
-    assert "T.pick(" in both(lambda x, t: jnp.where(hit(t), x, 0).sum(-1)[0, 0], x, targets), "what is not picked is not touched either"
+    assert "T.pick(" in both(lambda x, t: jnp.where(hit(t), x, 0).sum(-1)[0, 0], x, targets), (
+        "what is not picked is not touched either"
+    )
 
 
 def test_comparisons_that_are_no_index_stay_comparisons():
@@ -113,7 +125,18 @@ def test_layers_that_attend_within_equal_segments_share_one_mask_forward_and_bac
 def test_attention_in_blocks_and_with_lengths_shares_masks_of_its_own_kind():
     def fn(q, lengths):
         def packed(x, window):
-            return ops.attention(x, x, x, causal=False, window=window, segment_ids_q=SEGMENTS, lengths=lengths, max_segment_length=24, implementation="banded")
+            return ops.attention(
+                x,
+                x,
+                x,
+                causal=False,
+                window=window,
+                segment_ids_q=SEGMENTS,
+                lengths=lengths,
+                max_segment_length=24,
+                implementation="banded",
+            )
+
         return packed(packed(packed(q, 5), 9), 5)
 
     text = both(fn, f32(2, 24, 16, 8), np.array([[9, 8], [24, -1]], np.int32))
@@ -122,4 +145,6 @@ def test_attention_in_blocks_and_with_lengths_shares_masks_of_its_own_kind():
 
 def test_a_mask_that_would_be_much_larger_than_the_queries_is_not_kept():
     q, segments = f32(1, 96, 1, 8), np.ones((1, 96), np.int32)  # 96 keys beside 8 numbers a query
-    assert "math_attention_mask" not in both(lambda q, s: ops.attention(q, q, q, segment_ids_q=s, causal=True), q, segments)
+    assert "math_attention_mask" not in both(
+        lambda q, s: ops.attention(q, q, q, segment_ids_q=s, causal=True), q, segments
+    )

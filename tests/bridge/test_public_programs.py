@@ -40,7 +40,9 @@ def _compare(name, losses, state):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         worst = np.abs(a - b).max(initial=0.0) / max(np.abs(a).max(initial=0.0), 1e-3)
         # An update of an adaptive optimizer is a ratio; where the gradient is all rounding its sign is, too.
-        assert np.mean(np.abs(a - b) > 1e-3 * max(np.abs(a).max(initial=0.0), 1e-3)) < 0.01, f"{name}{jax.tree_util.keystr(path)}: {worst:.2e}"
+        assert np.mean(np.abs(a - b) > 1e-3 * max(np.abs(a).max(initial=0.0), 1e-3)) < 0.01, (
+            f"{name}{jax.tree_util.keystr(path)}: {worst:.2e}"
+        )
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

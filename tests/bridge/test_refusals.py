@@ -37,10 +37,16 @@ def test_uses_that_torch_has_no_form_for_are_refused_with_everything_else():
         jax.debug.print("{}", x.sum())
         _, bits = jax.lax.rng_bit_generator(key, (4,), algorithm=jax.lax.RandomAlgorithm.RNG_THREE_FRY)
         space = x.reshape(1, 1, 4, 2, 2, 2)
-        return jax.lax.conv_general_dilated(space, space[:, :, :2], (1,) * 4, "SAME", dimension_numbers=("NCABDE", "OIABDE", "NCABDE")), bits
+        return jax.lax.conv_general_dilated(
+            space, space[:, :, :2], (1,) * 4, "SAME", dimension_numbers=("NCABDE", "OIABDE", "NCABDE")
+        ), bits
 
     text = _refused(step, X, np.arange(4, dtype=np.uint32))
-    for words in ("3 problems found", "4 spatial dimensions; torch has convolutions over up to 3", "algorithm THREE_FRY has no torch form"):
+    for words in (
+        "3 problems found",
+        "4 spatial dimensions; torch has convolutions over up to 3",
+        "algorithm THREE_FRY has no torch form",
+    ):
         assert words in text, text
     assert text.count("test_refusals.py:") == 3, text
 
@@ -48,6 +54,7 @@ def test_uses_that_torch_has_no_form_for_are_refused_with_everything_else():
 def test_what_torch_npu_has_no_operators_for_is_refused_there():
     def step(x):
         return jnp.linalg.cholesky(jnp.fft.fft(x).real @ x.T)
+
     text = _refused(step, X, device="npu")
     assert all(word in text for word in ("fft", "cholesky", "torch_npu has no such operator", "complex numbers")), text
     npu_bridge.jit(step).lower(X)
@@ -103,6 +110,7 @@ def test_an_unknown_custom_call_is_refused_by_name():
 def test_a_loop_that_depends_on_data_is_refused_unless_synchronisation_is_allowed():
     def step(x):
         return jax.lax.while_loop(lambda c: c.sum() < 100, lambda c: c * 2, x)
+
     text = _refused(step, X)
     assert "depends on data on the device" in text and "allow_host_sync=True" in text
     assert float(np.asarray(npu_bridge.jit(step, allow_host_sync=True)(X)).sum()) == 128.0
@@ -165,6 +173,9 @@ def test_importing_the_package_and_its_operators_needs_no_torch():
     import subprocess
     import sys
 
-    code = "import npu_bridge, npu_bridge.ops, npu_bridge.jaxcompat, sys; assert 'torch' not in sys.modules, 'torch was imported'"
+    code = (
+        "import npu_bridge, npu_bridge.ops, npu_bridge.jaxcompat, sys; assert 'torch' not in sys.modules, 'torch "
+        "was imported'"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

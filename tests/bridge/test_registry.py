@@ -42,7 +42,9 @@ def test_every_operation_of_the_dialects_is_lowered_or_left_out_for_a_reason():
 
 @pytest.fixture(scope="module")
 def written():
-    """Operations and helpers that the cases make the bridge write: on one device and on a mesh, with gradients and without."""
+    """Operations and helpers that the cases make the bridge write: on one device and on a mesh, with gradients and
+    without.
+    """
     one, mesh, text = set(), set(), []
     for name in CASES:
         for found, mesh_too in ((one, False), (mesh, True)):
@@ -77,6 +79,7 @@ def test_a_name_cannot_be_registered_twice():
 def test_a_program_is_written_the_same_for_every_rank_and_every_time():
     def step(x):
         return jax.nn.softmax(x @ x.T, 1).sum(0)
+
     x = np.ones((4, 8), np.float32)
     first, second = (lower_sharded(step, (x,)).as_text() for _ in range(2))
     assert first == second
@@ -96,7 +99,13 @@ print(hashlib.sha256(low.as_text().encode()).hexdigest())
 def test_processes_with_different_hash_seeds_write_one_program():
     # Python seeds the order of string sets per process: if it leaked into the program text, ranks would disagree.
     texts = [
-        subprocess.run([sys.executable, "-c", _WRITE], env=os.environ | {"PYTHONHASHSEED": seed, "NPU_BRIDGE_CACHE": "off"}, capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", _WRITE],
+            env=os.environ | {"PYTHONHASHSEED": seed, "NPU_BRIDGE_CACHE": "off"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         for seed in ("1", "2")
     ]
     assert texts[0] == texts[1]

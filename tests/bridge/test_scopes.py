@@ -1,4 +1,6 @@
-"""Time by named_scope: where marks stand in a written program, what they leave of its results, what torch's profiler shows of them."""
+"""Time by named_scope: where marks stand in a written program, what they leave of its results, what torch's profiler
+shows of them.
+"""
 
 import time
 
@@ -75,25 +77,35 @@ def test_recording_changes_no_result_and_its_times_add_up_to_the_step(program):
     assert np.array_equal(got, before), f"largest difference {np.abs(got - before).max()}"
     assert times.calls == {"model": 1} and set(times.seconds) == {("model", "first"), ("model", "second")}
     assert sum(times.seconds.values()) + times.preparing < wall
-    # Four products against one and a tanh of as many numbers: far above what anything else on the machine can turn round.
+    # Four products against one and a tanh of as many numbers: far above what anything else on the machine can turn
+    # round.
     assert times.seconds["model", "second"] > times.seconds["model", "first"]
     assert np.array_equal(np.asarray(step(x, w)), before) and times.calls == {"model": 1}, "recorded after its end"
 
 
 def test_torchs_profiler_shows_the_scopes_with_the_same_times(program):
     step, x, w, _ = program
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler, npu_bridge.record_scopes("cpu") as times:
+    with (
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler,
+        npu_bridge.record_scopes("cpu") as times,
+    ):
         step(x, w)
     shown = {event.key: event for event in profiler.key_averages()}
     for name in ("first", "second"):
         ours, theirs = times.seconds["model", name], shown[name].cpu_time_total / 1e6
         # Its clock reads inside of ours; half a millisecond of slack for a turn of another process between the two.
-        assert theirs <= ours + 1e-4 and ours - theirs < 0.05 * ours + 5e-4, f"{name}: {ours:.6f} s here, {theirs:.6f} s in the profiler"
+        assert theirs <= ours + 1e-4 and ours - theirs < 0.05 * ours + 5e-4, (
+            f"{name}: {ours:.6f} s here, {theirs:.6f} s in the profiler"
+        )
     assert shown["aten::mm"].count == 5
 
 
 def test_a_second_recording_at_the_same_time_is_refused(program):
-    with npu_bridge.record_scopes("cpu"), pytest.raises(RuntimeError, match="recorded already"), npu_bridge.record_scopes("cpu"):
+    with (
+        npu_bridge.record_scopes("cpu"),
+        pytest.raises(RuntimeError, match="recorded already"),
+        npu_bridge.record_scopes("cpu"),
+    ):
         pass
     with npu_bridge.record_scopes("cpu"):
         pass

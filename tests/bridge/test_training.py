@@ -1,7 +1,7 @@
 """A sharded decoder's training step: the bridge against XLA, on one process and on four, beside XLA against itself.
 
-The control is XLA on four devices against XLA on one. The bridge may differ from XLA on one device by what another order of
-float32 additions makes, which is what the control shows.
+The control is XLA on four devices against XLA on one. The bridge may differ from XLA on one device by what another
+order of float32 additions makes, which is what the control shows.
 """
 
 import functools
@@ -34,8 +34,10 @@ def _xla(c, sharded=False, steps=STEPS):
             losses.append(float(metrics["loss"]))
         return losses, jax.tree.map(np.asarray, state[0])
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+
     def put(t, s):
         return jax.device_put(t, jax.tree.map(lambda x: NamedSharding(mesh, x), s))
+
     out = (jax.tree.map(lambda s: NamedSharding(mesh, s), decoder.specs(state)), NamedSharding(mesh, P()))
     with jax.set_mesh(mesh):
         run = jax.jit(step, out_shardings=out)
@@ -51,7 +53,11 @@ def _sharded(c):
     step, state = decoder.make(c)
     data = jax.tree.map(lambda _: P("fsdp"), decoder.batch(c))
     fn = npu_bridge.jit(
-        step, mesh=decoder.MESH, in_shardings=(decoder.specs(state), data), out_shardings=(decoder.specs(state), P()), donate_argnums=0
+        step,
+        mesh=decoder.MESH,
+        in_shardings=(decoder.specs(state), data),
+        out_shardings=(decoder.specs(state), P()),
+        donate_argnums=0,
     )
     return fn.lower(state, decoder.batch(c)), state
 
@@ -90,10 +96,15 @@ def test_four_processes_train_like_xla_in_float32(fused, pool):
         losses = [m[1] for m in metrics]  # flat metrics: grad_norm, loss
         gap = _loss_gap(losses, want)
         # The bar of the project is 1e-5; the control is usually near 1e-7, and a single step may fall either way.
-        assert gap < 1e-5, f"rank {rank}: loss differs by {gap:.2e}, XLA on four devices by {_loss_gap(control_losses, want):.2e}"
+        assert gap < 1e-5, (
+            f"rank {rank}: loss differs by {gap:.2e}, XLA on four devices by {_loss_gap(control_losses, want):.2e}"
+        )
         tree = jax.tree.unflatten(jax.tree.structure(state), final)
         l2 = _l2(tree[0], params)
-        assert l2 < 1e-4, f"rank {rank}: parameters differ by {l2:.2e} (L2, relative), XLA on four devices by {_l2(control, params):.2e}"
+        assert l2 < 1e-4, (
+            f"rank {rank}: parameters differ by {l2:.2e} (L2, relative), XLA on four devices by "
+            f"{_l2(control, params):.2e}"
+        )
 
 
 def test_bfloat16_stays_as_near_to_xla_as_xla_bfloat16_to_float32(pool):
@@ -103,17 +114,22 @@ def test_bfloat16_stays_as_near_to_xla_as_xla_bfloat16_to_float32(pool):
     (_, ours), (_, exact) = _xla(narrow), _xla(wide)
     tree = jax.tree.unflatten(jax.tree.structure(state), final)
     gap, control = _l2(tree[0], ours), _l2(ours, exact)
-    assert gap < control, f"parameters differ from XLA bfloat16 by {gap:.2e}, XLA bfloat16 from float32 by {control:.2e}"
+    assert gap < control, (
+        f"parameters differ from XLA bfloat16 by {gap:.2e}, XLA bfloat16 from float32 by {control:.2e}"
+    )
 
 
 def test_exchanges_of_a_step_are_those_of_hand_written_fsdp_and_tensor_parallelism():
-    """Per layer: each of the seven weights is gathered once forward and once backward and its gradient scattered once; tensor
-    parallelism sums the two block outputs forward, one of them again for remat, and the two input gradients."""
+    """Per layer: each of the seven weights is gathered once forward and once backward and its gradient scattered once;
+    tensor parallelism sums the two block outputs forward, one of them again for remat, and the two input gradients.
+    """
     low, _ = _sharded(decoder.Config(fused=True))
     layers = decoder.Config().layers
     inside = [c for c in low.collectives() if c["times"] == layers]
+
     def count(kind, axes):
         return sum(1 for c in inside if c["kind"] == kind and c["axes"] == axes)
+
     assert count("all_gather", ("fsdp",)) == 14
     assert count("reduce_scatter", ("fsdp",)) == 7
     assert count("all_reduce", ("tensor",)) == 5
@@ -126,10 +142,18 @@ def test_gradients_over_data_and_fsdp_are_scattered_first_and_summed_between_gro
     c = decoder.Config(fused=True, rows=("data", "fsdp"))
     step, state = decoder.make(c)
     rows = jax.tree.map(lambda _: P(("data", "fsdp")), decoder.batch(c))
+
     def only_fsdp(spec):
         return P(*(a if a == "fsdp" else None for a in spec))
+
     specs = jax.tree.map(only_fsdp, decoder.specs(state), is_leaf=lambda x: isinstance(x, P))
-    fn = npu_bridge.jit(step, mesh={"data": 2, "fsdp": 2, "tensor": 1}, in_shardings=(specs, rows), out_shardings=(specs, P()), donate_argnums=0)
+    fn = npu_bridge.jit(
+        step,
+        mesh={"data": 2, "fsdp": 2, "tensor": 1},
+        in_shardings=(specs, rows),
+        out_shardings=(specs, P()),
+        donate_argnums=0,
+    )
     low = fn.lower(state, decoder.batch(c))
     inside = [e for e in low.collectives() if e["times"] == c.layers]
     scattered = [e for e in inside if e["kind"] == "reduce_scatter"]
@@ -137,7 +161,9 @@ def test_gradients_over_data_and_fsdp_are_scattered_first_and_summed_between_gro
     between = sorted(int(np.prod(e["shape"])) for e in inside if e["kind"] == "all_reduce" and e["axes"] == ("data",))
     assert between == sorted(int(np.prod(e["shape"])) // 2 for e in scattered), (between, scattered)
     both_axes = [e for e in inside if e["kind"] == "all_reduce" and set(e["axes"]) == {"data", "fsdp"}]
-    assert all(int(np.prod(e["shape"])) == c.width for e in both_axes), "only the norms' scales, which are whole everywhere"
+    assert all(int(np.prod(e["shape"])) == c.width for e in both_axes), (
+        "only the norms' scales, which are whole everywhere"
+    )
     want, _ = _xla(decoder.Config(fused=True), steps=3)
     metrics, _ = pool.steps(low, state, _batches(c, 3))[0]
     gap = _loss_gap([m[1] for m in metrics], want)
@@ -193,6 +219,8 @@ def test_planned_peak_is_what_torch_really_allocates():
     with Count({x.local.untyped_storage()._cdata for x in jax.tree.leaves(state)}) as counted:
         fn(state, decoder.batch(c))
     planned = plan["peak_bytes"] - plan["argument_bytes"]
-    # Above the plan: temporaries inside one line (a product before its view, a helper's intermediates), here the embedding's
-    # scatter indices. Below: a reshape that needed no copy.
-    assert 0.6 * planned < counted.peak < 1.25 * planned, f"planned {planned} bytes besides the arguments, counted {counted.peak}"
+    # Above the plan: temporaries inside one line (a product before its view, a helper's intermediates), here the
+    # embedding's scatter indices. Below: a reshape that needed no copy.
+    assert 0.6 * planned < counted.peak < 1.25 * planned, (
+        f"planned {planned} bytes besides the arguments, counted {counted.peak}"
+    )

@@ -16,7 +16,15 @@ from mindvl_jax.models.mindvl.model import MindVL
 from mindvl_jax.weights.companions import write_companions
 from mindvl_jax.weights.save import save_parameters
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 40, 220)}
 MODEL = {
     "vision": {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "window_size": 56, "fullatt_block_indexes": [0, 1], "tokens_per_second": 3},
@@ -34,7 +42,9 @@ def published(tmp_path_factory):
     """A Hugging Face folder of model_type qwen2_5_vl whose settings are no defaults."""
     folder = tmp_path_factory.mktemp("published") / "Tiny-VL"
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={piece: index for index, piece in enumerate(alphabet)}, merges=[]))
+    raw = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={piece: index for index, piece in enumerate(alphabet)}, merges=[])
+    )
     raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = tokenizers.decoders.ByteLevel()
     raw.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in SPECIAL])
@@ -57,7 +67,13 @@ def squares(tmp_path_factory):
         name = list(COLOURS)[index % 3]
         pixels = np.clip(np.array(COLOURS[name]) + rng.integers(-10, 10, (56, 56, 3)), 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{index}.png")
-        records.append({"id": str(index), "image": f"{index}.png", "conversations": [{"from": "human", "value": "<image>Colour?"}, {"from": "gpt", "value": name}]})
+        records.append(
+            {
+                "id": str(index),
+                "image": f"{index}.png",
+                "conversations": [{"from": "human", "value": "<image>Colour?"}, {"from": "gpt", "value": name}],
+            }
+        )
     (folder / "squares.json").write_text(json.dumps(records))
     return folder
 

@@ -1,4 +1,6 @@
-"""`mindvl init` and `mindvl train`: from a model folder and a data file to a run, and back to a folder that says the same."""
+"""`mindvl init` and `mindvl train`: from a model folder and a data file to a run, and back to a folder that says the
+same.
+"""
 
 import json
 import re
@@ -19,7 +21,24 @@ def trained(published, squares, tmp_path_factory):
     from mindvl_jax.cli.main import main
 
     run = tmp_path_factory.mktemp("trained") / "run"
-    assert main(["train", "--model", str(published), "--data", str(squares / "squares.json"), "--run", str(run), "--epochs", "1", "--set", "mesh.fsdp=1"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--model",
+                str(published),
+                "--data",
+                str(squares / "squares.json"),
+                "--run",
+                str(run),
+                "--epochs",
+                "1",
+                "--set",
+                "mesh.fsdp=1",
+            ]
+        )
+        == 0
+    )
     return run
 
 
@@ -34,19 +53,27 @@ def test_an_export_has_the_base_models_settings(trained, published, tmp_path, mi
     assert code == 0, told
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (published, tmp_path / "hf"))
     assert after == before
-    processors = [json.loads((folder / "preprocessor_config.json").read_text()) for folder in (published, tmp_path / "hf")]
+    processors = [
+        json.loads((folder / "preprocessor_config.json").read_text()) for folder in (published, tmp_path / "hf")
+    ]
     assert processors[0] == processors[1]
 
 
 def test_init_from_alone_gives_the_sizes_of_the_folder(published, squares, tmp_path):
     text = (
-        f"run: {{dir: {tmp_path}, init_from: {published}}}\ndata: {{sources: {{a: {{path: {squares / 'squares.json'}}}}}}}\n"
-        "training:\n  phases:\n    - {name: a, steps: 4, mixture: [{source: a}], rows: 8, sequence_length: 64, patches_per_row: 64, learning_rate: 1.0e-3}\n"
+        f"run: {{dir: {tmp_path}, init_from: {published}}}\ndata: {{sources: {{a: {{path: "
+        f"{squares / 'squares.json'}}}}}}}\n"
+        "training:\n  phases:\n    - {name: a, steps: 4, mixture: [{source: a}], rows: 8, sequence_length: "
+        "64, patches_per_row: 64, learning_rate: 1.0e-3}\n"
     )
     file = tmp_path / "c.yaml"
     file.write_text(text)
     config = common.load_config(file)
-    assert (config.model.text.max_position_embeddings, config.model.text.rms_norm_eps, config.model.vision.tokens_per_second) == (4096, 1e-5, 3)
+    assert (
+        config.model.text.max_position_embeddings,
+        config.model.text.rms_norm_eps,
+        config.model.vision.tokens_per_second,
+    ) == (4096, 1e-5, 3)
     assert config.tokenizer.path == str(published)
     file.write_text(text.replace(f", init_from: {published}", "") + f"model: {{from: {published}, remat: full}}\n")
     again = common.load_config(file)
@@ -61,22 +88,30 @@ def test_init_from_alone_gives_the_sizes_of_the_folder(published, squares, tmp_p
 
 def test_init_writes_a_configuration_in_which_every_sample_fits(published, squares, tmp_path, mindvl):
     out = tmp_path / "my.yaml"
-    code, _, told = mindvl("init", "--model", published, "--data", squares / "squares.json", "--out", out, "--epochs", "2")
+    code, _, told = mindvl(
+        "init", "--model", published, "--data", squares / "squares.json", "--out", out, "--epochs", "2"
+    )
     assert code == 0 and f"mindvl train --config {out}" in told
     phase = common.load_config(out).training.phases[0]
     assert phase.epochs == 2 and phase.patches_per_row % 4 == 0 and (phase.min_pixels, phase.max_pixels) == (784, 3136)
     code, printed, told = mindvl("data", "check", "--config", out, "--out", tmp_path / "page.html")
     assert code == 0 and re.search(r"24 +│ 24 +│ 0 ", printed), printed + told
-    assert mindvl("init", "--model", published, "--data", squares / "squares.json", "--out", out)[0] == 2, "nothing is overwritten unasked"
+    assert mindvl("init", "--model", published, "--data", squares / "squares.json", "--out", out)[0] == 2, (
+        "nothing is overwritten unasked"
+    )
 
 
 def test_epochs_replace_the_steps_of_a_recipe(published, squares, tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(
-        f"run: {{dir: {tmp_path}, init_from: {published}}}\ndata: {{sources: {{a: {{path: {squares / 'squares.json'}}}}}}}\n"
-        "training:\n  phases:\n    - {name: a, steps: 40, warmup_steps: 9, mixture: [{source: a}], rows: 2, sequence_length: 64, patches_per_row: 64, learning_rate: 1.0e-3}\n"
+        f"run: {{dir: {tmp_path}, init_from: {published}}}\ndata: {{sources: {{a: {{path: "
+        f"{squares / 'squares.json'}}}}}}}\n"
+        "training:\n  phases:\n    - {name: a, steps: 40, warmup_steps: 9, mixture: [{source: a}], rows: 2, "
+        "sequence_length: 64, patches_per_row: 64, learning_rate: 1.0e-3}\n"
     )
-    phase = common.load_config(file, ["training.phases[0].epochs=2", "training.phases[0].warmup_ratio=0.5"]).training.phases[0]
+    phase = common.load_config(
+        file, ["training.phases[0].epochs=2", "training.phases[0].warmup_ratio=0.5"]
+    ).training.phases[0]
     assert (phase.steps, phase.epochs, phase.warmup_steps, phase.warmup_ratio) == (None, 2, 0, 0.5)
     with pytest.raises(ConfigError, match=r"warmup_steps \(9\) is longer than the phase \(steps 5\)"):
         common.load_config(file, ["training.phases[0].steps=5"])
@@ -94,9 +129,15 @@ def test_an_override_of_an_unknown_section_is_blamed_on_the_override(published):
         loader.load("smoke", ["trainig.phases=3"])
 
 
-@pytest.mark.parametrize("command", ["train", "init", "generate", "evaluate", "data", "profile", "compare", "completion"])
+@pytest.mark.parametrize(
+    "command", ["train", "init", "generate", "evaluate", "data", "profile", "compare", "completion"]
+)
 def test_a_help_text_loads_neither_jax_nor_torch(command):
-    script = f"import sys\nfrom mindvl_jax.cli.main import build_parser\nprint(build_parser({command!r}).format_help())\nprint('LOADED', sorted({{'jax', 'torch', 'grain'}} & set(sys.modules)))"
+    script = (
+        "import sys\nfrom mindvl_jax.cli.main import "
+        f"build_parser\nprint(build_parser({command!r}).format_help())\nprint('LOADED', sorted({{'jax', 'torch', "
+        f"'grain'}} & set(sys.modules)))"
+    )
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert printed.endswith("LOADED []\n")
 

@@ -29,19 +29,37 @@ def test_a_run_that_does_not_train_is_not_asked_to_profile(tmp_path):
         require_training(tmp_path)
 
 
-def test_training_through_the_bridge_without_torch_says_what_to_install(monkeypatch, published, squares, tmp_path, mindvl):
+def test_training_through_the_bridge_without_torch_says_what_to_install(
+    monkeypatch, published, squares, tmp_path, mindvl
+):
     from mindvl_jax.training import backend
 
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
-    code, _, told = mindvl("train", "--model", published, "--data", squares / "squares.json", "--run", tmp_path / "run", "--set", "backend=npu_bridge", "bridge.device=cpu")
+    code, _, told = mindvl(
+        "train",
+        "--model",
+        published,
+        "--data",
+        squares / "squares.json",
+        "--run",
+        tmp_path / "run",
+        "--set",
+        "backend=npu_bridge",
+        "bridge.device=cpu",
+    )
     assert code == 2 and "pip install 'mindvl-jax[bridge]'" in told
 
 
 def test_evaluation_files_that_end_with_a_question_can_be_scored():
     question = Sample("a", (Message("user", "Colour?"),), answers=("red", "crimson"))
-    assert [(turn.role, turn.content) for turn in with_answer(question).messages] == [("user", "Colour?"), ("assistant", "red")]
+    assert [(turn.role, turn.content) for turn in with_answer(question).messages] == [
+        ("user", "Colour?"),
+        ("assistant", "red"),
+    ]
     answered = Sample("a", (Message("user", "Colour?"), Message("assistant", "blue")), answers=("red",))
-    assert with_answer(answered) is answered and with_answer(Sample("a", question.messages)).messages == question.messages
+    assert (
+        with_answer(answered) is answered and with_answer(Sample("a", question.messages)).messages == question.messages
+    )
 
 
 def test_the_words_of_a_model_are_listed(published, mindvl):
@@ -63,7 +81,9 @@ def test_commands_share_compiled_programs_and_jaxs_own_setting_wins(monkeypatch,
 
 
 def test_metrics_of_a_run_are_a_table(tmp_path, mindvl):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null, "sample_ids": ["a"]}\n')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null, "sample_ids": ["a"]}\n'
+    )
     assert mindvl("metrics", tmp_path)[1].splitlines() == ["step,loss,sample_ids", "1,2.0,", '2,,"[""a""]"']
     assert json.loads(mindvl("metrics", tmp_path, "--json", "--columns", "loss", "--last", "1")[1]) == [{"loss": None}]
     assert "the run has step, loss" in mindvl("metrics", tmp_path, "--columns", "los")[2]

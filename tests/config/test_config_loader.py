@@ -51,19 +51,37 @@ def test_dump_and_load_give_the_same_configuration(write):
 
 def test_extends_merges_mappings_and_replaces_lists(write):
     write(MINIMAL, "base.yaml")
-    config = config_loader.load(write("extends: base.yaml\nrun: {seed: 7}\nmodel: {text: {num_layers: 5}}\n", "child.yaml"))
-    assert (config.run.dir, config.run.seed, config.model.text.num_layers, config.model.text.hidden_size) == ("runs/x", 7, 5, 32)
+    config = config_loader.load(
+        write("extends: base.yaml\nrun: {seed: 7}\nmodel: {text: {num_layers: 5}}\n", "child.yaml")
+    )
+    assert (config.run.dir, config.run.seed, config.model.text.num_layers, config.model.text.hidden_size) == (
+        "runs/x",
+        7,
+        5,
+        32,
+    )
 
 
 def test_overrides_reach_mappings_and_list_elements(write):
-    config = config_loader.load(write(MINIMAL), ["run.seed=3", "training.phases[0].steps=50", "mesh.fsdp=2", "data.sources.extra.path=a b.jsonl"])
-    assert (config.run.seed, config.training.phases[0].steps, config.mesh.fsdp, config.data.sources["extra"].path) == (3, 50, 2, "a b.jsonl")
+    config = config_loader.load(
+        write(MINIMAL),
+        ["run.seed=3", "training.phases[0].steps=50", "mesh.fsdp=2", "data.sources.extra.path=a b.jsonl"],
+    )
+    assert (config.run.seed, config.training.phases[0].steps, config.mesh.fsdp, config.data.sources["extra"].path) == (
+        3,
+        50,
+        2,
+        "a b.jsonl",
+    )
 
 
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("training.phases[0].step=5", "`training.phases[0].step`: unknown key; did you mean `training.phases[0].steps`?"),
+        (
+            "training.phases[0].step=5",
+            "`training.phases[0].step`: unknown key; did you mean `training.phases[0].steps`?",
+        ),
         ("learning_rate=1", "did you mean `training.phases[0].learning_rate`?"),
         ("trainig.loss_chunk=5", "did you mean `training`?"),
         ("run.seed=many", "`run.seed`: Input should be a valid integer"),
@@ -105,7 +123,9 @@ def test_extends_in_a_circle_is_refused(write):
         config_loader.load(write("extends: a.yaml\n", "b.yaml"))
 
 
-@pytest.mark.parametrize(("content", "expected"), [("", "an empty file"), ("- 1\n", "found list"), ("a: [1\n", "not valid YAML")])
+@pytest.mark.parametrize(
+    ("content", "expected"), [("", "an empty file"), ("- 1\n", "found list"), ("a: [1\n", "not valid YAML")]
+)
 def test_a_file_that_is_no_configuration_is_refused(write, content, expected):
     with pytest.raises(ConfigError, match=expected):
         config_loader.load(write(content))
@@ -149,7 +169,9 @@ def test_a_model_section_without_a_family_is_mindvl(write):
 
 def test_an_unknown_family_is_refused_with_its_line_and_the_nearest_name(write):
     path = write(MINIMAL.replace("model:\n", "model:\n  family: minvdl\n"))
-    with pytest.raises(ConfigError, match=r"config.yaml:4: `model.family`: no model family is called 'minvdl'; did you mean 'mindvl'\?"):
+    with pytest.raises(
+        ConfigError, match=r"config.yaml:4: `model.family`: no model family is called 'minvdl'; did you mean 'mindvl'\?"
+    ):
         config_loader.load(path)
 
 

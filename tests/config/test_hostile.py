@@ -1,4 +1,6 @@
-"""Configurations that nobody means, or that are meant to harm: each is refused at once, by its place, without a traceback."""
+"""Configurations that nobody means, or that are meant to harm: each is refused at once, by its place, without a
+traceback.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ REFUSED = [
     "model.text={head_dim: 15, rope: 1d}", "model.image_token_id=-1", "model.image_token_id=64", "model.video_token_id=true",
     # names and paths
     *(f"{PHASE}.name={name}" for name in ("''", "'../../x'", "/etc/x", "'[/x]'", "'a/b'", "'.hidden'", "'a\\\\b'", '"a\\0b"', '"\\e[31mred"', "'=1+1'", "'-x'", "'@x'", f"'{'n' * 300}'", "'ends.'", "' a'", "true", "[a]", '"a\\nb"', "'+cmd|calc'")),
-    "training.phases=[{name: A, steps: 1, mixture: [{source: words}], rows: 1, sequence_length: 8, patches_per_row: 4, learning_rate: 1}, {name: a, steps: 1, mixture: [{source: words}], rows: 1, sequence_length: 8, patches_per_row: 4, learning_rate: 1}]",
+    "training.phases=[{name: A, steps: 1, mixture: [{source: words}], rows: 1, sequence_length: 8, "
+        "patches_per_row: 4, learning_rate: 1}, {name: a, steps: 1, mixture: [{source: words}], rows: 1, "
+        "sequence_length: 8, patches_per_row: 4, learning_rate: 1}]",
     "evaluation.tasks=[{name: '../../../ESCAPED', source: {path: x}}]", "evaluation.tasks=[{name: t, source: {path: x}}, {name: t, source: {path: y}}]", "data.sources={'../x': {path: a}}",
     "run.dir=''", "run.dir=' '", 'run.dir="a\\0b"', f"run.dir={'x' * 300}", f"run.dir={'x/' * 3000}", 'run.dir="a\\e[2Jb"', "run.dir=5", "data.sources.words.path=\"\\0\"",
     # not the shape of a configuration
@@ -57,7 +61,12 @@ def test_a_setting_is_refused_in_a_short_message(base, setting):
     assert len(str(error.value)) < 6000
 
 
-BOMB = "\n".join(["a: &a [x,x,x,x,x,x,x,x,x]", *(f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]" for i in range(8))])
+BOMB = "\n".join(
+    [
+        "a: &a [x,x,x,x,x,x,x,x,x]",
+        *(f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]" for i in range(8)),
+    ]
+)
 FILES = {
     "aliases that multiply": BOMB, "an alias that holds itself": "run: &a [*a]", "a mapping that holds itself": "run: &a {b: *a}", "deep brackets": "run: " + "[" * 20000 + "]" * 20000, "deep braces": "{a: " * 20000,
     "a long number": f"run: {{seed: {'9' * 5000}}}", "no text": b"\xff\x00\xfe", "another tag": "run: !!python/object/apply:os.system ['true']", "a list as key": "? [a, b]\n: 1\n", "a number as key": "1: 2\n", "two documents": "a: 1\n---\nb: 2\n",

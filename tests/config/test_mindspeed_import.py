@@ -91,7 +91,11 @@ MODEL = {
 @pytest.fixture
 def files(tmp_path):
     def write(extra="", data=DATA, model=MODEL):
-        for name, content in (("data.json", json.dumps(data)), ("model.json", json.dumps(model)), ("run.sh", SCRIPT.replace("EXTRA", extra))):
+        for name, content in (
+            ("data.json", json.dumps(data)),
+            ("model.json", json.dumps(model)),
+            ("run.sh", SCRIPT.replace("EXTRA", extra)),
+        ):
             (tmp_path / name).write_text(content)
         return [tmp_path / name for name in ("data.json", "model.json", "run.sh")]
 
@@ -100,19 +104,50 @@ def files(tmp_path):
 
 def test_their_3b_recipe_becomes_a_valid_configuration_of_equal_meaning(files, tmp_path, capsys):
     data, model, script = files()
-    assert main(["import", "mindspeed", "--data", str(data), "--model", str(model), "--script", str(script), "--out", str(tmp_path / "ours.yaml")]) == 0
+    assert (
+        main(
+            [
+                "import",
+                "mindspeed",
+                "--data",
+                str(data),
+                "--model",
+                str(model),
+                "--script",
+                str(script),
+                "--out",
+                str(tmp_path / "ours.yaml"),
+            ]
+        )
+        == 0
+    )
     told = capsys.readouterr().out
     config = loader.load(tmp_path / "ours.yaml")
     phase = config.training.phases[0]
     assert phase.rows * phase.gradient_accumulation == 128 and phase.max_samples_per_row == 1
-    assert (phase.steps, phase.warmup_steps, phase.learning_rate, phase.final_learning_rate_fraction) == (10000, 1000, 1e-5, pytest.approx(0.1))
+    assert (phase.steps, phase.warmup_steps, phase.learning_rate, phase.final_learning_rate_fraction) == (
+        10000,
+        1000,
+        1e-5,
+        pytest.approx(0.1),
+    )
     assert (phase.schedule, phase.weight_decay, config.training.optimizer.clip_norm) == ("cosine", 0.0, 0.0)
     assert phase.loss_reduction == "sample", "a mean over a micro-batch of one sample is the mean of that sample"
     assert (phase.train, phase.max_pixels, phase.sequence_length) == (("language/**",), 262144, 1024)
     assert config.data.sources["train"].columns.user == "human" and config.data.sources["train"].media_root == "./data"
-    assert (config.data.resample, config.data.train_on, config.run.dir, config.run.seed) == ("nearest", "answers", "save_dir", 42)
+    assert (config.data.resample, config.data.train_on, config.run.dir, config.run.seed) == (
+        "nearest",
+        "answers",
+        "save_dir",
+        42,
+    )
     lost = {line.split()[2] for line in told.splitlines() if line.startswith("lost")}
-    assert lost == {"pipeline-model-parallel-size", "load", "dataset_param.basic_parameters.template", "dataset_param.preprocess_parameters.video_max_pixels"}, told
+    assert lost == {
+        "pipeline-model-parallel-size",
+        "load",
+        "dataset_param.basic_parameters.template",
+        "dataset_param.preprocess_parameters.video_max_pixels",
+    }, told
     named = (tmp_path / "ours.yaml").read_text()
     assert all(f" {name} = " in named for name in lost)
 
@@ -126,13 +161,26 @@ def test_every_key_has_a_fate_and_an_unknown_one_is_lost(files):
     options = options_of(SCRIPT.replace("EXTRA", "--brand-new-flag 7"), "run.sh")
     assert len({(key.file, key.name) for key in imported.keys}) == flat(DATA) + flat(MODEL) + 1 + len(options)
     lost = {key.name: key.text for key in imported.lost()}
-    assert "not known to this importer" in lost["brand-new-flag"] and "not known to this importer" in lost["surprise.depth"]
+    assert (
+        "not known to this importer" in lost["brand-new-flag"]
+        and "not known to this importer" in lost["surprise.depth"]
+    )
 
 
 def test_lora_and_the_loss_of_the_script_are_kept(files):
-    config = import_run(*files("--lora-r 8 --lora-alpha 16 --lora-target-modules linear_qkv linear_fc2 --calculate-per-token-loss")).config
-    assert config["adapters"] == {"targets": [f"language/layers/{name}" for name in ("attention/query", "attention/key", "attention/value", "mlp/down")], "rank": 8, "alpha": 16.0}
-    assert "train" not in config["training"]["phases"][0] and config["training"]["phases"][0]["loss_reduction"] == "token"
+    config = import_run(
+        *files("--lora-r 8 --lora-alpha 16 --lora-target-modules linear_qkv linear_fc2 --calculate-per-token-loss")
+    ).config
+    assert config["adapters"] == {
+        "targets": [
+            f"language/layers/{name}" for name in ("attention/query", "attention/key", "attention/value", "mlp/down")
+        ],
+        "rank": 8,
+        "alpha": 16.0,
+    }
+    assert (
+        "train" not in config["training"]["phases"][0] and config["training"]["phases"][0]["loss_reduction"] == "token"
+    )
     assert loader.from_mapping(config).training.phases[0].train == ("**/lora_*",)
 
 

@@ -54,7 +54,10 @@ def test_a_terminal_draws_bars_and_the_log_gets_no_control_codes(tmp_path):
 def test_work_that_takes_longer_says_so_and_counts_say_what_is_left(console):
     with working(console, "compiling", soon=0.02, every=0.02):
         time.sleep(0.1)
-    assert len([line for line in lines(console) if "compiling (0:00 so far)" in line]) >= 2 and "compiling: done in" in lines(console)[-1]
+    assert (
+        len([line for line in lines(console) if "compiling (0:00 so far)" in line]) >= 2
+        and "compiling: done in" in lines(console)[-1]
+    )
     with counting(console, soon=0.05, every=0.05) as show:
         show(0, 40, "digits [1]")
         show(20, 40, "digits [1]")

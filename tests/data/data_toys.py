@@ -17,11 +17,25 @@ from mindvl_jax.models.mindvl.config import MindVLConfig
 
 VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "fullatt_block_indexes": [1]}
 TEXT = {
-    "family": "qwen2", "vocab_size": 151936, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1,
-    "head_dim": 16, "tie_word_embeddings": True, "rope": "mrope", "mrope_section": [2, 3, 3],
+    "family": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_layers": 2,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_dim": 16,
+    "tie_word_embeddings": True,
+    "rope": "mrope",
+    "mrope_section": [2, 3, 3],
 }
 MODEL: dict[str, Any] = {
-    "vision": VISION, "text": TEXT, "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653,
+    "vision": VISION,
+    "text": TEXT,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
 }
 
 
@@ -51,7 +65,11 @@ def record(index: int, *, words: int = 4, media: list[Any] | None = None) -> dic
     media = media or []
     question = "<image>" * len(media) + f"What is shown in number {index}?"
     answer = " ".join(["seven", "small", "ships", "sail"][k % 4] for k in range(words)) + f" {index}"
-    return {"id": f"s{index}", "images": media, "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    return {
+        "id": f"s{index}",
+        "images": media,
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+    }
 
 
 def write_mllm(folder: Path, count: int, *, seed: int = 0, name: str = "data.json") -> Path:
@@ -72,18 +90,33 @@ def write_mllm(folder: Path, count: int, *, seed: int = 0, name: str = "data.jso
 
 
 def config(tmp_path: Path, source: Path | dict[str, Any], **changes: Any) -> Config:
-    """A whole configuration over one source (`a`) or several ({name: path}). `data__x`, `phase__x` and `run__x` set single keys."""
+    """A whole configuration over one source (`a`) or several ({name: path}).
+
+    `data__x`, `phase__x` and `run__x` set single keys.
+    """
     sources = source if isinstance(source, dict) else {"a": {"path": str(source)}}
+
     def pick(prefix):
         return {key.removeprefix(prefix): value for key, value in changes.items() if key.startswith(prefix)}
+
     phase = {
-        "name": "only", "steps": 10, "mixture": [{"source": name} for name in sources], "rows": 4, "sequence_length": 192, "patches_per_row": 256,
-        "min_pixels": 784, "max_pixels": 28224, "learning_rate": 1e-3, **pick("phase__"),
+        "name": "only",
+        "steps": 10,
+        "mixture": [{"source": name} for name in sources],
+        "rows": 4,
+        "sequence_length": 192,
+        "patches_per_row": 256,
+        "min_pixels": 784,
+        "max_pixels": 28224,
+        "learning_rate": 1e-3,
+        **pick("phase__"),
     }
-    return Config.model_validate({
-        "run": {"dir": str(tmp_path / "run"), **pick("run__")},
-        "model": MODEL,
-        "tokenizer": {"path": "qwen3"},
-        "data": {"sources": sources, "packing_buffer": 32, "prefetch": 2, **pick("data__")},
-        "training": {"phases": [phase]},
-    })
+    return Config.model_validate(
+        {
+            "run": {"dir": str(tmp_path / "run"), **pick("run__")},
+            "model": MODEL,
+            "tokenizer": {"path": "qwen3"},
+            "data": {"sources": sources, "packing_buffer": 32, "prefetch": 2, **pick("data__")},
+            "training": {"phases": [phase]},
+        }
+    )

@@ -1,4 +1,6 @@
-"""What a media file says about its pixels (orientation, transparency, streams, times) is followed as Pillow and players follow it."""
+"""What a media file says about its pixels (orientation, transparency, streams, times) is followed as Pillow and players
+follow it.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,11 @@ def exif(orientation: int) -> bytes:
 
 
 def xmp(orientation: int) -> bytes:
-    return f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="{orientation}"/></rdf:RDF></x:xmpmeta>'.encode()
+    return (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
+        'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description '
+        f'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="{orientation}"/></rdf:RDF></x:xmpmeta>'
+    ).encode()
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:
@@ -54,10 +60,16 @@ def places(orientation: int) -> dict[str, bytes]:
         "WEBP, XMP": encoded(CORNER, "WEBP", xmp=xmp(orientation), lossless=True),
         "AVIF": encoded(CORNER, "AVIF", exif=exif(orientation), quality=95),
         "TIFF": encoded(CORNER, "TIFF", exif=exif(orientation)),
-        "PNG, eXIf before the pixels": with_chunk(png, b"eXIf", exif(orientation).removeprefix(b"Exif\0\0"), last=False),
-        "PNG, eXIf far before the end": with_chunk(png, b"eXIf", exif(orientation).removeprefix(b"Exif\0\0"), last=True, padding=200_000),
+        "PNG, eXIf before the pixels": with_chunk(
+            png, b"eXIf", exif(orientation).removeprefix(b"Exif\0\0"), last=False
+        ),
+        "PNG, eXIf far before the end": with_chunk(
+            png, b"eXIf", exif(orientation).removeprefix(b"Exif\0\0"), last=True, padding=200_000
+        ),
         "PNG, XMP": with_chunk(png, b"iTXt", text, last=False),
-        "PNG, raw profile": with_chunk(png, b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(raw.encode()), last=False),
+        "PNG, raw profile": with_chunk(
+            png, b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(raw.encode()), last=False
+        ),
     }
 
 
@@ -107,7 +119,11 @@ def transparent(mode: str) -> tuple[bytes, tuple[int, int, int], tuple[int, int,
         return encoded(image, transparency=image.getpixel((0, 0))), white, (90, 90, 90)
     if mode == "P, alpha of each colour":
         image = image.quantize(4)
-        return encoded(image, transparency=bytes(0 if index == image.getpixel((0, 0)) else 255 for index in range(4))), white, (90, 90, 90)
+        return (
+            encoded(image, transparency=bytes(0 if index == image.getpixel((0, 0)) else 255 for index in range(4))),
+            white,
+            (90, 90, 90),
+        )
     if mode == "1":
         bits = Image.new("1", (28, 28), 1)
         bits.paste(0, (0, 0, 14, 28))
@@ -127,7 +143,16 @@ def test_transparency_of_every_png_kind_lies_over_white(mode, grey):
 # --- video -----------------------------------------------------------------------------------------------------------
 
 
-def movie(*, corner: bool = False, times: list[int] | None = None, count: int = 8, level: int = 20, cover: bool = False, second: bool = False, kind: str = "mp4") -> bytes:
+def movie(
+    *,
+    corner: bool = False,
+    times: list[int] | None = None,
+    count: int = 8,
+    level: int = 20,
+    cover: bool = False,
+    second: bool = False,
+    kind: str = "mp4",
+) -> bytes:
     """Frame k is grey of value level + 5 k (or has a green upper left corner). `times` in hundredths of a second."""
     file = io.BytesIO()
     with av.open(file, "w", format=kind) as container:
@@ -149,7 +174,9 @@ def movie(*, corner: bool = False, times: list[int] | None = None, count: int = 
                 frame.pts = times[number]
             container.mux(stream.encode(frame))
             if second:
-                container.mux(small.encode(av.VideoFrame.from_ndarray(np.full((28, 56, 3), 250, np.uint8), format="rgb24")))
+                container.mux(
+                    small.encode(av.VideoFrame.from_ndarray(np.full((28, 56, 3), 250, np.uint8), format="rgb24"))
+                )
         container.mux(stream.encode())
         if second:
             container.mux(small.encode())
@@ -179,7 +206,10 @@ def test_a_video_is_shown_by_its_display_matrix(matrix):
     plan, frames = planned(bytes(data))
     assert frames.shape[1:3] == ((112, 56) if matrix[1] else (56, 112))
     y, x = (3 if side == 0 else -4 for side in MATRICES[matrix])
-    assert frames[0][y, x, 1] > 200 and [frames[0][-4 - y if y < 0 else -4, x, 1], frames[0][y, -4 if x == 3 else 3, 1]] < [50, 50]
+    assert frames[0][y, x, 1] > 200 and [
+        frames[0][-4 - y if y < 0 else -4, x, 1],
+        frames[0][y, -4 if x == 3 else 3, 1],
+    ] < [50, 50]
 
 
 @pytest.mark.parametrize("alone", [False, True])
@@ -194,10 +224,19 @@ def test_a_cover_image_is_not_taken_for_the_video(alone):
         cover.disposition = av.stream.Disposition.attached_pic
         container.mux(cover.encode(av.VideoFrame.from_ndarray(np.full((560, 560, 3), 250, np.uint8), format="rgb24")))
         for number in range(8):
-            sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono") if alone else None
+            sound = (
+                av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+                if alone
+                else None
+            )
             if sound is not None:
                 sound.rate = 44100
-            container.mux(main.encode(sound or av.VideoFrame.from_ndarray(np.full((56, 112, 3), 20 + 5 * number, np.uint8), format="rgb24")))
+            container.mux(
+                main.encode(
+                    sound
+                    or av.VideoFrame.from_ndarray(np.full((56, 112, 3), 20 + 5 * number, np.uint8), format="rgb24")
+                )
+            )
         for stream in (cover, main):
             container.mux(stream.encode())
     with av.open(io.BytesIO(file.getvalue())) as container:
@@ -237,7 +276,9 @@ def test_an_even_rate_is_no_changing_one_in_any_container(kind):
             stream = container.add_stream("mpeg4", rate=rate)
             stream.width, stream.height, stream.pix_fmt = 56, 56, "yuv420p"
             for number in range(rate):
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((56, 56, 3), number, np.uint8), format="rgb24")))
+                container.mux(
+                    stream.encode(av.VideoFrame.from_ndarray(np.full((56, 56, 3), number, np.uint8), format="rgb24"))
+                )
             container.mux(stream.encode())
         plan = plan_frames(Media(data=file.getvalue()), VISION, fps=4, max_frames=8, min_pixels=784, max_pixels=12544)
         assert list(plan.frames) == np.round(np.linspace(0, rate - 1, 4)).astype(int).tolist(), (kind, rate)

@@ -33,25 +33,37 @@ def ids_of(text: str) -> list[int]:
 
 def test_ids_equal_the_rendered_template_encoded_at_once():
     conversation = sample(
-        ("system", "Be brief."), ("user", "<image>\n  Name it.\n"), ("assistant", "Two ships,\n\nfar away."), ("user", "\nAnd <image> this? <image>"), ("assistant", "图 café 12345"),
+        ("system", "Be brief."),
+        ("user", "<image>\n  Name it.\n"),
+        ("assistant", "Two ships,\n\nfar away."),
+        ("user", "\nAnd <image> this? <image>"),
+        ("assistant", "图 café 12345"),
         images=3,
     )
     picture_text = "<|vision_start|>" + "<|image_pad|>" * 6 + "<|vision_end|>"
     rendered = (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
-        f"<|im_start|>user\n{picture_text}\n  Name it.\n<|im_end|>\n<|im_start|>assistant\nTwo ships,\n\nfar away.<|im_end|>\n"
-        f"<|im_start|>user\n\nAnd {picture_text} this? {picture_text}<|im_end|>\n<|im_start|>assistant\n图 café 12345<|im_end|>"
+        f"<|im_start|>user\n{picture_text}\n  Name it.\n<|im_end|>\n<|im_start|>assistant\nTwo ships,\n\nfar "
+        "away.<|im_end|>\n"
+        f"<|im_start|>user\n\nAnd {picture_text} this? {picture_text}<|im_end|>\n<|im_start|>assistant\n图 "
+        "café 12345<|im_end|>"
     )
     assert encoder().encode(conversation).tokens.tolist() == ids_of(rendered)
 
 
 def test_no_system_turn_is_added():
-    assert encoder().encode(sample(("user", "Hi"), ("assistant", "Ho"))).tokens.tolist() == ids_of("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>")
+    assert encoder().encode(sample(("user", "Hi"), ("assistant", "Ho"))).tokens.tolist() == ids_of(
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>"
+    )
 
 
 def test_tool_results_stand_in_one_user_turn_as_published():
-    example = encoder().encode(sample(("user", "Weather?"), ("assistant", "calling"), ("tool", "rain"), ("tool", "wind"), ("assistant", "wet")))
-    rendered = "<|im_start|>user\n<tool_response>\nrain\n</tool_response>\n<tool_response>\nwind\n</tool_response><|im_end|>\n"
+    example = encoder().encode(
+        sample(("user", "Weather?"), ("assistant", "calling"), ("tool", "rain"), ("tool", "wind"), ("assistant", "wet"))
+    )
+    rendered = (
+        "<|im_start|>user\n<tool_response>\nrain\n</tool_response>\n<tool_response>\nwind\n</tool_response><|im_end|>\n"
+    )
     assert rendered in tokenizer().decode(example.tokens.tolist(), skip_special=False)
     tokens, expected = example.tokens.tolist(), ids_of(rendered)
     assert any(tokens[start : start + len(expected)] == expected for start in range(len(tokens)))
@@ -61,7 +73,13 @@ def learned_text(example) -> str:
     return tokenizer().decode(example.targets[example.loss_weights > 0].tolist(), skip_special=False)
 
 
-TURNS = (("system", "S."), ("user", "One? <image>"), ("assistant", "First answer"), ("user", "Two?"), ("assistant", "Second answer"))
+TURNS = (
+    ("system", "S."),
+    ("user", "One? <image>"),
+    ("assistant", "First answer"),
+    ("user", "Two?"),
+    ("assistant", "Second answer"),
+)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +110,9 @@ def test_control_tokens_that_a_user_writes_stay_text():
 
 
 def test_a_placeholder_lies_where_its_merged_patches_are():
-    example = encoder(max_pixels=100000).encode(sample(("user", "<image> and <image>"), ("assistant", "x"), images=2, size=(200, 260)))
+    example = encoder(max_pixels=100000).encode(
+        sample(("user", "<image> and <image>"), ("assistant", "x"), images=2, size=(200, 260))
+    )
     places = np.flatnonzero(example.tokens == PAD)
     np.testing.assert_array_equal(np.flatnonzero(example.visual_index >= 0), places)
     merged_position = example.patch_positions[::4] // 2  # (height, width) of each merged group, in window order
@@ -111,8 +131,24 @@ def test_a_placeholder_lies_where_its_merged_patches_are():
 @pytest.fixture(scope="module")
 def published():
     config = Qwen2_5_VLConfig(
-        vision_config={"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "fullatt_block_indexes": [0], "out_hidden_size": 32, "tokens_per_second": 2},
-        text_config={"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+        vision_config={
+            "depth": 1,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "intermediate_size": 32,
+            "fullatt_block_indexes": [0],
+            "out_hidden_size": 32,
+            "tokens_per_second": 2,
+        },
+        text_config={
+            "num_hidden_layers": 1,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "vocab_size": 64,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+        },
     )
     return Qwen2_5_VLModel(config)
 
@@ -136,10 +172,22 @@ def test_positions_are_the_published_integers(published, spans):
         kinds += [1 if kind == "image" else 2] * count + [0] * 4
         at += count + 4
     ids = torch.zeros((1, len(kinds)), dtype=torch.long)
+
     def grids(kind):
-        return torch.tensor([span[1] for span in spans if span[0] == kind]) if any(span[0] == kind for span in spans) else None
-    seconds = torch.tensor([span[2] for span in spans if span[0] == "video"]) if any(span[0] == "video" for span in spans) else None
-    expected, _ = published.get_rope_index(ids, torch.tensor([kinds]), grids("image"), grids("video"), second_per_grid_ts=seconds)
+        return (
+            torch.tensor([span[1] for span in spans if span[0] == kind])
+            if any(span[0] == kind for span in spans)
+            else None
+        )
+
+    seconds = (
+        torch.tensor([span[2] for span in spans if span[0] == "video"])
+        if any(span[0] == "video" for span in spans)
+        else None
+    )
+    expected, _ = published.get_rope_index(
+        ids, torch.tensor([kinds]), grids("image"), grids("video"), second_per_grid_ts=seconds
+    )
     found = rotary_positions(len(kinds), ours, merge=2, tokens_per_second=2, mrope=True)
     np.testing.assert_array_equal(found, expected[:, 0].numpy())
 
@@ -153,7 +201,14 @@ def test_one_dimensional_positions_count_through_everything():
 
 
 def test_truncation_leaves_out_whole_turns_and_their_media():
-    turns = [("user", "<image> first"), ("assistant", "yes"), ("user", "<image> second"), ("assistant", "no"), ("user", "third <image>"), ("assistant", "maybe")]
+    turns = [
+        ("user", "<image> first"),
+        ("assistant", "yes"),
+        ("user", "<image> second"),
+        ("assistant", "no"),
+        ("user", "third <image>"),
+        ("assistant", "maybe"),
+    ]
     whole = encoder().encode(sample(*turns, images=3))
     for limit in range(30, whole.length + 1):
         try:
@@ -181,7 +236,12 @@ def test_patches_over_the_budget_leave_out_turns_too():
         ((), 0, {}, "no_answer"),
         ((("user", "hello"), ("assistant", "  ")), 0, {}, "empty_answer"),
         ((("assistant", "hello"),), 0, {}, "malformed"),
-        ((("user", "a"), ("assistant", "b"), ("system", "late"), ("user", "c"), ("assistant", "d")), 0, {}, "malformed"),
+        (
+            (("user", "a"), ("assistant", "b"), ("system", "late"), ("user", "c"), ("assistant", "d")),
+            0,
+            {},
+            "malformed",
+        ),
         ((("user", "<image>"), ("assistant", "b")), 2, {}, "media_mismatch"),
         ((("user", "<image> <image>"), ("assistant", "b")), 1, {}, "media_mismatch"),
         ((("user", "<video>"), ("assistant", "b")), 1, {}, "media_mismatch"),
@@ -197,11 +257,17 @@ def test_what_cannot_be_learned_from_is_refused_with_its_reason(turns, images, l
 
 def test_a_prompt_ends_with_an_opened_answer_and_teaches_nothing():
     example = encoder().encode_prompt([Message("user", "What is it?")], [Media(data=encoded(picture(0)))])
-    expected = ids_of("<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>What is it?<|im_end|>\n<|im_start|>assistant\n")
+    expected = ids_of(
+        "<|im_start|>user\n<|vision_start|>"
+        + "<|image_pad|>" * 4
+        + "<|vision_end|>What is it?<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert example.tokens.tolist() == expected and not example.loss_weights.any()
 
 
 def test_media_tokens_that_disagree_with_the_tokenizer_are_refused():
     wrong = MODEL.model_copy(update={"image_token_id": 151656})
-    with pytest.raises(ValueError, match="image_token_id is 151656 but the tokenizer's <|image_pad|> is 151655".replace("|", r"\|")):
+    with pytest.raises(
+        ValueError, match="image_token_id is 151656 but the tokenizer's <|image_pad|> is 151655".replace("|", r"\|")
+    ):
         ExampleEncoder(wrong, tokenizer(), EncodeLimits(min_pixels=784, max_pixels=12544))

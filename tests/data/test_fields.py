@@ -17,7 +17,11 @@ from mindvl_jax.data.sources.readers import Source
 from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
 
 ASK = {"role": "user", "content": "Weather in Oslo?"}
-TOOL = {"name": "get_weather", "description": "Weather of a city", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+TOOL = {
+    "name": "get_weather",
+    "description": "Weather of a city",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
 CALL = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": '{"city":"Oslo"}'}}
 WRITTEN_CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city":"Oslo"}}\n</tool_call>'
 PNG = encoded(picture(1, 28, 28))
@@ -29,32 +33,60 @@ def read(record: dict, **options):
 
 def texts(record: dict, **limits) -> tuple[str, str]:
     """(text of all tokens, text of what is learned)."""
-    example = ExampleEncoder(model_config(), tokenizer(), EncodeLimits(**{"min_pixels": 784, "max_pixels": 12544, **limits})).encode(read(record))
+    example = ExampleEncoder(
+        model_config(), tokenizer(), EncodeLimits(**{"min_pixels": 784, "max_pixels": 12544, **limits})
+    ).encode(read(record))
+
     def decode(ids):
         return tokenizer().decode([int(token) for token in ids], skip_special=False)
+
     return decode(example.tokens), decode(example.targets[example.loss_weights > 0])
 
 
 def answer(**fields) -> dict:
-    return {"messages": [ASK, {"role": "assistant", "content": "BAD", **fields}, ASK, {"role": "assistant", "content": "GOOD"}]}
+    return {
+        "messages": [
+            ASK,
+            {"role": "assistant", "content": "BAD", **fields},
+            ASK,
+            {"role": "assistant", "content": "GOOD"},
+        ]
+    }
 
 
 # (record, all tokens, what is learned) in the form that Qwen2.5 and Qwen3 publish, written by hand.
 USED = {
     "tool calls": (
-        {"messages": [ASK, {"role": "assistant", "content": "Let me look.", "tool_calls": [CALL, CALL]}, {"role": "tool", "content": "12C"}, {"role": "assistant", "content": "12 degrees."}]},
+        {
+            "messages": [
+                ASK,
+                {"role": "assistant", "content": "Let me look.", "tool_calls": [CALL, CALL]},
+                {"role": "tool", "content": "12C"},
+                {"role": "assistant", "content": "12 degrees."},
+            ]
+        },
         f"<|im_start|>user\nWeather in Oslo?<|im_end|>\n<|im_start|>assistant\nLet me look.\n{WRITTEN_CALL}\n{WRITTEN_CALL}<|im_end|>\n<|im_start|>user\n<tool_response>\n12C\n</tool_response><|im_end|>\n"
         "<|im_start|>assistant\n12 degrees.<|im_end|>",
         f"Let me look.\n{WRITTEN_CALL}\n{WRITTEN_CALL}<|im_end|>12 degrees.<|im_end|>",
     ),
     "calls as a turn of their own (ShareGPT)": (
-        {"conversations": [{"from": "human", "value": "Weather?"}, {"from": "function_call", "value": '{"name": "get_weather", "arguments": {"city":"Oslo"}}'}, {"from": "observation", "value": "12C"}, {"from": "gpt", "value": "12."}]},
+        {
+            "conversations": [
+                {"from": "human", "value": "Weather?"},
+                {"from": "function_call", "value": '{"name": "get_weather", "arguments": {"city":"Oslo"}}'},
+                {"from": "observation", "value": "12C"},
+                {"from": "gpt", "value": "12."},
+            ]
+        },
         '<|im_start|>user\nWeather?<|im_end|>\n<|im_start|>assistant\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\n12C\n</tool_response><|im_end|>\n'
         "<|im_start|>assistant\n12.<|im_end|>",
         '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>12.<|im_end|>',
     ),
     "tools": (
-        {"tools": json.dumps([TOOL]), "messages": [{"role": "system", "content": "Be short."}, ASK, {"role": "assistant", "content": "No."}]},
+        {
+            "tools": json.dumps([TOOL]),
+            "messages": [{"role": "system", "content": "Be short."}, ASK, {"role": "assistant", "content": "No."}],
+        },
         "<|im_start|>system\nBe short.\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
         + json.dumps({"type": "function", "function": TOOL})
         + "\n</tools>\n\nFor each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n"
@@ -65,13 +97,27 @@ USED = {
     "weight 0 (OpenAI)": (answer(weight=0), None, "GOOD<|im_end|>"),
     "train false (axolotl)": (answer(train=False), None, "GOOD<|im_end|>"),
     "reasoning": (
-        {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "reasoning_content": "two and two", "content": "4"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "2+2?"},
+                {"role": "assistant", "reasoning_content": "two and two", "content": "4"},
+            ]
+        },
         "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n<think>\ntwo and two\n</think>\n\n4<|im_end|>",
         "<think>\ntwo and two\n</think>\n\n4<|im_end|>",
     ),
-    "a system text of the record": ({"system": "Be short.", "messages": answer()["messages"]}, None, "BAD<|im_end|>GOOD<|im_end|>"),
+    "a system text of the record": (
+        {"system": "Be short.", "messages": answer()["messages"]},
+        None,
+        "BAD<|im_end|>GOOD<|im_end|>",
+    ),
     "letters that spell a mark": (
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Is <image> a tag?"}]}, {"role": "assistant", "content": "Yes, \\<image>."}]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "Is <image> a tag?"}]},
+                {"role": "assistant", "content": "Yes, \\<image>."},
+            ]
+        },
         "<|im_start|>user\nIs <image> a tag?<|im_end|>\n<|im_start|>assistant\nYes, <image>.<|im_end|>",
         "Yes, <image>.<|im_end|>",
     ),
@@ -133,7 +179,10 @@ DATA_URI = "data:image/png;base64," + base64.b64encode(PNG).decode()
         {"type": "image_url", "image_url": DATA_URI},
         {"type": "image", "image": DATA_URI, "text": None},
         {"type": "image", "base64": base64.b64encode(PNG).decode()},
-        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": base64.b64encode(PNG).decode()}},
+        {
+            "type": "image",
+            "source": {"type": "base64", "media_type": "image/png", "data": base64.b64encode(PNG).decode()},
+        },
         {"type": "image", "image": {"bytes": PNG, "path": None}},
         {"image": base64.b64encode(PNG).decode()},
         {"type": "input_image", "image_url": DATA_URI},
@@ -145,7 +194,11 @@ def test_an_image_inside_a_part_is_read_in_every_published_form(part):
 
 
 def test_parts_and_marks_take_their_images_in_order():
-    turns = [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "image"}]}, {"role": "assistant", "content": "x"}, {"role": "user", "content": "<image>"}]
+    turns = [
+        {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "image"}]},
+        {"role": "assistant", "content": "x"},
+        {"role": "user", "content": "<image>"},
+    ]
     sample = read({"images": ["1.png", "2.png"], "messages": [*turns, {"role": "assistant", "content": "y"}]})
     assert [media.path for media in sample.images] == ["a.png", "1.png", "2.png"]
 
@@ -155,7 +208,16 @@ def test_a_file_url_is_a_path_below_the_root(tmp_path):
     assert read({"images": [f"file://{tmp_path}/a%20b.png"], **answer()}).images[0].path == f"{tmp_path}/a b.png"
 
 
-@pytest.mark.parametrize("text", ["data:image/png,abc", "data:" + "x" * 10_000_000, "data:image/png;base64,@@@@", "data:image/png;base64," + "A" * (90 << 20)], ids=["form", "no comma", "alphabet", "too large"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data:image/png,abc",
+        "data:" + "x" * 10_000_000,
+        "data:image/png;base64,@@@@",
+        "data:image/png;base64," + "A" * (90 << 20),
+    ],
+    ids=["form", "no comma", "alphabet", "too large"],
+)
 def test_a_damaged_data_uri_is_refused_at_once_and_never_quoted(text):
     with pytest.raises(SampleError) as error:
         read({"images": [text], **answer()})

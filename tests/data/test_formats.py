@@ -32,11 +32,19 @@ def folder(tmp_path):
 
 
 def mllm(index: int) -> dict:
-    return {"id": f"s{index}", "images": [f"pictures/bild {index} 图.png"], "messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]}
+    return {
+        "id": f"s{index}",
+        "images": [f"pictures/bild {index} 图.png"],
+        "messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}],
+    }
 
 
 def llava(index: int) -> dict:
-    return {"id": f"s{index}", "image": f"pictures/bild {index} 图.png", "conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]}
+    return {
+        "id": f"s{index}",
+        "image": f"pictures/bild {index} 图.png",
+        "conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}],
+    }
 
 
 def write(folder, kind: str):
@@ -49,13 +57,19 @@ def write(folder, kind: str):
         path.write_text("\n".join(json.dumps(entry) for entry in records))
     elif kind == "parquet":
         path = folder / "d.parquet"
-        rows = [{**entry, "images": [{"bytes": (folder / entry["images"][0]).read_bytes(), "path": None}]} for entry in records]
+        rows = [
+            {**entry, "images": [{"bytes": (folder / entry["images"][0]).read_bytes(), "path": None}]}
+            for entry in records
+        ]
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
     else:
         path = folder / "d.tar"
         with tarfile.open(path, "w") as archive:
             for index, entry in enumerate(records):
-                for suffix, data in (("json", json.dumps({**entry, "images": ["elsewhere.png"]}).encode()), ("png", (folder / entry["images"][0]).read_bytes())):
+                for suffix, data in (
+                    ("json", json.dumps({**entry, "images": ["elsewhere.png"]}).encode()),
+                    ("png", (folder / entry["images"][0]).read_bytes()),
+                ):
                     member = tarfile.TarInfo(f"shard/{index:05d}.{suffix}")
                     member.size = len(data)
                     archive.addfile(member, io.BytesIO(data))
@@ -110,16 +124,45 @@ def test_folders_and_globs_are_read_in_name_order_and_limited(folder):
 
 
 def test_columns_and_roles_can_be_named():
-    columns = ColumnMapping(id="key", images="pics", messages="dialog", role="who", content="what", user="Q", assistant="A", system="S", tool="T")
-    raw = {"key": 7, "pics": ["x.png"], "dialog": [{"who": "S", "what": "s"}, {"who": "Q", "what": "<image>"}, {"who": "T", "what": "t"}, {"who": "A", "what": "a"}]}
+    columns = ColumnMapping(
+        id="key",
+        images="pics",
+        messages="dialog",
+        role="who",
+        content="what",
+        user="Q",
+        assistant="A",
+        system="S",
+        tool="T",
+    )
+    raw = {
+        "key": 7,
+        "pics": ["x.png"],
+        "dialog": [
+            {"who": "S", "what": "s"},
+            {"who": "Q", "what": "<image>"},
+            {"who": "T", "what": "t"},
+            {"who": "A", "what": "a"},
+        ],
+    }
     sample = sample_from_record(raw, columns=columns, media_root="/data", default_id="d", origin="o")
     assert sample.id == "7" and [m.role for m in sample.messages] == ["system", "user", "tool", "assistant"]
     assert sample.images == (Media(path="x.png", root="/data"),)
 
 
 def test_content_in_parts_becomes_text_with_placeholders():
-    raw = {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}, {"type": "video"}]}, {"role": "assistant", "content": "x"}]}
-    assert sample_from_record(raw, columns=ColumnMapping(), media_root=None, default_id="d", origin="o").messages[0].content == "<image>what<video>"
+    raw = {
+        "messages": [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}, {"type": "video"}]},
+            {"role": "assistant", "content": "x"},
+        ]
+    }
+    assert (
+        sample_from_record(raw, columns=ColumnMapping(), media_root=None, default_id="d", origin="o")
+        .messages[0]
+        .content
+        == "<image>what<video>"
+    )
 
 
 def test_a_system_column_becomes_the_first_turn():
@@ -151,7 +194,9 @@ def test_records_of_another_shape_are_refused(raw, reason):
     assert caught.value.reason == reason
 
 
-@pytest.mark.parametrize("path", ["/etc/hostname", "../x.png", "a/../../x.png", "http://example.org/x.png", "", "nul\0.png", "no.png", "."])
+@pytest.mark.parametrize(
+    "path", ["/etc/hostname", "../x.png", "a/../../x.png", "http://example.org/x.png", "", "nul\0.png", "no.png", "."]
+)
 def test_paths_that_leave_the_root_or_lead_nowhere_are_refused(folder, path):
     with pytest.raises(SampleError) as caught:
         load_image(Media(path=path, root=str(folder)))

@@ -1,6 +1,7 @@
 """Mutated samples and files: each is read or refused with a reason, in bounded time and memory, never a crash.
 
-`MINDVL_FUZZ=100000` sets the number of mutated samples, a tenth of it that of mutated images; the default takes seconds.
+`MINDVL_FUZZ=100000` sets the number of mutated samples, a tenth of it that of mutated images; the default takes
+seconds.
 """
 
 from __future__ import annotations
@@ -23,8 +24,51 @@ from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncod
 COUNT = int(os.environ.get("MINDVL_FUZZ", "1500"))
 SECONDS_EACH = 2.0  # the longest that one input may take, on a busy machine
 MODEL = model_config()
-VALUES = [None, True, 0, -1, 1e308, float("nan"), "", "user", "assistant", "tool", "<image>", "<image>" * 50, "<video>", "<|im_end|>", "\ud800", "\0", "图" * 40, "a" * 5000, [], {}, [[]], [None], {"role": "user"}, {"bytes": b"x"}, {"type": "text", "text": 3}, b"\xff\xfe"]
-KEYS = ["id", "images", "videos", "messages", "role", "content", "image", "conversations", "from", "value", "system", "answers", "task", "bytes", "path"]
+VALUES = [
+    None,
+    True,
+    0,
+    -1,
+    1e308,
+    float("nan"),
+    "",
+    "user",
+    "assistant",
+    "tool",
+    "<image>",
+    "<image>" * 50,
+    "<video>",
+    "<|im_end|>",
+    "\ud800",
+    "\0",
+    "图" * 40,
+    "a" * 5000,
+    [],
+    {},
+    [[]],
+    [None],
+    {"role": "user"},
+    {"bytes": b"x"},
+    {"type": "text", "text": 3},
+    b"\xff\xfe",
+]
+KEYS = [
+    "id",
+    "images",
+    "videos",
+    "messages",
+    "role",
+    "content",
+    "image",
+    "conversations",
+    "from",
+    "value",
+    "system",
+    "answers",
+    "task",
+    "bytes",
+    "path",
+]
 
 
 def mutate(value, rng, depth=0):
@@ -55,13 +99,21 @@ def mutate(value, rng, depth=0):
         return value
     if isinstance(value, str) and value and rng.random() < 0.5:
         at = rng.integers(len(value))
-        return value[:at] + ["", "<image>", "<|image_pad|>", "\U0001f600", "\ud83d", "\n" * 300][rng.integers(6)] + value[at:]
+        return (
+            value[:at]
+            + ["", "<image>", "<|image_pad|>", "\U0001f600", "\ud83d", "\n" * 300][rng.integers(6)]
+            + value[at:]
+        )
     return VALUES[rng.integers(len(VALUES))]
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    return ExampleEncoder(MODEL, tokenizer(), EncodeLimits(min_pixels=784, max_pixels=12544, max_tokens=512, max_patches=256, limit_image_patches=64))
+    return ExampleEncoder(
+        MODEL,
+        tokenizer(),
+        EncodeLimits(min_pixels=784, max_pixels=12544, max_tokens=512, max_patches=256, limit_image_patches=64),
+    )
 
 
 def accept_or_refuse(encoder, raw) -> str | None:
@@ -90,7 +142,16 @@ def test_mutated_samples_are_read_or_refused_with_a_reason(encoder):
     for number in range(COUNT):
         raw = record(number, media=[{"bytes": image, "path": None}] * int(rng.integers(3)))
         if rng.random() < 0.3:
-            raw = {"id": "l", "image": {"bytes": image}, "conversations": [{"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "c"}, {"from": "gpt", "value": "d"}]}
+            raw = {
+                "id": "l",
+                "image": {"bytes": image},
+                "conversations": [
+                    {"from": "human", "value": "<image> a"},
+                    {"from": "gpt", "value": "b"},
+                    {"from": "human", "value": "c"},
+                    {"from": "gpt", "value": "d"},
+                ],
+            }
         for _ in range(1 + int(rng.integers(3))):
             raw = mutate(raw, rng)
         reason = accept_or_refuse(encoder, raw)
@@ -105,9 +166,21 @@ def test_mutated_pictures_are_decoded_or_refused_with_a_reason(encoder):
     exif = Image.Exif()
     exif[0x0112] = 5
     files = [
-        encoded(base), encoded(base, "JPEG", exif=exif), encoded(base, "WEBP"), encoded(base, "GIF"), encoded(base, "BMP"), encoded(base, "TIFF"), encoded(base, "PPM"),
-        encoded(base.convert("CMYK"), "JPEG"), encoded(base.convert("RGBA")), encoded(base.convert("P"), "PNG", transparency=0), encoded(base, "TIFF", compression="tiff_lzw"),
-        encoded(base, "GIF", save_all=True, append_images=[picture(2, 60, 80)]), encoded(Image.fromarray(np.arange(4800, dtype=np.uint16).reshape(60, 80))), encoded(base, "AVIF"), encoded(base, "ICO"),
+        encoded(base),
+        encoded(base, "JPEG", exif=exif),
+        encoded(base, "WEBP"),
+        encoded(base, "GIF"),
+        encoded(base, "BMP"),
+        encoded(base, "TIFF"),
+        encoded(base, "PPM"),
+        encoded(base.convert("CMYK"), "JPEG"),
+        encoded(base.convert("RGBA")),
+        encoded(base.convert("P"), "PNG", transparency=0),
+        encoded(base, "TIFF", compression="tiff_lzw"),
+        encoded(base, "GIF", save_all=True, append_images=[picture(2, 60, 80)]),
+        encoded(Image.fromarray(np.arange(4800, dtype=np.uint16).reshape(60, 80))),
+        encoded(base, "AVIF"),
+        encoded(base, "ICO"),
     ]
     reasons: dict[str | None, int] = {}
     for _ in range(COUNT // 10):
@@ -118,7 +191,9 @@ def test_mutated_pictures_are_decoded_or_refused_with_a_reason(encoder):
             if kind == 0:
                 data[at] = rng.integers(256)
             elif kind == 1:
-                data[at : at + 4] = [b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\0\x80\0"][rng.integers(4)]
+                data[at : at + 4] = [b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\0\x80\0"][
+                    rng.integers(4)
+                ]
             elif kind == 2 and len(data) > 80:
                 del data[at:]
                 data = data or bytearray(b"\0")

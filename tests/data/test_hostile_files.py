@@ -50,7 +50,20 @@ def test_a_file_that_is_no_data_set_is_refused(tmp_path, name, content):
     assert len(str(error.value)) < 1000
 
 
-@pytest.mark.parametrize("line", [b"9" * 5000, b"[" * 100_000, b"{", b"\xff", b"null", b"5", b'{"messages": 5}', b'{"messages": [5]}', b'{"messages": [{"role": 5, "content": "x"}]}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"9" * 5000,
+        b"[" * 100_000,
+        b"{",
+        b"\xff",
+        b"null",
+        b"5",
+        b'{"messages": 5}',
+        b'{"messages": [5]}',
+        b'{"messages": [{"role": 5, "content": "x"}]}',
+    ],
+)
 def test_a_line_that_is_no_sample_is_left_out_by_itself(tmp_path, line):
     (tmp_path / "a.jsonl").write_bytes(line + b"\n" + json.dumps(TURNS).encode())
     found = source(tmp_path / "a.jsonl")
@@ -64,7 +77,14 @@ def test_files_that_other_systems_leave_behind_are_no_data(tmp_path):
         (tmp_path / name).write_text(json.dumps(TURNS))
     assert sorted(path.rsplit("/", 1)[1] for path in source(tmp_path).paths) == ["C.JSONL", "b.jsonl"]
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, data in (("x.json", json.dumps(TURNS).encode()), ("._x.json", b"\0\5"), (".DS_Store", b"\0"), ("__MACOSX/._x.json", b"\0"), ("Thumbs.db", b"\0"), ("y.txt", MARK + b"Ein Bild.")):
+        for name, data in (
+            ("x.json", json.dumps(TURNS).encode()),
+            ("._x.json", b"\0\5"),
+            (".DS_Store", b"\0"),
+            ("__MACOSX/._x.json", b"\0"),
+            ("Thumbs.db", b"\0"),
+            ("y.txt", MARK + b"Ein Bild."),
+        ):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
@@ -109,6 +129,8 @@ def test_a_data_file_that_goes_away_ends_the_run_by_its_name(tmp_path, kind):
 def test_a_digest_tells_order_and_content_and_not_the_folder(tmp_path):
     for folder, order in (("a", (0, 1)), ("b", (0, 1)), ("c", (1, 0))):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "d.jsonl").write_text("".join(json.dumps({"id": str(index), **TURNS}) + "\n" for index in order))
+        (tmp_path / folder / "d.jsonl").write_text(
+            "".join(json.dumps({"id": str(index), **TURNS}) + "\n" for index in order)
+        )
     first, same, other = (source(tmp_path / folder / "d.jsonl").digest for folder in "abc")
     assert first == same != other

@@ -31,7 +31,10 @@ def test_smart_resize_gives_the_published_sizes(limits):
         if max(height, width) / min(height, width) > 200:
             continue
         expected = published_resize(height, width, 28, *limits)
-        assert images.smart_resize(height, width, min_pixels=limits[0], max_pixels=limits[1]) == expected, (height, width)
+        assert images.smart_resize(height, width, min_pixels=limits[0], max_pixels=limits[1]) == expected, (
+            height,
+            width,
+        )
 
 
 def test_a_hard_limit_shortens_the_longer_side_only_where_the_published_rule_passes_it():
@@ -54,12 +57,15 @@ def test_patches_equal_the_published_processor_value_for_value(height, width):
     grid = raw(source, return_tensors="np")["image_grid_thw"][0]
     assert tuple(grid) == ours.layout.grid
     window_index, _ = get_vision_window_index(torch.tensor(grid[None]), 2, 112, 14)
+
     def in_windows(values):
         return values.reshape(-1, 4, values.shape[-1])[window_index.numpy()].reshape(values.shape)
+
     expected = in_windows(raw(source, return_tensors="np")["pixel_values"])
     difference = np.abs(expected - ours.patches.astype(np.float32)).max()
     assert difference == 0, f"uint8 patches differ by up to {difference}"
-    # Normalised as the model does it: the published mean and deviation, float32. Two orders of rounding: 1e-6 is one unit in the last place of values up to 3.
+    # Normalised as the model does it: the published mean and deviation, float32. Two orders of rounding: 1e-6 is one
+    # unit in the last place of values up to 3.
     mean, deviation = np.array(processor.image_mean, np.float32), np.array(processor.image_std, np.float32)
     pixels = ours.patches.reshape(-1, 3, 2 * 14 * 14).astype(np.float32) / 255
     normalised = ((pixels - mean[:, None]) / deviation[:, None]).reshape(ours.patches.shape)
@@ -180,7 +186,9 @@ def test_a_picture_in_memory_is_taken_as_it_is():
 def batch_patches(media, resample="bicubic", min_pixels=3136, max_pixels=200704):
     """Patches of an image as they lie in a batch, (P, patch_dim) uint8: the whole way from bytes."""
     height, width = images.image_size(media)
-    layout = images.visual_layout(images.image_grid(height, width, VISION, min_pixels=min_pixels, max_pixels=max_pixels), VISION)
+    layout = images.visual_layout(
+        images.image_grid(height, width, VISION, min_pixels=min_pixels, max_pixels=max_pixels), VISION
+    )
     pixels = read_pixels(VisualItem(media, "image", layout), VISION, resample)
     place = np.zeros((layout.patches, VISION.patch_dim), np.uint8)
     write_pixels(place, pixels, VISION)
@@ -190,13 +198,21 @@ def batch_patches(media, resample="bicubic", min_pixels=3136, max_pixels=200704)
 @pytest.mark.parametrize("mode", ["L", "1", "I;16"])
 def test_a_picture_without_colour_keeps_one_channel_until_the_batch_and_gives_the_published_values(mode):
     grey = picture(2, 170, 230).convert("L")
-    source = grey if mode == "L" else grey.convert("1") if mode == "1" else Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    source = (
+        grey
+        if mode == "L"
+        else grey.convert("1")
+        if mode == "1"
+        else Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    )
     place, pixels = batch_patches(Media(data=encoded(source)))
     assert pixels.shape[1] == 196, "three equal channels would be three times the work"
     wanted = images.patchify(images.load_image(Media(data=encoded(source))), VISION, 3136, 200704)
     np.testing.assert_array_equal(place, wanted.patches)
     if mode == "L":  # the witness takes 16 bits another way and does not resize bits
-        theirs = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=200704, do_rescale=False, do_normalize=False)(source.convert("RGB"), return_tensors="np")["pixel_values"]
+        theirs = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=200704, do_rescale=False, do_normalize=False)(
+            source.convert("RGB"), return_tensors="np"
+        )["pixel_values"]
         order = wanted.layout.merged_order
         np.testing.assert_array_equal(place, theirs.reshape(-1, 4, VISION.patch_dim)[order].reshape(place.shape))
 

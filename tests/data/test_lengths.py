@@ -52,13 +52,20 @@ def take(loader, count):
     return batches
 
 
-def test_batches_counts_and_refusals_are_those_without_an_index_and_a_process_encodes_its_own_rows_alone(indexed, tmp_path, monkeypatch):
+def test_batches_counts_and_refusals_are_those_without_an_index_and_a_process_encodes_its_own_rows_alone(
+    indexed, tmp_path, monkeypatch
+):
     plain = make_loader(run_in(changed(indexed, length_index=None), tmp_path / "plain"), 0)
     expected = take(plain, 6)
     encoded_there = []
     real = InlineEncoder.encode
-    monkeypatch.setattr(InlineEncoder, "encode", lambda self, position: encoded_there.append(position) or real(self, position))
-    halves = [make_loader(run_in(indexed, tmp_path / f"half{index}"), 0, process_index=index, process_count=2) for index in range(2)]
+    monkeypatch.setattr(
+        InlineEncoder, "encode", lambda self, position: encoded_there.append(position) or real(self, position)
+    )
+    halves = [
+        make_loader(run_in(indexed, tmp_path / f"half{index}"), 0, process_index=index, process_count=2)
+        for index in range(2)
+    ]
     parts = []
     for loader in halves:
         encoded_there.clear()
@@ -71,8 +78,13 @@ def test_batches_counts_and_refusals_are_those_without_an_index_and_a_process_en
     for step, whole in enumerate(expected):
         assert parts[0][step].sample_ids + parts[1][step].sample_ids == whole.sample_ids
         for name, values in whole.batch.fields().items():
-            np.testing.assert_array_equal(values, np.concatenate([getattr(part[step].batch, name) for part in parts]), err_msg=name)
-    listed = [sorted(json.loads(line)["id"] for line in open(tmp_path / name / "quarantine.jsonl")) for name in ("plain", "half0")]
+            np.testing.assert_array_equal(
+                values, np.concatenate([getattr(part[step].batch, name) for part in parts]), err_msg=name
+            )
+    listed = [
+        sorted(json.loads(line)["id"] for line in open(tmp_path / name / "quarantine.jsonl"))
+        for name in ("plain", "half0")
+    ]
     assert listed[0] == listed[1]
 
 
@@ -90,7 +102,9 @@ def test_a_run_that_began_without_an_index_goes_on_with_one(indexed, tmp_path):
 
 
 def test_an_index_of_other_data_or_settings_is_not_believed(indexed, data, tmp_path):
-    with pytest.raises(UserError, match="does not exist; a-.* is of other data or other settings. Write it with `mindvl data index"):
+    with pytest.raises(
+        UserError, match="does not exist; a-.* is of other data or other settings. Write it with `mindvl data index"
+    ):
         make_loader(changed(indexed, train_on="all"), 0)
     os.utime(data, ns=(1, 1))
     with pytest.raises(UserError, match="is of other data"):

@@ -123,7 +123,9 @@ def test_a_mixture_keeps_its_proportions_from_the_start(tmp_path):
     share = names.count("a") / len(names)
     assert abs(share - 0.75) < 0.06, share
     epochs = loader.counters["epochs_by_source"]
-    assert {name: round(share * 40) for name, share in epochs.items()} == collections.Counter(names), "samples trained, not samples read ahead"
+    assert {name: round(share * 40) for name, share in epochs.items()} == collections.Counter(names), (
+        "samples trained, not samples read ahead"
+    )
 
 
 def test_phases_and_seeds_order_the_data_differently(tmp_path, data):
@@ -169,12 +171,22 @@ def damaged(tmp_path, bad_every: int = 10, count: int = 60):
     path = write_mllm(folder, count)
     records = json.loads(path.read_text())
     ways = [
-        lambda entry: entry.update(images=["missing.png"], messages=[{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a"}]),
-        lambda entry: entry.update(images=["../outside.png"], messages=[{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a"}]),
+        lambda entry: entry.update(
+            images=["missing.png"],
+            messages=[{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a"}],
+        ),
+        lambda entry: entry.update(
+            images=["../outside.png"],
+            messages=[{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a"}],
+        ),
         lambda entry: entry.update(messages=[{"role": "narrator", "content": "x"}]),
         lambda entry: entry.update(messages=[{"role": "user", "content": "x"}]),
-        lambda entry: entry.update(images=["cut.jpg"], messages=[{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a"}]),
-        lambda entry: entry.update(images=[], messages=[{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a"}]),
+        lambda entry: entry.update(
+            images=["cut.jpg"], messages=[{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a"}]
+        ),
+        lambda entry: entry.update(
+            images=[], messages=[{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a"}]
+        ),
     ]
     (tmp_path / "outside.png").write_bytes(encoded(picture(0)))
     (folder / "cut.jpg").write_bytes(encoded(picture(0, 200, 200), "JPEG")[:900])  # its header is whole
@@ -197,7 +209,14 @@ def test_bad_samples_are_written_down_with_reasons_and_the_rest_is_used(tmp_path
     listed = [json.loads(line) for line in open(os.path.join(settings.run.dir, "quarantine.jsonl"), encoding="utf-8")]
     assert {entry["id"] for entry in listed} == set(bad) and len(listed) == len(bad), "each once, whatever the epochs"
     assert seen == {f"s{index}" for index in range(60)} - set(bad)
-    assert {entry["reason"] for entry in listed} == {"missing_media", "outside_root", "unknown_role", "no_answer", "undecodable", "media_mismatch"}
+    assert {entry["reason"] for entry in listed} == {
+        "missing_media",
+        "outside_root",
+        "unknown_role",
+        "no_answer",
+        "undecodable",
+        "media_mismatch",
+    }
     assert loader.counters["quarantined"] >= 2 * len(bad) - 2
     assert all(entry["message"] and "data.json element" in entry["where"] for entry in listed)
 

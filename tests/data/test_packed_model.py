@@ -23,20 +23,32 @@ def test_a_packed_row_gives_the_losses_and_gradients_of_its_samples_alone():
     model_config = model_config.model_copy(update={"text": model_config.text.model_copy(update={"vocab_size": 512})})
     encoder = ExampleEncoder(model_config, tokenizer(), EncodeLimits(min_pixels=784, max_pixels=50176))
     samples = [
-        Sample("pictures", (Message("user", "<image> and <image>?"), Message("assistant", "one ship, two masts")), tuple(Media(data=encoded(picture(k, *size))) for k, size in enumerate([(140, 168), (28, 56)]))),
+        Sample(
+            "pictures",
+            (Message("user", "<image> and <image>?"), Message("assistant", "one ship, two masts")),
+            tuple(Media(data=encoded(picture(k, *size))) for k, size in enumerate([(140, 168), (28, 56)])),
+        ),
         Sample("text", (Message("user", "Say five words."), Message("assistant", "here are five short words"))),
-        Sample("small", (Message("user", "<image>"), Message("assistant", "a mast")), (Media(data=encoded(picture(9, 56, 84))),)),
+        Sample(
+            "small",
+            (Message("user", "<image>"), Message("assistant", "a mast")),
+            (Media(data=encoded(picture(9, 56, 84))),),
+        ),
     ]
     examples = [encoder.encode(sample).with_pixels(model_config.vision, "bicubic") for sample in samples]
 
     def batch_of(rows):
         shape = shape_for(model_config.vision, rows=len(rows), tokens=128, patches=176, samples=3)
         batch = collate(rows, shape, pad_id=0, vision=model_config.vision).batch
+
         def fold(ids):
             return np.where(batch.segment_ids > 0, ids % 512, ids)
+
         return batch.replace(tokens=fold(batch.tokens), targets=fold(batch.targets))
 
-    compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # quick to compile, run twice
+    compiled = functools.partial(
+        jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+    )  # quick to compile, run twice
     graph, _ = nnx.split(nnx.eval_shape(lambda: MindVL(model_config, rngs=nnx.Rngs(0))), nnx.Param)
     params = compiled(lambda: nnx.state(MindVL(model_config, rngs=nnx.Rngs(0)), nnx.Param))()
 
@@ -50,6 +62,12 @@ def test_a_packed_row_gives_the_losses_and_gradients_of_its_samples_alone():
     # float32 sums over about 130 tokens in another order: a few units in the last place, 1e-5 is the project's bar.
     assert relative < 1e-5, f"losses differ by {relative:.2e}"
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(alone))
-    for path, (one, other) in zip(jax.tree_util.tree_flatten_with_path(alone)[0], zip(jax.tree.leaves(alone), jax.tree.leaves(packed)), strict=True):
+    for path, (one, other) in zip(
+        jax.tree_util.tree_flatten_with_path(alone)[0],
+        zip(jax.tree.leaves(alone), jax.tree.leaves(packed)),
+        strict=True,
+    ):
         difference = float(jnp.abs(one - other).max())
-        assert difference < 1e-5 * largest, f"{jax.tree_util.keystr(path[0])}: gradients differ by {difference:.2e} (largest gradient {largest:.2e})"
+        assert difference < 1e-5 * largest, (
+            f"{jax.tree_util.keystr(path[0])}: gradients differ by {difference:.2e} (largest gradient {largest:.2e})"
+        )

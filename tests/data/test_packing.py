@@ -1,4 +1,6 @@
-"""Packing: budgets kept, each sample used once, bounded waiting, fuller and more even rows than first fit; batches by hand."""
+"""Packing: budgets kept, each sample used once, bounded waiting, fuller and more even rows than first fit; batches by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ BUDGETS = visual_budgets(tokens=256, patches=400, samples=12, images=9, windows=
     st.integers(1, 9),
 )
 def test_rows_hold_every_budget_and_use_each_sample_once(drawn, rows):
-    sizes = np.array([(tokens, 4 * groups if images else 0, 1, images, 2 * images) for tokens, groups, images in drawn], np.int64).reshape(-1, 5)
+    sizes = np.array(
+        [(tokens, 4 * groups if images else 0, 1, images, 2 * images) for tokens, groups, images in drawn], np.int64
+    ).reshape(-1, 5)
     work = WorkModel.of(MODEL)
     loads = np.array([work.loads(size[0], np.array([size[1]])) for size in sizes]).reshape(-1, 2)
     plan = plan_rows(sizes, loads, BUDGETS, rows)
@@ -48,10 +52,24 @@ def test_rows_hold_every_budget_and_use_each_sample_once(drawn, rows):
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.lists(st.tuples(st.integers(2, 120), st.integers(2, 120), st.integers(0, 40), st.integers(0, 3)), min_size=0, max_size=50), st.integers(1, 6))
+@given(
+    st.lists(
+        st.tuples(st.integers(2, 120), st.integers(2, 120), st.integers(0, 40), st.integers(0, 3)),
+        min_size=0,
+        max_size=50,
+    ),
+    st.integers(1, 6),
+)
 def test_both_answers_of_a_preference_pair_lie_side_by_side_in_one_row(drawn, rows):
     """A pair asks the same question of the same images twice."""
-    sizes = np.array([(tokens, 4 * groups if images else 0, 1, images, 2 * images) for *both, groups, images in drawn for tokens in both], np.int64).reshape(-1, 5)
+    sizes = np.array(
+        [
+            (tokens, 4 * groups if images else 0, 1, images, 2 * images)
+            for *both, groups, images in drawn
+            for tokens in both
+        ],
+        np.int64,
+    ).reshape(-1, 5)
     work = WorkModel.of(MODEL)
     loads = np.array([work.loads(size[0], np.array([size[1]])) for size in sizes]).reshape(-1, 2)
     pairs = [(2 * number, 2 * number + 1) for number in range(len(drawn))]
@@ -60,8 +78,12 @@ def test_both_answers_of_a_preference_pair_lie_side_by_side_in_one_row(drawn, ro
     assert len(plan) == rows and len(set(used)) == len(used)
     for row in plan:
         assert (sizes[row].sum(0) <= BUDGETS.array()).all()
-        assert [tuple(row[at : at + 2]) for at in range(0, len(row), 2)] == [pairs[row[at] // 2] for at in range(0, len(row), 2)]
-    assert {index for pair in pairs[: min(rows, len(pairs))] for index in pair} <= set(used), "the oldest pairs start a row each"
+        assert [tuple(row[at : at + 2]) for at in range(0, len(row), 2)] == [
+            pairs[row[at] // 2] for at in range(0, len(row), 2)
+        ]
+    assert {index for pair in pairs[: min(rows, len(pairs))] for index in pair} <= set(used), (
+        "the oldest pairs start a row each"
+    )
 
 
 def test_units_that_fit_no_row_or_overlap_are_refused():
@@ -74,7 +96,10 @@ def test_units_that_fit_no_row_or_overlap_are_refused():
 
 @pytest.mark.parametrize("mix", ["LLaVA-like", "document-like", "video-like"])
 def test_rows_are_full_and_even_and_beat_first_fit(mix):
-    """The bars of the project: 97 % of tokens, 90 % of patches, imbalance at most 1.05 over 8 ranks. Seeded, so exact."""
+    """The bars of the project: 97 % of tokens, 90 % of patches, imbalance at most 1.05 over 8 ranks.
+
+    Seeded, so exact.
+    """
     ours = measure(plan_rows, mix, 8, 10, 256)
     usual = measure(in_order_first_fit, mix, 8, 10, 256)
     assert ours["tokens"] >= 0.97 and ours["patches"] >= 0.90, ours
@@ -141,7 +166,9 @@ def test_a_packed_row_is_its_samples_one_after_another():
 def test_both_frames_of_a_picture_patch_hold_its_pixels():
     one = example(3, sizes=((60, 90),))
     shape = shape_for(MODEL.vision, rows=1, tokens=one.length, patches=40, samples=1)
-    patches = collate([[one]], shape, pad_id=0, vision=MODEL.vision).batch.patches[0, : one.patches].reshape(-1, 3, 2, 196)
+    patches = (
+        collate([[one]], shape, pad_id=0, vision=MODEL.vision).batch.patches[0, : one.patches].reshape(-1, 3, 2, 196)
+    )
     np.testing.assert_array_equal(patches[:, :, 0], patches[:, :, 1])
     np.testing.assert_array_equal(patches[:, :, 0], one.pixels[0].reshape(-1, 3, 196))
 
@@ -158,7 +185,9 @@ def test_image_and_window_counts_of_a_shape_hold_whatever_fits_its_patches(min_p
     from mindvl_jax.data.media.image import image_grid, visual_layout
 
     for height, width in [(28, 28), (1, 200), (140, 140), (30, 3000), (500, 700), (145, 142), (900, 28), (113, 113)]:
-        layout = visual_layout(image_grid(height, width, MODEL.vision, min_pixels=min_pixels, max_pixels=802816), MODEL.vision)
+        layout = visual_layout(
+            image_grid(height, width, MODEL.vision, min_pixels=min_pixels, max_pixels=802816), MODEL.vision
+        )
         fit = 4096 // layout.patches
         assert fit * len(layout.window_lengths) <= shape.windows and fit <= shape.images, (height, width)
 
@@ -173,7 +202,24 @@ def test_prompts_lie_one_a_row_in_the_sizes_they_need():
 def test_the_size_of_an_example_counts_every_budget():
     one = example(0, sizes=((140, 168), (28, 28)))
     assert size_of(one) == (one.length, 124, 1, 2, 5)
-    phase = {"name": "p", "steps": 1, "mixture": [{"source": "a"}], "rows": 1, "sequence_length": 64, "patches_per_row": 124, "min_pixels": 784, "max_pixels": 50176, "learning_rate": 0}
+    phase = {
+        "name": "p",
+        "steps": 1,
+        "mixture": [{"source": "a"}],
+        "rows": 1,
+        "sequence_length": 64,
+        "patches_per_row": 124,
+        "min_pixels": 784,
+        "max_pixels": 50176,
+        "learning_rate": 0,
+    }
     checked = PhaseConfig.model_validate(phase)
-    shape = shape_for(MODEL.vision, rows=checked.rows, tokens=checked.sequence_length, patches=checked.patches_per_row, samples=checked.max_samples_per_row, min_pixels=checked.min_pixels)
+    shape = shape_for(
+        MODEL.vision,
+        rows=checked.rows,
+        tokens=checked.sequence_length,
+        patches=checked.patches_per_row,
+        samples=checked.max_samples_per_row,
+        min_pixels=checked.min_pixels,
+    )
     assert (np.array(size_of(one)) <= budgets_of(shape).array()).all()

@@ -52,7 +52,12 @@ def test_questions_and_answers_become_turns(record, expected, answers):
 
 
 def test_named_columns_are_the_ones():
-    sample = read({"text": "What is it?", "label": "A cat.", "path": "cat.png", "prompt": "not this"}, question="text", answer="label", images="path")
+    sample = read(
+        {"text": "What is it?", "label": "A cat.", "path": "cat.png", "prompt": "not this"},
+        question="text",
+        answer="label",
+        images="path",
+    )
     assert turns(sample) == WANTED and sample.images[0].path == "cat.png"
 
 
@@ -71,11 +76,19 @@ def test_what_would_be_dropped_is_refused(record, message):
 @pytest.mark.parametrize("separator, name", [(",", "a.csv"), ("\t", "a.tsv")])
 def test_tables_are_read_with_quotes_lists_and_lines_of_their_own(tmp_path, separator, name):
     (tmp_path / "cat.png").write_bytes(encoded(picture(1)))
-    rows = [["image", "question", "answer"], ["cat.png", f"What is{separator} \"it\"?\nSay.", "A cat."], ['["cat.png", "cat.png"]', "Same?", "yes"], [base64.b64encode(encoded(picture(2))).decode(), "q", "[a]"]]
+    rows = [
+        ["image", "question", "answer"],
+        ["cat.png", f'What is{separator} "it"?\nSay.', "A cat."],
+        ['["cat.png", "cat.png"]', "Same?", "yes"],
+        [base64.b64encode(encoded(picture(2))).decode(), "q", "[a]"],
+    ]
     with open(tmp_path / name, "w", newline="", encoding="utf-8-sig") as file:
         csv.writer(file, delimiter=separator).writerows(rows)
     source = Source("a", SourceConfig(path=str(tmp_path / name)))
-    assert len(source) == 3 and turns(source[0]) == [("user", f'<image>What is{separator} "it"?\nSay.'), ("assistant", "A cat.")]
+    assert len(source) == 3 and turns(source[0]) == [
+        ("user", f'<image>What is{separator} "it"?\nSay.'),
+        ("assistant", "A cat."),
+    ]
     assert [len(source[index].images) for index in range(3)] == [1, 2, 1] and source[2].images[0].data[:4] == b"\x89PNG"
     assert source[2].messages[1].content == "[a]" and source.where(1).endswith("line 4")
     (tmp_path / name).write_text(f"image{separator}image\n")
@@ -98,13 +111,30 @@ def test_a_folder_of_the_datasets_library_is_read_in_its_own_order(tmp_path):
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema = pa.schema([("image", image), ("question", pa.string()), ("answers", pa.list_(pa.string()))])
     for number in range(2):
-        table = pa.Table.from_pylist([{"image": {"bytes": encoded(picture(number)), "path": None}, "question": f"q{number}", "answers": ["a", "b"]}], schema=schema)
-        with pa.OSFile(str(folder / "train" / f"data-{number}.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        table = pa.Table.from_pylist(
+            [
+                {
+                    "image": {"bytes": encoded(picture(number)), "path": None},
+                    "question": f"q{number}",
+                    "answers": ["a", "b"],
+                }
+            ],
+            schema=schema,
+        )
+        with (
+            pa.OSFile(str(folder / "train" / f"data-{number}.arrow"), "wb") as sink,
+            pa.ipc.new_stream(sink, schema) as writer,
+        ):
             writer.write_table(table)
-    (folder / "train" / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-1.arrow"}, {"filename": "data-0.arrow"}]}))
+    (folder / "train" / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": "data-1.arrow"}, {"filename": "data-0.arrow"}]})
+    )
     (folder / "train" / "dataset_info.json").write_text("{}")
     source = Source("a", SourceConfig(path=str(folder / "train")))
-    assert [turns(source[index])[0][1] for index in range(2)] == ["<image>q1", "<image>q0"] and source[0].answers == ("a", "b")
+    assert [turns(source[index])[0][1] for index in range(2)] == ["<image>q1", "<image>q0"] and source[0].answers == (
+        "a",
+        "b",
+    )
     with pytest.raises(UserError, match="holds the splits train; name one"):
         Source("a", SourceConfig(path=str(folder)))
 

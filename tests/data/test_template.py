@@ -36,14 +36,19 @@ class Templated:
 
 
 def encoder(template: str, **limits) -> ExampleEncoder:
-    return ExampleEncoder(model_config(), Templated(template), EncodeLimits(**{"min_pixels": 784, "max_pixels": 12544, **limits}))
+    return ExampleEncoder(
+        model_config(), Templated(template), EncodeLimits(**{"min_pixels": 784, "max_pixels": 12544, **limits})
+    )
 
 
 def rendered(template: str, messages, ask: bool = False) -> list[int]:
     """The witness: the template rendered with the texts in it, and encoded at once."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     pictures = "<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>"
-    text = environment.from_string(template).render(messages=[{"role": role, "content": content.replace("<image>", pictures)} for role, content in messages], add_generation_prompt=ask)
+    text = environment.from_string(template).render(
+        messages=[{"role": role, "content": content.replace("<image>", pictures)} for role, content in messages],
+        add_generation_prompt=ask,
+    )
     return tokenizer().encode(text.rstrip("\n") if not ask else text, allow_special=True)
 
 

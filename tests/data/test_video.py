@@ -71,7 +71,9 @@ def test_a_long_clip_shrinks_to_the_patches_of_a_row():
 
 def test_a_video_sample_carries_time_in_its_positions_and_both_frames_in_its_patches():
     encoder = ExampleEncoder(MODEL, tokenizer(), EncodeLimits(min_pixels=784, max_pixels=12544, video_fps=2.0))
-    sample = Sample("v", (Message("user", "<video>What moves?"), Message("assistant", "Nothing.")), videos=(Media(data=movie(32)),))
+    sample = Sample(
+        "v", (Message("user", "<video>What moves?"), Message("assistant", "Nothing.")), videos=(Media(data=movie(32)),)
+    )
     example = encoder.encode(sample)
     places = np.flatnonzero(example.tokens == MODEL.video_token_id)
     assert len(places) == 4 * 3 * 4 and example.image_lengths.tolist() == [48] * 4
@@ -85,10 +87,14 @@ def test_a_video_sample_carries_time_in_its_positions_and_both_frames_in_its_pat
 @pytest.mark.parametrize("kind", ["avi", "matroska", "mp4"])
 def test_containers_are_read(kind):
     media = Media(data=movie(9, kind=kind))
-    assert plan_frames(media, VISION, fps=8, max_frames=8, min_pixels=784, max_pixels=12544).frames == tuple(np.round(np.linspace(0, 8, 8)).astype(int))
+    assert plan_frames(media, VISION, fps=8, max_frames=8, min_pixels=784, max_pixels=12544).frames == tuple(
+        np.round(np.linspace(0, 8, 8)).astype(int)
+    )
 
 
-@pytest.mark.parametrize("data", [b"", b"no video", movie(16)[:300], b"\x00" * 5000], ids=["empty", "text", "cut", "zeros"])
+@pytest.mark.parametrize(
+    "data", [b"", b"no video", movie(16)[:300], b"\x00" * 5000], ids=["empty", "text", "cut", "zeros"]
+)
 def test_damaged_videos_are_refused(data):
     with pytest.raises(SampleError) as caught:
         plan = plan_frames(Media(data=data), VISION, fps=2, max_frames=8, min_pixels=784, max_pixels=12544)

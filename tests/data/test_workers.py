@@ -20,7 +20,9 @@ def data(tmp_path_factory):
     path = write_mllm(tmp_path_factory.mktemp("data"), 60)
     records = json.loads(path.read_text())
     (path.parent / "cut.jpg").write_bytes(encoded(picture(0, 200, 200), "JPEG")[:900])
-    records[7].update(images=["cut.jpg"], messages=[{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a"}])
+    records[7].update(
+        images=["cut.jpg"], messages=[{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a"}]
+    )
     records[20].update(messages=[{"role": "user", "content": "x"}])
     path.write_text(json.dumps(records))
     return path
@@ -30,7 +32,13 @@ def collect(loader, count):
     found = []
     for _ in range(count):
         packed = next(loader)
-        found.append((packed.sample_ids, {name: np.array(values) for name, values in packed.batch.fields().items()}, loader.counters))
+        found.append(
+            (
+                packed.sample_ids,
+                {name: np.array(values) for name, values in packed.batch.fields().items()},
+                loader.counters,
+            )
+        )
     return found
 
 
@@ -48,8 +56,13 @@ def test_batches_counters_and_resume_equal_those_of_one_process(tmp_path, data):
         assert ids == other_ids and counters == other_counters
         for name, values in arrays.items():
             np.testing.assert_array_equal(values, other_arrays[name], err_msg=name)
+
     def listed(run):
-        return sorted((entry["id"], entry["reason"]) for entry in map(json.loads, open(tmp_path / run / "run" / "quarantine.jsonl")))
+        return sorted(
+            (entry["id"], entry["reason"])
+            for entry in map(json.loads, open(tmp_path / run / "run" / "quarantine.jsonl"))
+        )
+
     assert listed("pooled") == listed("alone") == [("s20", "no_answer"), ("s7", "undecodable")]
 
 

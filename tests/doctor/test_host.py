@@ -24,11 +24,21 @@ def host(tmp_path):
         put(f"dev/{name}")
     put("usr/local/Ascend/driver/version.info", "Version=25.5.0\nascendhal_version=7.35.23\n")
     home = "usr/local/Ascend/cann"
-    put(f"{home}/x86_64-linux/ascend_toolkit_install.info", "package_name=Ascend-cann-toolkit\nversion=9.1.0\narch=x86_64\n")
+    put(
+        f"{home}/x86_64-linux/ascend_toolkit_install.info",
+        "package_name=Ascend-cann-toolkit\nversion=9.1.0\narch=x86_64\n",
+    )
     put(f"{home}/lib64/libascendcl.so")
     put(f"{home}/opp/built-in/op_impl/ai_core/tbe/kernel/ascend910b/kernel.o")
     environment = {"ASCEND_HOME_PATH": f"/{home}", "LD_LIBRARY_PATH": f"/{home}/lib64", "HOME": "/root"}
-    made = Host(root=tmp_path, environment=environment, python=(3, 11), machine="x86_64", find=lambda name: None, installed=FITTING.get)
+    made = Host(
+        root=tmp_path,
+        environment=environment,
+        python=(3, 11),
+        machine="x86_64",
+        find=lambda name: None,
+        installed=FITTING.get,
+    )
     return lambda **changes: dataclasses.replace(made, **changes)
 
 
@@ -38,11 +48,21 @@ def by_check(findings):
 
 def test_a_host_in_order_has_nothing_to_mend_but_the_pair_that_no_table_lists_yet(host):
     one = host()
-    findings = [hosts.check_python(one), hosts.check_torch(one, "npu"), *hosts.check_driver(one), *hosts.check_cann(one)]
+    findings = [
+        hosts.check_python(one),
+        hosts.check_torch(one, "npu"),
+        *hosts.check_driver(one),
+        *hosts.check_cann(one),
+    ]
     assert [finding.check for finding in findings if finding.outcome is not Outcome.OK] == ["CANN"]
     cann = by_check(findings)["CANN"]
-    assert cann.outcome is Outcome.UNSURE and "CANN 9.1.0" in cann.found and "does not list torch_npu 2.13.0" in cann.fix
-    assert "version 25.5.0, 2 devices" in by_check(findings)["driver"].found and by_check(findings)["CANN kernels"].found == "ascend910b"
+    assert (
+        cann.outcome is Outcome.UNSURE and "CANN 9.1.0" in cann.found and "does not list torch_npu 2.13.0" in cann.fix
+    )
+    assert (
+        "version 25.5.0, 2 devices" in by_check(findings)["driver"].found
+        and by_check(findings)["CANN kernels"].found == "ascend910b"
+    )
 
 
 def test_a_published_pair_is_in_order(host):
@@ -85,16 +105,25 @@ def test_an_older_cann_than_torch_npu_was_released_with_is_refused(host, tmp_pat
 
 def test_libraries_out_of_reach_and_missing_kernels_are_two_findings(host, tmp_path):
     (tmp_path / "usr/local/Ascend/cann/opp/built-in/op_impl/ai_core/tbe/kernel/ascend910b").rename(tmp_path / "moved")
-    found = by_check(hosts.check_cann(host(environment={"ASCEND_HOME_PATH": "/usr/local/Ascend/cann", "LD_LIBRARY_PATH": "/elsewhere"})))
+    found = by_check(
+        hosts.check_cann(
+            host(environment={"ASCEND_HOME_PATH": "/usr/local/Ascend/cann", "LD_LIBRARY_PATH": "/elsewhere"})
+        )
+    )
     assert found["CANN libraries"].outcome is Outcome.FAILED and found["CANN kernels"].outcome is Outcome.UNSURE
 
 
 def test_in_the_emulator_driver_and_cann_are_its_own(host):
     inside = host(environment={"NPU_EMULATOR_LIBRARIES": "/libraries"})
-    assert all((finding.outcome is Outcome.OK and "emulated" in finding.found) or "stands in" in finding.found for finding in (*hosts.check_driver(inside), *hosts.check_cann(inside)))
+    assert all(
+        (finding.outcome is Outcome.OK and "emulated" in finding.found) or "stands in" in finding.found
+        for finding in (*hosts.check_driver(inside), *hosts.check_cann(inside))
+    )
 
 
-@pytest.mark.parametrize("python, outcome", [((3, 11), Outcome.OK), ((3, 10), Outcome.FAILED), ((3, 15), Outcome.FAILED)])
+@pytest.mark.parametrize(
+    "python, outcome", [((3, 11), Outcome.OK), ((3, 10), Outcome.FAILED), ((3, 15), Outcome.FAILED)]
+)
 def test_python_is_held_against_what_the_wheels_exist_for(host, python, outcome):
     assert hosts.check_python(host(python=python)).outcome is outcome
 
@@ -111,7 +140,11 @@ def test_python_is_held_against_what_the_wheels_exist_for(host, python, outcome)
     ],
 )
 def test_an_import_that_fails_is_explained_by_what_it_said(host, monkeypatch, said, words):
-    monkeypatch.setattr(Host, "run", lambda self, command, timeout=30: subprocess.CompletedProcess(command, 1, "", f"Traceback\n{said}\n"))
+    monkeypatch.setattr(
+        Host,
+        "run",
+        lambda self, command, timeout=30: subprocess.CompletedProcess(command, 1, "", f"Traceback\n{said}\n"),
+    )
     finding, devices = hosts.probe(host(), "npu")
     assert devices == [] and finding.outcome is Outcome.FAILED
     assert said[:60] in finding.found and words in finding.fix, finding.fix
@@ -122,7 +155,15 @@ def test_candidates_of_cann_come_before_the_release():
     assert sorted(order, key=versions.cann_key) == order
 
 
-@pytest.mark.parametrize("torch_npu, wanted", [("2.9.0", ("8.5.0", True)), ("2.9.0.post1", ("8.5.0", False)), ("2.14.0", ("9.1.0", False)), ("2.1.0", ("8.3.RC1", False))])
+@pytest.mark.parametrize(
+    "torch_npu, wanted",
+    [
+        ("2.9.0", ("8.5.0", True)),
+        ("2.9.0.post1", ("8.5.0", False)),
+        ("2.14.0", ("9.1.0", False)),
+        ("2.1.0", ("8.3.RC1", False)),
+    ],
+)
 def test_the_cann_that_a_torch_npu_wants(torch_npu, wanted):
     assert versions.wanted_cann(torch_npu) == wanted
 

@@ -32,7 +32,9 @@ def test_the_ports_are_those_of_the_settings(tmp_path, environment, ports):
     assert network.port_range(host(tmp_path, **environment)) == ports
 
 
-@pytest.mark.parametrize("environment", [{"HCCL_IF_BASE_PORT": "80"}, {"HCCL_IF_BASE_PORT": "many"}, {"HCCL_HOST_SOCKET_PORT_RANGE": "5-1"}])
+@pytest.mark.parametrize(
+    "environment", [{"HCCL_IF_BASE_PORT": "80"}, {"HCCL_IF_BASE_PORT": "many"}, {"HCCL_HOST_SOCKET_PORT_RANGE": "5-1"}]
+)
 def test_settings_that_are_no_ports_fail_by_name(tmp_path, environment):
     finding = network.check_ports(host(tmp_path, **environment))
     assert finding.outcome is Outcome.FAILED and next(iter(environment)) in finding.found
@@ -42,7 +44,11 @@ def test_a_port_in_use_is_named(tmp_path):
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
         finding = network.check_ports(host(tmp_path, HCCL_HOST_SOCKET_PORT_RANGE=str(port)))
-    assert finding.outcome is Outcome.FAILED and f"{port} is in use" in finding.found and "HCCL_IF_BASE_PORT" in finding.fix
+    assert (
+        finding.outcome is Outcome.FAILED
+        and f"{port} is in use" in finding.found
+        and "HCCL_IF_BASE_PORT" in finding.fix
+    )
 
 
 def test_ports_that_the_system_may_give_away_are_to_be_reserved(tmp_path, monkeypatch):
@@ -52,13 +58,24 @@ def test_ports_that_the_system_may_give_away_are_to_be_reserved(tmp_path, monkey
     (folder / "ip_local_port_range").write_text("32768\t60999\n")
     (folder / "ip_local_reserved_ports").write_text("60000-60009\n")
     finding = network.check_ports(host(tmp_path))
-    assert finding.outcome is Outcome.UNSURE and "60010-60015" in finding.found and finding.fix == "sysctl -w net.ipv4.ip_local_reserved_ports=60000-60015"
+    assert (
+        finding.outcome is Outcome.UNSURE
+        and "60010-60015" in finding.found
+        and finding.fix == "sysctl -w net.ipv4.ip_local_reserved_ports=60000-60015"
+    )
     (folder / "ip_local_reserved_ports").write_text("60000-60015\n")
     assert network.check_ports(host(tmp_path)).outcome is Outcome.OK
 
 
 @pytest.mark.parametrize(
-    "setting, left", [("eth", ["eth0", "eth1"]), ("=eth0", ["eth0"]), ("^eth", ["lo", "docker0"]), ("^=eth0,docker0", ["lo", "eth1"]), ("ib", [])]
+    "setting, left",
+    [
+        ("eth", ["eth0", "eth1"]),
+        ("=eth0", ["eth0"]),
+        ("^eth", ["lo", "docker0"]),
+        ("^=eth0,docker0", ["lo", "eth1"]),
+        ("ib", []),
+    ],
 )
 def test_an_interface_setting_chooses_by_beginning_by_name_or_by_exclusion(setting, left):
     assert network.chosen(["lo", "eth0", "eth1", "docker0"], setting) == left
@@ -68,7 +85,11 @@ def test_an_interface_that_is_not_there_or_down_fails(tmp_path):
     interface(tmp_path, lo="unknown", eth0="up", eth1="down")
     for name, words in (("ib0", "names none of"), ("eth1", "which is down")):
         finding = network.check_interface(host(tmp_path, HCCL_SOCKET_IFNAME=name))
-        assert finding.outcome is Outcome.FAILED and words in finding.found and finding.fix == "export HCCL_SOCKET_IFNAME=eth0"
+        assert (
+            finding.outcome is Outcome.FAILED
+            and words in finding.found
+            and finding.fix == "export HCCL_SOCKET_IFNAME=eth0"
+        )
     assert network.check_interface(host(tmp_path, HCCL_SOCKET_IFNAME="=eth0")).outcome is Outcome.OK
 
 
@@ -86,8 +107,10 @@ def test_an_address_of_another_machine_fails(tmp_path):
 def test_addresses_and_links_of_the_devices_are_read(tmp_path, monkeypatch):
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/hccn.conf").write_text("address_0=192.168.1.1\nnetmask_0=255.255.255.0\naddress_1=192.168.1.1\n")
+
     def answer(self, command, timeout=30):
         return subprocess.CompletedProcess(command, 0, f"link status: {'UP' if command[2] == '0' else 'DOWN'}\n", "")
+
     monkeypatch.setattr(Host, "run", answer)
     one = Host(root=tmp_path, environment={}, find=lambda name: "/usr/bin/" + name)
     addresses, links = network.check_links(one, 2)

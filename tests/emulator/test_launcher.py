@@ -17,7 +17,9 @@ from npu_bridge.emulator.errors import EmulatorError, RealCannFound
 from npu_bridge.emulator.settings import Settings, active, environment_for, parse_bytes
 
 
-@pytest.mark.parametrize("text, value", [("64GiB", 64 << 30), ("512MiB", 512 << 20), ("1.5GB", 1_500_000_000), ("100000000", 100_000_000)])
+@pytest.mark.parametrize(
+    "text, value", [("64GiB", 64 << 30), ("512MiB", 512 << 20), ("1.5GB", 1_500_000_000), ("100000000", 100_000_000)]
+)
 def test_an_amount_of_memory_is_a_number_and_a_unit(text, value):
     assert parse_bytes(text) == value
 
@@ -30,7 +32,12 @@ def test_what_is_no_amount_of_memory_is_refused_with_an_example(text):
 
 @pytest.mark.parametrize(
     "settings, message",
-    [(dict(devices=0), "--devices 0"), (dict(soc="H100"), "known: Ascend910B1"), (dict(memory=1 << 20), "at least 64MiB"), (dict(transport="smoke"), "expected shm or tcp")],
+    [
+        (dict(devices=0), "--devices 0"),
+        (dict(soc="H100"), "known: Ascend910B1"),
+        (dict(memory=1 << 20), "at least 64MiB"),
+        (dict(transport="smoke"), "expected shm or tcp"),
+    ],
 )
 def test_settings_out_of_range_are_refused_by_name(settings, message):
     with pytest.raises(EmulatorError, match=message):
@@ -38,14 +45,24 @@ def test_settings_out_of_range_are_refused_by_name(settings, message):
 
 
 def test_the_environment_of_a_process_holds_every_setting_and_the_libraries_first():
-    made = environment_for(Settings(devices=4, execute=False, trace="x.json"), Path("libraries"), {"LD_LIBRARY_PATH": "others", "PATH": "p"})
-    assert made["NPU_EMULATOR_DEVICES"] == "4" and made["NPU_EMULATOR_EXECUTE"] == "0" and Path(made["NPU_EMULATOR_TRACE"]).is_absolute()
+    made = environment_for(
+        Settings(devices=4, execute=False, trace="x.json"),
+        Path("libraries"),
+        {"LD_LIBRARY_PATH": "others", "PATH": "p"},
+    )
+    assert (
+        made["NPU_EMULATOR_DEVICES"] == "4"
+        and made["NPU_EMULATOR_EXECUTE"] == "0"
+        and Path(made["NPU_EMULATOR_TRACE"]).is_absolute()
+    )
     assert made["LD_LIBRARY_PATH"].split(os.pathsep) == ["libraries", "others"] and made["PATH"] == "p"
     assert active(made) and not active({})
 
 
 def fitting(**changes):
-    return check(**{"find": lambda name: "/usr/bin/" + name, "machine": "x86_64", "python": environment.PYTHON, **changes})
+    return check(
+        **{"find": lambda name: "/usr/bin/" + name, "machine": "x86_64", "python": environment.PYTHON, **changes}
+    )
 
 
 @pytest.fixture
@@ -77,7 +94,11 @@ def test_a_machine_that_does_not_fit_is_refused_with_the_fix(installed, changes,
 
 @pytest.mark.parametrize(
     "name, version, message",
-    [("torch_npu", None, "torch_npu is not installed.*make setup-npu"), ("torch_npu", "2.12.0", "torch_npu is 2.12.0"), ("torch", "2.12.1+cpu", "torch is 2.12.1")],
+    [
+        ("torch_npu", None, "torch_npu is not installed.*make setup-npu"),
+        ("torch_npu", "2.12.0", "torch_npu is 2.12.0"),
+        ("torch", "2.12.1+cpu", "torch is 2.12.1"),
+    ],
 )
 def test_a_wheel_that_is_missing_or_of_another_version_is_refused(installed, name, version, message):
     installed[name] = version
@@ -93,7 +114,9 @@ def test_all_problems_come_in_one_message(installed):
 
 def test_a_real_cann_is_found_by_variable_by_folder_and_by_driver(tmp_path):
     assert find_cann({}, folders=(), device_node="missing") is None
-    assert find_cann({"ASCEND_HOME_PATH": "/opt/cann"}, folders=(), device_node="missing") == "ASCEND_HOME_PATH=/opt/cann"
+    assert (
+        find_cann({"ASCEND_HOME_PATH": "/opt/cann"}, folders=(), device_node="missing") == "ASCEND_HOME_PATH=/opt/cann"
+    )
     assert find_cann({}, folders=(tmp_path,), device_node="missing") == tmp_path
     assert find_cann({}, folders=(), device_node=str(tmp_path)) == str(tmp_path)
 
@@ -109,7 +132,14 @@ def test_beside_a_real_cann_the_emulator_steps_aside_and_the_command_runs_plainl
     assert "running the command on the real CANN" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("arguments, message", [([], "no command"), (["--", "no-such-program"], "not found on PATH"), (["--memory", "much", "--", "python"], "--memory 'much'")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "no command"),
+        (["--", "no-such-program"], "not found on PATH"),
+        (["--memory", "much", "--", "python"], "--memory 'much'"),
+    ],
+)
 def test_the_launcher_refuses_what_it_cannot_run(arguments, message, capsys):
     with pytest.raises(SystemExit):
         launcher.main(arguments)
@@ -160,7 +190,11 @@ def test_a_compiler_that_fails_is_named_with_its_command_and_words(tmp_path):
 def test_a_changed_source_costs_its_own_compilation_and_a_changed_header_its_readers(tmp_path, monkeypatch):
     """With a compiler that only writes down what it was asked."""
     log, compiler = tmp_path / "log", tmp_path / "compiler"
-    compiler.write_text('#!/bin/sh\necho "$@" >> ' + str(log) + '\nfor word; do [ "$last" = -o ] && echo built > "$word"; last=$word; done\n')
+    compiler.write_text(
+        '#!/bin/sh\necho "$@" >> '
+        + str(log)
+        + '\nfor word; do [ "$last" = -o ] && echo built > "$word"; last=$word; done\n'
+    )
     compiler.chmod(0o755)
     sources = tmp_path / "src"
     shutil.copytree(build.SOURCES, sources)
@@ -186,7 +220,9 @@ def test_a_changed_source_costs_its_own_compilation_and_a_changed_header_its_rea
 
 def test_every_operator_of_the_wheel_gets_an_entry_that_refuses(tmp_path):
     (tmp_path / "lib").mkdir()
-    (tmp_path / "lib" / "libtorch_npu.so").write_bytes(b"\0aclnnAddGetWorkspaceSize\0other\0aclRfft1DGetWorkspaceSize\0xaclnnNotGetWorkspaceSize\0")
+    (tmp_path / "lib" / "libtorch_npu.so").write_bytes(
+        b"\0aclnnAddGetWorkspaceSize\0other\0aclRfft1DGetWorkspaceSize\0xaclnnNotGetWorkspaceSize\0"
+    )
     names = build.operator_names(tmp_path)
     assert names == ["aclRfft1D", "aclnnAdd"]
     lines = build.unknown_source(names).splitlines()
@@ -201,7 +237,14 @@ def test_every_source_is_in_a_library_and_none_is_long():
 
 
 def entry(calls=0, captured=0, replayed=0, size=0):
-    return {"calls": calls, "captured": captured, "replayed": replayed, "bytes": size, "host_us": 1.0, "compute_us": 2.0}
+    return {
+        "calls": calls,
+        "captured": captured,
+        "replayed": replayed,
+        "bytes": size,
+        "host_us": 1.0,
+        "compute_us": 2.0,
+    }
 
 
 def test_counts_tell_what_ran_and_lay_it_out_as_a_table(tmp_path):
@@ -228,8 +271,10 @@ def test_the_page_of_conformance_shows_figures_failures_and_what_they_prove(tmp_
 
     report = tmp_path / "report.xml"
     report.write_text(
-        '<testsuites><testsuite><testcase classname="tests.emulator.device.test_kernels" name="test_a[x|y]" time="1.5"><properties><property name="error" value="1e-7"/>'
-        '</properties></testcase><testcase classname="tests.emulator.device.test_runtime" name="test_b" time="2"><failure message="AssertionError: 3 != 4&#10;more"/></testcase>'
+        '<testsuites><testsuite><testcase classname="tests.emulator.device.test_kernels" name="test_a[x|y]" '
+        'time="1.5"><properties><property name="error" value="1e-7"/>'
+        '</properties></testcase><testcase classname="tests.emulator.device.test_runtime" name="test_b" '
+        'time="2"><failure message="AssertionError: 3 != 4&#10;more"/></testcase>'
         "</testsuite></testsuites>"
     )
     text = page(read(report), "torch 2.13.0", "x86_64", "2026-11-22", 4.0, 12.0)
@@ -241,18 +286,32 @@ def test_conformance_asks_for_a_report_that_may_hold_figures(tmp_path, monkeypat
     """A case with a figure, through pytest itself: no warning, and the figure is read back."""
     from npu_bridge.emulator import conformance
 
-    (tmp_path / "test_figure.py").write_text("def test_a_figure(record_property):\n    record_property('error', '1e-7')\n")
+    (tmp_path / "test_figure.py").write_text(
+        "def test_a_figure(record_property):\n    record_property('error', '1e-7')\n"
+    )
     seen = {}
 
     def run(command, cwd, env):
         seen["report"] = command[command.index("-o") : command.index("-o") + 3]
-        plain = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "error", *seen["report"], str(tmp_path / "test_figure.py")]
+        plain = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            "-W",
+            "error",
+            *seen["report"],
+            str(tmp_path / "test_figure.py"),
+        ]
         done = subprocess_run(plain, cwd=tmp_path, capture_output=True, text=True)
         seen["cases"] = conformance.read(Path(seen["report"][2].partition("=")[2]))
         return done
 
     subprocess_run = subprocess.run
-    monkeypatch.setattr(conformance, "check", lambda: Toolchain(Path("torch"), Path("torch_npu"), {"torch": "2.13.0"}, "g++", "g++ 12"))
+    monkeypatch.setattr(
+        conformance, "check", lambda: Toolchain(Path("torch"), Path("torch_npu"), {"torch": "2.13.0"}, "g++", "g++ 12")
+    )
     monkeypatch.setattr(conformance, "build", lambda toolchain: None)
     monkeypatch.setattr(conformance.subprocess, "run", run)
     assert conformance.main(["-k", "a selection writes no page"]) == 0

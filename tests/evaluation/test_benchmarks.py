@@ -14,7 +14,20 @@ def _summary(name, items, answer):
     return summarise(BENCHMARKS[name], items, rows, None)
 
 
-@pytest.mark.parametrize("name, count", [("docvqa_val", 6), ("chartqa_test", 6), ("ocrbench", 3), ("mme", 8), ("mmbench_dev_en", 12), ("ai2d_test", 4), ("mmmu_dev_val", 4), ("textvqa_val", 3), ("realworldqa", 2)])
+@pytest.mark.parametrize(
+    "name, count",
+    [
+        ("docvqa_val", 6),
+        ("chartqa_test", 6),
+        ("ocrbench", 3),
+        ("mme", 8),
+        ("mmbench_dev_en", 12),
+        ("ai2d_test", 4),
+        ("mmmu_dev_val", 4),
+        ("textvqa_val", 3),
+        ("realworldqa", 2),
+    ],
+)
 def test_right_answers_score_one_and_wrong_ones_nothing(benchmark_folder, name, count):
     items = load_items(name, benchmark_folder)
     assert len(items) == count and all(item.images for item in items)
@@ -26,13 +39,22 @@ def test_right_answers_score_one_and_wrong_ones_nothing(benchmark_folder, name, 
 def test_published_prompts(benchmark_folder):
     def prompt(name, index=0):
         return load_items(name, benchmark_folder)[index].messages[-1]["content"]
+
     assert prompt("docvqa_val") == "<image>which number 0?\nAnswer the question using a single word or phrase."
     assert prompt("chartqa_test") == "<image>value 0?\nAnswer the question with a single word."
     assert prompt("mme") == "<image>Is it Yes?\nAnswer the question using a single word or phrase."
-    assert prompt("ai2d_test") == "<image>which part?\nA. root\nB. stem\nC. leaf\nD. seed\nAnswer with the option's letter from the given choices directly."
+    assert prompt("ai2d_test") == (
+        "<image>which part?\nA. root\nB. stem\nC. leaf\nD. seed\nAnswer with the option's letter from the "
+        "given choices directly."
+    )
     assert prompt("mmbench_dev_en") == (
-        "<image>look closely which colour? There are several options:\nA. red\nB. green\nC. blue\nD. black\n\nAnswer with the option's letter from the given choices directly.")
-    assert prompt("mmmu_dev_val", 3) == "<image><image>Compare <image 1> and <image 2>.\n\nAnswer the question using a single word or phrase."
+        "<image>look closely which colour? There are several options:\nA. red\nB. green\nC. blue\nD. "
+        "black\n\nAnswer with the option's letter from the given choices directly."
+    )
+    assert (
+        prompt("mmmu_dev_val", 3)
+        == "<image><image>Compare <image 1> and <image 2>.\n\nAnswer the question using a single word or phrase."
+    )
 
 
 def test_a_row_may_name_another_rows_picture(benchmark_folder):
@@ -42,7 +64,11 @@ def test_a_row_may_name_another_rows_picture(benchmark_folder):
 
 def test_chartqa_tells_human_from_augmented_and_reports_both_argument_orders(benchmark_folder):
     items = load_items("chartqa_test", benchmark_folder)
-    result = _summary("chartqa_test", items, lambda item: str(int(item.answers[0]) * 1.051) if item.category == "human" else item.answers[0])
+    result = _summary(
+        "chartqa_test",
+        items,
+        lambda item: str(int(item.answers[0]) * 1.051) if item.category == "human" else item.answers[0],
+    )
     assert result["by_category"] == {"augmented": {"score": 1.0, "n": 3}, "human": {"score": 0.0, "n": 3}}
     assert (result["relaxed_accuracy"], result["relaxed_accuracy_swapped"]) == (0.5, 1.0)
 
@@ -51,7 +77,12 @@ def test_mme_points_are_single_accuracy_plus_pair_accuracy(benchmark_folder):
     items = load_items("mme", benchmark_folder)
     result = _summary("mme", items, lambda item: "yes")  # half of each pair, no pair whole
     assert result["mme_points_by_category"] == {"existence": 50.0, "numerical_calculation": 50.0}
-    assert (result["mme_perception"], result["mme_cognition"], result["mme_points"], result["mme_incomplete_pairs"]) == (50.0, 50.0, 100.0, 0)
+    assert (
+        result["mme_perception"],
+        result["mme_cognition"],
+        result["mme_points"],
+        result["mme_incomplete_pairs"],
+    ) == (50.0, 50.0, 100.0, 0)
     assert _summary("mme", items, lambda item: item.answers[0])["mme_points"] == 400
 
 
@@ -91,7 +122,10 @@ def test_an_empty_file_and_repeated_ids_are_refused(tmp_path):
     (tmp_path / "DocVQA_VAL.tsv").write_text("index\timage\tquestion\tanswer\n")
     with pytest.raises(UserError, match="no rows"):
         load_items("docvqa_val", tmp_path)
-    pq.write_table(pa.table({name: pa.array([], pa.string()) for name in ("question", "answer", "category")}), tmp_path / "mme.parquet")
+    pq.write_table(
+        pa.table({name: pa.array([], pa.string()) for name in ("question", "answer", "category")}),
+        tmp_path / "mme.parquet",
+    )
     with pytest.raises(UserError, match="mme.parquet has no rows"):
         load_items("mme", tmp_path)
     (tmp_path / "InfoVQA_VAL.tsv").write_text("index\timage\tquestion\tanswer\n1\tAAAA\tq\ta\n1\tAAAA\tr\tb\n")

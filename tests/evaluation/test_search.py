@@ -34,9 +34,11 @@ def test_halving_finds_the_best_setting_with_fewer_questions_than_the_grid():
     assert best.pixels.min_pixels == 12544
     assert search.full_grid(grid, _items(400), _measure(full))[0].pixels == best.pixels
     assert len(best.scores) == 400
+
     # Samples are cached, so a setting costs the most samples it was ever given.
     def cost(asked):
         return sum(max(count for pixels, count in asked if pixels == one) for one in {pixels for pixels, _ in asked})
+
     assert cost(halved) < 0.8 * cost(full), (cost(halved), cost(full))
 
 
@@ -47,7 +49,11 @@ def test_the_models_own_setting_stays_to_the_end():
 
 
 def test_equal_scores_go_to_the_cheaper_setting():
-    trials = search.full_grid([Pixels(None, None), Pixels(3136, None), Pixels(12544, None)], _items(5), lambda pixels, part: Trial(pixels, (1.0,) * 5, (pixels.min_pixels or 99999,) * 5))
+    trials = search.full_grid(
+        [Pixels(None, None), Pixels(3136, None), Pixels(12544, None)],
+        _items(5),
+        lambda pixels, part: Trial(pixels, (1.0,) * 5, (pixels.min_pixels or 99999,) * 5),
+    )
     assert trials[0].pixels == Pixels(3136, None)
 
 
@@ -60,8 +66,10 @@ def test_a_setting_that_changes_nothing_does_not_beat_the_models_own(method):
 
 def test_the_halves_share_no_group_and_do_not_depend_on_order():
     items = _items(100)
+
     def group(item):
         return str(int(item.id) // 4)
+
     validation, held_out = search.split_items(items, group)
     assert not {group(item) for item in validation} & {group(item) for item in held_out}
     assert {item.id for item in search.split_items(items[::-1], group)[0]} == {item.id for item in validation}
@@ -72,12 +80,23 @@ def test_the_halves_share_no_group_and_do_not_depend_on_order():
 def test_a_gain_comes_with_its_paired_interval():
     scores = np.random.default_rng(0).random(300) < 0.5
     better = scores | (np.random.default_rng(1).random(300) < 0.2)
-    judged = search.judge(Trial(Pixels(None, None), tuple(scores.astype(float)), (4,) * 300), Trial(Pixels(3136, None), tuple(better.astype(float)), (8,) * 300))
+    judged = search.judge(
+        Trial(Pixels(None, None), tuple(scores.astype(float)), (4,) * 300),
+        Trial(Pixels(3136, None), tuple(better.astype(float)), (8,) * 300),
+    )
     assert judged["gain"] == pytest.approx(better.mean() - scores.mean(), abs=1e-4)
     assert 0 < judged["gain_ci95"][0] < judged["gain"] < judged["gain_ci95"][1]
 
 
-@pytest.mark.parametrize("text, message", [("size=3", "'size' cannot be searched"), ("min_pixels=a:b", "no list of areas"), ("min_pixels=0", "positive"), ("min_pixels=200000", "in every combination")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("size=3", "'size' cannot be searched"),
+        ("min_pixels=a:b", "no list of areas"),
+        ("min_pixels=0", "positive"),
+        ("min_pixels=200000", "in every combination"),
+    ],
+)
 def test_grids_that_make_no_sense_are_refused(text, message):
     with pytest.raises(UserError, match=message):
         search.parse_grid(text, OWN)
@@ -85,7 +104,11 @@ def test_grids_that_make_no_sense_are_refused(text, message):
 
 def test_combinations_that_are_no_range_are_left_out():
     assert search.parse_grid("min_pixels=784:200000,max_pixels=100352:401408", OWN) == [
-        Pixels(None, None), Pixels(784, 100352), Pixels(784, 401408), Pixels(200000, 401408)]
+        Pixels(None, None),
+        Pixels(784, 100352),
+        Pixels(784, 401408),
+        Pixels(200000, 401408),
+    ]
 
 
 def test_the_picture_is_drawn_for_one_and_for_two_searched_sizes():

@@ -1,4 +1,6 @@
-"""The stand-ins: both published forms hold the same questions, only held-out material is shown, and no score can pass for the benchmark's."""
+"""The stand-ins: both published forms hold the same questions, only held-out material is shown, and no score can pass
+for the benchmark's.
+"""
 
 import io
 import json
@@ -31,7 +33,12 @@ def test_both_published_forms_ask_the_same_and_show_the_same(folder, task):
     ours, theirs = load_items(task, folder), load_items(task, folder / "tsv")
     assert len(ours) == len(theirs) == next(standin.count for standin in STANDINS if standin.task == task)
     for one, other in zip(ours, theirs):
-        assert (one.messages, one.answers, one.category, len(one.images)) == (other.messages, other.answers, other.category, len(other.images))
+        assert (one.messages, one.answers, one.category, len(one.images)) == (
+            other.messages,
+            other.answers,
+            other.category,
+            len(other.images),
+        )
     for one, other in list(zip(ours, theirs))[::13]:
         assert all(np.array_equal(_pixels(a), _pixels(b)) for a, b in zip(one.images, other.images, strict=True))
 
@@ -48,10 +55,18 @@ def test_only_the_held_out_side_of_the_material_is_asked_for(monkeypatch, tmp_pa
     asked = set()
     for name in ("digit_cells", "faces", "columns", "shape_pictures"):
         original = getattr(assets, name)
-        monkeypatch.setattr(assets, name, lambda split, *rest, original=original, name=name, **further: asked.add((name, split)) or original(split, *rest, **further))
+        monkeypatch.setattr(
+            assets,
+            name,
+            lambda split, *rest, original=original, name=name, **further: (
+                asked.add((name, split)) or original(split, *rest, **further)
+            ),
+        )
     drawn = []
     original_drawing = assets.drawing
-    monkeypatch.setattr(assets, "drawing", lambda artist, *rest: drawn.append(artist) or original_drawing(artist, *rest))
+    monkeypatch.setattr(
+        assets, "drawing", lambda artist, *rest: drawn.append(artist) or original_drawing(artist, *rest)
+    )
     build(tmp_path)
     assert {split for _, split in asked} == {pictures.SPLIT} == {"test"}
     assert len({name for name, _ in asked}) >= 3 and set(drawn) == set(assets.TEST_ARTISTS)
@@ -77,8 +92,11 @@ def test_scores_on_stand_ins_are_called_so(folder):
 def test_the_question_alone_keeps_options_and_leaves_the_instruction_out(folder):
     def content(task, index=0):
         return question_alone(load_items(task, folder)[index]).messages[-1]["content"]
+
     assert content("docvqa_val") == "<image>What is the page?"
-    assert content("mmbench_dev_en").startswith("<image>What is this?\nA. ") and content("mmbench_dev_en").endswith("\nAnswer A, B, C or D.")
+    assert content("mmbench_dev_en").startswith("<image>What is this?\nA. ") and content("mmbench_dev_en").endswith(
+        "\nAnswer A, B, C or D."
+    )
     assert "several options" not in content("mmbench_dev_en") and "directly" not in content("ai2d_test")
 
 
@@ -89,8 +107,31 @@ def test_an_unknown_stand_in_is_refused(tmp_path):
 
 def test_evaluate_scores_them_and_says_that_they_are_stand_ins(folder, model_folder, tmp_path, capsys):
     tasks = ["docvqa_val", "ocrbench", "mmmu_dev_val"]  # a list of answers, categories, two images
-    assert cli.main(["evaluate", "--weights", str(model_folder), "--data", str(folder), "--tasks", ",".join(tasks), "--limit", "3", "--max-new-tokens", "2", "--batch", "3",
-                     "--max-pixels", "3136", "--no-language-only", "--out", str(tmp_path)]) == 0
+    assert (
+        cli.main(
+            [
+                "evaluate",
+                "--weights",
+                str(model_folder),
+                "--data",
+                str(folder),
+                "--tasks",
+                ",".join(tasks),
+                "--limit",
+                "3",
+                "--max-new-tokens",
+                "2",
+                "--batch",
+                "3",
+                "--max-pixels",
+                "3136",
+                "--no-language-only",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert all(f"{task} (stand-in): " in printed for task in tasks)
     scores = json.loads((tmp_path / "scores.json").read_text())

@@ -17,9 +17,15 @@ def small(opened, tokenizer):
 
 def test_prompts_are_read_and_answers_decoded_as_by_xla(small, draw_pictures):
     requests = [
-        Request.from_prompt("look", draw_pictures(1, seed=4, largest=60), id="greedy", sampling=Sampling(max_new_tokens=5)),
-        Request.from_prompt("go", id="penalised", sampling=Sampling(max_new_tokens=4, repetition_penalty=1.5, ignore_eos=True)),
-        Request.from_prompt("hm", id="sampled", sampling=Sampling(max_new_tokens=3, temperature=1.0, top_p=0.9, seed=3, ignore_eos=True)),
+        Request.from_prompt(
+            "look", draw_pictures(1, seed=4, largest=60), id="greedy", sampling=Sampling(max_new_tokens=5)
+        ),
+        Request.from_prompt(
+            "go", id="penalised", sampling=Sampling(max_new_tokens=4, repetition_penalty=1.5, ignore_eos=True)
+        ),
+        Request.from_prompt(
+            "hm", id="sampled", sampling=Sampling(max_new_tokens=3, temperature=1.0, top_p=0.9, seed=3, ignore_eos=True)
+        ),
     ]
     theirs = Generator(small, slots=2, context=64).generate(requests)
     ours = Generator(small, slots=2, context=64, programs=BridgePrograms("cpu")).generate(requests)

@@ -40,9 +40,16 @@ class _Recorder:
 def test_min_p_keeps_the_tokens_that_transformers_keeps():
     logits = np.random.default_rng(0).normal(0, 3, (6, 50)).astype(np.float32)
     limits = np.asarray([0.0, 0.01, 0.1, 0.3, 0.9, 1.0], np.float32)
-    kept = np.asarray(sampling.restrict(logits, jnp.zeros(6, jnp.int32), jnp.ones(6), jnp.asarray(limits))) > sampling.NEGATIVE
+    kept = (
+        np.asarray(sampling.restrict(logits, jnp.zeros(6, jnp.int32), jnp.ones(6), jnp.asarray(limits)))
+        > sampling.NEGATIVE
+    )
     for row, limit in enumerate(limits):
-        theirs = MinPLogitsWarper(float(limit))(None, torch.from_numpy(logits[row : row + 1])) if limit else torch.zeros(1, 50)
+        theirs = (
+            MinPLogitsWarper(float(limit))(None, torch.from_numpy(logits[row : row + 1]))
+            if limit
+            else torch.zeros(1, 50)
+        )
         assert (kept[row] == np.isfinite(theirs[0].numpy())).all(), f"min_p {limit}"
 
 
@@ -61,8 +68,10 @@ def test_a_strong_frequency_penalty_forbids_repeated_tokens_while_a_neighbour_de
     penalised = _request("say a word", frequency_penalty=2.0, presence_penalty=2.0, temperature=1e-3, top_k=1)
     first, second = generator.generate([penalised, plain])
     assert second.tokens == alone.tokens
+
     def repeats(tokens):
         return len(tokens) - len(set(tokens))
+
     assert repeats(first.tokens) < repeats(alone.tokens)
 
 
@@ -100,8 +109,13 @@ def test_new_parameters_answer_as_a_new_engine_would_and_others_are_refused(open
     request = _request("after a step of training")
     changed = jax.tree.map(lambda leaf: leaf * 1.1, nnx.state(opened.model))
     merged = nnx.merge(nnx.graphdef(opened.model), changed)
-    expected = Generator(dataclasses.replace(opened, model=merged) if dataclasses.is_dataclass(opened) else type(opened)(**{**vars(opened), "model": merged}),
-                         slots=4, context=256).generate([request])[0]
+    expected = Generator(
+        dataclasses.replace(opened, model=merged)
+        if dataclasses.is_dataclass(opened)
+        else type(opened)(**{**vars(opened), "model": merged}),
+        slots=4,
+        context=256,
+    ).generate([request])[0]
     engine, recorder = _engine(opened, generator), _Recorder()
     engine.load(changed)
     engine.submit(generator.encode(request), request.sampling, [0], [recorder])

@@ -18,7 +18,10 @@ def _prompt(tokens, patches=0, images=0):
 def test_no_row_holds_more_than_its_bucket_and_every_prompt_lies_in_one():
     random = np.random.default_rng(0)
     bucket = Bucket(patches=128, tokens=128, images=4)
-    prompts = [_prompt(int(random.integers(8, 129)), patches=16 * images, images=images) for images in random.integers(0, 5, 40)]
+    prompts = [
+        _prompt(int(random.integers(8, 129)), patches=16 * images, images=images)
+        for images in random.integers(0, 5, 40)
+    ]
     rows = arrange(prompts, bucket)
     assert sorted(index for row in rows for index in row) == list(range(40))
     for row in rows:
@@ -33,22 +36,40 @@ def test_small_prompts_fill_the_rows_that_large_ones_leave():
     assert arrange(prompts, Bucket(patches=0, tokens=128, images=0)) == [[1, 0], [3, 4], [2]]
 
 
-@pytest.mark.parametrize("compilation, most_sizes, least_filled", [(0, 20, 0.7), (2e11, 3, 0.5)], ids=["compiling costs nothing", "compiling costs seconds"])
-def test_rows_hold_little_padding_and_a_small_model_hardly_compiles_for_it(opened, compilation, most_sizes, least_filled):
+@pytest.mark.parametrize(
+    "compilation, most_sizes, least_filled",
+    [(0, 20, 0.7), (2e11, 3, 0.5)],
+    ids=["compiling costs nothing", "compiling costs seconds"],
+)
+def test_rows_hold_little_padding_and_a_small_model_hardly_compiles_for_it(
+    opened, compilation, most_sizes, least_filled
+):
     planner = RowPlanner(opened.model, slots=16)
     planner._compilation = compilation
     random = np.random.default_rng(0)
+
     def draw():
-        return [_prompt(int(random.integers(17, 60)), patches=64 * images, images=images) for images in random.integers(0, 3, 16)]
+        return [
+            _prompt(int(random.integers(17, 60)), patches=64 * images, images=images)
+            for images in random.integers(0, 3, 16)
+        ]
+
     real = padded = 0
     sizes = set()
     for _ in range(20):
         prompts = draw()
         bucket, count, rows = planner(prompts)
         assert sorted(index for row in rows for index in row) == list(range(16)) and len(rows) <= count
-        assert all(sum(prompts[index].tokens for index in row) <= bucket.tokens and sum(prompts[index].patches for index in row) <= bucket.patches for row in rows)
+        assert all(
+            sum(prompts[index].tokens for index in row) <= bucket.tokens
+            and sum(prompts[index].patches for index in row) <= bucket.patches
+            for row in rows
+        )
         sizes.add((bucket, count))
-        real, padded = real + sum(prompt.tokens + prompt.patches for prompt in prompts), padded + count * (bucket.tokens + bucket.patches)
+        real, padded = (
+            real + sum(prompt.tokens + prompt.patches for prompt in prompts),
+            padded + count * (bucket.tokens + bucket.patches),
+        )
     assert real / padded > least_filled, f"only {real / padded:.0%} of what is computed is a prompt"
     assert len(sizes) <= most_sizes, f"{len(sizes)} compilations for 20 batches alike"
 

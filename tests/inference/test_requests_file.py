@@ -19,12 +19,21 @@ def _file(folder, *lines):
 def test_a_lines_own_settings_come_before_the_common_ones(tmp_path):
     path = _file(
         tmp_path,
-        '{"prompt": "a", "images": ["x.png"], "id": 7, "n": 2, "temperature": 1, "stop": ".", "min_pixels": 3136}', "",
-        '{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "one\u2028line"}]}')
-    first, second = read_requests(path, dict(max_new_tokens=9, temperature=0.5, stop=("x",)), dict(min_pixels=784, max_pixels=6272))
+        '{"prompt": "a", "images": ["x.png"], "id": 7, "n": 2, "temperature": 1, "stop": ".", "min_pixels": 3136}',
+        "",
+        '{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "one\u2028line"}]}',
+    )
+    first, second = read_requests(
+        path, dict(max_new_tokens=9, temperature=0.5, stop=("x",)), dict(min_pixels=784, max_pixels=6272)
+    )
     assert (first.id, second.id) == ("7", "3")
     assert first.images == (str(tmp_path / "x.png"),) and first.messages[-1]["content"].endswith("a")
-    assert (first.sampling.n, first.sampling.temperature, first.sampling.stop, first.sampling.max_new_tokens) == (2, 1, (".",), 9)
+    assert (first.sampling.n, first.sampling.temperature, first.sampling.stop, first.sampling.max_new_tokens) == (
+        2,
+        1,
+        (".",),
+        9,
+    )
     assert (second.sampling.n, second.sampling.temperature, second.sampling.stop) == (1, 0.5, ("x",))
     assert (first.min_pixels, second.min_pixels, first.max_pixels) == (3136, 784, 6272)
     assert second.messages[1] == {"role": "user", "content": "one\u2028line"}
@@ -56,7 +65,9 @@ def test_many_lines_are_gathered_and_the_first_ten_shown(tmp_path):
     assert "12 lines of" in str(error.value) and str(error.value).count("\n") == 11 and str(error.value).endswith("...")
 
 
-@pytest.mark.parametrize("content, message", [(None, "there is no file"), (b"\n\n", "holds no request"), (b"\xfd{}", "no text in UTF-8")])
+@pytest.mark.parametrize(
+    "content, message", [(None, "there is no file"), (b"\n\n", "holds no request"), (b"\xfd{}", "no text in UTF-8")]
+)
 def test_a_file_without_requests_is_refused(tmp_path, content, message):
     path = tmp_path / "r.jsonl"
     if content is not None:

@@ -15,19 +15,44 @@ from mindvl_jax.models.vision_language.batch import BatchShape
 
 
 def tiny_config(**changes):
-    vision = VisionConfig(depth=4, hidden_size=32, intermediate_size=48, num_heads=2, window_size=56, fullatt_block_indexes=(1, 3))
-    text = TextConfig(family="qwen3", vocab_size=64, hidden_size=48, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
-                      rope_theta=1e4, tie_word_embeddings=True, rope="mrope", mrope_section=(2, 3, 3))
-    return MindVLConfig(vision=vision, text=text, image_token_id=60, video_token_id=61, vision_start_token_id=62, vision_end_token_id=63,
-                       **(dict(compute_dtype="float32") | changes))
+    vision = VisionConfig(
+        depth=4, hidden_size=32, intermediate_size=48, num_heads=2, window_size=56, fullatt_block_indexes=(1, 3)
+    )
+    text = TextConfig(
+        family="qwen3",
+        vocab_size=64,
+        hidden_size=48,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        rope_theta=1e4,
+        tie_word_embeddings=True,
+        rope="mrope",
+        mrope_section=(2, 3, 3),
+    )
+    return MindVLConfig(
+        vision=vision,
+        text=text,
+        image_token_id=60,
+        video_token_id=61,
+        vision_start_token_id=62,
+        vision_end_token_id=63,
+        **(dict(compute_dtype="float32") | changes),
+    )
 
 
 @pytest.fixture(scope="session")
 def tiny():
     """tiny(**changes of the model configuration) -> graphdef and parameters, the same values for all."""
+
     def build(made):
         return MindVL(made, rngs=nnx.Rngs(0))
-    values = jax.jit(lambda: nnx.state(build(tiny_config()), nnx.Param), compiler_options={"xla_backend_optimization_level": 0})()
+
+    values = jax.jit(
+        lambda: nnx.state(build(tiny_config()), nnx.Param), compiler_options={"xla_backend_optimization_level": 0}
+    )()
 
     @functools.cache
     def make(**changes):

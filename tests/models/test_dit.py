@@ -1,4 +1,6 @@
-"""The diffusion transformer and flow matching: against torch written by hand, over meshes, micro-batches and through the bridge."""
+"""The diffusion transformer and flow matching: against torch written by hand, over meshes, micro-batches and through
+the bridge.
+"""
 
 import dataclasses
 import itertools
@@ -31,7 +33,13 @@ CONFIG = DiTConfig(
 )  # fmt: skip
 ROWS = 8
 PHASE = PhaseConfig(
-    name="p", steps=3, mixture=({"source": "some"},), rows=ROWS, sequence_length=16, max_samples_per_row=1, learning_rate=1e-2
+    name="p",
+    steps=3,
+    mixture=({"source": "some"},),
+    rows=ROWS,
+    sequence_length=16,
+    max_samples_per_row=1,
+    learning_rate=1e-2,
 )
 OBJECTIVE = make_objective(CONFIG, PHASE, flow=FlowMatchingConfig(shift=2.0, condition_dropout=0.4))
 
@@ -40,7 +48,10 @@ OBJECTIVE = make_objective(CONFIG, PHASE, flow=FlowMatchingConfig(shift=2.0, con
 def params():
     """All parameters random: at the start the zero ones hide most of the model."""
     shapes = outline_of(CONFIG).shapes
-    return {path: np.random.default_rng(index).normal(0, 0.2, s.shape).astype(np.float32) for index, (path, s) in enumerate(shapes.items())}
+    return {
+        path: np.random.default_rng(index).normal(0, 0.2, s.shape).astype(np.float32)
+        for index, (path, s) in enumerate(shapes.items())
+    }
 
 
 def make_batch(seed=0, rows=ROWS):
@@ -62,7 +73,10 @@ def torch_velocity(p, x, times, labels):
         return x @ (kernel if layer is None else kernel[layer]) + (bias if layer is None else bias[layer])
 
     def sinusoids(at, width):
-        angles = at[:, None] * torch.exp(-math.log(1e4) * torch.arange(width // 2, dtype=torch.float64) / (width // 2)).float()
+        angles = (
+            at[:, None]
+            * torch.exp(-math.log(1e4) * torch.arange(width // 2, dtype=torch.float64) / (width // 2)).float()
+        )
         return torch.cat([angles.cos(), angles.sin()], -1)
 
     def norm(x):
@@ -70,12 +84,22 @@ def torch_velocity(p, x, times, labels):
 
     side = torch.arange(16)
     x = linear(x, "patch_embed") + torch.cat([sinusoids(side // 4, D // 2), sinusoids(side % 4, D // 2)], -1)
-    c = linear(F.silu(linear(sinusoids(times * 1000, 256), "condition/time_in")), "condition/time_out") + p["condition/classes"][labels]
+    c = (
+        linear(F.silu(linear(sinusoids(times * 1000, 256), "condition/time_in")), "condition/time_out")
+        + p["condition/classes"][labels]
+    )
     for layer in range(CONFIG.num_layers):
-        shift1, scale1, gate1, shift2, scale2, gate2 = linear(F.silu(c), "blocks/modulation", layer)[:, None].chunk(6, -1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = linear(F.silu(c), "blocks/modulation", layer)[:, None].chunk(
+            6, -1
+        )
         y = norm(x) * (1 + scale1) + shift1
-        q, k, v = (linear(y, f"blocks/{name}", layer).unflatten(-1, (N, -1)).transpose(1, 2) for name in ("query", "key", "value"))
-        x = x + gate1 * linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2), "blocks/output", layer)
+        q, k, v = (
+            linear(y, f"blocks/{name}", layer).unflatten(-1, (N, -1)).transpose(1, 2)
+            for name in ("query", "key", "value")
+        )
+        x = x + gate1 * linear(
+            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2), "blocks/output", layer
+        )
         y = norm(x) * (1 + scale2) + shift2
         x = x + gate2 * linear(F.gelu(linear(y, "blocks/up", layer), approximate="tanh"), "blocks/down", layer)
     shift, scale = linear(F.silu(c), "head_modulation")[:, None].chunk(2, -1)
@@ -97,7 +121,11 @@ def test_loss_and_every_gradient_equal_torch_written_by_hand(params):
     clean = torch.from_numpy(batch["pixels"]).float() / 127.5 - 1
     level = times[:, None, None]
     labels = torch.where(withheld, 3, torch.from_numpy(batch["labels"])).long()
-    errors = (torch_velocity(theirs, (1 - level) * clean + level * noise, times, labels) - (noise - clean)).square().mean((1, 2))
+    errors = (
+        (torch_velocity(theirs, (1 - level) * clean + level * noise, times, labels) - (noise - clean))
+        .square()
+        .mean((1, 2))
+    )
     weights = torch.from_numpy(batch["weights"])
     wanted = (weights * errors).sum() / weights.sum()
     wanted.backward()
@@ -105,7 +133,8 @@ def test_loss_and_every_gradient_equal_torch_written_by_hand(params):
     largest = max(float(x.grad.abs().max()) for x in theirs.values())
     for path, gradient in gradients.items():
         want = theirs[path].grad.numpy()
-        # A bias of the keys changes no softmax: its gradient is zero but for rounding, which is held against the others.
+        # A bias of the keys changes no softmax: its gradient is zero but for rounding, which is held against the
+        # others.
         scale = largest if path == "blocks/key/bias" else np.abs(want).max()
         difference = np.abs(np.asarray(gradient) - want).max() / scale
         assert difference < 1e-4, f"{path}: relative difference {difference:.2e}"
@@ -122,9 +151,20 @@ def steps(params, devices, mesh, accumulation=1, compile=None):
     spec, trained = batch_spec(CONFIG, rows), list(outline.shapes)
     options = {} if compile is None else {"compile": compile}
     programs = make_programs(
-        outline, phase=phase, objective=OBJECTIVE, optimizer=OptimizerConfig(eps=1e-4), spec=spec, trained=trained, frozen=[], mesh=mesh, seed=3, **options
+        outline,
+        phase=phase,
+        objective=OBJECTIVE,
+        optimizer=OptimizerConfig(eps=1e-4),
+        spec=spec,
+        trained=trained,
+        frozen=[],
+        mesh=mesh,
+        seed=3,
+        **options,
     )
-    placed = jax.device_put(params, parameter_shardings(outline.axis_names, {path: x.shape for path, x in params.items()}, mesh))
+    placed = jax.device_put(
+        params, parameter_shardings(outline.axis_names, {path: x.shape for path, x in params.items()}, mesh)
+    )
     state, losses = start_phase(placed, trained, [], mesh), []
     shardings = spec.map(lambda field: batch_sharding(field.dims, field.shape, mesh))
     for number in range(3):
@@ -207,7 +247,9 @@ def test_guidance_mixes_both_predictions_and_scale_one_asks_once():
         return x * 0 + labels[:, None].astype(jnp.float32)
 
     x, levels, labels, none = jnp.zeros((2, 1)), jnp.ones(2), jnp.array([1, 2]), jnp.array([9, 9])
-    np.testing.assert_allclose(guided(conditional, labels, none, 3.0)(x, levels), [[9 + 3 * (1 - 9)], [9 + 3 * (2 - 9)]])
+    np.testing.assert_allclose(
+        guided(conditional, labels, none, 3.0)(x, levels), [[9 + 3 * (1 - 9)], [9 + 3 * (2 - 9)]]
+    )
     np.testing.assert_allclose(guided(conditional, labels, none, 1.0)(x, levels), [[1], [2]])
     assert asked == [4, 2]
 

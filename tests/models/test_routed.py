@@ -32,31 +32,102 @@ V, T = 97, 20
 YARN = YarnConfig(factor=4, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0)
 
 
-def _deepseek(*, query_rank: int | None = 24, yarn: YarnConfig | None = YARN, groups: int = 4, kept: int = 2) -> DeepSeekV3Config:
-    moe = MoEConfig(experts=8, experts_per_token=3, intermediate_size=24, shared_experts=1, scoring="sigmoid", selection_bias=True, groups=groups, groups_kept=kept,
-                    renormalize=True, scale=2.5, balance_loss=1e-2, balance="sequence", bias_update_rate=1e-2)
-    text = DeepSeekV3TextConfig(vocab_size=V, hidden_size=48, intermediate_size=64, num_layers=3, dense_layers=1, num_heads=4, q_lora_rank=query_rank, kv_lora_rank=16,
-                                qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10, moe=moe, yarn=yarn)
+def _deepseek(
+    *, query_rank: int | None = 24, yarn: YarnConfig | None = YARN, groups: int = 4, kept: int = 2
+) -> DeepSeekV3Config:
+    moe = MoEConfig(
+        experts=8,
+        experts_per_token=3,
+        intermediate_size=24,
+        shared_experts=1,
+        scoring="sigmoid",
+        selection_bias=True,
+        groups=groups,
+        groups_kept=kept,
+        renormalize=True,
+        scale=2.5,
+        balance_loss=1e-2,
+        balance="sequence",
+        bias_update_rate=1e-2,
+    )
+    text = DeepSeekV3TextConfig(
+        vocab_size=V,
+        hidden_size=48,
+        intermediate_size=64,
+        num_layers=3,
+        dense_layers=1,
+        num_heads=4,
+        q_lora_rank=query_rank,
+        kv_lora_rank=16,
+        qk_nope_head_dim=12,
+        qk_rope_head_dim=8,
+        v_head_dim=10,
+        moe=moe,
+        yarn=yarn,
+    )
     return DeepSeekV3Config(text=text, compute_dtype="float32")
 
 
 def _qwen(renormalize: bool = True) -> Qwen3MoEConfig:
-    moe = MoEConfig(experts=6, experts_per_token=2, intermediate_size=20, scoring="softmax", renormalize=renormalize, balance_loss=1e-2, z_loss=1e-3)
-    text = Qwen3MoETextConfig(vocab_size=V, hidden_size=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, rope_theta=1e4, tie_word_embeddings=False, rope="1d", moe=moe)
+    moe = MoEConfig(
+        experts=6,
+        experts_per_token=2,
+        intermediate_size=20,
+        scoring="softmax",
+        renormalize=renormalize,
+        balance_loss=1e-2,
+        z_loss=1e-3,
+    )
+    text = Qwen3MoETextConfig(
+        vocab_size=V,
+        hidden_size=48,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        rope_theta=1e4,
+        tie_word_embeddings=False,
+        rope="1d",
+        moe=moe,
+    )
     return Qwen3MoEConfig(text=text, compute_dtype="float32")
 
 
 def _theirs(config):
     text, moe = config.text, config.text.moe
-    common = dict(vocab_size=V, hidden_size=text.hidden_size, num_hidden_layers=text.num_layers, num_attention_heads=text.num_heads, max_position_embeddings=256,
-                  moe_intermediate_size=moe.intermediate_size, num_experts_per_tok=moe.experts_per_token, norm_topk_prob=moe.renormalize, rms_norm_eps=1e-6,
-                  attn_implementation="eager")
+    common = dict(
+        vocab_size=V,
+        hidden_size=text.hidden_size,
+        num_hidden_layers=text.num_layers,
+        num_attention_heads=text.num_heads,
+        max_position_embeddings=256,
+        moe_intermediate_size=moe.intermediate_size,
+        num_experts_per_tok=moe.experts_per_token,
+        norm_topk_prob=moe.renormalize,
+        rms_norm_eps=1e-6,
+        attn_implementation="eager",
+    )
     if config.family == "qwen3_moe":
-        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, num_key_value_heads=2, head_dim=16, num_experts=moe.experts, rope_parameters={"rope_type": "default", "rope_theta": 1e4}))
+        return Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(
+                **common,
+                num_key_value_heads=2,
+                head_dim=16,
+                num_experts=moe.experts,
+                rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+            )
+        )
     rope = {"rope_type": "default", "rope_theta": text.rope_theta}
     if text.yarn is not None:
-        rope |= dict(rope_type="yarn", factor=text.yarn.factor, original_max_position_embeddings=text.yarn.original_max_position_embeddings, beta_fast=32, beta_slow=1,
-                     mscale=text.yarn.mscale, mscale_all_dim=text.yarn.mscale_all_dim)
+        rope |= dict(
+            rope_type="yarn",
+            factor=text.yarn.factor,
+            original_max_position_embeddings=text.yarn.original_max_position_embeddings,
+            beta_fast=32,
+            beta_slow=1,
+            mscale=text.yarn.mscale,
+            mscale_all_dim=text.yarn.mscale_all_dim,
+        )
     return DeepseekV3ForCausalLM(DeepseekV3Config(
         **common, intermediate_size=text.intermediate_size, num_key_value_heads=text.num_heads, n_shared_experts=1, n_routed_experts=moe.experts, routed_scaling_factor=moe.scale,
         kv_lora_rank=text.kv_lora_rank, q_lora_rank=text.q_lora_rank, qk_rope_head_dim=text.qk_rope_head_dim, qk_nope_head_dim=text.qk_nope_head_dim, v_head_dim=text.v_head_dim,
@@ -93,14 +164,27 @@ def _ours(config, theirs) -> dict[str, np.ndarray]:
         for number in numbers:
             layer = f"model.layers.{number}"
             attention = f"{layer}.self_attn"
-            values = {"norm1/scale": state[f"{layer}.input_layernorm.weight"], "norm2/scale": state[f"{layer}.post_attention_layernorm.weight"],
-                      "attention/output/kernel": linear(f"{attention}.o_proj")}
+            values = {
+                "norm1/scale": state[f"{layer}.input_layernorm.weight"],
+                "norm2/scale": state[f"{layer}.post_attention_layernorm.weight"],
+                "attention/output/kernel": linear(f"{attention}.o_proj"),
+            }
             if config.family == "qwen3_moe":
-                values |= {f"attention/{part}/kernel": linear(f"{attention}.{part[0]}_proj") for part in ("query", "key", "value")}
-                values |= {f"attention/{part}_norm/scale": state[f"{attention}.{part[0]}_norm.weight"] for part in ("query", "key")}
+                values |= {
+                    f"attention/{part}/kernel": linear(f"{attention}.{part[0]}_proj")
+                    for part in ("query", "key", "value")
+                }
+                values |= {
+                    f"attention/{part}_norm/scale": state[f"{attention}.{part[0]}_norm.weight"]
+                    for part in ("query", "key")
+                }
             else:
                 names = {"latent_down": "kv_a_proj_with_mqa", "latent_up": "kv_b_proj"}
-                names |= {"query_up": "q_proj"} if text.q_lora_rank is None else {"query_down": "q_a_proj", "query_up": "q_b_proj"}
+                names |= (
+                    {"query_up": "q_proj"}
+                    if text.q_lora_rank is None
+                    else {"query_down": "q_a_proj", "query_up": "q_b_proj"}
+                )
                 values |= {f"attention/{mine}/kernel": linear(f"{attention}.{name}") for mine, name in names.items()}
                 values["attention/latent_norm/scale"] = state[f"{attention}.kv_a_layernorm.weight"]
                 if text.q_lora_rank is not None:
@@ -110,11 +194,18 @@ def _ours(config, theirs) -> dict[str, np.ndarray]:
             else:
                 width = text.moe.intermediate_size
                 gate_up = state[f"{layer}.mlp.experts.gate_up_proj"].transpose(0, 2, 1)
-                values |= {"moe/experts/gate": gate_up[..., :width], "moe/experts/up": gate_up[..., width:],
-                           "moe/experts/down": state[f"{layer}.mlp.experts.down_proj"].transpose(0, 2, 1), "moe/router/kernel": linear(f"{layer}.mlp.gate")}
+                values |= {
+                    "moe/experts/gate": gate_up[..., :width],
+                    "moe/experts/up": gate_up[..., width:],
+                    "moe/experts/down": state[f"{layer}.mlp.experts.down_proj"].transpose(0, 2, 1),
+                    "moe/router/kernel": linear(f"{layer}.mlp.gate"),
+                }
                 if config.family == "deepseek_v3":
                     values["moe/router/bias"] = state[f"{layer}.mlp.gate.e_score_correction_bias"]
-                    values |= {f"moe/shared/{part}/kernel": linear(f"{layer}.mlp.shared_experts.{part}_proj") for part in ("gate", "up", "down")}
+                    values |= {
+                        f"moe/shared/{part}/kernel": linear(f"{layer}.mlp.shared_experts.{part}_proj")
+                        for part in ("gate", "up", "down")
+                    }
             for path, value in values.items():
                 columns.setdefault(f"{ours}/{path}", []).append(value)
         found |= {path: np.stack(column) for path, column in columns.items()}
@@ -154,7 +245,9 @@ def pair(request):
     theirs = _randomised(_theirs(config))
     params = {path: jnp.asarray(value) for path, value in _ours(config, theirs).items()}
     shapes = outline_of(config).shapes
-    assert {path: value.shape for path, value in params.items()} == {path: shape.shape for path, shape in shapes.items()}
+    assert {path: value.shape for path, value in params.items()} == {
+        path: shape.shape for path, shape in shapes.items()
+    }
     return Pair(config, theirs, params)
 
 
@@ -163,14 +256,20 @@ def _ids(rows: int = 3, seed: int = 0) -> np.ndarray:
 
 
 def _largest(ours, theirs) -> float:
-    return float(np.abs(np.asarray(ours) - theirs.detach().numpy()).max() / max(1.0, np.abs(theirs.detach().numpy()).max()))
+    return float(
+        np.abs(np.asarray(ours) - theirs.detach().numpy()).max() / max(1.0, np.abs(theirs.detach().numpy()).max())
+    )
 
 
 def test_logits_and_chosen_experts_are_those_of_transformers(pair):
     ids = _ids()
     chosen = []
     name = "mlp.gate"
-    hooks = [module.register_forward_hook(lambda _, __, out: chosen.append(out)) for path, module in pair.theirs.named_modules() if path.endswith(name)]
+    hooks = [
+        module.register_forward_hook(lambda _, __, out: chosen.append(out))
+        for path, module in pair.theirs.named_modules()
+        if path.endswith(name)
+    ]
     expected = pair.theirs(torch.from_numpy(ids)).logits
     for hook in hooks:
         hook.remove()
@@ -178,7 +277,11 @@ def test_logits_and_chosen_experts_are_those_of_transformers(pair):
     assert _largest(logits, expected) < 1e-5
     E = pair.config.text.moe.experts
     for layer, out in enumerate(chosen):
-        indices = next(part for part in out if torch.is_tensor(part) and not part.is_floating_point()) if isinstance(out, tuple) else None
+        indices = (
+            next(part for part in out if torch.is_tensor(part) and not part.is_floating_point())
+            if isinstance(out, tuple)
+            else None
+        )
         if indices is not None:
             counts = np.bincount(indices.reshape(-1).numpy(), minlength=E)
             np.testing.assert_array_equal(np.asarray(routed.load[layer]), counts)
@@ -215,7 +318,10 @@ def test_a_packed_row_gives_the_logits_of_its_samples_alone_and_padding_counts_n
     segments = jnp.asarray([[1] * first + [2] * second + [0] * padding])
     positions = jnp.broadcast_to(jnp.asarray([[*range(first), *range(second), *[0] * padding]]), (1, 3, T))
     packed, routed = jax.jit(pair.logits)(pair.params, jnp.asarray(ids), positions, segments)
-    alone = [jax.jit(pair.logits)(pair.params, jnp.asarray(ids[:, part])) for part in (slice(0, first), slice(first, first + second))]
+    alone = [
+        jax.jit(pair.logits)(pair.params, jnp.asarray(ids[:, part]))
+        for part in (slice(0, first), slice(first, first + second))
+    ]
     expected = np.concatenate([np.asarray(logits)[0] for logits, _ in alone])
     assert np.abs(np.asarray(packed)[0, : first + second] - expected).max() < 2e-5
     for field in dataclasses.fields(routed):
@@ -226,7 +332,14 @@ def test_a_packed_row_gives_the_logits_of_its_samples_alone_and_padding_counts_n
 
 def test_sequence_balance_is_the_formula_of_the_report():
     config = _deepseek()
-    pair = Pair(config, None, {path: jnp.asarray(np.random.default_rng(7).normal(0, 0.2, shape.shape), jnp.float32) for path, shape in outline_of(config).shapes.items()})
+    pair = Pair(
+        config,
+        None,
+        {
+            path: jnp.asarray(np.random.default_rng(7).normal(0, 0.2, shape.shape), jnp.float32)
+            for path, shape in outline_of(config).shapes.items()
+        },
+    )
     ids = jnp.asarray(_ids(rows=1, seed=8))
     segments = jnp.asarray([[1] * 11 + [2] * 6 + [0] * 3])
     model = outline_of(config).merge(pair.params)
@@ -283,14 +396,27 @@ def test_published_sizes_have_their_published_numbers_of_parameters():
 def test_absorbed_decoding_attends_as_the_unabsorbed_form():
     config = _deepseek()
     shapes = outline_of(config).shapes
-    model = outline_of(config).merge({path: jnp.asarray(np.random.default_rng(3).normal(0, 0.3, shape.shape), jnp.float32) for path, shape in shapes.items()})
+    model = outline_of(config).merge(
+        {
+            path: jnp.asarray(np.random.default_rng(3).normal(0, 0.3, shape.shape), jnp.float32)
+            for path, shape in shapes.items()
+        }
+    )
     attention = jax.tree.map(lambda leaf: leaf[0], model.language.layers).attention
     x = jnp.asarray(np.random.default_rng(4).normal(0, 1, (2, T, 48)), jnp.float32)
     tables = rotary_tables(jnp.broadcast_to(jnp.arange(T), (2, 3, T)), config.text)
     nope, rotary = attention.queries(x, *tables)
     latent, shared = attention.latents(x, *tables)
     k, v = attention.keys_and_values(latent, shared)
-    whole = self_attention(jnp.concatenate([nope, rotary], -1), k, v, jnp.ones((2, T), jnp.int32), None, None, scale=softmax_scale(config.text))
+    whole = self_attention(
+        jnp.concatenate([nope, rotary], -1),
+        k,
+        v,
+        jnp.ones((2, T), jnp.int32),
+        None,
+        None,
+        scale=softmax_scale(config.text),
+    )
     for place in (0, 7, T - 1):
         seen = jnp.broadcast_to(jnp.arange(T) <= place, (2, T))
         one = attention.attend_absorbed(nope[:, place], rotary[:, place], latent, shared, seen)
@@ -301,7 +427,10 @@ def test_absorbed_decoding_attends_as_the_unabsorbed_form():
 def test_remat_changes_neither_loss_nor_load():
     config = _deepseek()
     shapes = outline_of(config).shapes
-    params = {path: jnp.asarray(np.random.default_rng(5).normal(0, 0.2, shape.shape), jnp.float32) for path, shape in shapes.items()}
+    params = {
+        path: jnp.asarray(np.random.default_rng(5).normal(0, 0.2, shape.shape), jnp.float32)
+        for path, shape in shapes.items()
+    }
     found = {}
     for remat in ("none", "full", "dots", "attention"):
         pair = Pair(config.model_copy(update=dict(remat=remat)), None, params)
@@ -315,7 +444,10 @@ def test_remat_changes_neither_loss_nor_load():
     for remat, ((other, other_load), others) in found.items():
         assert abs(float(other - value)) <= 1e-6 * abs(float(value)), remat
         np.testing.assert_array_equal(load, other_load)
-        worst = max(float(jnp.abs(others[path] - gradients[path]).max() / (jnp.abs(gradients[path]).max() + 1e-6)) for path in gradients)
+        worst = max(
+            float(jnp.abs(others[path] - gradients[path]).max() / (jnp.abs(gradients[path]).max() + 1e-6))
+            for path in gradients
+        )
         assert worst < 1e-5, (remat, worst)
     assert nnx.state(outline_of(config).merge(params)) is not None
 
@@ -327,8 +459,16 @@ def test_published_files_are_read_to_the_same_parameters_and_written_back_to_equ
     theirs = _randomised(_theirs(config))
     theirs.save_pretrained(tmp_path / "theirs")
     read = read_config(tmp_path / "theirs")
-    balancing = dict(balance_loss=config.text.moe.balance_loss, z_loss=config.text.moe.z_loss, bias_update_rate=config.text.moe.bias_update_rate)
-    text = read.text.model_copy(update=dict(moe=read.text.moe.model_copy(update=balancing), max_position_embeddings=config.text.max_position_embeddings))
+    balancing = dict(
+        balance_loss=config.text.moe.balance_loss,
+        z_loss=config.text.moe.z_loss,
+        bias_update_rate=config.text.moe.bias_update_rate,
+    )
+    text = read.text.model_copy(
+        update=dict(
+            moe=read.text.moe.model_copy(update=balancing), max_position_embeddings=config.text.max_position_embeddings
+        )
+    )
     if config.family == "qwen3_moe":
         text = text.model_copy(update=dict(intermediate_size=1))
     assert text == config.text
@@ -338,7 +478,14 @@ def test_published_files_are_read_to_the_same_parameters_and_written_back_to_equ
     for path, value in expected.items():
         np.testing.assert_array_equal(params[path], value, err_msg=path)
     save_parameters(tmp_path / "ours", read, params)
-    files = [{key: value for file in folder.glob("*.safetensors") for key, value in safetensors.numpy.load_file(file).items()} for folder in (tmp_path / "theirs", tmp_path / "ours")]
+    files = [
+        {
+            key: value
+            for file in folder.glob("*.safetensors")
+            for key, value in safetensors.numpy.load_file(file).items()
+        }
+        for folder in (tmp_path / "theirs", tmp_path / "ours")
+    ]
     assert files[0].keys() == files[1].keys()
     for key, value in files[0].items():
         assert value.tobytes() == files[1][key].tobytes(), key
@@ -349,7 +496,11 @@ def test_a_quantised_folder_and_one_with_an_mtp_layer_are_refused_by_name(tmp_pa
     theirs = _theirs(_deepseek())
     theirs.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-    safetensors.numpy.save_file(safetensors.numpy.load_file(file) | {"model.layers.3.enorm.weight": np.ones(48, np.float32)}, file, {"format": "pt"})
+    safetensors.numpy.save_file(
+        safetensors.numpy.load_file(file) | {"model.layers.3.enorm.weight": np.ones(48, np.float32)},
+        file,
+        {"format": "pt"},
+    )
     with pytest.raises(WeightsError, match=r"unexpected +model\.layers\.3\.enorm\.weight"):
         load_parameters(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}

@@ -1,7 +1,9 @@
-"""torch_npu's fused calls as their documents describe them, in plain torch float64, with the argument rules that can be checked.
+"""torch_npu's fused calls as their documents describe them, in plain torch float64, with the argument rules that can be
+checked.
 
-Only the wiring of our calls is under test here (which argument means what, which layout, which mask convention, what comes back);
-it is written from the documents and knows nothing of npu_bridge. The real wheel runs in the conformance tier.
+Only the wiring of our calls is under test here (which argument means what, which layout, which mask convention, what
+comes back); it is written from the documents and knows nothing of npu_bridge. The real wheel runs in the conformance
+tier.
 """
 
 import itertools
@@ -32,7 +34,11 @@ def npu_rms_norm_backward(dy, x, gamma, rstd):
 
 
 def npu_rotary_mul(x, r1, r2, rotary_mode="half"):
-    assert x.dtype == r1.dtype == r2.dtype and x.ndim == 4 and r1.shape == r2.shape == (x.shape[0], x.shape[1], 1, x.shape[3])
+    assert (
+        x.dtype == r1.dtype == r2.dtype
+        and x.ndim == 4
+        and r1.shape == r2.shape == (x.shape[0], x.shape[1], 1, x.shape[3])
+    )
     if rotary_mode == "half":
         a, b = x.chunk(2, -1)
         turned = torch.cat((-b, a), -1)
@@ -64,7 +70,8 @@ def npu_gelu_backward(grad, x, *, approximate="none"):
     return _by_autograd(lambda x: npu_gelu(x, approximate=approximate), grad, x)[0].to(x.dtype)
 
 
-# ---- attention ------------------------------------------------------------------------------------------------------------
+# ---- attention
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _masked(queries, keys, mask, sparse_mode, pre, after):
@@ -74,9 +81,9 @@ def _masked(queries, keys, mask, sparse_mode, pre, after):
     if sparse_mode == 0:
         assert pre == after == UNLIMITED
         return mask
-    assert mask.shape == (2048, 2048) and mask.dtype == torch.bool and torch.equal(mask, torch.ones_like(mask).triu(1)), (
-        "compressed mask wanted"
-    )
+    assert (
+        mask.shape == (2048, 2048) and mask.dtype == torch.bool and torch.equal(mask, torch.ones_like(mask).triu(1))
+    ), "compressed mask wanted"
     ahead = torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)[None]  # level at the lower right
     if sparse_mode == 3:
         return ahead < 0
@@ -132,7 +139,9 @@ def npu_fusion_attention(q, k, v, head_num, input_layout, *, atten_mask=None, sc
         peak = logits.amax(-1, keepdim=True)
         p = torch.exp(logits - peak)
         total = p.sum(-1, keepdim=True)
-        out[iq] = torch.einsum("nts,snd->tnd", p / total, v[ik].double().repeat_interleave(head_num // v.shape[-2], 1)).to(q.dtype)
+        out[iq] = torch.einsum(
+            "nts,snd->tnd", p / total, v[ik].double().repeat_interleave(head_num // v.shape[-2], 1)
+        ).to(q.dtype)
         into = (lambda x: x.transpose(0, 1).expand(-1, -1, 8)) if tnd else (lambda x: x.expand(-1, -1, 8))
         peaks[iq], sums[iq] = into(peak), into(total)
     return out, peaks.float(), sums.float(), q.new_empty(0), 0, 0, 0
@@ -152,22 +161,35 @@ def npu_fusion_attention_grad(q, k, v, dy, head_num, input_layout, *, atten_mask
         out_of = (lambda x: x[iq, :, 0].T[..., None].double()) if tnd else (lambda x: x[iq, :, :, :1].double())
         p = torch.exp(_logits(q[iq], k[ik], masked, scale_value) - out_of(softmax_max)) / out_of(softmax_sum)
         p = p.masked_fill(masked, 0)
-        g, wide_k, wide_v = dy[iq].double(), k[ik].double().repeat_interleave(group, 1), v[ik].double().repeat_interleave(group, 1)
+        g, wide_k, wide_v = (
+            dy[iq].double(),
+            k[ik].double().repeat_interleave(group, 1),
+            v[ik].double().repeat_interleave(group, 1),
+        )
         delta = (g * attention_in[iq].double()).sum(-1).T[..., None]
         ds = p * (torch.einsum("tnd,snd->nts", g, wide_v) - delta) * scale_value
         dq[iq] = torch.einsum("nts,snd->tnd", ds, wide_k)
+
         def per_key_head(x):
             return x.unflatten(1, (-1, group)).sum(2)
+
         dk[ik] = per_key_head(torch.einsum("nts,tnd->snd", ds, q[iq].double()))
         dv[ik] = per_key_head(torch.einsum("nts,tnd->snd", p, g))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, torch.zeros(0)
 
 
-# ---- mixture of experts -------------------------------------------------------------------------------------------------
+# ---- mixture of experts
+# -------------------------------------------------------------------------------------------------
 
 
 def npu_grouped_matmul(x, weight, *, bias=None, group_list=None, split_item=0, group_type=None, group_list_type=0):
-    assert isinstance(x, list) and isinstance(weight, list) and bias is None and group_list.dtype == torch.int64 and group_list_type == 1
+    assert (
+        isinstance(x, list)
+        and isinstance(weight, list)
+        and bias is None
+        and group_list.dtype == torch.int64
+        and group_list_type == 1
+    )
     x, w = x[0], weight[0]
     bounds = [0, *group_list.cumsum(0).tolist()]
     pairs = list(itertools.pairwise(bounds))
@@ -237,9 +259,16 @@ def _with_host_tensors(function, name):
 
     def third(*args, actual_seq_qlen, actual_seq_kvlen, **rest):
         for ends in (actual_seq_qlen, actual_seq_kvlen):
-            assert isinstance(ends, torch.Tensor) and ends.dtype == torch.int64 and ends.device.type == "cpu" and ends.ndim == 1
+            assert (
+                isinstance(ends, torch.Tensor)
+                and ends.dtype == torch.int64
+                and ends.device.type == "cpu"
+                and ends.ndim == 1
+            )
         _note(name)
-        return function(*args, actual_seq_qlen=actual_seq_qlen.tolist(), actual_seq_kvlen=actual_seq_kvlen.tolist(), **rest)
+        return function(
+            *args, actual_seq_qlen=actual_seq_qlen.tolist(), actual_seq_kvlen=actual_seq_kvlen.tolist(), **rest
+        )
 
     return third
 

@@ -1,6 +1,7 @@
 """The operators written out by hand in torch float64: the independent witness, differentiated by torch's autograd.
 
-Nothing here is blocked, chunked or sorted: loops and full matrices, so that a reader can check each line against its paper.
+Nothing here is blocked, chunked or sorted: loops and full matrices, so that a reader can check each line against its
+paper.
 """
 
 import math
@@ -75,9 +76,9 @@ def cross_entropy(hidden, head, targets, weights):
 
 
 def embedding(table, ids):
-    return torch.stack([table[i] if 0 <= i < table.shape[0] else torch.zeros_like(table[0]) for i in ids.flatten().tolist()]).reshape(
-        *ids.shape, -1
-    )
+    return torch.stack(
+        [table[i] if 0 <= i < table.shape[0] else torch.zeros_like(table[0]) for i in ids.flatten().tolist()]
+    ).reshape(*ids.shape, -1)
 
 
 def grouped_matmul(x, w, sizes):
@@ -93,7 +94,9 @@ def moe_gating(logits, k, scoring, bias, groups, groups_kept, renormalize, scale
         width = len(choice) // groups
         strength = [sum(sorted(choice[g * width : (g + 1) * width])[-2:]) for g in range(groups)]
         kept = sorted(range(groups), key=lambda g: -strength[g])[:groups_kept]
-        chosen = sorted((e for e in range(len(choice)) if groups == 1 or e // width in kept), key=lambda e: -choice[e])[:k]
+        chosen = sorted((e for e in range(len(choice)) if groups == 1 or e // width in kept), key=lambda e: -choice[e])[
+            :k
+        ]
         w = scores[chosen]
         weights.append((w / w.sum() if renormalize else w) * scale)
         experts.append(chosen)

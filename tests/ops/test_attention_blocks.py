@@ -46,10 +46,18 @@ CASES = [
 def test_blocks_give_the_values_and_gradients_of_dense_attention_on_random_segments(case):
     places, heads, key_heads, (dim, value_dim), longest, causal, window = case
     rng = np.random.default_rng(places)
-    shapes = ((2, places, heads, dim), (2, places, key_heads, dim), (2, places, key_heads, value_dim), (2, places, heads, value_dim))
+    shapes = (
+        (2, places, heads, dim),
+        (2, places, key_heads, dim),
+        (2, places, key_heads, value_dim),
+        (2, places, heads, value_dim),
+    )
     *arrays, g = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in shapes)
     arguments = dict(
-        segment_ids_q=segments(rng, 2, places, longest) if longest else None, causal=causal, window=window, max_segment_length=longest
+        segment_ids_q=segments(rng, 2, places, longest) if longest else None,
+        causal=causal,
+        window=window,
+        max_segment_length=longest,
     )
     dense = values_and_gradients(arrays, g, implementation="dense", **arguments)
     banded = values_and_gradients(arrays, g, implementation="banded", **arguments)
@@ -68,7 +76,9 @@ def test_bfloat16_blocks_differ_from_dense_by_no_more_than_one_rounding():
     for name, a, b in zip(("out", "dq", "dk", "dv"), dense, banded):
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
         difference = float(jnp.abs(a - b).max() / jnp.abs(a).max())
-        assert difference < 8e-3, f"{name}: largest relative difference {difference:.2e}"  # two roundings of 2^-9 each way
+        assert difference < 8e-3, (
+            f"{name}: largest relative difference {difference:.2e}"
+        )  # two roundings of 2^-9 each way
 
 
 def test_padding_yields_zeros_and_passes_no_gradient_whatever_finite_numbers_it_holds():
@@ -87,9 +97,15 @@ def test_padding_yields_zeros_and_passes_no_gradient_whatever_finite_numbers_it_
 
 
 def test_reached_keys_are_the_neighbours_of_each_block_and_sum_back_as_the_transpose():
-    plan = plan_blocks(10, 10, causal=False, window=None, max_segment_length=3, implementation="banded")._replace(size=4, left=2, right=2)
+    plan = plan_blocks(10, 10, causal=False, window=None, max_segment_length=3, implementation="banded")._replace(
+        size=4, left=2, right=2
+    )
     places = jnp.arange(1.0, 11)[None]
-    assert reached_blocks(plan, places)[0].tolist() == [[0, 0, 1, 2, 3, 4, 5, 6], [3, 4, 5, 6, 7, 8, 9, 10], [7, 8, 9, 10, 0, 0, 0, 0]]
+    assert reached_blocks(plan, places)[0].tolist() == [
+        [0, 0, 1, 2, 3, 4, 5, 6],
+        [3, 4, 5, 6, 7, 8, 9, 10],
+        [7, 8, 9, 10, 0, 0, 0, 0],
+    ]
     transpose = jax.linear_transpose(lambda x: reached_blocks(plan, x), places)
     blocks = jnp.asarray(np.random.default_rng(3).standard_normal((1, 3, 8)), jnp.float32)
     assert jnp.allclose(sum_reached_blocks(plan, blocks, 10), transpose(blocks)[0], atol=1e-6)
@@ -98,6 +114,7 @@ def test_reached_keys_are_the_neighbours_of_each_block_and_sum_back_as_the_trans
 def test_the_plan_takes_blocks_only_where_they_save_work():
     def plan(T, S, **k):
         return plan_blocks(T, S, **(dict(causal=True, window=None, max_segment_length=None) | k))
+
     assert plan(4096, 4096).size == 0, "no promise, no band"
     assert plan(4096, 4096, max_segment_length=4096).size == 0, "a promise as long as the row saves nothing"
     assert plan(1, 4096, max_segment_length=64).size == 0, "decoding has one query"
@@ -115,7 +132,9 @@ REFUSALS = {
     "window of nothing": dict(window=0, match="at least 1"),
     "ids of another shape": dict(segment_ids_q=(1, 7), match="segment_ids_q"),
     "lengths without ids": dict(lengths=(1, 3), match="segment_ids_q as well"),
-    "queries alone named where keys differ": dict(k=(1, 9, 2, 4), v=(1, 9, 2, 4), segment_ids_q=(1, 8), match="pass segment_ids_kv"),
+    "queries alone named where keys differ": dict(
+        k=(1, 9, 2, 4), v=(1, 9, 2, 4), segment_ids_q=(1, 8), match="pass segment_ids_kv"
+    ),
 }
 
 

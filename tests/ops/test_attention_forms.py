@@ -34,7 +34,10 @@ def ids_of(longest, rows=B, places=T):
 @pytest.fixture(scope="module")
 def arrays():
     rng = np.random.default_rng(0)
-    return [rng.standard_normal(shape).astype(np.float32) for shape in ((B, T, N, H), (B, T, K, H), (B, T, K, J), (B, T, N, J))]
+    return [
+        rng.standard_normal(shape).astype(np.float32)
+        for shape in ((B, T, N, H), (B, T, K, H), (B, T, K, J), (B, T, N, J))
+    ]
 
 
 def formula(arrays, ids_q, ids_kv, causal, window):
@@ -72,7 +75,11 @@ def test_the_blocked_form_gives_values_and_gradients_of_the_formula(arrays, name
     tiling, longest, causal, window = TILINGS[name]
     ids = ids_of(longest)
     # Sums of at most 150 float32 products of size about one.
-    assert_equal(formula(arrays, ids, ids, causal, window), tiled(*arrays, ids, ids, tiling=tiling, causal=causal, window=window), 1e-5)
+    assert_equal(
+        formula(arrays, ids, ids, causal, window),
+        tiled(*arrays, ids, ids, tiling=tiling, causal=causal, window=window),
+        1e-5,
+    )
 
 
 @pytest.mark.parametrize("queries, keys", [(40, T), (T, 40)])
@@ -83,18 +90,26 @@ def test_the_blocked_form_takes_as_many_queries_and_keys_as_there_are(arrays, qu
     assert_equal(formula(cut, None, None, True, None), tiled(*cut, tiling=Tiling(16, 1, None, None), causal=True), 1e-5)
 
 
-SPLASH = {"causal": dict(causal=True), "whole images": dict(causal=False), "windows": dict(causal=False, max_segment_length=20)}
+SPLASH = {
+    "causal": dict(causal=True),
+    "whole images": dict(causal=False),
+    "windows": dict(causal=False, max_segment_length=20),
+}
 
 
 @pytest.mark.parametrize("name", SPLASH)
 def test_splash_kernels_give_values_and_gradients_of_the_formula(arrays, name):
-    """In Pallas' interpreter. Rows of 150 and head dims of 8 and 6 are padded to what the kernels take; padding attends nothing."""
+    """In Pallas' interpreter.
+
+    Rows of 150 and head dims of 8 and 6 are padded to what the kernels take; padding attends nothing.
+    """
     static, ids = SPLASH[name], ids_of(20)
 
     @jax.jit
     def run(q, k, v, g):
         def attend(q, k, v):
             return ops.attention(q, k, v, segment_ids_q=ids, scale=0.3, implementation="splash", **static)
+
         out, pull = jax.vjp(attend, q, k, v)
         return out, *pull(g)
 
@@ -107,14 +122,18 @@ def test_the_blocked_form_in_bfloat16_differs_from_float32_by_a_few_roundings(ar
     exact = tiled(*(x.astype(jnp.float32) for x in narrow), ids, ids, **static)
     for name, a, b in zip(NAMES, exact, tiled(*narrow, ids, ids, **static), strict=True):
         difference = float(jnp.abs(a - b.astype(jnp.float32)).max() / jnp.abs(a).max())
-        assert difference < 1.6e-2, f"{name}: largest difference {difference:.1e} of the largest value"  # four roundings of 2^-8
+        assert difference < 1.6e-2, (
+            f"{name}: largest difference {difference:.1e} of the largest value"
+        )  # four roundings of 2^-8
 
 
 def test_long_rows_on_several_devices_hold_no_scores_and_exchange_nothing():
     """8,192 positions, 4 heads: one row's scores are 1 GiB in float32."""
     mesh = jax.make_mesh((2, 2), ("rows", "heads"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+
     def shape(*size, spec, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(mesh, spec))
+
     q, k = (shape(2, 8192, heads, 16, spec=P("rows", None, "heads")) for heads in (4, 2))
     ids = shape(2, 8192, spec=P("rows"), dtype=jnp.int32)
 
@@ -126,21 +145,35 @@ def test_long_rows_on_several_devices_hold_no_scores_and_exchange_nothing():
     taken = compiled.memory_analysis().temp_size_in_bytes
     assert taken < 64 * 2**20, f"{taken / 2**20:.0f} MiB of temporaries"
     text = compiled.as_text()
-    found = [kind for kind in ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute") if f" {kind}(" in text]
+    found = [
+        kind
+        for kind in ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute")
+        if f" {kind}(" in text
+    ]
     assert not found, found
 
 
 def test_a_tpu_program_calls_the_kernels_where_operands_are_whole_and_the_blocked_form_where_xla_partitions():
     q, ids = jax.ShapeDtypeStruct((2, 4096, 16, 80), jnp.bfloat16), jnp.ones((2, 4096), jnp.int32)
+
     def attend(q):
         return ops.attention(q, q, q, segment_ids_q=ids, causal=False, max_segment_length=64)
+
     gradient = jax.jit(jax.grad(lambda q: jnp.sum(attend(q).astype(jnp.float32))))
     text = gradient.trace(q).lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("@tpu_custom_call") == 3, "one kernel forward, two back"
     mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     spread = jax.ShapeDtypeStruct(q.shape, q.dtype, sharding=NamedSharding(mesh, P("rows")))
     assert "@tpu_custom_call" not in gradient.trace(spread).lower(lowering_platforms=("tpu",)).as_text()
-    local = jax.jit(jax.shard_map(jax.grad(lambda q: jnp.sum(ops.attention(q, q, q, causal=True).astype(jnp.float32))), mesh=mesh, in_specs=P("rows"), out_specs=P("rows"), check_vma=False))
+    local = jax.jit(
+        jax.shard_map(
+            jax.grad(lambda q: jnp.sum(ops.attention(q, q, q, causal=True).astype(jnp.float32))),
+            mesh=mesh,
+            in_specs=P("rows"),
+            out_specs=P("rows"),
+            check_vma=False,
+        )
+    )
     assert local.trace(spread).lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call") == 3
 
 

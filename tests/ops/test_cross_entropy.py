@@ -29,6 +29,7 @@ def data():
 def loss_and_gradients(hidden, head, targets, weights, chunk=4):
     def total(hidden, head, weights):
         return ops.cross_entropy(hidden, head, targets, weights, chunk=chunk).sum()
+
     return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(hidden, head, weights)
 
 
@@ -65,8 +66,10 @@ def test_a_sharded_head_gives_the_loss_and_gradients_of_a_whole_one(data, spec):
     hidden, head, targets, weights = data
     whole = loss_and_gradients(*data)
     mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
     def place(x, s):
         return jax.device_put(x, NamedSharding(mesh, s))
+
     with jax.set_mesh(mesh):
         rows = P("fsdp")
         sharded = loss_and_gradients(place(hidden, rows), place(head, spec), place(targets, rows), place(weights, rows))
@@ -78,15 +81,18 @@ def test_a_sharded_head_gives_the_loss_and_gradients_of_a_whole_one(data, spec):
 @pytest.mark.parametrize("platform", ["cpu", "npu"])
 def test_no_array_as_large_as_all_logits_exists_in_the_program(platform):
     hidden, head = jnp.zeros((2, 64, 8), jnp.bfloat16), jnp.zeros((8, 512), jnp.bfloat16)
+
     def total(hidden, head):
         return ops.cross_entropy(hidden, head, jnp.zeros((2, 64), jnp.int32), jnp.ones((2, 64)), chunk=8).sum()
+
     text = jax.jit(jax.grad(total, (0, 1))).trace(hidden, head).lower(lowering_platforms=(platform,)).as_text()
     sizes = {math.prod(map(int, shape.split("x")[:-1])) for shape in re.findall(r"tensor<((?:\d+x)+)[a-z]", text)}
     assert 2 * 8 * 512 in sizes, "the logits of a chunk were not seen: has the text form of the program changed?"
     assert max(sizes) < 2 * 64 * 512, f"an array of {max(sizes)} elements exists; all logits are {2 * 64 * 512}"
 
 
-# --- labelled places alone, in programs of one device ------------------------------------------------------------------
+# --- labelled places alone, in programs of one device
+# ------------------------------------------------------------------
 
 
 def labels(kind):
@@ -107,19 +113,28 @@ def test_labelled_places_alone_give_the_losses_and_gradients_of_all_places(kind)
         nll, lse = forward(hidden, head, targets, weights, chunk=70)
         return nll, *backward(g, hidden, head, targets, weights, lse, chunk=70)
 
-    everywhere = both(jax.jit(cross_entropy_forward, static_argnames="chunk"), jax.jit(cross_entropy_backward, static_argnames="chunk"))
-    alone = both(jax.jit(labelled_forward, static_argnames="chunk"), jax.jit(labelled_backward, static_argnames="chunk"))
+    everywhere = both(
+        jax.jit(cross_entropy_forward, static_argnames="chunk"),
+        jax.jit(cross_entropy_backward, static_argnames="chunk"),
+    )
+    alone = both(
+        jax.jit(labelled_forward, static_argnames="chunk"), jax.jit(labelled_backward, static_argnames="chunk")
+    )
     for what, a, b in zip(("loss", "dhidden", "dhead"), everywhere, alone, strict=True):
         a, b = np.asarray(a), np.asarray(b)
         difference = np.abs(a - b).max() / max(np.abs(a).max(), 1e-30)
-        assert difference < 2e-6, f"{what}: largest difference {difference:.1e} of the largest value"  # float32 sums in another order
+        assert difference < 2e-6, (
+            f"{what}: largest difference {difference:.1e} of the largest value"
+        )  # float32 sums in another order
         if kind == "none":
             assert not b.any(), f"{what} is not zero without a label"
 
 
 def test_places_without_a_label_cost_no_product_with_the_output_matrix():
     hidden, head = jnp.ones((4, 512, D)), jnp.ones((D, 512))
-    total = jax.jit(lambda weights: ops.cross_entropy(hidden, head, jnp.zeros((4, 512), jnp.int32), weights, chunk=512).sum())
+    total = jax.jit(
+        lambda weights: ops.cross_entropy(hidden, head, jnp.zeros((4, 512), jnp.int32), weights, chunk=512).sum()
+    )
     text = total.lower(jnp.ones((4, 512))).compile().as_text()
     rows = {int(n) for n in re.findall(r"f32\[(\d+),512\]", text)}
     assert rows and max(rows) == 256, f"products of {sorted(rows)} rows; a piece of 2048 places has 256"

@@ -1,7 +1,8 @@
-"""XLA CPU must run every product of bfloat16 operands as one: no operand widened to float32 on the way, no refusal at run time.
+"""XLA CPU must run every product of bfloat16 operands as one: no operand widened to float32 on the way, no refusal at
+run time.
 
-What is read is the optimized program: a `dot` outside of the fused matrix kernels, or one with a float32 operand where ours are
-bfloat16, runs three to five times slower (and with a transposed result does not run at all).
+What is read is the optimized program: a `dot` outside of the fused matrix kernels, or one with a float32 operand where
+ours are bfloat16, runs three to five times slower (and with a transposed result does not run at all).
 """
 
 import re
@@ -33,11 +34,19 @@ PROGRAMS = {
     "dense attention": (attention(causal=True), (HEADS,)),
     "banded attention": (attention(causal=True, max_segment_length=32), (HEADS,)),
     "window attention": (attention(causal=False, max_segment_length=16), (HEADS,)),
-    "attention in tiles": (lambda q: ops.attention(q, q[:, :, :2], q[:, :, :2], segment_ids_q=jnp.ones((4, 256), jnp.int32), causal=True),
-                           (jnp.ones((4, 256, 4, 32), jnp.bfloat16),)),
+    "attention in tiles": (
+        lambda q: ops.attention(q, q[:, :, :2], q[:, :, :2], segment_ids_q=jnp.ones((4, 256), jnp.int32), causal=True),
+        (jnp.ones((4, 256, 4, 32), jnp.bfloat16),),
+    ),
     "multi-head attention": (lambda q: ops.attention(q, q, q, causal=True), (HEADS,)),
-    "cross entropy": (lambda h, w: ops.cross_entropy(h, w, jnp.ones((2, 64), jnp.int32), jnp.ones((2, 64)), chunk=16), (X, W)),
-    "grouped matmul": (lambda x, w: ops.grouped_matmul(x[0], w, jnp.array([40, 24])), (X, jnp.ones((2, 32, 48), jnp.bfloat16))),
+    "cross entropy": (
+        lambda h, w: ops.cross_entropy(h, w, jnp.ones((2, 64), jnp.int32), jnp.ones((2, 64)), chunk=16),
+        (X, W),
+    ),
+    "grouped matmul": (
+        lambda x, w: ops.grouped_matmul(x[0], w, jnp.array([40, 24])),
+        (X, jnp.ones((2, 32, 48), jnp.bfloat16)),
+    ),
 }
 
 
@@ -90,7 +99,9 @@ def float32_twins(name):
     return function, tuple(array.astype(jnp.float32) for array in arrays)
 
 
-@pytest.mark.parametrize("name", ["linear", "linear of one row", "banded attention", "attention in tiles", "cross entropy", "grouped matmul"])
+@pytest.mark.parametrize(
+    "name", ["linear", "linear of one row", "banded attention", "attention in tiles", "cross entropy", "grouped matmul"]
+)
 def test_under_bfloat16_precision_the_products_of_float32_arrays_stay_on_the_matrix_units_too(name, matrix_units):
     function, arrays = float32_twins(name)
 
@@ -109,13 +120,16 @@ def test_under_bfloat16_precision_a_product_rounds_its_operands_and_nothing_else
     x, w, g = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 64, 32), (32, 48), (2, 64, 48)))
     with jax.default_matmul_precision("bfloat16"):
         y, (dx, dw) = jax.jit(lambda x, w, g: (lambda y, pull: (y, pull(g)))(*jax.vjp(ops.linear, x, w)))(x, w, g)
+
     def rounded(array):
         return np.asarray(jnp.asarray(array).astype(jnp.bfloat16)).astype(np.float64)
+
     rx, rw, rg = rounded(x), rounded(w), rounded(g)
     expected = {"y": (y, rx @ rw), "dx": (dx, rg @ rw.T), "dw": (dw, np.einsum("btd,btf->df", rx, rg))}
     for label, (got, want) in expected.items():
         # Sums of at most 128 float32 terms of size about one: 128 * 2^-24 of the largest sum of magnitudes, some 100.
         worst = np.abs(np.asarray(got, np.float64) - want).max()
         assert worst < 1e-4, f"{label}: off its formula by {worst:.1e}"
-        # The rounding itself is a hundred times larger: the test would see products that are not rounded, or rounded twice.
+        # The rounding itself is a hundred times larger: the test would see products that are not rounded, or rounded
+        # twice.
     assert np.abs(rx @ rw - x.astype(np.float64) @ w).max() > 1e-3

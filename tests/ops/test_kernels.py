@@ -47,11 +47,19 @@ def test_every_operator_has_a_kernel_and_every_kernel_an_operator_and_a_check():
     defined = {name.removeprefix("npu_bridge.") for name in jaxcompat.OPERATORS}
     # What a pass writes in place of operators, for npu alone; tests/bridge/test_fused_calls.py sees it called.
     of_passes = {"swiglu_joined", "swiglu_joined_backward"}
-    assert set(kernels.KERNELS) - of_passes <= defined, f"kernels nobody calls: {sorted(set(kernels.KERNELS) - of_passes - defined)}"
-    assert set(kernels.KERNELS) == set(check.CASES), f"checks and kernels differ: {sorted(set(kernels.KERNELS) ^ set(check.CASES))}"
+    assert set(kernels.KERNELS) - of_passes <= defined, (
+        f"kernels nobody calls: {sorted(set(kernels.KERNELS) - of_passes - defined)}"
+    )
+    assert set(kernels.KERNELS) == set(check.CASES), (
+        f"checks and kernels differ: {sorted(set(kernels.KERNELS) ^ set(check.CASES))}"
+    )
     called = set()
     for program in programs_of_every_operator():
-        called |= {line.split("@npu_bridge.")[1].split("(")[0] for line in program.splitlines() if "custom_call @npu_bridge." in line}
+        called |= {
+            line.split("@npu_bridge.")[1].split("(")[0]
+            for line in program.splitlines()
+            if "custom_call @npu_bridge." in line
+        }
     called = {name for name in called if not name.startswith("math.")}
     of_operators = set(kernels.KERNELS) - of_passes
     assert called == of_operators, f"operators without kernel or the reverse: {sorted(called ^ of_operators)}"
@@ -60,8 +68,10 @@ def test_every_operator_has_a_kernel_and_every_kernel_an_operator_and_a_check():
 def programs_of_every_operator():
     """StableHLO for platform npu of the value and gradient of everything in npu_bridge.ops."""
     r = np.random.default_rng(0)
+
     def f(*shape):
         return jnp.asarray(r.standard_normal(shape), jnp.bfloat16)
+
     ids, lengths, q, kv = jnp.ones((2, 6), jnp.int32), jnp.full((2, 3), -1, jnp.int32), f(2, 6, 4, 8), f(2, 6, 2, 8)
 
     def mixture(x, w):
@@ -71,6 +81,7 @@ def programs_of_every_operator():
 
     def adamw(p):
         return ops.fused_adamw(p, p, p, p, step=1, learning_rate=1e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
+
     for function, *arrays in (
         (lambda x, s: ops.rms_norm(x, s, eps=1e-6), f(2, 6, 8), f(8)),
         (lambda x, s, b: ops.layer_norm(x, s, b, eps=1e-6), f(2, 6, 8), f(8), f(8)),
@@ -84,8 +95,10 @@ def programs_of_every_operator():
         (mixture, f(6, 4), f(4, 4, 8)),
         (lambda x, b: ops.moe_gating(x, k=2, bias=b, renormalize=True)[0], f(6, 4), f(4)),
     ):
+
         def value_and_gradient(*arrays, function=function):
             return jax.vjp(function, *arrays)[1](function(*arrays))
+
         yield jax.jit(value_and_gradient).trace(*arrays).lower(lowering_platforms=("npu",)).as_text()
     yield jax.jit(adamw).trace(jnp.ones((3, 4))).lower(lowering_platforms=("npu",)).as_text()
 
@@ -123,7 +136,10 @@ def test_device_npu_without_torch_npu_says_what_to_do(monkeypatch):
 
 
 def test_the_operators_import_no_torch():
-    code = "import sys, npu_bridge, npu_bridge.ops; sys.exit(any(m.split('.')[0] in ('torch', 'torch_npu') for m in sys.modules))"
+    code = (
+        "import sys, npu_bridge, npu_bridge.ops; sys.exit(any(m.split('.')[0] in ('torch', 'torch_npu') for m in "
+        "sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0, "npu_bridge.ops pulled torch in"
 
 
@@ -147,7 +163,9 @@ def test_an_adamw_update_that_is_not_kept_changes_no_bit_whatever_the_gradient(f
     grad[0] = float("inf")
     before = [x.clone() for x in (param, mu, nu)]
     for inplace in (False, True):
-        after = function(param, grad, mu, nu, step, rate, torch.tensor(False), **check.CASES["adamw"].params, inplace=inplace)
+        after = function(
+            param, grad, mu, nu, step, rate, torch.tensor(False), **check.CASES["adamw"].params, inplace=inplace
+        )
         assert all(torch.equal(a, b) for a, b in zip(after, before))
 
 
@@ -167,10 +185,20 @@ def test_a_large_parameter_is_updated_piece_by_piece_on_npu(monkeypatch):
     params = check.CASES["adamw"].params
     want = kernels.KERNELS["adamw"].equivalent(*tensors, **params)
     calls, update = [], torch._fused_adamw_
-    monkeypatch.setattr(torch, "_fused_adamw_", lambda parameters, *rest, **options: calls.append(parameters[0].numel()) or update(parameters, *rest, **options))
+    monkeypatch.setattr(
+        torch,
+        "_fused_adamw_",
+        lambda parameters, *rest, **options: (
+            calls.append(parameters[0].numel()) or update(parameters, *rest, **options)
+        ),
+    )
     size = tensors[0].numel()
     monkeypatch.setattr("npu_bridge.kernels.optimizer.LARGEST_PIECE", size // 3 + 1)
     got = kernels.KERNELS["adamw"].npu(*tensors, **params, inplace=True)
-    assert len(calls) == 3 and sum(calls) == size and [x.data_ptr() for x in got] == [tensors[i].data_ptr() for i in (0, 2, 3)]
+    assert (
+        len(calls) == 3
+        and sum(calls) == size
+        and [x.data_ptr() for x in got] == [tensors[i].data_ptr() for i in (0, 2, 3)]
+    )
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)  # the same formula in another order

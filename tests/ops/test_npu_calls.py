@@ -10,7 +10,9 @@ from npu_bridge.kernels.attention import cumulative_lengths
 from . import fake_torch_npu
 
 # Packed attention keeps its statistics in an order of its own, so its backward is tested behind its forward below.
-FUSED = sorted(name for name, kernel in KERNELS.items() if kernel.npu is not None and name != "attention_packed_backward")
+FUSED = sorted(
+    name for name, kernel in KERNELS.items() if kernel.npu is not None and name != "attention_packed_backward"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +35,9 @@ def test_the_fused_call_computes_what_its_equivalent_computes(name, dtype):
     skipped = {1} if name == "attention_packed" else set()
     assert len(fused) == len(equivalent)
     for i, (a, b) in enumerate(zip(fused, equivalent)):
-        assert a.shape == b.shape and a.dtype == b.dtype, f"result {i}: {a.dtype}{tuple(a.shape)}, expected {b.dtype}{tuple(b.shape)}"
+        assert a.shape == b.shape and a.dtype == b.dtype, (
+            f"result {i}: {a.dtype}{tuple(a.shape)}, expected {b.dtype}{tuple(b.shape)}"
+        )
         if i not in skipped:
             difference = check.difference(a, b.double().numpy())
             bound = 2 * KERNELS[name].tolerance[dtype]  # each side may use up its own
@@ -42,7 +46,9 @@ def test_the_fused_call_computes_what_its_equivalent_computes(name, dtype):
 
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 6), (False, 6)])
 @pytest.mark.parametrize("form", ["", "_segments", "_packed"])
-@pytest.mark.parametrize("heads", [(4, 4, 16, 16), (4, 2, 64, 64), (4, 1, 80, 80), (2, 2, 128, 128), (2, 1, 192, 128)], ids=str)
+@pytest.mark.parametrize(
+    "heads", [(4, 4, 16, 16), (4, 2, 64, 64), (4, 1, 80, 80), (2, 2, 128, 128), (2, 1, 192, 128)], ids=str
+)
 def test_attention_forward_and_backward_hold_together_in_every_form(form, causal, window, heads):
     N, K, H, J = heads
     generator = torch.Generator().manual_seed(0)
@@ -76,9 +82,16 @@ def test_inside_a_capture_lengths_go_to_the_third_version_as_host_tensors():
         grads = backward.npu(g, q, k, v, out, lse, *segments, **params)
     assert [places for _, places in recorded] == [70, 70] and all(lengths is segments[2] for lengths, _ in recorded)
     told = attention.replay_lengths(*recorded[0])
-    assert told["actual_seq_qlen"].tolist() == [20, 51, 64, 70, 77, 117, 140], "ends over both rows, what is left of a row a segment"
-    assert attention.replay_lengths(torch.ones(2, 600, dtype=torch.int32), 600) is None, "more segments than a call takes"
-    assert [name for name, _ in fake_torch_npu.calls if name.endswith("_v3")] == ["npu_fusion_attention_v3", "npu_fusion_attention_grad_v3"]
+    assert told["actual_seq_qlen"].tolist() == [20, 51, 64, 70, 77, 117, 140], (
+        "ends over both rows, what is left of a row a segment"
+    )
+    assert attention.replay_lengths(torch.ones(2, 600, dtype=torch.int32), 600) is None, (
+        "more segments than a call takes"
+    )
+    assert [name for name, _ in fake_torch_npu.calls if name.endswith("_v3")] == [
+        "npu_fusion_attention_v3",
+        "npu_fusion_attention_grad_v3",
+    ]
     wanted_out, wanted_lse = forward.equivalent(q, k, v, *segments, **params)
     wanted = backward.equivalent(g, q, k, v, wanted_out, wanted_lse, *segments, **params)
     for result, a, b in zip(("out", "dq", "dk", "dv"), (out, *grads), (wanted_out, *wanted)):
@@ -89,7 +102,9 @@ def test_inside_a_capture_lengths_go_to_the_third_version_as_host_tensors():
 @pytest.mark.parametrize("padding", ["zeros", "unread"])
 @pytest.mark.parametrize("form", ["", "_segments", "_packed"])
 def test_attention_hands_its_statistics_on_as_the_kernel_made_them(form, padding):
-    """Forward and gradient by the fused calls against those of the equivalents, and padding that nobody reads left to itself."""
+    """Forward and gradient by the fused calls against those of the equivalents, and padding that nobody reads left to
+    itself.
+    """
     generator = torch.Generator().manual_seed(0)
     q, k, v, g = (torch.randn(2, 70, n, 16, generator=generator) for n in (4, 2, 2, 4))
     segments = {"": [], "_segments": check._segments(), "_packed": [*check._segments(), check._LENGTHS]}[form]
@@ -133,7 +148,10 @@ def test_more_segments_than_the_kernel_takes_fall_back_to_a_mask():
 def test_more_queries_than_keys_under_a_causal_mask_give_zeros_where_nothing_is_to_be_seen():
     q, kv = torch.randn(1, 9, 2, 16), torch.randn(1, 5, 2, 16)
     params = dict(causal=True, window=None, scale=0.25, blocks=(0, 0, 0))
-    fused, equivalent = run("attention", (q, kv, kv), params)[0], KERNELS["attention"].equivalent(q, kv, kv, **params)[0]
+    fused, equivalent = (
+        run("attention", (q, kv, kv), params)[0],
+        KERNELS["attention"].equivalent(q, kv, kv, **params)[0],
+    )
     assert not fused[:, :4].any() and torch.allclose(fused, equivalent, atol=1e-6)
 
 

@@ -35,7 +35,10 @@ def ids_of(kind):
 @pytest.fixture(scope="module")
 def arrays():
     rng = np.random.default_rng(0)
-    return [rng.standard_normal(shape).astype(np.float32) for shape in ((B, T, N, H), (B, T, K, H), (B, T, K, J), (B, T, N, J))]
+    return [
+        rng.standard_normal(shape).astype(np.float32)
+        for shape in ((B, T, N, H), (B, T, K, H), (B, T, K, J), (B, T, N, J))
+    ]
 
 
 @partial(jax.jit, static_argnames=("causal", "window", "tiles"))
@@ -60,14 +63,24 @@ def values_and_gradients(*arguments):
 
 
 @pytest.mark.parametrize("causal, window", [(True, None), (False, None), (False, 9)])
-@pytest.mark.parametrize("kind", ["samples of many lengths, padding behind", "one sample a row", "ids in no order, padding between", "a row of padding alone"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "samples of many lengths, padding behind",
+        "one sample a row",
+        "ids in no order, padding between",
+        "a row of padding alone",
+    ],
+)
 def test_values_and_gradients_are_those_of_the_formula(arrays, kind, causal, window):
     ids = ids_of(kind)
     *operands, g = (torch.tensor(x, dtype=torch.float64) for x in arrays)
     operands = [x.requires_grad_() for x in operands]
     out = formulas.attention(*operands, ids, ids, causal, window, 0.3)
     wanted = [out, *torch.autograd.grad(out, operands, g)]
-    for name, a, b in zip(("out", "dq", "dk", "dv"), wanted, values_and_gradients(*arrays, ids, ids, causal, window), strict=True):
+    for name, a, b in zip(
+        ("out", "dq", "dk", "dv"), wanted, values_and_gradients(*arrays, ids, ids, causal, window), strict=True
+    ):
         difference = np.abs(a.detach().numpy() - b).max()
         # Sums of at most 70 float32 products of size about one.
         assert difference < 1e-5, f"{name}: off its formula by {difference:.1e}"
@@ -96,9 +109,13 @@ def test_bfloat16_differs_from_float32_by_a_few_roundings(arrays):
     ids = ids_of("samples of many lengths, padding behind")
     narrow = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
     exact = values_and_gradients(*(np.asarray(x, np.float32) for x in narrow), ids, ids, True, None)
-    for name, a, b in zip(("out", "dq", "dk", "dv"), exact, values_and_gradients(*narrow, ids, ids, True, None), strict=True):
+    for name, a, b in zip(
+        ("out", "dq", "dk", "dv"), exact, values_and_gradients(*narrow, ids, ids, True, None), strict=True
+    ):
         difference = np.abs(a - b).max() / np.abs(a).max()
-        assert difference < 1.6e-2, f"{name}: largest difference {difference:.1e} of the largest value"  # four roundings of 2^-8
+        assert difference < 1.6e-2, (
+            f"{name}: largest difference {difference:.1e} of the largest value"
+        )  # four roundings of 2^-8
 
 
 def test_one_cpu_skips_tiles_and_neither_several_nor_the_npu_do():
@@ -114,11 +131,19 @@ def test_one_cpu_skips_tiles_and_neither_several_nor_the_npu_do():
 
 
 def test_a_narrow_band_is_taken_in_tiles_from_a_million_logits_on():
-    windows = jax.jit(lambda q: ops.attention(q, q, q, segment_ids_q=jnp.ones(q.shape[:2], jnp.int32), causal=False, max_segment_length=64))
+    windows = jax.jit(
+        lambda q: ops.attention(
+            q, q, q, segment_ids_q=jnp.ones(q.shape[:2], jnp.int32), causal=False, max_segment_length=64
+        )
+    )
+
     def logits(places):
         return 2 * places * 192 * 4  # heads, places, and the keys that a block of 64 reaches, in float32
+
     for places, in_tiles in ((2048, False), (4096, True)):
         lowered = windows.lower(jax.ShapeDtypeStruct((1, places, 2, 8), jnp.float32))
         assert ("stablehlo.while" in lowered.as_text()) == in_tiles
         taken = lowered.compile({"xla_backend_optimization_level": 0}).memory_analysis().temp_size_in_bytes
-        assert (taken < logits(places)) == in_tiles, f"{places} places: {taken} bytes, one array of logits has {logits(places)}"
+        assert (taken < logits(places)) == in_tiles, (
+            f"{places} places: {taken} bytes, one array of logits has {logits(places)}"
+        )

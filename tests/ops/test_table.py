@@ -11,8 +11,10 @@ def test_the_page_of_operators_is_current_but_for_its_measured_figures():
     # The figures move in their last digit with the machine; everything else must be what the generator writes today.
     today = table.render({name: {"float32": 0.0, "bfloat16": 0.0} for name in KERNELS})
     written = table.DESTINATION.read_text()
+
     def blank(text):
         return [FIGURE.sub("#", line) for line in text.splitlines()]
+
     assert blank(written) == blank(today), "run: python -m npu_bridge.kernels.table"
 
 

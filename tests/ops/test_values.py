@@ -10,8 +10,8 @@ from npu_bridge import ops
 
 from . import formulas
 
-# Error relative to the largest value of the result. float32: some eighty roundings. bfloat16: its rounding is 2^-9 = 2e-3; the
-# gradients of products see rounded operands (g and the probabilities), which adds up to a few of them.
+# Error relative to the largest value of the result. float32: some eighty roundings. bfloat16: its rounding is 2^-9 =
+# 2e-3; the gradients of products see rounded operands (g and the probabilities), which adds up to a few of them.
 TOLERANCE = {"float32": 5e-6, "bfloat16": 1.6e-2}
 DTYPES = list(TOLERANCE)
 
@@ -39,7 +39,9 @@ def agree(function, formula, arrays, dtype, wide=()):
         truth = truth.numpy()
         difference = np.abs(np.asarray(result, np.float64) - truth).max() / np.abs(truth).max()
         what = "value" if number == 0 else f"gradient {number - 1}"
-        assert difference <= TOLERANCE[dtype], f"{what}: largest relative difference {difference:.2e}, bound {TOLERANCE[dtype]:.1e}"
+        assert difference <= TOLERANCE[dtype], (
+            f"{what}: largest relative difference {difference:.2e}, bound {TOLERANCE[dtype]:.1e}"
+        )
         if number:
             assert result.dtype == cast[number - 1].dtype, f"{what} has dtype {result.dtype}"
 
@@ -47,7 +49,9 @@ def agree(function, formula, arrays, dtype, wide=()):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_and_its_gradients_equal_the_formula(dtype):
     agree(ops.linear, formulas.linear, numbers(0, (2, 6, 16), (16, 24), (24,)), dtype)
-    agree(ops.linear, formulas.linear, numbers(1, (1, 7, 24), (24, 16)), dtype)  # fewer columns behind than before: the weight gradient is turned around
+    agree(
+        ops.linear, formulas.linear, numbers(1, (1, 7, 24), (24, 16)), dtype
+    )  # fewer columns behind than before: the weight gradient is turned around
 
 
 def test_linear_keeps_the_weight_gradient_of_float32_weights_in_float32():
@@ -56,8 +60,18 @@ def test_linear_keeps_the_weight_gradient_of_float32_weights_in_float32():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norms_and_their_gradients_equal_the_formula(dtype):
-    agree(lambda x, s: ops.rms_norm(x, s, eps=1e-5), lambda x, s: formulas.rms_norm(x, s, 1e-5), numbers(3, (2, 5, 32), (32,)), dtype)
-    agree(lambda *a: ops.layer_norm(*a, eps=1e-5), lambda *a: formulas.layer_norm(*a, 1e-5), numbers(4, (2, 5, 32), (32,), (32,)), dtype)
+    agree(
+        lambda x, s: ops.rms_norm(x, s, eps=1e-5),
+        lambda x, s: formulas.rms_norm(x, s, 1e-5),
+        numbers(3, (2, 5, 32), (32,)),
+        dtype,
+    )
+    agree(
+        lambda *a: ops.layer_norm(*a, eps=1e-5),
+        lambda *a: formulas.layer_norm(*a, 1e-5),
+        numbers(4, (2, 5, 32), (32,), (32,)),
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("mode", ["half", "interleaved"])
@@ -72,7 +86,12 @@ def test_rotary_equals_the_formula_at_full_and_partial_width_tables_included(mod
 def test_activations_and_their_gradients_equal_the_formula(dtype):
     agree(ops.swiglu, formulas.swiglu, [x * 3 for x in numbers(6, (4, 40), (4, 40))], dtype)
     for approximate in (False, True):
-        agree(lambda x: ops.gelu(x, approximate=approximate), lambda x: formulas.gelu(x, approximate), [numbers(7, (4, 40))[0] * 3], dtype)
+        agree(
+            lambda x: ops.gelu(x, approximate=approximate),
+            lambda x: formulas.gelu(x, approximate),
+            [numbers(7, (4, 40))[0] * 3],
+            dtype,
+        )
 
 
 IDS = np.array([[1, 1, 1, 2, 2, 2, 2, 0, 0], [1, 2, 2, 2, 2, 2, 3, 3, 3]])
@@ -95,7 +114,8 @@ def test_attention_equals_the_formula_for_the_head_dims_in_use(dims):
 
 
 @pytest.mark.parametrize(
-    ("causal", "window", "queries", "keys"), [(True, 3, 9, 9), (False, 3, 9, 9), (True, None, 4, 9), (True, 3, 4, 9), (False, None, 9, 4)]
+    ("causal", "window", "queries", "keys"),
+    [(True, 3, 9, 9), (False, 3, 9, 9), (True, None, 4, 9), (True, 3, 4, 9), (False, None, 9, 4)],
 )
 def test_attention_windows_and_unequal_lengths_equal_the_formula(causal, window, queries, keys):
     arrays = numbers(10, (2, queries, 2, 16), (2, keys, 2, 16), (2, keys, 2, 8))
@@ -115,7 +135,12 @@ def test_cross_entropy_and_its_gradients_equal_the_formula_for_any_chunk(dtype, 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_embedding_adds_the_gradients_of_repeated_ids_and_ignores_ids_outside(dtype):
     ids = np.array([[3, 3, 0, 6], [-1, 3, 7, 2]])
-    agree(lambda t: ops.embedding(t, jnp.asarray(ids)), lambda t: formulas.embedding(t, torch.tensor(ids)), numbers(12, (7, 8)), dtype)
+    agree(
+        lambda t: ops.embedding(t, jnp.asarray(ids)),
+        lambda t: formulas.embedding(t, torch.tensor(ids)),
+        numbers(12, (7, 8)),
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -165,7 +190,9 @@ def test_permuting_to_experts_and_back_equals_weighing_each_token_in_place(dtype
 
 
 def test_permuted_rows_are_sorted_by_expert_and_keep_token_order():
-    permuted, sizes, destination = ops.moe_permute(jnp.arange(4.0)[:, None], jnp.array([[2, 0], [0, 2], [1, 2], [2, 1]]), num_experts=4)
+    permuted, sizes, destination = ops.moe_permute(
+        jnp.arange(4.0)[:, None], jnp.array([[2, 0], [0, 2], [1, 2], [2, 1]]), num_experts=4
+    )
     assert permuted[:, 0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3] and sizes.tolist() == [2, 2, 4, 0]
     assert destination.tolist() == [[4, 0], [1, 5], [2, 6], [7, 3]]
 
@@ -177,7 +204,9 @@ def test_adamw_equals_the_published_algorithm_over_several_updates():
     settings = dict(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
     for step in range(1, 6):
         g = rng.standard_normal((5, 6))
-        ours = ops.fused_adamw(ours[0], jnp.asarray(g, jnp.float32), *ours[1:], step=step, learning_rate=0.01 * step, **settings)
+        ours = ops.fused_adamw(
+            ours[0], jnp.asarray(g, jnp.float32), *ours[1:], step=step, learning_rate=0.01 * step, **settings
+        )
         exact = formulas.adamw(exact[0], torch.tensor(g), *exact[1:], step, 0.01 * step, **settings)
     difference = max(float(np.abs(np.asarray(a) - b.numpy()).max()) for a, b in zip(ours, exact))
     assert difference < 2e-6, f"largest difference {difference:.2e} after five updates"

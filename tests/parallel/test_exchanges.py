@@ -1,7 +1,7 @@
 """What a compiled training step exchanges on eight CPU devices: that of hand-written FSDP, HSDP and tensor parallelism.
 
-On a CPU XLA sums a gradient on all devices and cuts its shard out where TPU and GPU scatter it: all-reduces of whole weights stand
-here for reduce-scatters.
+On a CPU XLA sums a gradient on all devices and cuts its shard out where TPU and GPU scatter it: all-reduces of whole
+weights stand here for reduce-scatters.
 """
 
 import functools
@@ -27,7 +27,10 @@ SETTINGS = [
     "model.vision.intermediate_size=72", "training.phases.0.rows=8", f"training.phases.0.sequence_length={TOKENS}",
     f"training.phases.0.patches_per_row={PATCHES}", f"training.loss_chunk={CHUNK}",
 ]  # fmt: skip
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # exchanges are settled before LLVM
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}  # exchanges are settled before LLVM
 
 
 @functools.cache
@@ -55,7 +58,9 @@ def of_activations(found):
 def layer_matrices(tensor):
     """The seven matrices of a decoder layer as one device multiplies them, in either orientation."""
     heads, key_heads, hidden = 96 // tensor, 48 // tensor, 128 // tensor
-    return Counter({tuple(sorted((WIDTH, heads))): 2, tuple(sorted((WIDTH, key_heads))): 2, tuple(sorted((WIDTH, hidden))): 3})
+    return Counter(
+        {tuple(sorted((WIDTH, heads))): 2, tuple(sorted((WIDTH, key_heads))): 2, tuple(sorted((WIDTH, hidden))): 3}
+    )
 
 
 def matrices(found, kind, tensor):
@@ -65,7 +70,9 @@ def matrices(found, kind, tensor):
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=str)
 def test_each_matrix_of_a_layer_is_gathered_once_forward_and_once_back(sizes):
-    assert matrices(step_exchanges(*sizes), "all-gather", sizes[2]) == layer_matrices(sizes[2]) + layer_matrices(sizes[2])
+    assert matrices(step_exchanges(*sizes), "all-gather", sizes[2]) == layer_matrices(sizes[2]) + layer_matrices(
+        sizes[2]
+    )
 
 
 def test_fsdp_exchanges_no_activation_but_the_embeddings_columns_for_rows():
@@ -73,7 +80,9 @@ def test_fsdp_exchanges_no_activation_but_the_embeddings_columns_for_rows():
     others = [e for e in of_activations(found) if e.kind != "all-to-all"]
     assert not others, "\n".join(map(str, others))
     changed = of_activations(found)
-    assert len(changed) == 2 and all(e.shape[-1] * 8 == WIDTH for e in changed), "one forward, one back: " + "; ".join(map(str, changed))
+    assert len(changed) == 2 and all(e.shape[-1] * 8 == WIDTH for e in changed), "one forward, one back: " + "; ".join(
+        map(str, changed)
+    )
 
 
 def test_fsdp_sums_each_gradient_of_a_layer_once():
@@ -97,8 +106,11 @@ def test_data_parallelism_exchanges_gradients_and_scalars_alone():
 
 
 def test_tensor_parallelism_sums_two_block_outputs_forward_one_of_them_again_and_the_input_gradients():
-    """Rows lie on data 2 x fsdp 2, so 2 of 8 on a device. Of the gradients of one input XLA on a CPU sums each product's (two of the
-    feed-forward, three of attention), where TPU, GPU and the bridge add them first."""
+    """Rows lie on data 2 x fsdp 2, so 2 of 8 on a device.
+
+    Of the gradients of one input XLA on a CPU sums each product's (two of the feed-forward, three of attention), where
+    TPU, GPU and the bridge add them first.
+    """
     found = [e for e in step_exchanges(2, 2, 2) if e.is_float and e.shape[1:2] == (TOKENS,) and "language" in e.scope]
     assert {(e.kind, e.shape) for e in found} == {("all-reduce", (2, TOKENS, WIDTH))}, "\n".join(map(str, found))
     forward = [e for e in found if "transpose(" not in e.scope]
@@ -121,7 +133,11 @@ def made(path, like):
     elif "targets" in name or "tokens" in name:
         value = rng.integers(0, 2000, like.shape)
     else:
-        value = rng.standard_normal(like.shape) * 0.05 if like.dtype == np.float32 and "nu" not in name else np.zeros(like.shape)
+        value = (
+            rng.standard_normal(like.shape) * 0.05
+            if like.dtype == np.float32 and "nu" not in name
+            else np.zeros(like.shape)
+        )
     return jax.device_put(value.astype(like.dtype), like.sharding)
 
 

@@ -70,7 +70,9 @@ def test_rows_spread_over_data_and_fsdp_and_a_lone_process_feeds_all(mesh):
 
 
 def test_rows_that_cannot_be_spread_are_refused_with_the_config_key(mesh):
-    with pytest.raises(UserError, match=r"training.phases\[0\].rows=6 rows cannot be spread over mesh.data x mesh.fsdp = 4"):
+    with pytest.raises(
+        UserError, match=r"training.phases\[0\].rows=6 rows cannot be spread over mesh.data x mesh.fsdp = 4"
+    ):
         row_share(mesh, 6, "training.phases[0].rows")
 
 

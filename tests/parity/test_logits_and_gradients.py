@@ -13,20 +13,28 @@ from npu_bridge import ops
 
 TEXT = ["qwen3", "qwen2.5"]
 TRAINED = ["qwen2.5-vl", "qwen2.5-vl-window-70", "mindvl-mrope", *TEXT]
-FORWARD_ONLY = ["qwen2.5-vl-tied", "qwen2.5-vl-window-112", "mindvl-1d"]  # their backward passes hold nothing that the others do not
+FORWARD_ONLY = [
+    "qwen2.5-vl-tied",
+    "qwen2.5-vl-window-112",
+    "mindvl-1d",
+]  # their backward passes hold nothing that the others do not
 # Nearly all of this file's time is compilation of tiny programs.
 QUICK = {"xla_backend_optimization_level": 0}
 
 
 def samples_of(config, *, text_only):
     rng = np.random.default_rng(7)
+
     def make(*pieces):
         return random_sample(config, rng, *pieces)
+
     if text_only:
         return [make(9), make(20), make(1)]
     return [
         make(3, ("image", (1, 6, 10)), 5),  # one image, wider than the window, divided by it or not
-        make(("image", (1, 2, 2)), 2, ("image", (1, 8, 6)), 1, ("image", (1, 4, 4)), 3),  # several sizes, the smallest there is
+        make(
+            ("image", (1, 2, 2)), 2, ("image", (1, 8, 6)), 1, ("image", (1, 4, 4)), 3
+        ),  # several sizes, the smallest there is
         make(2, ("video", (3, 4, 6), 1.5), 4, ("image", (1, 4, 2)), 2),  # a video with its own clock, then an image
         make(12),  # text only
         make(1, ("image", (1, 2, 40)), 2),  # an extreme aspect ratio
@@ -55,18 +63,24 @@ def measured(family):
         logits, losses = {}, {}
         for sample in samples:
             out = reference(**reference_inputs(sample, made.config))
-            nll = torch.nn.functional.cross_entropy(out.logits[0, :-1], torch.tensor(sample.tokens[1:]), reduction="none")
+            nll = torch.nn.functional.cross_entropy(
+                out.logits[0, :-1], torch.tensor(sample.tokens[1:]), reduction="none"
+            )
             learned = torch.tensor(sample.learned[1:]).float()
             (nll * learned).sum().backward()
             logits[id(sample)] = out.logits[0].detach().numpy()
             losses[id(sample)] = (nll * learned).detach().numpy()
-        batch = jax.tree.map(jnp.asarray, pack(rows, made.config, reference, tokens=130, patches=0 if text_only else 224))
+        batch = jax.tree.map(
+            jnp.asarray, pack(rows, made.config, reference, tokens=130, patches=0 if text_only else 224)
+        )
 
         def run(state, batch):
             def total(state):
                 model = nnx.merge(made.graph, state)
                 hidden = model(batch, max_sample_length=80, max_image_patches=80)
-                loss = ops.cross_entropy(hidden, model.head_kernel(), batch.targets, batch.loss_weights, chunk=64)  # as token_losses does
+                loss = ops.cross_entropy(
+                    hidden, model.head_kernel(), batch.targets, batch.loss_weights, chunk=64
+                )  # as token_losses does
                 return loss.sum(), (model.logits(hidden), loss)
 
             if name in TRAINED:
@@ -122,7 +136,9 @@ def test_gradient_of_every_parameter_equals_that_of_transformers(measured, name)
     for slot in slots(made.config, {path: value.shape for path, value in flat.items()}):
         name_there = slot.name
         if name_there not in theirs:
-            name_there = next(new + slot.name.removeprefix(old) for old, new in aliases.items() if slot.name.startswith(old))
+            name_there = next(
+                new + slot.name.removeprefix(old) for old, new in aliases.items() if slot.name.startswith(old)
+            )
         gradient = theirs[name_there].grad.numpy()
         for path, want in zip(slot.rule.ours, slot.rule.form.to_ours(gradient, slot.shapes), strict=True):
             ours = flat[path][slot.index]

@@ -1,4 +1,5 @@
-"""M-RoPE indices as integers written out by hand, ours and transformers' beside them; Ascend's own unit tests hold the same cases.
+"""M-RoPE indices as integers written out by hand, ours and transformers' beside them; Ascend's own unit tests hold the
+same cases.
 
 T tokens of a sample.
 """
@@ -22,18 +23,45 @@ IMAGE, VIDEO = 1, 2
 def published():
     """transformers' own index; it reads the configuration only."""
     with torch.device("meta"):
-        return Qwen2_5_VLModel(Qwen2_5_VLConfig(
-            vision_config=dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32, fullatt_block_indexes=[0], out_hidden_size=32, tokens_per_second=2),
-            text_config=dict(num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, vocab_size=64,
-                             rope_parameters=dict(rope_type="default", mrope_section=[2, 3, 3]))))
+        return Qwen2_5_VLModel(
+            Qwen2_5_VLConfig(
+                vision_config=dict(
+                    depth=1,
+                    hidden_size=32,
+                    num_heads=2,
+                    intermediate_size=32,
+                    fullatt_block_indexes=[0],
+                    out_hidden_size=32,
+                    tokens_per_second=2,
+                ),
+                text_config=dict(
+                    num_hidden_layers=1,
+                    hidden_size=32,
+                    intermediate_size=32,
+                    num_attention_heads=2,
+                    num_key_value_heads=1,
+                    vocab_size=64,
+                    rope_parameters=dict(rope_type="default", mrope_section=[2, 3, 3]),
+                ),
+            )
+        )
 
 
 def theirs(published, kinds, mask=None, images=None, videos=None, seconds=None):
     """(3, B, T) positions and the (B, 1) deltas that generation goes on with."""
     kinds = torch.tensor(kinds)
+
     def grids(value):
         return None if value is None else torch.tensor(value)
-    return published.get_rope_index(torch.zeros_like(kinds), kinds, grids(images), grids(videos), second_per_grid_ts=grids(seconds), attention_mask=grids(mask))
+
+    return published.get_rope_index(
+        torch.zeros_like(kinds),
+        kinds,
+        grids(images),
+        grids(videos),
+        second_per_grid_ts=grids(seconds),
+        attention_mask=grids(mask),
+    )
 
 
 def ours(length, spans):
@@ -77,12 +105,20 @@ def test_text_counts_on_through_all_three_rows(published):
 
 
 def test_padded_text_has_the_deltas_zero_and_minus_one(published):
-    """Two texts side by side, the second one place shorter. The deltas count from the row's end, as Ascend's tests and transformers 4
-    have it; transformers 5 counts from the last real token, where they are nought."""
+    """Two texts side by side, the second one place shorter.
+
+    The deltas count from the row's end, as Ascend's tests and transformers 4 have it; transformers 5 counts from the
+    last real token, where they are nought.
+    """
     there, deltas = theirs(published, [[0] * 5, [0] * 5], mask=[[1] * 5, [1] * 4 + [0]])
     assert deltas.flatten().tolist() == [0, 0]
     assert there[:, 1, :4].tolist() == [[0, 1, 2, 3]] * 3
-    batch = collate([[text_example(5)], [text_example(4)]], shape_for(MODEL.vision, rows=2, tokens=5, patches=4, samples=1), pad_id=0, vision=MODEL.vision).batch
+    batch = collate(
+        [[text_example(5)], [text_example(4)]],
+        shape_for(MODEL.vision, rows=2, tokens=5, patches=4, samples=1),
+        pad_id=0,
+        vision=MODEL.vision,
+    ).batch
     real = batch.segment_ids > 0
     assert [int(batch.positions[row].max()) + 1 - 5 for row in (0, 1)] == [0, -1]
     for row in (0, 1):
@@ -90,20 +126,49 @@ def test_padded_text_has_the_deltas_zero_and_minus_one(published):
 
 
 def test_left_padding_shifts_nothing_that_is_read(published):
-    """transformers counts from the first real token; a packed row of ours has no left padding, so the integers are the same."""
+    """transformers counts from the first real token; a packed row of ours has no left padding, so the integers are the
+    same.
+    """
     there, _ = theirs(published, [[0] * 5], mask=[[0, 1, 1, 1, 1]])
     assert there[0, 0, 1:].tolist() == ours(4, [])[0][0].tolist() == [0, 1, 2, 3]
 
 
 MODEL = MindVLConfig(
     vision=VisionConfig(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, fullatt_block_indexes=(0,)),
-    text=TextConfig(family="qwen3", vocab_size=64, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, tie_word_embeddings=True, rope="mrope", mrope_section=(1, 1, 2)),
-    image_token_id=60, video_token_id=61, vision_start_token_id=62, vision_end_token_id=63)
+    text=TextConfig(
+        family="qwen3",
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        tie_word_embeddings=True,
+        rope="mrope",
+        mrope_section=(1, 1, 2),
+    ),
+    image_token_id=60,
+    video_token_id=61,
+    vision_start_token_id=62,
+    vision_end_token_id=63,
+)
 
 
 def text_example(length):
     """Text without media as the encoder hands it over."""
     none = np.zeros(0, np.int32)
     return Example(
-        id="x", origin="", tokens=np.arange(length, dtype=np.int32), targets=np.zeros(length, np.int32), loss_weights=np.ones(length, np.float32), positions=ours(length, [])[0],
-        visual_index=np.full(length, -1, np.int32), visuals=(), patch_positions=none.reshape(0, 2), image_lengths=none, window_lengths=none, pixels=())
+        id="x",
+        origin="",
+        tokens=np.arange(length, dtype=np.int32),
+        targets=np.zeros(length, np.int32),
+        loss_weights=np.ones(length, np.float32),
+        positions=ours(length, [])[0],
+        visual_index=np.full(length, -1, np.int32),
+        visuals=(),
+        patch_positions=none.reshape(0, 2),
+        image_lengths=none,
+        window_lengths=none,
+        pixels=(),
+    )

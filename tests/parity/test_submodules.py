@@ -24,7 +24,9 @@ def test_every_part_agrees_on_the_input_that_the_reference_gave_it(family, name)
     assert expected <= names, f"never compared: {expected - names}"
     worst = max(parts, key=lambda part: part.difference)
     assert all(part.scale > 1e-3 for part in parts), "a part whose output is nearly zero proves nothing"
-    assert worst.difference < 1e-4, f"{worst.name}: max difference {worst.difference:.1e} (outputs up to {worst.scale:.1f})"
+    assert worst.difference < 1e-4, (
+        f"{worst.name}: max difference {worst.difference:.1e} (outputs up to {worst.scale:.1f})"
+    )
 
 
 def test_vision_rotary_tables_are_those_of_transformers(family):
@@ -42,7 +44,11 @@ def test_text_rotary_tables_are_those_of_transformers(family, name, sections):
     reference = family(name).reference
     positions = np.random.default_rng(0).integers(0, 500, (2, 3, 40))
     if sections:
-        rotary, theirs_in, head_dim = reference.model.language_model.rotary_emb, torch.tensor(positions).transpose(0, 1), 16
+        rotary, theirs_in, head_dim = (
+            reference.model.language_model.rotary_emb,
+            torch.tensor(positions).transpose(0, 1),
+            16,
+        )
     else:
         rotary, theirs_in, head_dim = reference.model.rotary_emb, torch.tensor(positions[:, 0]), 24
     theirs = rotary(torch.zeros(1), theirs_in)
@@ -82,7 +88,10 @@ def test_bfloat16_is_no_farther_from_float32_than_that_of_transformers(family, n
     shapes = [(24,), (40,), (30,)] if text_only else [(3, ("image", (1, 6, 8)), 8), (40,), (("image", (1, 4, 4)), 20)]
     samples = [random_sample(made.config, rng, *pieces) for pieces in shapes]
     graph, state = nnx.split(half, nnx.Param)
-    batch = jax.tree.map(jnp.asarray, pack([[s] for s in samples], made.config, made.reference, tokens=48, patches=0 if text_only else 48))
+    batch = jax.tree.map(
+        jnp.asarray,
+        pack([[s] for s in samples], made.config, made.reference, tokens=48, patches=0 if text_only else 48),
+    )
 
     def logits(state, batch):
         model = nnx.merge(graph, state)
@@ -98,5 +107,6 @@ def test_bfloat16_is_no_farther_from_float32_than_that_of_transformers(family, n
         errors["ours"].append(ours[row, : len(sample.tokens)] - want)
     rms = {who: float(np.sqrt(np.mean(np.concatenate(parts) ** 2))) for who, parts in errors.items()}
     assert rms["theirs"] > 0
-    # Both are sums of the same number of random roundings; 5 % is the spread of such an estimate over these 20,000 logits.
+    # Both are sums of the same number of random roundings; 5 % is the spread of such an estimate over these 20,000
+    # logits.
     assert rms["ours"] < 1.05 * rms["theirs"], f"rms error {rms['ours']:.2e} against transformers' {rms['theirs']:.2e}"

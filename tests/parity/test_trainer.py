@@ -1,4 +1,6 @@
-"""Twenty steps of an untouched transformers Trainer, and the same twenty of ours: data order, AdamW, clipping, schedule, no packing."""
+"""Twenty steps of an untouched transformers Trainer, and the same twenty of ours: data order, AdamW, clipping,
+schedule, no packing.
+"""
 
 import functools
 
@@ -48,7 +50,12 @@ def padded(items):
     """Right padding, images of all samples one after another: what every collator of this family does."""
     width = max(item["input_ids"].shape[1] for item in items)
     fill = dict(input_ids=0, attention_mask=0, labels=-100, mm_token_type_ids=0)
-    batch = {key: torch.cat([torch.nn.functional.pad(item[key], (0, width - item[key].shape[1]), value=value) for item in items]) for key, value in fill.items()}
+    batch = {
+        key: torch.cat(
+            [torch.nn.functional.pad(item[key], (0, width - item[key].shape[1]), value=value) for item in items]
+        )
+        for key, value in fill.items()
+    }
     for key in ("pixel_values", "image_grid_thw"):
         found = [item[key] for item in items if key in item]
         if found:
@@ -61,33 +68,91 @@ def theirs(family, samples, tmp_path_factory):
     """Loss of each step, and which parameters the Trainer decays."""
     made = family("qwen2.5-vl")
     arguments = transformers.TrainingArguments(
-        str(tmp_path_factory.mktemp("trainer")), per_device_train_batch_size=ROWS, max_steps=STEPS, learning_rate=PEAK, weight_decay=DECAY, lr_scheduler_type="linear",
-        warmup_steps=4, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, seed=0, remove_unused_columns=False, disable_tqdm=True,
+        str(tmp_path_factory.mktemp("trainer")),
+        per_device_train_batch_size=ROWS,
+        max_steps=STEPS,
+        learning_rate=PEAK,
+        weight_decay=DECAY,
+        lr_scheduler_type="linear",
+        warmup_steps=4,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        seed=0,
+        remove_unused_columns=False,
+        disable_tqdm=True,
     )
-    trainer = type("InOrder", (transformers.Trainer,), {"_get_train_sampler": lambda self, *_: torch.utils.data.SequentialSampler(self.train_dataset)})(
-        model=load_reference(made.folder).train(), args=arguments, train_dataset=Rows(samples, made.config), data_collator=padded)
+    trainer = type(
+        "InOrder",
+        (transformers.Trainer,),
+        {"_get_train_sampler": lambda self, *_: torch.utils.data.SequentialSampler(self.train_dataset)},
+    )(
+        model=load_reference(made.folder).train(),
+        args=arguments,
+        train_dataset=Rows(samples, made.config),
+        data_collator=padded,
+    )
     decayed = set(trainer.get_decay_parameter_names(trainer.model))
     trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], decayed, [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    return (
+        [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        decayed,
+        [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry],
+    )
 
 
 def test_twenty_losses_equal_those_of_an_untouched_trainer(family, samples, theirs):
     made = family("qwen2.5-vl")
     want, decayed, rates_there = theirs
-    # What it decays is its own affair (it keeps weight decay off norms by their names, which the tower's do not match): ours is told.
+    # What it decays is its own affair (it keeps weight decay off norms by their names, which the tower's do not match):
+    # ours is told.
     tower_norms = any("norm1" in name or "ln_q" in name for name in decayed)
     no_decay = ("language/**/scale", "**/bias") if tower_norms else ("**/scale", "**/bias")
-    phase = PhaseConfig(name="all", steps=STEPS, mixture=(MixtureEntry(source="x"),), rows=ROWS, sequence_length=TOKENS, patches_per_row=PATCHES, learning_rate=PEAK,
-                        schedule="linear", warmup_steps=4, weight_decay=DECAY, max_pixels=PATCHES * 196)
+    phase = PhaseConfig(
+        name="all",
+        steps=STEPS,
+        mixture=(MixtureEntry(source="x"),),
+        rows=ROWS,
+        sequence_length=TOKENS,
+        patches_per_row=PATCHES,
+        learning_rate=PEAK,
+        schedule="linear",
+        warmup_steps=4,
+        weight_decay=DECAY,
+        max_pixels=PATCHES * 196,
+    )
     optimizer = OptimizerConfig(no_decay=no_decay)
     mesh, outline = make_mesh(MeshConfig()), outline_of(made.config.model_copy(update=dict(param_dtype="float32")))
     trained = list(outline.shapes)
+
     def quick(function, donate_argnums=(), **shardings):
-        return jax.jit(function, donate_argnums=donate_argnums, compiler_options={"xla_backend_optimization_level": 0}, **shardings)
+        return jax.jit(
+            function, donate_argnums=donate_argnums, compiler_options={"xla_backend_optimization_level": 0}, **shardings
+        )
+
     shape = BatchShape(ROWS, TOKENS, PATCHES, samples=8, images=64, windows=PATCHES, patch_dim=1176)
-    programs = make_programs(outline, phase=phase, objective=make_objective(made.config, phase, loss_chunk=32), optimizer=optimizer, spec=shape.spec(), trained=trained, frozen=[], mesh=mesh, compile=quick)
+    programs = make_programs(
+        outline,
+        phase=phase,
+        objective=make_objective(made.config, phase, loss_chunk=32),
+        optimizer=optimizer,
+        spec=shape.spec(),
+        trained=trained,
+        frozen=[],
+        mesh=mesh,
+        compile=quick,
+    )
     state = start_phase(jax.device_put(load_parameters(made.folder, mesh=mesh)), trained, [], mesh)
-    batch_of = functools.cache(lambda number: pack([[sample] for sample in samples[ROWS * number : ROWS * (number + 1)]], made.config, made.reference, tokens=TOKENS, patches=PATCHES))
+    batch_of = functools.cache(
+        lambda number: pack(
+            [[sample] for sample in samples[ROWS * number : ROWS * (number + 1)]],
+            made.config,
+            made.reference,
+            tokens=TOKENS,
+            patches=PATCHES,
+        )
+    )
     ours = []
     rates = schedule_of_the_trainer(phase)
     np.testing.assert_allclose(rates, rates_there, rtol=1e-6)
@@ -96,11 +161,17 @@ def test_twenty_losses_equal_those_of_an_untouched_trainer(family, samples, thei
         ours.append(float(metrics["loss"]))
     relative = np.abs(np.array(ours) - want) / want
     assert want[-1] < 0.7 * want[0], f"the reference hardly learned: {want[0]:.3f} to {want[-1]:.3f}"
-    assert relative.max() < 1e-4, f"largest relative difference {relative.max():.1e} at step {relative.argmax()}\nours   {ours}\ntheirs {want}"
+    assert relative.max() < 1e-4, (
+        f"largest relative difference {relative.max():.1e} at step {relative.argmax()}\nours   {ours}\ntheirs {want}"
+    )
 
 
 def schedule_of_the_trainer(phase):
-    """Its warm-up starts at rate 0 (so that its first step does nothing), ours does not: the rates are an argument of our step."""
+    """Its warm-up starts at rate 0 (so that its first step does nothing), ours does not: the rates are an argument of
+    our step.
+    """
     rising = phase.learning_rate * np.arange(phase.warmup_steps) / phase.warmup_steps
-    falling = learning_rates(phase.model_copy(update=dict(steps=phase.steps - phase.warmup_steps, warmup_steps=0)), "test")
+    falling = learning_rates(
+        phase.model_copy(update=dict(steps=phase.steps - phase.warmup_steps, warmup_steps=0)), "test"
+    )
     return np.concatenate([rising, falling]).astype(np.float32)

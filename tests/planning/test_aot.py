@@ -79,7 +79,17 @@ def test_the_page_keeps_its_words_and_takes_a_new_table(tmp_path):
     page = tmp_path / "aot.md"
     page.write_text(f"before\n{aot.BEGIN}old\n{aot.END}after\n")
     case = aot.EVERYDAY[0]
-    aot.write(page, [aot.Compiled(case, "train_step", {"data": 1, "fsdp": 4, "tensor": 1}, 2**30, 2**31, exchanges(TEXT), seconds=61)])
+    aot.write(
+        page,
+        [
+            aot.Compiled(
+                case, "train_step", {"data": 1, "fsdp": 4, "tensor": 1}, 2**30, 2**31, exchanges(TEXT), seconds=61
+            )
+        ],
+    )
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "| v5p:2x2x1 | fsdp 4 | 1.00 | 2.00 | 2 all-gather, 2 all-reduce, 1 all-to-all, 1 reduce-scatter | 0 | 61 s |" in text
+    assert (
+        "| v5p:2x2x1 | fsdp 4 | 1.00 | 2.00 | 2 all-gather, 2 all-reduce, 1 all-to-all, 1 reduce-scatter | 0 | 61 s |"
+        in text
+    )

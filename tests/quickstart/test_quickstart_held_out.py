@@ -18,12 +18,16 @@ def _disjoint(of):
     assert all(parts.values())
     for first in SPLITS:
         for second in SPLITS:
-            assert first == second or not parts[first] & parts[second], f"{first} and {second} share {sorted(parts[first] & parts[second])[:5]}"
+            assert first == second or not parts[first] & parts[second], (
+                f"{first} and {second} share {sorted(parts[first] & parts[second])[:5]}"
+            )
     return parts
 
 
 def test_no_digit_is_on_two_sides():
-    parts = _disjoint(lambda split: [hashlib.sha256(cell.tobytes()).hexdigest() for cell in assets.digit_cells(split, more=True)[0]])
+    parts = _disjoint(
+        lambda split: [hashlib.sha256(cell.tobytes()).hexdigest() for cell in assets.digit_cells(split, more=True)[0]]
+    )
     assert sum(map(len, parts.values())) >= 4990  # a few cells of the sheet may repeat within a side
     assert len(assets.digit_cells("test")[1]) == 1000
     for split in SPLITS:
@@ -31,8 +35,10 @@ def test_no_digit_is_on_two_sides():
 
 
 def test_the_further_digits_for_training_are_none_of_the_sheet_that_holds_the_scored_ones():
-    """The two sheets are halves of one published set, resized by different programs: the same digit differs by 1.7 grey levels at most,
-    so equal bytes would prove nothing. Witness of the limit: the nearest two that differ are 5.9 levels apart."""
+    """The two sheets are halves of one published set, resized by different programs: the same digit differs by 1.7 grey
+    levels at most, so equal bytes would prove nothing. Witness of the limit: the nearest two that differ are 5.9 levels
+    apart.
+    """
     sheet = assets._cells("digits.png").reshape(5000, -1).astype(np.float32)
     more = assets._cells("share_alike/digits-more.png").reshape(5000, -1).astype(np.float32)
     squares = np.square(sheet).sum(1)[:, None] + np.square(more).sum(1) - 2 * sheet @ more.T
@@ -51,7 +57,11 @@ def test_no_font_family_word_or_table_is_on_two_sides():
 def test_no_published_picture_is_on_two_sides():
     parts = _disjoint(lambda split: [picture.file for picture in assets.shape_pictures(split)])
     assert (len(parts["train"]) + len(parts["validation"]), len(parts["test"])) == (4000, 1000)
-    pixels = _disjoint(lambda split: [hashlib.sha256(picture.file.read_bytes()).hexdigest() for picture in assets.shape_pictures(split)])
+    pixels = _disjoint(
+        lambda split: [
+            hashlib.sha256(picture.file.read_bytes()).hexdigest() for picture in assets.shape_pictures(split)
+        ]
+    )
     assert len(pixels["test"]) > 990
 
 
@@ -59,10 +69,16 @@ def test_no_artist_of_the_test_drew_for_training_and_withheld_drawings_stay_away
     parts = _disjoint(lambda split: emoji.drawings(split, 550, more=True))
     assert {artist for artist, _ in parts["train"]}.isdisjoint({artist for artist, _ in parts["test"]})
     assert {concept for _, concept in parts["train"]} == {concept for _, concept in parts["test"]} == set(range(550))
-    assert {split: len(pairs) for split, pairs in parts.items()} == {"train": 2640 + 513 + 282, "validation": 110, "test": 1100}
+    assert {split: len(pairs) for split, pairs in parts.items()} == {
+        "train": 2640 + 513 + 282,
+        "validation": 110,
+        "test": 1100,
+    }
     for source in sources.SOURCES:
         if source.name == "emoji":
-            assert source.count("standard") == len(emoji.drawings(source.split, 550)) and source.count("long") == len(parts[source.split])
+            assert source.count("standard") == len(emoji.drawings(source.split, 550)) and source.count("long") == len(
+                parts[source.split]
+            )
             assert source.count("smoke") == len(emoji.drawings(source.split, sources.SMOKE_CONCEPTS))
 
 

@@ -26,7 +26,9 @@ def test_digit_labels_fit_the_handwriting():
 def test_digits_stand_in_their_own_squares_in_the_order_of_the_answer():
     """Matched against the cells they were drawn from: test images are neither turned nor shifted."""
     cells, labels = assets.digit_cells("test")
-    small = np.stack([np.asarray(Image.fromarray(cell).resize((25, 25), Image.Resampling.BILINEAR), np.float32) for cell in cells])
+    small = np.stack(
+        [np.asarray(Image.fromarray(cell).resize((25, 25), Image.Resampling.BILINEAR), np.float32) for cell in cells]
+    )
     small -= small.mean((1, 2), keepdims=True)
     small /= np.linalg.norm(small, axis=(1, 2), keepdims=True)
     rng = random.Random(5)
@@ -78,9 +80,13 @@ def test_bars_are_as_long_as_their_values_and_answers_can_be_read_off():
         pixels = np.asarray(charts.draw(rng, "train", chart)).astype(int)
         assert pixels.shape == (CELL * len(chart.values), charts.WIDTH, 3)
         area = pixels[:, CELL * charts.LABEL_CELLS : CELL * (charts.LABEL_CELLS + charts.BAR_CELLS)]
-        lengths = [int((np.abs(area[CELL * row + CELL // 2] - NAMED_COLOURS[colour]).sum(-1) == 0).sum()) for row, colour in enumerate(chart.colours)]
+        lengths = [
+            int((np.abs(area[CELL * row + CELL // 2] - NAMED_COLOURS[colour]).sum(-1) == 0).sum())
+            for row, colour in enumerate(chart.colours)
+        ]
         for value, length in zip(chart.values, lengths):
-            # 46 pixels stand for the largest value beyond the first 6, half a pixel of rounding and one of the end point.
+            # 46 pixels stand for the largest value beyond the first 6, half a pixel of rounding and one of the end
+            # point.
             assert abs((length - 7) / 46 - value / max(chart.values)) <= 1.5 / 46, (chart, lengths)
         for _ in range(6):
             question, answer = charts.question_about(rng, chart)
@@ -89,7 +95,11 @@ def test_bars_are_as_long_as_their_values_and_answers_can_be_read_off():
             elif question == charts.QUESTIONS["largest"][1]:
                 assert answer == str(max(chart.values))
             elif "bar?" in question and "value" in question:
-                named = [row for row, (colour, place) in enumerate(zip(chart.colours, charts.PLACES)) if f" {colour} " in question or f" {place} " in question]
+                named = [
+                    row
+                    for row, (colour, place) in enumerate(zip(chart.colours, charts.PLACES))
+                    if f" {colour} " in question or f" {place} " in question
+                ]
                 assert answer == str(chart.values[named[0]]) and len(named) == 1
 
 
@@ -115,14 +125,21 @@ def test_our_answers_agree_with_every_published_one():
 
 
 def test_training_questions_about_shapes_are_the_published_ones_of_the_training_part():
-    published = {(picture.file.read_bytes(), *turn) for picture in assets.shape_pictures("train") for turn in picture.questions}
-    asked = [(sample.image, *turn) for sample in shapes.conversations(random.Random(0), "train", 0, 500) for turn in sample.turns]
+    published = {
+        (picture.file.read_bytes(), *turn) for picture in assets.shape_pictures("train") for turn in picture.questions
+    }
+    asked = [
+        (sample.image, *turn)
+        for sample in shapes.conversations(random.Random(0), "train", 0, 500)
+        for turn in sample.turns
+    ]
     assert set(asked) <= published and len(asked) > 900
 
 
 def test_open_training_questions_cannot_be_answered_blind():
     pairs = [turn for sample in shapes.open_questions(random.Random(0), "train", 0, 2000) for turn in sample.turns]
-    # Commonest shape and colour, each asked half of the time: a third, an eighth, and what chance adds among 107 wordings.
+    # Commonest shape and colour, each asked half of the time: a third, an eighth, and what chance adds among 107
+    # wordings.
     assert blind.score(pairs, pairs) < 0.32
 
 
@@ -170,7 +187,12 @@ def test_majority_answers_are_those_counted_by_hand():
 
 def test_the_blind_score_of_the_published_test_is_the_known_one():
     test = [pair for picture in assets.shape_pictures("test") for pair in picture.questions]
-    training = [pair for split in ("train", "validation") for picture in assets.shape_pictures(split) for pair in picture.questions]
+    training = [
+        pair
+        for split in ("train", "validation")
+        for picture in assets.shape_pictures(split)
+        for pair in picture.questions
+    ]
     assert blind.score(training, test) == pytest.approx(0.670, abs=0.001)
 
 

@@ -13,7 +13,8 @@ from mindvl_jax.core.errors import UserError
 from mindvl_jax.data.text import qwen_tokenizer
 from mindvl_jax.data.text.tokenizer import TokenizerError, load_tokenizer
 
-# Digests of the published Qwen3 tokenizer.json: its merges, one "left right" a line, and its vocabulary, one "id token" a line.
+# Digests of the published Qwen3 tokenizer.json: its merges, one "left right" a line, and its vocabulary, one "id token"
+# a line.
 PUBLISHED_MERGES = "bbeef245f0b03a9613753068e5799c2496290005594c68f09eed68feedbe6d1f"
 PUBLISHED_VOCABULARY = "9c829f510d83756e85e5cf0ba80af697eda2206ea302f711e2b97b19ca574c7c"
 
@@ -24,7 +25,28 @@ PUBLISHED_ENCODINGS = {
     "  \n\n a\r\n": [18611, 264, 319],
     "I'll don't WE'VE 12345 １２": [40, 3278, 1513, 944, 19677, 6, 4491, 220, 16, 17, 18, 19, 20, 220, 20109, 24918],
     "é e\u0301 ﬁ Å": [963, 3958, 32495, 70731, 79252],
-    "🤖👩\u200d👩\u200d👧 नमस्ते สวัสดี": [147238, 145233, 378, 235, 145233, 378, 235, 145665, 14925, 101, 87244, 78368, 30484, 97, 34370, 129328, 37213, 23271, 125136, 28319],
+    "🤖👩\u200d👩\u200d👧 नमस्ते สวัสดี": [
+        147238,
+        145233,
+        378,
+        235,
+        145233,
+        378,
+        235,
+        145665,
+        14925,
+        101,
+        87244,
+        78368,
+        30484,
+        97,
+        34370,
+        129328,
+        37213,
+        23271,
+        125136,
+        28319,
+    ],
     "\xa0\u3000x\t y  z": [4102, 22441, 87, 197, 379, 220, 1147],
 }
 
@@ -48,7 +70,10 @@ def test_merges_and_vocabulary_are_the_published_ones(qwen3):
     merges = [" ".join(pair) for pair in content["merges"]]
     assert len(merges) == 151_387
     assert _digest(merges) == PUBLISHED_MERGES
-    assert _digest([f"{index} {token}" for token, index in sorted(content["vocab"].items(), key=lambda item: item[1])]) == PUBLISHED_VOCABULARY
+    assert (
+        _digest([f"{index} {token}" for token, index in sorted(content["vocab"].items(), key=lambda item: item[1])])
+        == PUBLISHED_VOCABULARY
+    )
     assert qwen3.vocab_size == 151_669
 
 
@@ -59,7 +84,9 @@ def test_texts_have_the_ids_of_the_published_tokenizer_and_come_back(qwen3, text
 
 
 def test_encoding_equals_greedy_pairing_by_rank_written_out_by_hand(qwen3, ranks):
-    """The merge list is what we recovered; this witness uses the ranks alone and the `regex` module instead of the library."""
+    """The merge list is what we recovered; this witness uses the ranks alone and the `regex` module instead of the
+    library.
+    """
 
     def encode(text):
         ids = []
@@ -74,7 +101,12 @@ def test_encoding_equals_greedy_pairing_by_rank_written_out_by_hand(qwen3, ranks
             ids += [ranks[piece] for piece in pieces]
         return ids
 
-    for text in [*PUBLISHED_ENCODINGS, "def f(x):\n\treturn {'a': x**2}  # ok\n", "The quick brown fox; naïve façade — 3.14159 €", "".join(map(chr, range(32, 0x250)))]:
+    for text in [
+        *PUBLISHED_ENCODINGS,
+        "def f(x):\n\treturn {'a': x**2}  # ok\n",
+        "The quick brown fox; naïve façade — 3.14159 €",
+        "".join(map(chr, range(32, 0x250))),
+    ]:
         assert qwen3.encode(text) == encode(text), text
 
 
@@ -84,10 +116,26 @@ def test_every_byte_survives_a_round_trip(qwen3):
 
 
 def test_control_tokens_have_the_published_ids(qwen3):
-    names = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645, "<|box_start|>": 151648, "<|quad_end|>": 151651}
-    names |= {"<|vision_start|>": 151652, "<|vision_end|>": 151653, "<|vision_pad|>": 151654, "<|image_pad|>": 151655, "<|video_pad|>": 151656}
+    names = {
+        "<|endoftext|>": 151643,
+        "<|im_start|>": 151644,
+        "<|im_end|>": 151645,
+        "<|box_start|>": 151648,
+        "<|quad_end|>": 151651,
+    }
+    names |= {
+        "<|vision_start|>": 151652,
+        "<|vision_end|>": 151653,
+        "<|vision_pad|>": 151654,
+        "<|image_pad|>": 151655,
+        "<|video_pad|>": 151656,
+    }
     assert {name: qwen3.special[name] for name in names} == names
-    assert {name: qwen3.token_id(name) for name in ("<|file_sep|>", "<think>", "</think>")} == {"<|file_sep|>": 151664, "<think>": 151667, "</think>": 151668}
+    assert {name: qwen3.token_id(name) for name in ("<|file_sep|>", "<think>", "</think>")} == {
+        "<|file_sep|>": 151664,
+        "<think>": 151667,
+        "</think>": 151668,
+    }
     assert (qwen3.pad_id, qwen3.eos_id) == (151643, 151645)
 
 
@@ -103,7 +151,11 @@ def test_control_tokens_in_a_users_text_stay_text(qwen3):
     ids = qwen3.encode(text)
     assert not any(qwen3.is_special(token) for token in ids)
     assert qwen3.decode(ids) == text
-    assert [token for token in qwen3.encode(text, allow_special=True) if qwen3.is_special(token)] == [151645, 151644, 151655]
+    assert [token for token in qwen3.encode(text, allow_special=True) if qwen3.is_special(token)] == [
+        151645,
+        151644,
+        151655,
+    ]
 
 
 def test_decoding_can_keep_control_tokens(qwen3):
@@ -168,7 +220,9 @@ def test_missing_places_are_refused_with_what_was_looked_for(tmp_path):
 
 def test_a_folder_brings_its_own_end_of_turn_and_template(tmp_path, qwen3):
     (tmp_path / "tokenizer.json").write_text(qwen_tokenizer.qwen_tokenizer_file("qwen3").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|endoftext|>"}, "chat_template": "{{ messages }}"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": {"content": "<|endoftext|>"}, "chat_template": "{{ messages }}"})
+    )
     tokenizer = load_tokenizer(TokenizerConfig(path=str(tmp_path)))
     assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.chat_template) == (151643, 151643, "{{ messages }}")
     assert tokenizer.encode("Hello world!") == PUBLISHED_ENCODINGS["Hello world!"]

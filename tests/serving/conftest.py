@@ -18,7 +18,9 @@ from mindvl_jax.inference.server.runner import Runner
 from mindvl_jax.inference.server.settings import ServerSettings
 from mindvl_jax.inference.server.sizes import prompt_sizes
 
-_spec = importlib.util.spec_from_file_location("inference_fixtures", Path(__file__).parents[1] / "inference" / "conftest.py")
+_spec = importlib.util.spec_from_file_location(
+    "inference_fixtures", Path(__file__).parents[1] / "inference" / "conftest.py"
+)
 _shared = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_shared)
 tokenizer, opened, draw_pictures = _shared.tokenizer, _shared.opened, _shared.draw_pictures
@@ -40,7 +42,11 @@ class Running:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self.server = uvicorn.Server(uvicorn.Config(self.app, port=self.port, log_level="warning", http="h11", h11_max_incomplete_event_size=64 << 10))
+        self.server = uvicorn.Server(
+            uvicorn.Config(
+                self.app, port=self.port, log_level="warning", http="h11", h11_max_incomplete_event_size=64 << 10
+            )
+        )
         self.thread = threading.Thread(target=self.server.run, daemon=True)
 
     @property

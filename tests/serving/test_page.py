@@ -1,4 +1,7 @@
-"""The chat page in a real headless browser, driven over the DevTools protocol. Needs chromium (Debian: apt-get install chromium)."""
+"""The chat page in a real headless browser, driven over the DevTools protocol.
+
+Needs chromium (Debian: apt-get install chromium).
+"""
 
 import base64
 import itertools
@@ -27,7 +30,14 @@ class Tab:
         port_file = folder / "DevToolsActivePort"
         self.wait(lambda: port_file.exists() and port_file.read_text().strip(), "the browser's port")
         port = port_file.read_text().split()[0]
-        pages = self.wait(lambda: [page for page in httpx.get(f"http://127.0.0.1:{port}/json", trust_env=False).json() if page["type"] == "page"], "a page")
+        pages = self.wait(
+            lambda: [
+                page
+                for page in httpx.get(f"http://127.0.0.1:{port}/json", trust_env=False).json()
+                if page["type"] == "page"
+            ],
+            "a page",
+        )
         self.socket = websocket.create_connection(pages[0]["webSocketDebuggerUrl"], timeout=30)
         self.numbers = itertools.count(1)
 
@@ -55,8 +65,13 @@ class Tab:
         raise AssertionError(f"waited 30 seconds for {what}")
 
     def size(self, width: int, height: int, dark: bool = False) -> None:
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
+        self.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
+        )
 
     def picture(self, path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
@@ -77,7 +92,10 @@ def tab(tmp_path):
 def test_an_image_and_a_question_are_answered_token_by_token_with_their_probabilities(running, tab, data_uri, tmp_path):
     tab.size(390, 780)
     tab.call("Page.navigate", url=running.url + "/")
-    tab.wait(lambda: tab.run("document.readyState === 'complete' && document.getElementById('model')?.value") == "tiny", "the model's name")
+    tab.wait(
+        lambda: tab.run("document.readyState === 'complete' && document.getElementById('model')?.value") == "tiny",
+        "the model's name",
+    )
     uri = data_uri(5)
     tab.run(f"""(async () => {{
       const file = new File([await (await fetch({uri!r})).blob()], "a.png", {{ type: "image/png" }});
@@ -85,7 +103,10 @@ def test_an_image_and_a_question_are_answered_token_by_token_with_their_probabil
       window.dispatchEvent(new DragEvent("drop", {{ dataTransfer: drop, bubbles: true, cancelable: true }}));
     }})()""")
     tab.wait(lambda: tab.run("document.querySelectorAll('#images img').length") == 1, "the image")
-    tab.run("document.getElementById('limit').value = 12; document.getElementById('text').value = 'what is it'; document.getElementById('form').requestSubmit()")
+    tab.run(
+        "document.getElementById('limit').value = 12; document.getElementById('text').value = 'what is it'; "
+        "document.getElementById('form').requestSubmit()"
+    )
     tab.wait(lambda: "tokens/s" in (tab.run("document.querySelector('.figures')?.textContent") or ""), "the answer")
 
     expected = httpx.post(
@@ -95,7 +116,10 @@ def test_an_image_and_a_question_are_answered_token_by_token_with_their_probabil
     ).json()["choices"][0]["message"]["content"]  # fmt: skip
     shown = tab.run("[...document.querySelectorAll('.assistant .token')].map(token => token.textContent).join('')")
     assert shown.replace("\ufffd", "") == expected.replace("\ufffd", "")
-    hovered = tab.run("(() => { const token = document.querySelector('.token'); token.dispatchEvent(new MouseEvent('mouseover', { bubbles: true })); return document.getElementById('tip').textContent })()")
+    hovered = tab.run(
+        "(() => { const token = document.querySelector('.token'); token.dispatchEvent(new "
+        "MouseEvent('mouseover', { bubbles: true })); return document.getElementById('tip').textContent })()"
+    )
     assert hovered.count("%") == 5 and len(hovered.splitlines()) == 5
     assert tab.run("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than a phone"
     assert tab.run("document.querySelectorAll('.user img').length") == 1
@@ -112,9 +136,23 @@ def test_an_image_and_a_question_are_answered_token_by_token_with_their_probabil
 
 def test_an_error_of_the_server_is_shown_and_the_next_question_is_answered(running, tab):
     tab.call("Page.navigate", url=running.url + "/")
-    tab.wait(lambda: tab.run("document.readyState === 'complete' && document.getElementById('model')?.value") == "tiny", "the model's name")
-    ask = "document.getElementById('limit').value = 4; document.getElementById('text').value = {}; document.getElementById('form').requestSubmit()"
+    tab.wait(
+        lambda: tab.run("document.readyState === 'complete' && document.getElementById('model')?.value") == "tiny",
+        "the model's name",
+    )
+    ask = (
+        "document.getElementById('limit').value = 4; document.getElementById('text').value = {}; "
+        "document.getElementById('form').requestSubmit()"
+    )
     tab.run(ask.format("'x'.repeat(5000)"))
-    tab.wait(lambda: "the context holds 256" in (tab.run("document.querySelector('.error')?.textContent") or ""), "the error")
+    tab.wait(
+        lambda: "the context holds 256" in (tab.run("document.querySelector('.error')?.textContent") or ""), "the error"
+    )
     tab.run(ask.format("'hello'"))
-    tab.wait(lambda: tab.run("document.querySelectorAll('.figures').length") == 2 and tab.run("document.querySelectorAll('.token').length") > 0, "the second answer")
+    tab.wait(
+        lambda: (
+            tab.run("document.querySelectorAll('.figures').length") == 2
+            and tab.run("document.querySelectorAll('.token').length") > 0
+        ),
+        "the second answer",
+    )

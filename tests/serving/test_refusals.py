@@ -126,7 +126,20 @@ def test_keys_are_asked_for_where_there_are_some(running, http):
         owner.settings = settings
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "10.0.0.8", "192.168.1.1", "169.254.169.254", "::1", "fd00::1", "0.0.0.0", "100.64.0.1", "::ffff:127.0.0.1"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1",
+        "10.0.0.8",
+        "192.168.1.1",
+        "169.254.169.254",
+        "::1",
+        "fd00::1",
+        "0.0.0.0",
+        "100.64.0.1",
+        "::ffff:127.0.0.1",
+    ],
+)
 def test_an_allowed_host_that_resolves_to_a_private_address_is_not_fetched(monkeypatch, address):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", (address, 443))])
     monkeypatch.setattr(media.httpx, "Client", lambda **_: pytest.fail("connected"))
@@ -135,6 +148,10 @@ def test_an_allowed_host_that_resolves_to_a_private_address_is_not_fetched(monke
 
 
 def test_one_private_address_among_public_ones_is_enough_to_refuse(monkeypatch):
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", ("93.184.216.34", 443)), (0, 0, 0, "", ("127.0.0.1", 443))])
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda *_, **__: [(0, 0, 0, "", ("93.184.216.34", 443)), (0, 0, 0, "", ("127.0.0.1", 443))],
+    )
     with pytest.raises(HTTPError, match="not public"):
         media.read_media("https://images.example/a.png", ServerSettings(model="m", hosts=("images.example",)), "url")

@@ -34,7 +34,9 @@ def test_paths_and_links_of_a_document_exist(document):
     missing = set()
     if document.name not in HISTORY:
         missing = {path for path in paths_in(text) if not MADE.match(path) and not (ROOT / path).exists()}
-        modules = re.findall(r"`((?:\w+/)*\w+\.(?:py|cpp|h))`", text)  # `passes/loop_invariants.py`: the end of some path
+        modules = re.findall(
+            r"`((?:\w+/)*\w+\.(?:py|cpp|h))`", text
+        )  # `passes/loop_invariants.py`: the end of some path
         missing |= {name for name in modules if not any(path.endswith("/" + name) for path in source_files())}
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if "://" not in link and not link.startswith("mailto:") and not (document.parent / link).exists():

@@ -1,7 +1,8 @@
-"""Check the direction of imports: rooms only import from rooms below them, inside functions too, and modules form no cycle.
+"""Check the direction of imports: rooms only import from rooms below them, inside functions too, and modules form no
+cycle.
 
-Every import statement is read with `ast`, so nothing is executed and an import inside a function counts like one on top. The
-allow-lists hold what is still wrong today. They only shrink: an entry that no longer occurs fails the test.
+Every import statement is read with `ast`, so nothing is executed and an import inside a function counts like one on
+top. The allow-lists hold what is still wrong today. They only shrink: an entry that no longer occurs fails the test.
 """
 
 import ast
@@ -17,7 +18,15 @@ MINDVL_FLOORS = (
     ("core",), ("config",), ("parallel",), ("data",), ("models",), ("objectives",), ("checkpoints",), ("weights",),
     ("training", "inference"), ("evaluation",), ("parity", "planning", "profiling", "golden"), ("cli",),
 )  # fmt: skip
-BRIDGE_FLOORS = (("errors",), ("jaxcompat",), ("ops",), ("kernels", "compiler"), ("runtime",), ("emulator",), ("doctor", "launch"))
+BRIDGE_FLOORS = (
+    ("errors",),
+    ("jaxcompat",),
+    ("ops",),
+    ("kernels", "compiler"),
+    ("runtime",),
+    ("emulator",),
+    ("doctor", "launch"),
+)
 # Only these may import `examples`, the quickstart's demonstration: themselves, the tests, the benchmarks and train.py.
 USERS_OF_EXAMPLES = ("examples", "benchmarks")
 # Packages that an installation may lack. They are imported by the modules that need them, and those inside functions.
@@ -99,11 +108,15 @@ def imports_of(source: str, text: str, known: dict[str, Path] | None = None) -> 
 
 @cache
 def all_imports() -> tuple[Import, ...]:
-    return tuple(each for name, path in modules().items() for each in imports_of(name, path.read_text(encoding="utf-8")))
+    return tuple(
+        each for name, path in modules().items() for each in imports_of(name, path.read_text(encoding="utf-8"))
+    )
 
 
 def floor(name: str) -> tuple[int, str] | None:
-    """The floor's number and the room of a module, or None for the packages' own `__init__` and modules outside the floors."""
+    """The floor's number and the room of a module, or None for the packages' own `__init__` and modules outside the
+    floors.
+    """
     package, _, rest = name.partition(".")
     floors = {"mindvl_jax": MINDVL_FLOORS, "npu_bridge": BRIDGE_FLOORS}.get(package, ())
     room = rest.split(".")[0]
@@ -179,8 +192,14 @@ def test_every_room_has_a_floor():
 
 
 def test_imports_point_down():
-    found = {(each.source, each.target) for each in all_imports() if each.target in modules() and not points_down(each.source, each.target)}
-    compare(found, UPWARD_TODAY, "these imports point upwards or sideways; move the code down or pass it in as an argument")
+    found = {
+        (each.source, each.target)
+        for each in all_imports()
+        if each.target in modules() and not points_down(each.source, each.target)
+    }
+    compare(
+        found, UPWARD_TODAY, "these imports point upwards or sideways; move the code down or pass it in as an argument"
+    )
 
 
 def test_modules_form_no_cycle():
@@ -189,7 +208,11 @@ def test_modules_form_no_cycle():
 
 
 def test_the_bridge_knows_nothing_of_mindvl():
-    found = {each for each in all_imports() if each.source.startswith("npu_bridge") and each.target.split(".")[0] in ("mindvl_jax", "examples")}
+    found = {
+        each
+        for each in all_imports()
+        if each.source.startswith("npu_bridge") and each.target.split(".")[0] in ("mindvl_jax", "examples")
+    }
     assert not found, found
 
 
@@ -197,7 +220,8 @@ def test_the_packages_import_no_examples():
     found = {
         (each.source, each.target)
         for each in all_imports()
-        if each.target.split(".")[0] in ("examples", "benchmarks") and each.source.split(".")[0] not in USERS_OF_EXAMPLES
+        if each.target.split(".")[0] in ("examples", "benchmarks")
+        and each.source.split(".")[0] not in USERS_OF_EXAMPLES
     }
     compare(found, EXAMPLES_TODAY, "examples/ is no part of the library; pass the function in from train.py")
 
@@ -207,14 +231,20 @@ def test_rooms_import_none_of_the_packages_they_must_not_know():
         (each.source, each.target)
         for each in all_imports()
         for room, packages in NEVER.items()
-        if not each.source.endswith("reference")  # a family's reference for comparisons is made of transformers' classes
-        and (each.source + ".").startswith(room + ".") and each.target.split(".")[0] in packages
+        if not each.source.endswith(
+            "reference"
+        )  # a family's reference for comparisons is made of transformers' classes
+        and (each.source + ".").startswith(room + ".")
+        and each.target.split(".")[0] in packages
     }
     assert not found, sorted(found)
 
 
 def test_imports_inside_functions_have_an_optional_or_slow_package_as_their_reason():
-    """Commands may import late, so that `--help` stays fast. Elsewhere a late import of our own is a hidden cycle or a habit."""
+    """Commands may import late, so that `--help` stays fast.
+
+    Elsewhere a late import of our own is a hidden cycle or a habit.
+    """
     found = {
         each.source
         for each in all_imports()
@@ -223,11 +253,17 @@ def test_imports_inside_functions_have_an_optional_or_slow_package_as_their_reas
         and not each.source.startswith(("mindvl_jax.cli", "benchmarks"))
         and not heavy_packages(each.target) - heavy_packages(each.source)
     }
-    compare(found, LATE_TODAY, "these modules import our own code inside a function, and no optional or slow package is the reason")
+    compare(
+        found,
+        LATE_TODAY,
+        "these modules import our own code inside a function, and no optional or slow package is the reason",
+    )
 
 
 def test_files_are_replaced_in_one_place():
-    """`core.files.replacing` is the one atomic write; a rename by hand forgets the mode, the clean-up or a second writer."""
+    """`core.files.replacing` is the one atomic write; a rename by hand forgets the mode, the clean-up or a second
+    writer.
+    """
     renames = {"os.replace", "os.rename", "shutil.move", "tempfile.mkstemp"}
     found = {
         (name, ast.unparse(node.func))

@@ -87,6 +87,9 @@ def test_functions_are_short_or_have_a_reason(formatted):
 
 
 def test_files_are_short(formatted):
-    found = {path.relative_to(formatted).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in formatted.rglob("*.py")}
+    found = {
+        path.relative_to(formatted).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
+        for path in formatted.rglob("*.py")
+    }
     long = {name: lines for name, lines in found.items() if lines > FILE}
     assert not long, f"split these files: {long}"

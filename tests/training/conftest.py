@@ -1,4 +1,6 @@
-"""A tiny model, a byte-level tokenizer and coloured squares: a whole run takes seconds, and equal runs of a session share what they compiled."""
+"""A tiny model, a byte-level tokenizer and coloured squares: a whole run takes seconds, and equal runs of a session
+share what they compiled.
+"""
 
 import copy
 import io
@@ -16,14 +18,24 @@ from mindvl_jax.training import trainer
 from mindvl_jax.training.backend import Xla
 from mindvl_jax.training.step import program_key
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 40, 220), "white": (245, 245, 245)}
 
 
 def write_tokenizer(folder):
     """Every byte is a token; ids 0-255, then the special ones in order."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={piece: index for index, piece in enumerate(alphabet)}, merges=[]))
+    raw = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={piece: index for index, piece in enumerate(alphabet)}, merges=[])
+    )
     raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = tokenizers.decoders.ByteLevel()
     raw.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in SPECIAL])
@@ -36,20 +48,34 @@ def write_data(folder, count=48, seed=0, source="squares"):
     rows = []
     for index in range(count):
         name = list(COLOURS)[rng.integers(len(COLOURS))]
-        pixels = np.clip(np.array(COLOURS[name]) + rng.integers(-10, 10, (28 * int(rng.integers(1, 3)), 28 * int(rng.integers(1, 3)), 3)), 0, 255)
+        pixels = np.clip(
+            np.array(COLOURS[name])
+            + rng.integers(-10, 10, (28 * int(rng.integers(1, 3)), 28 * int(rng.integers(1, 3)), 3)),
+            0,
+            255,
+        )
         file = io.BytesIO()
         Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
         text_only = index % 4 == 3
         question = f"Say {name}." if text_only else "<image>Colour?"
-        rows.append({
-            "id": f"{source}-{index}",
-            "images": [] if text_only else [{"bytes": file.getvalue(), "path": ""}],
-            "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": name}],
-            "answers": [name],
-        })
+        rows.append(
+            {
+                "id": f"{source}-{index}",
+                "images": [] if text_only else [{"bytes": file.getvalue(), "path": ""}],
+                "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": name}],
+                "answers": [name],
+            }
+        )
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    schema = pa.schema([("id", pa.string()), ("images", pa.list_(image)), ("messages", pa.list_(message)), ("answers", pa.list_(pa.string()))])
+    schema = pa.schema(
+        [
+            ("id", pa.string()),
+            ("images", pa.list_(image)),
+            ("messages", pa.list_(message)),
+            ("answers", pa.list_(pa.string())),
+        ]
+    )
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / f"{source}.parquet")
 
 
@@ -63,9 +89,11 @@ def assets(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def equal_runs_trace_and_compile_once():
-    """Tests train the same tiny model again and again; two thirds of each run would be tracing and compiling the same step.
+    """Tests train the same tiny model again and again; two thirds of each run would be tracing and compiling the same
+    step.
 
-    Only what runs one after another in this process shares programs; the processes that tests start compile for themselves.
+    Only what runs one after another in this process shares programs; the processes that tests start compile for
+    themselves.
     """
     make, outline_of, programs, outlines = trainer.make_programs, trainer.outline_of, {}, {}
 

@@ -2,9 +2,10 @@
 
     python tests/training/killing.py --kills 100
 
-Moments are drawn at random: while a run starts, between and inside steps (micro-steps of an accumulation among them), while a
-checkpoint is being written in the background, around the change of phase, while rows wait half packed. A run that comes to its
-end is compared (every loss, every count of samples, the bits of parameters and moments), and killing goes on with a new one.
+Moments are drawn at random: while a run starts, between and inside steps (micro-steps of an accumulation among them),
+while a checkpoint is being written in the background, around the change of phase, while rows wait half packed. A run
+that comes to its end is compared (every loss, every count of samples, the bits of parameters and moments), and killing
+goes on with a new one.
 
 Processes are forked from one that has imported everything and initialised no device: a start takes a second or two.
 """
@@ -57,7 +58,9 @@ def require_success(child: int, log: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a finished run left: (loss, gradient norm, tokens, samples, samples so far) of each step, and a digest of its last state."""
+    """What a finished run left: (loss, gradient norm, tokens, samples, samples so far) of each step, and a digest of
+    its last state.
+    """
 
     steps: dict[int, tuple]
     digest: str
@@ -108,7 +111,9 @@ class Subject:
             record = json.loads(line)
             if record["step"] in steps:
                 raise AssertionError(f"step {record['step']} stands twice in {self.folder}")
-            steps[record["step"]] = tuple(record[key] for key in ("loss", "grad_norm", "tokens", "samples", "samples_total", "tokens_total"))
+            steps[record["step"]] = tuple(
+                record[key] for key in ("loss", "grad_norm", "tokens", "samples", "samples_total", "tokens_total")
+            )
         place = self.folder / "digest"
 
         def digest() -> None:
@@ -119,8 +124,15 @@ class Subject:
             hashed = hashlib.sha256()
             for path, value in sorted(checkpoint.load_params(str(self.folder))[1].items()):
                 hashed.update(path.encode() + np.asarray(value).tobytes())
-            newest = max((child for child in (self.folder / "checkpoints").iterdir() if child.name.isdigit()), key=lambda child: int(child.name))
-            prints = next(json.loads(file.read_text())["fingerprints"] for file in (newest / "progress").iterdir() if '"fingerprints"' in file.read_text(errors="replace"))
+            newest = max(
+                (child for child in (self.folder / "checkpoints").iterdir() if child.name.isdigit()),
+                key=lambda child: int(child.name),
+            )
+            prints = next(
+                json.loads(file.read_text())["fingerprints"]
+                for file in (newest / "progress").iterdir()
+                if '"fingerprints"' in file.read_text(errors="replace")
+            )
             hashed.update(json.dumps(prints, sort_keys=True).encode())  # of the optimizer's moments too
             place.write_text(hashed.hexdigest())
 
@@ -130,14 +142,26 @@ class Subject:
 
 def compare(found: Outcome, expected: Outcome) -> None:
     if found.steps != expected.steps:
-        different = [step for step in sorted({*found.steps, *expected.steps}) if found.steps.get(step) != expected.steps.get(step)]
-        raise AssertionError(f"steps {different} differ: found {found.steps.get(different[0])}, expected {expected.steps.get(different[0])} at step {different[0]}")
+        different = [
+            step
+            for step in sorted({*found.steps, *expected.steps})
+            if found.steps.get(step) != expected.steps.get(step)
+        ]
+        raise AssertionError(
+            f"steps {different} differ: found {found.steps.get(different[0])}, expected "
+            f"{expected.steps.get(different[0])} at step {different[0]}"
+        )
     if found.digest != expected.digest:
         raise AssertionError("losses are equal, but the bits of the last checkpoint differ")
 
 
-def kill_again_and_again(mapping: dict, folder: Path, cache: str, *, kills: int, seed: int, say: Callable[[str], None] = lambda text: None) -> dict[str, int]:
-    """Kills runs of `mapping` until `kills` have died, comparing each that lives to its end. Returns how often each moment was hit."""
+def kill_again_and_again(
+    mapping: dict, folder: Path, cache: str, *, kills: int, seed: int, say: Callable[[str], None] = lambda text: None
+) -> dict[str, int]:
+    """Kills runs of `mapping` until `kills` have died, comparing each that lives to its end.
+
+    Returns how often each moment was hit.
+    """
     require_no_devices()
     expected_run = Subject(mapping, folder / "untouched", cache)
     require_success(expected_run.start(), expected_run.log)
@@ -207,11 +231,25 @@ def main() -> None:
         folder = Path(scratch)
         write_tokenizer(folder)
         write_data(folder)
-        mapping = configuration(folder, folder / "unused", *PHASES, checkpoint=CHECKPOINTS, data={"cache_examples": False})
-        print(kill_again_and_again(mapping, folder, args.cache or str(folder / "xla"), kills=args.kills, seed=args.seed, say=lambda text: print(text, flush=True)))
+        mapping = configuration(
+            folder, folder / "unused", *PHASES, checkpoint=CHECKPOINTS, data={"cache_examples": False}
+        )
+        print(
+            kill_again_and_again(
+                mapping,
+                folder,
+                args.cache or str(folder / "xla"),
+                kills=args.kills,
+                seed=args.seed,
+                say=lambda text: print(text, flush=True),
+            )
+        )
 
 
-PHASES = ({"train": ["projector/**"], "steps": 3}, {"steps": 7, "gradient_accumulation": 2, "schedule": "cosine"})  # those of test_run.py: compiled once for both
+PHASES = (
+    {"train": ["projector/**"], "steps": 3},
+    {"steps": 7, "gradient_accumulation": 2, "schedule": "cosine"},
+)  # those of test_run.py: compiled once for both
 CHECKPOINTS = {"every_steps": 2, "keep": 2, "asynchronous": True}
 
 if __name__ == "__main__":

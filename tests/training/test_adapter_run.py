@@ -1,4 +1,6 @@
-"""Runs with adapters: what learns, what stays, what a checkpoint and an export hold; other meshes and the bridge give the same."""
+"""Runs with adapters: what learns, what stays, what a checkpoint and an export hold; other meshes and the bridge give
+the same.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -33,15 +35,22 @@ def no_report(monkeypatch):
 @pytest.fixture(scope="module")
 def run(assets, tmp_path_factory):
     """(configuration as plain data, final parameters) of four steps with DoRA, a checkpoint at each."""
-    mapping = configuration(assets, tmp_path_factory.mktemp("adapters") / "run", {"steps": 4, "learning_rate": 0.01}, adapters=ADAPTERS,
-                            checkpoint={"every_steps": 1, "keep": 9})
+    mapping = configuration(
+        assets,
+        tmp_path_factory.mktemp("adapters") / "run",
+        {"steps": 4, "learning_rate": 0.01},
+        adapters=ADAPTERS,
+        checkpoint={"every_steps": 1, "keep": 9},
+    )
     train(config_loader.from_mapping(mapping), console=Console(quiet=True))
     return mapping, checkpoint.load_params(mapping["run"]["dir"])[1]
 
 
 def start(mapping):
     config = config_loader.from_mapping(mapping)
-    return starting_params(config, outline_of(config.model, config.adapters), make_mesh(config.mesh), Console(quiet=True))
+    return starting_params(
+        config, outline_of(config.model, config.adapters), make_mesh(config.mesh), Console(quiet=True)
+    )
 
 
 def test_adapters_learn_and_the_base_keeps_every_bit(run, read_metrics):
@@ -62,7 +71,10 @@ def test_adapters_learn_and_the_base_keeps_every_bit(run, read_metrics):
 
 def test_a_run_that_was_cut_ends_in_the_same_bits(run, tmp_path):
     mapping, after = run
-    again = {**mapping, "run": {**mapping["run"], "dir": str(tmp_path / "run"), "resume": f"{mapping['run']['dir']}/checkpoints/2"}}
+    again = {
+        **mapping,
+        "run": {**mapping["run"], "dir": str(tmp_path / "run"), "resume": f"{mapping['run']['dir']}/checkpoints/2"},
+    }
     train(config_loader.from_mapping(again), console=Console(quiet=True))
     resumed = checkpoint.load_params(tmp_path / "run")[1]
     assert all(np.array_equal(np.asarray(after[path]), np.asarray(resumed[path])) for path in after)
@@ -70,7 +82,11 @@ def test_a_run_that_was_cut_ends_in_the_same_bits(run, tmp_path):
 
 def test_another_rank_than_the_checkpoint_has_is_refused(run, tmp_path):
     mapping, _ = run
-    other = {**mapping, "adapters": {**ADAPTERS, "rank": 8}, "run": {**mapping["run"], "dir": str(tmp_path / "run"), "resume": mapping["run"]["dir"]}}
+    other = {
+        **mapping,
+        "adapters": {**ADAPTERS, "rank": 8},
+        "run": {**mapping["run"], "dir": str(tmp_path / "run"), "resume": mapping["run"]["dir"]},
+    }
     with pytest.raises(UserError, match=r"other adapters than the configuration:\n  adapters.rank: 4 -> 8"):
         train(config_loader.from_mapping(other), console=Console(quiet=True))
 
@@ -88,14 +104,24 @@ def test_exported_adapters_on_the_base_and_the_merged_export_answer_as_the_run(r
     assert main(["export", "--run", folder, "--out", str(tmp_path / "adapter")]) == 0
     assert main(["export", "--run", folder, "--merge", "--out", str(tmp_path / "merged")]) == 0
     capsys.readouterr()
-    assert sorted(file.name for file in (tmp_path / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(file.name for file in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     opened = open_model(folder)
     base = {path: value for path, value in after.items() if not is_adapter(path)}
     save_parameters(tmp_path / "base", opened.model_config, base)
     write_companions(tmp_path / "base", opened.model_config, opened.tokenizer, 784, 3136)
     batch = jax.tree.map(jnp.asarray, probe(opened.model_config))
-    logits = [np.asarray(logits_of(model, batch)) for model in
-              (opened.model, add_adapter(open_model(tmp_path / "base"), tmp_path / "adapter").model, open_model(tmp_path / "merged").model, open_model(tmp_path / "base").model)]
+    logits = [
+        np.asarray(logits_of(model, batch))
+        for model in (
+            opened.model,
+            add_adapter(open_model(tmp_path / "base"), tmp_path / "adapter").model,
+            open_model(tmp_path / "merged").model,
+            open_model(tmp_path / "base").model,
+        )
+    ]
     for name, found in zip(("adapter on base", "merged"), logits[1:3], strict=True):
         error = np.max(np.abs(found - logits[0])) / np.max(np.abs(logits[0]))
         assert error < 1e-5, f"{name}: {error:.1e}"
@@ -107,7 +133,9 @@ def logits_of(model, batch):
     return jax.jit(lambda state: (made := nnx.merge(graph, state)).logits(made(batch)))(state)
 
 
-@pytest.mark.parametrize("change", [dict(mesh={"fsdp": 2, "tensor": 2}), dict(backend="npu_bridge")], ids=["mesh", "bridge"])
+@pytest.mark.parametrize(
+    "change", [dict(mesh={"fsdp": 2, "tensor": 2}), dict(backend="npu_bridge")], ids=["mesh", "bridge"]
+)
 def test_a_mesh_of_four_and_the_bridge_train_the_same_adapters(run, tmp_path, change):
     mapping, after = run
     other = {**mapping, **change, "run": {**mapping["run"], "dir": str(tmp_path / "run")}}

@@ -21,7 +21,9 @@ def trained(run_config):
     outline, mesh = outline_of(config.model), make_mesh(MeshConfig(), jax.devices()[:1])
     paths = list(outline.shapes)
     state = start_phase(initial_params(outline, mesh, seed=0), paths, [], mesh)
-    progress = checkpoint.Progress(step=3, phase=0, phase_name="phase0", phase_step=3, trained=tuple(paths), loader=None, totals={})
+    progress = checkpoint.Progress(
+        step=3, phase=0, phase_name="phase0", phase_step=3, trained=tuple(paths), loader=None, totals={}
+    )
     return config, state, abstract_state(outline, paths, [], mesh), progress
 
 
@@ -51,11 +53,15 @@ def test_arrays_are_written_as_they_are_without_time_spent_on_compression(traine
 
 
 def test_a_compressed_checkpoint_is_opened_too(trained, tmp_path):
-    """As runs wrote them before: Orbax's standard items with zstd, and moments as the two dicts `mu` and `nu` beside the counters."""
+    """As runs wrote them before: Orbax's standard items with zstd, and moments as the two dicts `mu` and `nu` beside
+    the counters.
+    """
     config, state, target, progress = trained
     adam = state.opt_state
     moments = {f"{name}/{path}": value for name in ("mu", "nu") for path, value in getattr(adam, name).items()}
-    record = dataclasses.asdict(progress) | {"fingerprints": {**checkpoint.fingerprints(state.params), **checkpoint.fingerprints(moments)}}
+    record = dataclasses.asdict(progress) | {
+        "fingerprints": {**checkpoint.fingerprints(state.params), **checkpoint.fingerprints(moments)}
+    }
     record["seal"] = checkpoint._seal(record, config.model_dump(mode="json"))
     counters = {name: getattr(state, name) for name in ("step", "phase_step", "bad_steps", "skipped")}
     optimizer = {"mu": checkpoint._nest(adam.mu), "nu": checkpoint._nest(adam.nu), "updates": adam.updates, **counters}

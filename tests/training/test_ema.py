@@ -1,4 +1,6 @@
-"""The moving average of the parameters: its formula, its place in checkpoints, and what is evaluated and exported of it."""
+"""The moving average of the parameters: its formula, its place in checkpoints, and what is evaluated and exported of
+it.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +43,10 @@ def steps():
 
 
 def _saved(run_dir, step):
-    return {which: checkpoint.load_params(f"{run_dir}/checkpoints/{step}", ema=which == "ema")[1] for which in ("params", "ema")}
+    return {
+        which: checkpoint.load_params(f"{run_dir}/checkpoints/{step}", ema=which == "ema")[1]
+        for which in ("params", "ema")
+    }
 
 
 def _difference(ours, theirs):
@@ -56,10 +61,15 @@ def test_checkpoints_carry_the_average_of_all_steps_and_a_resumed_run_continues_
     expected = {path: np.asarray(value, np.float64) for path, value in fresh.items()}
     for step in range(1, 4):
         saved = _saved(config.run.dir, step)
-        expected = {path: DECAY * value + (1 - DECAY) * np.asarray(saved["params"][path], np.float64) for path, value in expected.items()}
+        expected = {
+            path: DECAY * value + (1 - DECAY) * np.asarray(saved["params"][path], np.float64)
+            for path, value in expected.items()
+        }
         difference = _difference(saved["ema"], expected)
         assert difference < 1e-6, f"step {step}: differs by {difference} from the sum by hand in float64"
-    assert _difference(saved["ema"], {path: np.asarray(value) for path, value in saved["params"].items()}) > 1e-4, "the parameters hardly moved"
+    assert _difference(saved["ema"], {path: np.asarray(value) for path, value in saved["params"].items()}) > 1e-4, (
+        "the parameters hardly moved"
+    )
 
     broken = run_config(*steps, name="broken", **sections)
     train(broken, stop_after=1)

@@ -12,9 +12,14 @@ REDUCTIONS = ("token", "sample", "micro_batch")
 
 @pytest.fixture(scope="module")
 def batch():
-    """Two micro-batches of (nll, weights, segments): one sample without labels, one row without any, padding at the ends."""
+    """Two micro-batches of (nll, weights, segments): one sample without labels, one row without any, padding at the
+    ends.
+    """
     rng = np.random.default_rng(0)
-    segments = np.array([[1, 1, 1, 2, 2, 3, 0, 0], [1, 1, 1, 1, 2, 2, 2, 0], [1, 1, 2, 2, 2, 2, 3, 3], [1, 1, 1, 1, 1, 1, 0, 0]], np.int32)
+    segments = np.array(
+        [[1, 1, 1, 2, 2, 3, 0, 0], [1, 1, 1, 1, 2, 2, 2, 0], [1, 1, 2, 2, 2, 2, 3, 3], [1, 1, 1, 1, 1, 1, 0, 0]],
+        np.int32,
+    )
     weights = np.where(segments > 0, rng.integers(0, 3, segments.shape) / 2, 0).astype(np.float32)
     weights[0, 3:5] = 0  # sample 2 of row 0 has no label
     weights[3] = 0

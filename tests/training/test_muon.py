@@ -18,15 +18,29 @@ from mindvl_jax.training.optimizer import ParameterRule, apply_update
 from mindvl_jax.training.trainer import train
 from tests.training.conftest import configuration
 
-SHAPES = {"language/layers/mlp/up/kernel": (3, 16, 24), "projector/linear1/kernel": (16, 8), "language/embed/embedding": (32, 16), "language/layers/norm1/scale": (3, 16)}
+SHAPES = {
+    "language/layers/mlp/up/kernel": (3, 16, 24),
+    "projector/linear1/kernel": (16, 8),
+    "language/embed/embedding": (32, 16),
+    "language/layers/norm1/scale": (3, 16),
+}
 CONFIG = OptimizerConfig(name="muon", b2=0.95)
 RULES = {path: ParameterRule(1.0, 0.1 if path.endswith("kernel") else 0.0) for path in SHAPES}
 
 
 def witness(params, gradients):
-    """Updates by optax: Muon on the matrices with the consistent scale, AdamW on the rest (its Muon would give these Nesterov's form)."""
-    dims = {path: optax.contrib.MuonDimensionNumbers(len(shape) - 2, len(shape) - 1) for path, shape in SHAPES.items() if path.endswith("kernel")}
-    optimizers = (optax.contrib.muon(0.01, weight_decay=0.1, consistent_rms=0.2, muon_weight_dimension_numbers=dims), optax.adamw(0.01, 0.9, 0.95, weight_decay=0.0))
+    """Update by optax: Muon on the matrices with the consistent scale, AdamW on the rest (its Muon would give these
+    Nesterov's form).
+    """
+    dims = {
+        path: optax.contrib.MuonDimensionNumbers(len(shape) - 2, len(shape) - 1)
+        for path, shape in SHAPES.items()
+        if path.endswith("kernel")
+    }
+    optimizers = (
+        optax.contrib.muon(0.01, weight_decay=0.1, consistent_rms=0.2, muon_weight_dimension_numbers=dims),
+        optax.adamw(0.01, 0.9, 0.95, weight_decay=0.0),
+    )
     found = {}
     for optimizer, paths in zip(optimizers, (list(dims), [path for path in SHAPES if path not in dims]), strict=True):
         own = {path: params[path] for path in paths}
@@ -52,7 +66,15 @@ def test_updates_agree_with_optax_on_every_mesh(case, axes):
     params, gradients, expected = case
     mesh = make_mesh(MeshConfig(**axes))
     names = {3: PartitionSpec(None, "fsdp", "tensor"), 2: PartitionSpec("fsdp", "tensor")}
-    place = lambda tree: {path: jax.device_put(value, NamedSharding(mesh, names[value.ndim] if path.endswith("kernel") else PartitionSpec())) for path, value in tree.items()}  # noqa: E731
+
+    def place(tree):
+        return {
+            path: jax.device_put(
+                value, NamedSharding(mesh, names[value.ndim] if path.endswith("kernel") else PartitionSpec())
+            )
+            for path, value in tree.items()
+        }
+
     ours, state = muon(CONFIG, RULES), optimizer_init(CONFIG)(place(params))
     assert set(state.nu) == {path for path in SHAPES if not path.endswith("kernel")}, "Muon keeps no second moment"
     step = jax.jit(lambda p, g, s: apply_update(ours, g, s, p, learning_rate=0.01, keep=jnp.bool_(True)))
@@ -75,21 +97,45 @@ def test_a_skipped_step_keeps_every_bit(case):
 def test_a_run_without_a_matrix_for_muon_is_refused():
     shapes = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in SHAPES.items()}
     with pytest.raises(UserError, match="none of the trained parameters is one of training.optimizer.muon"):
-        require_matrices({"language/embed/embedding": shapes["language/embed/embedding"]}, CONFIG, "training.phases[0].train")
+        require_matrices(
+            {"language/embed/embedding": shapes["language/embed/embedding"]}, CONFIG, "training.phases[0].train"
+        )
     with pytest.raises(UserError, match="selects language/norm/scale of shape"):
-        require_matrices({"language/norm/scale": jax.ShapeDtypeStruct((16,), jnp.float32)}, OptimizerConfig(name="muon", muon=("**",)), "x")
+        require_matrices(
+            {"language/norm/scale": jax.ShapeDtypeStruct((16,), jnp.float32)},
+            OptimizerConfig(name="muon", muon=("**",)),
+            "x",
+        )
 
 
 def test_a_run_with_muon_learns_and_continues_to_the_bit(assets, tmp_path, read_metrics, monkeypatch):
     monkeypatch.setattr("mindvl_jax.evaluation.report.write_report", lambda run_dir: f"{run_dir}/report.html")
-    mapping = configuration(assets, tmp_path / "run", {"steps": 4, "learning_rate": 5e-3}, training={"optimizer": {"name": "muon"}}, checkpoint={"every_steps": 2, "keep": 9})
+    mapping = configuration(
+        assets,
+        tmp_path / "run",
+        {"steps": 4, "learning_rate": 5e-3},
+        training={"optimizer": {"name": "muon"}},
+        checkpoint={"every_steps": 2, "keep": 9},
+    )
     quiet = Console(quiet=True)
     train(config_loader.from_mapping(mapping), console=quiet)
     losses = [line["loss"] for line in read_metrics(config_loader.from_mapping(mapping))]
     assert losses[-1] < losses[0], losses
-    again = {**mapping, "run": {**mapping["run"], "dir": str(tmp_path / "again"), "resume": str(tmp_path / "run/checkpoints/2")}}
+    again = {
+        **mapping,
+        "run": {**mapping["run"], "dir": str(tmp_path / "again"), "resume": str(tmp_path / "run/checkpoints/2")},
+    }
     train(config_loader.from_mapping(again), console=quiet)
     one, two = (checkpoint.load_params(tmp_path / name)[1] for name in ("run", "again"))
     assert all(np.array_equal(np.asarray(one[path]), np.asarray(two[path])) for path in one)
     with pytest.raises(UserError, match="its state cannot be continued"):
-        train(config_loader.from_mapping({**again, "training": {**mapping["training"], "optimizer": {}}, "run": {**again["run"], "dir": str(tmp_path / "x")}}), console=quiet)
+        train(
+            config_loader.from_mapping(
+                {
+                    **again,
+                    "training": {**mapping["training"], "optimizer": {}},
+                    "run": {**again["run"], "dir": str(tmp_path / "x")},
+                }
+            ),
+            console=quiet,
+        )

@@ -23,7 +23,15 @@ SGD = optax.chain(optax.trace(0.9), optax.scale(-1.0))  # an optimizer that is n
 
 
 def phase(**changes):
-    base = {"name": "p", "steps": 20, "mixture": ({"source": "s"},), "rows": 1, "sequence_length": 8, "patches_per_row": 4, "learning_rate": 0.5}
+    base = {
+        "name": "p",
+        "steps": 20,
+        "mixture": ({"source": "s"},),
+        "rows": 1,
+        "sequence_length": 8,
+        "patches_per_row": 4,
+        "learning_rate": 0.5,
+    }
     return PhaseConfig(**(base | changes))
 
 
@@ -34,7 +42,9 @@ def test_rates_rise_in_equal_parts_and_then_follow_the_named_schedule(schedule, 
     want = []
     for step in range(20):
         done = (step - warmup) / max(1, 20 - warmup)
-        fall = {"cosine": 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - 0.9 * done, "constant": 1.0}[schedule]
+        fall = {"cosine": 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - 0.9 * done, "constant": 1.0}[
+            schedule
+        ]
         want.append(0.5 * (step + 1) / warmup if step < warmup else 0.5 * fall)
     worst = np.abs(got - np.array(want)).max()
     assert got.dtype == np.float32 and worst < 1e-7, f"largest difference {worst:.2e}"
@@ -58,7 +68,12 @@ def test_multipliers_take_the_first_glob_that_fits_and_decay_spares_scales_and_b
 
 def test_a_multiplier_that_matches_nothing_is_refused_with_the_nearest_part():
     with pytest.raises(UserError, match=r"'visoin/\*\*' matches no parameter; did you mean 'vision/\*\*'"):
-        parameter_rules(["vision/a/kernel"], phase(learning_rate_multipliers={"visoin/**": 0.1}), OptimizerConfig(), "training.phases[0]")
+        parameter_rules(
+            ["vision/a/kernel"],
+            phase(learning_rate_multipliers={"visoin/**": 0.1}),
+            OptimizerConfig(),
+            "training.phases[0]",
+        )
 
 
 def test_updates_agree_with_optax_over_several_steps():
@@ -70,7 +85,10 @@ def test_updates_agree_with_optax_over_several_steps():
     state = adam_state(params)
 
     # An independent optimizer for each parameter: its own rate and decay.
-    witness = {path: optax.adamw(0.01 * r.learning_rate_factor, b1=0.9, b2=0.95, eps=1e-8, weight_decay=r.weight_decay) for path, r in rules.items()}
+    witness = {
+        path: optax.adamw(0.01 * r.learning_rate_factor, b1=0.9, b2=0.95, eps=1e-8, weight_decay=r.weight_decay)
+        for path, r in rules.items()
+    }
     theirs, states = dict(params), {path: witness[path].init(params[path]) for path in shapes}
     ours = fused_adamw(config, rules)
     step = jax.jit(lambda p, g, s: apply_update(ours, g, s, p, learning_rate=0.01, keep=jnp.bool_(True)))
@@ -101,6 +119,10 @@ def test_a_transformation_of_optax_is_applied_at_the_rate_of_the_step():
     params, gradients = {"w": jnp.asarray([1.0, -2.0])}, {"w": jnp.asarray([0.5, 4.0])}
     state, expected = SGD.init(params), np.array([1.0, -2.0])
     for count, rate in enumerate((0.1, 0.2)):
-        params, state = apply_update(SGD, gradients, state, params, learning_rate=jnp.float32(rate), keep=jnp.bool_(True))
-        expected = expected - rate * np.array([0.5, 4.0]) * (1.9 if count else 1.0)  # momentum 0.9 of the first gradient
+        params, state = apply_update(
+            SGD, gradients, state, params, learning_rate=jnp.float32(rate), keep=jnp.bool_(True)
+        )
+        expected = expected - rate * np.array([0.5, 4.0]) * (
+            1.9 if count else 1.0
+        )  # momentum 0.9 of the first gradient
     np.testing.assert_allclose(params["w"], expected, rtol=1e-6)

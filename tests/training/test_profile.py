@@ -47,12 +47,19 @@ def test_operations_belong_to_the_block_that_their_scopes_name():
 def test_time_of_a_block_is_the_sum_of_its_operations():
     operations = {("jit_f", "dot.1"): 2.0, ("jit_f", "copy.2"): 0.5, ("jit_f", "made"): 1.0, ("jit_g", "dot.1"): 4.0}
     operations["jit_f", "loop.4"] = 8.0  # the time of what is inside of it, once more
-    assert xla.by_block(operations, {"f": PROGRAM}) == {"vision attention, backward": 2.5, "language mlp, forward": 1.0, "other": 4.0}
+    assert xla.by_block(operations, {"f": PROGRAM}) == {
+        "vision attention, backward": 2.5,
+        "language mlp, forward": 1.0,
+        "other": 4.0,
+    }
 
 
 def assert_mostly_named(blocks):
-    """Operations without a name take a tenth of the time at most. These are times of steps of some 40 ms, of which the machine may take ten for
-    itself while an operation without a name runs; without scopes hardly anything would have a name."""
+    """Operations without a name take a tenth of the time at most.
+
+    These are times of steps of some 40 ms, of which the machine may take ten for itself while an operation without a
+    name runs; without scopes hardly anything would have a name.
+    """
     named = sum(seconds for name, seconds in blocks.items() if name not in ("other", "host"))
     assert blocks.get("other", 0.0) < named, blocks
 
@@ -67,7 +74,13 @@ def test_a_profile_of_given_steps_adds_up_and_names_the_blocks(run_config, accum
     assert record["steps"] == 2
     # Shares of the wall by construction; what runs must be known by name but for a little.
     assert sum(record["blocks"].values()) == pytest.approx(record["seconds_per_step"], rel=0.02)
-    for name in ("language mlp, forward", "language attention, backward", "vision attention, forward", "loss, forward", "optimizer"):
+    for name in (
+        "language mlp, forward",
+        "language attention, backward",
+        "vision attention, forward",
+        "loss, forward",
+        "optimizer",
+    ):
         assert record["blocks"][name] > 0, record["blocks"]
     assert_mostly_named(record["blocks"])
     assert re.search(r"steps 3 to 4: [\d.]+ ms a step", (folder / "profile.txt").read_text())
@@ -76,14 +89,22 @@ def test_a_profile_of_given_steps_adds_up_and_names_the_blocks(run_config, accum
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_profile_of_npu_bridge_adds_up_and_names_the_same_blocks(run_mapping, accumulation):
-    mapping = run_mapping({"steps": 3, "gradient_accumulation": accumulation}, profile={"steps": [2, 3]}, bridge={"device": "cpu"})
+    mapping = run_mapping(
+        {"steps": 3, "gradient_accumulation": accumulation}, profile={"steps": [2, 3]}, bridge={"device": "cpu"}
+    )
     config = config_loader.from_mapping(mapping | ON_BRIDGE)
     train(config)
     (folder,) = Path(config.run.dir, "profiles").iterdir()
     record = json.loads((folder / "blocks.json").read_text())
     assert record["steps"] == 2 and record["notes"] == []
     assert sum(record["blocks"].values()) == pytest.approx(record["seconds_per_step"], rel=0.02)
-    for name in ("language mlp, forward", "language attention, backward", "vision attention, forward", "loss, forward", "optimizer"):
+    for name in (
+        "language mlp, forward",
+        "language attention, backward",
+        "vision attention, forward",
+        "loss, forward",
+        "optimizer",
+    ):
         assert record["blocks"][name] > 0, record["blocks"]
     assert_mostly_named(record["blocks"])
     assert len(json.loads((folder / "memory.json").read_text())) > 0 and (folder / "profile.png").stat().st_size > 5000

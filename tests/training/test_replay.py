@@ -43,7 +43,13 @@ def diverged(assets, tmp_path_factory):
     from mindvl_jax.config.loader import from_mapping
 
     folder = tmp_path_factory.mktemp("diverged")
-    mapping = configuration(assets, folder / "run", {"steps": 6, "train": ["projector/**"], "learning_rate": 1e30}, training={"max_bad_steps": 2}, checkpoint={"every_steps": 100})
+    mapping = configuration(
+        assets,
+        folder / "run",
+        {"steps": 6, "train": ["projector/**"], "learning_rate": 1e30},
+        training={"max_bad_steps": 2},
+        checkpoint={"every_steps": 100},
+    )
     config = from_mapping(mapping)
     with pytest.raises(TrainingDiverged) as raised:
         train(config)

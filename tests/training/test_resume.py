@@ -1,4 +1,6 @@
-"""What may change between a checkpoint and its continuation goes on exactly; everything else is refused, and so is a checkpoint that was tampered with."""
+"""What may change between a checkpoint and its continuation goes on exactly; everything else is refused, and so is a
+checkpoint that was tampered with.
+"""
 
 import json
 import shutil
@@ -27,7 +29,9 @@ def begun(assets, tmp_path_factory):
     folder = tmp_path_factory.mktemp("begun")
     shutil.copy(assets / "squares.parquet", folder)
     shutil.copy(assets / "tokenizer.json", folder)
-    mapping = configuration(folder, folder / "run", {"steps": 2}, {"steps": 4}, checkpoint={"every_steps": 1, "keep": 99})
+    mapping = configuration(
+        folder, folder / "run", {"steps": 2}, {"steps": 4}, checkpoint={"every_steps": 1, "keep": 99}
+    )
     train(config_loader.from_mapping(mapping), stop_after=4)
     return folder, mapping
 
@@ -81,7 +85,10 @@ def another_vocabulary(mapping, folder):
 
 CHANGES = {
     "the same records in another order": (reorder, "same number of records with another content or in another order"),
-    "fewer records": (lambda mapping, folder: mapping["data"]["sources"]["squares"].update(max_samples=20), "had 48 records, now 20"),
+    "fewer records": (
+        lambda mapping, folder: mapping["data"]["sources"]["squares"].update(max_samples=20),
+        "had 48 records, now 20",
+    ),
     "another weight": (set_phase(1, mixture=[{"source": "squares", "weight": 2.0}]), "weight of squares was 1, now 2"),
     "another seed": (lambda mapping, folder: mapping["run"].update(seed=4), "run.seed is 4"),
     "another vocabulary": (another_vocabulary, "another tokenizer"),
@@ -101,7 +108,9 @@ def test_a_change_that_would_give_other_data_is_refused(copied, name):
 
 
 TAMPERED = {
-    "data position": lambda record: record["loader"]["planner"].update(position=record["loader"]["planner"]["position"] + 1),
+    "data position": lambda record: record["loader"]["planner"].update(
+        position=record["loader"]["planner"]["position"] + 1
+    ),
     "waiting list": lambda record: record["loader"]["planner"]["waiting"].reverse(),
     "phase step": lambda record: record.update(phase_step=record["phase_step"] - 1),
     "step": lambda record: record.update(step=record["step"] + 1),
@@ -117,7 +126,9 @@ def test_a_checkpoint_whose_progress_was_changed_counts_as_damaged(copied, name)
     checkpoints = folder / "run" / "checkpoints"
     for step in (1, 2, 3):
         shutil.rmtree(checkpoints / str(step))
-    file = next(file for file in (checkpoints / "4" / "progress").iterdir() if '"loader"' in file.read_text(errors="replace"))
+    file = next(
+        file for file in (checkpoints / "4" / "progress").iterdir() if '"loader"' in file.read_text(errors="replace")
+    )
     record = json.loads(file.read_text())
     TAMPERED[name](record)
     file.write_text(json.dumps(record))
@@ -129,7 +140,15 @@ def test_a_changed_configuration_inside_a_checkpoint_counts_as_damage(copied):
     mapping, folder = copied
     for step in (1, 2, 3):
         shutil.rmtree(folder / "run" / "checkpoints" / str(step))
-    file = next(file for file in (folder / "run" / "checkpoints" / "4" / "config").iterdir() if '"training"' in file.read_text(errors="replace"))
-    file.write_text(file.read_text().replace('"weight_decay": 0.0', '"weight_decay": 0.1').replace('"weight_decay":0.0', '"weight_decay":0.1'))
+    file = next(
+        file
+        for file in (folder / "run" / "checkpoints" / "4" / "config").iterdir()
+        if '"training"' in file.read_text(errors="replace")
+    )
+    file.write_text(
+        file.read_text()
+        .replace('"weight_decay": 0.0', '"weight_decay": 0.1')
+        .replace('"weight_decay":0.0', '"weight_decay":0.1')
+    )
     with pytest.raises(UserError, match="seal does not fit"):
         train(config_loader.from_mapping(mapping), stop_after=5)

@@ -42,13 +42,16 @@ def test_every_token_reaches_its_experts_and_the_bias_moves_once_a_step_by_the_g
     assert all(row["expert_load_worst"] >= row["expert_load_mean"] >= 1 for row in rows)
     assert rows[-1]["loss"] < rows[0]["loss"]
     bias = _parameters(config)[BIAS]
-    # Four moves of one hundredth, up, down or (at exactly the mean) not at all; Adam adds nothing, as the bias has no gradient.
+    # Four moves of one hundredth, up, down or (at exactly the mean) not at all; Adam adds nothing, as the bias has no
+    # gradient.
     moves = bias / 0.01
     assert np.abs(moves - np.round(moves)).max() < 1e-4 and 0 < np.abs(moves).max() <= 4.001
 
 
 def test_accumulation_and_eight_devices_train_as_one_large_batch_on_one(routed_config):
-    """One step: after it the balancing terms, means within a micro-batch, differ a little, and a load near the mean may tip over."""
+    """One step: after it the balancing terms, means within a micro-batch, differ a little, and a load near the mean may
+    tip over.
+    """
     whole = routed_config({"steps": 1, "rows": 8}, name="whole")
     parts = routed_config({"steps": 1, "rows": 4, "gradient_accumulation": 2}, name="parts")
     spread = routed_config({"steps": 1, "rows": 8}, name="spread", mesh={"data": 2, "fsdp": 2, "tensor": 2})
@@ -84,7 +87,9 @@ def test_flops_count_the_experts_that_a_token_passes(routed_config):
     config = routed_config()
     model, shapes = config.model, outline_of(config.model).shapes
     counter = FlopCounter(model, shapes, [])
-    counts = dict.fromkeys(("label_tokens", "patches", "segment_squares", "image_squares", "window_squares"), 0.0) | {"tokens": 1.0}
+    counts = dict.fromkeys(("label_tokens", "patches", "segment_squares", "image_squares", "window_squares"), 0.0) | {
+        "tokens": 1.0
+    }
     D, heads = 32, 4
     attention = D * 16 + 16 * heads * 16 + D * (16 + 8) + 16 * heads * 16 + heads * 8 * D
     routed = D * 8 + (2 + 1) * 3 * D * 16

@@ -85,15 +85,32 @@ def test_an_interrupted_run_ends_with_the_very_bits_of_an_uninterrupted_one(whol
     config = config_loader.from_mapping(mapping)
     # Inside phase 0, at the border of the phases, inside phase 1.
     stops = [train(config, stop_after=stop) for stop in (2, 3, 5)]
-    assert [(r.step, r.finished, r.stopped_by) for r in stops] == [(2, False, "stop_after"), (3, False, "stop_after"), (5, False, "stop_after")]
+    assert [(r.step, r.finished, r.stopped_by) for r in stops] == [
+        (2, False, "stop_after"),
+        (3, False, "stop_after"),
+        (5, False, "stop_after"),
+    ]
     assert train(config).finished
-    compared = ("step", "phase", "loss", "grad_norm", "learning_rate", "tokens", "samples", "tokens_total", "samples_total", "epochs")
+    compared = (
+        "step",
+        "phase",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "tokens",
+        "samples",
+        "tokens_total",
+        "samples_total",
+        "epochs",
+    )
     pieces, once = ([[line[key] for key in compared] for line in read_metrics(c)] for c in (config, whole))
     assert pieces == once
     assert bits(checkpoint.load_params(config.run.dir)[1]) == bits(checkpoint.load_params(whole.run.dir)[1])
 
 
-def test_a_run_killed_between_checkpoints_walks_the_lost_steps_again_and_its_metrics_hold_each_step_once(whole, tmp_path, read_metrics):
+def test_a_run_killed_between_checkpoints_walks_the_lost_steps_again_and_its_metrics_hold_each_step_once(
+    whole, tmp_path, read_metrics
+):
     config = cut_to(copy_of(whole, tmp_path / "killed"), 4)
     with open(tmp_path / "killed" / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 8, "loss": 1.')  # a line that the kill cut in two
@@ -134,7 +151,9 @@ def damage(folder, kind):
             if file.is_file() and file.parent.name == "d":
                 file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     elif kind == "other values":
-        file = next(file for file in (folder / "progress").iterdir() if '"fingerprints"' in file.read_text(errors="replace"))
+        file = next(
+            file for file in (folder / "progress").iterdir() if '"fingerprints"' in file.read_text(errors="replace")
+        )
         record = json.loads(file.read_text())
         path = next(iter(record["fingerprints"]))
         record["fingerprints"][path] ^= 1
@@ -147,7 +166,11 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_taken(whole, 
     damage(tmp_path / "damaged" / "checkpoints" / "2", kind)
     assert train(config, stop_after=3, console=say).step == 3
     text = say.export_text()
-    assert "damaged checkpoint passed over" in text and "continuing" in text and "checkpoints/1: phase phase0, step 1" in text
+    assert (
+        "damaged checkpoint passed over" in text
+        and "continuing" in text
+        and "checkpoints/1: phase phase0, step 1" in text
+    )
     assert (tmp_path / "damaged" / "damaged" / "2").is_dir()
     assert checkpoint.load_params(config.run.dir)[0] == config
 
@@ -167,7 +190,9 @@ def test_never_refuses_a_folder_that_holds_a_run(whole):
 
 def test_a_checkpoint_given_by_path_is_continued_in_a_new_folder(whole, tmp_path, read_metrics):
     source = Path(whole.run.dir) / "checkpoints" / "9"
-    config = whole.model_copy(update={"run": whole.run.model_copy(update={"dir": str(tmp_path / "new"), "resume": str(source)})})
+    config = whole.model_copy(
+        update={"run": whole.run.model_copy(update={"dir": str(tmp_path / "new"), "resume": str(source)})}
+    )
     train(config)
     assert [(line["step"], line["loss"]) for line in read_metrics(config)] == [(10, read_metrics(whole)[-1]["loss"])]
     with pytest.raises(UserError, match="expected a run folder or one checkpoint"):
@@ -177,8 +202,14 @@ def test_a_checkpoint_given_by_path_is_continued_in_a_new_folder(whole, tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": {"text": {"intermediate_size": 32}}}, "holds another model than the configuration:\n  model.text.intermediate_size: 64 -> 32"),
-        ({"training": {"phases": [{"name": "other"}, {}]}}, "is in phase 'phase1', which is 'late' in the configuration"),
+        (
+            {"model": {"text": {"intermediate_size": 32}}},
+            "holds another model than the configuration:\n  model.text.intermediate_size: 64 -> 32",
+        ),
+        (
+            {"training": {"phases": [{"name": "other"}, {}]}},
+            "is in phase 'phase1', which is 'late' in the configuration",
+        ),
         ({"training": {"phases": [{}, {"train": ["language/**"]}]}}, "selects other parts than"),
         ({"training": {"phases": [{}, {"steps": 2}]}}, "steps=2, but .*checkpoints/6 has done 3 steps of it already"),
     ],
@@ -188,7 +219,9 @@ def test_a_checkpoint_of_another_plan_is_refused_with_what_differs(whole, tmp_pa
     mapping = config.model_dump()
     for section, values in change.items():
         if section == "training":
-            mapping[section]["phases"] = [phase | new for phase, new in zip(mapping[section]["phases"], values["phases"], strict=True)]
+            mapping[section]["phases"] = [
+                phase | new for phase, new in zip(mapping[section]["phases"], values["phases"], strict=True)
+            ]
             if "name" in values["phases"][0]:
                 mapping[section]["phases"][1]["name"] = "late"
         else:
@@ -204,26 +237,49 @@ def test_what_changed_since_the_checkpoint_is_said(whole, tmp_path, say):
     mapping["logging"]["every_steps"] = 5
     train(config_loader.from_mapping(mapping), console=say)
     text = say.export_text()
-    assert "changed since that checkpoint: training.phases[1].learning_rate: 0.003 -> 0.01" in text and "every_steps" not in text
+    assert (
+        "changed since that checkpoint: training.phases[1].learning_rate: 0.003 -> 0.01" in text
+        and "every_steps" not in text
+    )
 
 
 def test_only_the_newest_checkpoints_are_kept_and_a_finished_run_is_left_alone(assets, run_config, monkeypatch, say):
     calls = []
-    monkeypatch.setattr("mindvl_jax.cli.run_hooks.evaluate_run", lambda config, model, step, phase, run_dir, console: calls.append((phase, step, type(model).__name__)))
+    monkeypatch.setattr(
+        "mindvl_jax.cli.run_hooks.evaluate_run",
+        lambda config, model, step, phase, run_dir, console: calls.append((phase, step, type(model).__name__)),
+    )
     task = {"name": "t", "source": {"path": str(assets / "squares.parquet")}}
-    config = run_config(*PHASES, checkpoint={"every_steps": 1, "keep": 2}, evaluation={"tasks": [task], "after_phases": True})
+    config = run_config(
+        *PHASES, checkpoint={"every_steps": 1, "keep": 2}, evaluation={"tasks": [task], "after_phases": True}
+    )
     train(config)
     assert sorted(int(p.name) for p in Path(config.run.dir, "checkpoints").iterdir() if p.name.isdigit()) == [9, 10]
     assert calls == [("phase0", 3, "MindVL"), ("phase1", 10, "MindVL")]
     Path(config.run.dir, "report.html").write_text("")
-    assert train(config, console=say).finished and "finished already, after 10 steps" in say.export_text() and len(calls) == 2
+    assert (
+        train(config, console=say).finished
+        and "finished already, after 10 steps" in say.export_text()
+        and len(calls) == 2
+    )
     assert config_loader.load(Path(config.run.dir, "config.yaml")) == config
 
 
 def test_the_start_says_device_dtype_mesh_parts_and_shapes(whole, tmp_path, say):
     train(cut_to(copy_of(whole, tmp_path / "said"), 9), console=say)
     text = say.export_text()
-    for expected in ("cpu", "data 1 x fsdp 1 x tensor 1", "float32", "no MFU", "npu_bridge.ops", "projector", "frozen", "trained", "4x96", "4x64x1176"):
+    for expected in (
+        "cpu",
+        "data 1 x fsdp 1 x tensor 1",
+        "float32",
+        "no MFU",
+        "npu_bridge.ops",
+        "projector",
+        "frozen",
+        "trained",
+        "4x96",
+        "4x64x1176",
+    ):
         assert expected in text, f"{expected!r} is missing in:\n{text}"
 
 
@@ -250,7 +306,10 @@ def test_a_run_that_stays_non_finite_stops_and_names_the_samples(run_config, rea
 
 
 def test_a_handful_of_samples_is_learnt_by_heart(run_config, read_metrics):
-    config = run_config(ALL | {"steps": 120, "learning_rate": 1e-2, "schedule": "cosine", "warmup_steps": 5}, data={"sources": {"squares": {"max_samples": 8}}})
+    config = run_config(
+        ALL | {"steps": 120, "learning_rate": 1e-2, "schedule": "cosine", "warmup_steps": 5},
+        data={"sources": {"squares": {"max_samples": 8}}},
+    )
     train(config)
     losses = [line["loss"] for line in read_metrics(config)]
     assert losses[0] > 5.0 and losses[-1] < 0.05, f"loss {losses[0]:.3f} at first, {losses[-1]:.4f} in the end"
@@ -271,15 +330,27 @@ def start(config_file, *overrides, devices=8):
         "try:\n    runpy.run_path('train.py', run_name='__main__')\n"
         "finally:\n    print('torch loaded:', 'torch' in sys.modules)\n"
     )
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def test_metrics_hold_the_loss_of_each_source(assets, run_config, read_metrics):
     write_data(assets, count=24, seed=1, source="others")
-    config = run_config({"mixture": [{"source": "squares"}, {"source": "others", "weight": 2}]}, data={"sources": {"others": {"path": str(assets / "others.parquet")}}})
+    config = run_config(
+        {"mixture": [{"source": "squares"}, {"source": "others", "weight": 2}]},
+        data={"sources": {"others": {"path": str(assets / "others.parquet")}}},
+    )
     with contextlib.closing(make_loader(config, 0)) as loader:
         packed = next(loader)
-    for sources, segments, ids in zip(packed.batch.source_ids, packed.batch.segment_ids, packed.sample_ids, strict=True):
+    for sources, segments, ids in zip(
+        packed.batch.source_ids, packed.batch.segment_ids, packed.sample_ids, strict=True
+    ):
         expected = [-1] + [["squares", "others"].index(name.split("-")[0]) for name in ids]
         assert (sources == np.array(expected)[segments]).all()
     train(config)
@@ -291,14 +362,21 @@ def test_metrics_hold_the_loss_of_each_source(assets, run_config, read_metrics):
 def test_every_missing_file_is_named_before_the_first_step(assets, run_config):
     late = {"path": str(assets / "no-such.parquet")}
     config = run_config(
-        {}, {"mixture": [{"source": "late"}]}, data={"sources": {"late": late}},
-        evaluation={"tasks": [{"name": "held", "source": {"path": "gone.jsonl"}}], "benchmarks": {"folder": str(assets), "tasks": ["mme"]}},
+        {},
+        {"mixture": [{"source": "late"}]},
+        data={"sources": {"late": late}},
+        evaluation={
+            "tasks": [{"name": "held", "source": {"path": "gone.jsonl"}}],
+            "benchmarks": {"folder": str(assets), "tasks": ["mme"]},
+        },
     )
     with pytest.raises(UserError) as refused:
         train(config)
     first, second, third = str(refused.value).splitlines()
     assert third.startswith("evaluation.benchmarks: mme: no file of MME in")
-    assert first.startswith("data.sources.late: nothing to read at") and second.startswith("evaluation.tasks[0].source: nothing to read at 'gone.jsonl'")
+    assert first.startswith("data.sources.late: nothing to read at") and second.startswith(
+        "evaluation.tasks[0].source: nothing to read at 'gone.jsonl'"
+    )
     assert not Path(config.run.dir, "metrics.jsonl").exists()
 
 
@@ -312,7 +390,9 @@ def test_a_run_begins_with_the_weights_of_another(whole, run_config, say):
 
 def test_weights_of_another_model_are_refused_with_what_differs(whole, run_config):
     config = run_config({}, name="other", run={"init_from": whole.run.dir}, model={"text": {"intermediate_size": 48}})
-    with pytest.raises(UserError, match=r"(?s)run.init_from=.* does not fit .*language/.*shape \(2, 32, 64\) there, \(2, 32, 48\)"):
+    with pytest.raises(
+        UserError, match=r"(?s)run.init_from=.* does not fit .*language/.*shape \(2, 32, 64\) there, \(2, 32, 48\)"
+    ):
         train(config)
 
 
@@ -323,7 +403,11 @@ def test_sigterm_saves_and_exits_with_zero_and_nothing_loads_torch(run_mapping, 
     process = start(file)
     metrics = Path(mapping["run"]["dir"]) / "metrics.jsonl"
     deadline = time.monotonic() + 400
-    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 3) and process.poll() is None:
+    while (
+        time.monotonic() < deadline
+        and not (metrics.exists() and metrics.read_text().count("\n") >= 3)
+        and process.poll() is None
+    ):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
@@ -338,7 +422,11 @@ def test_a_bad_configuration_ends_with_one_message_and_exit_code_two(run_mapping
     file.write_text(config_loader.dump(config_loader.from_mapping(run_mapping())))
     process = start(file, "mesh.data=16")
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2 and "mindvl train: mesh data 16 x fsdp 1 x tensor 1 needs 16 devices" in output and "Traceback" not in output, output
+    assert (
+        process.returncode == 2
+        and "mindvl train: mesh data 16 x fsdp 1 x tensor 1 needs 16 devices" in output
+        and "Traceback" not in output
+    ), output
 
 
 def free_port():
@@ -347,8 +435,15 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_two_processes_give_the_losses_and_scores_of_one_and_one_process_opens_what_they_saved(whole, run_mapping, assets, tmp_path, read_metrics):
-    task = {"name": "squares", "source": {"path": str(assets / "squares.parquet")}, "max_samples": 8, "max_new_tokens": 4}
+def test_two_processes_give_the_losses_and_scores_of_one_and_one_process_opens_what_they_saved(
+    whole, run_mapping, assets, tmp_path, read_metrics
+):
+    task = {
+        "name": "squares",
+        "source": {"path": str(assets / "squares.parquet")},
+        "max_samples": 8,
+        "max_new_tokens": 4,
+    }
     config = config_loader.from_mapping(run_mapping(PHASES[0], name="pair", evaluation={"tasks": [task]}))
     file = tmp_path / "config.yaml"
     file.write_text(config_loader.dump(config))
@@ -359,11 +454,16 @@ def test_two_processes_give_the_losses_and_scores_of_one_and_one_process_opens_w
     pair, one = [line["loss"] for line in read_metrics(config)], [line["loss"] for line in read_metrics(whole)][:3]
     worst = max(abs(a - b) / abs(b) for a, b in zip(pair, one, strict=True))
     assert worst < 1e-5, f"largest relative difference of the loss {worst:.2e}"
-    theirs, ours = checkpoint.load_params(config.run.dir)[1], checkpoint.load_params(Path(whole.run.dir, "checkpoints", "3"))[1]
+    theirs, ours = (
+        checkpoint.load_params(config.run.dir)[1],
+        checkpoint.load_params(Path(whole.run.dir, "checkpoints", "3"))[1],
+    )
     # Adam divides by the gradient's size: differences of summation order reach a small part of the three steps' 0.009.
     worst = max(float(np.abs(np.asarray(theirs[path]) - np.asarray(ours[path])).max()) for path in ours)
     assert worst < 1e-4, f"largest difference of a parameter {worst:.2e}"
     # The same weights scored here, by one process.
     evaluate_run(config, open_model(config.run.dir).model, 3, "phase0", tmp_path / "alone")
-    rows = [Path(folder, "predictions/phase0/squares.jsonl").read_text() for folder in (config.run.dir, tmp_path / "alone")]
+    rows = [
+        Path(folder, "predictions/phase0/squares.jsonl").read_text() for folder in (config.run.dir, tmp_path / "alone")
+    ]
     assert rows[0] == rows[1] and rows[0].count("\n") == 8

@@ -27,7 +27,11 @@ SHAPE = BatchShape(rows=4, tokens=10, patches=8, samples=3, images=2, windows=2,
 
 class Part(nnx.Module):
     def __init__(self, inputs, outputs, rngs):
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (inputs, outputs)) / inputs**0.5, out_sharding=("embed", "mlp"), eager_sharding=False)
+        self.kernel = nnx.Param(
+            jax.random.normal(rngs.params(), (inputs, outputs)) / inputs**0.5,
+            out_sharding=("embed", "mlp"),
+            eager_sharding=False,
+        )
 
 
 class StandIn(nnx.Module):
@@ -38,7 +42,9 @@ class StandIn(nnx.Module):
         self.language = Part(VOCABULARY, WIDTH, rngs)
 
     def token_losses(self, batch, *, chunk):
-        seen = jnp.tanh(batch.patches.astype(jnp.float32).mean(1) @ self.vision.kernel[...]) @ self.projector.kernel[...]
+        seen = (
+            jnp.tanh(batch.patches.astype(jnp.float32).mean(1) @ self.vision.kernel[...]) @ self.projector.kernel[...]
+        )
         hidden = self.language.kernel[...][batch.tokens] + seen[:, None]
         logits = hidden @ self.language.kernel[...].T
         return batch.loss_weights * optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
@@ -92,7 +98,14 @@ class Harness:
         key = program_key(phase, objective, spec, self.trained), clip
         if key not in COMPILED:
             COMPILED[key] = make_programs(
-                outline, phase=phase, objective=objective, optimizer=optimizer, spec=spec, trained=self.trained, frozen=self.frozen, mesh=mesh
+                outline,
+                phase=phase,
+                objective=objective,
+                optimizer=optimizer,
+                spec=spec,
+                trained=self.trained,
+                frozen=self.frozen,
+                mesh=mesh,
             )
         self.programs = COMPILED[key]
         if "params" not in COMPILED:
@@ -101,7 +114,9 @@ class Harness:
         self.state = start_phase(jax.device_put(self.params, replicated(mesh)), self.trained, self.frozen, mesh)
 
     def step(self, batch, rate=0.1):
-        self.state, metrics = self.programs.train_step(self.state, jax.device_put(batch, row_sharding(self.mesh)), np.float32(rate))
+        self.state, metrics = self.programs.train_step(
+            self.state, jax.device_put(batch, row_sharding(self.mesh)), np.float32(rate)
+        )
         return {name: value.tolist() for name, value in jax.device_get(metrics).items()}
 
     def accumulated_step(self, batches, rate=0.1):
@@ -117,8 +132,15 @@ class Harness:
 
 def test_globs_stay_inside_a_name_with_one_star_and_cross_slashes_with_two():
     assert matches("vision/blocks/mlp/kernel", "vision/**") and matches("vision/blocks/mlp/kernel", "**/kernel")
-    assert matches("scale", "**/scale") and matches("a/scale", "*/scale") and matches("a/b/c", "a/**/c") and matches("a/c", "a/**/c")
-    assert not matches("a/b/scale", "*/scale") and not matches("visionary/x", "vision/**") and not matches("a.b", "a?c/**")
+    assert (
+        matches("scale", "**/scale")
+        and matches("a/scale", "*/scale")
+        and matches("a/b/c", "a/**/c")
+        and matches("a/c", "a/**/c")
+    )
+    assert (
+        not matches("a/b/scale", "*/scale") and not matches("visionary/x", "vision/**") and not matches("a.b", "a?c/**")
+    )
 
 
 def test_frozen_parts_keep_every_bit_and_have_neither_gradient_nor_moments(outline, mesh):
@@ -133,7 +155,10 @@ def test_frozen_parts_keep_every_bit_and_have_neither_gradient_nor_moments(outli
 
 
 def test_a_glob_that_selects_nothing_is_refused_and_so_is_training_nothing(outline):
-    with pytest.raises(UserError, match=r"training.phases\[0\].train:\n  'projecter/\*\*' matches no parameter; did you mean 'projector/\*\*'"):
+    with pytest.raises(
+        UserError,
+        match=r"training.phases\[0\].train:\n  'projecter/\*\*' matches no parameter; did you mean 'projector/\*\*'",
+    ):
         split_trained(list(outline.shapes), ("projecter/**",), "training.phases[0].train")
     with pytest.raises(UserError, match="nothing would learn"):
         split_trained(list(outline.shapes), (), "training.phases[0].train")
@@ -148,7 +173,10 @@ def test_accumulating_over_micro_steps_equals_one_large_batch(outline, mesh, red
     for name in ("loss", "grad_norm", "tokens", "label_tokens", "samples", "segment_squares"):
         assert abs(one[name] - two[name]) <= 1e-6 * abs(one[name]), f"{name}: {one[name]} whole, {two[name]} in parts"
     # Compared are gradients: the first moments are 0.1 of them. Sums in another order, float32.
-    worst = max(float(jnp.abs(whole.state.opt_state.mu[path] - parts.state.opt_state.mu[path]).max()) for path in whole.state.opt_state.mu)
+    worst = max(
+        float(jnp.abs(whole.state.opt_state.mu[path] - parts.state.opt_state.mu[path]).max())
+        for path in whole.state.opt_state.mu
+    )
     assert worst < 1e-7, f"largest difference of gradients / 10: {worst:.2e}"
 
 
@@ -156,7 +184,9 @@ def test_micro_batch_reduction_is_the_mean_of_the_micro_batches_losses(outline, 
     batch = make_batch(2)
     halves = [rows_of(batch, slice(0, 2)), rows_of(batch, slice(2, 4))]
     separate = [Harness(outline, mesh, rows=2).step(half)["loss"] for half in halves]
-    got = Harness(outline, mesh, rows=2, gradient_accumulation=2, loss_reduction="micro_batch").accumulated_step(halves)["loss"]
+    got = Harness(outline, mesh, rows=2, gradient_accumulation=2, loss_reduction="micro_batch").accumulated_step(
+        halves
+    )["loss"]
     assert abs(got - np.mean(separate)) < 1e-6, f"{got} against the mean of {separate}"
 
 
@@ -165,14 +195,23 @@ def test_the_loss_and_its_gradient_agree_with_plain_jax(outline, mesh):
     harness = Harness(outline, mesh)
 
     def loss(params):
-        hidden = params["language/kernel"][batch.tokens] + (jnp.tanh(batch.patches.mean(1) @ params["vision/kernel"]) @ params["projector/kernel"])[:, None]
-        nll = -jnp.take_along_axis(jax.nn.log_softmax(hidden @ params["language/kernel"].T), jnp.asarray(batch.targets)[..., None], -1)[..., 0]
+        hidden = (
+            params["language/kernel"][batch.tokens]
+            + (jnp.tanh(batch.patches.mean(1) @ params["vision/kernel"]) @ params["projector/kernel"])[:, None]
+        )
+        nll = -jnp.take_along_axis(
+            jax.nn.log_softmax(hidden @ params["language/kernel"].T), jnp.asarray(batch.targets)[..., None], -1
+        )[..., 0]
         return (nll * batch.loss_weights).sum() / batch.loss_weights.sum()
 
     value, gradients = jax.value_and_grad(loss)(harness.params)
     norm = np.sqrt(sum(float((g**2).sum()) for g in gradients.values()))
     metrics = harness.step(batch)
-    assert abs(metrics["loss"] - float(value)) < 1e-6 and abs(metrics["grad_norm"] - norm) < 1e-6 * max(1, norm), (metrics, value, norm)
+    assert abs(metrics["loss"] - float(value)) < 1e-6 and abs(metrics["grad_norm"] - norm) < 1e-6 * max(1, norm), (
+        metrics,
+        value,
+        norm,
+    )
     worst = max(float(jnp.abs(harness.state.opt_state.mu[path] - 0.1 * gradients[path]).max()) for path in gradients)
     assert worst < 1e-7, f"largest difference of first moments {worst:.2e}"
 
@@ -181,8 +220,13 @@ def test_clipping_scales_the_whole_gradient_to_the_norm(outline, mesh):
     free, clipped = Harness(outline, mesh), Harness(outline, mesh, clip=0.01)
     norm = free.step(make_batch(4))["grad_norm"]
     assert norm > 0.01
-    assert abs(clipped.step(make_batch(4))["grad_norm"] - norm) < 1e-6 * norm  # what is reported is the norm before clipping
-    ratio = {path: np.asarray(clipped.state.opt_state.mu[path]) / np.asarray(free.state.opt_state.mu[path]) for path in free.state.opt_state.mu}
+    assert (
+        abs(clipped.step(make_batch(4))["grad_norm"] - norm) < 1e-6 * norm
+    )  # what is reported is the norm before clipping
+    ratio = {
+        path: np.asarray(clipped.state.opt_state.mu[path]) / np.asarray(free.state.opt_state.mu[path])
+        for path in free.state.opt_state.mu
+    }
     worst = max(np.abs(r[np.isfinite(r)] / (0.01 / norm) - 1).max() for r in ratio.values())
     assert worst < 1e-5, f"largest relative difference {worst:.2e}"
 
@@ -196,7 +240,13 @@ def test_a_non_finite_step_changes_no_parameter_and_is_counted_until_a_good_one_
     first, second = harness.step(poisoned), harness.step(poisoned)
     assert (first["bad_steps"], second["bad_steps"], second["skipped_steps"], second["applied"]) == (1, 2, 2, False)
     assert harness.bits() == before
-    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), jax.device_get((harness.state.opt_state.mu, harness.state.opt_state.nu)), moments))
+    assert jax.tree.all(
+        jax.tree.map(
+            lambda a, b: np.array_equal(a, b),
+            jax.device_get((harness.state.opt_state.mu, harness.state.opt_state.nu)),
+            moments,
+        )
+    )
     good = harness.step(make_batch(7))
     assert (good["bad_steps"], good["skipped_steps"], good["applied"]) == (0, 2, True)
     assert int(harness.state.opt_state.updates) == 2 and int(harness.state.step) == 4
@@ -215,12 +265,27 @@ def test_a_step_without_any_label_changes_nothing_and_is_not_called_bad(outline,
 def test_phases_of_one_shape_share_their_programs_whatever_their_mixture_and_schedule():
     def key(sources=("a",), **changes):
         mixture = tuple({"source": name} for name in sources)
-        common = {"name": "p", "steps": 5, "mixture": mixture, "rows": 4, "sequence_length": 10, "patches_per_row": 8, "learning_rate": 0.1}
+        common = {
+            "name": "p",
+            "steps": 5,
+            "mixture": mixture,
+            "rows": 4,
+            "sequence_length": 10,
+            "patches_per_row": 8,
+            "learning_rate": 0.1,
+        }
         phase = PhaseConfig(**(common | changes))
         return program_key(phase, sft.for_phase(phase, loss_chunk=16, counts=COUNTS), SHAPE.spec(), ["w"])
 
-    assert key() == key(sources=tuple("abcdefgh"), name="q", steps=9, learning_rate=0.2, schedule="cosine", warmup_steps=2)
-    different = [key(sources=tuple("abcdefghi")), key(weight_decay=0.1), key(loss_reduction="sample"), key(learning_rate_multipliers={"w": 0.5})]
+    assert key() == key(
+        sources=tuple("abcdefgh"), name="q", steps=9, learning_rate=0.2, schedule="cosine", warmup_steps=2
+    )
+    different = [
+        key(sources=tuple("abcdefghi")),
+        key(weight_decay=0.1),
+        key(loss_reduction="sample"),
+        key(learning_rate_multipliers={"w": 0.5}),
+    ]
     assert len({key(), *different}) == 5
 
 
@@ -234,7 +299,14 @@ def test_moments_start_anew_with_a_phase_unless_they_are_kept(outline, mesh):
     assert int(fresh.opt_state.updates) == 0 and int(fresh.step) == 1 and int(fresh.phase_step) == 0
     assert all(not np.asarray(value).any() for value in (*fresh.opt_state.mu.values(), *fresh.opt_state.nu.values()))
     with pytest.raises(UserError, match="keep_optimizer: the phase before trained other parts"):
-        start_phase(harness.state.params, ["language/kernel"], ["vision/kernel", "projector/kernel"], mesh, before=harness.state, keep_optimizer=True)
+        start_phase(
+            harness.state.params,
+            ["language/kernel"],
+            ["vision/kernel", "projector/kernel"],
+            mesh,
+            before=harness.state,
+            keep_optimizer=True,
+        )
 
 
 def test_counts_tell_real_tokens_and_squares_of_segments(outline, mesh):

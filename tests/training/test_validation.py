@@ -1,6 +1,5 @@
 """Validation while training: the loss of held-out samples, and the checkpoint that did best."""
 
-
 import pytest
 
 from mindvl_jax.cli.score import score
@@ -35,11 +34,15 @@ def test_the_best_checkpoint_is_kept_and_its_loss_is_that_of_scoring_each_sample
     losses = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
     assert set(losses) == {2, 4, 6, 8}
     best = read_json(folder / "best.json")
-    assert best == {"step": 4, "validation_loss": losses[4], "checkpoint": "checkpoints/4"} and losses[4] == min(losses.values())
+    assert best == {"step": 4, "validation_loss": losses[4], "checkpoint": "checkpoints/4"} and losses[4] == min(
+        losses.values()
+    )
     assert sorted(int(child.name) for child in (folder / "checkpoints").iterdir() if child.name.isdigit()) == [4, 8]
     source = Source("held_out", SourceConfig(path=str(held_out)))
     opened = open_model(folder / "checkpoints" / "4")
-    lines = list(score(opened, [source[index] for index in range(len(source))], batch=4, min_pixels=784, max_pixels=784 * 4))
+    lines = list(
+        score(opened, [source[index] for index in range(len(source))], batch=4, min_pixels=784, max_pixels=784 * 4)
+    )
     expected = sum(line["nll"] for line in lines) / sum(line["tokens"] for line in lines)
     assert abs(expected - losses[4]) < 1e-5, (expected, losses[4])
     quick = [row["step_seconds"] for row in rows if not row.get("includes_compilation")]

@@ -47,7 +47,15 @@ def test_flops_are_those_of_the_products_that_each_phase_needs(
 ):
     shapes = outline_of(model).shapes
     trained = [path for path in shapes if any(matches(path, glob) for glob in globs)]
-    counts = {"tokens": 100, "label_tokens": 30, "samples": 4, "patches": 64, "segment_squares": 3000, "image_squares": 1500, "window_squares": 700}
+    counts = {
+        "tokens": 100,
+        "label_tokens": 30,
+        "samples": 4,
+        "patches": 64,
+        "segment_squares": 3000,
+        "image_squares": 1500,
+        "window_squares": 700,
+    }
     got = FlopCounter(model, shapes, trained)(counts)
 
     layer = D * N * H + 2 * D * K * H + N * H * D + 3 * D * F
@@ -55,8 +63,12 @@ def test_flops_are_those_of_the_products_that_each_phase_needs(
     block = 4 * DV * DV + 3 * DV * FV
     vision = 2 * 64 * (P * DV + DEPTH * block) * vision_factor + vision_attention * 2 * 2 * DV * (2 * 1500 + 3 * 700)
     vision += 2 * 16 * (4 * DV * 4 * DV + 4 * DV * D) * projector_factor
-    assert math.isclose(got.language, language, rel_tol=1e-12), f"{got.language} against {language}, difference {got.language - language}"
-    assert math.isclose(got.vision, vision, rel_tol=1e-12), f"{got.vision} against {vision}, difference {got.vision - vision}"
+    assert math.isclose(got.language, language, rel_tol=1e-12), (
+        f"{got.language} against {language}, difference {got.language - language}"
+    )
+    assert math.isclose(got.vision, vision, rel_tol=1e-12), (
+        f"{got.vision} against {vision}, difference {got.vision - vision}"
+    )
 
 
 def test_an_unknown_device_has_no_peak_and_the_longest_name_wins():
@@ -78,14 +90,26 @@ def test_numbers_go_to_json_and_tensorboard_and_what_is_not_finite_is_null(tmp_p
     log.write({"step": 1, "phase": "a", "loss": 2.5, "applied": True})
     log.write({"step": 2, "phase": "a", "loss": math.nan, "applied": False})
     log.close()
-    lines = [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) for line in (tmp_path / FILE).read_text().splitlines()]
+    lines = [
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        for line in (tmp_path / FILE).read_text().splitlines()
+    ]
     assert [line["loss"] for line in lines] == [2.5, None]
     events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
     assert b"loss" in events and b"applied" not in events
 
 
 def record(step, **changes):
-    base = {"step": step, "phase": "sft", "loss": 1.25, "tokens": 4000, "samples": 60, "step_seconds": 0.5, "token_efficiency": 0.93, "mfu": None}
+    base = {
+        "step": step,
+        "phase": "sft",
+        "loss": 1.25,
+        "tokens": 4000,
+        "samples": 60,
+        "step_seconds": 0.5,
+        "token_efficiency": 0.93,
+        "mfu": None,
+    }
     return base | changes
 
 
@@ -113,10 +137,18 @@ def test_trackers_get_the_numbers_and_a_resumed_run_continues_theirs(run_config,
     calls = []
 
     def note(what):
-        return lambda *given, **named: calls.append((what, given, named)) or types.SimpleNamespace(
-            id="w1", info=types.SimpleNamespace(run_id="m1"), log=note("wandb.log"), finish=note("wandb.finish"))
+        return lambda *given, **named: (
+            calls.append((what, given, named))
+            or types.SimpleNamespace(
+                id="w1", info=types.SimpleNamespace(run_id="m1"), log=note("wandb.log"), finish=note("wandb.finish")
+            )
+        )
 
-    for name, functions in (("wandb", ("init",)), ("mlflow", ("set_experiment", "start_run", "log_dict", "log_metrics", "end_run")), ("swanlab", ("init", "log", "finish"))):
+    for name, functions in (
+        ("wandb", ("init",)),
+        ("mlflow", ("set_experiment", "start_run", "log_dict", "log_metrics", "end_run")),
+        ("swanlab", ("init", "log", "finish")),
+    ):
         module = types.ModuleType(name)
         for function in functions:
             setattr(module, function, note(f"{name}.{function}"))
@@ -129,11 +161,19 @@ def test_trackers_get_the_numbers_and_a_resumed_run_continues_theirs(run_config,
         log.track(scores_of({"tasks": {"t": {"exact_match": 0.5, "language_only": 0.1}}}), step)
         log.close()
     logged = [(what, given, named) for what, given, named in calls if what.endswith((".log", "log_metrics"))]
-    assert next(entry for entry in logged if entry[0] == "mlflow.log_metrics") == ("mlflow.log_metrics", ({"loss": 2.5},), {"step": 1})
+    assert next(entry for entry in logged if entry[0] == "mlflow.log_metrics") == (
+        "mlflow.log_metrics",
+        ({"loss": 2.5},),
+        {"step": 1},
+    )
     assert sum(given[0] == {"score/t": 0.5, "score/t/without_images": 0.1} for _, given, _ in logged) == 6
     assert [named.get("id") for what, _, named in calls if what == "wandb.init"] == [None, "w1"]
     assert [named.get("run_id") for what, _, named in calls if what == "mlflow.start_run"] == [None, "m1"]
-    assert (tmp_path / "run" / "metrics.csv").read_text().splitlines() == ["step,phase,loss,applied,grad_norm", "1,a,2.5,True,", "2,a,2.5,True,"]
+    assert (tmp_path / "run" / "metrics.csv").read_text().splitlines() == [
+        "step,phase,loss,applied,grad_norm",
+        "1,a,2.5,True,",
+        "2,a,2.5,True,",
+    ]
 
 
 def test_a_tracker_that_is_not_installed_is_refused_by_name(run_config, monkeypatch):

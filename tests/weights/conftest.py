@@ -4,14 +4,37 @@ import pytest
 import torch
 import transformers
 
-TEXT = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
-VISION = dict(depth=2, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=32, window_size=56, fullatt_block_indexes=[1], tokens_per_second=2)
+TEXT = dict(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+)
+VISION = dict(
+    depth=2,
+    hidden_size=16,
+    intermediate_size=24,
+    num_heads=2,
+    out_hidden_size=32,
+    window_size=56,
+    fullatt_block_indexes=[1],
+    tokens_per_second=2,
+)
 TOKENS = dict(image_token_id=92, video_token_id=93, vision_start_token_id=90, vision_end_token_id=91)
 
 
 def qwen2_5_vl(*, tied):
-    text = dict(TEXT, rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2]), tie_word_embeddings=tied)
-    return transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(text_config=text, vision_config=VISION, tie_word_embeddings=tied, **TOKENS))
+    text = dict(
+        TEXT,
+        rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2]),
+        tie_word_embeddings=tied,
+    )
+    return transformers.Qwen2_5_VLForConditionalGeneration(
+        transformers.Qwen2_5_VLConfig(text_config=text, vision_config=VISION, tie_word_embeddings=tied, **TOKENS)
+    )
 
 
 def qwen3(*, tied):
@@ -44,7 +67,15 @@ def published(tmp_path_factory):
     return write
 
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +101,15 @@ def speaking(tmp_path_factory, tokenizer_file):
     from mindvl_jax.data.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(tokenizer_file)
-    ids = {key: tokenizer.token_id(token) for key, token in dict(image_token_id="<|image_pad|>", video_token_id="<|video_pad|>", vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>").items()}
+    ids = {
+        key: tokenizer.token_id(token)
+        for key, token in dict(
+            image_token_id="<|image_pad|>",
+            video_token_id="<|video_pad|>",
+            vision_start_token_id="<|vision_start|>",
+            vision_end_token_id="<|vision_end|>",
+        ).items()
+    }
     made = {}
 
     def write(family):
@@ -78,10 +117,18 @@ def speaking(tmp_path_factory, tokenizer_file):
             torch.manual_seed(5)
             vocabulary = dict(TEXT, vocab_size=tokenizer.vocab_size, max_position_embeddings=512)
             if family == "qwen2.5-vl":
-                text = dict(vocabulary, rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2]))
-                model = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(text_config=text, vision_config=VISION, tie_word_embeddings=False, **ids))
+                text = dict(
+                    vocabulary, rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])
+                )
+                model = transformers.Qwen2_5_VLForConditionalGeneration(
+                    transformers.Qwen2_5_VLConfig(
+                        text_config=text, vision_config=VISION, tie_word_embeddings=False, **ids
+                    )
+                )
             else:
-                model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**vocabulary, head_dim=16, tie_word_embeddings=False))
+                model = transformers.Qwen3ForCausalLM(
+                    transformers.Qwen3Config(**vocabulary, head_dim=16, tie_word_embeddings=False)
+                )
             for parameter in model.parameters():
                 torch.nn.init.normal_(parameter, std=0.2)
             made[family] = tmp_path_factory.mktemp("speaking")

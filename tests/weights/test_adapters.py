@@ -26,7 +26,13 @@ KINDS = {
     "lora": dict(r=4, lora_alpha=12, target_modules=["q_proj", "o_proj", "down_proj"]),
     "rslora": dict(r=4, lora_alpha=6, use_rslora=True, target_modules=["q_proj", "v_proj", "mlp.0"]),
     "dora": dict(r=3, lora_alpha=6, use_dora=True, target_modules=["k_proj", "gate_proj", "up_proj", "mlp.2"]),
-    "fused": dict(r=4, lora_alpha=12, target_modules=["qkv", "attn.proj", "q_proj"], rank_pattern={"qkv": 2}, alpha_pattern={"qkv": 5}),
+    "fused": dict(
+        r=4,
+        lora_alpha=12,
+        target_modules=["qkv", "attn.proj", "q_proj"],
+        rank_pattern={"qkv": 2},
+        alpha_pattern={"qkv": 5},
+    ),
     "fused-dora": dict(r=4, lora_alpha=8, use_dora=True, use_rslora=True, target_modules=["qkv", "down_proj"]),
 }
 
@@ -40,7 +46,9 @@ def adapted(published, tmp_path_factory):
         if kind not in made:
             base, folder = published(), tmp_path_factory.mktemp(kind)
             torch.manual_seed(len(made))
-            model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(base, attn_implementation="eager").eval()
+            model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                base, attn_implementation="eager"
+            ).eval()
             model = peft.get_peft_model(model, peft.LoraConfig(**KINDS[kind]))
             for name, parameter in model.named_parameters():
                 if "magnitude" in name:
@@ -67,7 +75,11 @@ def peft_logits(model, config, batch):
     kinds = (ids == config.image_token_id).int()
     positions = model.base_model.model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid)[0]
     out = model(input_ids=ids, pixel_values=torch.tensor(pixels), image_grid_thw=grid, mm_token_type_ids=kinds)
-    ours = batch.replace(tokens=jnp.asarray(ids.numpy(), jnp.int32), patches=jnp.asarray(pixels)[None], positions=jnp.asarray(positions.numpy().swapaxes(0, 1), jnp.int32))
+    ours = batch.replace(
+        tokens=jnp.asarray(ids.numpy(), jnp.int32),
+        patches=jnp.asarray(pixels)[None],
+        positions=jnp.asarray(positions.numpy().swapaxes(0, 1), jnp.int32),
+    )
     return out.logits[0], ours
 
 
@@ -104,25 +116,41 @@ def test_a_folder_written_without_an_original_opens_in_peft_with_equal_tensors(a
     adapter = read_adapter(folder, config)
     write_adapter(tmp_path, config, adapter.layout, adapter.parameters, base=str(base))
     assert load_file(tmp_path / WEIGHTS).keys() == load_file(folder / WEIGHTS).keys()
-    again = peft.PeftModel.from_pretrained(transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(base, attn_implementation="eager"), tmp_path)
+    again = peft.PeftModel.from_pretrained(
+        transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(base, attn_implementation="eager"), tmp_path
+    )
     ours, theirs = (peft.get_peft_model_state_dict(model) for model in (again, reference))
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
-    assert (again.peft_config["default"].r, again.peft_config["default"].lora_alpha) == (KINDS[kind]["r"], KINDS[kind]["lora_alpha"])
+    assert (again.peft_config["default"].r, again.peft_config["default"].lora_alpha) == (
+        KINDS[kind]["r"],
+        KINDS[kind]["lora_alpha"],
+    )
 
 
 def test_parts_of_a_fused_matrix_are_written_as_one_adapter_of_equal_effect(published, tmp_path):
     """Query and value of the vision tower, each with an A of its own, are one block-diagonal adapter of `qkv` for PEFT."""
     base = published()
     opened = open_model(base)
-    layout = layout_of(AdaptersConfig(targets=("vision/blocks/attention/query", "vision/blocks/attention/value"), rank=3, alpha=6, rslora=True), opened.model_config)
+    layout = layout_of(
+        AdaptersConfig(
+            targets=("vision/blocks/attention/query", "vision/blocks/attention/value"), rank=3, alpha=6, rslora=True
+        ),
+        opened.model_config,
+    )
     rng = np.random.default_rng(0)
-    parameters = {f"{path}/{leaf}": rng.normal(size=shape).astype(np.float32) * 0.3 for path in layout for leaf, shape in (("lora_a", (2, 16, 3)), ("lora_b", (2, 3, 16)))}
+    parameters = {
+        f"{path}/{leaf}": rng.normal(size=shape).astype(np.float32) * 0.3
+        for path in layout
+        for leaf, shape in (("lora_a", (2, 16, 3)), ("lora_b", (2, 3, 16)))
+    }
     write_adapter(tmp_path, opened.model_config, layout, parameters)
     settings = json.loads((tmp_path / CONFIG).read_text())
     assert (settings["r"], settings["target_modules"]) == (6, ["qkv"])
-    reference = peft.PeftModel.from_pretrained(transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(base), tmp_path)
+    reference = peft.PeftModel.from_pretrained(
+        transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(base), tmp_path
+    )
     weight = reference.merge_and_unload().model.visual.blocks[1].attn.qkv.weight.detach().numpy()
     kernels = opened.parameters()
     for start, part in ((0, "query"), (16, "key"), (32, "value")):
@@ -150,13 +178,21 @@ def test_gradients_are_those_of_peft(adapted, kind):
 
     with jax.default_matmul_precision("highest"):
         gradients = jax.jit(jax.grad(loss))(state)
-    found = {"/".join(map(str, path)): np.asarray(variable.get_value()) for path, variable in nnx.to_flat_state(gradients)}
+    found = {
+        "/".join(map(str, path)): np.asarray(variable.get_value()) for path, variable in nnx.to_flat_state(gradients)
+    }
     found = {path: value for path, value in found.items() if is_adapter(path)}
     # PEFT's gradients, brought into our layout by the reader that the logits have already proved.
-    theirs = {name.replace(".default", ""): parameter.grad for name, parameter in reference.named_parameters() if parameter.requires_grad}
+    theirs = {
+        name.replace(".default", ""): parameter.grad
+        for name, parameter in reference.named_parameters()
+        if parameter.requires_grad
+    }
     shown = folder.parent / f"{kind}-gradients"
     shown.mkdir()
-    save_file({name.replace("_vector.weight", "_vector"): value.numpy() for name, value in theirs.items()}, shown / WEIGHTS)
+    save_file(
+        {name.replace("_vector.weight", "_vector"): value.numpy() for name, value in theirs.items()}, shown / WEIGHTS
+    )
     (shown / CONFIG).write_bytes((folder / CONFIG).read_bytes())
     expected = read_adapter(shown, config).parameters
     assert found.keys() == expected.keys()
@@ -199,9 +235,21 @@ def test_what_does_not_fit_is_refused_before_any_work(adapted, tmp_path):
         (write, dict(use_dora=True), "lora_magnitude_vector is missing"),
         (write, dict(modules_to_save=["lm_head"]), "modules_to_save"),
         (write, dict(lora_alpha=None), "scale is unknown"),
-        (lambda: write(tensors | {"base_model.model.model.other.lora_A.weight": np.zeros((4, 4), np.float32)}), {}, "belong to no adapter .*other.lora_A"),
-        (lambda: write({name: value for name, value in tensors.items() if name != first}), {}, "q_proj.lora_A is missing"),
-        (lambda: write({name: value for name, value in tensors.items() if ".layers.0." not in name}), {}, "1 of 2 layers"),
+        (
+            lambda: write(tensors | {"base_model.model.model.other.lora_A.weight": np.zeros((4, 4), np.float32)}),
+            {},
+            "belong to no adapter .*other.lora_A",
+        ),
+        (
+            lambda: write({name: value for name, value in tensors.items() if name != first}),
+            {},
+            "q_proj.lora_A is missing",
+        ),
+        (
+            lambda: write({name: value for name, value in tensors.items() if ".layers.0." not in name}),
+            {},
+            "1 of 2 layers",
+        ),
     ]
     for build, changes, message in cases:
         with pytest.raises(UserError, match=message):
@@ -219,7 +267,10 @@ def test_what_does_not_fit_is_refused_before_any_work(adapted, tmp_path):
         (dict(targets=["proj"]), r"selects visual.patch_embed.proj .*name 'attn.proj' instead"),
         (dict(targets=["lm_head"]), "selects lm_head"),
         (dict(targets=["q_proj"], ranks={"v_proj": 4}), "adapters.ranks: 'v_proj' selects none of the targeted"),
-        (dict(targets=["qkv", "vision/blocks/attention/query"]), "once with an A of its own and once with a shared one"),
+        (
+            dict(targets=["qkv", "vision/blocks/attention/query"]),
+            "once with an A of its own and once with a shared one",
+        ),
     ],
 )
 def test_targets_that_select_nothing_or_too_much_are_refused(published, section, message):

@@ -1,4 +1,3 @@
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,12 +9,21 @@ from mindvl_jax.weights import average
 
 def _models(count, dtype=np.float32, seed=0):
     generator = np.random.default_rng(seed)
-    return {f"m{index}": {"a/kernel": jnp.asarray(generator.normal(size=(6, 4)), dtype), "b/scale": jnp.asarray(generator.normal(size=5), dtype)} for index in range(count)}
+    return {
+        f"m{index}": {
+            "a/kernel": jnp.asarray(generator.normal(size=(6, 4)), dtype),
+            "b/scale": jnp.asarray(generator.normal(size=5), dtype),
+        }
+        for index in range(count)
+    }
 
 
 def _expected(models, weights):
     weights = np.array(weights, np.float64) / np.sum(weights)
-    return {path: sum(weight * np.asarray(model[path], np.float64) for weight, model in zip(weights, models.values())) for path in next(iter(models.values()))}
+    return {
+        path: sum(weight * np.asarray(model[path], np.float64) for weight, model in zip(weights, models.values()))
+        for path in next(iter(models.values()))
+    }
 
 
 @pytest.mark.parametrize("weights", [[1, 1, 1], [3, 1, 0.5], [0, 1, 0]])
@@ -51,8 +59,10 @@ def test_ema_weights_are_those_of_the_recursion():
 def test_greedy_soup_keeps_only_what_helps():
     target = 1.0
     models = {"good": {"x": jnp.array([1.2])}, "other side": {"x": jnp.array([0.7])}, "far": {"x": jnp.array([9.0])}}
+
     def score(parameters, _):
         return -abs(float(parameters["x"][0]) - target)
+
     soup, steps = average.greedy_soup(list(models), models.__getitem__, score)
     assert float(soup["x"][0]) == pytest.approx((1.2 + 0.7) / 2)
     assert {step["model"]: step["kept"] for step in steps} == {"good": True, "other side": True, "far": False}
@@ -62,19 +72,32 @@ def test_a_soup_is_never_worse_than_its_best_part():
     generator = np.random.default_rng(2)
     models = {f"m{index}": {"x": jnp.asarray(generator.normal(size=3), jnp.float32)} for index in range(6)}
     target = generator.normal(size=3)
+
     def score(parameters, _):
         return -float(np.sum((np.asarray(parameters["x"]) - target) ** 2))
+
     soup, _ = average.greedy_soup(list(models), models.__getitem__, score)
     assert score(soup, "") >= max(score(model, "") for model in models.values())
 
 
 def test_models_of_another_shape_are_refused_by_parameter():
     models = _models(2) | {"odd": {"a/kernel": jnp.zeros((6, 5)), "c": jnp.zeros(1)}}
-    with pytest.raises(UserError, match=r"odd is not of the same architecture .*b/scale is missing; c is new; a/kernel is \(6, 5\), not \(6, 4\)"):
+    with pytest.raises(
+        UserError,
+        match=r"odd is not of the same architecture .*b/scale is missing; c is new; a/kernel is \(6, 5\), not \(6, 4\)",
+    ):
         average.weighted(list(models), models.__getitem__, [1, 1, 1])
 
 
-@pytest.mark.parametrize("weights, message", [([1], "1 weights for 2 models"), ([1, -1], "from 0 upwards"), ([0, 0], "positive weight"), ([1, float("nan")], "from 0 upwards")])
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ([1], "1 weights for 2 models"),
+        ([1, -1], "from 0 upwards"),
+        ([0, 0], "positive weight"),
+        ([1, float("nan")], "from 0 upwards"),
+    ],
+)
 def test_weights_that_make_no_sense_are_refused(weights, message):
     models = _models(2)
     with pytest.raises(UserError, match=message):

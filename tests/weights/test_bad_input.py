@@ -1,4 +1,6 @@
-"""Damaged, hostile and contradicting folders are refused with a message that names what was found, all problems at once."""
+"""Damaged, hostile and contradicting folders are refused with a message that names what was found, all problems at
+once.
+"""
 
 import json
 import shutil
@@ -51,7 +53,15 @@ def test_a_truncated_file_is_named(folder):
     assert path.name in (message := refusal(folder)) and "not a whole safetensors file" in message
 
 
-@pytest.mark.parametrize("head", [b"", b"PK\x03\x04 not safetensors at all", (2**40).to_bytes(8, "little") + b"{}", (4).to_bytes(8, "little") + b"{{{{"])
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"",
+        b"PK\x03\x04 not safetensors at all",
+        (2**40).to_bytes(8, "little") + b"{}",
+        (4).to_bytes(8, "little") + b"{{{{",
+    ],
+)
 def test_a_wrong_header_is_refused(single, head):
     (single / "model.safetensors").write_bytes(head)
     assert "not a whole safetensors file" in refusal(single)
@@ -72,7 +82,9 @@ def test_an_index_that_names_an_absent_file_is_refused(folder):
     assert "model-00099-of-00099.safetensors: missing" in refusal(folder)
 
 
-@pytest.mark.parametrize("path", ["../outside.safetensors", "/etc/outside.safetensors", "inner/../../outside.safetensors"])
+@pytest.mark.parametrize(
+    "path", ["../outside.safetensors", "/etc/outside.safetensors", "inner/../../outside.safetensors"]
+)
 def test_an_index_that_climbs_out_of_the_folder_is_refused(folder, path):
     save_file({"lm_head.weight": np.zeros((96, 32), np.float32)}, folder.parent / "outside.safetensors")
     content = json.loads((folder / INDEX).read_text())
@@ -100,7 +112,12 @@ def test_missing_misshapen_and_extra_tensors_come_in_one_error(single):
     edit_weights(single, change)
     message = refusal(single)
     assert "4 tensors" in message
-    for part in ("missing     model.layers.1.mlp.up_proj.weight: expected shape [48, 32]", "missing     visual.blocks.0.attn.qkv.bias", "misshapen   model.norm.weight: shape [31]", "unexpected  visual.merger.mlp.7.weight"):
+    for part in (
+        "missing     model.layers.1.mlp.up_proj.weight: expected shape [48, 32]",
+        "missing     visual.blocks.0.attn.qkv.bias",
+        "misshapen   model.norm.weight: shape [31]",
+        "unexpected  visual.merger.mlp.7.weight",
+    ):
         assert part in message
 
 
@@ -114,11 +131,21 @@ def test_integer_weights_are_refused_by_dtype(single):
     [
         (dict(text_config__num_hidden_layers=3), "missing     model.layers.2."),
         (dict(text_config__num_hidden_layers=1), "unexpected  model.layers.1."),
-        (dict(text_config__vocab_size=97), "misshapen   model.embed_tokens.weight: shape [96, 32] in model.safetensors, but config.json asks for [97, 32]"),
+        (
+            dict(text_config__vocab_size=97),
+            "misshapen   model.embed_tokens.weight: shape [96, 32] in model.safetensors, but config.json "
+            "asks for [97, 32]",
+        ),
         (dict(vision_config__out_hidden_size=64), "out_hidden_size is 64"),
         (dict(text_config__hidden_act="gelu"), "text_config.hidden_act is 'gelu'"),
-        (dict(text_config__rope_parameters=dict(rope_type="yarn", factor=4.0, mrope_section=[1, 1, 2])), "rope type is 'yarn'"),
-        (dict(text_config__rope_parameters=dict(rope_type="default", mrope_section=[1, 1, 1])), "must sum to head_dim / 2"),
+        (
+            dict(text_config__rope_parameters=dict(rope_type="yarn", factor=4.0, mrope_section=[1, 1, 2])),
+            "rope type is 'yarn'",
+        ),
+        (
+            dict(text_config__rope_parameters=dict(rope_type="default", mrope_section=[1, 1, 1])),
+            "must sum to head_dim / 2",
+        ),
         (dict(text_config__use_sliding_window=True), "use_sliding_window is True"),
         (dict(text_config__num_key_value_heads=3), "must be a multiple of num_kv_heads"),
         (dict(text_config__hidden_size=None), "hidden_size"),
@@ -133,13 +160,23 @@ def test_a_config_that_contradicts_the_weights_or_asks_for_what_is_not_built_is_
 def test_several_config_problems_come_in_one_error(single):
     edit_config(single, text_config__hidden_act="gelu", vision_config__hidden_act="relu", vision_config__depth=0)
     message = refusal(single)
-    assert "3 problems" in message and "text_config.hidden_act" in message and "vision_config.hidden_act" in message and "vision_config.depth" in message
+    assert (
+        "3 problems" in message
+        and "text_config.hidden_act" in message
+        and "vision_config.hidden_act" in message
+        and "vision_config.depth" in message
+    )
 
 
 def test_an_unknown_model_type_is_answered_with_the_supported_ones(single):
     edit_config(single, model_type="mamba")
     message = refusal(single)
-    assert "'mamba', which is not supported" in message and "qwen2_5_vl" in message and "qwen3" in message and "mindvl" in message
+    assert (
+        "'mamba', which is not supported" in message
+        and "qwen2_5_vl" in message
+        and "qwen3" in message
+        and "mindvl" in message
+    )
 
 
 def test_pickles_are_refused_and_never_opened(single):

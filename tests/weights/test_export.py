@@ -16,7 +16,10 @@ from mindvl_jax.weights.companions import write_companions
 
 
 def test_an_exported_folder_is_whole_for_transformers(speaking, tmp_path, capsys):
-    assert main(["export", "--run", str(speaking("qwen2.5-vl")), "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    assert (
+        main(["export", "--run", str(speaking("qwen2.5-vl")), "--out", str(tmp_path / "out"), "--dtype", "bfloat16"])
+        == 0
+    )
     assert "qwen2_5_vl" in capsys.readouterr().out
     out = tmp_path / "out"
     model = transformers.AutoModelForImageTextToText.from_pretrained(out)
@@ -34,9 +37,15 @@ def test_an_exported_folder_is_whole_for_transformers(speaking, tmp_path, capsys
 def test_the_chat_template_writes_what_training_saw(speaking, tmp_path):
     main(["export", "--run", str(speaking("qwen2.5-vl")), "--out", str(tmp_path / "out")])
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "the"}]}, {"role": "assistant", "content": "a"}]
+    turns = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "the"}]},
+        {"role": "assistant", "content": "a"},
+    ]
     written = tokenizer.apply_chat_template(turns, tokenize=False)
-    assert written == "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>the<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+    assert (
+        written
+        == "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>the<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+    )
     asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
     assert asked.endswith("<|im_end|>\n<|im_start|>assistant\n")
 
@@ -46,7 +55,13 @@ def test_a_compact_vocabulary_keeps_its_ids_in_transformers(tokenizer_file, spea
     table = sorted({*full.encode("the cat sat"), *full.special.values()}, reverse=True)
     compact = Tokenizer(tokenizer_file, id_table=table)
     config = open_model(speaking("qwen3")).config
-    write_companions(tmp_path, config.model_copy(update=dict(text=config.text.model_copy(update=dict(vocab_size=len(table))))), compact, 1, 1)
+    write_companions(
+        tmp_path,
+        config.model_copy(update=dict(text=config.text.model_copy(update=dict(vocab_size=len(table))))),
+        compact,
+        1,
+        1,
+    )
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "<|im_start|>the cat sat<|im_end|>"
     assert theirs(text).input_ids == compact.encode(text, allow_special=True)
@@ -60,15 +75,36 @@ def test_a_compact_vocabulary_keeps_its_ids_in_transformers(tokenizer_file, spea
 def test_a_tower_and_a_decoder_become_a_mindvl_that_loads_back(speaking, tmp_path, positions, capsys):
     vision, language = speaking("qwen2.5-vl"), speaking("qwen3")
     out = tmp_path / "mindvl"
-    assert main(["export", "--vision", str(vision), "--language", str(language), "--positions", positions, "--out", str(out)]) == 0
+    assert (
+        main(
+            [
+                "export",
+                "--vision",
+                str(vision),
+                "--language",
+                str(language),
+                "--positions",
+                positions,
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     assert "mindvl" in capsys.readouterr().out
     opened = open_model(out)
-    assert isinstance(opened.config, MindVLConfig) and opened.config.text.family == "qwen3" and opened.config.text.rope == positions
+    assert (
+        isinstance(opened.config, MindVLConfig)
+        and opened.config.text.family == "qwen3"
+        and opened.config.text.rope == positions
+    )
     tower, decoder, whole = load_parameters(vision), load_parameters(language), opened.parameters()
     for path, value in whole.items():
         if not path.startswith("projector/"):
             np.testing.assert_array_equal(value, (tower if path.startswith("vision/") else decoder)[path], err_msg=path)
-    assert whole["projector/linear2/kernel"].shape == (64, 32) and float(np.std(whole["projector/linear2/kernel"])) > 0.01
+    assert (
+        whole["projector/linear2/kernel"].shape == (64, 32) and float(np.std(whole["projector/linear2/kernel"])) > 0.01
+    )
     content = json.loads((out / "config.json").read_text())
     assert content["model_type"] == "mindvl" and content["text_config"]["model_type"] == "qwen3"
     # Once more through the door: nothing moves.
@@ -77,11 +113,14 @@ def test_a_tower_and_a_decoder_become_a_mindvl_that_loads_back(speaking, tmp_pat
     assert (out / "config.json").read_text() == (tmp_path / "again" / "config.json").read_text()
 
 
-@pytest.mark.parametrize("arguments, part", [
-    (["--run", "nowhere"], "no such folder"),
-    ([], "give either --run"),
-    (["--vision", "x"], "give either --run"),
-])
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (["--run", "nowhere"], "no such folder"),
+        ([], "give either --run"),
+        (["--vision", "x"], "give either --run"),
+    ],
+)
 def test_export_says_what_is_wrong(tmp_path, capsys, arguments, part):
     assert main(["export", *arguments, "--out", str(tmp_path / "out")]) == 2
     assert part in capsys.readouterr().err
@@ -113,30 +152,54 @@ def test_assembling_on_a_mesh_gives_the_same_values(speaking):
 
 
 def test_a_question_about_pictures_becomes_the_ids_and_pixels_that_transformers_own_parts_give(speaking, tmp_path):
-    """The exported template and tokenizer, and the Pillow image processor; the processor that joins them wants torchvision, so
-    the one thing it adds is written out: a placeholder for every merged patch. docs/weights.md tells of the whole one."""
+    """The exported template and tokenizer, and the Pillow image processor; the processor that joins them wants
+    torchvision, so the one thing it adds is written out: a placeholder for every merged patch. docs/weights.md tells of
+    the whole one.
+    """
     from mindvl_jax.data.sample import Media, Message
     from mindvl_jax.models.mindvl.vision import IMAGE_MEAN, IMAGE_STD
     from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
 
     assert main(["export", "--run", str(speaking("qwen2.5-vl")), "--out", str(tmp_path / "out")]) == 0
     random = np.random.default_rng(0)
-    pictures = [Image.fromarray(random.integers(0, 255, (*size, 3), np.uint8)) for size in ((60, 90), (31, 57), (200, 40))]
+    pictures = [
+        Image.fromarray(random.integers(0, 255, (*size, 3), np.uint8)) for size in ((60, 90), (31, 57), (200, 40))
+    ]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     values = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")(pictures, return_tensors="np")
-    turns = [{"role": "user", "content": [*({"type": "image"} for _ in pictures), {"type": "text", "text": "the cat?"}]}, {"role": "assistant", "content": "a"},
-             {"role": "user", "content": "and\n\nthe others"}]
-    head, *rest = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True).split("<|image_pad|>")
-    written = head + "".join("<|image_pad|>" * int(np.prod(grid) // 4) + text for grid, text in zip(values["image_grid_thw"], rest, strict=True))
+    turns = [
+        {"role": "user", "content": [*({"type": "image"} for _ in pictures), {"type": "text", "text": "the cat?"}]},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "and\n\nthe others"},
+    ]
+    head, *rest = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True).split(
+        "<|image_pad|>"
+    )
+    written = head + "".join(
+        "<|image_pad|>" * int(np.prod(grid) // 4) + text
+        for grid, text in zip(values["image_grid_thw"], rest, strict=True)
+    )
     opened = open_model(tmp_path / "out")
-    encoder = ExampleEncoder(opened.config, opened.tokenizer, EncodeLimits(min_pixels=opened.min_pixels, max_pixels=opened.max_pixels))
-    messages = [Message("user", "<image><image><image>the cat?"), Message("assistant", "a"), Message("user", "and\n\nthe others")]
-    ours = encoder.encode_prompt(messages, [Media(data=picture) for picture in pictures]).with_pixels(opened.config.vision, "bicubic")
+    encoder = ExampleEncoder(
+        opened.config, opened.tokenizer, EncodeLimits(min_pixels=opened.min_pixels, max_pixels=opened.max_pixels)
+    )
+    messages = [
+        Message("user", "<image><image><image>the cat?"),
+        Message("assistant", "a"),
+        Message("user", "and\n\nthe others"),
+    ]
+    ours = encoder.encode_prompt(messages, [Media(data=picture) for picture in pictures]).with_pixels(
+        opened.config.vision, "bicubic"
+    )
     assert ours.tokens.tolist() == tokenizer(written).input_ids
     theirs = iter(np.split(values["pixel_values"], np.cumsum(values["image_grid_thw"].prod(-1))[:-1]))
     for item, pixels, grid in zip(ours.visuals, ours.pixels, values["image_grid_thw"], strict=True):
         assert item.layout.grid == tuple(grid)
         groups = next(theirs).reshape(-1, 4, 3, 2, 196)[item.layout.merged_order]
-        normalised = (pixels.reshape(-1, 4, 3, 1, 196) / np.float32(255) - np.reshape(IMAGE_MEAN, (3, 1, 1))) / np.reshape(IMAGE_STD, (3, 1, 1))
+        normalised = (
+            pixels.reshape(-1, 4, 3, 1, 196) / np.float32(255) - np.reshape(IMAGE_MEAN, (3, 1, 1))
+        ) / np.reshape(IMAGE_STD, (3, 1, 1))
         difference = np.abs(groups - normalised).max()
-        assert difference < 1e-6, f"pixel values differ by up to {difference}"  # one unit in the last place of values up to 3
+        assert difference < 1e-6, (
+            f"pixel values differ by up to {difference}"
+        )  # one unit in the last place of values up to 3

@@ -22,7 +22,9 @@ def test_interleaved_is_internlm2s_grouped_query_key_value():
 
 
 def test_convolution_in_patch_order_equals_torch_on_the_patches_side_by_side():
-    """A 2 x 2 convolution of stride 2 over patches is a matrix on the four patches concatenated, each with its channels."""
+    """A 2 x 2 convolution of stride 2 over patches is a matrix on the four patches concatenated, each with its
+    channels.
+    """
     kernel = RANDOM.standard_normal((6, 3, 2, 2)).astype(np.float32)
     matrix = Convolution((3, 2, 2), order=(1, 2, 0)).to_ours(kernel, [(12, 6)])[0]
     image = RANDOM.standard_normal((1, 3, 2, 2)).astype(np.float32)
@@ -55,6 +57,11 @@ def test_a_tensor_of_another_size_is_refused():
 
 
 def test_names_count_layers_from_the_stacks_first_and_experts_from_zero():
-    rule = Rule("model.layers.{layer}.mlp.experts.{expert}.up_proj.weight", ("language/routed/mlp/up/kernel",), TRANSPOSE, first=3)
+    rule = Rule(
+        "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
+        ("language/routed/mlp/up/kernel",),
+        TRANSPOSE,
+        first=3,
+    )
     assert rule.stack_axes == 2 and rule.name((1, 7)) == "model.layers.4.mlp.experts.7.up_proj.weight"
     assert Rule("lm_head.weight", ("language/head/kernel",)).name(()) == "lm_head.weight"

@@ -1,4 +1,6 @@
-"""MindSpeed-MM's weight folders: every layout out and back in equal bytes, against a packing written out by hand, and hostile files."""
+"""MindSpeed-MM's weight folders: every layout out and back in equal bytes, against a packing written out by hand, and
+hostile files.
+"""
 
 import argparse
 import itertools
@@ -36,11 +38,35 @@ def folders(tmp_path_factory):
     def build(tied=False):
         if tied not in made:
             torch.manual_seed(1)
-            text = dict(vocab_size=64, hidden_size=64, intermediate_size=16, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=64,
-                        rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2]), tie_word_embeddings=tied)
-            vision = dict(depth=4, hidden_size=16, intermediate_size=24, num_heads=4, out_hidden_size=64, window_size=56, fullatt_block_indexes=[1])
-            config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, image_token_id=60, video_token_id=61,
-                                                   vision_start_token_id=62, vision_end_token_id=63)
+            text = dict(
+                vocab_size=64,
+                hidden_size=64,
+                intermediate_size=16,
+                num_hidden_layers=12,
+                num_attention_heads=8,
+                num_key_value_heads=4,
+                max_position_embeddings=64,
+                rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2]),
+                tie_word_embeddings=tied,
+            )
+            vision = dict(
+                depth=4,
+                hidden_size=16,
+                intermediate_size=24,
+                num_heads=4,
+                out_hidden_size=64,
+                window_size=56,
+                fullatt_block_indexes=[1],
+            )
+            config = transformers.Qwen2_5_VLConfig(
+                text_config=text,
+                vision_config=vision,
+                tie_word_embeddings=tied,
+                image_token_id=60,
+                video_token_id=61,
+                vision_start_token_id=62,
+                vision_end_token_id=63,
+            )
             model = transformers.Qwen2_5_VLForConditionalGeneration(config).bfloat16()
             for parameter in model.parameters():
                 torch.nn.init.normal_(parameter)
@@ -59,7 +85,11 @@ def export(base, out, layout):
     return sizes
 
 
-GRID = [(tp, pp, vpp, canonical) for tp, pp, vpp, canonical in itertools.product((1, 2, 4), (1, 2, 4), (1, 3), (False, True)) if pp > 1 or vpp == 1]
+GRID = [
+    (tp, pp, vpp, canonical)
+    for tp, pp, vpp, canonical in itertools.product((1, 2, 4), (1, 2, 4), (1, 3), (False, True))
+    if pp > 1 or vpp == 1
+]
 
 
 @pytest.mark.parametrize(("tp", "pp", "vpp", "canonical"), GRID)
@@ -76,7 +106,9 @@ def test_a_folder_comes_back_from_every_layout_in_equal_bytes(folders, tmp_path,
 
 
 def test_their_published_virtual_stages_and_a_resplit_without_hugging_face(folders, tmp_path):
-    """The tower over four stages of the first virtual stage, the language model behind it, as in their example; then another layout."""
+    """The tower over four stages of the first virtual stage, the language model behind it, as in their example; then
+    another layout.
+    """
     base = folders()
     first = MegatronLayout(2, ((1, 1, 1, 1), (0, 0, 0, 0), (0, 0, 0, 0)), ((0, 0, 0, 1), (2, 2, 1, 1), (2, 1, 1, 1)))
     sizes = export(base, tmp_path / "one", first)
@@ -88,30 +120,57 @@ def test_their_published_virtual_stages_and_a_resplit_without_hugging_face(folde
 
 
 def test_torch_reads_what_we_write_and_the_packing_is_theirs(folders, tmp_path):
-    """Spelled out for TP 2: query heads beside their key/value head, gate and up of a rank together, columns of the output products."""
+    """Spelled out for TP 2: query heads beside their key/value head, gate and up of a rank together, columns of the
+    output products.
+    """
     base = folders()
     export(base, tmp_path / "mm", even_layout(2, 2, 1, {"vision": 4, "text": 12}))
     assert (tmp_path / "mm" / TRACKER).read_text() == "release"
     hf = {}
     for path in base.glob("*.safetensors"):
-        hf |= {name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): value for name, value in load_file(path).items()}
-    rank = {(t, p): torch.load(tmp_path / f"mm/release/mp_rank_{t:02d}_{p:03d}/{FILE}", weights_only=True, mmap=True) for t in range(2) for p in range(2)}
+        hf |= {
+            name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): value
+            for name, value in load_file(path).items()
+        }
+    rank = {
+        (t, p): torch.load(tmp_path / f"mm/release/mp_rank_{t:02d}_{p:03d}/{FILE}", weights_only=True, mmap=True)
+        for t in range(2)
+        for p in range(2)
+    }
     assert rank[0, 0]["checkpoint_version"] == 3.0
     q, k, v = (hf[f"model.layers.7.self_attn.{name}_proj.weight"] for name in "qkv")
-    expected = torch.cat([part for group in (2, 3) for part in (q[group * 16 : group * 16 + 16], k[group * 8 : group * 8 + 8], v[group * 8 : group * 8 + 8])])
+    expected = torch.cat(
+        [
+            part
+            for group in (2, 3)
+            for part in (q[group * 16 : group * 16 + 16], k[group * 8 : group * 8 + 8], v[group * 8 : group * 8 + 8])
+        ]
+    )
     found = rank[1, 1]["model"]["text_decoder.decoder.layers.1.self_attention.linear_qkv.weight"]
     assert torch.equal(found, expected)
     gate, up = (hf[f"model.layers.7.mlp.{name}_proj.weight"] for name in ("gate", "up"))
-    assert torch.equal(rank[1, 1]["model"]["text_decoder.decoder.layers.1.mlp.linear_fc1.weight"], torch.cat([gate[8:], up[8:]]))
-    assert torch.equal(rank[1, 1]["model"]["text_decoder.decoder.layers.1.mlp.linear_fc2.weight"], hf["model.layers.7.mlp.down_proj.weight"][:, 8:])
+    assert torch.equal(
+        rank[1, 1]["model"]["text_decoder.decoder.layers.1.mlp.linear_fc1.weight"], torch.cat([gate[8:], up[8:]])
+    )
+    assert torch.equal(
+        rank[1, 1]["model"]["text_decoder.decoder.layers.1.mlp.linear_fc2.weight"],
+        hf["model.layers.7.mlp.down_proj.weight"][:, 8:],
+    )
     qkv = hf["visual.blocks.3.attn.qkv.bias"]
-    assert torch.equal(rank[1, 0]["model"]["image_encoder.encoder.blocks.layers.3.self_attention.linear_qkv.bias"],
-                       torch.cat([qkv[part * 16 + head * 4 : part * 16 + head * 4 + 4] for head in (2, 3) for part in range(3)]))
-    assert "text_decoder.output_layer.weight" in rank[0, 1]["model"] and "text_decoder.output_layer.weight" not in rank[0, 0]["model"]
+    assert torch.equal(
+        rank[1, 0]["model"]["image_encoder.encoder.blocks.layers.3.self_attention.linear_qkv.bias"],
+        torch.cat([qkv[part * 16 + head * 4 : part * 16 + head * 4 + 4] for head in (2, 3) for part in range(3)]),
+    )
+    assert (
+        "text_decoder.output_layer.weight" in rank[0, 1]["model"]
+        and "text_decoder.output_layer.weight" not in rank[0, 0]["model"]
+    )
 
 
 def test_a_checkpoint_of_their_training_is_read_with_its_arguments_and_extra_states(folders, tmp_path):
-    """`iter_0000123` as torch.save writes it: a Namespace, an enum of a foreign class, optimizer and random states, empty extra states."""
+    """`iter_0000123` as torch.save writes it: a Namespace, an enum of a foreign class, optimizer and random states,
+    empty extra states.
+    """
     base = folders()
     sizes = export(base, tmp_path / "mm", even_layout(1, 1, 1, {"vision": 4, "text": 12}))
     model = torch.load(tmp_path / f"mm/release/mp_rank_00/{FILE}", weights_only=True)["model"]
@@ -119,8 +178,16 @@ def test_a_checkpoint_of_their_training_is_read_with_its_arguments_and_extra_sta
     place = tmp_path / "trained/iter_0000123/mp_rank_00"
     place.mkdir(parents=True)
     (tmp_path / "trained" / TRACKER).write_text("123")
-    torch.save({"model": model, "args": argparse.Namespace(kind=argparse.HelpFormatter, lr=1e-5), "iteration": 123, "rng_state": [{"np": np.random.get_state()}],
-                "optimizer": {"state": {0: torch.zeros(3)}}}, place / FILE)
+    torch.save(
+        {
+            "model": model,
+            "args": argparse.Namespace(kind=argparse.HelpFormatter, lr=1e-5),
+            "iteration": 123,
+            "rng_state": [{"np": np.random.get_state()}],
+            "optimizer": {"state": {0: torch.zeros(3)}},
+        },
+        place / FILE,
+    )
     write_huggingface(tmp_path / "hf", Megatron(tmp_path / "trained", sizes), sizes, base)
     for path in base.glob("*.safetensors"):
         assert (tmp_path / "hf" / path.name).read_bytes() == path.read_bytes(), path.name
@@ -136,9 +203,14 @@ def test_missing_and_strange_tensors_and_layouts_are_listed(folders, tmp_path):
     kept = content["model"].pop("text_decoder.decoder.layers.3.mlp.linear_fc2.weight")
     content["model"]["text_decoder.decoder.layers.3.mlp.fc9"] = kept
     torch.save(content, path)
-    with pytest.raises(UserError, match=r"(?s)2 problems.*missing    text_decoder.decoder.layers.3.mlp.linear_fc2.weight in chunk 0 of tensor rank 1.*unexpected .*fc9"):
+    with pytest.raises(
+        UserError,
+        match=r"(?s)2 problems.*missing    text_decoder.decoder.layers.3.mlp.linear_fc2.weight in chunk 0 of tensor rank 1.*unexpected .*fc9",
+    ):
         Megatron(tmp_path / "mm", sizes)
-    content["model"]["text_decoder.decoder.layers.3.mlp.linear_fc2.weight"] = content["model"].pop("text_decoder.decoder.layers.3.mlp.fc9")
+    content["model"]["text_decoder.decoder.layers.3.mlp.linear_fc2.weight"] = content["model"].pop(
+        "text_decoder.decoder.layers.3.mlp.fc9"
+    )
     content["model"]["text_decoder.decoder.final_layernorm.weight"] += 1
     torch.save(content, path)
     with pytest.raises(UserError, match="final_layernorm.weight in chunk 0 is not split, yet differs"):
@@ -178,9 +250,27 @@ def test_a_pickle_that_would_run_a_command_runs_nothing(tmp_path, monkeypatch):
 
 def test_the_command_finds_the_layout_and_writes_it_anew(folders, tmp_path, capsys):
     base = folders()
-    to_theirs = ["convert", "mindspeed", "--from", str(base), "--to", str(tmp_path / "mm"), "--tp", "2", "--llm-pp-layers", "[[5,7]]", "--vit-pp-layers", "[[4,0]]"]
+    to_theirs = [
+        "convert",
+        "mindspeed",
+        "--from",
+        str(base),
+        "--to",
+        str(tmp_path / "mm"),
+        "--tp",
+        "2",
+        "--llm-pp-layers",
+        "[[5,7]]",
+        "--vit-pp-layers",
+        "[[4,0]]",
+    ]
     assert main(to_theirs) == 0
-    assert main(["convert", "mindspeed", "--from", str(tmp_path / "mm"), "--to", str(tmp_path / "hf"), "--like", str(base)]) == 0
+    assert (
+        main(
+            ["convert", "mindspeed", "--from", str(tmp_path / "mm"), "--to", str(tmp_path / "hf"), "--like", str(base)]
+        )
+        == 0
+    )
     assert "tp 2, pp 2, vpp 1, fused, llm_pp_layers [[5, 7]], vit_pp_layers [[4, 0]]" in capsys.readouterr().out
     assert all((tmp_path / "hf" / path.name).read_bytes() == path.read_bytes() for path in base.iterdir())
     assert main(["convert", "mindspeed", "--from", str(tmp_path / "mm"), "--to", str(tmp_path / "other")]) == 2

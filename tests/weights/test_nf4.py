@@ -1,4 +1,6 @@
-"""NF4 against bitsandbytes 0.50.2: its codes and its own dequantised values are recorded (quantize_4bit, dequantize_4bit on random matrices)."""
+"""NF4 against bitsandbytes 0.50.2: its codes and its own dequantised values are recorded (quantize_4bit,
+dequantize_4bit on random matrices).
+"""
 
 import json
 from pathlib import Path
@@ -17,7 +19,9 @@ NAMES = sorted(name.removesuffix(STATE) for name in RECORDED if name.endswith(ST
 
 @pytest.mark.parametrize("name", NAMES)
 def test_values_have_the_bits_of_bitsandbytes(name):
-    found = dequantize(RECORDED[name], {suffix: RECORDED[name + suffix] for suffix in SIBLINGS if name + suffix in RECORDED})
+    found = dequantize(
+        RECORDED[name], {suffix: RECORDED[name + suffix] for suffix in SIBLINGS if name + suffix in RECORDED}
+    )
     expected = RECORDED[f"expected.{name}"]
     assert (found.dtype, found.shape, found.tobytes()) == (expected.dtype, expected.shape, expected.tobytes())
 
@@ -26,8 +30,14 @@ def test_values_have_the_bits_of_bitsandbytes(name):
 def quantised(tmp_path):
     folder = tmp_path / "nf4"
     folder.mkdir()
-    save_file({name: value for name, value in RECORDED.items() if not name.startswith("expected.")} | {"norm.weight": np.ones(3, np.float32)}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl", "quantization_config": {"quant_method": "bitsandbytes"}}))
+    save_file(
+        {name: value for name, value in RECORDED.items() if not name.startswith("expected.")}
+        | {"norm.weight": np.ones(3, np.float32)},
+        folder / "model.safetensors",
+    )
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "qwen2_5_vl", "quantization_config": {"quant_method": "bitsandbytes"}})
+    )
     (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(RECORDED, "model.safetensors")}))
     return folder
 
@@ -36,8 +46,12 @@ def test_a_folder_becomes_a_plain_one(quantised, tmp_path, capsys):
     assert main(["convert", "nf4", "--from", str(quantised), "--to", str(tmp_path / "plain")]) == 0
     assert "6 matrices dequantised" in capsys.readouterr().out
     found = load_file(tmp_path / "plain" / "model.safetensors")
-    assert set(found) == {*NAMES, "norm.weight"} == set(json.loads((tmp_path / "plain" / INDEX).read_text())["weight_map"])
-    assert all(np.array_equal(found[name].view(np.uint8), RECORDED[f"expected.{name}"].view(np.uint8)) for name in NAMES)
+    assert (
+        set(found) == {*NAMES, "norm.weight"} == set(json.loads((tmp_path / "plain" / INDEX).read_text())["weight_map"])
+    )
+    assert all(
+        np.array_equal(found[name].view(np.uint8), RECORDED[f"expected.{name}"].view(np.uint8)) for name in NAMES
+    )
     assert json.loads((tmp_path / "plain" / "config.json").read_text()) == {"model_type": "qwen2_5_vl"}
 
 
@@ -45,8 +59,12 @@ def test_other_quantisations_and_damage_are_refused(quantised, tmp_path):
     file = quantised / "model.safetensors"
     tensors = load_file(file)
     broken = {name: value for name, value in tensors.items() if name != f"{NAMES[0]}.quant_map"}
-    for changed, message in ((tensors | {"a.SCB": np.ones(2, np.float32)}, "another quantisation"), (broken, f"{NAMES[0]} cannot be dequantised"),
-                             (tensors | {NAMES[0]: tensors[NAMES[0]][:-1]}, "287 bytes and 9 blocks"), ({"norm.weight": np.ones(3, np.float32)}, "no weights in NF4")):
+    for changed, message in (
+        (tensors | {"a.SCB": np.ones(2, np.float32)}, "another quantisation"),
+        (broken, f"{NAMES[0]} cannot be dequantised"),
+        (tensors | {NAMES[0]: tensors[NAMES[0]][:-1]}, "287 bytes and 9 blocks"),
+        ({"norm.weight": np.ones(3, np.float32)}, "no weights in NF4"),
+    ):
         save_file(changed, file)
         with pytest.raises(UserError, match=message):
             dequantize_folder(quantised, tmp_path / "out")

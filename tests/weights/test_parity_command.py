@@ -10,7 +10,22 @@ from mindvl_jax.parity import check as checking
 
 
 def test_a_sound_folder_passes_with_table_and_picture(published, tmp_path, capsys):
-    assert main(["parity", "--weights", str(published("qwen2.5-vl")), "--out", str(tmp_path), "--samples", "3", "--text-tokens", "6"]) == 0
+    assert (
+        main(
+            [
+                "parity",
+                "--weights",
+                str(published("qwen2.5-vl")),
+                "--out",
+                str(tmp_path),
+                "--samples",
+                "3",
+                "--text-tokens",
+                "6",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "same mathematics" in out and "vision block" in out and "projector" in out
     found = json.loads((tmp_path / "parity.json").read_text())

@@ -19,13 +19,23 @@ def tensors(folder):
         with safe_open(path, framework="numpy") as file:
             metadata.append(file.metadata())
             for name in file.keys():  # noqa: SIM118  safe_open yields no iterator
-                found[name] = (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape()), file.get_tensor(name).tobytes())
+                found[name] = (
+                    file.get_slice(name).get_dtype(),
+                    tuple(file.get_slice(name).get_shape()),
+                    file.get_tensor(name).tobytes(),
+                )
     return found, metadata
 
 
 @pytest.mark.parametrize(
     "family, tied, dtype, sharded",
-    [("qwen2.5-vl", False, "bfloat16", True), ("qwen2.5-vl", True, "float32", False), ("qwen3", True, "float16", False), ("qwen3", False, "bfloat16", True), ("qwen2.5", False, "float32", True)],
+    [
+        ("qwen2.5-vl", False, "bfloat16", True),
+        ("qwen2.5-vl", True, "float32", False),
+        ("qwen3", True, "float16", False),
+        ("qwen3", False, "bfloat16", True),
+        ("qwen2.5", False, "float32", True),
+    ],
 )
 def test_a_folder_comes_back_bitwise_after_eight_devices(published, tmp_path, family, tied, dtype, sharded):
     folder = published(family, tied, dtype, sharded)
@@ -45,7 +55,9 @@ def test_a_folder_comes_back_bitwise_after_eight_devices(published, tmp_path, fa
 
 
 def test_each_device_holds_only_its_share(published):
-    parameters = load_parameters(published("qwen2.5-vl", False, "bfloat16", True), mesh=make_mesh(MeshConfig(fsdp=2, tensor=4)))
+    parameters = load_parameters(
+        published("qwen2.5-vl", False, "bfloat16", True), mesh=make_mesh(MeshConfig(fsdp=2, tensor=4))
+    )
     kernel = parameters["language/layers/mlp/gate/kernel"]
     assert kernel.shape == (2, 32, 48) and {shard.data.shape for shard in kernel.addressable_shards} == {(2, 16, 12)}
 
@@ -54,7 +66,11 @@ def test_each_device_holds_only_its_share(published):
 def test_what_we_write_is_what_transformers_reads(published, tmp_path, family):
     folder = published(family)
     save_parameters(tmp_path, read_config(folder), load_parameters(folder))
-    kind = {"qwen2.5-vl": transformers.Qwen2_5_VLForConditionalGeneration, "qwen3": transformers.Qwen3ForCausalLM, "qwen2.5": transformers.Qwen2ForCausalLM}[family]
+    kind = {
+        "qwen2.5-vl": transformers.Qwen2_5_VLForConditionalGeneration,
+        "qwen3": transformers.Qwen3ForCausalLM,
+        "qwen2.5": transformers.Qwen2ForCausalLM,
+    }[family]
     theirs, info = kind.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     original = kind.from_pretrained(folder)
@@ -68,10 +84,14 @@ def test_each_matrix_is_the_published_one_turned(published):
     folder = published("qwen2.5-vl")
     ours = load_parameters(folder)
     with safe_open(folder / "model.safetensors", framework="numpy") as file:
-        np.testing.assert_array_equal(ours["language/layers/mlp/gate/kernel"][1], file.get_tensor("model.layers.1.mlp.gate_proj.weight").T)
+        np.testing.assert_array_equal(
+            ours["language/layers/mlp/gate/kernel"][1], file.get_tensor("model.layers.1.mlp.gate_proj.weight").T
+        )
         fused = file.get_tensor("visual.blocks.1.attn.qkv.weight")
         np.testing.assert_array_equal(ours["vision/blocks/attention/value/kernel"][1], fused[32:].T)
-        np.testing.assert_array_equal(ours["vision/patch_embed/kernel"], file.get_tensor("visual.patch_embed.proj.weight").reshape(16, -1).T)
+        np.testing.assert_array_equal(
+            ours["vision/patch_embed/kernel"], file.get_tensor("visual.patch_embed.proj.weight").reshape(16, -1).T
+        )
 
 
 def test_a_dtype_that_is_asked_for_is_rounded_once(published):

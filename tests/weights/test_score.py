@@ -27,8 +27,18 @@ def encoded(image):
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     samples = []
-    for number, (question, answer) in enumerate([("the cat", "a dog"), ("<image>what is this", "the"), ("a", "the cat sat there and there"), ("lost <image>", "a")]):
-        sample = {"id": f"s{number}", "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    for number, (question, answer) in enumerate(
+        [
+            ("the cat", "a dog"),
+            ("<image>what is this", "the"),
+            ("a", "the cat sat there and there"),
+            ("lost <image>", "a"),
+        ]
+    ):
+        sample = {
+            "id": f"s{number}",
+            "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+        }
         if "<image>" in question:
             (folder / f"{number}.png").write_bytes(encoded(picture(number)) if number == 1 else b"no picture")
             sample["images"] = [f"{number}.png"]
@@ -49,7 +59,10 @@ def reference(folder, tokenizer, question, answer, image=None):
         values = transformers.Qwen2VLImageProcessor(min_pixels=3136, max_pixels=12845056)(image, return_tensors="pt")
         extra = dict(pixel_values=values["pixel_values"], image_grid_thw=values["image_grid_thw"])
         visual = "<|vision_start|>" + "<|image_pad|>" * 6 + "<|vision_end|>"
-    head = tokenizer.encode(f"<|im_start|>user\n{visual}{question.replace('<image>', '')}<|im_end|>\n<|im_start|>assistant\n", allow_special=True)
+    head = tokenizer.encode(
+        f"<|im_start|>user\n{visual}{question.replace('<image>', '')}<|im_end|>\n<|im_start|>assistant\n",
+        allow_special=True,
+    )
     tail = tokenizer.encode(f"{answer}<|im_end|>", allow_special=True)
     ids = torch.tensor([head + tail])
     if image:
@@ -59,10 +72,17 @@ def reference(folder, tokenizer, question, answer, image=None):
     return float(nll[len(head) - 1 :].sum()), len(tail)
 
 
-def test_each_line_is_the_likelihood_that_transformers_gives_the_answer(speaking, tokenizer_file, data, tmp_path, capsys):
+def test_each_line_is_the_likelihood_that_transformers_gives_the_answer(
+    speaking, tokenizer_file, data, tmp_path, capsys
+):
     path, samples = data
     out = tmp_path / "scores.jsonl"
-    assert main(["score", "--weights", str(speaking("qwen2.5-vl")), "--data", str(path), "--out", str(out), "--batch", "2"]) == 1
+    assert (
+        main(
+            ["score", "--weights", str(speaking("qwen2.5-vl")), "--data", str(path), "--out", str(out), "--batch", "2"]
+        )
+        == 1
+    )
     assert "1 of 4 samples could not be scored" in capsys.readouterr().err
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["id"] for line in lines] == ["s0", "s1", "s2", "s3"]

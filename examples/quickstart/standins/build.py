@@ -1,7 +1,7 @@
 """Write the stand-ins: `python -m examples.quickstart.standins.build --out data/standins`.
 
-Into the folder go lmms-eval's parquet files, into its `tsv/` VLMEvalKit's; `standins.json` in both says that these are not the
-benchmarks, and marks every score and page made from them. The same call gives the same files.
+Into the folder go lmms-eval's parquet files, into its `tsv/` VLMEvalKit's; `standins.json` in both says that these are
+not the benchmarks, and marks every score and page made from them. The same call gives the same files.
 """
 
 from __future__ import annotations
@@ -42,9 +42,11 @@ def build(out: Path, tasks: Sequence[str] | None = None) -> dict[str, int]:
         write_tsv(out / "tsv" / f"{standin.tsv}.tsv", [published for _, published in rows])
         counts[standin.task] = len(rows)
     note = {
-        "what": "Stand-ins built from packaged data with the benchmarks' columns and metrics. They are not the benchmarks; their scores compare with nothing published.",
+        "what": "Stand-ins built from packaged data with the benchmarks' columns and metrics. They are not the "
+        "benchmarks; their scores compare with nothing published.",
         "material": "the held-out side of the quickstart's material: see ATTRIBUTIONS.md for its licences",
-        "questions": counts, "about": {standin.task: standin.about for standin in STANDINS if standin.task in counts},
+        "questions": counts,
+        "about": {standin.task: standin.about for standin in STANDINS if standin.task in counts},
     }
     for folder in (out, out / "tsv"):
         (folder / STANDINS_MARK).write_text(json.dumps(note, indent=1) + "\n")
@@ -52,8 +54,12 @@ def build(out: Path, tasks: Sequence[str] | None = None) -> dict[str, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m examples.quickstart.standins.build", description="Writes the stand-in benchmark sets.")
-    parser.add_argument("--out", type=Path, default=Path("data/standins"), help="folder to write (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.quickstart.standins.build", description="Writes the stand-in benchmark sets."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("data/standins"), help="folder to write (default: %(default)s)"
+    )
     parser.add_argument("--tasks", help="comma list; default: all")
     options = parser.parse_args(arguments)
     began = time.monotonic()
@@ -62,7 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{options.out}: stand-ins of {len(counts)} benchmarks, {sum(counts.values())} questions, {time.monotonic() - began:.1f} s (tsv/ holds the same as VLMEvalKit files)")
+    print(
+        f"{options.out}: stand-ins of {len(counts)} benchmarks, {sum(counts.values())} questions, "
+        f"{time.monotonic() - began:.1f} s (tsv/ holds the same as VLMEvalKit files)"
+    )
     return 0
 
 

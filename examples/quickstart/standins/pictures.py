@@ -1,4 +1,6 @@
-"""Images of the stand-ins: lines of text, forms, posters, diagrams and charts, all from the held-out side of the material."""
+"""Images of the stand-ins: lines of text, forms, posters, diagrams and charts, all from the held-out side of the
+material.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,9 @@ def poster(rng: random.Random, rows: Sequence[tuple[int, str]]) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     for number, (concept, figure) in enumerate(rows):
         sheet.paste(emoji.plain(artist, concept, sheet.getpixel((0, 0)), side), (0, side * number))
-        pen.text((side + side // 2, side * number + side // 2), figure, font=assets.font(chosen, 26), fill=INK, anchor="mm")
+        pen.text(
+            (side + side // 2, side * number + side // 2), figure, font=assets.font(chosen, 26), fill=INK, anchor="mm"
+        )
     return sheet
 
 
@@ -103,7 +107,13 @@ def diagram(rng: random.Random, concepts: Sequence[int], labels: Sequence[str]) 
         left, top = side * (number % 2), side * (number // 2)
         sheet.paste(drawing(concept, artist), (left + CELL // 2, top))
         pen.line((left + side // 2, top + 2 * CELL - 4, left + side // 2, top + 2 * CELL + 4), fill=INK)
-        pen.text((left + side // 2, top + 2 * CELL + CELL // 2 + 2), label, font=assets.font(chosen, 18), fill=INK, anchor="mm")
+        pen.text(
+            (left + side // 2, top + 2 * CELL + CELL // 2 + 2),
+            label,
+            font=assets.font(chosen, 18),
+            fill=INK,
+            anchor="mm",
+        )
     return sheet
 
 
@@ -135,7 +145,15 @@ def ornate(rng: random.Random, text: str) -> Image.Image:
     for number, letter in enumerate(text):
         colour = tuple(rng.randint(0, 200) for _ in range(3))
         height = CELL + round(8 * math.sin(1.3 * number))
-        pen.text((CELL * (number + 1), height), letter, font=assets.font(chosen, 22 + 6 * (number % 2)), fill=colour, anchor="mm", stroke_width=1, stroke_fill=(60, 60, 60))
+        pen.text(
+            (CELL * (number + 1), height),
+            letter,
+            font=assets.font(chosen, 22 + 6 * (number % 2)),
+            fill=colour,
+            anchor="mm",
+            stroke_width=1,
+            stroke_fill=(60, 60, 60),
+        )
     return sheet
 
 

@@ -1,4 +1,6 @@
-"""The two published forms: lmms-eval's parquet (images as bytes, typed for the `datasets` library) and VLMEvalKit's TSV (base64)."""
+"""The two published forms: lmms-eval's parquet (images as bytes, typed for the `datasets` library) and VLMEvalKit's TSV
+(base64).
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,23 @@ def write_parquet(path: Path, rows: Sequence[Row]) -> None:
     """
     columns = list(rows[0])
     kinds = {column: _kind([row[column] for row in rows], column) for column in columns}
-    arrow = {"image": IMAGE, "texts": pyarrow.list_(pyarrow.string()), "text": pyarrow.string(), "number": pyarrow.int64()}
+    arrow = {
+        "image": IMAGE,
+        "texts": pyarrow.list_(pyarrow.string()),
+        "text": pyarrow.string(),
+        "number": pyarrow.int64(),
+    }
     text = {"dtype": "string", "_type": "Value"}
-    named = {"image": {"_type": "Image"}, "texts": {"feature": text, "_type": "Sequence"}, "text": text, "number": {"dtype": "int64", "_type": "Value"}}
+    named = {
+        "image": {"_type": "Image"},
+        "texts": {"feature": text, "_type": "Sequence"},
+        "text": text,
+        "number": {"dtype": "int64", "_type": "Value"},
+    }
     schema = pyarrow.schema([(column, arrow[kinds[column]]) for column in columns])
-    schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": {column: named[kinds[column]] for column in columns}}})})
+    schema = schema.with_metadata(
+        {"huggingface": json.dumps({"info": {"features": {column: named[kinds[column]] for column in columns}}})}
+    )
     cells = {column: [_cell(row[column]) for row in rows] for column in columns}
     with replacing(path) as temporary:
         pyarrow.parquet.write_table(pyarrow.table(cells, schema=schema), temporary, compression="zstd")
@@ -50,8 +64,11 @@ def _cell(value: Any) -> Any:
 
 
 def write_tsv(path: Path, rows: Sequence[Row]) -> None:
-    """One TSV file. The first column is `index`; a list is written as Python spells it; images are base64, and an image that an
-    earlier row has already shown is named by that row's index, as the published files do."""
+    """One TSV file.
+
+    The first column is `index`; a list is written as Python spells it; images are base64, and an image that an earlier
+    row has already shown is named by that row's index, as the published files do.
+    """
     columns = list(dict.fromkeys(column for row in rows for column in row))
     shown: dict[int, str] = {}
 

@@ -11,11 +11,14 @@ from mindvl_jax.data.sample import Media, SampleError
 def resolve(media: Media) -> str:
     """Real path of a medium below its root.
 
-    Raises SampleError when it climbs out of the root (through `..`, an absolute path or a symlink), is a URL, or is missing.
+    Raises SampleError when it climbs out of the root (through `..`, an absolute path or a symlink), is a URL, or is
+    missing.
     """
     path = media.path or ""
     if "://" in path:
-        raise SampleError("not_a_file", f"{path!r} is a URL; media are read from files only: download them first and give paths")
+        raise SampleError(
+            "not_a_file", f"{path!r} is a URL; media are read from files only: download them first and give paths"
+        )
     try:
         os.fsencode(path)
     except UnicodeEncodeError:
@@ -25,9 +28,16 @@ def resolve(media: Media) -> str:
     root = _real_root(media.root or os.getcwd())
     real = os.path.realpath(os.path.join(root, path))
     if real != root and not real.startswith(root.rstrip(os.sep) + os.sep):
-        raise SampleError("outside_root", f"{path!r} leads to {real!r}, outside the data root {root!r}; set media_root to a folder that holds all media")
+        raise SampleError(
+            "outside_root",
+            f"{path!r} leads to {real!r}, outside the data root {root!r}; set media_root to a folder that "
+            "holds all media",
+        )
     if not os.path.isfile(real):
-        raise SampleError("missing_media", f"{real!r} does not exist or is not a file (from {path!r} below {root!r}); check media_root")
+        raise SampleError(
+            "missing_media",
+            f"{real!r} does not exist or is not a file (from {path!r} below {root!r}); check media_root",
+        )
     return real
 
 

@@ -17,13 +17,20 @@ class PatchGeometry(Section):
     temporal_patch_size: Annotated[int, bounded(64)] = 2
     spatial_merge_size: Annotated[int, bounded(64)] = 2
     in_channels: Annotated[int, bounded(1024)] = 3
-    window_size: Annotated[int, bounded(2**20)] | None = Field(112, description="Side of an attention window, in pixels; null: no windows.")
-    tokens_per_second: Annotated[int, bounded(10_000)] | None = Field(2, description="Steps of the temporal position in a second of video; null: one for each frame pair.")
+    window_size: Annotated[int, bounded(2**20)] | None = Field(
+        112, description="Side of an attention window, in pixels; null: no windows."
+    )
+    tokens_per_second: Annotated[int, bounded(10_000)] | None = Field(
+        2, description="Steps of the temporal position in a second of video; null: one for each frame pair."
+    )
 
     @model_validator(mode="after")
     def _windows_hold_a_token(self):
         if self.window_size is not None and self.window_size < self.pixels_per_token:
-            raise ValueError(f"window_size ({self.window_size}) is smaller than the {self.pixels_per_token} pixels of one visual token")
+            raise ValueError(
+                f"window_size ({self.window_size}) is smaller than the {self.pixels_per_token} pixels of one "
+                "visual token"
+            )
         return self
 
     @property
@@ -51,8 +58,14 @@ def shrinking(phase: PhaseConfig, patch_size: int) -> str | None:
     room = min(phase.patches_per_row, phase.max_image_patches or needed)
     if room >= needed:
         return None
-    what = "max_image_patches" if phase.max_image_patches and phase.max_image_patches < phase.patches_per_row else "patches_per_row"
+    what = (
+        "max_image_patches"
+        if phase.max_image_patches and phase.max_image_patches < phase.patches_per_row
+        else "patches_per_row"
+    )
     return (
-        f"{phase.name}: max_pixels {phase.max_pixels:,} allows images of {needed:,} patches, {what} has room for {room:,}: larger images are shrunk and counted as "
-        f"`shrunk`. Raise {what} to {-(-needed // 4) * 4:,}, or lower max_pixels to {room * patch_size**2:,}; data.on_shrink: refuse leaves such samples out"
+        f"{phase.name}: max_pixels {phase.max_pixels:,} allows images of {needed:,} patches, {what} has room "
+        f"for {room:,}: larger images are shrunk and counted as "
+        f"`shrunk`. Raise {what} to {-(-needed // 4) * 4:,}, or lower max_pixels to "
+        f"{room * patch_size**2:,}; data.on_shrink: refuse leaves such samples out"
     )

@@ -1,6 +1,6 @@
-"""Pictures to patches: safe decoding, smart resize, patches in window order.
+"""Images to patches: safe decoding, smart resize, patches in window order.
 
-P patches of one picture; a merged token covers `merge_unit` neighbouring patches. Pixel rules are those published with
+P patches of one image; a merged token covers `merge_unit` neighbouring patches. Pixel rules are those published with
 Qwen2-VL (transformers' Pillow image processor is the witness in the tests); patches stay uint8 until the device.
 """
 
@@ -15,8 +15,8 @@ import warnings
 import numpy as np
 from PIL import Image
 
-from mindvl_jax.data.media.geometry import PatchGeometry
 from mindvl_jax.data.media import files as media_files
+from mindvl_jax.data.media.geometry import PatchGeometry
 from mindvl_jax.data.sample import Media, SampleError
 
 # Formats decoded by Pillow itself; leaves out those that start other programs (EPS) or execute drawing lists (WMF).
@@ -25,23 +25,38 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "ICO")
 Image.init()  # with an explicit list of formats Pillow loads no plug-ins by itself beyond a few
 LARGEST_PIXELS = 100_000_000  # 300 MB as RGB: more is a decompression bomb or belongs into tiles
 LARGEST_ASPECT = 200
-# "reduced" lets a JPEG decode at a half, a quarter or an eighth of its size where that is still no smaller than the target.
-RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "nearest": Image.Resampling.NEAREST, "reduced": Image.Resampling.BICUBIC}
+# "reduced" lets a JPEG decode at a half, a quarter or an eighth of its size where that is still no smaller than the
+# target.
+RESAMPLE = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "nearest": Image.Resampling.NEAREST,
+    "reduced": Image.Resampling.BICUBIC,
+}
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
-def smart_resize(height: int, width: int, *, factor: int = 28, min_pixels: int = 3136, max_pixels: int = 1003520, limit_pixels: int | None = None) -> tuple[int, int]:
+def smart_resize(
+    height: int,
+    width: int,
+    *,
+    factor: int = 28,
+    min_pixels: int = 3136,
+    max_pixels: int = 1003520,
+    limit_pixels: int | None = None,
+) -> tuple[int, int]:
     """(height, width) as multiples of `factor`, the aspect ratio kept as well as possible, the area between the limits.
 
-    This is the rule published with Qwen2-VL, which may pass `max_pixels` for very thin pictures and where `min_pixels`
+    This is the rule published with Qwen2-VL, which may pass `max_pixels` for very thin images and where `min_pixels`
     comes close to it; `limit_pixels` is a hard limit (a row's patch budget) that then shortens the longer side.
 
-    Raises SampleError for an aspect ratio above 200, or a picture whose shortest form passes `limit_pixels`.
+    Raises SampleError for an aspect ratio above 200, or an image whose shortest form passes `limit_pixels`.
     """
     if max(height, width) > LARGEST_ASPECT * min(height, width):
-        raise SampleError("aspect_ratio", f"a picture of {width}x{height} has an aspect ratio above {LARGEST_ASPECT}; crop it")
+        raise SampleError(
+            "aspect_ratio", f"a picture of {width}x{height} has an aspect ratio above {LARGEST_ASPECT}; crop it"
+        )
     # Python's round (half to even) is part of the published rule.
     rows, columns = round(height / factor) * factor, round(width / factor) * factor
     if rows * columns > max_pixels:
@@ -59,7 +74,11 @@ def smart_resize(height: int, width: int, *, factor: int = 28, min_pixels: int =
         else:
             columns = limit_pixels // rows // factor * factor
         if min(rows, columns) < factor:
-            raise SampleError("too_many_patches", f"a picture of {width}x{height} needs more than the {limit_pixels} pixels that a row has patches for; raise patches_per_row")
+            raise SampleError(
+                "too_many_patches",
+                f"a picture of {width}x{height} needs more than the {limit_pixels} pixels that a row has "
+                "patches for; raise patches_per_row",
+            )
     return rows, columns
 
 
@@ -67,7 +86,7 @@ def smart_resize(height: int, width: int, *, factor: int = 28, min_pixels: int =
 
 
 def _open(media: Media) -> tuple[Image.Image, bytes | None]:
-    """A lazily opened picture (header only) and its bytes. Raises SampleError."""
+    """A lazily opened image (header only) and its bytes. Raises SampleError."""
     if isinstance(media.data, Image.Image):
         image, data = media.data, None
     else:
@@ -77,12 +96,24 @@ def _open(media: Media) -> tuple[Image.Image, bytes | None]:
                 warnings.simplefilter("ignore")  # Pillow warns of bombs and odd metadata; sizes are checked below
                 image = Image.open(io.BytesIO(data), formats=FORMATS)
         except Image.DecompressionBombError as error:
-            raise SampleError("too_large", f"{media_files.name(media)} is larger than what is decoded: {_first_line(error)}") from None
-        except Exception as error:  # Pillow's parsers raise many kinds (struct.error, SyntaxError, ...) on damaged files
-            raise SampleError("undecodable", f"{media_files.name(media)} ({len(data)} bytes) is not a picture of a known format ({', '.join(FORMATS)}): {_first_line(error)}") from None
+            raise SampleError(
+                "too_large", f"{media_files.name(media)} is larger than what is decoded: {_first_line(error)}"
+            ) from None
+        except (
+            Exception
+        ) as error:  # Pillow's parsers raise many kinds (struct.error, SyntaxError, ...) on damaged files
+            raise SampleError(
+                "undecodable",
+                f"{media_files.name(media)} ({len(data)} bytes) is not a picture of a known format "
+                f"({', '.join(FORMATS)}): {_first_line(error)}",
+            ) from None
     width, height = image.size
     if width * height > LARGEST_PIXELS:
-        raise SampleError("too_large", f"{media_files.name(media)} is {width}x{height}, above the {LARGEST_PIXELS // 10**6} million pixels that are decoded")
+        raise SampleError(
+            "too_large",
+            f"{media_files.name(media)} is {width}x{height}, above the {LARGEST_PIXELS // 10**6} million "
+            "pixels that are decoded",
+        )
     if width == 0 or height == 0:
         raise SampleError("undecodable", f"{media_files.name(media)} is {width}x{height}: it has no pixels")
     return image, data
@@ -101,7 +132,10 @@ _TURNS = {
 
 
 def _orientation(image: Image.Image, data: bytes | None) -> int:
-    """EXIF (or XMP) orientation 1..8. Pillow decodes a PNG whole to look for it, so it is only asked when a chunk may hold some."""
+    """EXIF (or XMP) orientation 1..8.
+
+    Pillow decodes a PNG whole to look for it, so it is only asked when a chunk may hold some.
+    """
     if image.format == "TIFF":
         return 1  # Pillow turns TIFF by itself, its size too
     if image.format == "PNG" and data is not None and not _png_has_metadata(data):
@@ -114,7 +148,10 @@ def _orientation(image: Image.Image, data: bytes | None) -> int:
 
 
 def _png_has_metadata(data: bytes) -> bool:
-    """Whether a PNG has a chunk of EXIF, or of text that may hold EXIF or XMP. Walks over the chunks' headers, wherever they stand."""
+    """Whether a PNG has a chunk of EXIF, or of text that may hold EXIF or XMP.
+
+    Walks over the chunks' headers, wherever they stand.
+    """
     position = 8
     while position + 8 <= len(data):
         length, kind = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8]
@@ -134,12 +171,14 @@ def image_size(media: Media) -> tuple[int, int]:
     return (width, height) if _orientation(image, data) >= 5 else (height, width)
 
 
-def load_image(source: bytes | str | Media | Image.Image, *, keep_grey: bool = False, at_least: tuple[int, int] | None = None) -> Image.Image:
-    """A decoded RGB picture, upright (EXIF), its first frame when animated, transparency over white, 16 bits scaled to 8.
+def load_image(
+    source: bytes | str | Media | Image.Image, *, keep_grey: bool = False, at_least: tuple[int, int] | None = None
+) -> Image.Image:
+    """A decoded RGB image, upright (EXIF), its first frame when animated, transparency over white, 16 bits scaled to 8.
 
     Args:
-      source: encoded bytes, a path (not confined to a root), a Media, or a Pillow picture.
-      keep_grey: leave a picture without colour in one channel ("L"): a third of the work that follows, the same values.
+      source: encoded bytes, a path (not confined to a root), a Media, or a Pillow image.
+      keep_grey: leave an image without colour in one channel ("L"): a third of the work that follows, the same values.
       at_least: (height, width) that will do: a JPEG may come smaller, by its transform, but no smaller than this.
     Raises SampleError with the reason for what cannot be decoded.
     """
@@ -153,13 +192,16 @@ def load_image(source: bytes | str | Media | Image.Image, *, keep_grey: bool = F
             warnings.simplefilter("ignore")
             orientation = _orientation(image, data)
             if at_least is not None and image.format == "JPEG":
-                image.draft(None, at_least[::1 if orientation >= 5 else -1])
+                image.draft(None, at_least[:: 1 if orientation >= 5 else -1])
             image.load()
             image = _to_rgb(image, keep_grey)
             # Asked before loading, which may drop the tag; turned after it.
             return image if orientation == 1 else image.transpose(_TURNS[orientation])
     except Exception as error:  # as above: damaged data raises anything from OSError to struct.error
-        raise SampleError("undecodable", f"{media_files.name(source)} starts like a {image.format} but does not decode: {_first_line(error)}") from None
+        raise SampleError(
+            "undecodable",
+            f"{media_files.name(source)} starts like a {image.format} but does not decode: {_first_line(error)}",
+        ) from None
 
 
 def _to_rgb(image: Image.Image, keep_grey: bool) -> Image.Image:
@@ -170,7 +212,13 @@ def _to_rgb(image: Image.Image, keep_grey: bool) -> Image.Image:
         # 16-bit grey: Pillow's own conversion clips at 255 and would give a white page.
         values = np.asarray(image).astype(np.float32)
         top = float(np.nan_to_num(values).max(initial=0.0))
-        scale = 255.0 if image.mode == "F" and top <= 1.0 else 255.0 / 65535.0 if top > 255.0 or ";16" in image.mode else 1.0
+        scale = (
+            255.0
+            if image.mode == "F" and top <= 1.0
+            else 255.0 / 65535.0
+            if top > 255.0 or ";16" in image.mode
+            else 1.0
+        )
         pixels = np.clip(np.nan_to_num(values) * scale + 0.5, 0, 255).astype(np.uint8)
         if isinstance(transparent, int):  # one grey value is transparent (a PNG's tRNS), compared in 16 bits
             pixels = np.where(values == transparent, 255, pixels).astype(np.uint8)
@@ -187,7 +235,7 @@ def _to_rgb(image: Image.Image, keep_grey: bool) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VisualLayout:
-    """Where the patches of one picture or video lie, in window order. Depends on the grid alone, so it is shared.
+    """Where the patches of one image or video lie, in window order. Depends on the grid alone, so it is shared.
 
     Attributes:
       grid: (frame pairs, height, width) in patches.
@@ -236,7 +284,13 @@ def _layout(grid: tuple[int, int, int], merge: int, window: int | None) -> Visua
         image_lengths=np.full(frames, height * width, np.int32),
         window_lengths=(np.bincount(window_of) * merge * merge).astype(np.int32),
     )
-    for array in (layout.patch_positions, layout.merged_order, layout.token_index, layout.image_lengths, layout.window_lengths):
+    for array in (
+        layout.patch_positions,
+        layout.merged_order,
+        layout.token_index,
+        layout.image_lengths,
+        layout.window_lengths,
+    ):
         array.flags.writeable = False
     return layout
 
@@ -249,10 +303,20 @@ def visual_layout(grid: tuple[int, int, int], vision: PatchGeometry) -> VisualLa
 # --- patches ---------------------------------------------------------------------------------------------------------
 
 
-def image_grid(height: int, width: int, vision: PatchGeometry, *, min_pixels: int, max_pixels: int, limit_patches: int | None = None) -> tuple[int, int, int]:
-    """Grid (1, height, width) in patches that a picture of that many pixels is resized to."""
+def image_grid(
+    height: int,
+    width: int,
+    vision: PatchGeometry,
+    *,
+    min_pixels: int,
+    max_pixels: int,
+    limit_patches: int | None = None,
+) -> tuple[int, int, int]:
+    """Grid (1, height, width) in patches that an image of that many pixels is resized to."""
     limit = None if limit_patches is None else limit_patches * vision.patch_size**2
-    rows, columns = smart_resize(height, width, factor=vision.pixels_per_token, min_pixels=min_pixels, max_pixels=max_pixels, limit_pixels=limit)
+    rows, columns = smart_resize(
+        height, width, factor=vision.pixels_per_token, min_pixels=min_pixels, max_pixels=max_pixels, limit_pixels=limit
+    )
     return 1, rows // vision.patch_size, columns // vision.patch_size
 
 
@@ -260,11 +324,11 @@ def frames_to_patches(frames: np.ndarray, layout: VisualLayout, vision: PatchGeo
     """Patches of resized frames.
 
     Args:
-      frames: (frames, height, width, channels) uint8; the frame count is 1 or a multiple of the temporal patch size. A single
-        frame may have one channel, which stands for all.
+      frames: (frames, height, width, channels) uint8; the frame count is 1 or a multiple of the temporal patch size. A
+        single frame may have one channel, which stands for all.
     Returns:
       (P, channels * f * patch * patch) uint8 in window order, (channel, frame, row, column) inside a patch, where f is
-      the temporal patch size, or 1 for a single frame: a picture's frames are equal, so one is kept until the batch.
+      the temporal patch size, or 1 for a single frame: an image's frames are equal, so one is kept until the batch.
     """
     merge, patch, depth = vision.spatial_merge_size, vision.patch_size, vision.temporal_patch_size
     pairs, height, width = layout.grid
@@ -274,8 +338,10 @@ def frames_to_patches(frames: np.ndarray, layout: VisualLayout, vision: PatchGeo
     return groups[layout.merged_order].reshape(layout.patches, -1)
 
 
-def resize_to_grid(image: Image.Image, grid: tuple[int, int, int], vision: PatchGeometry, resample: str = "bicubic") -> np.ndarray:
-    """(height, width, channels) uint8 pixels of a picture at the size of its grid; one channel for mode "L", else three."""
+def resize_to_grid(
+    image: Image.Image, grid: tuple[int, int, int], vision: PatchGeometry, resample: str = "bicubic"
+) -> np.ndarray:
+    """(height, width, channels) uint8 pixels of an image at the size of its grid; one channel for mode "L", else three."""
     size = (grid[2] * vision.patch_size, grid[1] * vision.patch_size)
     pixels = np.asarray(image if image.size == size else image.resize(size, RESAMPLE[resample]))
     return pixels.reshape(*pixels.shape[:2], -1)
@@ -283,16 +349,22 @@ def resize_to_grid(image: Image.Image, grid: tuple[int, int, int], vision: Patch
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImagePatches:
-    """A picture ready for a batch: (P, patch_dim) uint8 patches in window order and where they lie."""
+    """An image ready for a batch: (P, patch_dim) uint8 patches in window order and where they lie."""
 
     patches: np.ndarray
     layout: VisualLayout
 
 
 def patchify(
-    image: Image.Image, vision: PatchGeometry, min_pixels: int, max_pixels: int, *, resample: str = "bicubic", limit_patches: int | None = None
+    image: Image.Image,
+    vision: PatchGeometry,
+    min_pixels: int,
+    max_pixels: int,
+    *,
+    resample: str = "bicubic",
+    limit_patches: int | None = None,
 ) -> ImagePatches:
-    """Resizes a picture by the published rule and cuts it into patches of full `patch_dim` (the frame repeated)."""
+    """Resizes an image by the published rule and cuts it into patches of full `patch_dim` (the frame repeated)."""
     width, height = image.size
     grid = image_grid(height, width, vision, min_pixels=min_pixels, max_pixels=max_pixels, limit_patches=limit_patches)
     layout = visual_layout(grid, vision)
@@ -305,4 +377,6 @@ def repeat_frame(patches: np.ndarray, vision: PatchGeometry) -> np.ndarray:
     if patches.shape[1] == vision.patch_dim:
         return patches
     single = patches.reshape(len(patches), vision.in_channels, 1, vision.patch_size**2)
-    return np.broadcast_to(single, (len(patches), vision.in_channels, vision.temporal_patch_size, vision.patch_size**2)).reshape(len(patches), -1)
+    return np.broadcast_to(
+        single, (len(patches), vision.in_channels, vision.temporal_patch_size, vision.patch_size**2)
+    ).reshape(len(patches), -1)

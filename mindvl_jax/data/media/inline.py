@@ -22,7 +22,8 @@ class InlineError(ValueError):
 def inline_bytes(text: str) -> bytes | None:
     """Decode the medium that a text holds; None where the text is a path or a URL.
 
-    Time is linear in the length, and a text that would decode to more than `LARGEST_BYTES` is refused before it is decoded.
+    Time is linear in the length, and a text that would decode to more than `LARGEST_BYTES` is refused before it is
+    decoded.
 
     Raises:
       InlineError: a data URI that is not base64, damaged base64, or too large. The message never quotes the text.
@@ -38,12 +39,20 @@ def inline_bytes(text: str) -> bytes | None:
 
 
 def decode_base64(text: str) -> bytes:
-    """Decode base64 of either alphabet, line breaks and missing padding allowed. Raises InlineError as `inline_bytes`."""
+    """Decode base64 of either alphabet, line breaks and missing padding allowed.
+
+    Raises InlineError as `inline_bytes`.
+    """
     if len(text) // 4 * 3 > LARGEST_BYTES + LARGEST_BYTES // 16:
-        raise InlineError(f"a medium in base64 has {len(text)} characters, above the {LARGEST_BYTES >> 20} MiB that a text may hold; save it as a file")
+        raise InlineError(
+            f"a medium in base64 has {len(text)} characters, above the {LARGEST_BYTES >> 20} MiB that a text "
+            "may hold; save it as a file"
+        )
     compact = "".join(text.split()).rstrip("=")
     if len(compact) // 4 * 3 > LARGEST_BYTES:
-        raise InlineError(f"a medium in base64 is above the {LARGEST_BYTES >> 20} MiB that a text may hold; save it as a file")
+        raise InlineError(
+            f"a medium in base64 is above the {LARGEST_BYTES >> 20} MiB that a text may hold; save it as a file"
+        )
     try:
         data = compact.replace("-", "+").replace("_", "/").encode("ascii")
         return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)

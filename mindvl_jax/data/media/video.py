@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mindvl_jax.data.media.geometry import PatchGeometry
-from mindvl_jax.data.media import image as images
 from mindvl_jax.data.media import files as media_files
+from mindvl_jax.data.media import image as images
+from mindvl_jax.data.media.geometry import PatchGeometry
 from mindvl_jax.data.sample import Media, SampleError
 
 LONGEST_FRAMES = 200_000  # above an hour at 50 frames a second: cut the file first
@@ -25,8 +25,9 @@ LONGEST_FRAMES = 200_000  # above an hour at 50 frames a second: cut the file fi
 
 @dataclasses.dataclass(frozen=True)
 class VideoPlan:
-    """Frames to take and their layout: grid (frame pairs, height, width) in patches, seconds from one pair to the next, the video's own
-    (height, width) in pixels."""
+    """Frames to take and their layout: grid (frame pairs, height, width) in patches, seconds from one pair to the next,
+    the video's own (height, width) in pixels.
+    """
 
     frames: tuple[int, ...]
     grid: tuple[int, int, int]
@@ -34,7 +35,17 @@ class VideoPlan:
     size: tuple[int, int]
 
 
-def plan_frames(media: Media, vision: PatchGeometry, *, fps: float, max_frames: int, min_pixels: int, max_pixels: int, limit_patches: int | None = None, total_patches: int | None = None) -> VideoPlan:
+def plan_frames(
+    media: Media,
+    vision: PatchGeometry,
+    *,
+    fps: float,
+    max_frames: int,
+    min_pixels: int,
+    max_pixels: int,
+    limit_patches: int | None = None,
+    total_patches: int | None = None,
+) -> VideoPlan:
     """Which frames of a video are read and how large, from its header (counting packets where the header has no count).
 
     `limit_patches` bounds one frame pair, `total_patches` the whole video: frames shrink until both hold.
@@ -47,9 +58,13 @@ def plan_frames(media: Media, vision: PatchGeometry, *, fps: float, max_frames: 
         total = int(stream.frames or 0) or len(packets)
         step = float(stream.time_base or 0)
     if not width or not height or total <= 0:
-        raise SampleError("undecodable", f"{media_files.name(media)} has no frames ({total} frames of {width}x{height})")
+        raise SampleError(
+            "undecodable", f"{media_files.name(media)} has no frames ({total} frames of {width}x{height})"
+        )
     if total > LONGEST_FRAMES:
-        raise SampleError("too_large", f"{media_files.name(media)} has {total} frames, more than {LONGEST_FRAMES}; cut it")
+        raise SampleError(
+            "too_large", f"{media_files.name(media)} has {total} frames, more than {LONGEST_FRAMES}; cut it"
+        )
     if width * height > images.LARGEST_PIXELS:
         raise SampleError("too_large", f"{media_files.name(media)} has frames of {width}x{height}")
     with _opened(media) as (container, stream):  # anew, because not every container can be rewound
@@ -68,17 +83,25 @@ def plan_frames(media: Media, vision: PatchGeometry, *, fps: float, max_frames: 
     if times is None:
         frames = tuple(np.round(np.linspace(0, total - 1, wanted)).astype(int).tolist())
     else:  # what a player shows at even times
-        frames = tuple((np.searchsorted(times, np.linspace(times[0], times[-1], wanted) + step / 2, side="right") - 1).tolist())
+        frames = tuple(
+            (np.searchsorted(times, np.linspace(times[0], times[-1], wanted) + step / 2, side="right") - 1).tolist()
+        )
     if total_patches is not None:
         limit_patches = min(limit_patches or total_patches, total_patches // (wanted // pair))
-    _, rows, columns = images.image_grid(height, width, vision, min_pixels=min_pixels, max_pixels=max_pixels, limit_patches=limit_patches)
-    # One frame only: it is shown twice, like a picture.
+    _, rows, columns = images.image_grid(
+        height, width, vision, min_pixels=min_pixels, max_pixels=max_pixels, limit_patches=limit_patches
+    )
+    # One frame only: it is shown twice, like an image.
     taken_per_second = wanted / seconds
     return VideoPlan(frames, (wanted // pair, rows, columns), pair / taken_per_second, (height, width))
 
 
-def read_frames(media: Media, frames: tuple[int, ...], grid: tuple[int, int, int], vision: PatchGeometry, resample: str) -> np.ndarray:
-    """(frames, height, width, 3) uint8 pixels at the size of the grid. A file that ends early repeats its last frame once at most.
+def read_frames(
+    media: Media, frames: tuple[int, ...], grid: tuple[int, int, int], vision: PatchGeometry, resample: str
+) -> np.ndarray:
+    """(frames, height, width, 3) uint8 pixels at the size of the grid.
+
+    A file that ends early repeats its last frame once at most.
 
     Raises SampleError when it does not decode, or when more than one frame pair is missing at its end.
     """
@@ -95,25 +118,37 @@ def read_frames(media: Media, frames: tuple[int, ...], grid: tuple[int, int, int
                 break
     missing = [number for number in frames if number not in found]
     if not found or len(missing) > vision.temporal_patch_size:
-        raise SampleError("undecodable", f"{media_files.name(media)} ends early: {len(missing)} of the {len(frames)} frames that its header promises are missing")
+        raise SampleError(
+            "undecodable",
+            f"{media_files.name(media)} ends early: {len(missing)} of the {len(frames)} frames that its "
+            "header promises are missing",
+        )
     # Counts in headers are often one too high: the last frame that there is stands in.
     final = found[max(found)]
     return np.stack([found.get(number, final) for number in frames])
 
 
 def _uneven(packets: Sequence[int | None], step: float) -> np.ndarray | None:
-    """Times of the frames in seconds, in the order of display, where the frame rate changes; None where it does not or nobody knows."""
+    """Times of the frames in seconds, in the order of display, where the frame rate changes; None where it does not or
+    nobody knows.
+    """
     if len(packets) < 3 or step <= 0 or any(time is None for time in packets):
         return None
     times = np.sort(np.array(packets, np.float64)) * step
     gaps = np.diff(times)
     # Time bases are coarse (a 30th of a second in milliseconds): a step or a tenth of a frame is no change.
-    return times if gaps.min() >= 0 and gaps.max() > 0 and gaps.max() - gaps.min() > max(2.01 * step, 0.1 * gaps.mean()) else None
+    return (
+        times
+        if gaps.min() >= 0 and gaps.max() > 0 and gaps.max() - gaps.min() > max(2.01 * step, 0.1 * gaps.mean())
+        else None
+    )
 
 
 def _display(frame: Any) -> tuple[int, int, int, int]:
-    """(a, b, c, d) of a frame's display matrix: a stored point (x, y) is shown at (a x + c y, b x + d y). A telephone held upright
-    stores its pictures lying and says so here."""
+    """(a, b, c, d) of a frame's display matrix: a stored point (x, y) is shown at (a x + c y, b x + d y).
+
+    A telephone held upright stores its images lying and says so here.
+    """
     for data in frame.side_data:
         if data.type.name == "DISPLAYMATRIX":
             matrix = np.frombuffer(bytes(data), np.int32)
@@ -141,14 +176,18 @@ def _shown(container: Any) -> Any:
     """The stream that players choose; a cover image that stands in the file as a video stream is none."""
     from av.stream import Disposition
 
-    streams = [stream for stream in container.streams.video if not stream.disposition & (Disposition.attached_pic | Disposition.timed_thumbnails)]
+    streams = [
+        stream
+        for stream in container.streams.video
+        if not stream.disposition & (Disposition.attached_pic | Disposition.timed_thumbnails)
+    ]
     best = container.streams.best("video")
     chosen = next((stream for stream in streams if best is not None and stream.index == best.index), None)
     return chosen if chosen is not None else streams[0] if streams else None
 
 
 class _opened:
-    """Opens a video for reading; every error of the decoder becomes a SampleError."""
+    """Open a video for reading; every error of the decoder becomes a SampleError."""
 
     def __init__(self, media: Media):
         self._media = media
@@ -173,4 +212,7 @@ class _opened:
             raise self._refusal(error) from None
 
     def _refusal(self, error: BaseException) -> SampleError:
-        return SampleError("undecodable", f"{media_files.name(self._media)} does not decode as a video: {type(error).__name__}: {str(error)[:200]}")
+        return SampleError(
+            "undecodable",
+            f"{media_files.name(self._media)} does not decode as a video: {type(error).__name__}: {str(error)[:200]}",
+        )

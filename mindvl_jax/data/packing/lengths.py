@@ -1,7 +1,8 @@
-"""Costs of all samples of a source, kept on disk: with them every host plans rows without encoding the other hosts' samples.
+"""Costs of all samples of a source, kept on disk: with them every host plans rows without encoding the other hosts'
+samples.
 
-Planning needs of a sample what it takes of each budget and its work; or why it is refused. `mindvl data index` writes that once; a
-run with `data.length_index` then encodes its own rows alone. Plans are the same as without.
+Planning needs of a sample what it takes of each budget and its work; or why it is refused. `mindvl data index` writes
+that once; a run with `data.length_index` then encodes its own rows alone. Plans are the same as without.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from mindvl_jax.config.schema import Config
+from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.files import replacing
 from mindvl_jax.data.encoding import encode_record
 from mindvl_jax.data.processor import Cost, Example, Processor
 from mindvl_jax.data.sample import SampleError
-from mindvl_jax.data.sources.readers import Source, open_sources
 from mindvl_jax.data.sources.mixture import MixtureStream
-from mindvl_jax.core.errors import UserError
-from mindvl_jax.core.files import replacing
+from mindvl_jax.data.sources.readers import Source, open_sources
 
 FORMAT = 3
 
@@ -42,19 +43,27 @@ class Measured:
 
 
 def index_path(folder: str | Path, source: Source, encoding: dict[str, Any]) -> Path:
-    """File of a source's lengths. Its name changes with the records, their files and everything that encoding depends on."""
+    """File of a source's lengths.
+
+    Its name changes with the records, their files and everything that encoding depends on.
+    """
     files = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in source.paths]
     said = json.dumps([FORMAT, source.identity, files, encoding], sort_keys=True)
     return Path(folder) / f"{source.name}-{hashlib.sha256(said.encode()).hexdigest()[:16]}.npz"
 
 
 def write_index(path: Path, outcomes: Iterable[Example | SampleError], processor: Processor) -> tuple[int, int]:
-    """Write the costs of a source's samples in order; returns how many were kept and refused. The file appears whole or not at all."""
+    """Write the costs of a source's samples in order; returns how many were kept and refused.
+
+    The file appears whole or not at all.
+    """
     costs, counts, refused, ids = [], [], [], []
     nothing = Cost((-1,) * len(processor.budgets.names), (0.0,) * len(processor.works))
     for outcome in outcomes:
         if isinstance(outcome, SampleError):
-            refused.append({"index": len(costs), "id": str(outcome.sample_id), "reason": outcome.reason, "message": str(outcome)})
+            refused.append(
+                {"index": len(costs), "id": str(outcome.sample_id), "reason": outcome.reason, "message": str(outcome)}
+            )
             costs.append(nothing)
             counts.append((0, 0))
             ids.append("")
@@ -75,19 +84,34 @@ class LengthIndex:
     """The lengths of one source."""
 
     def __init__(self, path: Path, source: Source):
-        """Raises UserError when there is no index of this data and these settings, or it cannot be read."""
+        """Raise UserError when there is no index of this data and these settings, or it cannot be read."""
         if not path.is_file():
-            old = sorted(other.name for other in path.parent.glob(f"{source.name}-*.npz")) if path.parent.is_dir() else []
+            old = (
+                sorted(other.name for other in path.parent.glob(f"{source.name}-*.npz")) if path.parent.is_dir() else []
+            )
             found = f"; {', '.join(old)} is of other data or other settings" if old else ""
-            raise UserError(f"data.length_index: {path} does not exist{found}. Write it with `mindvl data index --config FILE`, or unset data.length_index")
+            raise UserError(
+                f"data.length_index: {path} does not exist{found}. Write it with `mindvl data index --config "
+                "FILE`, or unset data.length_index"
+            )
         try:
             with np.load(path, allow_pickle=False) as stored:
-                self._sizes, self._works, self._counts = stored["sizes"].tolist(), stored["works"].tolist(), stored["counts"].tolist()
+                self._sizes, self._works, self._counts = (
+                    stored["sizes"].tolist(),
+                    stored["works"].tolist(),
+                    stored["counts"].tolist(),
+                )
                 text = json.loads(stored["text"].tobytes())
         except Exception as error:  # a damaged archive raises anything from BadZipFile to ValueError
-            raise UserError(f"data.length_index: {path} cannot be read ({type(error).__name__}: {error}); delete it and write it again with `mindvl data index`") from None
+            raise UserError(
+                f"data.length_index: {path} cannot be read ({type(error).__name__}: {error}); delete it and "
+                "write it again with `mindvl data index`"
+            ) from None
         if len(self._sizes) != len(source):
-            raise UserError(f"data.length_index: {path} holds {len(self._sizes)} samples, the source has {len(source)}; delete it and write it again")
+            raise UserError(
+                f"data.length_index: {path} holds {len(self._sizes)} samples, the source has {len(source)}; "
+                "delete it and write it again"
+            )
         self._ids = text["ids"]
         self._refused = {entry["index"]: entry for entry in text["refused"]}
 
@@ -95,7 +119,9 @@ class LengthIndex:
         if index in self._refused:
             entry = self._refused[index]
             return SampleError(entry["reason"], entry["message"], entry["id"])
-        return Measured(self._ids[index], Cost(tuple(self._sizes[index]), tuple(self._works[index])), *self._counts[index])
+        return Measured(
+            self._ids[index], Cost(tuple(self._sizes[index]), tuple(self._works[index])), *self._counts[index]
+        )
 
 
 class IndexedEncoder:
@@ -108,8 +134,11 @@ class IndexedEncoder:
         reference = self._stream[position]
         return self._indices[reference.source][reference.index]
 
-    def own(self, rows: list[list[tuple[int, Any]]]) -> tuple[list[list[tuple[int, Example]]], list[tuple[int, SampleError]]]:
-        """Rows with examples in place of lengths, and those that cannot be encoded any more (they leave a gap in their row).
+    def own(
+        self, rows: list[list[tuple[int, Any]]]
+    ) -> tuple[list[list[tuple[int, Example]]], list[tuple[int, SampleError]]]:
+        """Rows with examples in place of lengths, and those that cannot be encoded any more (they leave a gap in their
+        row).
 
         Raises UserError when a sample is not as long as the index says: its media were changed.
         """
@@ -127,7 +156,10 @@ class IndexedEncoder:
                     if example.cost != self._processor.cost(outcome):
                         reference = self._stream[position]
                         where = self._stream.sources[reference.source].where(reference.index)
-                        raise UserError(f"sample {outcome.id!r} ({where}) has other lengths than data.length_index says: its media were changed after `mindvl data index`; write the index again")
+                        raise UserError(
+                            f"sample {outcome.id!r} ({where}) has other lengths than data.length_index says: "
+                            "its media were changed after `mindvl data index`; write the index again"
+                        )
                     example = dataclasses.replace(outcome, source=example.source, number=position)
                 complete[-1].append((position, example))
         return complete, lost
@@ -137,7 +169,9 @@ class IndexedEncoder:
 
 
 def index_phase(config: Config, names: Iterable[str], processor: Processor) -> list[tuple[str, Path, int, int]]:
-    """Write the missing indices of a phase's sources; returns (source, file, kept, refused) of each, -1 where one was there."""
+    """Write the missing indices of a phase's sources; returns (source, file, kept, refused) of each, -1 where one was
+    there.
+    """
     done = []
     for source in open_sources(config.data.sources, list(names)):
         path = index_path(config.data.length_index, source, processor.lengths)

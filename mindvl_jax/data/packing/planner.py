@@ -1,7 +1,7 @@
 """Stream of samples to planned rows of the global batch. Every process plans the same rows.
 
-Plans depend on lengths alone; no medium is decoded here. What is waiting is remembered by stream positions, so the state
-is a few numbers a waiting sample, and a resumed run encodes those again and goes on with the same rows.
+Plans depend on lengths alone; no medium is decoded here. What is waiting is remembered by stream positions, so the
+state is a few numbers a waiting sample, and a resumed run encodes those again and goes on with the same rows.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.data.cache import ExampleCache
 from mindvl_jax.data.packing.lengths import Measured
 from mindvl_jax.data.packing.rows import plan_rows
@@ -20,7 +21,6 @@ from mindvl_jax.data.processor import Cost, Example, Processor
 from mindvl_jax.data.quarantine import Quarantine
 from mindvl_jax.data.sample import SampleError
 from mindvl_jax.data.sources.mixture import MixtureStream, Reference
-from mindvl_jax.core.errors import UserError
 
 # Waiting samples hold at least this many batches' worth of a filled budget, so that rows have a choice.
 AHEAD = 2.0
@@ -35,10 +35,18 @@ class RecordEncoder(Protocol):
 
 
 class Planner:
-    """Draws samples ahead, refuses bad ones, and packs rows."""
+    """Draw samples ahead, refuse bad ones, and pack rows."""
 
     def __init__(
-        self, stream: MixtureStream, encoder: RecordEncoder, processor: Processor, *, rows: int, buffer: int, quarantine: Quarantine, cache: ExampleCache | None
+        self,
+        stream: MixtureStream,
+        encoder: RecordEncoder,
+        processor: Processor,
+        *,
+        rows: int,
+        buffer: int,
+        quarantine: Quarantine,
+        cache: ExampleCache | None,
     ):
         self._stream = stream
         self._encoder = encoder
@@ -95,7 +103,9 @@ class Planner:
 
     def _draw(self) -> None:
         enough = AHEAD * self._rows * self._caps
-        while len(self._waiting) < self._buffer or all(self._totals[budget] < enough[budget] for budget in self._filling):
+        while len(self._waiting) < self._buffer or all(
+            self._totals[budget] < enough[budget] for budget in self._filling
+        ):
             position = self._position
             self._position += 1
             example = self._example(position)
@@ -115,7 +125,9 @@ class Planner:
         source = self._stream.sources[reference.source]
         if self._cache is not None and (known := self._cache.get(self._key(reference))) is not None:
             self._quarantine.encoded()
-            return dataclasses.replace(known, source=reference.source, number=position)  # the same record may serve another phase's mixture
+            return dataclasses.replace(
+                known, source=reference.source, number=position
+            )  # the same record may serve another phase's mixture
         example = self._encoder.encode(position)
         if isinstance(example, SampleError):
             self._quarantine.refuse(id=str(example.sample_id), where=source.where(reference.index), error=example)
@@ -124,7 +136,7 @@ class Planner:
         return dataclasses.replace(example, source=reference.source, number=position)
 
     def remember(self, position: int, example: Example) -> None:
-        """Keeps a decoded example for later epochs (when caching is on)."""
+        """Keep a decoded example for later epochs (when caching is on)."""
         if self._cache is not None:
             self._cache.put(self._key(self._stream[position]), example)
 
@@ -138,14 +150,21 @@ class Planner:
     # --- state ---
 
     def epochs(self) -> list[float]:
-        """Return the share of each source that has been used: packed, or refused for good. Samples that wait for a row do not count."""
+        """Return the share of each source that has been used: packed, or refused for good.
+
+        Samples that wait for a row do not count.
+        """
         waiting = collections.Counter(example.source for _, example in self._waiting)
-        return [(self._drawn[index] - waiting[index]) / len(source) for index, source in enumerate(self._stream.sources)]
+        return [
+            (self._drawn[index] - waiting[index]) / len(source) for index, source in enumerate(self._stream.sources)
+        ]
 
     def counters(self) -> dict[str, Any]:
-        """Counts up to the last planned batch."""
+        """Count up to the last planned batch."""
         capacity = np.maximum(self._caps * self._rows * max(self.batches, 1), 1)
-        epochs = {source.name: round(share, 4) for source, share in zip(self._stream.sources, self.epochs(), strict=True)}
+        epochs = {
+            source.name: round(share, 4) for source, share in zip(self._stream.sources, self.epochs(), strict=True)
+        }
         return {
             "batches": self.batches,
             "samples": self.samples,
@@ -154,9 +173,18 @@ class Planner:
             "waiting": len(self._waiting),
             "truncated": self.truncated,
             "shrunk": self.shrunk,
-            **{f"{name}_efficiency": float(self._filled[budget] / capacity[budget]) for budget, name in enumerate(self._budgets.filled)},
-            **{f"batch_{name}_efficiency": value for name, value in zip(self._budgets.filled, self.last_efficiency, strict=True)},
-            **{f"{name}_imbalance": value for name, value in zip(self._processor.works, self.last_imbalance, strict=True)},
+            **{
+                f"{name}_efficiency": float(self._filled[budget] / capacity[budget])
+                for budget, name in enumerate(self._budgets.filled)
+            },
+            **{
+                f"batch_{name}_efficiency": value
+                for name, value in zip(self._budgets.filled, self.last_efficiency, strict=True)
+            },
+            **{
+                f"{name}_imbalance": value
+                for name, value in zip(self._processor.works, self.last_imbalance, strict=True)
+            },
             # Equal on all processes, or they do not see the same data (a file that one host lacks, say).
             "plan_fingerprint": self._fingerprint,
         }
@@ -180,11 +208,13 @@ class Planner:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on after `state`. Raises UserError when the data is not the same any more."""
+        """Go on after `state`. Raises UserError when the data is not the same any more."""
         if state["records"] != self._stream.describe():
             raise UserError(
-                f"the data has changed since the checkpoint: {_difference(state['records'], self._stream.describe())}. Its order would be another one. "
-                "Put the files and the mixture back, or set run.resume to `never` and start from the weights with run.init_from"
+                "the data has changed since the checkpoint: "
+                f"{_difference(state['records'], self._stream.describe())}. Its order would be another one. "
+                "Put the files and the mixture back, or set run.resume to `never` and start from the weights "
+                "with run.init_from"
             )
         self._position = int(state["position"])
         self._waiting, self._sizes, self._loads = [], [], []
@@ -192,7 +222,10 @@ class Planner:
         for position in state["waiting"]:
             example = self._example(int(position))
             if example is None:
-                raise UserError(f"a sample that was waiting to be packed cannot be read any more ({self.where(position)}); see the quarantine file for the reason, and put the file back")
+                raise UserError(
+                    "a sample that was waiting to be packed cannot be read any more "
+                    f"({self.where(position)}); see the quarantine file for the reason, and put the file back"
+                )
             self._add(int(position), example)
         # After the waiting samples were drawn again: those were counted the first time.
         self._drawn = collections.Counter(dict(enumerate(state["drawn"])))
@@ -206,7 +239,10 @@ class Planner:
 
 def _difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
     """What differs between two descriptions of a mixture, in words."""
-    names = lambda sources: [source["name"] for source in sources]
+
+    def names(sources):
+        return [source["name"] for source in sources]
+
     if names(before) != names(now):
         return f"it mixed {', '.join(names(before))}, now {', '.join(names(now))}"
     told = []

@@ -1,7 +1,7 @@
 """Which samples share a row: best fit under two budgets with equal work in every row of the global batch.
 
 Deterministic and from lengths alone, so every process of a run plans the same rows without exchanging anything.
-`docs/packing.md` explains the method with a picture and compares it with others.
+`docs/packing.md` explains the method with an image and compares it with others.
 
 R rows of the batch, N samples waiting, C budgets.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -32,7 +32,8 @@ class Budgets:
 
     Attributes:
       names: of the budgets, for messages. capacities: room of a row in each.
-      filled: singular names of the first budgets, which rows are meant to fill ("token" of "tokens"); the others only limit.
+      filled: singular names of the first budgets, which rows are meant to fill ("token" of "tokens"); the others only
+        limit.
     """
 
     names: tuple[str, ...]
@@ -44,12 +45,12 @@ class Budgets:
 
 
 def plan_rows(sizes: np.ndarray, loads: np.ndarray, budgets: Budgets, rows: int) -> list[list[int]]:
-    """Chooses samples for `rows` rows.
+    """Choose samples for `rows` rows.
 
     Every row starts with one of the oldest samples, so that none waits for ever: a sample is used after at most N / R
-    batches. Then the emptiest row takes the sample that brings it nearest to its target (the filled budgets and the work
-    that a full row of this data has), until none brings a row nearer; last, single samples are exchanged with waiting ones
-    and between rows where that brings rows nearer still.
+    batches. Then the emptiest row takes the sample that brings it nearest to its target (the filled budgets and the
+    work that a full row of this data has), until none brings a row nearer; last, single samples are exchanged with
+    waiting ones and between rows where that brings rows nearer still.
 
     Args:
       sizes: (N, C) int64, what each waiting sample takes of each budget, oldest first. Each fits a row alone.
@@ -77,7 +78,18 @@ def plan_rows(sizes: np.ndarray, loads: np.ndarray, budgets: Budgets, rows: int)
 
     for row in range(min(rows, count)):
         put(row, row)
-    _grow(sizes, points, target, caps, free, filled, reached, put, filled_budgets, max(16, int(SLACK * rows * caps[0] / max(sizes[:, 0].mean(), 1))))
+    _grow(
+        sizes,
+        points,
+        target,
+        caps,
+        free,
+        filled,
+        reached,
+        put,
+        filled_budgets,
+        max(16, int(SLACK * rows * caps[0] / max(sizes[:, 0].mean(), 1))),
+    )
     _exchange(sizes, points, target, caps, free, filled, reached, chosen)
     _grow(sizes, points, target, caps, free, filled, reached, put, filled_budgets, CANDIDATES)
     _level(sizes, points, caps, filled, reached, chosen, filled_budgets)
@@ -85,13 +97,17 @@ def plan_rows(sizes: np.ndarray, loads: np.ndarray, budgets: Budgets, rows: int)
     return [sorted(chosen[row]) for row in order]
 
 
-def plan_units(units: Sequence[Sequence[int]], sizes: np.ndarray, loads: np.ndarray, budgets: Budgets, rows: int) -> list[list[int]]:
-    """`plan_rows` for samples that must share a row: the two answers of a preference pair, whose losses are compared there.
+def plan_units(
+    units: Sequence[Sequence[int]], sizes: np.ndarray, loads: np.ndarray, budgets: Budgets, rows: int
+) -> list[list[int]]:
+    """`plan_rows` for samples that must share a row: the two answers of a preference pair, whose losses are compared
+    there.
 
     A unit is packed as one step of the sum of its samples, so every property of `plan_rows` holds for units.
 
     Args:
-      units: indices of the samples of each unit, oldest unit first; every sample in one unit. A whole unit fits a row alone.
+      units: indices of the samples of each unit, oldest unit first; every sample in one unit. A whole unit fits a row
+        alone.
     Returns:
       For each row the indices of its samples; those of a unit are neighbours, in the unit's order.
 
@@ -102,13 +118,18 @@ def plan_units(units: Sequence[Sequence[int]], sizes: np.ndarray, loads: np.ndar
         raise ValueError(f"{len(members)} units do not hold each of the {len(sizes)} samples once")
     summed = np.array([sizes[unit].sum(0) for unit in members], np.int64).reshape(-1, len(budgets.array()))
     if len(large := np.flatnonzero((summed > budgets.array()).any(1))):
-        raise ValueError(f"unit {large[0]} needs {summed[large[0]].tolist()} ({', '.join(budgets.names)}) in one row, the budgets are {budgets.array().tolist()}")
+        raise ValueError(
+            f"unit {large[0]} needs {summed[large[0]].tolist()} ({', '.join(budgets.names)}) in one row, the "
+            f"budgets are {budgets.array().tolist()}"
+        )
     work = np.array([loads[unit].sum(0) for unit in members]).reshape(len(members), loads.shape[1])
     return [[index for unit in row for index in members[unit]] for row in plan_rows(summed, work, budgets, rows)]
 
 
 def _sum(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Sum in order, written out: a library's order of summation may differ between machines, and every process must choose the same."""
+    """Sum in order, written out: a library's order of summation may differ between machines, and every process must
+    choose the same.
+    """
     return functools.reduce(np.add, rows)
 
 

@@ -13,13 +13,29 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from mindvl_jax.data.sample import SampleError, Unreadable
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.files import decode_text, foreign
+from mindvl_jax.data.sample import SampleError, Unreadable
 
 # Bytes of row groups kept decoded for random access: shuffled reading would decode a group again for every sample.
 KEPT_BYTES = 1 << 30
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif", ".ico", ".mpo", ".jfif")
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".avif",
+    ".ico",
+    ".mpo",
+    ".jfif",
+)
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg")
 
 
@@ -62,7 +78,9 @@ class ParquetRecords:
                 except FileNotFoundError:
                     raise UserError(f"the data file {self.path} is not there any more; put it back") from None
                 except (pyarrow.ArrowException, OSError) as error:
-                    raise SampleError("malformed", f"row group {group} of {self.path} does not decode: {error}") from None
+                    raise SampleError(
+                        "malformed", f"row group {group} of {self.path} does not decode: {error}"
+                    ) from None
                 self._kept[group] = table
                 while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > KEPT_BYTES:
                     self._kept.popitem(last=False)
@@ -78,8 +96,11 @@ class ParquetRecords:
 
 
 def _cell(column: pyarrow.ChunkedArray, row: int) -> Any:
-    """A cell as Python has it. One that Python cannot hold (text that is not UTF-8, a date beyond the year 9999) matters only to a
-    sample that needs it."""
+    """A cell as Python has it.
+
+    One that Python cannot hold (text that is not UTF-8, a date beyond the year 9999) matters only to a sample that
+    needs it.
+    """
     try:
         return column[row].as_py()
     except (ValueError, OverflowError, pyarrow.ArrowException, ImportError) as error:
@@ -87,10 +108,11 @@ def _cell(column: pyarrow.ChunkedArray, row: int) -> Any:
 
 
 class TarRecords:
-    """Samples of a WebDataset tar: members of one base name are one sample (`0001.json` with `0001.jpg`, `0001.1.jpg` ...).
+    """Samples of a WebDataset tar: members of one base name are one sample (`0001.json` with `0001.jpg`, `0001.1.jpg`
+    ...).
 
-    The `.json` member is the record; its pictures are the other members in name order. A `.txt` member without a `.json`
-    is taken as a caption: the picture, then the text as the answer.
+    The `.json` member is the record; its images are the other members in name order. A `.txt` member without a `.json`
+    is taken as a caption: the image, then the text as the answer.
     """
 
     holds_media = True
@@ -106,9 +128,15 @@ class TarRecords:
                     folder, base = os.path.split(member.name)
                     key, dot, suffix = base.partition(".")
                     if dot:
-                        samples.setdefault(os.path.join(folder, key), {})["." + suffix.lower()] = (member.offset_data, member.size)
+                        samples.setdefault(os.path.join(folder, key), {})["." + suffix.lower()] = (
+                            member.offset_data,
+                            member.size,
+                        )
         except (tarfile.TarError, OSError, EOFError) as error:
-            raise UserError(f"{path} is not a readable tar (compressed tars have no random access: unpack the compression first): {error}") from None
+            raise UserError(
+                f"{path} is not a readable tar (compressed tars have no random access: unpack the "
+                f"compression first): {error}"
+            ) from None
         self._samples = list(samples.items())
 
     def __len__(self) -> int:
@@ -129,9 +157,19 @@ class TarRecords:
                     if len(contents[suffix]) != size:
                         raise SampleError("malformed", f"the tar ends inside {key}{suffix}: it was cut off")
         except OSError as error:
-            raise UserError(f"the data file {self.path} cannot be read ({error.strerror or error}); put it back") from None
-        images = [{"bytes": data, "path": key + suffix} for suffix, data in contents.items() if suffix.endswith(IMAGE_SUFFIXES)]
-        videos = [{"bytes": data, "path": key + suffix} for suffix, data in contents.items() if suffix.endswith(VIDEO_SUFFIXES)]
+            raise UserError(
+                f"the data file {self.path} cannot be read ({error.strerror or error}); put it back"
+            ) from None
+        images = [
+            {"bytes": data, "path": key + suffix}
+            for suffix, data in contents.items()
+            if suffix.endswith(IMAGE_SUFFIXES)
+        ]
+        videos = [
+            {"bytes": data, "path": key + suffix}
+            for suffix, data in contents.items()
+            if suffix.endswith(VIDEO_SUFFIXES)
+        ]
         if ".json" in contents:
             try:
                 record = json.loads(decode_text(contents[".json"]))
@@ -147,7 +185,9 @@ class TarRecords:
             question = "<image>" * len(images) + "<video>" * len(videos)
             record = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": caption}]}
         else:
-            raise SampleError("malformed", f"{key} has neither a .json nor a .txt member (found {', '.join(sorted(members))})")
+            raise SampleError(
+                "malformed", f"{key} has neither a .json nor a .txt member (found {', '.join(sorted(members))})"
+            )
         # The archive's own members are the media, whatever paths the record was written with.
         record = {name: value for name, value in record.items() if name not in ("image", "images", "video", "videos")}
         return {"id": os.path.basename(key), **record, "images": images, "videos": videos}

@@ -8,26 +8,42 @@ import io
 import json
 import os
 import tarfile
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mindvl_jax.data.media.image import image_size
-from mindvl_jax.data.media.files import read_bytes, resolve
+from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.files import replacing
 from mindvl_jax.data.marks import IMAGE, VIDEO, marks
+from mindvl_jax.data.media.files import read_bytes, resolve
+from mindvl_jax.data.media.image import image_size
 from mindvl_jax.data.record import turns_of
 from mindvl_jax.data.sample import Media, Sample, SampleError
 from mindvl_jax.data.sources.readers import Source
-from mindvl_jax.core.errors import UserError
-from mindvl_jax.core.files import replacing
 
 FORMATS = ("mllm", "llava", "sharegpt", "jsonl", "parquet", "webdataset")
-ENDINGS = {"mllm": ".json", "llava": ".json", "sharegpt": ".json", "jsonl": ".jsonl", "parquet": ".parquet", "webdataset": ".tar"}
+ENDINGS = {
+    "mllm": ".json",
+    "llava": ".json",
+    "sharegpt": ".json",
+    "jsonl": ".jsonl",
+    "parquet": ".parquet",
+    "webdataset": ".tar",
+}
 TO_LLAVA = {"user": "human", "assistant": "gpt", "system": "system", "tool": "observation"}
 TURN_COLUMNS = ("role", "content", "reasoning_content", "tool_calls", "weight")
 GROUP = 1000  # rows of a parquet row group: small, for shuffled reading
-MAGIC = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"RIFF", "webp"), (b"BM", "bmp"), (b"II*\0", "tif"), (b"MM\0*", "tif"))
+MAGIC = (
+    (b"\xff\xd8", "jpg"),
+    (b"\x89PNG", "png"),
+    (b"GIF8", "gif"),
+    (b"RIFF", "webp"),
+    (b"BM", "bmp"),
+    (b"II*\0", "tif"),
+    (b"MM\0*", "tif"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +56,22 @@ class Conversion:
     media_root: str | None
 
 
-def convert(source: Source, to: str, out: str, *, prefix: str = "", overwrite: bool = False, progress: Callable[[], None] = lambda: None) -> Conversion:
-    """Writes every readable sample of `source` to `out` in format `to`.
+def convert(
+    source: Source,
+    to: str,
+    out: str,
+    *,
+    prefix: str = "",
+    overwrite: bool = False,
+    progress: Callable[[], None] = lambda: None,
+) -> Conversion:
+    """Write every readable sample of `source` to `out` in format `to`.
 
-    JSON formats keep paths (relative to the media root) and put embedded media into a folder beside the file; parquet and
-    tar embed all media. Every medium is opened: one that is missing makes its sample a skipped one.
+    JSON formats keep paths (relative to the media root) and put embedded media into a folder beside the file; parquet
+    and tar embed all media. Every medium is opened: one that is missing makes its sample a skipped one.
 
     Args:
-      prefix: folder put before each media path, such as `train2017` for COCO's pictures in LLaVA-Instruct.
+      prefix: folder put before each media path, such as `train2017` for COCO's images in LLaVA-Instruct.
     Raises UserError when `out` exists, has the wrong ending, or nothing could be converted.
     """
     if not out.endswith(ENDINGS[to]):
@@ -71,7 +95,14 @@ def convert(source: Source, to: str, out: str, *, prefix: str = "", overwrite: b
                 _check(sample)
                 yield sample
             except SampleError as error:
-                skipped.append({"id": error.sample_id or identifier, "where": source.where(index), "reason": error.reason, "message": str(error)})
+                skipped.append(
+                    {
+                        "id": error.sample_id or identifier,
+                        "where": source.where(index),
+                        "reason": error.reason,
+                        "message": str(error),
+                    }
+                )
 
     store = _MediaStore(folder, media_folder, roots)
     written = 0
@@ -89,13 +120,25 @@ def convert(source: Source, to: str, out: str, *, prefix: str = "", overwrite: b
         with open(listed, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
     root = next(iter(roots)) if roots else None
-    return Conversion(written, len(skipped), listed, None if root is None or os.path.realpath(root) == os.path.realpath(folder) else root)
+    return Conversion(
+        written,
+        len(skipped),
+        listed,
+        None if root is None or os.path.realpath(root) == os.path.realpath(folder) else root,
+    )
 
 
 def _prefixed(sample: Sample, prefix: str) -> Sample:
     if not prefix:
         return sample
-    move = lambda media: media if media.path is None or media.data is not None else dataclasses.replace(media, path=os.path.join(prefix, media.path))
+
+    def move(media):
+        return (
+            media
+            if media.path is None or media.data is not None
+            else dataclasses.replace(media, path=os.path.join(prefix, media.path))
+        )
+
     return dataclasses.replace(sample, images=tuple(map(move, sample.images)), videos=tuple(map(move, sample.videos)))
 
 
@@ -107,7 +150,10 @@ def _check(sample: Sample) -> None:
     marked = [mark for message in sample.messages for mark in marks(message.content)]
     for mark, found in ((IMAGE, sample.images), (VIDEO, sample.videos)):
         if marked.count(mark) != len(found):
-            raise SampleError("media_mismatch", f"the text has {marked.count(mark)} {mark} placeholder(s) but the sample has {len(found)}")
+            raise SampleError(
+                "media_mismatch",
+                f"the text has {marked.count(mark)} {mark} placeholder(s) but the sample has {len(found)}",
+            )
 
 
 class _MediaStore:
@@ -128,7 +174,9 @@ class _MediaStore:
                 raise UserError("the samples' media lie below several roots; convert one source at a time")
             return os.path.normpath(media.path or "")
         data = read_bytes(media)
-        suffix = os.path.splitext(media.path or "")[1].lstrip(".") or next((ending for magic, ending in MAGIC if data.startswith(magic)), "bin")
+        suffix = os.path.splitext(media.path or "")[1].lstrip(".") or next(
+            (ending for magic, ending in MAGIC if data.startswith(magic)), "bin"
+        )
         os.makedirs(self._media_folder, exist_ok=True)
         name = f"{self._count:08d}.{suffix}"
         self._count += 1
@@ -187,17 +235,31 @@ def _json_lines(path: str, store: _MediaStore):
 
 
 def _flat(turn: dict[str, Any]) -> dict[str, Any]:
-    """A turn for a column of structs: calls as JSON text, because a struct would give each call the arguments of all others."""
+    """A turn for a column of structs: calls as JSON text, because a struct would give each call the arguments of all
+    others.
+    """
     return {**turn, "tool_calls": json.dumps(turn["tool_calls"], ensure_ascii=False)} if "tool_calls" in turn else turn
 
 
 @contextlib.contextmanager
 def _parquet(path: str, store: _MediaStore):
     media = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-    schema = pa.schema([
-        ("id", pa.string()), ("images", media), ("videos", media), ("messages", pa.list_(pa.struct([(name, pa.string() if name != "weight" else pa.float64()) for name in TURN_COLUMNS]))),
-        ("task", pa.string()), ("answers", pa.list_(pa.string())), ("tools", pa.string()),
-    ])
+    schema = pa.schema(
+        [
+            ("id", pa.string()),
+            ("images", media),
+            ("videos", media),
+            (
+                "messages",
+                pa.list_(
+                    pa.struct([(name, pa.string() if name != "weight" else pa.float64()) for name in TURN_COLUMNS])
+                ),
+            ),
+            ("task", pa.string()),
+            ("answers", pa.list_(pa.string())),
+            ("tools", pa.string()),
+        ]
+    )
     rows: list[dict[str, Any]] = []
     with pq.ParquetWriter(path, schema) as writer:
 
@@ -207,12 +269,20 @@ def _parquet(path: str, store: _MediaStore):
                 rows.clear()
 
         def write(sample: Sample) -> None:
-            embed = lambda found: [{"bytes": read_bytes(item), "path": item.path} for item in found]
-            rows.append({
-                "id": sample.id, "images": embed(sample.images), "videos": embed(sample.videos),
-                "messages": [_flat(turn) for turn in turns_of(sample)], "task": sample.task, "answers": list(sample.answers),
-                "tools": f"[{', '.join(sample.tools)}]" if sample.tools else None,
-            })
+            def embed(found):
+                return [{"bytes": read_bytes(item), "path": item.path} for item in found]
+
+            rows.append(
+                {
+                    "id": sample.id,
+                    "images": embed(sample.images),
+                    "videos": embed(sample.videos),
+                    "messages": [_flat(turn) for turn in turns_of(sample)],
+                    "task": sample.task,
+                    "answers": list(sample.answers),
+                    "tools": f"[{', '.join(sample.tools)}]" if sample.tools else None,
+                }
+            )
             if len(rows) >= GROUP:
                 flush()
 

@@ -1,20 +1,21 @@
 """The order of samples: a shuffled, weighted, endless mixture with random access (Grain).
 
-The n-th sample of a phase is known from n and the seed alone, so a position in the data is one number, and a resumed run
-seeks without replaying.
+The n-th sample of a phase is known from n and the seed alone, so a position in the data is one number, and a resumed
+run seeks without replaying.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import grain
 import numpy as np
 
-from mindvl_jax.data.sources.readers import Source
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.data.sources.readers import Source
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Files of samples with random access: JSON, JSONL, parquet and WebDataset tar behind one interface.
 
-A source knows how many records it has and reads the k-th; what a record means is `record.sample_from_record`'s business.
+A source knows how many records it has and reads the k-th; what a record means is `record.sample_from_record`'s
+business.
 """
 
 from __future__ import annotations
@@ -12,19 +13,28 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, Sequence
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
 from mindvl_jax.config.schema import SourceConfig
-from mindvl_jax.data.record import sample_from_record
-from mindvl_jax.data.sample import Sample, SampleError
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.files import decode_text, foreign
+from mindvl_jax.data.record import sample_from_record
+from mindvl_jax.data.sample import Sample, SampleError
 
-SUFFIXES = {".parquet": "parquet", ".tar": "webdataset", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".arrow": "arrow"}
+SUFFIXES = {
+    ".parquet": "parquet",
+    ".tar": "webdataset",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".arrow": "arrow",
+}
 # Shapes of records that are told apart by their fields, not by the file: all are JSON or JSONL.
 JSON_SHAPES = ("mllm", "llava", "sharegpt")
 
@@ -55,7 +65,10 @@ class JsonRecords:
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text: {error}. Is it a JSON file?") from None
         except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {error.lineno} column {error.colno}: {error.msg}. The file must hold one JSON list of samples (one object a line goes into .jsonl)") from None
+            raise UserError(
+                f"{path} line {error.lineno} column {error.colno}: {error.msg}. The file must hold one JSON "
+                "list of samples (one object a line goes into .jsonl)"
+            ) from None
         except ValueError as error:  # a whole number of thousands of digits
             raise UserError(f"{path} holds a value that cannot be read: {error}") from None
         except RecursionError:
@@ -86,7 +99,9 @@ class JsonLines:
             for line in file:
                 if position == 0 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
                     raise UserError(f"{path} is text in UTF-16; save it as UTF-8 (one JSON object a line)")
-                if position == 0 and line.startswith(b"\xef\xbb\xbf"):  # a byte order mark, which some editors put before the text
+                if position == 0 and line.startswith(
+                    b"\xef\xbb\xbf"
+                ):  # a byte order mark, which some editors put before the text
                     position, line = 3, line[3:]
                 if line.strip():
                     starts.append(position)
@@ -118,7 +133,10 @@ class JsonLines:
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[BinaryIO]:
-    """A source's file. One that cannot be opened any more ends the run: leaving out every sample of it would be another data set."""
+    """A source's file.
+
+    One that cannot be opened any more ends the run: leaving out every sample of it would be another data set.
+    """
     try:
         with open(path, "rb") as file:
             yield file
@@ -129,7 +147,15 @@ def _opened(path: str) -> Iterator[BinaryIO]:
 def _records(path: str, kind: str) -> Records:
     from mindvl_jax.data.sources import archives, tables  # pyarrow loads slowly; JSON users need not wait for it
 
-    opened = {"json": JsonRecords, "jsonl": JsonLines, "parquet": archives.ParquetRecords, "webdataset": archives.TarRecords, "csv": tables.CsvRecords, "tsv": tables.CsvRecords, "arrow": tables.ArrowRecords}
+    opened = {
+        "json": JsonRecords,
+        "jsonl": JsonLines,
+        "parquet": archives.ParquetRecords,
+        "webdataset": archives.TarRecords,
+        "csv": tables.CsvRecords,
+        "tsv": tables.CsvRecords,
+        "arrow": tables.ArrowRecords,
+    }
     return opened[kind](path)
 
 
@@ -137,7 +163,7 @@ class Source:
     """All files of one `SourceConfig`, as samples."""
 
     def __init__(self, name: str, config: SourceConfig):
-        """Opens the files and counts their records.
+        """Open the files and count their records.
 
         Raises UserError when there is no file, a file cannot be read as its format, or there is no record at all.
         """
@@ -157,7 +183,9 @@ class Source:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Tells this content, in this order, from any other: a run that goes on must find the same records in the same places."""
+        """Tell this content, in this order, from any other: a run that goes on must find the same records in the same
+        places.
+        """
         return content_digest(self.paths)
 
     def locate(self, index: int) -> tuple[Records, int]:
@@ -178,7 +206,14 @@ class Source:
         default = f"{self.name}:{index}"
         columns = self._config.columns
         try:
-            return sample_from_record(record, columns=columns, media_root=root, default_id=default, origin=f"{records.path}#{inner}", media_in_file=getattr(records, "holds_media", False))
+            return sample_from_record(
+                record,
+                columns=columns,
+                media_root=root,
+                default_id=default,
+                origin=f"{records.path}#{inner}",
+                media_in_file=getattr(records, "holds_media", False),
+            )
         except SampleError as error:
             if isinstance(record, dict) and record.get(columns.id) is not None:
                 error.sample_id = str(record[columns.id])
@@ -191,7 +226,10 @@ _BLOCK = 1 << 16
 
 
 def content_digest(paths: Sequence[str]) -> str:
-    """Digest of the files' contents in their order; the folders that they lie in do not count. Raises UserError for a file that is gone."""
+    """Digest of the files' contents in their order; the folders that they lie in do not count.
+
+    Raises UserError for a file that is gone.
+    """
     digest = hashlib.blake2b(digest_size=16)
     share = max(2 * _BLOCK, DIGEST_BYTES // max(1, len(paths)))
     for path in paths:
@@ -213,21 +251,34 @@ def content_digest(paths: Sequence[str]) -> str:
 
 
 def find_files(config: SourceConfig, where: str) -> list[str]:
-    """Files of a source in a fixed order. Raises UserError, which names the place `where` in the configuration, when there is none."""
+    """Files of a source in a fixed order.
+
+    Raises UserError, which names the place `where` in the configuration, when there is none.
+    """
     path = os.path.expanduser(config.path)
     if os.path.isdir(path) and (saved := _saved_dataset(path, where)) is not None:
         found = saved
     elif os.path.isdir(path):
-        found = sorted(entry.path for entry in os.scandir(path) if os.path.splitext(entry.name)[1].lower() in SUFFIXES and not foreign(entry.name) and entry.is_file())
+        found = sorted(
+            entry.path
+            for entry in os.scandir(path)
+            if os.path.splitext(entry.name)[1].lower() in SUFFIXES and not foreign(entry.name) and entry.is_file()
+        )
         kinds = {_kind(file, config.format) for file in found}
         if len(kinds) > 1:
-            raise UserError(f"{where}: the folder {path} mixes {', '.join(sorted(kinds))} files; give a glob that names one kind, such as {os.path.join(path, '*.parquet')}")
+            raise UserError(
+                f"{where}: the folder {path} mixes {', '.join(sorted(kinds))} files; give a glob that names "
+                f"one kind, such as {os.path.join(path, '*.parquet')}"
+            )
     elif os.path.exists(path):
         found = [path]
     else:
         found = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file) and not foreign(file))
     if not found:
-        raise UserError(f"{where}: nothing to read at {config.path!r} (working directory {os.getcwd()}); expected a file, a folder or a glob with {', '.join(SUFFIXES)} files")
+        raise UserError(
+            f"{where}: nothing to read at {config.path!r} (working directory {os.getcwd()}); expected a "
+            f"file, a folder or a glob with {', '.join(SUFFIXES)} files"
+        )
     return found
 
 
@@ -247,12 +298,14 @@ def _kind(path: str, declared: str) -> str:
     if declared != "auto":
         return declared
     if suffix not in SUFFIXES:
-        raise UserError(f"{path}: the ending {suffix!r} does not tell the format; known are {', '.join(SUFFIXES)}, or set format")
+        raise UserError(
+            f"{path}: the ending {suffix!r} does not tell the format; known are {', '.join(SUFFIXES)}, or set format"
+        )
     return SUFFIXES[suffix]
 
 
 def open_sources(configs: dict[str, SourceConfig], names: Sequence[str]) -> list[Source]:
-    """Opens the named sources; errors of several are raised together."""
+    """Open the named sources; errors of several are raised together."""
     opened, errors = [], []
     for name in names:
         try:

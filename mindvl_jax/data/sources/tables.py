@@ -15,7 +15,10 @@ from mindvl_jax.data.sample import SampleError
 
 
 class CsvRecords:
-    """Rows of a CSV or TSV file with a header, held in memory. Empty cells are left out; a cell that spells a JSON list is one."""
+    """Rows of a CSV or TSV file with a header, held in memory.
+
+    Empty cells are left out; a cell that spells a JSON list is one.
+    """
 
     holds_media = False
 
@@ -36,7 +39,10 @@ class CsvRecords:
         except csv.Error as error:
             raise UserError(f"{path}: {error}") from None
         if len(set(self._header)) < len(self._header) or not all(self._header):
-            raise UserError(f"{path}: the first line must name each column once, found {', '.join(map(repr, self._header[:12])) or 'nothing'}")
+            raise UserError(
+                f"{path}: the first line must name each column once, found "
+                f"{', '.join(map(repr, self._header[:12])) or 'nothing'}"
+            )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -44,7 +50,11 @@ class CsvRecords:
     def read(self, index: int) -> Any:
         row = self._rows[index]
         if len(row) != len(self._header):
-            raise SampleError("malformed", f"the row has {len(row)} cells, the header {len(self._header)}; quote cells that hold the separator or a line break")
+            raise SampleError(
+                "malformed",
+                f"the row has {len(row)} cells, the header {len(self._header)}; quote cells that hold the "
+                "separator or a line break",
+            )
         return {name: _cell(text) for name, text in zip(self._header, row, strict=True) if text != ""}
 
     def where(self, index: int) -> str:
@@ -92,10 +102,15 @@ def saved_dataset(folder: Path) -> list[str] | None:
     """
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8")).get("splits", [])
-        raise UserError(f"{folder} holds the splits {', '.join(splits)}; name one, such as {folder / (splits[0] if splits else 'train')}")
+        raise UserError(
+            f"{folder} holds the splits {', '.join(splits)}; name one, such as "
+            f"{folder / (splits[0] if splits else 'train')}"
+        )
     if not (folder / "state.json").is_file() or not (folder / "dataset_info.json").is_file():
         return None
-    names = [entry["filename"] for entry in json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]]
+    names = [
+        entry["filename"] for entry in json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]
+    ]
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise UserError(f"{folder}: the data set's file {missing[0]} is missing")
     return [str(folder / name) for name in names]

@@ -1,6 +1,7 @@
-"""Conversations to token ids in the published Qwen chat format (or the tokenizer's own), turn by turn, what is learned marked.
+"""Conversations to token ids in the published Qwen chat format (or the tokenizer's own), turn by turn, what is learned
+marked.
 
-A turn is `<|im_start|>role`, newline, content, `<|im_end|>`, newline; a picture in it is `<|vision_start|>`, one
+A turn is `<|im_start|>role`, newline, content, `<|im_end|>`, newline; an image in it is `<|vision_start|>`, one
 placeholder for each merged token, `<|vision_end|>`. No system turn is added that the sample does not have.
 """
 
@@ -8,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Iterable, Iterator, Protocol, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 from mindvl_jax.config.schema import ModelConfig
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.data.marks import literal, pieces
 from mindvl_jax.data.sample import Message, SampleError
 from mindvl_jax.data.text.template import TOOLS_AFTER, TOOLS_BEFORE, Frame, OwnTemplate
-from mindvl_jax.core.errors import UserError
 
 
 class TextTokenizer(Protocol):
@@ -49,7 +51,7 @@ class Turn:
 
 
 class ChatEncoder:
-    """Encodes turns; remembers the ids of short texts, which recur in every sample (headers, common questions)."""
+    """Encode turns; remembers the ids of short texts, which recur in every sample (headers, common questions)."""
 
     def __init__(self, tokenizer: TextTokenizer, model: ModelConfig):
         self._tokenizer = tokenizer
@@ -57,7 +59,11 @@ class ChatEncoder:
         self._start = tokenizer.token_id("<|im_start|>")
         self._end = tokenizer.token_id("<|im_end|>")
         own = getattr(tokenizer, "template", None)
-        self._template = None if own is None else OwnTemplate(own, tokenizer.decode([tokenizer.eos_id], skip_special=False), "<|im_end|>")
+        self._template = (
+            None
+            if own is None
+            else OwnTemplate(own, tokenizer.decode([tokenizer.eos_id], skip_special=False), "<|im_end|>")
+        )
         names = sorted(getattr(tokenizer, "special", ()), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names)) or "(?!)")
         self._vision = (model.vision_start_token_id, model.vision_end_token_id)
@@ -68,12 +74,23 @@ class ChatEncoder:
             "vision_start_token_id": ("<|vision_start|>", model.vision_start_token_id),
             "vision_end_token_id": ("<|vision_end|>", model.vision_end_token_id),
         }
-        wrong = [f"model.{key} is {found} but the tokenizer's {token} is {tokenizer.token_id(token)}" for key, (token, found) in named.items() if tokenizer.token_id(token) != found]
+        wrong = [
+            f"model.{key} is {found} but the tokenizer's {token} is {tokenizer.token_id(token)}"
+            for key, (token, found) in named.items()
+            if tokenizer.token_id(token) != found
+        ]
         if wrong:
-            raise UserError("the model and the tokenizer disagree on the media tokens: " + "; ".join(wrong) + ". Use the tokenizer's ids")
+            raise UserError(
+                "the model and the tokenizer disagree on the media tokens: "
+                + "; ".join(wrong)
+                + ". Use the tokenizer's ids"
+            )
 
     def encode_text(self, text: str) -> tuple[int, ...]:
-        """Ids of plain text; control tokens spelled in it stay text. Raises SampleError for what the vocabulary lacks."""
+        """Ids of plain text; control tokens spelled in it stay text.
+
+        Raises SampleError for what the vocabulary lacks.
+        """
         known = self._memory.get(text)
         if known is None:
             try:
@@ -84,23 +101,38 @@ class ChatEncoder:
                 self._memory[text] = known
         return known
 
-    def turns(self, messages: Sequence[Message], images: Iterator[int], videos: Iterator[int], tools: Sequence[str] = (), *, prompt: bool = False) -> list[Turn]:
+    def turns(
+        self,
+        messages: Sequence[Message],
+        images: Iterator[int],
+        videos: Iterator[int],
+        tools: Sequence[str] = (),
+        *,
+        prompt: bool = False,
+    ) -> list[Turn]:
         """Turns of a conversation. `images` and `videos` yield the visual tokens of each medium in order.
 
-        Tools stand in the system turn, their results in a user turn between `<tool_response>` tags (neighbours together), as the
-        published format has them. So does reasoning: only turns after the last user turn keep it.
+        Tools stand in the system turn, their results in a user turn between `<tool_response>` tags (neighbours
+        together), as the published format has them. So does reasoning: only turns after the last user turn keep it.
 
         Args:
-          prompt: the conversation is read and not learned: reasoning of earlier turns is left out, as the published format does.
+          prompt: the conversation is read and not learned: reasoning of earlier turns is left out, as the published
+            format does.
 
-        Raises SampleError when a placeholder has no medium left, for reasoning that could not be learned, and for tools or
-        reasoning under the tokenizer's own template.
+        Raises SampleError when a placeholder has no medium left, for reasoning that could not be learned, and for tools
+        or reasoning under the tokenizer's own template.
         """
         if self._template is not None:
             if tools or any(message.calls or message.reasoning for message in messages):
-                raise SampleError("unsupported_field", "the sample has tools, calls or reasoning, which tokenizer.template `tokenizer` does not place; write them into the content, or use `qwen`")
+                raise SampleError(
+                    "unsupported_field",
+                    "the sample has tools, calls or reasoning, which tokenizer.template `tokenizer` does not "
+                    "place; write them into the content, or use `qwen`",
+                )
             frames = self._template.frames(messages)
-            return [self._framed(message, frame, images, videos) for message, frame in zip(messages, frames, strict=True)]
+            return [
+                self._framed(message, frame, images, videos) for message, frame in zip(messages, frames, strict=True)
+            ]
         turns: list[Turn] = []
         last_user = max((index for index, message in enumerate(messages) if message.role == "user"), default=-1)
         index = 0
@@ -120,7 +152,11 @@ class ChatEncoder:
             else:
                 if message.reasoning and index < last_user:
                     if message.weight and not prompt:
-                        raise SampleError("unsupported_field", f"the assistant's turn {index} has reasoning, but the format keeps it after the last user turn only; split the conversation, or give the turn weight 0")
+                        raise SampleError(
+                            "unsupported_field",
+                            f"the assistant's turn {index} has reasoning, but the format keeps it after the "
+                            "last user turn only; split the conversation, or give the turn weight 0",
+                        )
                     message = dataclasses.replace(message, reasoning="")
                 turns.append(self._turn(message, images, videos))
             index += 1
@@ -132,7 +168,9 @@ class ChatEncoder:
             return tuple(self._tokenizer.encode(self._template.answer_header(messages), allow_special=True))
         return (self._start, *self.encode_text("assistant\n"))
 
-    def _turn(self, message: Message, images: Iterator[int], videos: Iterator[int], tool_results: Sequence[str] = ()) -> Turn:
+    def _turn(
+        self, message: Message, images: Iterator[int], videos: Iterator[int], tool_results: Sequence[str] = ()
+    ) -> Turn:
         turn = _Building(self, images, videos)
         turn.add((self._start,))
         answer = message.role == "assistant"
@@ -148,14 +186,18 @@ class ChatEncoder:
             turn.add(self.encode_text("assistant\n"))
             turn.content(answer_text(message), learn=True)
         else:
-            # The header's newline merges with newlines that open the content, as when the whole turn is encoded at once.
+            # The header's newline merges with newlines that open the content, as when the whole turn is encoded at
+            # once.
             turn.content(f"{message.role}\n{message.content}")
         turn.add((self._end,), learn=answer)
         turn.add(self.encode_text("\n"))
         return turn.done(message.role, message.weight)
 
     def _framed(self, message: Message, frame: Frame, images: Iterator[int], videos: Iterator[int]) -> Turn:
-        """A turn as the tokenizer's own template has it. What it writes after the text up to the end of the turn is learned."""
+        """A turn as the tokenizer's own template has it.
+
+        What it writes after the text up to the end of the turn is learned.
+        """
         turn = _Building(self, images, videos)
         answer = message.role == "assistant"
         closing = frame.after.rstrip("\n")
@@ -164,7 +206,8 @@ class ChatEncoder:
             turn.content(frame.content, learn=True)
             turn.add(self._tokenizer.encode(closing, allow_special=True), learn=True)
         else:
-            # Plain text beside the content is encoded with it, as when the whole conversation is encoded at once: newlines merge.
+            # Plain text beside the content is encoded with it, as when the whole conversation is encoded at once:
+            # newlines merge.
             last = max((match.end() for match in self._special.finditer(frame.before)), default=0)
             first = min((match.start() for match in self._special.finditer(closing)), default=len(closing))
             turn.add(self._tokenizer.encode(frame.before[:last], allow_special=True))
@@ -207,7 +250,9 @@ class _Building:
                 continue
             count = next(self._counts[kind], None)
             if count is None:
-                raise SampleError("media_mismatch", f"the text has more {part} placeholders than the sample has {kind}s")
+                raise SampleError(
+                    "media_mismatch", f"the text has more {part} placeholders than the sample has {kind}s"
+                )
             ids, first = self._encoder.visual(kind, count)
             self._media.append((len(self._tokens) + first, kind))
             self.add(ids)
@@ -217,7 +262,9 @@ class _Building:
 
 
 def answer_text(message: Message) -> str:
-    """Write an assistant's turn as one content: its reasoning, its text and its calls of tools, as the published format has them."""
+    """Write an assistant's turn as one content: its reasoning, its text and its calls of tools, as the published format
+    has them.
+    """
     text = message.content
     if message.reasoning:
         reasoning = message.reasoning.strip("\n")
@@ -228,9 +275,12 @@ def answer_text(message: Message) -> str:
 
 
 def check_turn_order(messages: Sequence[Message]) -> None:
-    """Raises SampleError unless there is an assistant turn, no empty answer, and a system turn only at the start."""
+    """Raise SampleError unless there is an assistant turn, no empty answer, and a system turn only at the start."""
     if not any(message.role == "assistant" for message in messages):
-        raise SampleError("no_answer", f"the conversation of {len(messages)} turns has no assistant turn, so there is nothing to learn")
+        raise SampleError(
+            "no_answer",
+            f"the conversation of {len(messages)} turns has no assistant turn, so there is nothing to learn",
+        )
     for index, message in enumerate(messages):
         if message.role == "system" and index:
             raise SampleError("malformed", f"turn {index} is a system turn; it may only come first")

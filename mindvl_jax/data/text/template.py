@@ -1,7 +1,8 @@
 """A tokenizer's own chat template (Jinja), taken apart into turns.
 
-The template is rendered once with a mark in place of each turn's text, so that what it writes itself (whose control tokens
-are real) and what a user wrote (whose are not) stay apart. Then it is rendered with the texts, and both must agree.
+The template is rendered once with a mark in place of each turn's text, so that what it writes itself (whose control
+tokens are real) and what a user wrote (whose are not) stay apart. Then it is rendered with the texts, and both must
+agree.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ from mindvl_jax.core.errors import UserError, shortened
 from mindvl_jax.data.sample import Message, SampleError
 
 TOOLS_BEFORE = (
-    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with "
+    "function signatures within <tools></tools> XML tags:\n<tools>\n"
 )
 TOOLS_AFTER = (
-    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n"
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+    "<tool_call></tool_call> XML tags:\n"
     '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
 )
 """What the published Qwen2.5 and Qwen3 formats write around the descriptions of tools, in the system turn."""
 
-QWEN_TEMPLATE = (
-    """\
+QWEN_TEMPLATE = """\
 {%- macro text(message) %}
 {%- if message.content is string %}
 {{- message.content }}
@@ -81,7 +83,6 @@ QWEN_TEMPLATE = (
 {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """.replace("BEFORE", json.dumps(TOOLS_BEFORE)).replace("AFTER", json.dumps(TOOLS_AFTER))
-)
 """The published Qwen chat format as `chat.py` writes it: without the system turn that some releases add by themselves."""
 
 # Private-use characters: no text of a data set is looked for in the rendering, only these.
@@ -91,7 +92,8 @@ _MARKS = re.compile("\ue000(\\d+)\ue001")
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """What the template writes around a turn's text; `after` ends with the token that closes the turn (and white space).
+    """What the template writes around a turn's text; `after` ends with the token that closes the turn (and white
+    space).
 
     Attributes:
       content: the turn's text as the template takes it: some strip white space from its ends.
@@ -106,44 +108,67 @@ class OwnTemplate:
     """Frames of conversations by a Jinja template."""
 
     def __init__(self, text: str, *ends: str):
-        """`ends` are the texts of tokens that may close a turn, the tokenizer's end of text first. Raises UserError when the
-        template does not compile."""
+        """`ends` are the texts of tokens that may close a turn, the tokenizer's end of text first.
+
+        Raises UserError when the template does not compile.
+        """
         self._ends = tuple(dict.fromkeys(ends))
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         try:
             self._template = environment.from_string(text)
         except (jinja2.TemplateError, RecursionError) as error:
-            raise UserError(f"the tokenizer's chat template does not compile: {error}. Set tokenizer.template to `qwen`") from None
+            raise UserError(
+                f"the tokenizer's chat template does not compile: {error}. Set tokenizer.template to `qwen`"
+            ) from None
 
     def frames(self, messages: Sequence[Message]) -> list[Frame]:
         """One frame a message.
 
-        Raises SampleError when the template drops, repeats or reorders turns, does not close them, or changes their texts by more
-        than white space at their ends.
+        Raises SampleError when the template drops, repeats or reorders turns, does not close them, or changes their
+        texts by more than white space at their ends.
         """
         frames = self._frames(tuple(message.role for message in messages))
         contents = [message.content for message in messages]
         whole = self._render([{"role": message.role, "content": message.content} for message in messages], False)
         for kept in (contents, [content.strip() for content in contents]):
-            if "".join(frame.before + content + frame.after for frame, content in zip(frames, kept, strict=True)) == whole:
-                return [dataclasses.replace(frame, content=content) for frame, content in zip(frames, kept, strict=True)]
-        raise SampleError("template", "the tokenizer's chat template writes these turns otherwise than their texts stand (a thought taken out of an answer, for instance); set tokenizer.template to `qwen`, or change the texts")
+            if (
+                "".join(frame.before + content + frame.after for frame, content in zip(frames, kept, strict=True))
+                == whole
+            ):
+                return [
+                    dataclasses.replace(frame, content=content) for frame, content in zip(frames, kept, strict=True)
+                ]
+        raise SampleError(
+            "template",
+            "the tokenizer's chat template writes these turns otherwise than their texts stand (a thought "
+            "taken out of an answer, for instance); set tokenizer.template to `qwen`, or change the texts",
+        )
 
     @functools.lru_cache(maxsize=4096)
     def _frames(self, roles: tuple[str, ...]) -> tuple[Frame, ...]:
         pieces = _MARKS.split(self._render(_marked(roles), False))
         found = [int(number) for number in pieces[1::2]]
         if found != list(range(len(roles))):
-            raise SampleError("template", f"the tokenizer's chat template shows turns {found} of a conversation of {len(roles)} ({', '.join(roles)}); each must come once, in order. Set tokenizer.template to `qwen`")
+            raise SampleError(
+                "template",
+                f"the tokenizer's chat template shows turns {found} of a conversation of {len(roles)} "
+                f"({', '.join(roles)}); each must come once, in order. Set tokenizer.template to `qwen`",
+            )
         texts = pieces[::2]
         frames, before = [], texts[0]
         for index, text in enumerate(texts[1:]):
             closings = [(at, -len(end)) for end in self._ends if (at := text.find(end)) >= 0]
             if not closings:
-                raise SampleError("template", f"the tokenizer's chat template does not close turn {index} ({roles[index]}) with {' or '.join(map(repr, self._ends))}; set tokenizer.template to `qwen`")
+                raise SampleError(
+                    "template",
+                    f"the tokenizer's chat template does not close turn {index} ({roles[index]}) with "
+                    f"{' or '.join(map(repr, self._ends))}; set tokenizer.template to `qwen`",
+                )
             at, length = min(closings)
             end = at - length
             while end < len(text) and text[end] == "\n":
@@ -156,7 +181,11 @@ class OwnTemplate:
     def _answer_header(self, roles: tuple[str, ...]) -> str:
         whole, asked = self._render(_marked(roles), False), self._render(_marked(roles), True)
         if not asked.startswith(whole):
-            raise SampleError("template", "the tokenizer's chat template changes the conversation when an answer is asked for; set tokenizer.template to `qwen`")
+            raise SampleError(
+                "template",
+                "the tokenizer's chat template changes the conversation when an answer is asked for; set "
+                "tokenizer.template to `qwen`",
+            )
         return asked[len(whole) :]
 
     def answer_header(self, messages: Sequence[Message]) -> str:
@@ -165,10 +194,14 @@ class OwnTemplate:
 
     def _render(self, turns: list[dict[str, Any]], ask: bool) -> str:
         try:
-            return self._template.render(messages=turns, add_generation_prompt=ask, tools=None, bos_token="", eos_token=self._ends[0])
+            return self._template.render(
+                messages=turns, add_generation_prompt=ask, tools=None, bos_token="", eos_token=self._ends[0]
+            )
         except Exception as error:  # a template can raise whatever its expressions raise
             roles = ", ".join(turn["role"] for turn in turns)
-            raise SampleError("template", f"the tokenizer's chat template refuses a conversation of {shortened(roles)}: {error}") from None
+            raise SampleError(
+                "template", f"the tokenizer's chat template refuses a conversation of {shortened(roles)}: {error}"
+            ) from None
 
 
 def _marked(roles: Sequence[str]) -> list[dict[str, Any]]:

@@ -1,10 +1,12 @@
 """Text to token ids and back: the Qwen tokenizer, any tokenizer.json, and a compact vocabulary for small models.
 
-`load_tokenizer` is the only door. Where the Qwen2.5 and Qwen3 tokenizers come from, without a download: see `qwen_tokenizer.py`.
+`load_tokenizer` is the only door. Where the Qwen2.5 and Qwen3 tokenizers come from, without a download: see
+`qwen_tokenizer.py`.
 
-Two vocabularies meet here. *Real* ids are those of the published tokenizer. *Compact* ids are what a small model computes
-with: a softmax over 151,000 entries would be most of a 4 M parameter model. The table (`tokenizer.id_table`, a JSON list of
-real ids) maps one to the other; everything outside this file sees compact ids only.
+Two vocabularies meet here. *Real* ids are those of the published tokenizer. *Compact* ids are what a small model
+computes
+with: a softmax over 151,000 entries would be most of a 4 M parameter model. The table (`tokenizer.id_table`, a JSON
+list of real ids) maps one to the other; everything outside this file sees compact ids only.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from typing import Any
 import tokenizers
 
 from mindvl_jax.config.schema import TokenizerConfig
-from mindvl_jax.data.text.qwen_tokenizer import QWEN_NAMES, qwen_tokenizer_file
-from mindvl_jax.data.text.template import QWEN_TEMPLATE
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.files import read_text
+from mindvl_jax.data.text.qwen_tokenizer import QWEN_NAMES, qwen_tokenizer_file
+from mindvl_jax.data.text.template import QWEN_TEMPLATE
 
 
 class TokenizerError(UserError):
@@ -30,23 +32,33 @@ class TokenizerError(UserError):
 
 
 class Tokenizer:
-    """Encodes and decodes text in the model's own (possibly compact) vocabulary.
+    """Encode and decodes text in the model's own (possibly compact) vocabulary.
 
     Attributes:
       vocab_size: number of ids; the model's `text.vocab_size` must not be smaller.
       pad_id: id of padding places; never learned.
       eos_id: the tokenizer's own end of text; a chat tokenizer's is the end of a turn.
-      stop_ids: every id that ends an answer: `eos_id`, `<|im_end|>` that closes a turn of the Qwen format, padding, and what the
-        folder's generation_config.json names. The tokenizer of a base model ends texts with another token than turns.
-      special: control tokens (`<|im_start|>`, `<|image_pad|>` ...) by name; those that the compact table leaves out are absent.
+      stop_ids: every id that ends an answer: `eos_id`, `<|im_end|>` that closes a turn of the Qwen format, padding, and
+        what the folder's generation_config.json names. The tokenizer of a base model ends texts with another token than
+        turns.
+      special: control tokens (`<|im_start|>`, `<|image_pad|>` ...) by name; those that the compact table leaves out are
+        absent.
       chat_template: Jinja text that came with a Hugging Face folder, or None.
       template: the one that conversations are written with; None is the published Qwen format.
       real_ids: for each compact id its real id; None without a table.
     """
 
-    def __init__(self, file: str | Path, *, id_table: Sequence[int] | None = None, pad_token: str = "<|endoftext|>", eos_token: str = "<|im_end|>", chat_template: str | None = None,
-                 stop_ids: Sequence[int] = ()):
-        """Reads `file` (a tokenizer.json).
+    def __init__(
+        self,
+        file: str | Path,
+        *,
+        id_table: Sequence[int] | None = None,
+        pad_token: str = "<|endoftext|>",
+        eos_token: str = "<|im_end|>",
+        chat_template: str | None = None,
+        stop_ids: Sequence[int] = (),
+    ):
+        """Read `file` (a tokenizer.json).
 
         Raises:
           TokenizerError: unreadable file, a table with repeated or unknown ids, or no such pad or eos token.
@@ -62,12 +74,18 @@ class Tokenizer:
         self.vocab_size = len(self.real_ids) if self.real_ids is not None else self._size
         added = self._text.get_added_tokens_decoder()
         self.special: Mapping[str, int] = {
-            token.content: self._to_compact_or_none(real) for real, token in sorted(added.items()) if token.special and self._to_compact_or_none(real) is not None
+            token.content: self._to_compact_or_none(real)
+            for real, token in sorted(added.items())
+            if token.special and self._to_compact_or_none(real) is not None
         }
         self._special_ids = frozenset(self.special.values())
         self.pad_id = self.token_id(pad_token)
         self.eos_id = self.token_id(eos_token)
-        named = [compact for real in stop_ids if real < self._size and (compact := self._to_compact_or_none(real)) is not None]
+        named = [
+            compact
+            for real in stop_ids
+            if real < self._size and (compact := self._to_compact_or_none(real)) is not None
+        ]
         turn_end = [self.special["<|im_end|>"]] if "<|im_end|>" in self.special else []
         self.stop_ids = tuple(dict.fromkeys((self.eos_id, *turn_end, self.pad_id, *named)))
 
@@ -77,17 +95,24 @@ class Tokenizer:
         return self._file
 
     def use_own_template(self) -> None:
-        """Write conversations by the template that came with the folder. Our own exports carry the format that is written natively."""
+        """Write conversations by the template that came with the folder.
+
+        Our own exports carry the format that is written natively.
+        """
         self.template = None if self.chat_template == QWEN_TEMPLATE else self.chat_template
 
     @functools.cached_property
     def largest_id(self) -> int:
         """The largest id that a text can get: a folder may have holes in its numbers."""
-        return self.vocab_size - 1 if self.real_ids is not None else max(self._text.get_vocab(with_added_tokens=True).values(), default=-1)
+        return (
+            self.vocab_size - 1
+            if self.real_ids is not None
+            else max(self._text.get_vocab(with_added_tokens=True).values(), default=-1)
+        )
 
     @functools.cached_property
     def digest(self) -> str:
-        """Tells this vocabulary, table and template from any other, wherever their files lie."""
+        """Tell this vocabulary, table and template from any other, wherever their files lie."""
         digest = hashlib.blake2b(self._file.read_bytes(), digest_size=16)
         digest.update(repr((self.real_ids, self.template, self.pad_id, self.eos_id)).encode())
         return digest.hexdigest()
@@ -96,8 +121,8 @@ class Tokenizer:
         """Ids of `text`; no token is added at its ends.
 
         Args:
-          allow_special: whether control tokens written in the text become their ids. Only for templates: what a user or a
-            data set wrote must never be able to end a turn or claim an image.
+          allow_special: whether control tokens written in the text become their ids. Only for templates: what a user or
+            a data set wrote must never be able to end a turn or claim an image.
 
         Raises:
           TokenizerError: the compact table lacks an id; the message quotes the text.
@@ -108,12 +133,19 @@ class Tokenizer:
         try:
             return [self._compact[token] for token in real]
         except KeyError:
-            missing = {token: self._text.decode([token], skip_special_tokens=False) for token in real if token not in self._compact}
+            missing = {
+                token: self._text.decode([token], skip_special_tokens=False)
+                for token in real
+                if token not in self._compact
+            }
             raise TokenizerError(
                 f"the compact vocabulary ({self.vocab_size} ids) cannot write {_shorten(text)!r}: it lacks "
                 + ", ".join(f"{piece!r} (id {token})" for token, piece in list(missing.items())[:8])
                 + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-                + ". Use words that the training data used, or build tokenizer.id_table from this text too and train again"
+                + (
+                    ". Use words that the training data used, or build tokenizer.id_table from this text too and "
+                    "train again"
+                )
             ) from None
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -139,7 +171,10 @@ class Tokenizer:
             raise TokenizerError(f"{self._file.name} has no token {token!r}")
         compact = self._to_compact_or_none(real)
         if compact is None:
-            raise TokenizerError(f"tokenizer.id_table leaves out {token!r} (id {real}), which this model needs; build the table again with it")
+            raise TokenizerError(
+                f"tokenizer.id_table leaves out {token!r} (id {real}), which this model needs; build the "
+                "table again with it"
+            )
         return compact
 
     def to_real(self, token: int) -> int:
@@ -154,7 +189,8 @@ class Tokenizer:
 
     @functools.cached_property
     def _template(self) -> tokenizers.Tokenizer:
-        # A second reading, because `encode_special_tokens` is a setting of the object: flipping it would not be thread safe.
+        # A second reading, because `encode_special_tokens` is a setting of the object: flipping it would not be thread
+        # safe.
         return _read_tokenizer(self._file)
 
 
@@ -162,12 +198,16 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """The tokenizer that `config.path` names: `qwen2.5`, `qwen3`, a tokenizer.json or a Hugging Face folder.
 
     Raises:
-      TokenizerError: nothing usable there (the message says what was looked for), or `template: tokenizer` without a template.
+      TokenizerError: nothing usable there (the message says what was looked for), or `template: tokenizer` without a
+        template.
     """
     tokenizer = _load(config)
     if config.template == "tokenizer":
         if tokenizer.chat_template is None:
-            raise TokenizerError(f"tokenizer.template is `tokenizer`, but {config.path!r} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); use `qwen`")
+            raise TokenizerError(
+                f"tokenizer.template is `tokenizer`, but {config.path!r} has no chat template "
+                "(chat_template.jinja, or chat_template in tokenizer_config.json); use `qwen`"
+            )
         tokenizer.use_own_template()
     return tokenizer
 
@@ -180,17 +220,21 @@ def _load(config: TokenizerConfig) -> Tokenizer:
     if path.is_dir():
         if not (path / "tokenizer.json").is_file():
             raise TokenizerError(
-                f"tokenizer.path {config.path!r} is a folder without tokenizer.json (found: {', '.join(sorted(p.name for p in path.iterdir())[:8]) or 'nothing'}). "
+                f"tokenizer.path {config.path!r} is a folder without tokenizer.json (found: "
+                f"{', '.join(sorted(p.name for p in path.iterdir())[:8]) or 'nothing'}). "
                 "Save the fast tokenizer there (`tokenizer.save_pretrained(folder)` of transformers writes it)"
             )
         return Tokenizer(path / "tokenizer.json", id_table=table, **_folder_settings(path))
     if path.is_file():
         return Tokenizer(path, id_table=table, **_folder_settings(path.parent))
-    raise TokenizerError(f"tokenizer.path {config.path!r} is neither {' nor '.join(repr(name) for name in QWEN_NAMES)}, nor a tokenizer.json, nor a folder that has one")
+    raise TokenizerError(
+        f"tokenizer.path {config.path!r} is neither {' nor '.join(repr(name) for name in QWEN_NAMES)}, nor a "
+        "tokenizer.json, nor a folder that has one"
+    )
 
 
 def read_id_table(path: str | Path) -> tuple[int, ...]:
-    """Reads a compact table: a JSON list of distinct real ids.
+    """Read a compact table: a JSON list of distinct real ids.
 
     Raises:
       TokenizerError: missing file, or content of another form.
@@ -198,23 +242,32 @@ def read_id_table(path: str | Path) -> tuple[int, ...]:
     try:
         content = json.loads(read_text(Path(path).expanduser()))
     except OSError as error:
-        raise TokenizerError(f"tokenizer.id_table {str(path)!r} cannot be read ({error.strerror}). `make quickstart` builds the one of the quickstart data") from None
+        raise TokenizerError(
+            f"tokenizer.id_table {str(path)!r} cannot be read ({error.strerror}). `make quickstart` builds "
+            "the one of the quickstart data"
+        ) from None
     except ValueError as error:
         raise TokenizerError(f"tokenizer.id_table {str(path)!r} is not JSON: {error}") from None
     if not isinstance(content, list) or not content or not all(type(token) is int and token >= 0 for token in content):
-        raise TokenizerError(f"tokenizer.id_table {str(path)!r} must be a JSON list of token ids (whole numbers from 0), one at least")
+        raise TokenizerError(
+            f"tokenizer.id_table {str(path)!r} must be a JSON list of token ids (whole numbers from 0), one at least"
+        )
     return tuple(content)
 
 
 def _folder_settings(folder: Path) -> dict[str, Any]:
-    """Pad token, end of text, stop ids and chat template as a Hugging Face folder gives them; Qwen's names where it gives none."""
+    """Pad token, end of text, stop ids and chat template as a Hugging Face folder gives them; Qwen's names where it
+    gives none.
+    """
     settings: dict[str, Any] = {}
     content = _read_object(folder / "tokenizer_config.json")
     for name in ("pad_token", "eos_token"):
         value = content.get(name)
         value = value.get("content") if isinstance(value, dict) else value
         if value is not None and not isinstance(value, str):
-            raise TokenizerError(f"{folder / 'tokenizer_config.json'}: {name} is {str(value)[:80]}; expected the text of a token")
+            raise TokenizerError(
+                f"{folder / 'tokenizer_config.json'}: {name} is {str(value)[:80]}; expected the text of a token"
+            )
         if value:
             settings[name] = value
     if settings and "pad_token" not in settings:
@@ -222,12 +275,19 @@ def _folder_settings(folder: Path) -> dict[str, Any]:
     stops = _read_object(folder / "generation_config.json").get("eos_token_id")
     stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
     if not all(type(stop) is int and stop >= 0 for stop in stops):
-        raise TokenizerError(f"{folder / 'generation_config.json'}: eos_token_id is {str(stops)[:80]}; expected token ids")
+        raise TokenizerError(
+            f"{folder / 'generation_config.json'}: eos_token_id is {str(stops)[:80]}; expected token ids"
+        )
     settings["stop_ids"] = stops
     template: Any = content.get("chat_template")
     if isinstance(template, list):  # several by name
-        template = next((entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"), None)
-    if (folder / "chat_template.jinja").is_file():  # transformers 5 writes the template beside the file, earlier releases inside it
+        template = next(
+            (entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"),
+            None,
+        )
+    if (
+        folder / "chat_template.jinja"
+    ).is_file():  # transformers 5 writes the template beside the file, earlier releases inside it
         try:
             template = read_text(folder / "chat_template.jinja")
         except (OSError, UnicodeDecodeError) as error:
@@ -266,10 +326,15 @@ def _read_tokenizer(file: Path) -> tokenizers.Tokenizer:
 def _invert(real_ids: tuple[int, ...], tokenizer: tokenizers.Tokenizer) -> dict[int, int]:
     compact = {real: index for index, real in enumerate(real_ids)}
     if len(compact) != len(real_ids):
-        raise TokenizerError(f"tokenizer.id_table repeats {len(real_ids) - len(compact)} of its ids; each may stand once")
+        raise TokenizerError(
+            f"tokenizer.id_table repeats {len(real_ids) - len(compact)} of its ids; each may stand once"
+        )
     unknown = [real for real in real_ids if tokenizer.id_to_token(real) is None]
     if unknown:
-        raise TokenizerError(f"tokenizer.id_table holds ids that the tokenizer lacks: {unknown[:8]}. The table belongs to another tokenizer")
+        raise TokenizerError(
+            f"tokenizer.id_table holds ids that the tokenizer lacks: {unknown[:8]}. The table belongs to "
+            "another tokenizer"
+        )
     return compact
 
 

@@ -15,7 +15,9 @@ from mindvl_jax.models.dit.processor import from_patches
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "guidance", "shift"))
-def _generate(model: DiT, labels_B: jax.Array, numbers_B: jax.Array, key: jax.Array, *, steps: int, guidance: float, shift: float) -> jax.Array:
+def _generate(
+    model: DiT, labels_B: jax.Array, numbers_B: jax.Array, key: jax.Array, *, steps: int, guidance: float, shift: float
+) -> jax.Array:
     config = model.config
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers_B)
     noise = jax.vmap(lambda one: jax.random.normal(one, (config.tokens, config.patch_dim), jnp.float32))(key_B)
@@ -24,7 +26,14 @@ def _generate(model: DiT, labels_B: jax.Array, numbers_B: jax.Array, key: jax.Ar
 
 
 def generate(
-    model: DiT, labels: Sequence[int], *, seed: int = 0, steps: int = 30, guidance: float = 2.0, shift: float = 1.0, batch: int = 250
+    model: DiT,
+    labels: Sequence[int],
+    *,
+    seed: int = 0,
+    steps: int = 30,
+    guidance: float = 2.0,
+    shift: float = 1.0,
+    batch: int = 250,
 ) -> np.ndarray:
     """(n, height, width, channels) uint8 images of the classes given.
 
@@ -40,7 +49,15 @@ def generate(
     for start in range(0, len(labels), batch):
         # The last batch is filled up, so that one program serves all.
         part = np.resize(np.asarray(labels[start : start + batch], np.int32), batch)
-        patches = _generate(model, part, np.arange(start, start + batch, dtype=np.int32), jax.random.key(seed), steps=steps, guidance=guidance, shift=shift)
+        patches = _generate(
+            model,
+            part,
+            np.arange(start, start + batch, dtype=np.int32),
+            jax.random.key(seed),
+            steps=steps,
+            guidance=guidance,
+            shift=shift,
+        )
         made.append(np.asarray(patches)[: len(labels) - start])
     pixels = np.clip(np.rint((np.concatenate(made) + 1.0) * 127.5), 0, 255).astype(np.uint8)
     return from_patches(pixels, model.config)

@@ -1,4 +1,5 @@
-"""Solvers of flows from noise (level 1) to data (level 0): tables in float64 on the host, one `lax.scan` over their rows.
+"""Solvers of flows from noise (level 1) to data (level 0): tables in float64 on the host, one `lax.scan` over their
+rows.
 
 B samples, X shape of one sample, S steps.
 """
@@ -39,8 +40,14 @@ def euler(velocity: Velocity, noise: jax.Array, levels: np.ndarray) -> jax.Array
     return jax.lax.scan(step, noise.astype(jnp.float32), table)[0]
 
 
-def guided(conditional: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], condition: jax.Array, nothing: jax.Array, scale: float) -> Velocity:
-    """Classifier-free guidance: nothing + scale * (condition - nothing), both in one batch of twice the size; scale 1 asks once.
+def guided(
+    conditional: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    condition: jax.Array,
+    nothing: jax.Array,
+    scale: float,
+) -> Velocity:
+    """Classifier-free guidance: nothing + scale * (condition - nothing), both in one batch of twice the size; scale 1
+    asks once.
 
     Args:
       conditional: (x, levels, conditions) -> velocity.
@@ -51,7 +58,9 @@ def guided(conditional: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], 
     both = jnp.concatenate([condition, nothing])
 
     def velocity(x: jax.Array, levels: jax.Array) -> jax.Array:
-        with_condition, without = jnp.split(conditional(jnp.concatenate([x, x]), jnp.concatenate([levels, levels]), both), 2)
+        with_condition, without = jnp.split(
+            conditional(jnp.concatenate([x, x]), jnp.concatenate([levels, levels]), both), 2
+        )
         return without + scale * (with_condition - without)
 
     return velocity

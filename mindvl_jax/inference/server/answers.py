@@ -25,7 +25,9 @@ def chat_logprobs(tokenizer, part: Answer | Piece) -> dict:
         for other_token, logprob in others:
             other, other_bytes = token_text(tokenizer, other_token)
             alternatives.append({"token": other, "logprob": logprob, "bytes": other_bytes})
-        content.append({"token": text, "logprob": part.logprobs[index], "bytes": content_bytes, "top_logprobs": alternatives})
+        content.append(
+            {"token": text, "logprob": part.logprobs[index], "bytes": content_bytes, "top_logprobs": alternatives}
+        )
     return {"content": content, "refusal": None}
 
 
@@ -37,7 +39,12 @@ def completion_logprobs(tokenizer, answer: Answer) -> dict:
         offsets.append(position)
         position += len(text)
     top = [{token_text(tokenizer, token)[0]: logprob for token, logprob in pairs} for pairs in answer.alternatives]
-    return {"tokens": texts, "token_logprobs": list(answer.logprobs), "top_logprobs": top or None, "text_offset": offsets}
+    return {
+        "tokens": texts,
+        "token_logprobs": list(answer.logprobs),
+        "top_logprobs": top or None,
+        "text_offset": offsets,
+    }
 
 
 def usage(prompt_tokens: int, answers: Sequence[Answer]) -> dict:
@@ -58,7 +65,9 @@ def chat_choice(tokenizer, answer: Answer, *, logprobs: bool) -> dict:
     }
 
 
-def chat_delta(sample: int, text: str, *, first: bool = False, finish: str | None = None, logprobs: dict | None = None) -> dict:
+def chat_delta(
+    sample: int, text: str, *, first: bool = False, finish: str | None = None, logprobs: dict | None = None
+) -> dict:
     delta: dict = {"role": "assistant"} if first else {}
     if text or first:
         delta["content"] = text

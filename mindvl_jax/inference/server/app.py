@@ -65,7 +65,9 @@ class Server:
 
     # --- around every handler ---
 
-    def _guarded(self, handler: Callable[[HTTPRequest], Awaitable[Response]]) -> Callable[[HTTPRequest], Awaitable[Response]]:
+    def _guarded(
+        self, handler: Callable[[HTTPRequest], Awaitable[Response]]
+    ) -> Callable[[HTTPRequest], Awaitable[Response]]:
         """Check the key; turn errors into answers of the OpenAI form."""
 
         async def guarded(request: HTTPRequest) -> Response:
@@ -82,7 +84,9 @@ class Server:
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         given = key.strip().encode()
-        known = [hmac.compare_digest(given, accepted.encode()) for accepted in self.settings.api_keys]  # all of them: equal time
+        known = [
+            hmac.compare_digest(given, accepted.encode()) for accepted in self.settings.api_keys
+        ]  # all of them: equal time
         if scheme.lower() != "bearer" or not any(known):
             raise HTTPError(401, "this server wants an API key: Authorization: Bearer KEY", code="invalid_api_key")
 
@@ -99,19 +103,29 @@ class Server:
             raise HTTPError(400, "the body is not JSON", code="invalid_json") from None
 
     async def _unknown_path(self, request: HTTPRequest, error: Exception) -> Response:
-        return JSONResponse(HTTPError(404, f"there is no {request.url.path[:200]!r} here; see /v1/chat/completions").body(), 404)
+        return JSONResponse(
+            HTTPError(404, f"there is no {request.url.path[:200]!r} here; see /v1/chat/completions").body(), 404
+        )
 
     async def _wrong_method(self, request: HTTPRequest, error: Exception) -> Response:
         return JSONResponse(HTTPError(405, f"{request.url.path[:200]} does not take {request.method}").body(), 405)
 
     def _check_model(self, name: str) -> None:
         if name != self.settings.model:
-            raise HTTPError(404, f"there is no model {name[:200]!r}; this server has {self.settings.model!r}", code="model_not_found", param="model")
+            raise HTTPError(
+                404,
+                f"there is no model {name[:200]!r}; this server has {self.settings.model!r}",
+                code="model_not_found",
+                param="model",
+            )
 
     # --- small answers ---
 
     async def _page(self, request: HTTPRequest) -> Response:
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline' data: blob:"})
+        return HTMLResponse(
+            PAGE.read_text(encoding="utf-8"),
+            headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline' data: blob:"},
+        )
 
     async def _health(self, request: HTTPRequest) -> Response:
         ready = self.runner.accepting
@@ -121,7 +135,13 @@ class Server:
         return Response(self.runner.metrics.text(), media_type="text/plain; version=0.0.4")
 
     def _card(self) -> dict:
-        return {"id": self.settings.model, "object": "model", "created": 0, "owned_by": "mindvl", "max_model_len": self._context}
+        return {
+            "id": self.settings.model,
+            "object": "model",
+            "created": 0,
+            "owned_by": "mindvl",
+            "max_model_len": self._context,
+        }
 
     async def _models(self, request: HTTPRequest) -> Response:
         return JSONResponse({"object": "list", "data": [self._card()]})
@@ -156,10 +176,16 @@ class Server:
             return self._stream(self._chat_events(ticket, body, identifier, prompt.tokens))
         done = await self._collect(request, ticket)
         choices = [answers.chat_choice(self._tokenizer, answer, logprobs=bool(body.logprobs)) for answer in done]
-        return JSONResponse(answers.envelope(identifier, "chat.completion", body.model, choices, usage=answers.usage(prompt.tokens, done)))
+        return JSONResponse(
+            answers.envelope(
+                identifier, "chat.completion", body.model, choices, usage=answers.usage(prompt.tokens, done)
+            )
+        )
 
     def _encode_chat(self, body: ChatBody, identifier: str):
-        asked = body.request(identifier, self.settings, self._context, lambda url, param: read_media(url, self.settings, param))
+        asked = body.request(
+            identifier, self.settings, self._context, lambda url, param: read_media(url, self.settings, param)
+        )
         return asked, self._encode(self.runner.generator.encode, asked)
 
     def _encode(self, encode: Callable[[Request], Any], asked: Request):
@@ -172,7 +198,11 @@ class Server:
         """All answers; a client that goes away frees its slots."""
 
         async def gather() -> list[Answer]:
-            return [piece.answer async for piece in self.runner.read(ticket, self.settings.request_seconds) if piece.answer is not None]
+            return [
+                piece.answer
+                async for piece in self.runner.read(ticket, self.settings.request_seconds)
+                if piece.answer is not None
+            ]
 
         async def leaving() -> None:
             while not await request.is_disconnected():
@@ -189,7 +219,9 @@ class Server:
                 task.cancel()
             await asyncio.gather(work, gone, return_exceptions=True)
 
-    async def _chat_events(self, ticket: Ticket, body: ChatBody, identifier: str, prompt_tokens: int) -> AsyncIterator[dict]:
+    async def _chat_events(
+        self, ticket: Ticket, body: ChatBody, identifier: str, prompt_tokens: int
+    ) -> AsyncIterator[dict]:
         started: set[int] = set()
         done: list[Answer] = []
         null_usage = {"usage": None} if body.include_usage else {}
@@ -215,14 +247,18 @@ class Server:
     def _stream(self, events: AsyncIterator[dict]) -> Response:
         async def lines() -> AsyncIterator[str]:
             try:
-                async with contextlib.aclosing(events):  # a client that leaves closes the reader, which aborts the ticket
+                async with contextlib.aclosing(
+                    events
+                ):  # a client that leaves closes the reader, which aborts the ticket
                     async for event in events:
                         yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
             except HTTPError as error:  # the status is sent already: told as an event
                 yield f"data: {json.dumps(error.body())}\n\n"
             yield "data: [DONE]\n\n"
 
-        return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        return StreamingResponse(
+            lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        )
 
     # --- completions ---
 
@@ -248,10 +284,18 @@ class Server:
                 done.append(answer)
                 logprobs = answers.completion_logprobs(self._tokenizer, answer) if body.logprobs is not None else None
                 index = number * sampling.n + answer.sample
-                choices.append({"index": index, "text": answer.text, "logprobs": logprobs, "finish_reason": answer.finish})
-        return JSONResponse(answers.envelope(identifier, "text_completion", body.model, choices, usage=answers.usage(prompt_tokens, done)))
+                choices.append(
+                    {"index": index, "text": answer.text, "logprobs": logprobs, "finish_reason": answer.finish}
+                )
+        return JSONResponse(
+            answers.envelope(
+                identifier, "text_completion", body.model, choices, usage=answers.usage(prompt_tokens, done)
+            )
+        )
 
-    async def _completion_events(self, ticket: Ticket, body: CompletionBody, identifier: str, prompt_tokens: int) -> AsyncIterator[dict]:
+    async def _completion_events(
+        self, ticket: Ticket, body: CompletionBody, identifier: str, prompt_tokens: int
+    ) -> AsyncIterator[dict]:
         done: list[Answer] = []
 
         def event(piece: Piece) -> dict:
@@ -264,4 +308,6 @@ class Server:
                 done.append(piece.answer)
             yield event(piece)
         if body.include_usage:
-            yield answers.envelope(identifier, "text_completion", body.model, [], usage=answers.usage(prompt_tokens, done))
+            yield answers.envelope(
+                identifier, "text_completion", body.model, [], usage=answers.usage(prompt_tokens, done)
+            )

@@ -1,7 +1,8 @@
 """Images and videos that a request names: data URIs, and https from allowed hosts.
 
-A server that fetches what strangers name can be made to read its own network. So nothing is fetched unless the operator allows the
-host; the name is resolved once, every address must be public, and the connection goes to exactly that address.
+A server that fetches what strangers name can be made to read its own network. So nothing is fetched unless the operator
+allows the host; the name is resolved once, every address must be public, and the connection goes to exactly that
+address.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ def read_media(url: str, settings: ServerSettings, param: str) -> bytes:
         return _data_uri(url, settings, param)
     parts = urllib.parse.urlsplit(url)
     if parts.scheme != "https":
-        raise HTTPError(400, f"{param}: {_quote(url)} is neither a data: URI nor https; send the image as data:image/png;base64,...", param=param)
+        raise HTTPError(
+            400,
+            f"{param}: {_quote(url)} is neither a data: URI nor https; send the image as data:image/png;base64,...",
+            param=param,
+        )
     return _fetch(url, parts, settings, param)
 
 
@@ -41,9 +46,15 @@ def _quote(url: str) -> str:
 def _data_uri(url: str, settings: ServerSettings, param: str) -> bytes:
     header, comma, payload = url.partition(",")
     if not comma or not header.endswith(";base64"):
-        raise HTTPError(400, f"{param}: a data URI must read data:image/png;base64,...; found {_quote(url)}", param=param)
+        raise HTTPError(
+            400, f"{param}: a data URI must read data:image/png;base64,...; found {_quote(url)}", param=param
+        )
     if len(payload) > settings.image_bytes * 4 // 3 + 4:
-        raise HTTPError(400, f"{param}: the encoded image is larger than {settings.image_bytes} bytes; send a smaller one", param=param)
+        raise HTTPError(
+            400,
+            f"{param}: the encoded image is larger than {settings.image_bytes} bytes; send a smaller one",
+            param=param,
+        )
     try:
         return base64.b64decode(payload, validate=True)
     except (binascii.Error, ValueError):
@@ -57,16 +68,26 @@ def _fetch(url: str, parts: urllib.parse.SplitResult, settings: ServerSettings, 
         raise HTTPError(400, f"{param}: {_quote(url)} has no usable port", param=param) from None
     if host.lower() not in {name.lower() for name in settings.hosts}:
         allowed = ", ".join(settings.hosts) or "none"
-        raise HTTPError(400, f"{param}: images are not fetched from host {host!r} (allowed: {allowed}); send a data: URI", param=param)
+        raise HTTPError(
+            400,
+            f"{param}: images are not fetched from host {host!r} (allowed: {allowed}); send a data: URI",
+            param=param,
+        )
     address = _public_address(host, port, settings, param)
-    target = urllib.parse.urlunsplit(("https", f"[{address}]:{port}" if ":" in address else f"{address}:{port}", parts.path or "/", parts.query, ""))
+    target = urllib.parse.urlunsplit(
+        ("https", f"[{address}]:{port}" if ":" in address else f"{address}:{port}", parts.path or "/", parts.query, "")
+    )
     try:
         with (
             httpx.Client(timeout=settings.fetch_seconds, follow_redirects=False, trust_env=False) as client,
             client.stream("GET", target, headers={"Host": host}, extensions={"sni_hostname": host}) as response,
         ):
             if response.status_code != 200:
-                raise HTTPError(400, f"{param}: host {host} answered {response.status_code} (redirects are not followed)", param=param)
+                raise HTTPError(
+                    400,
+                    f"{param}: host {host} answered {response.status_code} (redirects are not followed)",
+                    param=param,
+                )
             content = bytearray()
             for part in response.iter_bytes():
                 content += part

@@ -26,8 +26,12 @@ class Metrics:
         self.slots = make(Gauge, "slots", "Answers that can decode together.")
         self.compilations = make(Counter, "compilations_total", "Programs compiled since the server warmed up.")
         self.restarts = make(Counter, "engine_restarts_total", "Times that the engine failed and was made anew.")
-        self.first_token = make(Histogram, "time_to_first_token_seconds", "From a request's arrival to its first token.", buckets=SECONDS)
-        self.between_tokens = make(Histogram, "time_between_tokens_seconds", "Mean time between the tokens of an answer.", buckets=SECONDS)
+        self.first_token = make(
+            Histogram, "time_to_first_token_seconds", "From a request's arrival to its first token.", buckets=SECONDS
+        )
+        self.between_tokens = make(
+            Histogram, "time_between_tokens_seconds", "Mean time between the tokens of an answer.", buckets=SECONDS
+        )
         self.whole = make(Histogram, "request_seconds", "From a request's arrival to its last token.", buckets=SECONDS)
         self._counting = False
         jax.monitoring.register_event_duration_secs_listener(self._on_event)

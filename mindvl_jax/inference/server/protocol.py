@@ -1,7 +1,7 @@
 """Bodies of requests, and requests of the engine made from them.
 
-Fields that would change an answer and are not built are refused by name; fields that cannot change one (`user`, `metadata`, ...) are
-accepted and not read.
+Fields that would change an answer and are not built are refused by name; fields that cannot change one (`user`,
+`metadata`, ...) are accepted and not read.
 """
 
 from __future__ import annotations
@@ -131,7 +131,9 @@ class ChatBody(_Common):
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
         return self._sampling(context, limit=limit, top_logprobs=self.top_logprobs or 0)
 
-    def request(self, identifier: str, settings: ServerSettings, context: int, read: Callable[[str, str], bytes]) -> Request:
+    def request(
+        self, identifier: str, settings: ServerSettings, context: int, read: Callable[[str, str], bytes]
+    ) -> Request:
         """The engine's request. `read(url, param)` gives the bytes of a medium.
 
         Raises:
@@ -140,7 +142,9 @@ class ChatBody(_Common):
         messages, images, videos = [], [], []
         for index, message in enumerate(self.messages):
             content = ""  # with marks for media; what the client wrote stays text, whatever it spells
-            for place, part in enumerate([TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content):
+            for place, part in enumerate(
+                [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
+            ):
                 where = f"messages[{index}].content[{place}]"
                 if isinstance(part, TextPart):
                     content += literal(part.text)
@@ -148,7 +152,9 @@ class ChatBody(_Common):
                 if message.role != "user":
                     raise HTTPError(400, f"{where}: only user messages can hold images and videos", param=where)
                 if len(images) + len(videos) >= settings.images:
-                    raise HTTPError(400, f"{where}: a request can hold at most {settings.images} images and videos", param=where)
+                    raise HTTPError(
+                        400, f"{where}: a request can hold at most {settings.images} images and videos", param=where
+                    )
                 if isinstance(part, ImagePart):
                     images.append(read(part.image_url.url, f"{where}.image_url"))
                     content = before_mark(content) + IMAGE
@@ -160,7 +166,13 @@ class ChatBody(_Common):
         if self.max_pixels is not None:
             highest = self.max_pixels if highest is None else min(highest, self.max_pixels)
         return Request(
-            messages=messages, images=images, videos=videos, sampling=self.sampling(context), id=identifier, min_pixels=self.min_pixels, max_pixels=highest
+            messages=messages,
+            images=images,
+            videos=videos,
+            sampling=self.sampling(context),
+            id=identifier,
+            min_pixels=self.min_pixels,
+            max_pixels=highest,
         )
 
 
@@ -178,7 +190,9 @@ class CompletionBody(_Common):
         return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
 
     def sampling(self, context: int) -> Sampling:
-        return self._sampling(context, limit=16 if self.max_tokens is None else self.max_tokens, top_logprobs=self.logprobs or 0)
+        return self._sampling(
+            context, limit=16 if self.max_tokens is None else self.max_tokens, top_logprobs=self.logprobs or 0
+        )
 
 
 def parse(kind: type[_Common], content: Any) -> Any:
@@ -190,7 +204,9 @@ def parse(kind: type[_Common], content: Any) -> Any:
     if not isinstance(content, dict):
         raise HTTPError(400, f"the body must be a JSON object, found {type(content).__name__}")
     try:
-        body = kind.model_validate({key: value for key, value in content.items() if key not in HARMLESS and value is not None})
+        body = kind.model_validate(
+            {key: value for key, value in content.items() if key not in HARMLESS and value is not None}
+        )
         body.sampling(1)  # its own checks, before anything is read
         return body
     except UserError as error:

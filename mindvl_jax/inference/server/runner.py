@@ -52,14 +52,16 @@ class Ticket:
 
 
 class Runner:
-    """Runs one engine for many coroutines.
+    """Run one engine for many coroutines.
 
     Args:
       generator: with a fixed context. sizes: at which prompts are read (see `sizes.prompt_sizes`).
       limit: most requests that wait or decode. chunk: tokens decoded between two looks at the queue.
     """
 
-    def __init__(self, generator: Generator, metrics: Metrics, sizes: Sequence[tuple[Bucket, int]], *, limit: int, chunk: int):
+    def __init__(
+        self, generator: Generator, metrics: Metrics, sizes: Sequence[tuple[Bucket, int]], *, limit: int, chunk: int
+    ):
         self.generator, self.metrics, self._sizes = generator, metrics, sizes
         self._limit, self._chunk = limit, chunk
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -138,7 +140,12 @@ class Runner:
             raise HTTPError(503, "the server is shutting down", retry_after=5)
         if len(self._tickets) >= self._limit:
             self.metrics.requests.labels("refused").inc()
-            raise HTTPError(429, f"{self._limit} requests wait already; ask again later", code="queue_full", retry_after=self._retry_after())
+            raise HTTPError(
+                429,
+                f"{self._limit} requests wait already; ask again later",
+                code="queue_full",
+                retry_after=self._retry_after(),
+            )
 
     async def read(self, ticket: Ticket, seconds: float) -> AsyncIterator[Piece]:
         """Pieces of all answers until the last has ended. Abort the ticket when the caller leaves early.
@@ -243,7 +250,9 @@ class Runner:
 
     def _step(self) -> None:
         try:  # everything that has been asked for; an idle thread waits for the next
-            command = self._commands.get(timeout=None if self._engine.busy else IDLE_SECONDS, block=not self._engine.busy)
+            command = self._commands.get(
+                timeout=None if self._engine.busy else IDLE_SECONDS, block=not self._engine.busy
+            )
             while True:
                 command()
                 command = self._commands.get_nowait()

@@ -14,7 +14,8 @@ class ServerSettings:
       api_keys: accepted bearer tokens; empty: everybody may ask.
       queue: most requests that wait or decode; one more is answered 429.
       body_bytes: largest request body. images: most images of a request. image_bytes: largest encoded image or video.
-      max_pixels: largest image area after resizing, which bounds the patches of a prompt; None: the model's own setting.
+      max_pixels: largest image area after resizing, which bounds the patches of a prompt; None: the model's own
+        setting.
       hosts: host names from which `https` media may be fetched; empty: none.
       private_addresses: also fetch from addresses that are not public (for a store in the same network).
       fetch_seconds: time limit of one fetch. request_seconds: time limit of one answer.

@@ -24,20 +24,25 @@ _MOE = dict(
 
 
 def read_config(content: Mapping[str, Any], reader: ConfigReader) -> DeepSeekV3Config | None:
-    """Read a decoder without its MTP layer. transformers writes `num_nextn_predict_layers` for models that have none, so it is not
-    asked: a folder that holds the layer is refused by its tensors, which no parameter takes."""
+    """Read a decoder without its MTP layer. transformers writes `num_nextn_predict_layers` for models that have none,
+    so it is not asked: a folder that holds the layer is refused by its tensors, which no parameter takes.
+    """
     reader.expect(content, "hidden_act", ("silu",), "silu")
     reader.expect(content, "attention_bias", (False, None), False)
     reader.expect(content, "scoring_func", ("sigmoid",), "sigmoid")
     reader.expect(content, "topk_method", ("noaux_tc",), "noaux_tc")
     reader.expect(content, "moe_layer_freq", (1,), 1)
     if content.get("quantization_config"):
-        reader.problems.append("quantization_config: the weights are quantised (block-scaled FP8); dequantise them to bfloat16 first")
+        reader.problems.append(
+            "quantization_config: the weights are quantised (block-scaled FP8); dequantise them to bfloat16 first"
+        )
     rope = rope_of(content)
     yarn = None
     if rope["rope_type"] == "yarn":
         defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
-        values = {name: rope.get(name) for name in ("factor", "original_max_position_embeddings")} | {name: rope.get(name) or value for name, value in defaults.items()}
+        values = {name: rope.get(name) for name in ("factor", "original_max_position_embeddings")} | {
+            name: rope.get(name) or value for name, value in defaults.items()
+        }
         yarn = reader.build(YarnConfig, values, "rope_scaling.")
     elif rope["rope_type"] != "default":
         reader.problems.append(f"rope type is {rope['rope_type']!r}; supported: 'default', 'yarn'")
@@ -66,7 +71,10 @@ def write_config(config: DeepSeekV3Config, common: Mapping[str, Any]) -> dict[st
     }  # fmt: skip
 
 
-_ATTENTION = {f"layer {{layer}} {ours}": (f"model.layers.{{layer}}.{theirs}",) for ours, theirs in (("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm"))}
+_ATTENTION = {
+    f"layer {{layer}} {ours}": (f"model.layers.{{layer}}.{theirs}",)
+    for ours, theirs in (("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm"))
+}
 
 MAPPING = HFMapping(
     model_types={"deepseek_v3": ModelType("DeepSeek-V3", "DeepseekV3ForCausalLM")},

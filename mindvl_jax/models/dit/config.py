@@ -37,12 +37,17 @@ class DiTConfig(ModelConfig):
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size})")
         if self.hidden_size % (4 * self.num_heads):
-            raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of 4 * num_heads ({4 * self.num_heads})")
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of 4 * num_heads ({4 * self.num_heads})"
+            )
         if len(set(self.classes)) < len(self.classes):
             raise ValueError("classes names a class twice")
         return self
 
     def phase_problems(self, phase: PhaseConfig) -> dict[str, str]:
         if phase.sequence_length != self.tokens:
-            return {"sequence_length": f"must be {self.tokens}: a row is one image of {self.image_size} pixels in patches of {self.patch_size}"}
+            return {
+                "sequence_length": f"must be {self.tokens}: a row is one image of {self.image_size} pixels in patches of "
+                f"{self.patch_size}"
+            }
         return {}

@@ -1,9 +1,11 @@
-"""Diffusion transformer with adaptive layer norms (Peebles and Xie, "Scalable Diffusion Models with Transformers"; DiT).
+"""Diffusion transformer with adaptive layer norms (Peebles and Xie, "Scalable Diffusion Models with Transformers";
+DiT).
 
-Legend: B rows (images), P patches, C numbers a patch, D width, F feed-forward width, N heads, H head dim, K modulation vectors.
+Legend: B rows (images), P patches, C numbers a patch, D width, F feed-forward width, N heads, H head dim, K modulation
+vectors.
 
-Conditions (noise level and class) enter through the modulation alone: every layer derives shift, scale and gate vectors from them.
-The modulation and the output are zero at the start, so each layer begins as the identity.
+Conditions (noise level and class) enter through the modulation alone: every layer derives shift, scale and gate vectors
+from them. The modulation and the output are zero at the start, so each layer begins as the identity.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ TIME_FREQUENCIES = 256  # width of the sinusoids that embed the noise level
 TIME_SCALE = 1000.0  # noise levels 0 .. 1 are embedded as 0 .. 1000, like the steps of the published models
 
 
-def zero_linear(inputs: int, outputs: int, names: tuple[str | None, str | None], *, dtype, layers: int | None = None) -> Linear:
+def zero_linear(
+    inputs: int, outputs: int, names: tuple[str | None, str | None], *, dtype, layers: int | None = None
+) -> Linear:
     """A `Linear` with bias whose parameters start at 0."""
     return Linear(inputs, outputs, names, bias=True, rngs=nnx.Rngs(0), dtype=dtype, layers=layers, scale=0.0)
 
@@ -63,11 +67,15 @@ class ConditionEmbedding(nnx.Module):
         self.time_in = Linear(TIME_FREQUENCIES, D, (None, "embed"), **common)
         self.time_out = Linear(D, D, ("embed", None), **common)
         # One row more than there are classes: the class of guidance without a class.
-        self.classes = parameter(jax.random.normal(rngs.params(), (len(config.classes) + 1, D), dtype) * 0.02, (None, "embed"))
+        self.classes = parameter(
+            jax.random.normal(rngs.params(), (len(config.classes) + 1, D), dtype) * 0.02, (None, "embed")
+        )
 
     def __call__(self, times_B: jax.Array, labels_B: jax.Array, dtype) -> jax.Array:
         # Sinusoids in float32: bfloat16 merges neighbouring noise levels.
-        time_BD = self.time_out(jax.nn.silu(self.time_in(sinusoids(times_B * TIME_SCALE, TIME_FREQUENCIES).astype(dtype))))
+        time_BD = self.time_out(
+            jax.nn.silu(self.time_in(sinusoids(times_B * TIME_SCALE, TIME_FREQUENCIES).astype(dtype)))
+        )
         return time_BD + ops.embedding(self.classes[...], labels_B[:, None])[:, 0].astype(dtype)
 
 
@@ -88,7 +96,10 @@ class Block(nnx.Module):
 
     def attend(self, x_BPD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.Array:
         x_BPD = modulate(plain_norm(x_BPD, self.eps), shift_BD, scale_BD)
-        heads = lambda layer: keep(layer(x_BPD)).reshape(*x_BPD.shape[:2], self.heads, -1)
+
+        def heads(layer):
+            return keep(layer(x_BPD)).reshape(*x_BPD.shape[:2], self.heads, -1)
+
         out_BPNH = ops.attention(heads(self.query), heads(self.key), heads(self.value), causal=False)
         return self.output(keep(out_BPNH.reshape(x_BPD.shape)))
 
@@ -140,12 +151,16 @@ class DiT(nnx.Module):
         """
         config = self.config
         with jax.named_scope("patch_embed"):
-            table_PD = jnp.asarray(position_table(config.image_size // config.patch_size, config.hidden_size), self.compute_dtype)
+            table_PD = jnp.asarray(
+                position_table(config.image_size // config.patch_size, config.hidden_size), self.compute_dtype
+            )
             x_BPD = self.patch_embed(noisy_BPC.astype(self.compute_dtype)) + table_PD
         with jax.named_scope("condition"):
             condition_BD = self.condition(times_B, labels_B, self.compute_dtype)
         with jax.named_scope("blocks"):
-            x_BPD = scan_layers(lambda x, layer: layer(x, condition_BD, config.remat), x_BPD, self.blocks, remat=config.remat)
+            x_BPD = scan_layers(
+                lambda x, layer: layer(x, condition_BD, config.remat), x_BPD, self.blocks, remat=config.remat
+            )
         with jax.named_scope("head"):
             shift_BD, scale_BD = jnp.split(self.head_modulation(jax.nn.silu(condition_BD)), 2, -1)
             return self.head(modulate(plain_norm(x_BPD, config.layer_norm_eps), shift_BD, scale_BD)).astype(jnp.float32)

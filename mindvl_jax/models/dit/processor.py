@@ -1,7 +1,7 @@
 """Images with a class to batches of patches.
 
-A sample is a conversation of two turns: the user names the class, the assistant answers with one image and nothing else. So the
-files that vision-language models read serve here too.
+A sample is a conversation of two turns: the user names the class, the assistant answers with one image and nothing
+else. So the files that vision-language models read serve here too.
 
 B rows (images), P patches, C numbers a patch.
 """
@@ -57,21 +57,35 @@ class DiTProcessor:
         tokens = config.model.tokens
         self.budgets = Budgets(("tokens", "images"), (tokens, 1), filled=("token",))
         self.encoding = (config.model.model_dump_json(), config.data.resample)
-        self.lengths: dict[str, Any] = {"model": config.model.model_dump(mode="json", exclude={"compute_dtype", "param_dtype", "remat"})}
+        self.lengths: dict[str, Any] = {
+            "model": config.model.model_dump(mode="json", exclude={"compute_dtype", "param_dtype", "remat"})
+        }
 
     @staticmethod
     def batch_spec(config: Config, phase: PhaseConfig) -> BatchSpec:
-        """pixels (B, P, C) uint8 in the order of `to_patches`, labels (B,), weights (B,; 0 for a row without an image), numbers (B,)."""
+        """pixels (B, P, C) uint8 in the order of `to_patches`, labels (B,), weights (B,; 0 for a row without an image),
+        numbers (B,).
+        """
         return batch_spec(config.model, phase.rows)
 
     def encode(self, sample: Sample) -> DiTExample:
-        """Raises SampleError for another form of conversation, an unknown class, or an image that cannot be read."""
+        """Raise SampleError for another form of conversation, an unknown class, or an image that cannot be read."""
         turns = [message for message in sample.messages if message.role != "system"]
-        if [turn.role for turn in turns] != ["user", "assistant"] or len(sample.images) != 1 or len(marks(turns[1].content)) != 1:
-            raise SampleError("malformed", "a sample for this model is a user's turn with the name of a class, and an assistant's turn with one <image>")
+        if (
+            [turn.role for turn in turns] != ["user", "assistant"]
+            or len(sample.images) != 1
+            or len(marks(turns[1].content)) != 1
+        ):
+            raise SampleError(
+                "malformed",
+                "a sample for this model is a user's turn with the name of a class, and an assistant's turn "
+                "with one <image>",
+            )
         name = plain(turns[0].content).strip()
         if name not in self._labels:
-            raise SampleError("unknown_class", f"class {name!r} is not in model.classes ({', '.join(list(self._labels)[:20])})")
+            raise SampleError(
+                "unknown_class", f"class {name!r} is not in model.classes ({', '.join(list(self._labels)[:20])})"
+            )
         image = load_image(sample.images[0], keep_grey=True)
         return DiTExample(sample.id, to_patches(image, self._model, self._resample), self._labels[name])
 

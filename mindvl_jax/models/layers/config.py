@@ -27,7 +27,9 @@ class TextConfig(Section):
     rope_theta: Annotated[float, Field(gt=0, le=1e15)] = 1e6
     rms_norm_eps: Annotated[float, Field(gt=0, le=1)] = 1e-6
     tie_word_embeddings: bool
-    rope: Literal["mrope", "1d"] = Field(description="mrope: temporal, height and width sections; 1d: one running index.")
+    rope: Literal["mrope", "1d"] = Field(
+        description="mrope: temporal, height and width sections; 1d: one running index."
+    )
     mrope_section: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     max_position_embeddings: Annotated[int, bounded(2**31 - 1)] = 32768
 
@@ -62,25 +64,36 @@ class MoEConfig(Section):
     experts: PositiveInt
     experts_per_token: PositiveInt
     intermediate_size: PositiveInt = Field(description="Feed-forward width of one expert.")
-    shared_experts: NonNegativeInt = Field(0, description="Experts that every token passes, as one network of their summed width.")
+    shared_experts: NonNegativeInt = Field(
+        0, description="Experts that every token passes, as one network of their summed width."
+    )
     scoring: Literal["softmax", "sigmoid"]
-    selection_bias: bool = Field(False, description="A bias, moved by load, enters the choice of experts but not their weights (DeepSeek-V3).")
-    groups: PositiveInt = Field(1, description="Equal groups of experts; the best `groups_kept` of them stay eligible for a token.")
+    selection_bias: bool = Field(
+        False, description="A bias, moved by load, enters the choice of experts but not their weights (DeepSeek-V3)."
+    )
+    groups: PositiveInt = Field(
+        1, description="Equal groups of experts; the best `groups_kept` of them stay eligible for a token."
+    )
     groups_kept: PositiveInt = 1
     renormalize: bool = Field(description="Divide the chosen scores by their sum.")
     scale: PositiveFloat = Field(1.0, description="Factor on the weights of the routed experts.")
-    bias_update_rate: NonNegativeFloat = Field(0.0, description="Step of the selection bias after each optimizer step; 0 leaves it.")
+    bias_update_rate: NonNegativeFloat = Field(
+        0.0, description="Step of the selection bias after each optimizer step; 0 leaves it."
+    )
     balance_loss: NonNegativeFloat = Field(0.0, description="Factor of the load-balancing loss.")
     balance: Literal["sequence", "pooled", "layer"] = Field(
         "pooled",
-        description="sequence: per packed sample (DeepSeek-V3); pooled: counts and scores of all layers together, not divided by k (Hugging Face); "
+        description="sequence: per packed sample (DeepSeek-V3); pooled: counts and scores of all layers together, not "
+        "divided by k (Hugging Face); "
         "layer: per layer, divided by k (Megatron).",
     )
     z_loss: NonNegativeFloat = Field(0.0, description="Factor of the router's z-loss, a mean over tokens and layers.")
 
     def token_products(self, width: int) -> int:
         """Multiply-adds of a token in one routed layer: router, its experts, the shared ones."""
-        return width * self.experts + (self.experts_per_token + self.shared_experts) * 3 * width * self.intermediate_size
+        return (
+            width * self.experts + (self.experts_per_token + self.shared_experts) * 3 * width * self.intermediate_size
+        )
 
     @property
     def sequence_balance(self) -> bool:
@@ -89,9 +102,14 @@ class MoEConfig(Section):
     @model_validator(mode="after")
     def _possible(self):
         if self.experts % self.groups or self.groups_kept > self.groups:
-            raise ValueError(f"{self.experts} experts in {self.groups} groups of which {self.groups_kept} are kept does not work out")
+            raise ValueError(
+                f"{self.experts} experts in {self.groups} groups of which {self.groups_kept} are kept does not work out"
+            )
         if self.experts_per_token > self.groups_kept * (self.experts // self.groups):
-            raise ValueError(f"experts_per_token ({self.experts_per_token}) is more than the {self.groups_kept * (self.experts // self.groups)} eligible experts")
+            raise ValueError(
+                f"experts_per_token ({self.experts_per_token}) is more than the "
+                f"{self.groups_kept * (self.experts // self.groups)} eligible experts"
+            )
         if self.groups > 1 and self.experts // self.groups < 2:
             raise ValueError(f"{self.groups} groups of {self.experts} experts leave less than two a group")
         if self.bias_update_rate and not self.selection_bias:
@@ -114,7 +132,9 @@ class Qwen3MoETextConfig(TextConfig):
     """Qwen3 decoder whose feed-forward layers are all routed."""
 
     family: Literal["qwen3_moe"] = "qwen3_moe"
-    intermediate_size: PositiveInt = Field(1, description="Of dense layers, of which there are none; kept for config.json.")
+    intermediate_size: PositiveInt = Field(
+        1, description="Of dense layers, of which there are none; kept for config.json."
+    )
     moe: MoEConfig
     dense_layers: Literal[0] = 0
 

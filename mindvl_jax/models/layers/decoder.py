@@ -1,7 +1,8 @@
 """Decoder of Qwen2.5 and Qwen3 (references: transformers' Qwen2, Qwen2.5-VL text and Qwen3).
 
-B rows, T tokens, S cache places, N query heads, K key/value heads, H head dim, D width, F feed-forward width, V vocabulary,
-L layers. The two families differ in the attention only: qwen2 has q/k/v biases, qwen3 norms each query and key head.
+B rows, T tokens, S cache places, N query heads, K key/value heads, H head dim, D width, F feed-forward width, V
+vocabulary, L layers. The two families differ in the attention only: qwen2 has q/k/v biases, qwen3 norms each query and
+key head.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mindvl_jax.models.layers.config import TextConfig
 from mindvl_jax.models.layers.cache import Cache, KVCache
+from mindvl_jax.models.layers.config import TextConfig
 from mindvl_jax.models.layers.linear import GatedMLP, Linear, RMSNorm, parameter
 from mindvl_jax.models.layers.rope import text_tables
 from mindvl_jax.models.layers.stack import UNROLLED_LAYERS, keep, rematerialise_attention, scan_layers
@@ -26,8 +27,8 @@ from npu_bridge import ops
 def transposed(table_VD: jax.Array) -> jax.Array:
     """(V, D) -> (D, V).
 
-    The barrier in its gradient is for XLA on CPU: it would fold the transposition into the product that makes the gradient, into
-    a bfloat16 form that its runtime refuses.
+    The barrier in its gradient is for XLA on CPU: it would fold the transposition into the product that makes the
+    gradient, into a bfloat16 form that its runtime refuses.
     """
     return table_VD.T
 
@@ -56,13 +57,25 @@ class Attention(nnx.Module):
         self.query = Linear(D, config.num_heads * H, ("embed", "heads"), **common)
         self.key = Linear(D, config.num_kv_heads * H, ("embed", "kv_heads"), **common)
         self.value = Linear(D, config.num_kv_heads * H, ("embed", "kv_heads"), **common)
-        self.output = Linear(config.num_heads * H, D, ("heads", "embed"), scale=1 / math.sqrt(2 * L), **{**common, "bias": False})
-        per_head = lambda: RMSNorm(H, eps=config.rms_norm_eps, dtype=dtype, name="head_dim", layers=L) if config.family != "qwen2" else None
+        self.output = Linear(
+            config.num_heads * H, D, ("heads", "embed"), scale=1 / math.sqrt(2 * L), **{**common, "bias": False}
+        )
+
+        def per_head():
+            return (
+                RMSNorm(H, eps=config.rms_norm_eps, dtype=dtype, name="head_dim", layers=L)
+                if config.family != "qwen2"
+                else None
+            )
+
         self.query_norm, self.key_norm = per_head(), per_head()
 
     def project(self, x_BTD, cos_BTH, sin_BTH) -> tuple[jax.Array, jax.Array, jax.Array]:
         """-> q (B, T, N, H), k and v (B, T, K, H), rotated."""
-        heads = lambda layer: keep(layer(x_BTD)).reshape(*x_BTD.shape[:2], -1, self.head_dim)
+
+        def heads(layer):
+            return keep(layer(x_BTD)).reshape(*x_BTD.shape[:2], -1, self.head_dim)
+
         q, k, v = heads(self.query), heads(self.key), heads(self.value)
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
@@ -80,8 +93,15 @@ class DecoderLayer(nnx.Module):
         self.norm1 = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, layers=L)
         self.attention = Attention(config, rngs=rngs, dtype=dtype)
         self.norm2 = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, layers=L)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False, rngs=rngs, dtype=dtype, layers=L,
-                            residual_scale=1 / math.sqrt(2 * L))
+        self.mlp = GatedMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            bias=False,
+            rngs=rngs,
+            dtype=dtype,
+            layers=L,
+            residual_scale=1 / math.sqrt(2 * L),
+        )
 
     def feed_forward(self, x_BTD) -> jax.Array:
         with jax.named_scope("mlp"):
@@ -99,14 +119,19 @@ class Decoder(nnx.Module):
         self.embed = Embedding(config, rngs=rngs, dtype=dtype)
         self.layers = self.layer_type(config, rngs=rngs, dtype=dtype)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        untied = lambda: Linear(config.hidden_size, config.vocab_size, ("embed", "vocab"), bias=False, rngs=rngs, dtype=dtype)
+
+        def untied():
+            return Linear(config.hidden_size, config.vocab_size, ("embed", "vocab"), bias=False, rngs=rngs, dtype=dtype)
+
         self.head = None if config.tie_word_embeddings else untied()
 
     def head_kernel(self) -> jax.Array:
         """(D, V): the output matrix, which is the token table when tied."""
         return transposed(self.embed.embedding[...]) if self.head is None else self.head.kernel[...]
 
-    def __call__(self, inputs_BTD, positions_B3T, segment_ids_BT, *, segment_lengths=None, max_sample_length: int | None = None) -> jax.Array:
+    def __call__(
+        self, inputs_BTD, positions_B3T, segment_ids_BT, *, segment_lengths=None, max_sample_length: int | None = None
+    ) -> jax.Array:
         """Hidden states (B, T, D) after the final norm.
 
         Args:
@@ -120,7 +145,9 @@ class Decoder(nnx.Module):
         def layer_step(x, layer):
             def attend(layer, x):
                 q, k, v = layer.attention.project(layer.norm1(x), *rotary)
-                return layer.attention.finish(self_attention(q, k, v, segment_ids_BT, segment_lengths, max_sample_length))
+                return layer.attention.finish(
+                    self_attention(q, k, v, segment_ids_BT, segment_lengths, max_sample_length)
+                )
 
             with jax.named_scope("attention"):
                 x = x + rematerialise_attention(attend, self.remat)(layer, x)
@@ -130,7 +157,9 @@ class Decoder(nnx.Module):
             x = scan_layers(layer_step, inputs_BTD, self.layers, remat=self.remat)
         return self.norm(x)
 
-    def read(self, inputs_BTD, positions_B3T, segment_ids_BT, *, segment_lengths=None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def read(
+        self, inputs_BTD, positions_B3T, segment_ids_BT, *, segment_lengths=None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As a call, and what a cache is filled with.
 
         Returns:
@@ -143,14 +172,18 @@ class Decoder(nnx.Module):
             out = self_attention(q, k, v, segment_ids_BT, segment_lengths, None)
             return layer.feed_forward(x + layer.attention.finish(out)), (k, v)
 
-        x, (keys, values) = jax.lax.scan(layer_step, inputs_BTD, self.layers, unroll=self.config.num_layers <= UNROLLED_LAYERS)
+        x, (keys, values) = jax.lax.scan(
+            layer_step, inputs_BTD, self.layers, unroll=self.config.num_layers <= UNROLLED_LAYERS
+        )
         return self.norm(x), keys, values
 
     def empty_cache(self, rows: int, places: int, dtype, *, unrolled: bool) -> Cache:
         """A cache of `places` slots a row for `read` and `extend`."""
         return KVCache.empty(self.config, rows, places, dtype, unrolled=unrolled)
 
-    def extend(self, inputs_B1D, positions_B31, cache: Cache, place, lengths_B, *, layers: Sequence["DecoderLayer"] | None = None) -> tuple[jax.Array, Cache]:
+    def extend(
+        self, inputs_B1D, positions_B31, cache: Cache, place, lengths_B, *, layers: Sequence[DecoderLayer] | None = None
+    ) -> tuple[jax.Array, Cache]:
         """One more token of every row, which attends to itself and to the row's tokens before it.
 
         Args:
@@ -175,19 +208,39 @@ class Decoder(nnx.Module):
         carry = inputs_B1D, cache
         if cache.unrolled:
             for number in range(self.config.num_layers):
-                carry = layer_step(carry, (layers[number] if layers else jax.tree.map(lambda leaf, number=number: leaf[number], self.layers), number))
+                carry = layer_step(
+                    carry,
+                    (
+                        layers[number]
+                        if layers
+                        else jax.tree.map(lambda leaf, number=number: leaf[number], self.layers),
+                        number,
+                    ),
+                )
         else:
             carry = scan_layers(layer_step, carry, (self.layers, jnp.arange(self.config.num_layers)))
         return self.norm(carry[0]), carry[1]
 
     def _rotary(self, positions_B3T):
         config = self.config
-        return text_tables(positions_B3T, config.head_dim, config.rope_theta, config.mrope_section if config.rope == "mrope" else None)
+        return text_tables(
+            positions_B3T, config.head_dim, config.rope_theta, config.mrope_section if config.rope == "mrope" else None
+        )
 
 
-def self_attention(q, k, v, segment_ids_BT, segment_lengths, max_sample_length: int | None, *, scale: float | None = None) -> jax.Array:
+def self_attention(
+    q, k, v, segment_ids_BT, segment_lengths, max_sample_length: int | None, *, scale: float | None = None
+) -> jax.Array:
     """Causal attention inside the segments of packed rows. Outputs at padding positions are never used."""
     options = {} if scale is None else {"scale": scale}
     return attention(
-        q, k, v, segment_ids=segment_ids_BT, causal=True, max_segment_length=max_sample_length, lengths=segment_lengths, padding="unread", **options
+        q,
+        k,
+        v,
+        segment_ids=segment_ids_BT,
+        causal=True,
+        max_segment_length=max_sample_length,
+        lengths=segment_lengths,
+        padding="unread",
+        **options,
     )

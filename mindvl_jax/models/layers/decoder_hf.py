@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from mindvl_jax.data.text.template import QWEN_TEMPLATE
-from mindvl_jax.models.hf import ConfigReader, Rule, TRANSPOSE, linear, norm
+from mindvl_jax.models.hf import TRANSPOSE, ConfigReader, Rule, linear, norm
 from mindvl_jax.models.layers.config import TextConfig
 
 # Spellings of transformers 4.52 and later in memory, and of language models saved alone.
-ALIASES = (("model.language_model.", "model."), ("language_model.model.", "model."), ("language_model.lm_head.", "lm_head."))
+ALIASES = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 CHAT_TEMPLATE = QWEN_TEMPLATE
@@ -23,7 +27,12 @@ PARTS: dict[str, tuple[str, ...]] = {
     "head": ("lm_head",),
     **{
         f"layer {{layer}} {ours}": tuple(f"{path}.layers.{{layer}}.{theirs}" for path in _DECODERS)
-        for ours, theirs in (("norm1", "input_layernorm"), ("attention", "self_attn"), ("norm2", "post_attention_layernorm"), ("mlp", "mlp"))
+        for ours, theirs in (
+            ("norm1", "input_layernorm"),
+            ("attention", "self_attn"),
+            ("norm2", "post_attention_layernorm"),
+            ("mlp", "mlp"),
+        )
     },
 }
 
@@ -43,7 +52,10 @@ def text_rules(config: TextConfig) -> list[Rule]:
         *norm("model.norm", "language/norm"),
     ]  # fmt: skip
     if not qwen2:
-        rules += [*norm(f"{layer}.self_attn.q_norm", f"{ours}/attention/query_norm"), *norm(f"{layer}.self_attn.k_norm", f"{ours}/attention/key_norm")]
+        rules += [
+            *norm(f"{layer}.self_attn.q_norm", f"{ours}/attention/query_norm"),
+            *norm(f"{layer}.self_attn.k_norm", f"{ours}/attention/key_norm"),
+        ]
     if not config.tie_word_embeddings:
         rules.append(Rule(HEAD, ("language/head/kernel",), TRANSPOSE))
     return rules
@@ -54,7 +66,9 @@ def tied(config: Any) -> tuple[str, str] | None:
     return (HEAD, EMBEDDING) if config.text.tie_word_embeddings else None
 
 
-def read_text(reader: ConfigReader, content: Mapping[str, Any], family: str, where: str = "", *, mrope: bool = False) -> TextConfig | None:
+def read_text(
+    reader: ConfigReader, content: Mapping[str, Any], family: str, where: str = "", *, mrope: bool = False
+) -> TextConfig | None:
     """The decoder that (a part of) config.json describes.
 
     Args:
@@ -67,9 +81,13 @@ def read_text(reader: ConfigReader, content: Mapping[str, Any], family: str, whe
     rope = {**(content.get("rope_scaling") or {}), **(content.get("rope_parameters") or {})}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "mrope"):
-        reader.problems.append(f"{where}rope type is {rope_type!r}; supported: 'default', 'mrope' (frequencies are not rescaled)")
+        reader.problems.append(
+            f"{where}rope type is {rope_type!r}; supported: 'default', 'mrope' (frequencies are not rescaled)"
+        )
     heads, width = content.get("num_attention_heads"), content.get("hidden_size")
-    head_dim = content.get("head_dim") or (width // heads if isinstance(heads, int) and isinstance(width, int) and heads else None)
+    head_dim = content.get("head_dim") or (
+        width // heads if isinstance(heads, int) and isinstance(width, int) and heads else None
+    )
     # transformers falls back to the published sections too; for another head dim TextConfig refuses them.
     section = rope.get("mrope_section") or [16, 24, 24]
     values = dict(
@@ -84,7 +102,8 @@ def read_text(reader: ConfigReader, content: Mapping[str, Any], family: str, whe
 
 
 def nested_text(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
-    """The decoder's keys and their prefix in messages: `text_config` where there is one (transformers 5), else the whole file.
+    """The decoder's keys and their prefix in messages: `text_config` where there is one (transformers 5), else the
+    whole file.
 
     In the nested form the outer `tie_word_embeddings` is the one that ties: transformers reads it there.
     """

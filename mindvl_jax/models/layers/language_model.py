@@ -19,7 +19,6 @@ from mindvl_jax.models.layers.routed import DeepSeekV3Decoder, Qwen3MoEDecoder
 from mindvl_jax.parallel.activations import within_rows
 from npu_bridge import ops
 
-
 DECODERS = {TextConfig: Decoder, Qwen3MoETextConfig: Qwen3MoEDecoder, DeepSeekV3TextConfig: DeepSeekV3Decoder}
 """The decoder of each kind of text configuration."""
 
@@ -36,13 +35,17 @@ class LanguageModel(nnx.Module):
     def __init__(self, config: Any, *, rngs: nnx.Rngs):
         self.config = config
         self.compute_dtype = jnp.dtype(config.compute_dtype)
-        self.language = DECODERS[type(config.text)](config.text, rngs=rngs, dtype=jnp.dtype(config.param_dtype), remat=config.remat)
+        self.language = DECODERS[type(config.text)](
+            config.text, rngs=rngs, dtype=jnp.dtype(config.param_dtype), remat=config.remat
+        )
 
     def embed(self, batch: Batch, *, max_image_patches: int | None = None) -> jax.Array:
         """(B, T, D): token embeddings."""
         return self.language.embed(batch.tokens).astype(self.compute_dtype)
 
-    def __call__(self, batch: Batch, *, max_sample_length: int | None = None, max_image_patches: int | None = None) -> jax.Array:
+    def __call__(
+        self, batch: Batch, *, max_sample_length: int | None = None, max_image_patches: int | None = None
+    ) -> jax.Array:
         """(B, T, D): hidden states after the final norm.
 
         Args:
@@ -50,8 +53,13 @@ class LanguageModel(nnx.Module):
         """
         inputs_BTD = self.embed(batch, max_image_patches=max_image_patches)
         with jax.named_scope("language"):
-            return self.language(inputs_BTD, batch.positions, batch.segment_ids, segment_lengths=batch.segment_lengths,
-                                 max_sample_length=max_sample_length)
+            return self.language(
+                inputs_BTD,
+                batch.positions,
+                batch.segment_ids,
+                segment_lengths=batch.segment_lengths,
+                max_sample_length=max_sample_length,
+            )
 
     def head_kernel(self) -> jax.Array:
         """(D, V) output matrix."""
@@ -65,7 +73,9 @@ class LanguageModel(nnx.Module):
         """
         return ops.linear(hidden, self.head_kernel() if kernel is None else kernel).astype(jnp.float32)
 
-    def token_losses(self, batch: Batch, *, chunk: int, max_sample_length: int | None = None, max_image_patches: int | None = None) -> jax.Array:
+    def token_losses(
+        self, batch: Batch, *, chunk: int, max_sample_length: int | None = None, max_image_patches: int | None = None
+    ) -> jax.Array:
         """(B, T) float32: loss_weights times the negative log-likelihood of `targets`; full logits never exist.
 
         Args:
@@ -81,7 +91,11 @@ class LanguageModel(nnx.Module):
         inputs_BTD = self.embed(batch, max_image_patches=max_image_patches)
         with jax.named_scope("language"):
             hidden_BTD, routing = self.language.routed(
-                inputs_BTD, batch.positions, batch.segment_ids, segment_lengths=batch.segment_lengths, max_sample_length=max_sample_length
+                inputs_BTD,
+                batch.positions,
+                batch.segment_ids,
+                segment_lengths=batch.segment_lengths,
+                max_sample_length=max_sample_length,
             )
         return self._losses(hidden_BTD, batch, chunk), routing
 

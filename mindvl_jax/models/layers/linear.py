@@ -1,8 +1,8 @@
 """Parameters with logical axis names, and the three layers that everything is made of.
 
-Layers of one kind are stored stacked: with `layers=L` every parameter has a leading axis of size L and a module stands for the
-whole stack. `jax.lax.scan` over such a module (NNX modules are pytrees) hands its body one layer's module, so the forward
-methods below are written for a single layer and never see the stack.
+Layers of one kind are stored stacked: with `layers=L` every parameter has a leading axis of size L and a module stands
+for the whole stack. `jax.lax.scan` over such a module (NNX modules are pytrees) hands its body one layer's module, so
+the forward methods below are written for a single layer and never see the stack.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ LOGICAL_AXES = ("layers", "patch", "embed", "heads", "kv_heads", "head_dim", "ml
 def parameter(value: jax.Array, names: tuple[str | None, ...]) -> nnx.Param:
     """A parameter that knows what its axes mean.
 
-    Created under `jax.set_mesh(mesh)` and `nnx.logical_axis_rules(rules)` it is placed by those rules; created without them it
-    stays where it is, and the names wait for whoever places it later.
+    Created under `jax.set_mesh(mesh)` and `nnx.logical_axis_rules(rules)` it is placed by those rules; created without
+    them it stays where it is, and the names wait for whoever places it later.
     """
     if len(names) != value.ndim:
         raise ValueError(f"parameter of shape {value.shape} has {len(names)} axis names {names}; expected one per axis")
@@ -46,7 +46,8 @@ class Linear(nnx.Module):
     Attributes:
       kernel: (D, F), or (L, D, F) stacked.
       bias: (F,), or (L, F) stacked; None without.
-      lora_a, lora_b, lora_magnitude, lora_scale: of a low-rank adapter, set by `models.adapters.attach`; see `layers.lora`.
+      lora_a, lora_b, lora_magnitude, lora_scale: of a low-rank adapter, set by `models.adapters.attach`; see
+        `layers.lora`.
     """
 
     lora_a: nnx.Param | None = None
@@ -54,8 +55,18 @@ class Linear(nnx.Module):
     lora_magnitude: nnx.Param | None = None
     lora_scale: float = 1.0
 
-    def __init__(self, inputs: int, outputs: int, names: tuple[str | None, str | None], *, bias: bool, rngs: nnx.Rngs, dtype,
-                 layers: int | None = None, scale: float = 1.0):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        names: tuple[str | None, str | None],
+        *,
+        bias: bool,
+        rngs: nnx.Rngs,
+        dtype,
+        layers: int | None = None,
+        scale: float = 1.0,
+    ):
         lead, lead_names = ((), ()) if layers is None else ((layers,), ("layers",))
         kernel = jax.random.normal(rngs.params(), (*lead, inputs, outputs), dtype) * (initial_std(inputs) * scale)
         self.kernel = parameter(kernel, (*lead_names, *names))
@@ -87,7 +98,9 @@ class RMSNorm(nnx.Module):
 class GatedMLP(nnx.Module):
     """`down(silu(gate(x)) * up(x))`."""
 
-    def __init__(self, width: int, hidden: int, *, bias: bool, rngs: nnx.Rngs, dtype, layers: int, residual_scale: float):
+    def __init__(
+        self, width: int, hidden: int, *, bias: bool, rngs: nnx.Rngs, dtype, layers: int, residual_scale: float
+    ):
         common = dict(bias=bias, rngs=rngs, dtype=dtype, layers=layers)
         self.gate = Linear(width, hidden, ("embed", "mlp"), **common)
         self.up = Linear(width, hidden, ("embed", "mlp"), **common)
@@ -118,7 +131,17 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 class MLP(nnx.Module):
     """`down(activation(up(x)))` with biases."""
 
-    def __init__(self, width: int, hidden: int, activation: Callable[[jax.Array], jax.Array], *, rngs: nnx.Rngs, dtype, layers: int, residual_scale: float):
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        activation: Callable[[jax.Array], jax.Array],
+        *,
+        rngs: nnx.Rngs,
+        dtype,
+        layers: int,
+        residual_scale: float,
+    ):
         common = dict(bias=True, rngs=rngs, dtype=dtype, layers=layers)
         self.activation = activation
         self.up = Linear(width, hidden, ("embed", "mlp"), **common)

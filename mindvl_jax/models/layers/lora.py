@@ -1,7 +1,9 @@
-"""Low-rank adapters inside a linear layer: LoRA (arXiv 2106.09685), rank-stabilised LoRA (2312.03732) and DoRA (2402.09353).
+"""Low-rank adapters inside a linear layer: LoRA (arXiv 2106.09685), rank-stabilised LoRA (2312.03732) and DoRA
+(2402.09353).
 
-D inputs, F outputs, r rank, s scale, W (D, F) the base kernel, A (D, r), B (r, F), m (F,) DoRA's magnitude. The maths follows PEFT's
-`tuners/lora`, so that a file of either program gives the same logits in the other. No function here forms the merged (D, F) weight.
+D inputs, F outputs, r rank, s scale, W (D, F) the base kernel, A (D, r), B (r, F), m (F,) DoRA's magnitude. The maths
+follows PEFT's `tuners/lora`, so that a file of either program gives the same logits in the other. No function here
+forms the merged (D, F) weight.
 """
 
 from __future__ import annotations
@@ -37,8 +39,15 @@ def merged_column_norm(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: flo
     return jnp.sqrt(jnp.maximum(square_F, 0))
 
 
-def adapted_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, a: jax.Array, b: jax.Array, scale: float,
-                   magnitude: jax.Array | None = None) -> jax.Array:
+def adapted_linear(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    a: jax.Array,
+    b: jax.Array,
+    scale: float,
+    magnitude: jax.Array | None = None,
+) -> jax.Array:
     """`x W + s (x A) B (+ bias)`; with a magnitude `(m / n) (x W + s (x A) B) (+ bias)`, n the merged column norm.
 
     Args:

@@ -1,10 +1,11 @@
 """Multi-head latent attention of DeepSeek-V3 (reference: transformers' DeepseekV3Attention, DeepSeek's inference code).
 
-B rows, T tokens, S cache slots, N heads, R latent width, C nope and P rotary part of a query head, J value head dim, D width, L layers.
+B rows, T tokens, S cache slots, N heads, R latent width, C nope and P rotary part of a query head, J value head dim, D
+width, L layers.
 
-Keys and values of all heads come from one latent of width R, and one rotary key of width P is shared by the heads. Training makes
-keys and values (un-absorbed). Decoding folds the up-projections into query and output (absorbed), so the cache holds R + P values a
-token and layer.
+Keys and values of all heads come from one latent of width R, and one rotary key of width P is shared by the heads.
+Training makes keys and values (un-absorbed). Decoding folds the up-projections into query and output (absorbed), so the
+cache holds R + P values a token and layer.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def yarn_frequencies(width: int, theta: float, yarn: YarnConfig) -> jax.Array:
     """(width / 2,) float32: fast frequencies as they are, slow ones divided by the factor, a ramp between."""
 
     def dim_of(rotations: float) -> float:
-        return width * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+        return (
+            width * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+        )
 
     low = max(math.floor(dim_of(yarn.beta_fast)), 0)
     high = min(math.ceil(dim_of(yarn.beta_slow)), width - 1)
@@ -43,7 +46,11 @@ def yarn_frequencies(width: int, theta: float, yarn: YarnConfig) -> jax.Array:
 def rotary_tables(positions_B3T: jax.Array, config: DeepSeekV3TextConfig) -> tuple[jax.Array, jax.Array]:
     """cos and sin (B, T, P) float32 for neighbouring pairs, from the first row of the positions."""
     width, yarn = config.qk_rope_head_dim, config.yarn
-    frequencies = inverse_frequencies(width, config.rope_theta) if yarn is None else yarn_frequencies(width, config.rope_theta, yarn)
+    frequencies = (
+        inverse_frequencies(width, config.rope_theta)
+        if yarn is None
+        else yarn_frequencies(width, config.rope_theta, yarn)
+    )
     angles_BTP = jnp.repeat(positions_B3T[:, 0, :, None].astype(jnp.float32) * frequencies, 2, -1)
     if yarn is None:
         factor = 1.0
@@ -72,12 +79,20 @@ class LatentAttention(nnx.Module):
             self.query_down = self.query_norm = None
         else:
             self.query_down = Linear(D, config.q_lora_rank, ("embed", None), **common)
-            self.query_norm = RMSNorm(config.q_lora_rank, eps=config.rms_norm_eps, dtype=dtype, name=None, layers=layers)
-        self.query_up = Linear(query_inputs, N * config.qk_head_dim, ("embed" if config.q_lora_rank is None else None, "heads"), **common)
+            self.query_norm = RMSNorm(
+                config.q_lora_rank, eps=config.rms_norm_eps, dtype=dtype, name=None, layers=layers
+            )
+        self.query_up = Linear(
+            query_inputs, N * config.qk_head_dim, ("embed" if config.q_lora_rank is None else None, "heads"), **common
+        )
         self.latent_down = Linear(D, config.cache_width, ("embed", None), **common)
         self.latent_norm = RMSNorm(config.kv_lora_rank, eps=config.rms_norm_eps, dtype=dtype, name=None, layers=layers)
-        self.latent_up = Linear(config.kv_lora_rank, N * (config.qk_nope_head_dim + config.v_head_dim), (None, "heads"), **common)
-        self.output = Linear(N * config.v_head_dim, D, ("heads", "embed"), scale=1 / math.sqrt(2 * config.num_layers), **common)
+        self.latent_up = Linear(
+            config.kv_lora_rank, N * (config.qk_nope_head_dim + config.v_head_dim), (None, "heads"), **common
+        )
+        self.output = Linear(
+            N * config.v_head_dim, D, ("heads", "embed"), scale=1 / math.sqrt(2 * config.num_layers), **common
+        )
 
     def queries(self, x_BTD, cos_BTP, sin_BTP) -> tuple[jax.Array, jax.Array]:
         """-> (B, T, N, C) and, rotated, (B, T, N, P)."""

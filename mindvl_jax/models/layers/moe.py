@@ -2,8 +2,8 @@
 
 B rows, T tokens, D width, F feed-forward width of an expert, E experts, k experts a token, L layers.
 
-Every token goes to all k experts that the router chooses: no expert has a capacity, no token is ever dropped. Padding is computed like
-any token (its rows would have to move otherwise) but counts nowhere.
+Every token goes to all k experts that the router chooses: no expert has a capacity, no token is ever dropped. Padding
+is computed like any token (its rows would have to move otherwise) but counts nowhere.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Routing:
     Attributes:
       load: (E,) tokens that each expert got; the sum is k times the tokens.
       probability: (E,) sum of each expert's normalised score.
-      sequence_balance: scalar, sum over segments of DeepSeek-V3's sequence-wise loss (report section 2.1.2), without its factor.
+      sequence_balance: scalar, sum over segments of DeepSeek-V3's sequence-wise loss (report section 2.1.2), without
+        its factor.
       z: scalar, sum of the squared log-partition of the logits (ST-MoE's z-loss).
     """
 
@@ -42,16 +43,23 @@ class Router(nnx.Module):
     """Scores of all experts in float32, whatever the computation's dtype: near ties decide which expert learns.
 
     Attributes:
-      kernel: (D, E). bias: (E,) added for the choice only and moved by load, not by gradients; None for softmax routers.
+      kernel: (D, E). bias: (E,) added for the choice only and moved by load, not by gradients; None for softmax
+        routers.
     """
 
     def __init__(self, config: MoEConfig, width: int, *, rngs: nnx.Rngs, dtype, layers: int):
         kernel = jax.random.normal(rngs.params(), (layers, width, config.experts), dtype) * initial_std(width)
         self.kernel = parameter(kernel, ("layers", "embed", None))
-        self.bias = parameter(jnp.zeros((layers, config.experts), jnp.float32), ("layers", None)) if config.selection_bias else None
+        self.bias = (
+            parameter(jnp.zeros((layers, config.experts), jnp.float32), ("layers", None))
+            if config.selection_bias
+            else None
+        )
 
     def __call__(self, x_ND: jax.Array) -> jax.Array:
-        return jnp.dot(x_ND.astype(jnp.float32), self.kernel[...].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        return jnp.dot(
+            x_ND.astype(jnp.float32), self.kernel[...].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+        )
 
 
 class Experts(nnx.Module):
@@ -61,7 +69,9 @@ class Experts(nnx.Module):
         E, F = config.experts, config.intermediate_size
 
         def stacked(inputs: int, outputs: int, names: tuple[str, str], scale: float = 1.0) -> nnx.Param:
-            kernel = jax.random.normal(rngs.params(), (layers, E, inputs, outputs), dtype) * (initial_std(inputs) * scale)
+            kernel = jax.random.normal(rngs.params(), (layers, E, inputs, outputs), dtype) * (
+                initial_std(inputs) * scale
+            )
             return parameter(kernel, ("layers", "experts", *names))
 
         self.gate = stacked(width, F, ("embed", "mlp"))
@@ -70,7 +80,9 @@ class Experts(nnx.Module):
 
     def __call__(self, x_MD: jax.Array, sizes_E: jax.Array) -> jax.Array:
         """Rows sorted by expert -> rows."""
-        hidden_MF = ops.swiglu(ops.grouped_matmul(x_MD, self.gate[...], sizes_E), ops.grouped_matmul(x_MD, self.up[...], sizes_E))
+        hidden_MF = ops.swiglu(
+            ops.grouped_matmul(x_MD, self.gate[...], sizes_E), ops.grouped_matmul(x_MD, self.up[...], sizes_E)
+        )
         return ops.grouped_matmul(hidden_MF, self.down[...], sizes_E)
 
 
@@ -84,7 +96,11 @@ class MoE(nnx.Module):
         self.router = Router(config, width, rngs=rngs, dtype=dtype, layers=layers)
         self.experts = Experts(config, width, rngs=rngs, dtype=dtype, layers=layers, residual_scale=scale)
         shared = config.shared_experts * config.intermediate_size
-        self.shared = GatedMLP(width, shared, bias=False, rngs=rngs, dtype=dtype, layers=layers, residual_scale=scale) if shared else None
+        self.shared = (
+            GatedMLP(width, shared, bias=False, rngs=rngs, dtype=dtype, layers=layers, residual_scale=scale)
+            if shared
+            else None
+        )
 
     def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> tuple[jax.Array, Routing]:
         """-> (B, T, D) and what the router did.
@@ -97,8 +113,14 @@ class MoE(nnx.Module):
         with jax.named_scope("router"):
             logits_NE = self.router(x_ND)
             weights_Nk, experts_Nk = ops.moe_gating(
-                logits_NE, k=config.experts_per_token, scoring=config.scoring, bias=None if self.router.bias is None else self.router.bias[...],
-                groups=config.groups, groups_kept=config.groups_kept, renormalize=config.renormalize, scale=config.scale,
+                logits_NE,
+                k=config.experts_per_token,
+                scoring=config.scoring,
+                bias=None if self.router.bias is None else self.router.bias[...],
+                groups=config.groups,
+                groups_kept=config.groups_kept,
+                renormalize=config.renormalize,
+                scale=config.scale,
             )
             routing = _describe(logits_NE.reshape(B, T, -1), experts_Nk.reshape(B, T, -1), segment_ids_BT, config)
         with jax.named_scope("experts"):
@@ -112,7 +134,11 @@ class MoE(nnx.Module):
 
 
 def _describe(logits_BTE, experts_BTk, segment_ids_BT, config: MoEConfig) -> Routing:
-    real_BT = jnp.ones(logits_BTE.shape[:2], jnp.float32) if segment_ids_BT is None else (segment_ids_BT > 0).astype(jnp.float32)
+    real_BT = (
+        jnp.ones(logits_BTE.shape[:2], jnp.float32)
+        if segment_ids_BT is None
+        else (segment_ids_BT > 0).astype(jnp.float32)
+    )
     scores_BTE = jax.nn.softmax(logits_BTE, -1) if config.scoring == "softmax" else jax.nn.sigmoid(logits_BTE)
     share_BTE = scores_BTE / (jnp.sum(scores_BTE, -1, keepdims=True) + 1e-20) * real_BT[..., None]
     chosen_BTE = jnp.sum(jax.nn.one_hot(experts_BTk, config.experts, dtype=jnp.float32), 2) * real_BT[..., None]
@@ -126,10 +152,11 @@ def _describe(logits_BTE, experts_BTk, segment_ids_BT, config: MoEConfig) -> Rou
 
 
 def _sequence_balance(chosen_BTE, share_BTE, segment_ids_BT, config: MoEConfig) -> jax.Array:
-    """Sum over segments of sum_i f_i P_i: f_i the share of the segment's choices that fell on expert i, times E, P_i its mean score.
+    """Sum over segments of sum_i f_i P_i: f_i the share of the segment's choices that fell on expert i, times E, P_i
+    its mean score.
 
-    Segments are runs of equal ids, so their sums are differences of running sums at their ends: no array has a dim for segments, and
-    memory stays linear in the row.
+    Segments are runs of equal ids, so their sums are differences of running sums at their ends: no array has a dim for
+    segments, and memory stays linear in the row.
     """
     if not config.sequence_balance:
         return jnp.zeros((), jnp.float32)
@@ -147,5 +174,7 @@ def _sequence_balance(chosen_BTE, share_BTE, segment_ids_BT, config: MoEConfig) 
         return sums_BTE - before_BTE
 
     tokens_BT = (index_T - first_BT + 1).astype(jnp.float32)
-    per_segment_BT = jnp.sum(run_sums(chosen_BTE) * run_sums(share_BTE), -1) * E / (config.experts_per_token * tokens_BT**2)
+    per_segment_BT = (
+        jnp.sum(run_sums(chosen_BTE) * run_sums(share_BTE), -1) * E / (config.experts_per_token * tokens_BT**2)
+    )
     return jnp.sum(jnp.where(ends_BT & (ids_BT > 0), per_segment_BT, 0.0))

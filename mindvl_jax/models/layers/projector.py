@@ -13,7 +13,9 @@ from npu_bridge import ops
 
 
 class Projector(nnx.Module):
-    """Merge each group of `merge_unit` neighbouring patches of width `inputs` into one visual token of `width`; `norm` is applied to each patch."""
+    """Merge each group of `merge_unit` neighbouring patches of width `inputs` into one visual token of `width`; `norm`
+    is applied to each patch.
+    """
 
     def __init__(self, inputs: int, merge_unit: int, width: int, *, norm: nnx.Module, rngs: nnx.Rngs, dtype):
         merged = inputs * merge_unit

@@ -1,4 +1,7 @@
-"""What the published files of the Qwen-VL line share: media tokens, image processor settings, names of the merger. Imports no jax."""
+"""What the published files of the Qwen-VL line share: media tokens, image processor settings, names of the merger.
+
+Imports no jax.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,12 @@ from mindvl_jax.data.media.geometry import PatchGeometry
 from mindvl_jax.models.hf import Pixels, Rule, linear
 from mindvl_jax.models.layers import decoder_hf
 
-TOKENS = {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653}
+TOKENS = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+}
 """Published ids, which some config.json leave out."""
 ALIASES = (("model.visual.", "visual."), *decoder_hf.ALIASES)
 
@@ -32,14 +40,19 @@ def attention_rules(block: str, ours: str) -> list[Rule]:
 
 def merger_rules(prefix: str) -> list[Rule]:
     """The two linear layers of the merger, our projector."""
-    return [*linear(f"{prefix}.merger.mlp.0", "projector/linear1", bias=True), *linear(f"{prefix}.merger.mlp.2", "projector/linear2", bias=True)]
+    return [
+        *linear(f"{prefix}.merger.mlp.0", "projector/linear1", bias=True),
+        *linear(f"{prefix}.merger.mlp.2", "projector/linear2", bias=True),
+    ]
 
 
 def read_tokens(content: Mapping[str, Any]) -> dict[str, int]:
     return {key: content.get(key, default) for key, default in TOKENS.items()}
 
 
-def processor_files(vision: PatchGeometry, pixels: Pixels, processor: str, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
+def processor_files(
+    vision: PatchGeometry, pixels: Pixels, processor: str, mean: tuple[float, ...], std: tuple[float, ...]
+) -> dict[str, Any]:
     """Settings of transformers' image and video processors.
 
     Args:
@@ -51,6 +64,14 @@ def processor_files(vision: PatchGeometry, pixels: Pixels, processor: str, mean:
         size={"shortest_edge": pixels.low, "longest_edge": pixels.high},
     )  # fmt: skip
     return {
-        "preprocessor_config.json": {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": processor, **shared},
-        "video_preprocessor_config.json": {"video_processor_type": "Qwen2VLVideoProcessor", "processor_class": processor, **shared},
+        "preprocessor_config.json": {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": processor,
+            **shared,
+        },
+        "video_preprocessor_config.json": {
+            "video_processor_type": "Qwen2VLVideoProcessor",
+            "processor_class": processor,
+            **shared,
+        },
     }

@@ -1,6 +1,7 @@
 """Rotary tables in float32: two-dimensional for patches, one- or three-dimensional for tokens.
 
-B rows, T tokens, P patches, H head dim. Tables have full width H with the two halves equal, for `ops.rotary(mode="half")`.
+B rows, T tokens, P patches, H head dim. Tables have full width H with the two halves equal, for
+`ops.rotary(mode="half")`.
 Angles are float32 throughout: in bfloat16 positions above 256 collapse.
 """
 
@@ -33,7 +34,9 @@ def vision_tables(positions_BP2: jax.Array, head_dim: int, theta: float) -> tupl
     return _tables(angles_BP2F.reshape(*positions_BP2.shape[:2], head_dim // 2))
 
 
-def text_tables(positions_B3T: jax.Array, head_dim: int, theta: float, sections: tuple[int, int, int] | None) -> tuple[jax.Array, jax.Array]:
+def text_tables(
+    positions_B3T: jax.Array, head_dim: int, theta: float, sections: tuple[int, int, int] | None
+) -> tuple[jax.Array, jax.Array]:
     """Rotary tables of the decoder.
 
     Args:

@@ -41,14 +41,18 @@ class Qwen3MoEDecoder(Decoder):
 
     layer_type = RoutedLayer
 
-    def routed(self, inputs_BTD, positions_B3T, segment_ids_BT, *, segment_lengths=None, max_sample_length: int | None = None) -> tuple[jax.Array, Routing]:
+    def routed(
+        self, inputs_BTD, positions_B3T, segment_ids_BT, *, segment_lengths=None, max_sample_length: int | None = None
+    ) -> tuple[jax.Array, Routing]:
         """Hidden states (B, T, D) after the final norm, and what each layer's router did, stacked (L, ..)."""
         rotary = self._rotary(positions_B3T)
 
         def layer_step(x, layer):
             def attend(layer, x):
                 q, k, v = layer.attention.project(layer.norm1(x), *rotary)
-                return layer.attention.finish(self_attention(q, k, v, segment_ids_BT, segment_lengths, max_sample_length))
+                return layer.attention.finish(
+                    self_attention(q, k, v, segment_ids_BT, segment_lengths, max_sample_length)
+                )
 
             with jax.named_scope("attention"):
                 x = x + rematerialise_attention(attend, self.remat)(layer, x)
@@ -75,7 +79,9 @@ class LatentLayer(nnx.Module):
             self.moe = MoE(config.moe, D, rngs=rngs, dtype=dtype, layers=layers, depth=config.num_layers)
         else:
             scale = (2 * config.num_layers) ** -0.5
-            self.mlp = GatedMLP(D, config.intermediate_size, bias=False, rngs=rngs, dtype=dtype, layers=layers, residual_scale=scale)
+            self.mlp = GatedMLP(
+                D, config.intermediate_size, bias=False, rngs=rngs, dtype=dtype, layers=layers, residual_scale=scale
+            )
 
 
 class DeepSeekV3Decoder(nnx.Module):
@@ -85,16 +91,24 @@ class DeepSeekV3Decoder(nnx.Module):
         self.config, self.remat = config, remat
         self.embed = Embedding(config, rngs=rngs, dtype=dtype)
         layer = dict(rngs=rngs, dtype=dtype)
-        self.dense = LatentLayer(config, routed=False, layers=config.dense_layers, **layer) if config.dense_layers else None
+        self.dense = (
+            LatentLayer(config, routed=False, layers=config.dense_layers, **layer) if config.dense_layers else None
+        )
         self.layers = LatentLayer(config, routed=True, layers=config.num_layers - config.dense_layers, **layer)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, ("embed", "vocab"), bias=False, **layer)
+        self.head = (
+            None
+            if config.tie_word_embeddings
+            else Linear(config.hidden_size, config.vocab_size, ("embed", "vocab"), bias=False, **layer)
+        )
 
     def head_kernel(self) -> jax.Array:
         """(D, V): the output matrix, which is the token table when tied."""
         return transposed(self.embed.embedding[...]) if self.head is None else self.head.kernel[...]
 
-    def routed(self, inputs_BTD, positions_B3T, segment_ids_BT, *, segment_lengths=None, max_sample_length: int | None = None) -> tuple[jax.Array, Routing]:
+    def routed(
+        self, inputs_BTD, positions_B3T, segment_ids_BT, *, segment_lengths=None, max_sample_length: int | None = None
+    ) -> tuple[jax.Array, Routing]:
         """Hidden states (B, T, D) after the final norm, and what each routed layer's router did, stacked (L, ..)."""
         tables, scale = rotary_tables(positions_B3T, self.config), softmax_scale(self.config)
 
@@ -104,7 +118,9 @@ class DeepSeekV3Decoder(nnx.Module):
                 nope, rotary = layer.attention.queries(inputs, *tables)
                 k, v = layer.attention.keys_and_values(*layer.attention.latents(inputs, *tables))
                 q = jax.numpy.concatenate([nope, rotary], -1)
-                return layer.attention.finish(self_attention(q, k, v, segment_ids_BT, segment_lengths, max_sample_length, scale=scale))
+                return layer.attention.finish(
+                    self_attention(q, k, v, segment_ids_BT, segment_lengths, max_sample_length, scale=scale)
+                )
 
             with jax.named_scope("attention"):
                 return x + rematerialise_attention(attention, self.remat)(layer, x)

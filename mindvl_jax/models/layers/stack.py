@@ -25,21 +25,26 @@ def rematerialise(body: Callable, policy: str, *, looped: bool) -> Callable:
     `attention` is the business of the layers themselves: see `rematerialise_attention`.
 
     Args:
-      looped: the layer is the body of a loop. Forward and backward pass are two loops then, which no compiler merges, and barriers
-        against that would only be in its way.
+      looped: the layer is the body of a loop. Forward and backward pass are two loops then, which no compiler merges,
+        and barriers against that would only be in its way.
     """
     if policy in ("none", "attention"):
         return body
     if policy == "full":
         return jax.checkpoint(body, prevent_cse=not looped)
     if policy == "dots":
-        # By name, not by primitive: products sit inside operators, which a policy over dot_general would not see on every platform.
-        return jax.checkpoint(body, prevent_cse=not looped, policy=jax.checkpoint_policies.save_only_these_names(SAVED_PRODUCT))
+        # By name, not by primitive: products sit inside operators, which a policy over dot_general would not see on
+        # every platform.
+        return jax.checkpoint(
+            body, prevent_cse=not looped, policy=jax.checkpoint_policies.save_only_these_names(SAVED_PRODUCT)
+        )
     raise ValueError(f"remat is {policy!r}; expected none, full, dots or attention")
 
 
 def rematerialise_attention(function: Callable, policy: str) -> Callable:
-    """Under remat `attention` the norm, projections and attention are recomputed; the feed-forward activations are kept."""
+    """Under remat `attention` the norm, projections and attention are recomputed; the feed-forward activations are
+    kept.
+    """
     return jax.checkpoint(function, prevent_cse=False) if policy == "attention" else function
 
 
@@ -48,7 +53,9 @@ UNROLLED_LAYERS = 8
 four-layer model on a CPU a third of its step (benchmarks/LOG.md); deeper stacks compile one body, whatever their depth."""
 
 
-def scan_layers(body: Callable[[jax.Array, Any], jax.Array], x: jax.Array, stack: Any, *, remat: str = "none") -> jax.Array:
+def scan_layers(
+    body: Callable[[jax.Array, Any], jax.Array], x: jax.Array, stack: Any, *, remat: str = "none"
+) -> jax.Array:
     """`x = body(x, layer)` over the leading axis of `stack`, one compiled body for all layers of a deep stack.
 
     An array that is carried lies with its rows on the devices of those rows, before and after each layer.
@@ -57,7 +64,9 @@ def scan_layers(body: Callable[[jax.Array, Any], jax.Array], x: jax.Array, stack
 
 
 def _in_rows(body: Callable) -> Callable:
-    place = lambda x: constrain_rows(x) if isinstance(x, jax.Array) else x
+    def place(x):
+        return constrain_rows(x) if isinstance(x, jax.Array) else x
+
     return lambda x, layer: place(body(place(x), layer))
 
 
@@ -65,7 +74,8 @@ PIECES = 8
 
 
 def in_pieces(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """`function` of (B, P, ..), which treats every place alike, an eighth of the places at a time; the backward pass has x alone to keep.
+    """`function` of (B, P, ..), which treats every place alike, an eighth of the places at a time; the backward pass
+    has x alone to keep.
 
     A loop for the reason that a rematerialised layer is one. Rows whose places cannot be split go through as they are.
     """
@@ -82,8 +92,11 @@ def _depth(stack: Any) -> int:
 
 
 def _scan(body: Callable, x: jax.Array, stack: Any, remat: str) -> jax.Array:
-    """With a remat policy a stack is a loop however shallow it is. Unrolled, a layer that is computed again stands beside the first time it
-    was computed, and XLA makes one of the two: on a CPU it drops the barriers against that before it looks for equal operations."""
+    """With a remat policy a stack is a loop however shallow it is.
+
+    Unrolled, a layer that is computed again stands beside the first time it was computed, and XLA makes one of the two:
+    on a CPU it drops the barriers against that before it looks for equal operations.
+    """
     if _depth(stack) == 1:
         return body(x, jax.tree.map(lambda leaf: leaf[0], stack))
     unroll = remat == "none" and _depth(stack) <= UNROLLED_LAYERS
@@ -97,8 +110,9 @@ def alternation(depth: int, special: tuple[int, ...]) -> tuple[int, list[tuple[b
       depth: number of layers. special: indexes of the special ones, in any order.
 
     Returns:
-      repeats and the runs (is_special, count) of one repetition; repeats * (sum of counts) == depth. The published 32 layers
-      with 7, 15, 23, 31 give 4 and [(False, 7), (True, 1)]: two compiled bodies. A list without a pattern gives 1 and all runs.
+      repeats and the runs (is_special, count) of one repetition; repeats * (sum of counts) == depth. The published 32
+      layers with 7, 15, 23, 31 give 4 and [(False, 7), (True, 1)]: two compiled bodies. A list without a pattern gives
+      1 and all runs.
 
     Raises:
       ValueError: an index outside the stack.
@@ -118,7 +132,14 @@ def alternation(depth: int, special: tuple[int, ...]) -> tuple[int, list[tuple[b
 
 
 def scan_alternating(
-    ordinary: Callable, special: Callable, x: jax.Array, stack: Any, depth: int, special_indexes: tuple[int, ...], *, remat: str = "none"
+    ordinary: Callable,
+    special: Callable,
+    x: jax.Array,
+    stack: Any,
+    depth: int,
+    special_indexes: tuple[int, ...],
+    *,
+    remat: str = "none",
 ) -> jax.Array:
     """`scan_layers` for a stack whose special layers run another body.
 
@@ -138,7 +159,9 @@ def scan_alternating(
     return _scan(one_period, x, jax.tree.map(lambda leaf: leaf.reshape(repeats, period, *leaf.shape[1:]), stack), remat)
 
 
-def scan_layers_with_aux(body: Callable[[jax.Array, Any], tuple[jax.Array, Any]], x: jax.Array, stack: Any, *, remat: str = "none") -> tuple[jax.Array, Any]:
+def scan_layers_with_aux(
+    body: Callable[[jax.Array, Any], tuple[jax.Array, Any]], x: jax.Array, stack: Any, *, remat: str = "none"
+) -> tuple[jax.Array, Any]:
     """`x, aux = body(x, layer)` over the leading axis of `stack`; aux comes back stacked.
 
     Under remat the body runs twice, but its aux is returned by the first run alone, so sums over it count once.

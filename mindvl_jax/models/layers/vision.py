@@ -21,7 +21,13 @@ from mindvl_jax.parallel.activations import attention
 from npu_bridge import ops
 
 
-def normalize_patches(patches: jax.Array, config: PatchGeometry, dtype, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD) -> jax.Array:
+def normalize_patches(
+    patches: jax.Array,
+    config: PatchGeometry,
+    dtype,
+    mean: tuple[float, ...] = CLIP_MEAN,
+    std: tuple[float, ...] = CLIP_STD,
+) -> jax.Array:
     """uint8 pixels to normalised values in `dtype`; float patches are taken as normalised.
 
     Args:
@@ -46,7 +52,9 @@ class VisionAttention(nnx.Module):
     def __init__(self, config: Any, *, rngs: nnx.Rngs, dtype):
         D = config.hidden_size
         if D % config.num_heads or D // config.num_heads % 4:
-            raise ValueError(f"vision.hidden_size {D} over {config.num_heads} heads must give a head dim that is a multiple of 4")
+            raise ValueError(
+                f"vision.hidden_size {D} over {config.num_heads} heads must give a head dim that is a multiple of 4"
+            )
         self.num_heads = config.num_heads
         common = dict(bias=True, rngs=rngs, dtype=dtype, layers=config.depth)
         self.query = Linear(D, D, ("embed", "heads"), **common)
@@ -56,9 +64,20 @@ class VisionAttention(nnx.Module):
 
     def __call__(self, x_BPD, cos_BPH, sin_BPH, ids_BP, lengths_BM, longest: int | None) -> jax.Array:
         B, P, _ = x_BPD.shape
-        heads = lambda layer: keep(layer(x_BPD)).reshape(B, P, self.num_heads, -1)
+
+        def heads(layer):
+            return keep(layer(x_BPD)).reshape(B, P, self.num_heads, -1)
+
         q_BPNH = ops.rotary(heads(self.query), cos_BPH, sin_BPH)
         k_BPNH = ops.rotary(heads(self.key), cos_BPH, sin_BPH)
-        out_BPNH = attention(q_BPNH, k_BPNH, heads(self.value), segment_ids=ids_BP, causal=False,
-                             max_segment_length=longest, lengths=lengths_BM, padding="unread")
+        out_BPNH = attention(
+            q_BPNH,
+            k_BPNH,
+            heads(self.value),
+            segment_ids=ids_BP,
+            causal=False,
+            max_segment_length=longest,
+            lengths=lengths_BM,
+            padding="unread",
+        )
         return self.output(keep(out_BPNH.reshape(B, P, -1)))

@@ -15,7 +15,8 @@ def place_visual(tokens_BTD: jax.Array, visual_BGD: jax.Array, index_BT: jax.Arr
     """`visual[index]` where index is not negative, else `tokens`.
 
     Args:
-      index_BT: (B, T) int32, which visual token feeds each place, -1 for text. No visual token feeds two places of a row.
+      index_BT: (B, T) int32, which visual token feeds each place, -1 for text. No visual token feeds two places of a
+        row.
 
     Returns:
       (B, T, D) in the dtype of `tokens`.
@@ -29,16 +30,27 @@ def _rows(values_BGD, index_BT):
 
 
 def _forward(tokens_BTD, visual_BGD, index_BT):
-    return place_visual(tokens_BTD, visual_BGD, index_BT), (index_BT, jnp.zeros((visual_BGD.shape[1], 0), visual_BGD.dtype))
+    return place_visual(tokens_BTD, visual_BGD, index_BT), (
+        index_BT,
+        jnp.zeros((visual_BGD.shape[1], 0), visual_BGD.dtype),
+    )
 
 
 def _backward(residuals, g_BTD):
-    # The transpose of a gather is a scatter-add of whole rows, slow everywhere. Each visual token has at most one place, so a
-    # scatter of integers finds that place and the gradient is a gather again.
+    # The transpose of a gather is a scatter-add of whole rows, slow everywhere. Each visual token has at most one
+    # place, so a scatter of integers finds that place and the gradient is a gather again.
     index_BT, like_visual = residuals
     T, groups = index_BT.shape[1], like_visual.shape[0]
-    # Row by row under vmap: XLA sees that rows are independent, and does not gather the indexes of rows on other devices.
-    tokens_of = lambda index_T: jnp.full(groups + 1, -1, jnp.int32).at[jnp.where(index_T >= 0, index_T, groups)].set(jnp.arange(T, dtype=jnp.int32))[:groups]
+
+    # Row by row under vmap: XLA sees that rows are independent, and does not gather the indexes of rows on other
+    # devices.
+    def tokens_of(index_T):
+        return (
+            jnp.full(groups + 1, -1, jnp.int32)
+            .at[jnp.where(index_T >= 0, index_T, groups)]
+            .set(jnp.arange(T, dtype=jnp.int32))[:groups]
+        )
+
     place_BG = jax.vmap(tokens_of)(index_BT)
     visual = jnp.where(place_BG[..., None] >= 0, _rows(g_BTD, jnp.maximum(place_BG, 0)), 0).astype(like_visual.dtype)
     return jnp.where(index_BT[..., None] >= 0, 0, g_BTD), visual, np.zeros(index_BT.shape, jax.dtypes.float0)

@@ -29,7 +29,10 @@ class VisionConfig(PatchGeometry):
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads})")
         if self.hidden_size // self.num_heads % 4:
-            raise ValueError(f"hidden_size / num_heads ({self.hidden_size // self.num_heads}) must be a multiple of 4: two-dimensional rotary positions turn pairs of values for rows and columns")
+            raise ValueError(
+                f"hidden_size / num_heads ({self.hidden_size // self.num_heads}) must be a multiple of 4: "
+                "two-dimensional rotary positions turn pairs of values for rows and columns"
+            )
         if beyond := [index for index in self.fullatt_block_indexes if index >= self.depth]:
             raise ValueError(f"fullatt_block_indexes {beyond} lie beyond the depth {self.depth}; blocks count from 0")
         return self

@@ -1,6 +1,7 @@
 """Published files of MindVL and Qwen2.5-VL. Imports no jax.
 
-MindVL's own layout is Qwen2.5-VL's tower beside its decoder's tensors; `model_type: mindvl` where transformers has no class for the pairing.
+MindVL's own layout is Qwen2.5-VL's tower beside its decoder's tensors; `model_type: mindvl` where transformers has no
+class for the pairing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ def vision_rules(vision: VisionConfig, prefix: str = "visual") -> list[Rule]:
         *norm(f"{block}.norm1", f"{ours}/norm1"),
         *norm(f"{block}.norm2", f"{ours}/norm2"),
         *qwen_vl_hf.attention_rules(block, ours),
-        *(rule for part in ("gate", "up", "down") for rule in linear(f"{block}.mlp.{part}_proj", f"{ours}/mlp/{part}", bias=True)),
+        *(
+            rule
+            for part in ("gate", "up", "down")
+            for rule in linear(f"{block}.mlp.{part}_proj", f"{ours}/mlp/{part}", bias=True)
+        ),
         *norm(f"{prefix}.merger.ln_q", "projector/norm"),
         *qwen_vl_hf.merger_rules(prefix),
     ]
@@ -65,7 +70,9 @@ def read_config(content: Mapping[str, Any], reader: ConfigReader) -> MindVLConfi
         return None
     out = content["vision_config"].get("out_hidden_size", text.hidden_size)
     if out != text.hidden_size:
-        reader.problems.append(f"vision_config.out_hidden_size is {out}, but the language model's hidden_size is {text.hidden_size}")
+        reader.problems.append(
+            f"vision_config.out_hidden_size is {out}, but the language model's hidden_size is {text.hidden_size}"
+        )
     return reader.build(MindVLConfig, dict(vision=vision, text=text, **qwen_vl_hf.read_tokens(content)))
 
 
@@ -108,17 +115,24 @@ def assemble(tower: MindVLConfig, decoder: QwenConfig, *, mrope: bool) -> MindVL
       mrope: whether the decoder counts positions in three sections (as the nearest public pairing does) or in one.
 
     Raises:
-      UserError: a head dim that the published sections cannot be scaled to, or a vocabulary without the tokens that mark media.
+      UserError: a head dim that the published sections cannot be scaled to, or a vocabulary without the tokens that
+        mark media.
     """
     text = decoder.text
     largest = max(getattr(tower, key) for key in qwen_vl_hf.TOKENS)
     if largest >= text.vocab_size:
-        raise UserError(f"the tower's model uses token {largest} as a mark of media, but the language model has a vocabulary of {text.vocab_size}")
+        raise UserError(
+            f"the tower's model uses token {largest} as a mark of media, but the language model has a "
+            f"vocabulary of {text.vocab_size}"
+        )
     sections = None
     if mrope:
         half = text.head_dim // 2
         if half % 8:
-            raise UserError(f"head_dim {text.head_dim} cannot be split into M-RoPE sections in the published shares 16:24:24; use one-dimensional positions")
+            raise UserError(
+                f"head_dim {text.head_dim} cannot be split into M-RoPE sections in the published shares "
+                "16:24:24; use one-dimensional positions"
+            )
         sections = tuple(share * half // 64 for share in _SECTION_SHARES)
     text = TextConfig(**{**text.model_dump(), "rope": "mrope" if mrope else "1d", "mrope_section": sections})
     return tower.model_copy(update=dict(text=text))

@@ -1,7 +1,8 @@
-"""Reference of MindVL for comparisons: Qwen2.5-VL is transformers' own class, MindVL's pairing is composed from transformers' parts.
+"""Reference of MindVL for comparisons: Qwen2.5-VL is transformers' own class, MindVL's pairing is composed from
+transformers' parts.
 
-Positions, attention windows and patch order come from transformers' functions here, never from ours: what is compared must not
-share code.
+Positions, attention windows and patch order come from transformers' functions here, never from ours: what is compared
+must not share code.
 """
 
 from __future__ import annotations
@@ -28,12 +29,25 @@ class ComposedMindVL(torch.nn.Module):
     def __init__(self, content: dict[str, Any]):
         super().__init__()
         text = {key: value for key, value in content["text_config"].items() if key not in ("model_type", "dtype")}
-        self.sections = text["rope_parameters"].pop("mrope_section", None) if isinstance(text.get("rope_parameters"), dict) else None
+        self.sections = (
+            text["rope_parameters"].pop("mrope_section", None)
+            if isinstance(text.get("rope_parameters"), dict)
+            else None
+        )
         text["tie_word_embeddings"] = content["tie_word_embeddings"]
         kind = content["text_config"]["model_type"]
-        config_class, model_class = {"qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM), "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM)}[kind]
-        self.config = transformers.Qwen2_5_VLConfig(text_config=dict(hidden_size=text["hidden_size"], num_attention_heads=1, num_key_value_heads=1), vision_config=content["vision_config"],
-                                                    **{key: content[key] for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")})
+        config_class, model_class = {
+            "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+            "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        }[kind]
+        self.config = transformers.Qwen2_5_VLConfig(
+            text_config=dict(hidden_size=text["hidden_size"], num_attention_heads=1, num_key_value_heads=1),
+            vision_config=content["vision_config"],
+            **{
+                key: content[key]
+                for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+            },
+        )
         # The position index is a method of the published model that reads its configuration only.
         with torch.device("meta"):
             self._indexer = [qwen2_5_vl.Qwen2_5_VLModel(self.config)]
@@ -86,7 +100,11 @@ def load(folder: Path, content: dict[str, Any], dtype: torch.dtype) -> torch.nn.
         return None
     with _default_dtype(dtype):
         model = ComposedMindVL(content)
-    state = {name: tensor.to(dtype) for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    state = {
+        name: tensor.to(dtype)
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
     missing = model.load_state_dict(state, strict=False)
     lost = [name for name in missing.missing_keys if name != "lm_head.weight"]
     if lost or missing.unexpected_keys:

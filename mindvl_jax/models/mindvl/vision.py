@@ -1,7 +1,7 @@
 """Native-resolution vision tower of Qwen2.5-VL (technical report, section 2.1; reference: transformers' Qwen2.5-VL).
 
-B rows, P patches, N heads, H head dim, D tower width, F feed-forward width, L layers. Patches of several images lie one after
-another in a row, in window order; segment ids keep images apart and window ids keep windows apart.
+B rows, P patches, N heads, H head dim, D tower width, F feed-forward width, L layers. Patches of several images lie one
+after another in a row, in window order; segment ids keep images apart and window ids keep windows apart.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from mindvl_jax.models.batch import Batch
 from mindvl_jax.models.layers.config import CLIP_MEAN, CLIP_STD
 from mindvl_jax.models.layers.linear import GatedMLP, Linear, RMSNorm
 from mindvl_jax.models.layers.rope import vision_tables
-from mindvl_jax.models.layers.vision import VisionAttention, normalize_patches
 from mindvl_jax.models.layers.stack import in_pieces, rematerialise_attention, scan_alternating
+from mindvl_jax.models.layers.vision import VisionAttention, normalize_patches
 from mindvl_jax.models.mindvl.config import VisionConfig
 
 IMAGE_MEAN, IMAGE_STD = CLIP_MEAN, CLIP_STD
 
 
 def window_patches(config: VisionConfig) -> int:
-    """Most patches of one attention window. Windows hold whole merged groups: a window of 112 px holds 4 x 4 groups of 4."""
+    """Most patches of one attention window.
+
+    Windows hold whole merged groups: a window of 112 px holds 4 x 4 groups of 4.
+    """
     return (config.window_size // config.pixels_per_token) ** 2 * config.merge_unit
 
 
@@ -35,11 +38,20 @@ class VisionBlock(nnx.Module):
         self.norm1 = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, layers=L)
         self.attention = VisionAttention(config, rngs=rngs, dtype=dtype)
         self.norm2 = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, layers=L)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs, dtype=dtype, layers=L,
-                            residual_scale=1 / math.sqrt(2 * L))
+        self.mlp = GatedMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            bias=True,
+            rngs=rngs,
+            dtype=dtype,
+            layers=L,
+            residual_scale=1 / math.sqrt(2 * L),
+        )
 
     def __call__(self, x_BPD, cos, sin, ids_BP, lengths_BM, longest: int | None, remat: str) -> jax.Array:
-        attend = lambda block, x: block.attention(block.norm1(x), cos, sin, ids_BP, lengths_BM, longest)
+        def attend(block, x):
+            return block.attention(block.norm1(x), cos, sin, ids_BP, lengths_BM, longest)
+
         with jax.named_scope("attention"):
             x_BPD = x_BPD + rematerialise_attention(attend, remat)(self, x_BPD)
         with jax.named_scope("mlp"):
@@ -56,17 +68,30 @@ class VisionTower(nnx.Module):
         self.config = config
         self.remat = remat
         # A convolution whose kernel equals its stride is a matrix product over the flattened patch.
-        self.patch_embed = Linear(config.patch_dim, config.hidden_size, ("patch", "embed"), bias=False, rngs=rngs, dtype=dtype)
+        self.patch_embed = Linear(
+            config.patch_dim, config.hidden_size, ("patch", "embed"), bias=False, rngs=rngs, dtype=dtype
+        )
         self.blocks = VisionBlock(config, rngs=rngs, dtype=dtype)
 
-    def __call__(self, patches, positions_BP2, segment_ids_BP, window_ids_BP, *, image_lengths=None, window_lengths=None,
-                 max_image_patches: int | None = None, dtype) -> jax.Array:
+    def __call__(
+        self,
+        patches,
+        positions_BP2,
+        segment_ids_BP,
+        window_ids_BP,
+        *,
+        image_lengths=None,
+        window_lengths=None,
+        max_image_patches: int | None = None,
+        dtype,
+    ) -> jax.Array:
         """Features of every patch.
 
         Args:
           patches: (B, P, patch_dim) uint8 pixels or normalised floats, in window order.
           positions_BP2: (B, P, 2) height and width of each patch in its image.
-          segment_ids_BP: (B, P) image of each patch, 0 is padding. window_ids_BP: (B, P) window of each patch, 0 is padding.
+          segment_ids_BP: (B, P) image of each patch, 0 is padding. window_ids_BP: (B, P) window of each patch, 0 is
+            padding.
           image_lengths, window_lengths: (B, M) the same as counts, -1 padded; for kernels that want lengths.
           max_image_patches: static promise that no image is larger; lets full attention compute a band.
           dtype: of the computation.
@@ -76,8 +101,12 @@ class VisionTower(nnx.Module):
         """
         config = self.config
         with jax.named_scope("patch_embed"):
-            embed = lambda patches: self.patch_embed(normalize_patches(patches, config, dtype))
-            # The product's gradient wants its input: bytes as they came, or four times as much in float32 for the whole step.
+
+            def embed(patches):
+                return self.patch_embed(normalize_patches(patches, config, dtype))
+
+            # The product's gradient wants its input: bytes as they came, or four times as much in float32 for the whole
+            # step.
             x_BPD = in_pieces(embed, patches) if self.remat == "full" else embed(patches)
         cos, sin = vision_tables(positions_BP2, config.hidden_size // config.num_heads, config.rope_theta)
 
@@ -87,7 +116,15 @@ class VisionTower(nnx.Module):
         inside_window = run(window_ids_BP, window_lengths, window_patches(config))
         whole_image = run(segment_ids_BP, image_lengths, max_image_patches)
         with jax.named_scope("blocks"):
-            return scan_alternating(inside_window, whole_image, x_BPD, self.blocks, config.depth, config.fullatt_block_indexes, remat=self.remat)
+            return scan_alternating(
+                inside_window,
+                whole_image,
+                x_BPD,
+                self.blocks,
+                config.depth,
+                config.fullatt_block_indexes,
+                remat=self.remat,
+            )
 
     def run_block(self, number: int, x_BPD: jax.Array, batch: Batch) -> jax.Array:
         """One block on any input, for comparisons part by part."""

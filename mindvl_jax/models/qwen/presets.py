@@ -10,9 +10,21 @@ from mindvl_jax.models.qwen.config import QwenConfig
 
 
 def _text(layers: int, width: int, heads: int, feed_forward: int, tied: bool) -> TextConfig:
-    return TextConfig(family="qwen3", vocab_size=151936, hidden_size=width, intermediate_size=feed_forward, num_layers=layers, num_heads=heads,
-                      num_kv_heads=8, head_dim=128, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=tied, rope="1d",
-                      max_position_embeddings=40960)
+    return TextConfig(
+        family="qwen3",
+        vocab_size=151936,
+        hidden_size=width,
+        intermediate_size=feed_forward,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_dim=128,
+        rope_theta=1e6,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=tied,
+        rope="1d",
+        max_position_embeddings=40960,
+    )
 
 
 QWEN3: dict[str, Callable[[], TextConfig]] = {

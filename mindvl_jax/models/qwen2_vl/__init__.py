@@ -1,4 +1,6 @@
-"""Qwen2-VL: full-attention vision tower, LayerNorm merger, Qwen2 decoder; frames counted by their number, not by seconds."""
+"""Qwen2-VL: full-attention vision tower, LayerNorm merger, Qwen2 decoder; frames counted by their number, not by
+seconds.
+"""
 
 from mindvl_jax.models.qwen2_vl.config import Qwen2VLConfig
 from mindvl_jax.models.qwen2_vl.presets import MODELS

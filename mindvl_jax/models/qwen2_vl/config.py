@@ -15,7 +15,9 @@ class VisionConfig(PatchGeometry):
     """Native-resolution vision tower of Qwen2-VL: every block attends over a whole image or frame pair."""
 
     depth: Annotated[int, bounded(10**4)]
-    hidden_size: Annotated[int, bounded(2**20)] = Field(description="Width of the tower (`embed_dim` of the published file).")
+    hidden_size: Annotated[int, bounded(2**20)] = Field(
+        description="Width of the tower (`embed_dim` of the published file)."
+    )
     intermediate_size: Annotated[int, bounded(2**22)]
     num_heads: Annotated[int, bounded(2**16)]
     window_size: None = Field(None, description="The tower has no windows.")
@@ -26,7 +28,10 @@ class VisionConfig(PatchGeometry):
     @model_validator(mode="after")
     def _consistent(self):
         if self.hidden_size % (4 * self.num_heads):
-            raise ValueError(f"hidden_size ({self.hidden_size}) over {self.num_heads} heads must give a head dim that is a multiple of 4")
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) over {self.num_heads} heads must give a head dim that is "
+                "a multiple of 4"
+            )
         return self
 
     @property

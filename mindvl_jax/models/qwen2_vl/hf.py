@@ -1,6 +1,7 @@
 """Published files of Qwen2-VL. Imports no jax.
 
-The names of two sizes differ from Qwen2.5-VL: `vision_config.embed_dim` is the tower's width and `hidden_size` the language model's.
+The names of two sizes differ from Qwen2.5-VL: `vision_config.embed_dim` is the tower's width and `hidden_size` the
+language model's.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def read_config(content: Mapping[str, Any], reader: ConfigReader) -> Qwen2VLConf
         return None
     out = vision.get("hidden_size", text.hidden_size)
     if out != text.hidden_size:
-        reader.problems.append(f"vision_config.hidden_size is {out}, but the language model's hidden_size is {text.hidden_size}")
+        reader.problems.append(
+            f"vision_config.hidden_size is {out}, but the language model's hidden_size is {text.hidden_size}"
+        )
     return reader.build(Qwen2VLConfig, dict(vision=tower, text=text, **qwen_vl_hf.read_tokens(content)))
 
 

@@ -29,7 +29,15 @@ class VisionBlock(nnx.Module):
         self.norm1 = LayerNorm(D, eps=config.layer_norm_eps, dtype=dtype, layers=L)
         self.attention = VisionAttention(config, rngs=rngs, dtype=dtype)
         self.norm2 = LayerNorm(D, eps=config.layer_norm_eps, dtype=dtype, layers=L)
-        self.mlp = MLP(D, config.intermediate_size, quick_gelu, rngs=rngs, dtype=dtype, layers=L, residual_scale=1 / math.sqrt(2 * L))
+        self.mlp = MLP(
+            D,
+            config.intermediate_size,
+            quick_gelu,
+            rngs=rngs,
+            dtype=dtype,
+            layers=L,
+            residual_scale=1 / math.sqrt(2 * L),
+        )
 
     def __call__(self, x_BPD, cos, sin, ids_BP, lengths_BM, longest: int | None, remat: str) -> jax.Array:
         def attend(block, x):
@@ -47,17 +55,31 @@ class VisionTower(nnx.Module):
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype, remat: str = "none"):
         self.config = config
         self.remat = remat
-        self.patch_embed = Linear(config.patch_dim, config.hidden_size, ("patch", "embed"), bias=False, rngs=rngs, dtype=dtype)
+        self.patch_embed = Linear(
+            config.patch_dim, config.hidden_size, ("patch", "embed"), bias=False, rngs=rngs, dtype=dtype
+        )
         self.blocks = VisionBlock(config, rngs=rngs, dtype=dtype)
 
-    def __call__(self, patches, positions_BP2, segment_ids_BP, window_ids_BP, *, image_lengths=None, window_lengths=None,
-                 max_image_patches: int | None = None, dtype) -> jax.Array:
+    def __call__(
+        self,
+        patches,
+        positions_BP2,
+        segment_ids_BP,
+        window_ids_BP,
+        *,
+        image_lengths=None,
+        window_lengths=None,
+        max_image_patches: int | None = None,
+        dtype,
+    ) -> jax.Array:
         """Features (B, P, D) of every patch; outputs at padding patches are never used.
 
         Args:
-          patches: (B, P, patch_dim) uint8 pixels or normalised floats, the patches of one visual token next to each other.
+          patches: (B, P, patch_dim) uint8 pixels or normalised floats, the patches of one visual token next to each
+            other.
           positions_BP2: (B, P, 2) height and width of each patch in its image.
-          segment_ids_BP: (B, P) image or frame pair of each patch, 0 is padding. image_lengths: (B, M) the same as counts.
+          segment_ids_BP: (B, P) image or frame pair of each patch, 0 is padding. image_lengths: (B, M) the same as
+            counts.
           window_ids_BP, window_lengths: not read.
           max_image_patches: static promise that no image is larger; lets attention compute a band.
         """
@@ -92,4 +114,6 @@ class Qwen2VL(VisionLanguageModel):
         dtype, vision = jnp.dtype(config.param_dtype), config.vision
         self.vision = VisionTower(vision, rngs=rngs, dtype=dtype, remat=config.remat)
         norm = LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps, dtype=dtype)
-        self.projector = Projector(vision.hidden_size, vision.merge_unit, config.text.hidden_size, norm=norm, rngs=rngs, dtype=dtype)
+        self.projector = Projector(
+            vision.hidden_size, vision.merge_unit, config.text.hidden_size, norm=norm, rngs=rngs, dtype=dtype
+        )

@@ -9,7 +9,9 @@ from mindvl_jax.models.layers.qwen_vl_hf import TOKENS
 from mindvl_jax.models.qwen2_vl.config import Qwen2VLConfig, VisionConfig
 
 
-def _model(layers: int, width: int, heads: int, kv_heads: int, feed_forward: int, vocabulary: int, *, tied: bool) -> Qwen2VLConfig:
+def _model(
+    layers: int, width: int, heads: int, kv_heads: int, feed_forward: int, vocabulary: int, *, tied: bool
+) -> Qwen2VLConfig:
     vision = VisionConfig(depth=32, hidden_size=1280, intermediate_size=5120, num_heads=16)
     text = TextConfig(
         family="qwen2", vocab_size=vocabulary, hidden_size=width, intermediate_size=feed_forward, num_layers=layers, num_heads=heads,

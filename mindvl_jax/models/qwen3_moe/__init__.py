@@ -13,6 +13,10 @@ SPEC = ModelSpec(
     counts=None,
     objective="sft",
     hf=Named("mindvl_jax.models.qwen3_moe.hf:MAPPING"),
-    parts={"language": "language/**", "experts": "language/layers/moe/experts/**", "router": "language/layers/moe/router/**"},
+    parts={
+        "language": "language/**",
+        "experts": "language/layers/moe/experts/**",
+        "router": "language/layers/moe/router/**",
+    },
     flops=None,
 )

@@ -13,7 +13,9 @@ from mindvl_jax.models.qwen3_moe.config import Qwen3MoEConfig
 
 
 def read_config(content: Mapping[str, Any], reader: ConfigReader) -> Qwen3MoEConfig | None:
-    """Class defaults of transformers 5 where config.json is silent: `norm_topk_prob` is false there, true in the released files."""
+    """Class defaults of transformers 5 where config.json is silent: `norm_topk_prob` is false there, true in the
+    released files.
+    """
     reader.expect(content, "hidden_act", ("silu",), "silu")
     reader.expect(content, "use_sliding_window", (False, None), False)
     reader.expect(content, "attention_bias", (False, None), False)
@@ -21,7 +23,9 @@ def read_config(content: Mapping[str, Any], reader: ConfigReader) -> Qwen3MoECon
     reader.expect(content, "mlp_only_layers", ([], None), [])
     rope = rope_of(content)
     if rope["rope_type"] != "default":
-        reader.problems.append(f"rope type is {rope['rope_type']!r}; supported: 'default' (frequencies are not rescaled)")
+        reader.problems.append(
+            f"rope type is {rope['rope_type']!r}; supported: 'default' (frequencies are not rescaled)"
+        )
     heads = content.get("num_attention_heads")
     moe = reader.build(MoEConfig, dict(
         experts=content.get("num_experts", content.get("num_local_experts")), experts_per_token=content.get("num_experts_per_tok"),

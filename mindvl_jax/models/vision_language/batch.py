@@ -1,7 +1,7 @@
 """The batch: the contract between data and model.
 
-Legend: B rows, T token places a row, P patch places a row, M image segments a row, W windows a row, S samples a row.
-A row holds several samples; segment 0 is padding, samples and images count from 1 within their row.
+Legend: B rows, T token positions a row, P patch positions a row, M image segments a row, W windows a row, S samples a
+row. A row holds several samples; segment 0 is padding, samples and images count from 1 within their row.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ class Batch:
       tokens: (B, T) int32, ids of the model's vocabulary; the pad id where `segment_ids` is 0.
       targets: (B, T) int32, the id to predict at each place (the next token of the same sample), 0 where there is none.
       loss_weights: (B, T) float32, weight of each target's negative log-likelihood; 0 where nothing is learned.
-      segment_ids: (B, T) int32, sample of each token place, 0 is padding.
+      segment_ids: (B, T) int32, sample of each token position, 0 is padding.
       positions: (B, 3, T) int32, rotary positions (temporal, height, width); 1-D models read row 0.
       visual_index: (B, T) int32, which merged patch group of the row (0 .. P/4 - 1) feeds this place, -1 for text.
-      source_ids: (B, T) int32, which source of the phase's mixture a place comes from, -1 for padding; for display only.
+      source_ids: (B, T) int32, which source of the phase's mixture a place comes from, -1 for padding; for display
+        only.
       segment_lengths: (B, S) int32, tokens of each sample in order, -1 padded. Padding tokens are not counted.
       patches: (B, P, patch_dim) uint8 pixels in (channel, frame, row, column) order, or float already normalised;
         patches lie in window order, the four patches of one merged token next to each other.
@@ -54,7 +55,7 @@ class Batch:
     def fields(self) -> dict[str, Array]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
-    def replace(self, **changes: Array) -> "Batch":
+    def replace(self, **changes: Array) -> Batch:
         return dataclasses.replace(self, **changes)
 
 

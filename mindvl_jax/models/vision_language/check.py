@@ -1,4 +1,6 @@
-"""What a data set holds before it is trained on: kept and skipped with reasons, duplicates, lengths, examples to look at."""
+"""What a data set holds before it is trained on: kept and skipped with reasons, duplicates, lengths, examples to look
+at.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mindvl_jax.data.media.geometry import PatchGeometry
-from mindvl_jax.models.vision_language.example import Example, ExampleEncoder
 from mindvl_jax.data.media.files import read_bytes
+from mindvl_jax.data.media.geometry import PatchGeometry
 from mindvl_jax.data.sample import Sample, SampleError
 from mindvl_jax.data.sources.readers import Source
+from mindvl_jax.models.vision_language.example import Example, ExampleEncoder
 
 SHOWN = 24  # samples of the contact sheet
 LISTED = 200  # skipped samples and duplicates written out
@@ -25,7 +27,7 @@ class SourceFindings:
 
     Attributes:
       tokens, learned, patches: of each kept sample.
-      media: pictures and videos of each kept sample.
+      media: images and videos of each kept sample.
       skipped: (id, where, reason, message).
       reasons: skipped samples by reason.
       duplicates: (id, where, what it repeats).
@@ -54,14 +56,23 @@ class SourceFindings:
 
     @property
     def patches_per_token(self) -> float:
-        """Patch places that this data needs for each token place."""
+        """Patch places that this data needs for each token position."""
         return sum(self.patches) / max(sum(self.tokens), 1)
 
 
 def check_source(
-    source: Source, path: str, encoder: ExampleEncoder, vision: PatchGeometry, *, decode: bool, resample: str = "bicubic", progress: Callable[[], None] = lambda: None
+    source: Source,
+    path: str,
+    encoder: ExampleEncoder,
+    vision: PatchGeometry,
+    *,
+    decode: bool,
+    resample: str = "bicubic",
+    progress: Callable[[], None] = lambda: None,
 ) -> SourceFindings:
-    """Reads and encodes every sample; with `decode` its pixels too, which finds files that are whole only in their header."""
+    """Reads and encodes every sample; with `decode` its pixels too, which finds files that are whole only in their
+    header.
+    """
     found = SourceFindings(source.name, path, len(source))
     seen_ids: dict[str, int] = {}
     seen_contents: dict[bytes, int] = {}
@@ -110,36 +121,55 @@ def check_source(
 def _content(sample: Sample) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for message in sample.messages:
-        digest.update(f"{message.role}\0{message.content}\0{message.weight}\0{message.reasoning}\0{message.calls}\0".encode())
+        digest.update(
+            f"{message.role}\0{message.content}\0{message.weight}\0{message.reasoning}\0{message.calls}\0".encode()
+        )
     digest.update(repr(sample.tools).encode())
     for media in (*sample.images, *sample.videos):
         digest.update(hashlib.blake2b(read_bytes(media), digest_size=16).digest())
     return digest.digest()
 
 
-def advice(findings: Sequence[SourceFindings], max_tokens: int | None, weights: dict[str, float] | None = None) -> list[str]:
+def advice(
+    findings: Sequence[SourceFindings], max_tokens: int | None, weights: dict[str, float] | None = None
+) -> list[str]:
     """Advice: what to set or fix. `weights` are those of the mixture; without them sources count by their samples."""
     kept = [found for found in findings if found.kept]
     if not kept:
         return ["No sample can be used. The reasons below say why; nothing will train on this data."]
     lines = []
     tokens = np.concatenate([np.array(found.tokens, np.int64) for found in kept])
-    share = lambda found: weights[found.name] / found.kept if weights else 1.0
-    ratio = sum(share(found) * sum(found.patches) for found in kept) / sum(share(found) * sum(found.tokens) for found in kept)
+
+    def share(found):
+        return weights[found.name] / found.kept if weights else 1.0
+
+    ratio = sum(share(found) * sum(found.patches) for found in kept) / sum(
+        share(found) * sum(found.tokens) for found in kept
+    )
     lines.append(
-        f"A token place needs {ratio:.2f} patch places in this {'mixture' if weights else 'data'}. With sequence_length T, patches_per_row near "
+        f"A token place needs {ratio:.2f} patch places in this {'mixture' if weights else 'data'}. With "
+        "sequence_length T, patches_per_row near "
         f"{ratio * 1.03:.2f} T fills both budgets; for T = 8192 that is {int(8192 * ratio * 1.03) // 4 * 4}."
     )
-    lines.append(f"Half of the samples have at most {int(np.median(tokens))} tokens, 99 of 100 at most {int(np.percentile(tokens, 99))}, the longest {int(tokens.max())}.")
+    lines.append(
+        f"Half of the samples have at most {int(np.median(tokens))} tokens, 99 of 100 at most "
+        f"{int(np.percentile(tokens, 99))}, the longest {int(tokens.max())}."
+    )
     for found in findings:
         skipped = sum(found.reasons.values())
         if skipped:
             worst, count = found.reasons.most_common(1)[0]
-            lines.append(f"{found.name}: {skipped} of {found.records} samples ({skipped / found.records:.1%}) cannot be used, most of them for {worst} ({count}).")
+            lines.append(
+                f"{found.name}: {skipped} of {found.records} samples ({skipped / found.records:.1%}) cannot "
+                f"be used, most of them for {worst} ({count})."
+            )
         if found.truncated:
             lines.append(f"{found.name}: {found.truncated} samples lose turns to the limit of {max_tokens} tokens.")
         if found.shrunk:
-            lines.append(f"{found.name}: {found.shrunk} samples have images that a row is too small for, so they are shrunk below max_pixels; raise patches_per_row, or lower max_pixels.")
+            lines.append(
+                f"{found.name}: {found.shrunk} samples have images that a row is too small for, so they are "
+                "shrunk below max_pixels; raise patches_per_row, or lower max_pixels."
+            )
         if found.duplicate_count:
             lines.append(f"{found.name}: {found.duplicate_count} samples repeat others.")
     return lines

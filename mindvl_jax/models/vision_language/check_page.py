@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from pathlib import Path
 from collections.abc import Sequence
+from pathlib import Path
 
 import jinja2
 import matplotlib
@@ -13,16 +13,21 @@ import numpy as np
 from PIL import Image
 
 from mindvl_jax.core.templates import TEMPLATES
-from mindvl_jax.models.vision_language.check import SourceFindings
 from mindvl_jax.data.media.image import load_image
 from mindvl_jax.data.sample import Media, SampleError
+from mindvl_jax.models.vision_language.check import SourceFindings
 
 THUMBNAIL = 160
 
 
 def write_page(path: str, findings: Sequence[SourceFindings], advice: Sequence[str], settings: dict[str, str]) -> None:
-    """Writes the page. Text of the data is escaped: it may hold anything."""
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader([Path(__file__).parent, TEMPLATES]), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    """Write the page. Text of the data is escaped: it may hold anything."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([Path(__file__).parent, TEMPLATES]),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     sources = [
         {
             "found": found,
@@ -32,7 +37,16 @@ def write_page(path: str, findings: Sequence[SourceFindings], advice: Sequence[s
                 ("learned tokens a sample", _histogram(found.learned)),
                 ("patches a sample", _histogram(found.patches)),
             ],
-            "shown": [{"id": sample.id, "pictures": [_thumbnail(media) for media in sample.images[:4]], "turns": sample.messages[:6], "tokens": example.length, "patches": example.patches} for sample, example in found.shown],
+            "shown": [
+                {
+                    "id": sample.id,
+                    "pictures": [_thumbnail(media) for media in sample.images[:4]],
+                    "turns": sample.messages[:6],
+                    "tokens": example.length,
+                    "patches": example.patches,
+                }
+                for sample, example in found.shown
+            ],
         }
         for found in findings
     ]
@@ -52,7 +66,9 @@ def _histogram(values: Sequence[int]) -> str:
     figure = Figure(figsize=(3.6, 1.9), layout="constrained")
     axes = figure.subplots()
     wide = data.max() > 100 * max(data[data > 0].min(initial=data.max()), 1)
-    bins = np.geomspace(max(data.min(), 1), data.max() + 1, 40) if wide else _whole_bins(int(data.min()), int(data.max()))
+    bins = (
+        np.geomspace(max(data.min(), 1), data.max() + 1, 40) if wide else _whole_bins(int(data.min()), int(data.max()))
+    )
     axes.hist(data, bins=bins, color="#4a7aa5")
     if wide:
         axes.set_xscale("log")
@@ -74,7 +90,7 @@ def _whole_bins(low: int, high: int) -> np.ndarray:
 
 
 def _thumbnail(media: Media) -> str | None:
-    """A small picture as a data address, or None when it does not decode."""
+    """A small image as a data address, or None when it does not decode."""
     try:
         picture = load_image(media)
     except SampleError:

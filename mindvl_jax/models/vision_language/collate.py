@@ -1,6 +1,6 @@
 """Planned rows of examples to the arrays of a batch.
 
-B rows, T token places, P patch places a row; see `mindvl_jax.models.vision_language.batch` for every field.
+B rows, T token positions, P patch positions a row; see `mindvl_jax.models.vision_language.batch` for every field.
 """
 
 from __future__ import annotations
@@ -11,28 +11,49 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mindvl_jax.data.processor import PackedBatch
-from mindvl_jax.models.vision_language.batch import Batch, BatchShape
 from mindvl_jax.config.schema import Config, PhaseConfig
 from mindvl_jax.data.media.geometry import PatchGeometry
-from mindvl_jax.models.vision_language.example import Example
 from mindvl_jax.data.packing.rows import Budgets
+from mindvl_jax.data.processor import PackedBatch
+from mindvl_jax.models.vision_language.batch import Batch, BatchShape
+from mindvl_jax.models.vision_language.example import Example
 
 
 def batch_shape(config: Config, phase: PhaseConfig) -> BatchShape:
     """Static sizes of a phase's global batch (rows of one micro-step over all processes)."""
-    return shape_for(config.model.vision, rows=phase.rows, tokens=phase.sequence_length, patches=phase.patches_per_row, samples=phase.max_samples_per_row, min_pixels=phase.min_pixels)
+    return shape_for(
+        config.model.vision,
+        rows=phase.rows,
+        tokens=phase.sequence_length,
+        patches=phase.patches_per_row,
+        samples=phase.max_samples_per_row,
+        min_pixels=phase.min_pixels,
+    )
 
 
-def shape_for(vision: PatchGeometry, *, rows: int, tokens: int, patches: int, samples: int, min_pixels: int = 0) -> BatchShape:
+def shape_for(
+    vision: PatchGeometry, *, rows: int, tokens: int, patches: int, samples: int, min_pixels: int = 0
+) -> BatchShape:
     """A batch shape whose image and window counts can hold whatever fits the patches.
 
-    A picture never has fewer merged tokens than `min_pixels` asks for, which bounds images and windows a row.
+    An image never has fewer merged tokens than `min_pixels` asks for, which bounds images and windows a row.
     """
     smallest = max(1, -(-min_pixels // vision.pixels_per_token**2))
     images = max(1, patches // (vision.merge_unit * smallest))
-    windows = images if vision.window_tokens is None else max(1, int(patches * _windows_per_patch(smallest, vision.window_tokens, vision.merge_unit)))
-    return BatchShape(rows=rows, tokens=tokens, patches=patches, samples=samples, images=images, windows=windows, patch_dim=vision.patch_dim)
+    windows = (
+        images
+        if vision.window_tokens is None
+        else max(1, int(patches * _windows_per_patch(smallest, vision.window_tokens, vision.merge_unit)))
+    )
+    return BatchShape(
+        rows=rows,
+        tokens=tokens,
+        patches=patches,
+        samples=samples,
+        images=images,
+        windows=windows,
+        patch_dim=vision.patch_dim,
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -46,7 +67,11 @@ def _windows_per_patch(smallest_tokens: int, window: int, merge_unit: int) -> fl
 
 def visual_budgets(tokens: int, patches: int, samples: int, images: int, windows: int) -> Budgets:
     """Room of one row; tokens and patches are to be filled."""
-    return Budgets(("tokens", "patches", "samples", "images", "windows"), (tokens, patches, samples, images, windows), filled=("token", "patch"))
+    return Budgets(
+        ("tokens", "patches", "samples", "images", "windows"),
+        (tokens, patches, samples, images, windows),
+        filled=("token", "patch"),
+    )
 
 
 def budgets_of(shape: BatchShape) -> Budgets:
@@ -58,18 +83,32 @@ def size_of(example: Example) -> tuple[int, int, int, int, int]:
     return example.length, example.patches, 1, len(example.image_lengths), len(example.window_lengths)
 
 
-def collate(rows: Sequence[Sequence[Example]], shape: BatchShape, *, pad_id: int, vision: PatchGeometry, patches: np.ndarray | None = None) -> PackedBatch:
-    """Writes each row's examples one after another. `shape.rows` must be the number of rows given.
+def collate(
+    rows: Sequence[Sequence[Example]],
+    shape: BatchShape,
+    *,
+    pad_id: int,
+    vision: PatchGeometry,
+    patches: np.ndarray | None = None,
+) -> PackedBatch:
+    """Write each row's examples one after another. `shape.rows` must be the number of rows given.
 
-    Pixels must have been read (`Example.with_pixels`), or be given as `patches` (B, P, patch_dim), already in place. Raises ValueError when a row is over a budget.
+    Pixels must have been read (`Example.with_pixels`), or be given as `patches` (B, P, patch_dim), already in place.
+    Raises ValueError when a row is over a budget.
     """
     if len(rows) != shape.rows:
         raise ValueError(f"{len(rows)} rows for a batch of {shape.rows}")
-    batch = shape.empty() if patches is None else dataclasses.replace(shape, patches=0).empty().replace(
-        patches=patches,
-        patch_positions=np.zeros((shape.rows, shape.patches, 2), np.int32),
-        patch_segment_ids=np.zeros((shape.rows, shape.patches), np.int32),
-        patch_window_ids=np.zeros((shape.rows, shape.patches), np.int32),
+    batch = (
+        shape.empty()
+        if patches is None
+        else dataclasses.replace(shape, patches=0)
+        .empty()
+        .replace(
+            patches=patches,
+            patch_positions=np.zeros((shape.rows, shape.patches, 2), np.int32),
+            patch_segment_ids=np.zeros((shape.rows, shape.patches), np.int32),
+            patch_window_ids=np.zeros((shape.rows, shape.patches), np.int32),
+        )
     )
     if pad_id:
         batch.tokens[:] = pad_id
@@ -79,7 +118,10 @@ def collate(rows: Sequence[Sequence[Example]], shape: BatchShape, *, pad_id: int
             continue
         used = np.sum([size_of(example) for example in row], axis=0)
         if (used > caps).any():
-            raise ValueError(f"row {index} needs {used.tolist()} (tokens, patches, samples, images, windows), the budgets are {caps.tolist()}: {[example.id for example in row]}")
+            raise ValueError(
+                f"row {index} needs {used.tolist()} (tokens, patches, samples, images, windows), the budgets "
+                f"are {caps.tolist()}: {[example.id for example in row]}"
+            )
         _write_row(batch, index, row, vision)
         if patches is None:
             _write_patches(batch.patches[index], row, vision)
@@ -122,22 +164,46 @@ def _write_patches(place: np.ndarray, row: Sequence[Example], vision: PatchGeome
 
 
 def write_pixels(place: np.ndarray, pixels: np.ndarray, vision: PatchGeometry) -> None:
-    """Writes a medium's patches to their places, (P_i, patch_dim). A picture's one frame fills both frames of a patch, its one
-    channel all channels when it has no colour."""
+    """Write a medium's patches to their places, (P_i, patch_dim).
+
+    An image's one frame fills both frames of a patch, its one channel all channels when it has no colour.
+    """
     area = vision.patch_size**2
     channels = 1 if pixels.shape[1] == area else vision.in_channels
-    place.reshape(-1, vision.in_channels, vision.temporal_patch_size, area)[:] = pixels.reshape(len(pixels), channels, -1, area)
+    place.reshape(-1, vision.in_channels, vision.temporal_patch_size, area)[:] = pixels.reshape(
+        len(pixels), channels, -1, area
+    )
 
 
 def pack_prompts(
-    examples: Sequence[Example], *, vision: PatchGeometry, pad_id: int, rows: int | None = None, tokens: int | None = None, patches: int | None = None, resample: str = "bicubic"
+    examples: Sequence[Example],
+    *,
+    vision: PatchGeometry,
+    pad_id: int,
+    rows: int | None = None,
+    tokens: int | None = None,
+    patches: int | None = None,
+    resample: str = "bicubic",
 ) -> PackedBatch:
-    """One prompt a row, for inference. Sizes default to what the longest prompt needs; rows without a prompt are padding.
+    """One prompt a row, for inference.
 
-    Raises SampleError when a picture does not decode, ValueError when a prompt is longer than the sizes given.
+    Sizes default to what the longest prompt needs; rows without a prompt are padding.
+
+    Raises SampleError when an image does not decode, ValueError when a prompt is longer than the sizes given.
     """
     read = [example.with_pixels(vision, resample) for example in examples]
     longest = max((example.length for example in read), default=1)
     most = max([vision.merge_unit, *(example.patches for example in read)])
-    shape = shape_for(vision, rows=rows or len(read), tokens=tokens or longest, patches=patches if patches is not None else most, samples=1)
-    return collate([[example] for example in read] + [[] for _ in range(shape.rows - len(read))], shape, pad_id=pad_id, vision=vision)
+    shape = shape_for(
+        vision,
+        rows=rows or len(read),
+        tokens=tokens or longest,
+        patches=patches if patches is not None else most,
+        samples=1,
+    )
+    return collate(
+        [[example] for example in read] + [[] for _ in range(shape.rows - len(read))],
+        shape,
+        pad_id=pad_id,
+        vision=vision,
+    )

@@ -14,14 +14,19 @@ class VisionLanguageConfig(ModelConfig):
 
     vision: PatchGeometry
     text: TextConfig
-    image_token_id: NonNegativeInt = Field(description="Placeholder of one visual token of an image, in the model's own vocabulary.")
+    image_token_id: NonNegativeInt = Field(
+        description="Placeholder of one visual token of an image, in the model's own vocabulary."
+    )
     video_token_id: NonNegativeInt
     vision_start_token_id: NonNegativeInt
     vision_end_token_id: NonNegativeInt
 
     @model_validator(mode="after")
     def _media_tokens(self):
-        ids = {key: getattr(self, key) for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
+        ids = {
+            key: getattr(self, key)
+            for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        }
         if beyond := [f"{key} {value}" for key, value in ids.items() if value >= self.text.vocab_size]:
             raise ValueError(f"{', '.join(beyond)} beyond the text.vocab_size {self.text.vocab_size}")
         return self

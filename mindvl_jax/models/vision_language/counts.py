@@ -5,14 +5,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mindvl_jax.models.vision_language.batch import Batch
 from mindvl_jax.models.counts import Counts
+from mindvl_jax.models.vision_language.batch import Batch
 
 SHOWN = ("tokens", "label_tokens", "samples", "patches")
 
 
 def batch_counts(batch: Batch) -> dict[str, jax.Array]:
-    """Tokens, labelled tokens, samples and patches without padding, and sums of squared lengths for each kind of attention.
+    """Tokens, labelled tokens, samples and patches without padding, and sums of squared lengths for each kind of
+    attention.
 
     Float32 scalars: exact up to 2^24, and only for display and FLOPs.
     """

@@ -1,25 +1,25 @@
 """One encoded sample: token ids, targets, positions and media whose pixels are read when they are needed.
 
-Encoding reads picture headers only, so lengths are known (and rows can be planned) without decoding a pixel.
+Encoding reads image headers only, so lengths are known (and rows can be planned) without decoding a pixel.
 T tokens and P patches of this one sample.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from mindvl_jax.config.schema import ModelConfig
-from mindvl_jax.data.media.geometry import PatchGeometry
+from mindvl_jax.data.marks import IMAGE, marks
 from mindvl_jax.data.media import image as images
 from mindvl_jax.data.media import video as videos
+from mindvl_jax.data.media.geometry import PatchGeometry
+from mindvl_jax.data.sample import Media, Message, Sample, SampleError
 from mindvl_jax.data.text.chat import ChatEncoder, TextTokenizer, Turn, check_turn_order
 from mindvl_jax.models.vision_language.positions import rotary_positions
-from mindvl_jax.data.marks import IMAGE, marks
-from mindvl_jax.data.sample import Media, Message, Sample, SampleError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class EncodeLimits:
 
     Attributes:
       max_tokens, max_patches: budgets of one sample; None does not limit (inference).
-      limit_image_patches: hard limit of one picture, which is shrunk to it; None follows the published rule alone.
+      limit_image_patches: hard limit of one image, which is shrunk to it; None follows the published rule alone.
       refuse_shrunk: refuse a sample whose images would be shrunk below their max_pixels by a budget.
     """
 
@@ -46,7 +46,7 @@ class EncodeLimits:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VisualItem:
-    """One picture or video of a sample: where its pixels come from and how they are laid out."""
+    """One image or video of a sample: where its pixels come from and how they are laid out."""
 
     media: Media
     kind: str  # "image" or "video"
@@ -63,7 +63,8 @@ class Example:
     Attributes:
       tokens: (T,) int32.
       targets: (T,) int32, the next token, 0 at the end.
-      loss_weights: (T,) float32, where the target is learned its turn's weight (1 unless the sample says otherwise), else 0.
+      loss_weights: (T,) float32, where the target is learned its turn's weight (1 unless the sample says otherwise),
+        else 0.
       positions: (3, T) int32, from 0.
       visual_index: (T,) int32, merged patch group of this sample in window order, -1 for text.
       visuals: media in the order of their patches.
@@ -109,20 +110,22 @@ class Example:
         # Arrays of a layout are shared by all images of its size and count nothing.
         return 1024 + self.tokens.nbytes * 7 + sum(pixels.nbytes for pixels in self.pixels or ())
 
-    def with_pixels(self, vision: PatchGeometry, resample: str) -> "Example":
-        """Reads the pixels of all media. Raises SampleError when one does not decode."""
+    def with_pixels(self, vision: PatchGeometry, resample: str) -> Example:
+        """Read the pixels of all media. Raises SampleError when one does not decode."""
         if self.pixels is not None:
             return self
         return dataclasses.replace(self, pixels=tuple(read_pixels(item, vision, resample) for item in self.visuals))
 
-    def for_cache(self) -> "Example":
+    def for_cache(self) -> Example:
         """The same with the encoded media let go, to be kept in memory beside its pixels."""
         light = tuple(dataclasses.replace(item, media=Media(path=item.media.path)) for item in self.visuals)
         return dataclasses.replace(self, visuals=light)
 
 
 def read_pixels(item: VisualItem, vision: PatchGeometry, resample: str) -> np.ndarray:
-    """uint8 patches of a medium in window order: one frame's for a picture, one channel's without colour (see `image.frames_to_patches`)."""
+    """uint8 patches of a medium in window order: one frame's for an image, one channel's without colour (see
+    `image.frames_to_patches`).
+    """
     if item.kind == "video":
         frames = videos.read_frames(item.media, item.frames, item.layout.grid, vision, resample)
     else:
@@ -134,7 +137,7 @@ def read_pixels(item: VisualItem, vision: PatchGeometry, resample: str) -> np.nd
 
 
 class ExampleEncoder:
-    """Encodes samples for one model, tokenizer and set of limits."""
+    """Encode samples for one model, tokenizer and set of limits."""
 
     def __init__(self, model: ModelConfig, tokenizer: TextTokenizer, limits: EncodeLimits):
         self._model = model
@@ -142,7 +145,7 @@ class ExampleEncoder:
         self._chat = ChatEncoder(tokenizer, model)
 
     def encode(self, sample: Sample) -> Example:
-        """Encodes a sample for training.
+        """Encode a sample for training.
 
         Raises SampleError with the reason: media and placeholders that do not match, no answer, longer than the budget
         even with all turns but the first exchange left out, nothing to learn, media that cannot be opened.
@@ -152,10 +155,18 @@ class ExampleEncoder:
         kept, truncated = self._fit(turns, visuals)
         return self._build(sample, kept, visuals, truncated, prompt=False)
 
-    def encode_prompt(self, messages: Sequence[Message], image_media: Sequence[Media] = (), video_media: Sequence[Media] = (), *, tools: Sequence[str] = (), id: str = "prompt") -> Example:
-        """Encodes a conversation whose answer is asked for: it ends with an opened assistant turn, nothing is learned.
+    def encode_prompt(
+        self,
+        messages: Sequence[Message],
+        image_media: Sequence[Media] = (),
+        video_media: Sequence[Media] = (),
+        *,
+        tools: Sequence[str] = (),
+        id: str = "prompt",
+    ) -> Example:
+        """Encode a conversation whose answer is asked for: it ends with an opened assistant turn, nothing is learned.
 
-        Pictures without any placeholder in the text are put before the first user turn's text.
+        Images without any placeholder in the text are put before the first user turn's text.
         Raises SampleError as `encode`, and when the prompt is longer than max_tokens (prompts are never cut).
         """
         messages = tuple(messages)
@@ -169,7 +180,11 @@ class ExampleEncoder:
         turns, visuals = self._turns(sample, prompt=True)
         example = self._build(sample, turns, visuals, 0, prompt=True)
         if self._limits.max_tokens is not None and example.length > self._limits.max_tokens:
-            raise SampleError("too_long", f"the prompt has {example.length} tokens, the limit is {self._limits.max_tokens}; shorten it or lower max_pixels")
+            raise SampleError(
+                "too_long",
+                f"the prompt has {example.length} tokens, the limit is {self._limits.max_tokens}; shorten it "
+                "or lower max_pixels",
+            )
         return example
 
     # --- steps ---
@@ -179,8 +194,14 @@ class ExampleEncoder:
         counts = {"image": text.count(IMAGE), "video": len(text) - text.count(IMAGE)}
         for kind, found in (("image", sample.images), ("video", sample.videos)):
             if counts[kind] != len(found):
-                raise SampleError("media_mismatch", f"the text has {counts[kind]} <{kind}> placeholder(s) but the sample has {len(found)} {kind}(s)")
-        by_kind = {"image": [self._image_item(media) for media in sample.images], "video": [self._video_item(media) for media in sample.videos]}
+                raise SampleError(
+                    "media_mismatch",
+                    f"the text has {counts[kind]} <{kind}> placeholder(s) but the sample has {len(found)} {kind}(s)",
+                )
+        by_kind = {
+            "image": [self._image_item(media) for media in sample.images],
+            "video": [self._video_item(media) for media in sample.videos],
+        }
         tokens = {kind: iter([item.layout.tokens for item in items]) for kind, items in by_kind.items()}
         turns = self._chat.turns(sample.messages, tokens["image"], tokens["video"], sample.tools, prompt=prompt)
         # Media in the order in which the text names them: that is the order of their patches.
@@ -190,7 +211,14 @@ class ExampleEncoder:
     def _image_item(self, media: Media) -> VisualItem:
         height, width = images.image_size(media)
         limits = self._limits
-        grid = images.image_grid(height, width, self._model.vision, min_pixels=limits.min_pixels, max_pixels=limits.max_pixels, limit_patches=limits.limit_image_patches)
+        grid = images.image_grid(
+            height,
+            width,
+            self._model.vision,
+            min_pixels=limits.min_pixels,
+            max_pixels=limits.max_pixels,
+            limit_patches=limits.limit_image_patches,
+        )
         shrunk = self._shrunk(height, width, grid[1] * grid[2])
         return VisualItem(media, "image", images.visual_layout(grid, self._model.vision), shrunk=shrunk)
 
@@ -204,11 +232,17 @@ class ExampleEncoder:
             return False
         if patches >= limits.max_pixels // vision.patch_size**2:  # the rule itself passes max_pixels for thin images
             return False
-        _, rows, columns = images.image_grid(height, width, vision, min_pixels=limits.min_pixels, max_pixels=limits.max_pixels)
+        _, rows, columns = images.image_grid(
+            height, width, vision, min_pixels=limits.min_pixels, max_pixels=limits.max_pixels
+        )
         if rows * columns <= patches:
             return False
         if limits.refuse_shrunk:
-            raise SampleError("shrunk", f"an image of {width}x{height} needs {rows * columns} patches and has room for {patches}; raise patches_per_row, lower max_pixels, or set data.on_shrink to allow")
+            raise SampleError(
+                "shrunk",
+                f"an image of {width}x{height} needs {rows * columns} patches and has room for {patches}; "
+                "raise patches_per_row, lower max_pixels, or set data.on_shrink to allow",
+            )
         return True
 
     def _video_item(self, media: Media) -> VisualItem:
@@ -224,7 +258,14 @@ class ExampleEncoder:
             total_patches=limits.max_patches,
         )
         shrunk = self._shrunk(*plan.size, plan.grid[1] * plan.grid[2])
-        return VisualItem(media, "video", images.visual_layout(plan.grid, self._model.vision), plan.frames, plan.seconds_per_pair, shrunk)
+        return VisualItem(
+            media,
+            "video",
+            images.visual_layout(plan.grid, self._model.vision),
+            plan.frames,
+            plan.seconds_per_pair,
+            shrunk,
+        )
 
     def _fit(self, turns: list[Turn], visuals: list[VisualItem]) -> tuple[list[Turn], int]:
         """The longest run of turns from the start that ends with an answer and fits both budgets."""
@@ -245,10 +286,16 @@ class ExampleEncoder:
         last_answer = max(index for index, turn in enumerate(turns) if turn.role == "assistant") + 1
         if best == 0:
             reason = "too_long" if max_tokens is not None and first[0] > max_tokens else "too_many_patches"
-            raise SampleError(reason, f"up to its first answer the sample has {first[0]} tokens and {first[1]} patches; the budgets are {max_tokens} and {max_patches}: raise them or lower max_pixels")
+            raise SampleError(
+                reason,
+                f"up to its first answer the sample has {first[0]} tokens and {first[1]} patches; the "
+                f"budgets are {max_tokens} and {max_patches}: raise them or lower max_pixels",
+            )
         return turns[:best], last_answer - best
 
-    def _build(self, sample: Sample, turns: list[Turn], visuals: list[VisualItem], truncated: int, *, prompt: bool) -> Example:
+    def _build(
+        self, sample: Sample, turns: list[Turn], visuals: list[VisualItem], truncated: int, *, prompt: bool
+    ) -> Example:
         vision, text = self._model.vision, self._model.text
         ids: list[int] = []
         learned: list[float] = []
@@ -284,7 +331,13 @@ class ExampleEncoder:
             if not weights.any():
                 raise SampleError("nothing_to_learn", "no token of the sample is learned")
         spans = [(start, item.layout.grid, item.seconds) for (start, _), item in zip(starts, visuals)]
-        positions = rotary_positions(count, spans, merge=vision.spatial_merge_size, tokens_per_second=vision.tokens_per_second, mrope=text.rope == "mrope")
+        positions = rotary_positions(
+            count,
+            spans,
+            merge=vision.spatial_merge_size,
+            tokens_per_second=vision.tokens_per_second,
+            mrope=text.rope == "mrope",
+        )
         layouts = [item.layout for item in visuals]
         return Example(
             id=sample.id,
@@ -312,7 +365,7 @@ def _joined(arrays: list[Any], empty: tuple[int, ...]) -> np.ndarray:
 
 
 def encode_sample(sample: Sample, model: ModelConfig, tokenizer: TextTokenizer, limits: EncodeLimits) -> Example:
-    """Encodes one sample for training; `ExampleEncoder` does the same for many without building its tables again."""
+    """Encode one sample for training; `ExampleEncoder` does the same for many without building its tables again."""
     return ExampleEncoder(model, tokenizer, limits).encode(sample)
 
 
@@ -326,5 +379,5 @@ def encode_prompt(
     limits: EncodeLimits,
     id: str = "prompt",
 ) -> Example:
-    """Encodes one conversation for inference; see `ExampleEncoder.encode_prompt`."""
+    """Encode one conversation for inference; see `ExampleEncoder.encode_prompt`."""
     return ExampleEncoder(model, tokenizer, limits).encode_prompt(messages, image_media, video_media, id=id)

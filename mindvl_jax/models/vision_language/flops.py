@@ -1,7 +1,7 @@
 """Floating-point operations of a training step, from what the batch really held, for MFU.
 
-Counted is what the mathematics needs: real tokens and patches (no padding), attention inside segments and windows, the output head at
-labelled places only, gradients only where something learns. What is recomputed by remat is not counted.
+Counted is what the mathematics needs: real tokens and patches (no padding), attention inside segments and windows, the
+output head at labelled places only, gradients only where something learns. What is recomputed by remat is not counted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class FlopCounter:
             own = sum(products(path) for path in trained if path.startswith(prefixes))
             return own / whole if whole else 0.0
 
-        # 1 forward + 1 for the weights' gradients where they learn + 1 for the inputs' gradients where something upstream learns.
+        # 1 forward + 1 for the weights' gradients where they learn + 1 for the inputs' gradients where something
+        # upstream learns.
         self._vision_kernels = kernels("vision/") * (1 + share("vision/") + learns("vision/"))
         self._projector_kernels = kernels("projector/") * (1 + share("projector/") + learns("vision/", "projector/"))
         decoder = ("language/layers/", "language/dense/")
@@ -59,7 +60,9 @@ class FlopCounter:
         language = 2 * (self._language_kernels * counts["tokens"] + self._head * counts["label_tokens"])
         # Scores and weighted values: two products; causal attention needs half of the square.
         language += self._language_attention * 2 * text.pair_products * counts["segment_squares"]
-        tower = 2 * (self._vision_kernels * counts["patches"] + self._projector_kernels * counts["patches"] / vision.merge_unit)
+        tower = 2 * (
+            self._vision_kernels * counts["patches"] + self._projector_kernels * counts["patches"] / vision.merge_unit
+        )
         full = vision.full_blocks
         squares = full * counts["image_squares"] + (vision.depth - full) * counts["window_squares"]
         tower += self._vision_attention * 4 * vision.hidden_size * squares

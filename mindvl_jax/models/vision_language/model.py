@@ -25,9 +25,16 @@ class VisionLanguageModel(LanguageModel):
     def visual_features(self, batch: Batch, *, max_image_patches: int | None = None) -> jax.Array:
         """(B, P / merge_unit, D): one visual token for each group of neighbouring patches, in window order."""
         with jax.named_scope("vision"):
-            features = self.vision(batch.patches, batch.patch_positions, batch.patch_segment_ids, batch.patch_window_ids,
-                                   image_lengths=batch.image_lengths, window_lengths=batch.window_lengths,
-                                   max_image_patches=max_image_patches, dtype=self.compute_dtype)
+            features = self.vision(
+                batch.patches,
+                batch.patch_positions,
+                batch.patch_segment_ids,
+                batch.patch_window_ids,
+                image_lengths=batch.image_lengths,
+                window_lengths=batch.window_lengths,
+                max_image_patches=max_image_patches,
+                dtype=self.compute_dtype,
+            )
         with jax.named_scope("projector"):
             return self.projector(features)
 

@@ -6,18 +6,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# (first token, grid in patches, seconds between frame pairs or None for a picture)
+# (first token, grid in patches, seconds between frame pairs or None for an image)
 VisualSpan = tuple[int, tuple[int, int, int], float | None]
 
 
-def rotary_positions(length: int, spans: Sequence[VisualSpan], *, merge: int, tokens_per_second: int | None, mrope: bool) -> np.ndarray:
+def rotary_positions(
+    length: int, spans: Sequence[VisualSpan], *, merge: int, tokens_per_second: int | None, mrope: bool
+) -> np.ndarray:
     """(3, T) int32 positions (temporal, height, width) of one sample, starting at 0.
 
-    Text counts on in all three rows. A visual span starts at the next position p: row `height` and `width` are p plus the
-    merged row and column; `temporal` is p plus floor(frame pair * tokens_per_second * seconds), 0 for images; plus the frame pair alone when
-    `tokens_per_second` is None, as in Qwen2-VL. The text
-    after it goes on from p + max(rows, columns), whatever the time spanned: the published Qwen2.5-VL index.
-    Without `mrope` every row is the running index.
+    Text counts on in all three rows. A visual span starts at the next position p: row `height` and `width` are p plus
+    the merged row and column; `temporal` is p plus floor(frame pair * tokens_per_second * seconds), 0 for images; plus
+    the frame pair alone when `tokens_per_second` is None, as in Qwen2-VL. The text after it goes on from p + max(rows,
+    columns), whatever the time spanned: the published Qwen2.5-VL index. Without `mrope` every row is the running index.
     """
     if not mrope or not spans:
         return np.broadcast_to(np.arange(length, dtype=np.int32), (3, length)).copy()
@@ -28,7 +29,13 @@ def rotary_positions(length: int, spans: Sequence[VisualSpan], *, merge: int, to
         current += start - cursor
         rows, columns = height // merge, width // merge
         # The published index multiplies in float32; a float64 product can floor differently.
-        step = np.float32(0.0 if seconds is None else 1.0 if tokens_per_second is None else np.float32(tokens_per_second) * np.float32(seconds))
+        step = np.float32(
+            0.0
+            if seconds is None
+            else 1.0
+            if tokens_per_second is None
+            else np.float32(tokens_per_second) * np.float32(seconds)
+        )
         time = (np.arange(frames, dtype=np.float32) * step).astype(np.int32)
         block = positions[:, start : start + frames * rows * columns].reshape(3, frames, rows, columns)
         block[0] = current + time[:, None, None]

@@ -33,7 +33,8 @@ class VisionLanguageProcessor:
         self.tokenizer = cached_tokenizer(config.tokenizer)
         if self.tokenizer.vocab_size > model.text.vocab_size:
             raise UserError(
-                f"the tokenizer has {self.tokenizer.vocab_size} ids, model.text.vocab_size is {model.text.vocab_size}; the model must not be smaller"
+                f"the tokenizer has {self.tokenizer.vocab_size} ids, model.text.vocab_size is "
+                f"{model.text.vocab_size}; the model must not be smaller"
             )
         self.limits = training_limits(config, phase_index)
         self.encoder = ExampleEncoder(model, self.tokenizer, self.limits)
@@ -72,7 +73,11 @@ class VisionLanguageProcessor:
             start = cursor
             try:
                 for item in items:
-                    write_pixels(area[cursor : cursor + item.layout.patches], read_pixels(item, self._vision, self.limits.resample), self._vision)
+                    write_pixels(
+                        area[cursor : cursor + item.layout.patches],
+                        read_pixels(item, self._vision, self.limits.resample),
+                        self._vision,
+                    )
                     cursor += item.layout.patches
                 errors.append(None)
             except SampleError as error:

@@ -22,11 +22,16 @@ class WorkModel:
     patch_pair: float
 
     @classmethod
-    def of(cls, model: Any) -> "WorkModel":
+    def of(cls, model: Any) -> WorkModel:
         """Count matrix products of a decoder layer and a vision block (window attention is linear in patches)."""
         text, vision = model.text, model.vision
         if not hasattr(vision, "depth"):  # a language model alone: no tower, no work for patches
-            return cls(token=text.token_products + text.hidden_size * text.vocab_size, token_pair=text.pair_products, patch=0.0, patch_pair=0.0)
+            return cls(
+                token=text.token_products + text.hidden_size * text.vocab_size,
+                token_pair=text.pair_products,
+                patch=0.0,
+                patch_pair=0.0,
+            )
         # Without windows every block attends over the whole image.
         window = 0 if vision.window_size is None else (vision.window_size // vision.patch_size) ** 2
         full = vision.full_blocks
@@ -43,4 +48,6 @@ class WorkModel:
         """Work of one sample in the language model and in the vision tower."""
         patches = float(image_lengths.sum())
         squares = float((image_lengths.astype(np.float64) ** 2).sum())
-        return self.token * tokens + self.token_pair * float(tokens) ** 2, self.patch * patches + self.patch_pair * squares
+        return self.token * tokens + self.token_pair * float(
+            tokens
+        ) ** 2, self.patch * patches + self.patch_pair * squares

@@ -1,8 +1,9 @@
 """How MindSpeed-MM lays out Qwen2.5-VL: names, packing, the split over tensor ranks and the places of pipeline chunks.
 
-Facts: its `checkpoint/vlm_model` (converters/qwen2_5vl.py, operator.py, hf_to_mm.py). A model is cut into vpp * pp chunks; chunk c of the
-list lies in virtual stage c // pp of pipeline rank c % pp, and numbers its layers from 0. Two forms exist: fused (`linear_qkv`,
-`linear_fc1`) and canonical, where query, key, value, gate and up stay apart in the language model and gate and up in the tower.
+Facts: its `checkpoint/vlm_model` (converters/qwen2_5vl.py, operator.py, hf_to_mm.py). A model is cut into vpp * pp
+chunks; chunk c of the list lies in virtual stage c // pp of pipeline rank c % pp, and numbers its layers from 0. Two
+forms exist: fused (`linear_qkv`, `linear_fc1`) and canonical, where query, key, value, gate and up stay apart in the
+language model and gate and up in the tower.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ VIT_ROWS, VIT_HEADS = "rows", "heads"
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """Sizes that packing needs and no file tells. query, key_value: heads of the language model; vision: heads of the tower."""
+    """Sizes that packing needs and no file tells. query, key_value: heads of the language model; vision: heads of the
+    tower.
+    """
 
     query: int
     key_value: int
@@ -38,7 +41,8 @@ class Item:
     Attributes:
       name: theirs, with `{layer}` inside a stack. published: the tensors that it holds, with `{layer}`.
       part: tower or language model. place: chunk of the part that it belongs to.
-      pack: same; rows (one after another); groups (by key/value head: its queries, key, value); heads ([Q; K; V] to head by head).
+      pack: same; rows (one after another); groups (by key/value head: its queries, key, value); heads ([Q; K; V] to
+        head by head).
       split: over tensor ranks.
     """
 
@@ -63,11 +67,35 @@ def items(*, canonical: bool, tied: bool, pipeline: bool) -> list[Item]:
     found = [
         Item("image_encoder.encoder.patch_embed.proj.weight", ("visual.patch_embed.proj.weight",), "vision", "first"),
         Item("image_encoder.projector.layernorm.weight", ("visual.merger.ln_q.weight",), "vision", "last"),
-        Item("image_encoder.projector.encoder.linear_fc1.weight", ("visual.merger.mlp.0.weight",), "vision", "last", split="rows"),
-        Item("image_encoder.projector.encoder.linear_fc1.bias", ("visual.merger.mlp.0.bias",), "vision", "last", split="rows"),
-        Item("image_encoder.projector.encoder.linear_fc2.weight", ("visual.merger.mlp.2.weight",), "vision", "last", split="columns"),
+        Item(
+            "image_encoder.projector.encoder.linear_fc1.weight",
+            ("visual.merger.mlp.0.weight",),
+            "vision",
+            "last",
+            split="rows",
+        ),
+        Item(
+            "image_encoder.projector.encoder.linear_fc1.bias",
+            ("visual.merger.mlp.0.bias",),
+            "vision",
+            "last",
+            split="rows",
+        ),
+        Item(
+            "image_encoder.projector.encoder.linear_fc2.weight",
+            ("visual.merger.mlp.2.weight",),
+            "vision",
+            "last",
+            split="columns",
+        ),
         Item("image_encoder.projector.encoder.linear_fc2.bias", ("visual.merger.mlp.2.bias",), "vision", "last"),
-        Item("text_decoder.embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "text", "first", split="rows"),
+        Item(
+            "text_decoder.embedding.word_embeddings.weight",
+            ("model.embed_tokens.weight",),
+            "text",
+            "first",
+            split="rows",
+        ),
         Item("text_decoder.decoder.final_layernorm.weight", ("model.norm.weight",), "text", "last"),
     ]
     if not tied or pipeline:
@@ -76,22 +104,52 @@ def items(*, canonical: bool, tied: bool, pipeline: bool) -> list[Item]:
 
     def layer(part, theirs, published, **options):
         ours = (_TOWER, _TOWER_HF) if part == "vision" else (_TEXT, _TEXT_HF)
-        found.append(Item(f"{ours[0]}.{theirs}", tuple(f"{ours[1]}.{name}" for name in published), part, "layer", **options))
+        found.append(
+            Item(f"{ours[0]}.{theirs}", tuple(f"{ours[1]}.{name}" for name in published), part, "layer", **options)
+        )
 
     for kind in ("weight", "bias"):
-        layer("vision", f"self_attention.linear_qkv.{kind}", [f"attn.qkv.{kind}"], pack="same" if canonical else "heads", split="rows")
-        layer("vision", f"self_attention.linear_proj.{kind}", [f"attn.proj.{kind}"], split="columns" if kind == "weight" else "whole")
+        layer(
+            "vision",
+            f"self_attention.linear_qkv.{kind}",
+            [f"attn.qkv.{kind}"],
+            pack="same" if canonical else "heads",
+            split="rows",
+        )
+        layer(
+            "vision",
+            f"self_attention.linear_proj.{kind}",
+            [f"attn.proj.{kind}"],
+            split="columns" if kind == "weight" else "whole",
+        )
         if canonical:
             layer("vision", f"mlp.gate_proj.{kind}", [f"mlp.gate_proj.{kind}"], split="rows")
             layer("vision", f"mlp.up_proj.{kind}", [f"mlp.up_proj.{kind}"], split="rows")
         else:
-            layer("vision", f"mlp.linear_fc1.{kind}", [f"mlp.gate_proj.{kind}", f"mlp.up_proj.{kind}"], pack="rows", split="gated")
-        layer("vision", f"mlp.linear_fc2.{kind}", [f"mlp.down_proj.{kind}"], split="columns" if kind == "weight" else "whole")
+            layer(
+                "vision",
+                f"mlp.linear_fc1.{kind}",
+                [f"mlp.gate_proj.{kind}", f"mlp.up_proj.{kind}"],
+                pack="rows",
+                split="gated",
+            )
+        layer(
+            "vision",
+            f"mlp.linear_fc2.{kind}",
+            [f"mlp.down_proj.{kind}"],
+            split="columns" if kind == "weight" else "whole",
+        )
         if canonical:
             for short in "qkv":
                 layer("text", f"self_attention.{short}_proj.{kind}", [f"self_attn.{short}_proj.{kind}"], split="rows")
         else:
-            layer("text", f"self_attention.linear_qkv.{kind}", [f"self_attn.{short}_proj.{kind}" for short in "qkv"], pack="groups", split="rows")
+            layer(
+                "text",
+                f"self_attention.linear_qkv.{kind}",
+                [f"self_attn.{short}_proj.{kind}" for short in "qkv"],
+                pack="groups",
+                split="rows",
+            )
     for norm, published in (("input_layernorm", "norm1"), ("pre_mlp_layernorm", "norm2")):
         layer("vision", f"{norm}.weight", [f"{published}.weight"])
     layer("text", "input_layernorm.weight", ["input_layernorm.weight"])
@@ -101,7 +159,9 @@ def items(*, canonical: bool, tied: bool, pipeline: bool) -> list[Item]:
         layer("text", "mlp.gate_proj.weight", ["mlp.gate_proj.weight"], split="rows")
         layer("text", "mlp.up_proj.weight", ["mlp.up_proj.weight"], split="rows")
     else:
-        layer("text", "mlp.linear_fc1.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], pack="rows", split="gated")
+        layer(
+            "text", "mlp.linear_fc1.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], pack="rows", split="gated"
+        )
     layer("text", "mlp.linear_fc2.weight", ["mlp.down_proj.weight"], split="columns")
     return found
 
@@ -133,8 +193,14 @@ def unpack(item: Item, whole: np.ndarray, heads: Heads) -> list[np.ndarray]:
     ratio = heads.query // heads.key_value
     head_dim = whole.shape[0] // (heads.key_value * (ratio + 2))
     blocks = whole.reshape(heads.key_value, (ratio + 2) * head_dim, *whole.shape[1:])
-    return [blocks[:, start:stop].reshape(-1, *whole.shape[1:])
-            for start, stop in ((0, ratio * head_dim), (ratio * head_dim, (ratio + 1) * head_dim), ((ratio + 1) * head_dim, None))]
+    return [
+        blocks[:, start:stop].reshape(-1, *whole.shape[1:])
+        for start, stop in (
+            (0, ratio * head_dim),
+            (ratio * head_dim, (ratio + 1) * head_dim),
+            ((ratio + 1) * head_dim, None),
+        )
+    ]
 
 
 def split(item: Item, whole: np.ndarray, rank: int, tp: int, vit_qkv: str = VIT_ROWS) -> np.ndarray:
@@ -209,13 +275,25 @@ class MegatronLayout:
         for part, name in (("vision", "vit_pp_layers"), ("text", "llm_pp_layers")):
             nested = self.vision_layers if part == "vision" else self.text_layers
             if len({len(stage) for stage in nested}) != 1 or len(nested) != self.vpp or len(nested[0]) != self.pp:
-                problems.append(f"{name} {[list(stage) for stage in nested]}: expected {self.vpp} lists of {self.pp} numbers, as the other list has")
+                problems.append(
+                    f"{name} {[list(stage) for stage in nested]}: expected {self.vpp} lists of {self.pp} "
+                    "numbers, as the other list has"
+                )
             elif sum(self.layers(part)) != depth[part]:
-                problems.append(f"{name} {[list(stage) for stage in nested]} holds {sum(self.layers(part))} layers, the model has {depth[part]}")
+                problems.append(
+                    f"{name} {[list(stage) for stage in nested]} holds {sum(self.layers(part))} layers, the "
+                    f"model has {depth[part]}"
+                )
         vision, text = (np.flatnonzero(self.layers(part)) for part in ("vision", "text"))
         if not problems and len(vision) and len(text) and vision[-1] > text[0]:
-            problems.append("a chunk with layers of the language model comes before the last one with layers of the vision tower")
-        problems += [f"tensor parallelism {self.tp} does not divide {name} ({size})" for name, size in sizes.items() if size % self.tp]
+            problems.append(
+                "a chunk with layers of the language model comes before the last one with layers of the vision tower"
+            )
+        problems += [
+            f"tensor parallelism {self.tp} does not divide {name} ({size})"
+            for name, size in sizes.items()
+            if size % self.tp
+        ]
         if heads.query % heads.key_value:
             problems.append(f"{heads.query} heads are no multiple of {heads.key_value} key/value heads")
         if problems:
@@ -237,8 +315,13 @@ class MegatronLayout:
 
 
 def even_layout(tp: int, pp: int, vpp: int, depth: dict[str, int], **options) -> MegatronLayout:
-    """All of the tower in the first chunk, the language model's layers spread evenly over the chunks, the remainder over the last ones."""
+    """All of the tower in the first chunk, the language model's layers spread evenly over the chunks, the remainder
+    over the last ones.
+    """
     chunks = pp * vpp
     counts = [depth["text"] // chunks + (number >= chunks - depth["text"] % chunks) for number in range(chunks)]
-    nest: Callable = lambda flat: tuple(tuple(int(count) for count in flat[stage * pp : (stage + 1) * pp]) for stage in range(vpp))
+
+    def nest(flat):
+        return tuple(tuple(int(count) for count in flat[stage * pp : (stage + 1) * pp]) for stage in range(vpp))
+
     return MegatronLayout(tp, nest([depth["vision"]] + [0] * (chunks - 1)), nest(counts), **options)

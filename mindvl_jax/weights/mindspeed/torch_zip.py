@@ -1,8 +1,10 @@
-"""torch's zip files without torch: tensors read by memory map, pickles read without running anything, files written as a stream.
+"""torch's zip files without torch: tensors read by memory map, pickles read without running anything, files written as
+a stream.
 
-A `.pt` file is a zip of stored (not compressed) records: `<top>/data.pkl`, the pickled object in which each tensor refers to a storage
-by key, and `<top>/data/<key>`, the bytes of each storage. An unpickler may call whatever a file names; this one builds tensors and
-containers itself and turns every other name into an inert placeholder, so a hostile file can do no more than be refused.
+A `.pt` file is a zip of stored (not compressed) records: `<top>/data.pkl`, the pickled object in which each tensor
+refers to a storage by key, and `<top>/data/<key>`, the bytes of each storage. An unpickler may call whatever a file
+names; this one builds tensors and containers itself and turns every other name into an inert placeholder, so a hostile
+file can do no more than be refused.
 """
 
 from __future__ import annotations
@@ -52,11 +54,15 @@ class LazyTensor:
             return np.zeros(self.shape, self.dtype)
         extent = 1 + sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
         flat = np.memmap(self.file, np.uint8, "r", self.start, (extent * size,)).view(self.dtype)
-        return np.lib.stride_tricks.as_strided(flat, self.shape, [stride * size for stride in self.strides], writeable=False)
+        return np.lib.stride_tricks.as_strided(
+            flat, self.shape, [stride * size for stride in self.strides], writeable=False
+        )
 
 
 class Inert:
-    """Stands for an object of a class that is not read: takes any construction and state, keeps a Namespace's attributes."""
+    """Stands for an object of a class that is not read: takes any construction and state, keeps a Namespace's
+    attributes.
+    """
 
     def __init__(self, *arguments: Any, **options: Any):
         self.state: dict[str, Any] = {}
@@ -111,14 +117,24 @@ class _Unpickler(pickle.Unpickler):
         begin, length = self._records[storage.key]
         size = storage.dtype.itemsize
         shape, strides = tuple(map(int, shape)), tuple(map(int, strides))
-        last = offset + sum((count - 1) * stride for count, stride in zip(shape, strides, strict=True)) if all(shape) else offset - 1
-        if offset < 0 or any(count < 0 for count in shape) or any(stride < 0 for stride in strides) or (last + 1) * size > length:
+        last = (
+            offset + sum((count - 1) * stride for count, stride in zip(shape, strides, strict=True))
+            if all(shape)
+            else offset - 1
+        )
+        if (
+            offset < 0
+            or any(count < 0 for count in shape)
+            or any(stride < 0 for stride in strides)
+            or (last + 1) * size > length
+        ):
             raise pickle.UnpicklingError(f"holds a tensor of shape {list(shape)} that reaches past its storage")
         return LazyTensor(self._file, storage.dtype, begin + offset * size, shape, strides)
 
 
 def read(path: Path) -> Any:
-    """The object of a torch file, with a `LazyTensor` in place of each tensor and an `Inert` for every class that is not data.
+    """The object of a torch file, with a `LazyTensor` in place of each tensor and an `Inert` for every class that is
+    not data.
 
     Raises:
       UserError: not a zip of torch's, compressed records, a damaged pickle, tensors outside their storage.
@@ -126,7 +142,10 @@ def read(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as raw:
             infos = {info.filename: info for info in archive.infolist()}
-            top = next((name.removesuffix("data.pkl") for name in infos if name.endswith("data.pkl") and name.count("/") <= 1), None)
+            top = next(
+                (name.removesuffix("data.pkl") for name in infos if name.endswith("data.pkl") and name.count("/") <= 1),
+                None,
+            )
             if top is None:
                 raise UserError(f"{path}: a zip without data.pkl; expected a file of torch.save")
             if f"{top}byteorder" in infos and archive.read(f"{top}byteorder").strip() != b"little":
@@ -138,11 +157,26 @@ def read(path: Path) -> Any:
                         raise UserError(f"{path}: {name} is compressed; torch writes storages as they are")
                     raw.seek(info.header_offset + 26)
                     name_length, extra_length = struct.unpack("<HH", raw.read(4))
-                    records[name.removeprefix(f"{top}data/")] = (info.header_offset + 30 + name_length + extra_length, info.file_size)
+                    records[name.removeprefix(f"{top}data/")] = (
+                        info.header_offset + 30 + name_length + extra_length,
+                        info.file_size,
+                    )
             return _Unpickler(archive.read(f"{top}data.pkl"), path, records).load()
     except zipfile.BadZipFile as error:
-        raise UserError(f"{path}: not a zip file ({error}). Files of torch older than 1.6 are pickles, which are refused: load and save them with a newer torch") from error
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, KeyError, IndexError, struct.error) as error:
+        raise UserError(
+            f"{path}: not a zip file ({error}). Files of torch older than 1.6 are pickles, which are "
+            "refused: load and save them with a newer torch"
+        ) from error
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        IndexError,
+        struct.error,
+    ) as error:
         raise UserError(f"{path}: damaged or hostile: {error}") from error
 
 
@@ -183,7 +217,10 @@ class _Pickler(pickle._Pickler):
         strides = tuple(int(np.prod(value.shape[axis + 1 :], dtype=np.int64)) for axis in range(len(value.shape)))
         key = len(self.tensors)
         self.tensors.append(value)
-        self.save_reduce(_Global("torch._utils", "_rebuild_tensor_v2"), (_Key(key, value), 0, value.shape, strides, False, collections.OrderedDict()))
+        self.save_reduce(
+            _Global("torch._utils", "_rebuild_tensor_v2"),
+            (_Key(key, value), 0, value.shape, strides, False, collections.OrderedDict()),
+        )
 
     dispatch[Written] = _save_tensor
 

@@ -1,1 +1,1 @@
-"""Writes the torch program: one module for each family of operations, registered by name."""
+"""Write the torch program: one module for each family of operations, registered by name."""

@@ -10,7 +10,9 @@ from npu_bridge.compiler.codegen.program import Assign, Branches, Item
 from npu_bridge.compiler.ir import Op, Type
 
 
-def branches(e: Emitter, index: HostInt, bodies: Sequence[tuple[list[Item], Operand | list[Operand]]], op: Op) -> Operand | list[Operand]:
+def branches(
+    e: Emitter, index: HostInt, bodies: Sequence[tuple[list[Item], Operand | list[Operand]]], op: Op
+) -> Operand | list[Operand]:
     """One of several bodies, by a number of the host; any number past the end takes the last one, as StableHLO has it.
 
     bodies: the items of each, and its results. A result that is a number in every body stays a number of the host.

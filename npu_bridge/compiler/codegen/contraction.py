@@ -11,15 +11,24 @@ from npu_bridge.compiler.ir import FLOATS, Op, Type, body_kind
 
 @lowering("dot_general")
 def dot_general(e: Emitter, op: Op, args: list[Operand]) -> Operand:
-    """Any dot_general as one ``mm`` or ``bmm`` over permuted views; with a third operand, a bias of the last dim, as one ``addmm``."""
+    """Any dot_general as one ``mm`` or ``bmm`` over permuted views; with a third operand, a bias of the last dim, as
+    one ``addmm``.
+    """
     x, y, *bias = (e.tensor(a) for a in args)
-    lb, rb, lc, rc = (list(op.attrs[f"{s}_{k}_dimensions"]) for k in ("batching", "contracting") for s in ("lhs", "rhs"))
+    lb, rb, lc, rc = (
+        list(op.attrs[f"{s}_{k}_dimensions"]) for k in ("batching", "contracting") for s in ("lhs", "rhs")
+    )
     order = sorted(range(len(lc)), key=lambda i: lc[i])  # contracting dims in memory order of the left operand
     lc, rc = [lc[i] for i in order], [rc[i] for i in order]
     lf = [i for i in range(len(x.type.shape)) if i not in lb + lc]
     rf = [i for i in range(len(y.type.shape)) if i not in rb + rc]
-    size = lambda t, dims: math.prod(t.type.shape[i] for i in dims)
-    if [x.type.shape[i] for i in lc] != [y.type.shape[i] for i in rc] or [x.type.shape[i] for i in lb] != [y.type.shape[i] for i in rb]:
+
+    def size(t, dims):
+        return math.prod(t.type.shape[i] for i in dims)
+
+    if [x.type.shape[i] for i in lc] != [y.type.shape[i] for i in rc] or [x.type.shape[i] for i in lb] != [
+        y.type.shape[i] for i in rb
+    ]:
         e.problem(op, f"local operands {x.type} and {y.type} do not fit together: their shards differ")
         return Literal(0, op.result.type)
     b, m, k, n = size(x, lb), size(x, lf), size(x, lc), size(y, rf)
@@ -65,7 +74,10 @@ def convolution(e: Emitter, op: Op, args: list[Operand]) -> Operand:
         "feature_groups": a["feature_group_count"], "batch_groups": a["batch_group_count"],
     }  # fmt: skip
     text = ", ".join(f"{key}={value}" for key, value in options.items())
-    code = f"T.convolution({x.name}.permute({lhs}), {k.name}.permute({rhs}), {text}, dtype={torch_dtype(op.result.dtype)}).permute({back})"
+    code = (
+        f"T.convolution({x.name}.permute({lhs}), {k.name}.permute({rhs}), {text}, "
+        f"dtype={torch_dtype(op.result.dtype)}).permute({back})"
+    )
     return e.emit(code, [x, k], op.result.type, kind="convolution")
 
 
@@ -92,7 +104,11 @@ def broadcast_scalar(e: Emitter, x: Operand, type: Type) -> Operand:
     if isinstance(x, Literal):
         return Literal(x.value, type)
     x = e.tensor(x)
-    return e.emit(f"{x.name}.expand({type.shape})", [x], type, alias=x, expands=True, kind="broadcast_in_dim") if type.shape else x
+    return (
+        e.emit(f"{x.name}.expand({type.shape})", [x], type, alias=x, expands=True, kind="broadcast_in_dim")
+        if type.shape
+        else x
+    )
 
 
 @lowering("reduce")
@@ -125,7 +141,10 @@ def reduce(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
     if body is None:
         return [Literal(0, r.type) for r in op.results]
     xs, inits = [e.tensor(a) for a in args[:count]], [e.tensor(a) for a in args[count:]]
-    names = lambda ts: "(" + ", ".join(t.name for t in ts) + ",)"
+
+    def names(ts):
+        return "(" + ", ".join(t.name for t in ts) + ",)"
+
     code = f"T.tree_reduce({body}, {names(xs)}, {names(inits)}, {dims})"
     outs = e.emit_many(code + ("[0]" if count == 1 else ""), [*xs, *inits], [r.type for r in op.results], kind="reduce")
     return list(outs)
@@ -136,7 +155,8 @@ def _window(op: Op) -> str:
     ones = [1] * rank
     a = op.attrs
     return (
-        f"window={a['window_dimensions']}, strides={a.get('window_strides') or ones}, base_dilations={a.get('base_dilations') or ones}, "
+        f"window={a['window_dimensions']}, strides={a.get('window_strides') or ones}, "
+        f"base_dilations={a.get('base_dilations') or ones}, "
         f"window_dilations={a.get('window_dilations') or ones}, padding={a.get('padding') or [[0, 0]] * rank}"
     )
 
@@ -146,13 +166,24 @@ def reduce_window(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
     count = len(op.results)
     xs, inits = [e.tensor(a) for a in args[:count]], [e.tensor(a) for a in args[count:]]
     kind = body_kind(op.regions[0])
-    if count == 1 and kind in ("add", "maximum", "minimum", "multiply") and (op.result.dtype in FLOATS or op.result.dtype in ("i8", "i16", "i32", "i64")):
+    if (
+        count == 1
+        and kind in ("add", "maximum", "minimum", "multiply")
+        and (op.result.dtype in FLOATS or op.result.dtype in ("i8", "i16", "i32", "i64"))
+    ):
         code = f"T.reduce_window({xs[0].name}, {inits[0].name}, {kind!r}, {_window(op)})"
         return [e.emit(code, [*xs, *inits], op.result.type, kind="reduce_window")]
     body = e.function(op, op.regions[0], "combine")
-    names = lambda ts: "(" + ", ".join(t.name for t in ts) + ",)"
+
+    def names(ts):
+        return "(" + ", ".join(t.name for t in ts) + ",)"
+
     code = f"T.reduce_window_with({body}, {names(xs)}, {names(inits)}, {_window(op)})"
-    return list(e.emit_many(code + ("[0]" if count == 1 else ""), [*xs, *inits], [r.type for r in op.results], kind="reduce_window"))
+    return list(
+        e.emit_many(
+            code + ("[0]" if count == 1 else ""), [*xs, *inits], [r.type for r in op.results], kind="reduce_window"
+        )
+    )
 
 
 _FFT = {"FFT": "fftn", "IFFT": "ifftn", "RFFT": "rfftn", "IRFFT": "irfftn"}
@@ -180,7 +211,8 @@ def select_and_scatter(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     rank = len(x.type.shape)
     a = op.attrs
     code = (
-        f"T.select_and_scatter_add({x.name}, {source.name}, {init.name}, {direction!r}, window={a['window_dimensions']}, "
+        f"T.select_and_scatter_add({x.name}, {source.name}, {init.name}, {direction!r}, "
+        f"window={a['window_dimensions']}, "
         f"strides={a.get('window_strides') or [1] * rank}, padding={a.get('padding') or [[0, 0]] * rank})"
     )
     return e.emit(code, [x, source, init], op.result.type, kind="select_and_scatter")

@@ -1,13 +1,14 @@
 """Loops and branches.
 
-A ``while`` whose counter starts at a number, steps by a number and is compared with a number becomes a Python ``for``: its counter
-is a host integer, slices at it are views, nothing synchronises. Any other condition would have to be read from the device every
-round; that is refused unless `allow_host_sync` says otherwise.
+A ``while`` whose counter starts at a number, steps by a number and is compared with a number becomes a Python ``for``:
+its counter is a host integer, slices at it are views, nothing synchronises. Any other condition would have to be read
+from the device every round; that is refused unless `allow_host_sync` says otherwise.
 
-What a loop carries and the host can compute from the counter, the device's number and constant tables is carried by the host.
+What a loop carries and the host can compute from the counter, the device's number and constant tables is carried by the
+host.
 
-A ``case`` on a number of the host becomes a Python ``if``, of which only the chosen branch runs. On a device value every branch runs and
-the results are selected, which needs no synchronisation and can be captured.
+A ``case`` on a number of the host becomes a Python ``if``, of which only the chosen branch runs. On a device value
+every branch runs and the results are selected, which needs no synchronisation and can be captured.
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ def _counted(e: Emitter, op: Op, args: list[Operand]) -> _Counted | None:
     """The counter of a loop with a trip count known while compiling, or None."""
     condition, body = op.regions
     test = condition.results[0].producer
-    if test is None or test.name != "compare" or test.attrs["comparison_direction"] not in ("LT", "LE", "NE", "GT", "GE"):
+    if (
+        test is None
+        or test.name != "compare"
+        or test.attrs["comparison_direction"] not in ("LT", "LE", "NE", "GT", "GE")
+    ):
         return None
     x, y = test.operands
     if x not in condition.params:
@@ -82,7 +87,8 @@ def while_(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
         if not e.allow_host_sync:
             e.problem(
                 op,
-                "the number of rounds depends on data on the device, which costs a host synchronisation every round and cannot be "
+                "the number of rounds depends on data on the device, which costs a host synchronisation "
+                "every round and cannot be "
                 "captured; use lax.scan or a fixed fori_loop, or compile with allow_host_sync=True",
             )
             return [Literal(0, r.type) for r in op.results]
@@ -121,7 +127,9 @@ def while_(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
 def _write_rounds(
     e: Emitter, op: Op, args: list[Operand], counter: str, counted: _Counted, carried: list[int], on_host: list[int]
 ) -> tuple[Loop, dict[int, Operand]]:
-    """The loop, and what stands for each carried value behind it; a literal or tensor there says that it is no number of the host."""
+    """The loop, and what stands for each carried value behind it; a literal or tensor there says that it is no number
+    of the host.
+    """
     body = op.regions[1]
     tensors = [i for i in carried if i not in on_host]
     inits = {i: e.tensor(args[i]) for i in tensors}
@@ -141,7 +149,15 @@ def _write_rounds(
         if kept:
             items.append(Assign([names[i] for i in kept], [_host_value(ends[i]) for i in kept]))
     carries = [(params[i].name, inits[i].name, yields[i].name) for i in tensors]
-    loop = Loop(counter, counted.trip, carries, items, [op.results[i].type for i in tensors], start=str(counted.start), step=counted.step)
+    loop = Loop(
+        counter,
+        counted.trip,
+        carries,
+        items,
+        [op.results[i].type for i in tensors],
+        start=str(counted.start),
+        step=counted.step,
+    )
     return loop, {i: params[i] if i in tensors or i in kept else ends[i] for i in carried}
 
 
@@ -167,14 +183,17 @@ _ON_HOST = frozenset({"add", "subtract", "multiply", "maximum", "minimum", "sele
 
 
 def _may_stay_on_host(e: Emitter, body: Block, result: Value) -> bool:
-    """Whether a value that a loop hands on can be known to the host. Cheap and generous: what it takes wrongly is written twice."""
+    """Whether a value that a loop hands on can be known to the host.
+
+    Cheap and generous: what it takes wrongly is written twice.
+    """
     todo, seen = [result], set()
     while todo:
         v = todo.pop()
         if v in seen:
             continue
         seen.add(v)
-        if v.producer is None or v not in e.env and v.producer.name in _ON_HOST:
+        if v.producer is None or (v not in e.env and v.producer.name in _ON_HOST):
             known = e.env.get(v) if v.producer is None and v not in body.params else None
             if isinstance(known, Tensor) or v.dtype in FLOATS:
                 return False

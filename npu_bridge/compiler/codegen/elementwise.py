@@ -1,4 +1,7 @@
-"""Element-wise operations: arithmetic, comparison, selection, conversion. Literals are folded, host integers stay on the host."""
+"""Element-wise operations: arithmetic, comparison, selection, conversion.
+
+Literals are folded, host integers stay on the host.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,16 @@ import numpy as np
 
 from npu_bridge.compiler.codegen.branches import branches
 from npu_bridge.compiler.codegen.emitter import Emitter, lowering
-from npu_bridge.compiler.codegen.operands import BIT_UNSIGNED, BITS, HostInt, HostTable, Literal, Operand, Tensor, torch_dtype
+from npu_bridge.compiler.codegen.operands import (
+    BIT_UNSIGNED,
+    BITS,
+    HostInt,
+    HostTable,
+    Literal,
+    Operand,
+    Tensor,
+    torch_dtype,
+)
 from npu_bridge.compiler.ir import COMPLEX, FLOAT8, FLOATS, UNSIGNED, Op, Type
 
 _NUMPY = {"i1": np.bool_, "i8": np.int8, "ui8": np.uint8, "i16": np.int16, "ui16": np.uint16, "i32": np.int32, "ui32": np.uint32,
@@ -33,7 +45,8 @@ _INFIX = {"add": ("+", "add_"), "subtract": ("-", "sub_"), "multiply": ("*", "mu
 _COMMUTES = {"add", "multiply", "and", "or", "xor", "maximum", "minimum"}
 
 
-# ---- literals and host integers ---------------------------------------------------------------------------------------
+# ---- literals and host integers
+# ---------------------------------------------------------------------------------------
 
 
 def _fold(op: Op, args: list[Operand]) -> float | int | bool | None:
@@ -54,7 +67,14 @@ def _fold(op: Op, args: list[Operand]) -> float | int | bool | None:
     }  # fmt: skip
     function = table.get(op.name)
     if op.name == "compare":
-        compare = {"EQ": np.equal, "NE": np.not_equal, "LT": np.less, "LE": np.less_equal, "GT": np.greater, "GE": np.greater_equal}
+        compare = {
+            "EQ": np.equal,
+            "NE": np.not_equal,
+            "LT": np.less,
+            "LE": np.less_equal,
+            "GT": np.greater,
+            "GE": np.greater_equal,
+        }
         function = compare[op.attrs["comparison_direction"]]
     if function is None or op.attrs.get("compare_type") == "TOTALORDER":
         return None
@@ -140,7 +160,7 @@ def _on_host(e: Emitter, op: Op, args: list[Operand]) -> Operand | None:
     dtype = op.result.dtype
     if dtype in FLOATS or any(isinstance(a, Tensor) or a.type.dtype in FLOATS for a in args):
         return None
-    if op.name in ("and", "or", "not") and dtype != "i1" or op.name not in (*_HOST, "compare"):
+    if (op.name in ("and", "or", "not") and dtype != "i1") or op.name not in (*_HOST, "compare"):
         return None
     if op.name == "compare" and (decided := _decide(op.attrs["comparison_direction"], *args)) is not None:
         return Literal(decided, op.result.type)
@@ -152,12 +172,21 @@ def _on_host(e: Emitter, op: Op, args: list[Operand]) -> Operand | None:
         return args[1]
     text = [_host_text(a) for a in args]
     if op.name == "compare":
-        return e.host(HostInt(f"{text[0]} {_COMPARE[op.attrs['comparison_direction']]} {text[1]}", op.result.type, 0, 1))
+        return e.host(
+            HostInt(f"{text[0]} {_COMPARE[op.attrs['comparison_direction']]} {text[1]}", op.result.type, 0, 1)
+        )
     code = _HOST[op.name].format(*text)
     if dtype == "i1" or any(a.type.dtype == "i1" for a in args if op.name == "convert"):
         if op.name not in ("and", "or", "not", "select", "convert"):
             return None
-        return e.host(HostInt(f"int({code})" if dtype != "i1" else f"bool({code})" if op.name == "convert" else code, op.result.type, 0, 1))
+        return e.host(
+            HostInt(
+                f"int({code})" if dtype != "i1" else f"bool({code})" if op.name == "convert" else code,
+                op.result.type,
+                0,
+                1,
+            )
+        )
     return e.host(_host_integer(code, op.result.type, _result_bounds(op.name, args)))
 
 
@@ -180,7 +209,8 @@ def _may_overwrite(op: Op, operand: Operand) -> bool:
     return isinstance(operand, Tensor) and operand.type == op.result.type
 
 
-# ---- unary ---------------------------------------------------------------------------------------------------------------
+# ---- unary
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @lowering(*_UNARY)
@@ -218,7 +248,9 @@ def sign(e: Emitter, op: Op, args: list[Operand]) -> Operand:
         return e.emit(f"torch.sgn({x.name})", [x], op.result.type, kind="sign")
     if x.type.dtype in FLOATS:  # torch.sign gives 0 for NaN, XLA gives NaN
         return e.emit(f"T.sign({x.name})", [x], op.result.type, kind="sign")
-    code = f"({x.name} != 0).to({torch_dtype(x.type.dtype)})" if x.type.dtype in BIT_UNSIGNED else f"torch.sign({x.name})"
+    code = (
+        f"({x.name} != 0).to({torch_dtype(x.type.dtype)})" if x.type.dtype in BIT_UNSIGNED else f"torch.sign({x.name})"
+    )
     return e.emit(code, [x], op.result.type, kind="sign")
 
 
@@ -253,15 +285,23 @@ def reduce_precision(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     if exact.get(bits) == torch_dtype(x.type.dtype):
         return x
     if bits in exact:
-        return e.emit(f"{x.name}.to({exact[bits]}).to({torch_dtype(x.type.dtype)})", [x], op.result.type, kind="reduce_precision")
+        return e.emit(
+            f"{x.name}.to({exact[bits]}).to({torch_dtype(x.type.dtype)})", [x], op.result.type, kind="reduce_precision"
+        )
     return e.emit(f"T.reduce_precision({x.name}, {bits[0]}, {bits[1]})", [x], op.result.type, kind="reduce_precision")
 
 
-# ---- binary --------------------------------------------------------------------------------------------------------------
+# ---- binary
+# --------------------------------------------------------------------------------------------------------------
 
 
 def _is_number(operand: Operand, value: float) -> bool:
-    return isinstance(operand, Literal) and operand.value == value and not isinstance(operand.value, complex) and not (value == 0 and math.copysign(1, float(operand.value)) < 0)
+    return (
+        isinstance(operand, Literal)
+        and operand.value == value
+        and not isinstance(operand.value, complex)
+        and not (value == 0 and math.copysign(1, float(operand.value)) < 0)
+    )
 
 
 @lowering("add", "subtract", "multiply", "and", "or", "xor")
@@ -312,11 +352,15 @@ def remainder(e: Emitter, op: Op, args: list[Operand]) -> Operand:
 
 def _integer_division(e: Emitter, op: Op, x: Operand, y: Operand, what: str) -> Operand:
     unsigned = op.result.dtype in BIT_UNSIGNED
-    # A literal divisor other than 0 and -1 needs no care; otherwise division by zero and the smallest number by -1 have values
-    # in StableHLO, while torch raises or traps.
+    # A literal divisor other than 0 and -1 needs no care; otherwise division by zero and the smallest number by -1 have
+    # values in StableHLO, while torch raises or traps.
     if not unsigned and isinstance(y, Literal) and y.value > 0:
         x = e.tensor(x)
-        code = f"torch.div({x.name}, {e.text(y)}, rounding_mode='trunc')" if what == "divide" else f"torch.fmod({x.name}, {e.text(y)})"
+        code = (
+            f"torch.div({x.name}, {e.text(y)}, rounding_mode='trunc')"
+            if what == "divide"
+            else f"torch.fmod({x.name}, {e.text(y)})"
+        )
         return e.emit(code, [x], op.result.type, kind=what)
     x, y = e.tensor(x), e.tensor(y)
     helper = f"{'unsigned' if unsigned else 'integer'}_{what}"
@@ -329,7 +373,9 @@ def extreme(e: Emitter, op: Op, args: list[Operand]) -> Operand:
         return known
     x, y = _at_least_one_tensor(e, args)
     if op.result.dtype == "i1":
-        return e.emit(f"{e.text(x)} {'|' if op.name == 'maximum' else '&'} {e.text(y)}", [x, y], op.result.type, kind=op.name)
+        return e.emit(
+            f"{e.text(x)} {'|' if op.name == 'maximum' else '&'} {e.text(y)}", [x, y], op.result.type, kind=op.name
+        )
     if op.result.dtype in BIT_UNSIGNED:
         x, y = e.tensor(x), e.tensor(y)
         return e.emit(f"T.unsigned_{op.name}({x.name}, {y.name})", [x, y], op.result.type, kind=op.name)
@@ -340,7 +386,11 @@ def extreme(e: Emitter, op: Op, args: list[Operand]) -> Operand:
         return Literal(math.nan, op.result.type)
     method = "clamp_min" if op.name == "maximum" else "clamp_max"  # NaN goes through, as in XLA
     return e.emit(
-        f"{t.name}.{method}({e.text(number)})", [t], op.result.type, inplace=[(t, f"{t.name}.{method}_({e.text(number)})")], kind=op.name
+        f"{t.name}.{method}({e.text(number)})",
+        [t],
+        op.result.type,
+        inplace=[(t, f"{t.name}.{method}_({e.text(number)})")],
+        kind=op.name,
     )
 
 
@@ -360,7 +410,9 @@ def power(e: Emitter, op: Op, args: list[Operand]) -> Operand:
 @lowering("atan2", "next_after", "polygamma", "zeta")
 def binary_helper(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     x, y = (e.tensor(a) for a in args)
-    function = {"atan2": "torch.atan2", "next_after": "torch.nextafter", "polygamma": "T.polygamma", "zeta": "T.zeta"}[op.name]
+    function = {"atan2": "torch.atan2", "next_after": "torch.nextafter", "polygamma": "T.polygamma", "zeta": "T.zeta"}[
+        op.name
+    ]
     return e.emit(f"{function}({x.name}, {y.name})", [x, y], op.result.type, kind=op.name)
 
 
@@ -375,8 +427,16 @@ def shift(e: Emitter, op: Op, args: list[Operand]) -> Operand:
         if n == 0:
             return x
         if op.name == "shift_left":
-            return e.emit(f"{x.name} << {n}", [x], op.result.type, inplace=[(x, f"{x.name}.bitwise_left_shift_({n})")], kind=op.name)
-        if op.name == "shift_right_arithmetic" and op.result.dtype == "ui8":  # copies of its top bit come in, as if it were signed
+            return e.emit(
+                f"{x.name} << {n}",
+                [x],
+                op.result.type,
+                inplace=[(x, f"{x.name}.bitwise_left_shift_({n})")],
+                kind=op.name,
+            )
+        if (
+            op.name == "shift_right_arithmetic" and op.result.dtype == "ui8"
+        ):  # copies of its top bit come in, as if it were signed
             return e.emit(f"({x.name}.view(torch.int8) >> {n}).view(torch.uint8)", [x], op.result.type, kind=op.name)
         if op.name == "shift_right_arithmetic" or op.result.dtype == "ui8":
             return e.emit(f"{x.name} >> {n}", [x], op.result.type, kind=op.name)
@@ -386,7 +446,8 @@ def shift(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     return e.emit(f"T.{op.name}({x.name}, {y.name}, {bits})", [x, y], op.result.type, kind=op.name)
 
 
-# ---- comparison, selection, conversion -----------------------------------------------------------------------------------
+# ---- comparison, selection, conversion
+# -----------------------------------------------------------------------------------
 
 
 @lowering("compare")
@@ -427,7 +488,9 @@ def select(e: Emitter, op: Op, args: list[Operand]) -> Operand:
         inplace = [(x, f"{x.name}.masked_fill_(~{p.name}, {e.text(y)})")]
     elif isinstance(x, Literal) and isinstance(y, Tensor) and y.type == op.result.type and p.type.shape == y.type.shape:
         inplace = [(y, f"{y.name}.masked_fill_({p.name}, {e.text(x)})")]
-    return e.emit(f"torch.where({p.name}, {e.text(x)}, {e.text(y)})", [p, x, y], op.result.type, inplace=inplace, kind="select")
+    return e.emit(
+        f"torch.where({p.name}, {e.text(x)}, {e.text(y)})", [p, x, y], op.result.type, inplace=inplace, kind="select"
+    )
 
 
 @lowering("clamp")

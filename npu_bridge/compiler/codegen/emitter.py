@@ -1,4 +1,4 @@
-"""Walks the bridge's form and writes torch statements. How one operation is written stands in the registry's modules."""
+"""Walk the bridge's form and write torch statements. How one operation is written stands in the registry's modules."""
 
 from __future__ import annotations
 
@@ -7,21 +7,45 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from npu_bridge.compiler.codegen.operands import BIT_UNSIGNED, BITS, HostInt, HostTable, Literal, Operand, Tensor, literal_code, torch_dtype
+from npu_bridge.compiler.codegen.operands import (
+    BIT_UNSIGNED,
+    BITS,
+    HostInt,
+    HostTable,
+    Literal,
+    Operand,
+    Tensor,
+    literal_code,
+    torch_dtype,
+)
 from npu_bridge.compiler.codegen.program import Assign, Function, Item, Stmt
-from npu_bridge.errors import UnsupportedError
 from npu_bridge.compiler.ir import Block, Location, MeshShape, Op, Program, Type, Value
+from npu_bridge.errors import UnsupportedError
 
 Lowering = Callable[["Emitter", Op, list[Operand]], list[Operand] | Operand]
 LOWERINGS: dict[str, Lowering] = {}
 # Operations that keep a table of the host on the host; others get it as a tensor.
-TAKES_TABLES = frozenset({"slice", "dynamic_slice", "reshape", "broadcast_in_dim", "transpose", "convert", "dynamic_update_slice", "while", "case", "optimization_barrier", "relabel"})
+TAKES_TABLES = frozenset(
+    {
+        "slice",
+        "dynamic_slice",
+        "reshape",
+        "broadcast_in_dim",
+        "transpose",
+        "convert",
+        "dynamic_update_slice",
+        "while",
+        "case",
+        "optimization_barrier",
+        "relabel",
+    }
+)
 LARGEST_TABLE = 4096  # elements of a constant that the host looks up; larger ones stay on the device
 LONGEST_CODE = 40  # characters of a host integer that is written out where it is used; longer ones become variables
 
 
 def lowering(*names: str) -> Callable[[Lowering], Lowering]:
-    """Registers how operations of these names are written. A name may be registered once."""
+    """Register how operations of these names are written. A name may be registered once."""
 
     def register(function: Lowering) -> Lowering:
         for name in names:
@@ -60,7 +84,7 @@ class Emitter:
     # -- program ----------------------------------------------------------------------------------------------------
 
     def run(self) -> tuple[list[str], list[str]]:
-        """Writes everything; returns the names of parameters and results. Raises UnsupportedError with all problems."""
+        """Write everything; return the names of parameters and results. Raises UnsupportedError with all problems."""
         body = self.program.body
         params = []
         for i, p in enumerate(body.params):
@@ -118,18 +142,43 @@ class Emitter:
         names = [i.name for i in ins if isinstance(i, Tensor)]
         options = [((t.name,), c) for t, c in inplace]
         self.items.append(
-            Stmt([out.name], code, names, [type], alias.name if alias else None, expands, options, self.location, kind, constant)
+            Stmt(
+                [out.name],
+                code,
+                names,
+                [type],
+                alias.name if alias else None,
+                expands,
+                options,
+                self.location,
+                kind,
+                constant,
+            )
         )
         return out
 
     def emit_many(
-        self, code: str, ins: Iterable[Operand], types: Sequence[Type], *, inplace: tuple[tuple[str, ...], str] | None = None, kind: str = ""
+        self,
+        code: str,
+        ins: Iterable[Operand],
+        types: Sequence[Type],
+        *,
+        inplace: tuple[tuple[str, ...], str] | None = None,
+        kind: str = "",
     ) -> list[Tensor]:
         """One statement with several results (a tuple is unpacked)."""
         outs = [Tensor(self.fresh(), t) for t in types]
         names = [i.name for i in ins if isinstance(i, Tensor)]
         self.items.append(
-            Stmt([o.name for o in outs], code, names, list(types), inplace=[inplace] if inplace else [], location=self.location, kind=kind)
+            Stmt(
+                [o.name for o in outs],
+                code,
+                names,
+                list(types),
+                inplace=[inplace] if inplace else [],
+                location=self.location,
+                kind=kind,
+            )
         )
         return outs
 
@@ -147,7 +196,9 @@ class Emitter:
             value = f"int({operand.code})" if operand.type.dtype != "i1" else f"bool({operand.code})"
             if operand.type.dtype in BIT_UNSIGNED:
                 value = f"rt.wrap({operand.code}, {BITS[operand.type.dtype]}, False)"  # stored as signed bits
-            return self.emit(f"torch.full({shape}, {value}, dtype={dtype}, device=rt.device)", [], operand.type, kind="fill")
+            return self.emit(
+                f"torch.full({shape}, {value}, dtype={dtype}, device=rt.device)", [], operand.type, kind="fill"
+            )
         value = literal_code(operand.value, operand.type.dtype)
         zero = operand.value == 0 and not isinstance(operand.value, complex) and math.copysign(1, operand.value) > 0
         fill = f"torch.zeros({shape}, " if zero else f"torch.full({shape}, {value}, "
@@ -174,7 +225,10 @@ class Emitter:
     def host_variable(self, name: str, type: Type, low: int | None = None, high: int | None = None) -> HostTable:
         """A table that a Python variable holds as a flat tuple."""
         strides = tuple(math.prod(type.shape[d + 1 :]) for d in range(len(type.shape)))
-        device = f"rt.host_tensor({name}, {type.shape}, {torch_dtype(type.dtype)}{', True' if type.dtype in BIT_UNSIGNED else ''})"
+        device = (
+            f"rt.host_tensor({name}, {type.shape}, "
+            f"{torch_dtype(type.dtype)}{', True' if type.dtype in BIT_UNSIGNED else ''})"
+        )
         return HostTable(name, type, "0", strides, device, type.shape, low, high)
 
     def host(self, value: HostInt) -> HostInt:
@@ -210,7 +264,7 @@ class Emitter:
 
     @contextlib.contextmanager
     def nested(self, trips: int = 1):
-        """Collects what is written inside into a list of its own."""
+        """Collect what is written inside into a list of its own."""
         outer, self.items = self.items, []
         self._trips *= trips
         try:
@@ -225,14 +279,32 @@ class Emitter:
                 len(self.problems), dict(self.operations), set(self.host_arguments), dict(self._constant_index), dict(self.tables))  # fmt: skip
 
     def restore(self, state: tuple) -> None:
-        """Takes back everything written since `save`."""
-        items, self.env, constants, kernels, collectives, self.groups, problems, self.operations, self.host_arguments, self._constant_index, self.tables = state
-        for written, length in ((self.items, items), (self.constants, constants), (self.kernels, kernels), (self.collectives, collectives), (self.problems, problems)):
+        """Take back everything written since `save`."""
+        (
+            items,
+            self.env,
+            constants,
+            kernels,
+            collectives,
+            self.groups,
+            problems,
+            self.operations,
+            self.host_arguments,
+            self._constant_index,
+            self.tables,
+        ) = state
+        for written, length in (
+            (self.items, items),
+            (self.constants, constants),
+            (self.kernels, kernels),
+            (self.collectives, collectives),
+            (self.problems, problems),
+        ):
             del written[length:]
 
     @contextlib.contextmanager
     def into(self, items: list[Item]):
-        """Appends what is written inside to a list that was collected before."""
+        """Append what is written inside to a list that was collected before."""
         outer, self.items = self.items, items
         try:
             yield
@@ -240,7 +312,7 @@ class Emitter:
             self.items = outer
 
     def function(self, op: Op, block: Block, prefix: str) -> str | None:
-        """Writes a region on scalars as a function on tensors of any one shape; returns its name.
+        """Write a region on scalars as a function on tensors of any one shape; return its name.
 
         Element-wise code does not mention shapes, so the same text serves a whole array at once.
         """
@@ -274,9 +346,12 @@ class Emitter:
         self.items.append(Function(name, params, lines, results))
         return name
 
-    def note_collective(self, op: Op, kind: str, dims: Sequence[Sequence[str]], type: Type, moved: int, *, waits: bool = True) -> None:
-        """Records an exchange: `moved` bytes leave this device in one execution. dims: axes of each call it takes. waits: whether the
-        computation stands still for it, or goes on until its result is read."""
+    def note_collective(
+        self, op: Op, kind: str, dims: Sequence[Sequence[str]], type: Type, moved: int, *, waits: bool = True
+    ) -> None:
+        """Record an exchange: `moved` bytes leave this device in one execution. dims: axes of each call it takes.
+        waits: whether the computation stands still for it, or goes on until its result is read.
+        """
         self.groups.update(tuple(d) for d in dims if d)
         axes = tuple(a for d in dims for a in d)
         self.collectives.append(

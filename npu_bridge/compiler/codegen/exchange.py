@@ -66,16 +66,23 @@ def start_reduce_scatter(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     x, dims = e.tensor(args[0]), _dims(op)
     n = e.mesh.size(tuple(op.attrs["axes"]))
     e.note_collective(op, "reduce_scatter", dims, x.type, x.type.bytes * (n - 1) // n, waits=False)
-    return e.emit(f"rt.start_reduce_scatter({x.name}, {dims}, {op.attrs['kind']!r})", [x], op.result.type, kind="collective")
+    return e.emit(
+        f"rt.start_reduce_scatter({x.name}, {dims}, {op.attrs['kind']!r})", [x], op.result.type, kind="collective"
+    )
 
 
 @lowering("wait")
 def wait(e: Emitter, op: Op, args: list[Operand]) -> Operand:
-    """The result of an exchange under way. What it was given is read until here; shards put together along the first dimension are
-    a view of what arrived, others are moved into place."""
+    """The result of an exchange under way.
+
+    What it was given is read until here; shards put together along the first dimension are a view of what arrived,
+    others are moved into place.
+    """
     under_way, x = (e.tensor(a) for a in args)
     view = op.attrs["of"] == "all_gather" and bool(op.attrs["dims"][0])
-    return e.emit(f"{under_way.name}.wait()", [under_way, x], op.result.type, alias=under_way if view else None, kind="collective")
+    return e.emit(
+        f"{under_way.name}.wait()", [under_way, x], op.result.type, alias=under_way if view else None, kind="collective"
+    )
 
 
 @lowering("all_to_all")
@@ -104,7 +111,10 @@ def partition_id(e: Emitter, op: Op, args: list[Operand]) -> Operand:
 
 @lowering("kernel")
 def kernel(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
-    """One fused operator. `math.*` are torch compositions of the bridge itself, the rest comes from the kernel table."""
+    """One fused operator.
+
+    `math.*` are torch compositions of the bridge itself, the rest comes from the kernel table.
+    """
     name = op.attrs["name"].removeprefix("npu_bridge.")
     xs = [e.tensor(a) for a in args]
     params = dict(op.attrs["params"])
@@ -127,6 +137,8 @@ def kernel(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
     if not overwritten:
         return list(e.emit_many(f"{call}){tail}", xs, types, kind="kernel"))
     taken = tuple(names[overwritten[i]] if i in overwritten else "" for i in range(len(types)))
-    return list(e.emit_many(f"{call}, inplace=False){tail}", xs, types, inplace=(taken, f"{call}, inplace=True){tail}"), kind="kernel"))
-
-
+    return list(
+        e.emit_many(
+            f"{call}, inplace=False){tail}", xs, types, inplace=(taken, f"{call}, inplace=True){tail}"), kind="kernel"
+        )
+    )

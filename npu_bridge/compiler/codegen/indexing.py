@@ -1,7 +1,7 @@
 """Gather and scatter in all forms, and random bits.
 
-An indexed dimension may be sharded: each device then answers only for the indices that fall into its shard (others give zero, or
-write nothing) and Shardy's all_reduce puts the answers together. An embedding table is never gathered.
+An indexed dimension may be sharded: each device then answers only for the indices that fall into its shard (others give
+zero, or write nothing) and Shardy's all_reduce puts the answers together. An embedding table is never gathered.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from npu_bridge.compiler.codegen.emitter import Emitter, lowering
 from npu_bridge.compiler.codegen.operands import BIT_UNSIGNED, Literal, Operand
 from npu_bridge.compiler.codegen.shaping import index_code
 from npu_bridge.compiler.ir import Op, body_kind
-
 
 PHILOX = ("DEFAULT", "PHILOX")  # XLA's default is Philox on every back end but the TPU's
 
@@ -21,7 +20,9 @@ def _shard_text(op: Op) -> str:
     if not shards:
         return ""
     local = op.operands[0].shape
-    items = ", ".join(f"{d}: (rt.index({axes}) * {local[d]}, {op.attrs['global_sizes'][d]})" for d, axes in shards.items())
+    items = ", ".join(
+        f"{d}: (rt.index({axes}) * {local[d]}, {op.attrs['global_sizes'][d]})" for d, axes in shards.items()
+    )
     return f", shards={{{items}}}"
 
 
@@ -39,14 +40,21 @@ def gather(e: Emitter, op: Op, args: list[Operand]) -> Operand:
         dim = a["start_index_map"][0]
         whole = all(n == m for d, (n, m) in enumerate(zip(x.type.shape, a["slice_sizes"])) if d != dim)
         batch = len(indices.type.shape) - 1
-        in_place = list(a["offset_dims"]) == [d if d < dim else d + batch - 1 for d in range(len(x.type.shape)) if d != dim]
+        in_place = list(a["offset_dims"]) == [
+            d if d < dim else d + batch - 1 for d in range(len(x.type.shape)) if d != dim
+        ]
         if whole and in_place:
             code = f"T.take({x.name}, {index_code(e, indices)}, {dim}{_shard_text(op)})"
             return e.emit(code, [x, indices], op.result.type, kind="gather")
     numbers = {k: a[k] for k in ("offset_dims", "collapsed_slice_dims", "operand_batching_dims", "start_indices_batching_dims",
                                  "start_index_map", "index_vector_dim", "slice_sizes")}  # fmt: skip
     text = ", ".join(f"{k}={v}" for k, v in numbers.items())
-    return e.emit(f"T.gather({x.name}, {index_code(e, indices)}, {text}{_shard_text(op)})", [x, indices], op.result.type, kind="gather")
+    return e.emit(
+        f"T.gather({x.name}, {index_code(e, indices)}, {text}{_shard_text(op)})",
+        [x, indices],
+        op.result.type,
+        kind="gather",
+    )
 
 
 _SCATTERS = ("add", "multiply", "maximum", "minimum", "replace")
@@ -66,7 +74,8 @@ def scatter(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     if mode not in _SCATTERS:
         unique = bool(a.get("unique_indices"))
         if not unique and e.device != "cpu" and not e.allow_host_sync:
-            e.problem(op, "its body is not one of add, multiply, maximum, minimum, replace, and indices may repeat, which the host must count; "
+            e.problem(op, "its body is not one of add, multiply, maximum, minimum, replace, and indices may repeat, which "
+                "the host must count; "
                       "pass unique_indices=True, or compile with allow_host_sync=True")  # fmt: skip
         mode = e.function(op, op.regions[0], "combine")
         if mode is None:
@@ -97,7 +106,13 @@ def pick(e: Emitter, op: Op, args: list[Operand]) -> Operand:
 def add_at(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     x, index = (e.tensor(a) for a in args)
     rest = f"{index.name}, {_first(op)}, {op.attrs['number']})"
-    return e.emit(f"T.add_at({x.name}.clone(), {rest}", [x, index], op.result.type, inplace=[(x, f"T.add_at({x.name}, {rest}")], kind="add_at")
+    return e.emit(
+        f"T.add_at({x.name}.clone(), {rest}",
+        [x, index],
+        op.result.type,
+        inplace=[(x, f"T.add_at({x.name}, {rest}")],
+        kind="add_at",
+    )
 
 
 @lowering("rng_bit_generator")
@@ -105,6 +120,10 @@ def rng_bit_generator(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
     state = e.tensor(args[0])
     bits, algorithm = op.results[1].type, op.attrs["rng_algorithm"]
     if algorithm not in PHILOX or state.type.dtype != "ui64" or bits.dtype not in ("ui8", "ui16", "ui32", "ui64"):
-        e.problem(op, f"bits of {bits.dtype} by {algorithm} from a state of {state.type} have no torch form; use Philox or jax's default threefry keys")
+        e.problem(
+            op,
+            f"bits of {bits.dtype} by {algorithm} from a state of {state.type} have no torch form; use "
+            "Philox or jax's default threefry keys",
+        )
     code = f"T.rng_bit_generator({state.name}, {bits.shape}, {bits.dtype!r})"
     return list(e.emit_many(code, [state], [r.type for r in op.results], kind="rng_bit_generator"))

@@ -7,9 +7,9 @@ import math
 
 from npu_bridge.compiler.ir import COMPLEX, FLOATS, UNSIGNED, Type
 
-# torch has little arithmetic for unsigned integers wider than a byte. They are kept as the bits of a signed integer: addition,
-# multiplication, shifts left and logic are the same on both; comparison, division, shift right and conversion are not, and have
-# code of their own (runtime/tensor_ops.py).
+# torch has little arithmetic for unsigned integers wider than a byte. They are kept as the bits of a signed integer:
+# addition, multiplication, shifts left and logic are the same on both; comparison, division, shift right and conversion
+# are not, and have code of their own (runtime/tensor_ops.py).
 STORAGE = {
     "i1": "bool", "i8": "int8", "ui8": "uint8", "i16": "int16", "ui16": "int16", "i32": "int32", "ui32": "int32", "i64": "int64",
     "ui64": "int64", "f16": "float16", "bf16": "bfloat16", "f32": "float32", "f64": "float64", "f8E4M3FN": "float8_e4m3fn",
@@ -37,8 +37,8 @@ class Literal:
 
 @dataclasses.dataclass(frozen=True)
 class HostInt:
-    """An integer or truth value the host knows while the program runs: a loop counter, the device's number in the mesh, an element of a
-    constant table, and what is computed from them. With a shape, the same number in every place of it.
+    """An integer or truth value the host knows while the program runs: a loop counter, the device's number in the mesh,
+    an element of a constant table, and what is computed from them. With a shape, the same number in every place of it.
 
     low, high: bounds it is known to keep (inclusive), so that comparisons and clamps fold away.
     """
@@ -51,9 +51,11 @@ class HostInt:
 
 @dataclasses.dataclass(frozen=True)
 class HostTable:
-    """Part of an array of integers that the host knows: it looks the elements up, and puts them on the device only where a tensor is needed.
+    """Part of an array of integers that the host knows: it looks the elements up, and puts them on the device only
+    where a tensor is needed.
 
-    name: the flat tuple, in the program's text or made by its host. offset: code of the first element's place in it; strides: of each dimension, in places.
+    name: the flat tuple, in the program's text or made by its host. offset: code of the first element's place in it;
+    strides: of each dimension, in places.
     device: code of the whole array on the device, which no statement may overwrite, and its shape.
     """
 

@@ -1,4 +1,6 @@
-"""The torch program as Python source: readable, the same on every rank, with scopes and source lines of the JAX program."""
+"""The torch program as Python source: readable, the same on every rank, with scopes and source lines of the JAX
+program.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,10 @@ def _scope(location: Location) -> str:
 
 
 def _without_unread_numbers(lines: list[tuple]) -> list[tuple]:
-    """Drops what the host would compute and no line reads. Such names stand nowhere else, and each is read behind where it is made,
-    or carried by a loop."""
+    """Drop what the host would compute and no line reads.
+
+    Such names stand nowhere else, and each is read behind where it is made, or carried by a loop.
+    """
     while True:
         read: set[str] = set()
         for _, code, source in lines:
@@ -52,7 +56,7 @@ _HOST_NAME = re.compile(r"\bh\d+\b")
 
 
 def generate(program: Program, *, allow_host_sync: bool = False, device: str = "cpu") -> Source:
-    """Writes a program. Raises UnsupportedError with everything that has no torch form."""
+    """Write a program. Raises UnsupportedError with everything that has no torch form."""
     emitter = Emitter(program, allow_host_sync=allow_host_sync, device=device)
     params, results = emitter.run()
     items = remove_dead(emitter.items, set(results))
@@ -62,9 +66,11 @@ def generate(program: Program, *, allow_host_sync: bool = False, device: str = "
 
     mesh = " x ".join(f"{name} {size}" for name, size in program.mesh.axes) or "one device"
     lines = [
-        f'"""One step of `{program.name}` on one device of {mesh}. Written by npu_bridge; the text is the same on every rank.',
+        f'"""One step of `{program.name}` on one device of {mesh}. Written by npu_bridge; the text is the '
+        "same on every rank.",
         "",
-        "rt: this rank's runtime (collectives, kernels, device, host copies of arguments). K: constants on the device. args: local shards; the list is emptied",
+        "rt: this rank's runtime (collectives, kernels, device, host copies of arguments). K: constants on "
+        "the device. args: local shards; the list is emptied",
         'so that donated arrays die at their last use."""',
         "import torch",
         "from npu_bridge.runtime import tensor_ops as T",
@@ -96,6 +102,13 @@ def generate(program: Program, *, allow_host_sync: bool = False, device: str = "
         "copies": plan.copies,
     }
     return Source(
-        "\n".join(lines) + "\n", emitter.constants, emitter.kernels, emitter.collectives, memory, sum(1 for _ in walk(items)), sorted(emitter.groups),
-        emitter.operations, sorted(emitter.host_arguments),
+        "\n".join(lines) + "\n",
+        emitter.constants,
+        emitter.kernels,
+        emitter.collectives,
+        memory,
+        sum(1 for _ in walk(items)),
+        sorted(emitter.groups),
+        emitter.operations,
+        sorted(emitter.host_arguments),
     )

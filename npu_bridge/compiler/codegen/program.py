@@ -1,4 +1,5 @@
-"""Statements of the torch program before they are printed: what each reads, what it may share storage with, what it may overwrite.
+"""Statements of the torch program before they are printed: what each reads, what it may share storage with, what it may
+overwrite.
 
 The memory plan works on these and decides which form of a statement is printed.
 """
@@ -17,7 +18,8 @@ class Stmt:
 
     alias: the first result may share storage with this variable (a view).
     expands: the view repeats elements, so nothing may be written through it.
-    inplace: (variables overwritten, code) to use instead when nobody else needs their storage, best first. The result takes over the
+    inplace: (variables overwritten, code) to use instead when nobody else needs their storage, best first. The result
+    takes over the
       storage of the variable at the same position.
     """
 
@@ -35,7 +37,8 @@ class Stmt:
 
 @dataclasses.dataclass
 class Loop:
-    """``for counter in range(trip)`` or, when `trip` is None, a loop whose `condition` is read from the device every time.
+    """``for counter in range(trip)`` or, when `trip` is None, a loop whose `condition` is read from the device every
+    time.
 
     carries: (parameter, initial value, value for the next round). After the loop the parameters hold the results.
     """
@@ -67,7 +70,8 @@ class Assign:
 
 @dataclasses.dataclass
 class Branches:
-    """``if index == 0: .. elif ..``: one of several bodies, chosen by a number of the host; the last one for any other number.
+    """``if index == 0: .. elif ..``: one of several bodies, chosen by a number of the host; the last one for any other
+    number.
 
     results: for each body the variables that become `outs`.
     """
@@ -119,7 +123,7 @@ def _needs(body: list[Item], results: list[str]) -> set[str]:
 
 
 def remove_dead(items: list[Item], live: set[str]) -> list[Item]:
-    """Drops items whose results nobody reads. `live` is what is needed afterwards; it is extended in place."""
+    """Drop items whose results nobody reads. `live` is what is needed afterwards; it is extended in place."""
     kept: list[Item] = []
     for item in reversed(items):
         if not isinstance(item, (Function, Assign)) and not any(o in live for o in item.outs) and item.outs:

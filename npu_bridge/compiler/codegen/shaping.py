@@ -7,7 +7,17 @@ import math
 
 from npu_bridge.compiler.codegen.branches import bounds_of, host_code
 from npu_bridge.compiler.codegen.emitter import LARGEST_TABLE, Emitter, lowering
-from npu_bridge.compiler.codegen.operands import BIT_UNSIGNED, BITS, HostInt, HostTable, Literal, Operand, Tensor, literal_code, torch_dtype
+from npu_bridge.compiler.codegen.operands import (
+    BIT_UNSIGNED,
+    BITS,
+    HostInt,
+    HostTable,
+    Literal,
+    Operand,
+    Tensor,
+    literal_code,
+    torch_dtype,
+)
 from npu_bridge.compiler.codegen.program import Assign
 from npu_bridge.compiler.ir import COMPLEX, FLOATS, Op, Type
 
@@ -22,8 +32,12 @@ def constant(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     return e.emit(e.constant(array, dims), [], op.result.type, kind="constant", constant=True)
 
 
-def table_part(e: Emitter, table: HostTable, shape: tuple[int, ...], strides: tuple[int, ...], steps: list[str] | None = None) -> Operand:
-    """A part of a table; one without dimensions is a number the host looks up. steps: codes that are added to the first place."""
+def table_part(
+    e: Emitter, table: HostTable, shape: tuple[int, ...], strides: tuple[int, ...], steps: list[str] | None = None
+) -> Operand:
+    """A part of a table; one without dimensions is a number the host looks up. steps: codes that are added to the first
+    place.
+    """
     if steps is None:
         steps = []
     offset = " + ".join([*([table.offset] if table.offset != "0" or not steps else []), *steps])
@@ -48,7 +62,9 @@ def iota(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     if len(shape) == 1:
         return line
     view = tuple(n if d == dim else 1 for d in range(len(shape)))
-    return e.emit(f"{line.name}.view({view}).expand({shape})", [line], op.result.type, alias=line, expands=True, kind="iota")
+    return e.emit(
+        f"{line.name}.view({view}).expand({shape})", [line], op.result.type, alias=line, expands=True, kind="iota"
+    )
 
 
 @lowering("broadcast_in_dim")
@@ -104,7 +120,9 @@ def reshape(e: Emitter, op: Op, args: list[Operand]) -> Operand:
         return table_part(e, x, op.result.shape, strides)
     x = e.tensor(x)
     if x.type.size != op.result.type.size:
-        e.problem(op, f"local {x.type} cannot become {op.result.type}: the sharded dimension is split across the new shape")
+        e.problem(
+            op, f"local {x.type} cannot become {op.result.type}: the sharded dimension is split across the new shape"
+        )
         return Literal(0, op.result.type)
     if x.type.shape == op.result.shape:
         return x
@@ -132,7 +150,9 @@ def slice_(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     if isinstance(args[0], HostTable):
         x, begins, steps = args[0], op.attrs["start_indices"], op.attrs["strides"]
         moved = sum(b * s for b, s in zip(begins, x.strides))
-        return table_part(e, x, op.result.shape, tuple(a * s for a, s in zip(steps, x.strides)), [str(moved)] if moved else [])
+        return table_part(
+            e, x, op.result.shape, tuple(a * s for a, s in zip(steps, x.strides)), [str(moved)] if moved else []
+        )
     x = e.tensor(args[0])
     index = []
     for n, low, high, step in zip(x.type.shape, *(op.attrs[k] for k in ("start_indices", "limit_indices", "strides"))):
@@ -203,17 +223,24 @@ def _host_index(e: Emitter, whole: tuple[int, ...], part: tuple[int, ...], start
 
 def _starts(e: Emitter, starts: list[Operand]) -> tuple[str, list[Tensor]]:
     tensors = [s for s in starts if isinstance(s, Tensor)]
-    return ", ".join(index_code(e, s) if isinstance(s, Tensor) else str(int(s.value)) if isinstance(s, Literal) else f"({s.code})" for s in starts), tensors
+    return ", ".join(
+        index_code(e, s) if isinstance(s, Tensor) else str(int(s.value)) if isinstance(s, Literal) else f"({s.code})"
+        for s in starts
+    ), tensors
 
 
 def index_code(e: Emitter, index: Tensor) -> str:
     """Code of an index by its value: an unsigned one is kept as signed bits."""
-    return f"T.unsigned_index({index.name}, {BITS[index.type.dtype]})" if index.type.dtype in BIT_UNSIGNED else index.name
+    return (
+        f"T.unsigned_index({index.name}, {BITS[index.type.dtype]})" if index.type.dtype in BIT_UNSIGNED else index.name
+    )
 
 
 @lowering("dynamic_slice")
 def dynamic_slice(e: Emitter, op: Op, args: list[Operand]) -> Operand:
-    if isinstance(args[0], HostTable) and not any(isinstance(s, Tensor) for s, n, m in zip(args[1:], args[0].type.shape, op.result.shape) if n != m):
+    if isinstance(args[0], HostTable) and not any(
+        isinstance(s, Tensor) for s, n, m in zip(args[1:], args[0].type.shape, op.result.shape) if n != m
+    ):
         x, steps = args[0], []
         for start, n, size, stride in zip(args[1:], x.type.shape, op.result.shape, x.strides):
             if n != size and stride:
@@ -224,21 +251,31 @@ def dynamic_slice(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     if index is not None:
         return e.emit(f"{x.name}[{index}]", [x], op.result.type, alias=x, kind="dynamic_slice")
     code, tensors = _starts(e, starts)
-    return e.emit(f"T.dynamic_slice({x.name}, ({code},), {op.result.shape})", [x, *tensors], op.result.type, kind="dynamic_slice")
+    return e.emit(
+        f"T.dynamic_slice({x.name}, ({code},), {op.result.shape})", [x, *tensors], op.result.type, kind="dynamic_slice"
+    )
 
 
 def _updated_table(e: Emitter, op: Op, args: list[Operand]) -> Operand | None:
-    """A table of the host with one element exchanged, where the host knows all of it: what a scan stacks of its branches' numbers."""
+    """A table of the host with one element exchanged, where the host knows all of it: what a scan stacks of its
+    branches' numbers.
+    """
     x, update, starts = args[0], args[1], args[2:]
     if isinstance(x, (Tensor, HostInt)) or not isinstance(update, (HostInt, Literal)) or update.type.size != 1:
         return None
-    if op.result.dtype in FLOATS or not 1 < x.type.size <= LARGEST_TABLE or any(isinstance(s, Tensor) for s, n in zip(starts, x.type.shape) if n > 1):
+    if (
+        op.result.dtype in FLOATS
+        or not 1 < x.type.size <= LARGEST_TABLE
+        or any(isinstance(s, Tensor) for s, n in zip(starts, x.type.shape) if n > 1)
+    ):
         return None
     values = f"{(int(x.value),)} * {x.type.size}" if isinstance(x, Literal) else x.name
     if isinstance(x, HostTable) and (x.offset != "0" or x.type.shape != x.whole):
         return None
     strides = [math.prod(x.type.shape[d + 1 :]) for d in range(len(x.type.shape))]
-    at = " + ".join(f"{_clamped(start, n - 1)} * {stride}" for start, n, stride in zip(starts, x.type.shape, strides) if n > 1)
+    at = " + ".join(
+        f"{_clamped(start, n - 1)} * {stride}" for start, n, stride in zip(starts, x.type.shape, strides) if n > 1
+    )
     name = e.fresh("h")
     e.items.append(Assign([name], [f"rt.replaced({values}, {at}, {host_code(update)})"]))
     return e.host_variable(name, op.result.type, *bounds_of([x, update]))
@@ -255,10 +292,18 @@ def dynamic_update_slice(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     if index is not None:
         copy = f"T.write(c := {x.name}.clone(), c[{index}], {update.name})"
         return e.emit(
-            copy, [x, update], op.result.type, inplace=[(x, f"T.write({x.name}, {x.name}[{index}], {update.name})")], kind=op.name
+            copy,
+            [x, update],
+            op.result.type,
+            inplace=[(x, f"T.write({x.name}, {x.name}[{index}], {update.name})")],
+            kind=op.name,
         )
     code, tensors = _starts(e, starts)
     form = f"T.dynamic_update_slice({{}}, {update.name}, ({code},))"
     return e.emit(
-        form.format(f"{x.name}.clone()"), [x, update, *tensors], op.result.type, inplace=[(x, form.format(x.name))], kind=op.name
+        form.format(f"{x.name}.clone()"),
+        [x, update, *tensors],
+        op.result.type,
+        inplace=[(x, form.format(x.name))],
+        kind=op.name,
     )

@@ -7,13 +7,13 @@ from npu_bridge.compiler.passes.biases import add_biases_before_rounding
 from npu_bridge.compiler.passes.collectives import fuse_collectives, widen_reductions
 from npu_bridge.compiler.passes.float8 import widen_float8
 from npu_bridge.compiler.passes.fused_calls import fit_fused_calls
-from npu_bridge.compiler.passes.loop_invariants import move_loop_invariants
 from npu_bridge.compiler.passes.indices import index_instead_of_comparing
 from npu_bridge.compiler.passes.kernels import merge_kernel_parts
+from npu_bridge.compiler.passes.loop_invariants import move_loop_invariants
 from npu_bridge.compiler.passes.masks import share_masks
 from npu_bridge.compiler.passes.overlap import overlap_exchanges
-from npu_bridge.compiler.passes.slices import simplify_slices
 from npu_bridge.compiler.passes.simplify import remove_unread, share_equal_operations
+from npu_bridge.compiler.passes.slices import simplify_slices
 
 
 def run(program: Program, *, device: str = "cpu", reduce_in_float32: bool = False, overlap: bool = True) -> None:

@@ -1,8 +1,9 @@
 """A bias is added before a narrow product is rounded (on a CPU).
 
-``x @ w + b`` in bfloat16 rounds the bias, the product and their sum when each operation is written as it stands, and is then off by half
-as much again as the one rounding that a dense layer promises. Here the product gives its float32 sums, the bias is added as it was
-before it was cast, and the result is rounded once. On npu the product takes its bias inside of one call (`fused_calls`).
+``x @ w + b`` in bfloat16 rounds the bias, the product and their sum when each operation is written as it stands, and is
+then off by half as much again as the one rounding that a dense layer promises. Here the product gives its float32 sums,
+the bias is added as it was before it was cast, and the result is rounded once. On npu the product takes its bias inside
+of one call (`fused_calls`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ _NARROW = frozenset({"bf16", "f16"})
 
 
 def add_biases_before_rounding(block: Block) -> None:
-    """Rewrites a block and the regions in it, in place. Products that others read as well, or that devices sum, stay as they are."""
+    """Rewrites a block and the regions in it, in place.
+
+    Products that others read as well, or that devices sum, stay as they are.
+    """
     count = uses(block)
     kept: list[Op] = []
     for op in block.ops:
@@ -30,12 +34,19 @@ def _widened(op: Op, count: dict[Value, int]) -> list[Op] | None:
         return None
     for made, bias in product_and_bias(op, count):
         bias = _before_rounding(bias)
-        whole = lambda shape, layout: Value(Type(shape, "f32"), layout)
-        vector = Op("reshape", [bias], [Value(Type(op.result.shape[-1:], bias.dtype), bias.layout[-1:])], location=op.location)
+
+        def whole(shape, layout):
+            return Value(Type(shape, "f32"), layout)
+
+        vector = Op(
+            "reshape", [bias], [Value(Type(op.result.shape[-1:], bias.dtype), bias.layout[-1:])], location=op.location
+        )
         wide = Op("convert", [vector.result], [whole(vector.result.shape, bias.layout[-1:])], location=op.location)
         every = Op("broadcast_in_dim", [wide.result], [whole(op.result.shape, op.result.layout)],
                    {"broadcast_dimensions": [len(op.result.shape) - 1]}, location=op.location)  # fmt: skip
-        sums = Op("dot_general", made.operands, [whole(op.result.shape, op.result.layout)], made.attrs, location=made.location)
+        sums = Op(
+            "dot_general", made.operands, [whole(op.result.shape, op.result.layout)], made.attrs, location=made.location
+        )
         total = Op("add", [sums.result, every.result], [whole(op.result.shape, op.result.layout)], location=op.location)
         return [vector, wide, every, sums, total, Op("convert", [total.result], op.results, location=op.location)]
     return None
@@ -44,7 +55,11 @@ def _widened(op: Op, count: dict[Value, int]) -> list[Op] | None:
 def _before_rounding(vector: Value) -> Value:
     """The float32 vector that was cast to this one; the vector itself where there is none."""
     v = vector
-    while v.producer is not None and v.producer.name in ("reshape", "broadcast_in_dim") and v.producer.operands[0].type.size == v.type.size:
+    while (
+        v.producer is not None
+        and v.producer.name in ("reshape", "broadcast_in_dim")
+        and v.producer.operands[0].type.size == v.type.size
+    ):
         (v,) = v.producer.operands
     if v.producer is not None and v.producer.name == "convert" and v.producer.operands[0].dtype == "f32":
         return v.producer.operands[0]

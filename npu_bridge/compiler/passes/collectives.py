@@ -1,8 +1,10 @@
 """Fewer and smaller exchanges than Shardy writes.
 
-* ``all_slice(all_reduce(x))`` is a reduce_scatter; when only some of the axes are sliced, the scatter comes first and the rest is
+* ``all_slice(all_reduce(x))`` is a reduce_scatter; when only some of the axes are sliced, the scatter comes first and
+the rest is
   reduced on the shard (fsdp inside a machine, data between machines).
-* ``all_reduce(a) + all_reduce(b)`` over the same axes is ``all_reduce(a + b)``: input gradients of q, k, v and of gate and up.
+* ``all_reduce(a) + all_reduce(b)`` over the same axes is ``all_reduce(a + b)``: input gradients of q, k, v and of gate
+and up.
 * ``all_gather(all_slice(x))`` and ``all_slice(all_gather(x))`` over the same axes are x.
 * sums of 16-bit floats are exchanged in float32 when the policy asks for it.
 """
@@ -37,12 +39,18 @@ def _cancel(block: Block) -> None:
         if not op.operands:
             continue
         made = replacement.get(op.operands[0], op.operands[0]).producer
-        if made is not None and (op.name, made.name) in pairs and _same_dims(op, made) and made.operands[0].type == op.result.type:
+        if (
+            made is not None
+            and (op.name, made.name) in pairs
+            and _same_dims(op, made)
+            and made.operands[0].type == op.result.type
+        ):
             replacement[op.result] = made.operands[0]
     substitute(block, replacement)
 
 
-# ---- all_reduce + all_slice -> reduce_scatter -------------------------------------------------------------------------------
+# ---- all_reduce + all_slice -> reduce_scatter
+# -------------------------------------------------------------------------------
 
 
 def _scattered(x: Value, dims: list[tuple[str, ...]], program: Program) -> Type:
@@ -87,20 +95,41 @@ def _scatter(block: Block, program: Program) -> None:
         outside = [d if not set(d) & axes else () for d in cut]
         value = source.operands[0]
         if any(outside):  # this device's part of the rest, before anything is sent
-            made = Op("all_slice", [value], [Value(_scattered(value, outside, program), op.result.layout)], {"dims": outside}, location=op.location)
+            made = Op(
+                "all_slice",
+                [value],
+                [Value(_scattered(value, outside, program), op.result.layout)],
+                {"dims": outside},
+                location=op.location,
+            )
             kept.append(made)
             value = made.result
         order = tuple(a for d in inside for a in d)
         rest = tuple(a for a in source.attrs["axes"] if a not in order)
         attrs = {"dims": inside, "kind": source.attrs["kind"], "axes": order}
-        scatter = Op("reduce_scatter", [value], [op.result if not rest else Value(op.result.type, op.result.layout)], attrs, location=source.location)
+        scatter = Op(
+            "reduce_scatter",
+            [value],
+            [op.result if not rest else Value(op.result.type, op.result.layout)],
+            attrs,
+            location=source.location,
+        )
         kept.append(scatter)
         if rest:
-            kept.append(Op("all_reduce", [scatter.result], [op.result], {"axes": rest, "kind": source.attrs["kind"]}, location=source.location))
+            kept.append(
+                Op(
+                    "all_reduce",
+                    [scatter.result],
+                    [op.result],
+                    {"axes": rest, "kind": source.attrs["kind"]},
+                    location=source.location,
+                )
+            )
     block.ops = kept
 
 
-# ---- sums of reductions ---------------------------------------------------------------------------------------------------------
+# ---- sums of reductions
+# ---------------------------------------------------------------------------------------------------------
 
 
 def _signature(op: Op | None) -> tuple | None:
@@ -117,8 +146,13 @@ def _signature(op: Op | None) -> tuple | None:
 def _merge_sums(block: Block) -> None:
     count = uses(block)
     inside = {id(op) for op in block.ops}
-    once = lambda v: count.get(v, 0) == 1 and v.producer is not None and id(v.producer) in inside
-    is_sum = lambda op: op is not None and op.name == "add" and "f" in op.result.dtype
+
+    def once(v):
+        return count.get(v, 0) == 1 and v.producer is not None and id(v.producer) in inside
+
+    def is_sum(op):
+        return op is not None and op.name == "add" and "f" in op.result.dtype
+
     absorbed = {
         id(v.producer) for op in block.ops if is_sum(op) for v in op.operands if once(v) and is_sum(v.producer)
     }  # sums that a bigger sum takes in
@@ -156,13 +190,28 @@ def _merge_sums(block: Block) -> None:
                 part = v.producer.operands[0]
                 new.append(Op("add", [total, part], [Value(total.type, total.layout)], location=op.location))
                 total = new[-1].result
-            new.append(Op(first.name, [total], [Value(op.result.type, op.result.layout)], dict(first.attrs), location=first.location))
+            new.append(
+                Op(
+                    first.name,
+                    [total],
+                    [Value(op.result.type, op.result.layout)],
+                    dict(first.attrs),
+                    location=first.location,
+                )
+            )
             terms.append(new[-1].result)
             dropped.update(id(v.producer) for v in members)
         total = terms[0]
         for n, term in enumerate(terms[1:]):
             last = n == len(terms) - 2
-            new.append(Op("add", [total, term], [op.result if last else Value(op.result.type, op.result.layout)], location=op.location))
+            new.append(
+                Op(
+                    "add",
+                    [total, term],
+                    [op.result if last else Value(op.result.type, op.result.layout)],
+                    location=op.location,
+                )
+            )
             total = new[-1].result
         if len(terms) == 1:
             new[-1].results = [op.result]
@@ -178,7 +227,8 @@ def _merge_sums(block: Block) -> None:
     block.ops = kept
 
 
-# ---- precision ------------------------------------------------------------------------------------------------------------------
+# ---- precision
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def widen_reductions(program: Program) -> None:
@@ -189,14 +239,19 @@ def widen_reductions(program: Program) -> None:
 def _widen(block: Block) -> None:
     kept: list[Op] = []
     for op in block.ops:
-        if op.name in ("all_reduce", "reduce_scatter") and op.attrs["kind"] == "add" and op.result.dtype in ("bf16", "f16"):
+        if (
+            op.name in ("all_reduce", "reduce_scatter")
+            and op.attrs["kind"] == "add"
+            and op.result.dtype in ("bf16", "f16")
+        ):
             x, y = op.operands[0], op.result
-            wide = lambda v: Value(Type(v.shape, "f32"), v.layout)
+
+            def wide(v):
+                return Value(Type(v.shape, "f32"), v.layout)
+
             up = Op("convert", [x], [wide(x)], location=op.location)
             exchange = Op(op.name, [up.result], [wide(y)], op.attrs, location=op.location)
             kept += [up, exchange, Op("convert", [exchange.result], [y], location=op.location)]
         else:
             kept.append(op)
     block.ops = kept
-
-

@@ -1,7 +1,7 @@
 """8-bit floats are stored and moved as they are and computed with in float32.
 
-torch has next to no operators for them: every operation other than a view gets its operands converted to float32, and its results
-converted back, which rounds once per operation as XLA does.
+torch has next to no operators for them: every operation other than a view gets its operands converted to float32, and
+its results converted back, which rounds once per operation as XLA does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def widen_float8(block: Block) -> None:
             for region in op.regions:
                 widen_float8(region)
         narrow = any(v.dtype in FLOAT8 for v in (*op.operands, *op.results))
-        if not narrow or op.name in _AS_THEY_ARE | _HOLD_PROGRAMS and not _is_composition(op):
+        if not narrow or (op.name in _AS_THEY_ARE | _HOLD_PROGRAMS and not _is_composition(op)):
             kept.append(op)
             continue
         operands = []
@@ -41,7 +41,9 @@ def widen_float8(block: Block) -> None:
 
 
 def _is_composition(op: Op) -> bool:
-    """The bridge's own lowerings of primitives are torch compositions, which need float32; fused operators take what they are given."""
+    """The bridge's own lowerings of primitives are torch compositions, which need float32; fused operators take what
+    they are given.
+    """
     return op.name == "kernel" and ".math." in op.attrs["name"]
 
 

@@ -1,10 +1,13 @@
 """What torch_npu's fused calls take and give, where that is not what the bridge's operators say.
 
-Done on npu only: every kernel is a launch there, and these leave a layer no more of them than code written by hand for torch_npu has.
+Done on npu only: every kernel is a launch there, and these leave a layer no more of them than code written by hand for
+torch_npu has.
 
-* the gradient of a rotation is a rotation with turned tables: they are turned by operations of their own, which all layers share;
+* the gradient of a rotation is a rotation with turned tables: they are turned by operations of their own, which all
+layers share;
 * SwiGLU wants gate and up side by side: the forward's concatenation serves the backward pass;
-* attention hands its softmax statistics on as the kernel made them, instead of as one logarithm (eight times two numbers, as in torch's
+* attention hands its softmax statistics on as the kernel made them, instead of as one logarithm (eight times two
+numbers, as in torch's
   own autograd, where it was one);
 * a product takes its bias.
 """
@@ -15,8 +18,8 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 from npu_bridge.compiler.ir import FLOATS, Block, Op, Type, Value
-from npu_bridge.jaxcompat import CALL_PREFIX as PREFIX
 from npu_bridge.compiler.passes.simplify import behind_barriers, uses
+from npu_bridge.jaxcompat import CALL_PREFIX as PREFIX
 
 STATISTICS = 8  # copies of each softmax statistic, as in npu_bridge.kernels.attention (which needs torch)
 
@@ -29,7 +32,13 @@ def fit_fused_calls(block: Block) -> None:
     kept: list[Op] = []
     count = uses(block)
     for op in block.ops:
-        rewrite = _REWRITES.get(op.attrs["name"].removeprefix(PREFIX)) if op.name == "kernel" else _with_bias if op.name == "add" else None
+        rewrite = (
+            _REWRITES.get(op.attrs["name"].removeprefix(PREFIX))
+            if op.name == "kernel"
+            else _with_bias
+            if op.name == "add"
+            else None
+        )
         kept += (rewrite(op, count) if rewrite else None) or [op]
     block.ops = kept
 
@@ -55,7 +64,8 @@ def _slice(x: Value, dim: int, begin: int, end: int, at: Op, result: Value | Non
     return made
 
 
-# ---- rotary ------------------------------------------------------------------------------------------------------------------
+# ---- rotary
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def _turned(sin: Value, mode: str, at: Op) -> list[Op]:
@@ -80,7 +90,8 @@ def _rotary_backward(op: Op, count: dict[Value, int]) -> list[Op]:
     return [*turned, _kernel("rotary", op, [g, cos, turned[-1].result], op.results, mode=mode)]
 
 
-# ---- SwiGLU --------------------------------------------------------------------------------------------------------------------
+# ---- SwiGLU
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def _side_by_side(gate: Value, up: Value, at: Op) -> Op:
@@ -102,17 +113,24 @@ def _swiglu_backward(op: Op, count: dict[Value, int]) -> list[Op]:
     return [both, _kernel("swiglu_joined_backward", op, [g, both.result], [grad]), *parts]
 
 
-# ---- attention ------------------------------------------------------------------------------------------------------------------
+# ---- attention
+# ------------------------------------------------------------------------------------------------------------------
 
 _FORWARD_LSE, _BACKWARD_LSE = 1, 5  # which result, which operand
 
 
 def _keep_statistics(block: Block) -> None:
-    """Where only gradients in the same block read the log-sum-exp of an attention, they get the kernel's own statistics."""
+    """Where only gradients in the same block read the log-sum-exp of an attention, they get the kernel's own
+    statistics.
+    """
     count = uses(block)
     readers: dict[Value, list[Op]] = {}
     for op in block.ops:
-        if op.name == "kernel" and op.attrs["name"].startswith(PREFIX + "attention") and op.attrs["name"].endswith("_backward"):
+        if (
+            op.name == "kernel"
+            and op.attrs["name"].startswith(PREFIX + "attention")
+            and op.attrs["name"].endswith("_backward")
+        ):
             readers.setdefault(op.operands[_BACKWARD_LSE], []).append(op)
     for op in block.ops:
         if op.name != "kernel" or not op.attrs["name"].startswith(PREFIX + "attention") or len(op.results) != 2:
@@ -131,7 +149,8 @@ def _keep_statistics(block: Block) -> None:
             reader.attrs["host_operands"] = tuple(i + (i > _BACKWARD_LSE) for i in reader.attrs["host_operands"])
 
 
-# ---- products with a bias ----------------------------------------------------------------------------------------------------------
+# ---- products with a bias
+# ----------------------------------------------------------------------------------------------------------
 
 
 def spread(v: Value, width: int) -> Value | None:
@@ -143,18 +162,26 @@ def spread(v: Value, width: int) -> Value | None:
         (source,) = made.operands
         if made.name == "broadcast_in_dim":
             kept = [d for d, size in zip(made.attrs["broadcast_dimensions"], source.shape) if size > 1]
-            if kept != sorted(kept) or source.type.size != v.type.size and kept != [len(v.shape) - 1]:
+            if kept != sorted(kept) or (source.type.size != v.type.size and kept != [len(v.shape) - 1]):
                 return None
         v = source
     return v
 
 
 def product_and_bias(op: Op, count: dict[Value, int]) -> Iterator[tuple[Op, Value]]:
-    """(dot_general, vector) where an addition takes a product that nobody else reads and a vector spread over its rows, in either order."""
+    """(dot_general, vector) where an addition takes a product that nobody else reads and a vector spread over its rows,
+    in either order.
+    """
     width = op.result.shape[-1] if op.result.shape else 0
     for product, other in (op.operands, op.operands[::-1]):
         made = product.producer
-        if width < 2 or made is None or made.name != "dot_general" or count[product] != 1 or any(v.dtype != op.result.dtype for v in made.operands):
+        if (
+            width < 2
+            or made is None
+            or made.name != "dot_general"
+            or count[product] != 1
+            or any(v.dtype != op.result.dtype for v in made.operands)
+        ):
             continue
         bias = spread(other, width)
         if bias is not None:
@@ -164,10 +191,21 @@ def product_and_bias(op: Op, count: dict[Value, int]) -> Iterator[tuple[Op, Valu
 def _with_bias(op: Op, count: dict[Value, int]) -> list[Op] | None:
     for made, bias in product_and_bias(op, count):
         free = [d for d in range(len(made.operands[1].shape)) if d not in made.attrs["rhs_contracting_dimensions"]]
-        if op.result.dtype not in FLOATS or len(made.operands) != 2 or len(free) != 1 or made.attrs["lhs_batching_dimensions"] or bias.dtype != op.result.dtype:
+        if (
+            op.result.dtype not in FLOATS
+            or len(made.operands) != 2
+            or len(free) != 1
+            or made.attrs["lhs_batching_dimensions"]
+            or bias.dtype != op.result.dtype
+        ):
             continue
-        vector = Op("reshape", [bias], [Value(Type(op.result.shape[-1:], bias.dtype), bias.layout[-1:])], location=op.location)
-        return [vector, Op("dot_general", [*made.operands, vector.result], op.results, made.attrs, location=made.location)]
+        vector = Op(
+            "reshape", [bias], [Value(Type(op.result.shape[-1:], bias.dtype), bias.layout[-1:])], location=op.location
+        )
+        return [
+            vector,
+            Op("dot_general", [*made.operands, vector.result], op.results, made.attrs, location=made.location),
+        ]
     return None
 
 

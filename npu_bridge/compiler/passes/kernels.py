@@ -1,8 +1,8 @@
 """One call for each fused operator.
 
-The lowering splits an operator whose results are summed over different factors into parts (Shardy knows no reduction per result).
-The parts have the same operands and parameters; here they become one ``kernel`` operation again. Values that depend on this
-device's shard (first row of a vocabulary shard, local sizes) are filled in.
+The lowering splits an operator whose results are summed over different factors into parts (Shardy knows no reduction
+per result). The parts have the same operands and parameters; here they become one ``kernel`` operation again. Values
+that depend on this device's shard (first row of a vocabulary shard, local sizes) are filled in.
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ def _merge(block: Block, program: Program) -> None:
         key = (op.attrs["name"], tuple(id(replacement.get(v, v)) for v in op.operands), repr(op.attrs["params"]))
         part, count = op.attrs["part"], op.attrs["count"]
         if key not in first:
-            made = Op("kernel", op.operands, [Value(Type((), "f32")) for _ in range(count)], dict(op.attrs), location=op.location)
+            made = Op(
+                "kernel",
+                op.operands,
+                [Value(Type((), "f32")) for _ in range(count)],
+                dict(op.attrs),
+                location=op.location,
+            )
             made.attrs["filled"] = set()
             first[key] = made
             kept.append(made)
@@ -60,7 +66,10 @@ def _specialise(op: Op, program: Program) -> None:
     static = jaxcompat.OPERATORS.get(op.attrs["name"])
     if static is None:
         return
-    value = lambda where: (op.operands if where[0] == "operand" else op.results)[where[1]]
+
+    def value(where):
+        return (op.operands if where[0] == "operand" else op.results)[where[1]]
+
     params = dict(op.attrs["params"])
     for name, where in static["local_sizes"].items():
         params[name] = value(where).shape[where[2]]

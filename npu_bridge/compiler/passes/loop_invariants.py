@@ -1,14 +1,15 @@
 """Loop-invariant code motion.
 
-Move an operation out of a loop when its operands do not change there and its results are no larger than they are: a result stays in
-memory while the loop runs, and most that is larger (broadcasts) is a view that costs nothing.
+Move an operation out of a loop when its operands do not change there and its results are no larger than they are: a
+result stays in memory while the loop runs, and most that is larger (broadcasts) is a view that costs nothing.
 """
 
 from __future__ import annotations
 
 from npu_bridge.compiler.ir import Block, Op, Value
 
-# Regions, effects, exchanges between devices (which keep their order on all of them), and barriers, which are there to stay.
+# Regions, effects, exchanges between devices (which keep their order on all of them), and barriers, which are there to
+# stay.
 _STAYS = frozenset({"while", "case", "rng", "rng_bit_generator", "optimization_barrier", "all_reduce", "all_gather", "all_slice", "reduce_scatter",
                     "start_all_gather", "start_reduce_scatter", "wait", "all_to_all", "permute", "partition_id"})  # fmt: skip
 

@@ -1,18 +1,23 @@
 """One mask for all layers and both directions, where attention adds a mask to its logits (on a CPU).
 
-The mask follows from segment ids alone, so calls that read the same ids share it. It then stays in memory from the first layer to the
-last gradient; one that is much larger than the queries is left to be made, and dropped, in every call.
+The mask follows from segment ids alone, so calls that read the same ids share it. It then stays in memory from the
+first layer to the last gradient; one that is much larger than the queries is left to be made, and dropped, in every
+call.
 """
 
 from __future__ import annotations
 
 from npu_bridge.compiler.ir import Block, Op, Type, Value
-from npu_bridge.jaxcompat import CALL_PREFIX
 from npu_bridge.compiler.passes.simplify import behind_barriers
+from npu_bridge.jaxcompat import CALL_PREFIX
 
 MOST = 4  # times the bytes of the queries
 
-_FORMS = {CALL_PREFIX + "attention" + form + direction: start for form in ("_segments", "_packed") for direction, start in (("", 0), ("_backward", 1))}
+_FORMS = {
+    CALL_PREFIX + "attention" + form + direction: start
+    for form in ("_segments", "_packed")
+    for direction, start in (("", 0), ("_backward", 1))
+}
 _DTYPES = {"f32": "float32", "bf16": "bfloat16"}
 
 

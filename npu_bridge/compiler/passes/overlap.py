@@ -1,12 +1,15 @@
-"""Exchanges that run beside the computation: gathers start before what comes ahead of their first reader, scatters are waited for late.
+"""Exchanges that run beside the computation: gathers start before what comes ahead of their first reader, scatters are
+waited for late.
 
-Every all_gather over one dimension becomes a ``start_all_gather`` and a ``wait``, every reduce_scatter a ``start_reduce_scatter`` and a
-``wait``. A start moves ahead of the computation, a wait stays at the first use of its result (of a gather), or moves behind the
-computation that follows (of a scatter). The order of exchanges is one order for all ranks, as collectives want it.
+Every all_gather over one dimension becomes a ``start_all_gather`` and a ``wait``, every reduce_scatter a
+``start_reduce_scatter`` and a ``wait``. A start moves ahead of the computation, a wait stays at the first use of its
+result (of a gather), or moves behind the computation that follows (of a scatter). The order of exchanges is one order
+for all ranks, as collectives want it.
 
-Memory stays bounded: of each kind at most `AHEAD` exchanges are under way in a block, so a program holds at most `AHEAD` gathered
-parameters more than one that waits for each (and as many gradients before their scatter). Nothing crosses a loop: a gather that is
-read behind a loop starts behind it, and what a loop's body reads is gathered in the same round.
+Memory stays bounded: of each kind at most `AHEAD` exchanges are under way in a block, so a program holds at most
+`AHEAD` gathered parameters more than one that waits for each (and as many gradients before their scatter). Nothing
+crosses a loop: a gather that is read behind a loop starts behind it, and what a loop's body reads is gathered in the
+same round.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from npu_bridge.compiler.ir import Block, Op, Program, Value, free_values
 
 AHEAD = 2
 
-# What lies between a parameter and its gather: cheap, on this device's shard, and safe to do earlier than it was written.
+# What lies between a parameter and its gather: cheap, on this device's shard, and safe to do earlier than it was
+# written.
 _CARRIED_ALONG = frozenset({"convert", "reshape", "transpose", "slice", "dynamic_slice", "relabel", "all_slice"})
 # What may wait for a scattered gradient behind other computation.
 _PUT_OFF = frozenset({"convert", "reshape", "transpose", "relabel"})
@@ -54,11 +58,20 @@ def _split(op: Op) -> tuple[Op, Op]:
     The wait names the operand again: its storage is read until then, so nothing may overwrite it in between.
     """
     moved = op.result.type if op.name == "all_gather" else op.operands[0].type
-    start = Op(f"start_{op.name}", list(op.operands), [Value(moved, op.result.layout)], dict(op.attrs), location=op.location)
-    return start, Op("wait", [start.result, op.operands[0]], [op.result], {"of": op.name, "dims": op.attrs["dims"]}, location=op.location)
+    start = Op(
+        f"start_{op.name}", list(op.operands), [Value(moved, op.result.layout)], dict(op.attrs), location=op.location
+    )
+    return start, Op(
+        "wait",
+        [start.result, op.operands[0]],
+        [op.result],
+        {"of": op.name, "dims": op.attrs["dims"]},
+        location=op.location,
+    )
 
 
-# ---- gathers --------------------------------------------------------------------------------------------------------------
+# ---- gathers
+# --------------------------------------------------------------------------------------------------------------
 
 
 class _Gathers:
@@ -90,8 +103,9 @@ class _Gathers:
             self.kept.append(op)
 
     def _chain(self, v: Value) -> list[Op] | None:
-        """Operations to write before `v` is there, in order; None when one of them may not be moved, or reads a gather that is
-        under way."""
+        """Operations to write before `v` is there, in order; None when one of them may not be moved, or reads a gather
+        that is under way.
+        """
         made = v.producer
         if v in self.of:
             return [] if v in self.arrived else None
@@ -109,7 +123,9 @@ class _Gathers:
         return [*found, made]
 
     def _source(self, v: Value) -> Value:
-        """The value behind remat's barriers, which are not written: a recomputed layer's weights need not wait for its gradient."""
+        """The value behind remat's barriers, which are not written: a recomputed layer's weights need not wait for its
+        gradient.
+        """
         while v.producer is not None and id(v.producer) in self.inside and v.producer.name == "optimization_barrier":
             v = v.producer.operands[v.producer.results.index(v)]
         return v
@@ -132,7 +148,12 @@ class _Gathers:
             at.operands = [self._source(v) for v in at.operands]
             for v in at.operands:
                 made = v.producer
-                if made is not None and id(made) in self.inside and id(made) not in self.written and made.name in _CARRIED_ALONG:
+                if (
+                    made is not None
+                    and id(made) in self.inside
+                    and id(made) not in self.written
+                    and made.name in _CARRIED_ALONG
+                ):
                     todo.append(made)
         return op.operands[0]
 
@@ -167,7 +188,8 @@ def _start_gathers_early(block: Block, program: Program) -> None:
     block.ops = gathers.kept
 
 
-# ---- scatters ---------------------------------------------------------------------------------------------------------------
+# ---- scatters
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def _wait_for_scatters_late(block: Block, program: Program) -> None:

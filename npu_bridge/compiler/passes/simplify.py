@@ -57,7 +57,7 @@ def share_equal_operations(block: Block) -> None:
 
 
 def remove_unread(block: Block) -> None:
-    """Drops operations whose results nobody reads, and carried loop values that only feed themselves."""
+    """Drop operations whose results nobody reads, and carried loop values that only feed themselves."""
     live = {id(v) for v in block.results}
     kept = []
     for op in reversed(block.ops):

@@ -5,7 +5,8 @@
 * a reshape of a reshape is one reshape, or none (a residual on its way into the stack and out of it);
 * a sum of zero-padded pieces that lie side by side is their concatenation (gradients of stacked parameters).
 
-Views cost next to nothing on torch, but a concatenation copies what was there already, and each padded piece is as large as the whole.
+Views cost next to nothing on torch, but a concatenation copies what was there already, and each padded piece is as
+large as the whole.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ def simplify_slices(block: Block) -> None:
     _forward_slices(block)
 
 
-# ---- slices -----------------------------------------------------------------------------------------------------------------
+# ---- slices
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def _forward_slices(block: Block) -> None:
@@ -40,7 +42,11 @@ def _forward_slices(block: Block) -> None:
                 op.name, op.operands, op.attrs = "reshape", list(op.operands[0].producer.operands), {}
         else:
             continue
-        if len(op.operands) == 1 and op.result.type == op.operands[0].type and op.result.layout == op.operands[0].layout:
+        if (
+            len(op.operands) == 1
+            and op.result.type == op.operands[0].type
+            and op.result.layout == op.operands[0].layout
+        ):
             replacement[op.result] = op.operands[0]
     substitute(block, replacement)
 
@@ -53,7 +59,7 @@ def _keeps_order(op: Op | None) -> bool:
 
 
 def _look_through(op: Op) -> None:
-    """Moves a slice with steps of one to the array that its elements come from."""
+    """Move a slice with steps of one to the array that its elements come from."""
     while True:
         source, begins, ends = op.operands[0].producer, op.attrs["start_indices"], op.attrs["limit_indices"]
         if source is not None and source.name == "slice" and all(step == 1 for step in source.attrs["strides"]):
@@ -70,7 +76,10 @@ def _look_through(op: Op) -> None:
             return
         op.operands = [part]
         # A new dict: equal slices may share theirs.
-        op.attrs = op.attrs | {"start_indices": [b + s for b, s in zip(begins, shift)], "limit_indices": [e + s for e, s in zip(ends, shift)]}
+        op.attrs = op.attrs | {
+            "start_indices": [b + s for b, s in zip(begins, shift)],
+            "limit_indices": [e + s for e, s in zip(ends, shift)],
+        }
 
 
 def _piece(concatenate: Op, begin: int, end: int) -> tuple[Value, int] | None:
@@ -84,7 +93,8 @@ def _piece(concatenate: Op, begin: int, end: int) -> tuple[Value, int] | None:
     return None
 
 
-# ---- sums of padded pieces ----------------------------------------------------------------------------------------------------
+# ---- sums of padded pieces
+# ----------------------------------------------------------------------------------------------------
 
 
 def _is_zero(value: Value) -> bool:
@@ -124,7 +134,9 @@ def _join_padded(block: Block) -> None:
 
 
 def _concatenation(op: Op, count: dict[Value, int], inside: set[int]) -> Op | None:
-    if all(_padded_dim(v) is None for v in op.operands):  # a chain of sums begins or ends with a piece; most sums are none
+    if all(
+        _padded_dim(v) is None for v in op.operands
+    ):  # a chain of sums begins or ends with a piece; most sums are none
         return None
     terms = _leaves(op, count, inside)
     dims = {_padded_dim(t) for t in terms}
@@ -139,4 +151,6 @@ def _concatenation(op: Op, count: dict[Value, int], inside: set[int]) -> Op | No
         end += t.producer.operands[0].shape[dim]
     if end != op.result.shape[dim]:
         return None
-    return Op("concatenate", [t.producer.operands[0] for t in terms], [op.result], {"dimension": dim}, location=op.location)
+    return Op(
+        "concatenate", [t.producer.operands[0] for t in terms], [op.result], {"dimension": dim}, location=op.location
+    )

@@ -33,7 +33,12 @@ def step(w, x, y, scale):
 
 
 train = npu_bridge.jit(
-    step, mesh={"data": count}, in_shardings=(P(), P("data"), P("data")), out_shardings=(P(), P()), donate_argnums=0, static_argnums=3
+    step,
+    mesh={"data": count},
+    in_shardings=(P(), P("data"), P("data")),
+    out_shardings=(P(), P()),
+    donate_argnums=0,
+    static_argnums=3,
 )
 w = np.zeros(4, np.float32)
 scale = 1.0 + (rank if fault == "differ" else 0)

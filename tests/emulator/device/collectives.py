@@ -1,4 +1,7 @@
-"""Run by torchrun, one process a rank: collectives, DDP and FSDP2 of torch on HCCL. Prints one line a rank at the end."""
+"""Run by torchrun, one process a rank: collectives, DDP and FSDP2 of torch on HCCL.
+
+Prints one line a rank at the end.
+"""
 
 import copy
 import os
@@ -50,7 +53,12 @@ swapped = torch.empty(sum(sizes), device=here)
 dist.all_to_all_single(swapped, torch.full(((rank + 1) * count,), float(rank), device=here), sizes, [rank + 1] * count)
 same("all_to_all_v", swapped, torch.cat([torch.full((i + 1,), float(i)) for i in range(count)]))
 after, before, received = (rank + 1) % count, (rank - 1) % count, torch.empty(3, device=here)
-for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, torch.full((3,), float(rank), device=here), after), dist.P2POp(dist.irecv, received, before)]):
+for work in dist.batch_isend_irecv(
+    [
+        dist.P2POp(dist.isend, torch.full((3,), float(rank), device=here), after),
+        dist.P2POp(dist.irecv, received, before),
+    ]
+):
     work.wait()
 same("ring of messages", received, torch.full((3,), float(before)))
 pair = dist.new_group([0, 1])

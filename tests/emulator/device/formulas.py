@@ -1,4 +1,7 @@
-"""Attention written out in numpy float64, one sequence at a time: what the emulated kernels are compared with. No kernel of torch is used."""
+"""Attention written out in numpy float64, one sequence at a time: what the emulated kernels are compared with.
+
+No kernel of torch is used.
+"""
 
 import numpy as np
 import torch
@@ -14,8 +17,10 @@ def banned(queries, keys, low=-np.inf, high=np.inf):
 
 
 def attention(q, k, v, mask, scale, pse=0.0):
-    """q (S, N, D), k (T, K, D), v (T, K, D); mask (S, T), true where nothing is attended. Returns output (S, N, D), probabilities
-    (N, S, T) and log of the sums (S, N, 1)."""
+    """q (S, N, D), k (T, K, D), v (T, K, D); mask (S, T), true where nothing is attended.
+
+    Returns output (S, N, D), probabilities (N, S, T) and log of the sums (S, N, 1).
+    """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
@@ -33,6 +38,13 @@ def gradients(q, k, v, g, mask, scale):
     out, p, _ = attention(q, k, v, mask, scale)
     dp = np.einsum("snd,tnd->nst", g, np.repeat(v, group, 1))
     ds = p * (dp - (dp * p).sum(-1, keepdims=True)) * scale
+
     def of_groups(x):
         return x.reshape(x.shape[0], heads, group, x.shape[2]).sum(2)
-    return out, np.einsum("nst,tnd->snd", ds, np.repeat(k, group, 1)), of_groups(np.einsum("nst,snd->tnd", ds, q)), of_groups(np.einsum("nst,snd->tnd", p, g))
+
+    return (
+        out,
+        np.einsum("nst,tnd->snd", ds, np.repeat(k, group, 1)),
+        of_groups(np.einsum("nst,snd->tnd", ds, q)),
+        of_groups(np.einsum("nst,snd->tnd", p, g)),
+    )

@@ -1,4 +1,5 @@
-"""torch's own samples for its operators (OpInfo), float32: each on the emulated NPU against the CPU, values and gradients.
+"""torch's own samples for its operators (OpInfo), float32: each on the emulated NPU against the CPU, values and
+gradients.
 
 Prints a line of JSON before and after each operator, so that whoever reads knows which one took the process with it.
 `python opinfo.py SECONDS [FIRST]` begins at operator number FIRST.
@@ -21,16 +22,28 @@ SAMPLES = 6  # of each operator
 LEFT_OUT = {
     "as_strided.partial_views": "its samples look past a tensor into its storage, which a copy to the device does not have",
     "tensor_split": "its samples hold index tensors that must stay on the CPU",
-    "float_power": "float64", "double": "float64", "cdouble": "float64",  # the device computes in float32, as torch_npu warns
+    # the device computes in float32, as torch_npu warns
+    "float_power": "float64", "double": "float64", "cdouble": "float64",
     "nn.functional.gelu": "torch_npu gives aclnnGelu no `approximate`: what the device computes for tanh is not known",
 }  # fmt: skip
 RANDOM = re.compile(r"rand|bernoulli|normal|dropout|multinomial|empty|geometric|exponential|cauchy|uniform")
 EMULATOR = re.compile(r"has no emulation|legacy graph-engine operator")
-TORCH_NPU = re.compile(r"OPS feature not supp|Could not run 'aten::|is not implemented for")  # its own words, before any kernel
+TORCH_NPU = re.compile(
+    r"OPS feature not supp|Could not run 'aten::|is not implemented for"
+)  # its own words, before any kernel
 
 
 def on(device, x):
-    return tree_map(lambda y: y.detach().to(device).requires_grad_(y.requires_grad) if isinstance(y, torch.Tensor) else "npu" if device == "npu" and isinstance(y, torch.device) else y, x)
+    return tree_map(
+        lambda y: (
+            y.detach().to(device).requires_grad_(y.requires_grad)
+            if isinstance(y, torch.Tensor)
+            else "npu"
+            if device == "npu" and isinstance(y, torch.device)
+            else y
+        ),
+        x,
+    )
 
 
 def floats(x):
@@ -48,7 +61,9 @@ def run(info, sample, device):
     learned = [y for y in floats((first, args, kwargs)) if y.requires_grad]
     differentiable = [y for y in out if y.requires_grad and y.is_floating_point()]
     if info.supports_autograd and learned and differentiable:
-        gradients = torch.autograd.grad(differentiable, learned, [torch.ones_like(y) for y in differentiable], allow_unused=True)
+        gradients = torch.autograd.grad(
+            differentiable, learned, [torch.ones_like(y) for y in differentiable], allow_unused=True
+        )
         values += [y.detach().cpu() for y in gradients if y is not None]
     return values
 
@@ -69,7 +84,9 @@ def compare(got, wanted):
 def judge(info):
     """-> (outcome, what was said): passed; wrong; refused, by the emulator; refused by torch_npu; raised; no samples."""
     count = 0
-    for sample in itertools.islice(info.sample_inputs("cpu", torch.float32, requires_grad=info.supports_autograd), SAMPLES):
+    for sample in itertools.islice(
+        info.sample_inputs("cpu", torch.float32, requires_grad=info.supports_autograd), SAMPLES
+    ):
         try:
             wanted = run(info, sample, "cpu")
         except Exception:

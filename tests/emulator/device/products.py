@@ -1,4 +1,7 @@
-"""Run by torchrun, one process a rank: products joined with an exchange, against the formula in numpy float64. Prints one line a rank."""
+"""Run by torchrun, one process a rank: products joined with an exchange, against the formula in numpy float64.
+
+Prints one line a rank.
+"""
 
 import os
 
@@ -55,7 +58,13 @@ for dtype in (torch.bfloat16, torch.float16):
     same("mm_all_reduce with an addition", torch_npu.npu_mm_all_reduce_base(mine, weight, name, x3=x3[rank].to(here)),
          sum(p + t.double().numpy() for p, t in zip(products, x3)), count, dtype)  # fmt: skip
     part = slice(rank * (M // count), (rank + 1) * (M // count))
-    same("mm_reduce_scatter", torch_npu.npu_mm_reduce_scatter_base(mine, turned, name, count), sum(products)[part], count, dtype)
+    same(
+        "mm_reduce_scatter",
+        torch_npu.npu_mm_reduce_scatter_base(mine, turned, name, count),
+        sum(products)[part],
+        count,
+        dtype,
+    )
     out, rows = torch_npu.npu_all_gather_base_mm(mine, weight, name, count)
     same("all_gather_mm", out, np.concatenate(x64) @ w64[rank], 1, dtype)
     assert np.array_equal(rows.cpu().double().numpy(), np.concatenate(x64)), f"rank {rank}: gathered rows"
@@ -63,7 +72,10 @@ for dtype in (torch.bfloat16, torch.float16):
     same("all_gather_mm alone", out, np.concatenate(x64) @ w64[rank], 1, dtype)
     assert rows.numel() == 0
 
-narrow, short = torch.ones(M, 128, device=here, dtype=torch.bfloat16), torch.ones(128, N, device=here, dtype=torch.bfloat16)
+narrow, short = (
+    torch.ones(M, 128, device=here, dtype=torch.bfloat16),
+    torch.ones(128, N, device=here, dtype=torch.bfloat16),
+)
 bad = [
     ("float32", "takes float16, bfloat16", lambda: torch_npu.npu_mm_all_reduce_base(mine.float(), weight.float(), name)),
     ("a transposed left matrix", "must be contiguous", lambda: torch_npu.npu_mm_all_reduce_base(mine[:, :M].t(), weight[:M], name)),

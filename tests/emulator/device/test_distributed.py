@@ -14,7 +14,9 @@ SCRIPT = Path(__file__).with_name("collectives.py")
 def torchrun(ranks, script, *options):
     command = [sys.executable, "-m", "npu_bridge.emulator", "--devices", str(ranks), *options, "--", "python", "-m", "torch.distributed.run",
                "--nproc-per-node", str(ranks), "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script)]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=580, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=580, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
 
 
 @pytest.mark.parametrize("ranks, transport", [(2, "shm"), (4, "shm"), (2, "tcp")])
@@ -58,7 +60,12 @@ REDUCE = (
     "device, count, message",
     [
         pytest.param("3 - 2 * r", 4, None, id="more devices than ranks"),
-        pytest.param("0", 2, "ranks 0 and 1 both use device 0; each rank calls torch.npu.set_device", id="two ranks on one device"),
+        pytest.param(
+            "0",
+            2,
+            "ranks 0 and 1 both use device 0; each rank calls torch.npu.set_device",
+            id="two ranks on one device",
+        ),
         pytest.param("r", 1, "device 1 asked for, this process has 1 ", id="more ranks than devices"),
     ],
 )

@@ -8,7 +8,8 @@ import torch_npu
 from tests.emulator.device.formulas import TRIANGLE, attention, banned
 
 HEADS, KEY_HEADS, SCALE = 4, 2, 0.25
-# The output is rounded once: half a unit in the last place of numbers below 4 (2^-8 of bfloat16, 2^-11 of float16, relative).
+# The output is rounded once: half a unit in the last place of numbers below 4 (2^-8 of bfloat16, 2^-11 of float16,
+# relative).
 TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
@@ -16,27 +17,44 @@ def made(*shape, dtype=torch.bfloat16, seed=0):
     return torch.tensor(np.random.default_rng([seed, *shape]).standard_normal(shape)).to(dtype)
 
 
-def call(version, q, k, v, layout, *, heads=HEADS, key_heads=KEY_HEADS, lengths=None, key_lengths=None, lse=True, **options):
+def call(
+    version, q, k, v, layout, *, heads=HEADS, key_heads=KEY_HEADS, lengths=None, key_lengths=None, lse=True, **options
+):
     """Output and log of the sums (or None), in float64 on the host. Options have the names of the first version."""
     options = {name: value.to("npu") if isinstance(value, torch.Tensor) else value for name, value in options.items()}
     if version == 1:
-        names, function = ("num_heads", "scale", "actual_seq_lengths", "actual_seq_lengths_kv", "softmax_lse_flag"), torch_npu.npu_fused_infer_attention_score
+        names, function = (
+            ("num_heads", "scale", "actual_seq_lengths", "actual_seq_lengths_kv", "softmax_lse_flag"),
+            torch_npu.npu_fused_infer_attention_score,
+        )
     else:
-        names, function = ("num_query_heads", "softmax_scale", "actual_seq_qlen", "actual_seq_kvlen", "return_softmax_lse"), torch_npu.npu_fused_infer_attention_score_v2
+        names, function = (
+            ("num_query_heads", "softmax_scale", "actual_seq_qlen", "actual_seq_kvlen", "return_softmax_lse"),
+            torch_npu.npu_fused_infer_attention_score_v2,
+        )
     options |= dict(zip(names, (heads, SCALE, lengths, key_lengths, lse)))
-    out, sums = function(q.to("npu"), k.to("npu"), v.to("npu"), input_layout=layout, num_key_value_heads=key_heads, **options)
+    out, sums = function(
+        q.to("npu"), k.to("npu"), v.to("npu"), input_layout=layout, num_key_value_heads=key_heads, **options
+    )
     assert out.dtype == q.dtype
     return out.cpu().double().numpy(), sums.cpu().double().numpy() if lse else None
 
 
 def laid(x, layout):
     """(B, S, N, D) in the layout of an input."""
-    return {"BSND": x, "BNSD": x.transpose(1, 2), "BNSD_BSND": x.transpose(1, 2), "BSH": x.flatten(2)}[layout].contiguous()
+    return {"BSND": x, "BNSD": x.transpose(1, 2), "BNSD_BSND": x.transpose(1, 2), "BSH": x.flatten(2)}[
+        layout
+    ].contiguous()
 
 
 def by_hand(q, k, v, masks, pse=None):
     """Rows (B, S, N, D) of a list of masks (S, T); the output likewise, and sums (B, N, S, 1)."""
-    found = [attention(q[b].double(), k[b].double(), v[b].double(), m, SCALE, 0.0 if pse is None else pse[b].double().numpy()) for b, m in enumerate(masks)]
+    found = [
+        attention(
+            q[b].double(), k[b].double(), v[b].double(), m, SCALE, 0.0 if pse is None else pse[b].double().numpy()
+        )
+        for b, m in enumerate(masks)
+    ]
     return np.stack([f[0] for f in found]), np.stack([f[2].transpose(1, 0, 2) for f in found])
 
 
@@ -56,7 +74,11 @@ def check(found, wanted, dtype=torch.bfloat16):
 @pytest.mark.parametrize("layout", ["BSH", "BSND", "BNSD", "BNSD_BSND"])
 def test_every_layout_follows_the_formula(layout, version):
     dtype = torch.float16 if version == 2 else torch.bfloat16
-    q, k, v = made(2, 5, HEADS, 16, dtype=dtype), made(2, 7, KEY_HEADS, 16, dtype=dtype, seed=1), made(2, 7, KEY_HEADS, 16, dtype=dtype, seed=2)
+    q, k, v = (
+        made(2, 5, HEADS, 16, dtype=dtype),
+        made(2, 7, KEY_HEADS, 16, dtype=dtype, seed=1),
+        made(2, 7, KEY_HEADS, 16, dtype=dtype, seed=2),
+    )
     out, sums = call(version, *(laid(x, layout) for x in (q, k, v)), layout, atten_mask=TRIANGLE, sparse_mode=3)
     wanted, wanted_sums = by_hand(q, k, v, [banned(5, 7, high=2)] * 2)
     as_rows = {"BNSD": wanted.transpose(0, 2, 1, 3), "BSH": wanted.reshape(2, 5, -1)}.get(layout, wanted)
@@ -69,9 +91,15 @@ MODES = {
     "none": (dict(), lambda b: banned(5, 7)),
     "whole, one a row": (dict(atten_mask=MASK, sparse_mode=1), lambda b: MASK[b, 0].numpy()),
     "whole, for all rows": (dict(atten_mask=MASK[0, 0].to(torch.int8), sparse_mode=1), lambda b: MASK[0, 0].numpy()),
-    "whole within a band": (dict(atten_mask=MASK[:, 0], sparse_mode=0, pre_tokens=6, next_tokens=3), lambda b: MASK[b, 0].numpy() | banned(5, 7, low=-6, high=3)),
+    "whole within a band": (
+        dict(atten_mask=MASK[:, 0], sparse_mode=0, pre_tokens=6, next_tokens=3),
+        lambda b: MASK[b, 0].numpy() | banned(5, 7, low=-6, high=3),
+    ),
     "from the upper left": (dict(atten_mask=TRIANGLE, sparse_mode=2), lambda b: banned(5, 7, high=0)),
-    "a band from the lower right": (dict(atten_mask=TRIANGLE[None], sparse_mode=4, pre_tokens=3, next_tokens=1), lambda b: banned(5, 7, low=2 - 3, high=2 + 1)),
+    "a band from the lower right": (
+        dict(atten_mask=TRIANGLE[None], sparse_mode=4, pre_tokens=3, next_tokens=1),
+        lambda b: banned(5, 7, low=2 - 3, high=2 + 1),
+    ),
 }
 
 
@@ -86,12 +114,21 @@ def test_rows_have_their_own_lengths_and_what_lies_past_them_is_no_number():
     q, k, v = made(2, 5, HEADS, 16), made(2, 7, KEY_HEADS, 16, seed=1), made(2, 7, KEY_HEADS, 16, seed=2)
     out, _ = call(1, q, k, v, "BSND", lengths=[5, 3], key_lengths=[7, 4], atten_mask=TRIANGLE, sparse_mode=3)
     for b, (s, t) in enumerate([(5, 7), (3, 4)]):
-        close(out[b, :s], attention(q[b, :s].double(), k[b, :t].double(), v[b, :t].double(), banned(s, t, high=t - s), SCALE)[0], TOLERANCE[torch.bfloat16])
+        close(
+            out[b, :s],
+            attention(q[b, :s].double(), k[b, :t].double(), v[b, :t].double(), banned(s, t, high=t - s), SCALE)[0],
+            TOLERANCE[torch.bfloat16],
+        )
     assert np.isnan(out[1, 3:]).all()
 
 
 def test_scores_are_shifted_before_the_softmax():
-    q, k, v, pse = made(2, 5, HEADS, 16), made(2, 7, KEY_HEADS, 16, seed=1), made(2, 7, KEY_HEADS, 16, seed=2), made(1, HEADS, 5, 7, seed=3)
+    q, k, v, pse = (
+        made(2, 5, HEADS, 16),
+        made(2, 7, KEY_HEADS, 16, seed=1),
+        made(2, 7, KEY_HEADS, 16, seed=2),
+        made(1, HEADS, 5, 7, seed=3),
+    )
     check(call(2, q, k, v, "BSND", pse_shift=pse), by_hand(q, k, v, [banned(5, 7)] * 2, pse.expand(2, -1, -1, -1)))
 
 
@@ -109,6 +146,7 @@ def paged(rows, lengths, size, by_head, seed=7):
     counts = [-(-n // size) for n in lengths]
     order = np.random.default_rng(seed).permutation(sum(counts) + 2)  # two blocks belong to nobody
     table = torch.zeros(len(rows), max(counts), dtype=torch.int32)
+
     def blocks(rows):
         store = torch.full((len(order), size, *rows[0].shape[1:]), float("nan"), dtype=rows[0].dtype)
         numbers = iter(order)
@@ -119,6 +157,7 @@ def paged(rows, lengths, size, by_head, seed=7):
                 part = row[i * size : (i + 1) * size]
                 store[n, : len(part)] = part
         return store.transpose(1, 2).contiguous() if by_head else store.flatten(2)
+
     return table, blocks
 
 
@@ -129,10 +168,28 @@ def test_keys_in_blocks_are_found_by_the_table(layout, by_head, version):
     q = made(3, 1, HEADS, 32)
     keys, values = ([made(n, KEY_HEADS, 32, seed=s + n) for n in lengths] for s in (1, 100))
     table, blocks = paged(keys, lengths, size, by_head)
-    out, sums = call(version, laid(q, layout), blocks(keys), blocks(values), layout, key_lengths=lengths, block_table=table, block_size=size)
-    found = [attention(q[b].double(), keys[b].double(), values[b].double(), banned(1, n), SCALE) for b, n in enumerate(lengths)]
+    out, sums = call(
+        version,
+        laid(q, layout),
+        blocks(keys),
+        blocks(values),
+        layout,
+        key_lengths=lengths,
+        block_table=table,
+        block_size=size,
+    )
+    found = [
+        attention(q[b].double(), keys[b].double(), values[b].double(), banned(1, n), SCALE)
+        for b, n in enumerate(lengths)
+    ]
     wanted = np.stack([f[0] for f in found])
-    check((out, sums), (wanted.transpose(0, 2, 1, 3) if layout == "BNSD" else wanted, np.stack([f[2].transpose(1, 0, 2) for f in found])))
+    check(
+        (out, sums),
+        (
+            wanted.transpose(0, 2, 1, 3) if layout == "BNSD" else wanted,
+            np.stack([f[2].transpose(1, 0, 2) for f in found]),
+        ),
+    )
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -140,11 +197,17 @@ def test_keys_in_blocks_are_found_by_the_table(layout, by_head, version):
 @pytest.mark.parametrize("in_blocks", [False, True])
 def test_sequences_one_after_another_follow_the_formula(mode, in_blocks, version):
     lengths, key_lengths = [3, 5, 2], [4, 5, 9]
+
     def ends(n):
         return [int(x) for x in np.cumsum(n)]
+
     queries = [made(n, HEADS, 16, seed=n) for n in lengths]
     keys, values = ([made(n, KEY_HEADS, 16, seed=s + n) for n in key_lengths] for s in (1, 100))
-    options = dict(sparse_mode=mode) | (dict(atten_mask=TRIANGLE) if mode else {}) | (dict(pre_tokens=2, next_tokens=1) if mode == 4 else {})
+    options = (
+        dict(sparse_mode=mode)
+        | (dict(atten_mask=TRIANGLE) if mode else {})
+        | (dict(pre_tokens=2, next_tokens=1) if mode == 4 else {})
+    )
     if in_blocks:
         table, blocks = paged(keys, key_lengths, 16, False)
         k, v = blocks(keys), blocks(values)
@@ -154,7 +217,10 @@ def test_sequences_one_after_another_follow_the_formula(mode, in_blocks, version
         options |= dict(key_lengths=ends(key_lengths))
     out, sums = call(version, torch.cat(queries), k, v, "TND", lengths=ends(lengths), **options)
     limits = {0: lambda c: {}, 3: lambda c: dict(high=c), 4: lambda c: dict(low=c - 2, high=c + 1)}[mode]
-    found = [attention(q.double(), k.double(), v.double(), banned(len(q), len(k), **limits(len(k) - len(q))), SCALE) for q, k, v in zip(queries, keys, values)]
+    found = [
+        attention(q.double(), k.double(), v.double(), banned(len(q), len(k), **limits(len(k) - len(q))), SCALE)
+        for q, k, v in zip(queries, keys, values)
+    ]
     check((out, sums), (np.concatenate([f[0] for f in found]), np.concatenate([f[2] for f in found])))
 
 
@@ -162,7 +228,12 @@ def test_heads_before_sequences_give_sequences_before_heads():
     q, k, v = made(5, HEADS, 128), made(6, KEY_HEADS, 128, seed=1), made(6, KEY_HEADS, 128, seed=2)
     heads_first = [x.transpose(0, 1).contiguous() for x in (q, k, v)]
     out, _ = call(1, *heads_first, "NTD_TND", lengths=[2, 5], key_lengths=[2, 6], lse=False)
-    wanted = np.concatenate([attention(q[a:b].double(), k[c:d].double(), v[c:d].double(), banned(b - a, d - c), SCALE)[0] for a, b, c, d in [(0, 2, 0, 2), (2, 5, 2, 6)]])
+    wanted = np.concatenate(
+        [
+            attention(q[a:b].double(), k[c:d].double(), v[c:d].double(), banned(b - a, d - c), SCALE)[0]
+            for a, b, c, d in [(0, 2, 0, 2), (2, 5, 2, 6)]
+        ]
+    )
     close(out, wanted, TOLERANCE[torch.bfloat16])
 
 
@@ -170,7 +241,9 @@ def test_a_query_that_sees_nothing_is_zero_where_that_is_asked_for_and_no_number
     q, k = made(1, 4, HEADS, 16), made(1, 4, KEY_HEADS, 16, seed=1)
     mask = torch.zeros(4, 4, dtype=torch.bool)
     mask[2] = True
-    plain, mended = (call(1, q, k, k, "BSND", atten_mask=mask, sparse_mode=1, inner_precise=precise)[0][0] for precise in (0, 2))
+    plain, mended = (
+        call(1, q, k, k, "BSND", atten_mask=mask, sparse_mode=1, inner_precise=precise)[0][0] for precise in (0, 2)
+    )
     assert np.isnan(plain[2]).all() and (mended[2] == 0).all()
     close(mended[[0, 1, 3]], plain[[0, 1, 3]], 0)
     late = call(1, made(1, 6, HEADS, 16), k, k, "BSND", atten_mask=TRIANGLE, sparse_mode=3)[0][0]
@@ -204,7 +277,10 @@ REFUSED = {
 def test_what_the_document_forbids_or_nobody_wrote_is_refused(case):
     given, message = REFUSED[case]
     given = dict(given)
-    dtype, dim, rows, keys, layout = (given.pop(name, default) for name, default in (("dtype", torch.bfloat16), ("dim", 16), ("rows", 2), ("keys", None), ("layout", "BSND")))
+    dtype, dim, rows, keys, layout = (
+        given.pop(name, default)
+        for name, default in (("dtype", torch.bfloat16), ("dim", 16), ("rows", 2), ("keys", None), ("layout", "BSND"))
+    )
     q = made(rows, 5, HEADS, dim, dtype=dtype)
     k = made(*(keys or (rows, 7, KEY_HEADS, dim)), dtype=dtype)
     with pytest.raises(RuntimeError, match=message):

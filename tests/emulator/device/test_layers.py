@@ -1,4 +1,6 @@
-"""Kernels of one layer, forward and backward: MindVL through the bridge against the same model written by hand with the same fused calls."""
+"""Kernels of one layer, forward and backward: MindVL through the bridge against the same model written by hand with the
+same fused calls.
+"""
 
 import collections
 
@@ -21,7 +23,9 @@ from tests.emulator.device.handwritten import Handwritten
 def model(text_layers, vision_blocks):
     config = golden.configuration(compute_dtype="float32", device="npu")
     vision = config.model.vision.model_copy(update=dict(depth=vision_blocks, fullatt_block_indexes=(1,)))
-    return config, config.model.model_copy(update=dict(vision=vision, text=config.model.text.model_copy(update=dict(num_layers=text_layers))))
+    return config, config.model.model_copy(
+        update=dict(vision=vision, text=config.model.text.model_copy(update=dict(num_layers=text_layers)))
+    )
 
 
 def both(text_layers, vision_blocks):
@@ -33,7 +37,9 @@ def both(text_layers, vision_blocks):
 
     def mean_loss(parameters, batch):
         token_losses = outline.merge(parameters).token_losses(batch, chunk=golden.ROWS * golden.TOKENS)
-        numerator, denominator = sft.loss_terms(token_losses, batch.loss_weights, batch.segment_ids, samples=shape.samples, reduction="token")
+        numerator, denominator = sft.loss_terms(
+            token_losses, batch.loss_weights, batch.segment_ids, samples=shape.samples, reduction="token"
+        )
         return numerator / denominator
 
     jitted = npu_bridge.jit(jax.value_and_grad(mean_loss), device="npu", capture=False)
@@ -47,19 +53,27 @@ def both(text_layers, vision_blocks):
         by_hand = twin.loss()
         torch.autograd.grad(by_hand, list(twin.leaves.values()))
         torch.npu.synchronize()
-    assert abs(float(np.asarray(loss)) - by_hand.item()) < 1e-5 * by_hand.item(), (float(np.asarray(loss)), by_hand.item())
+    assert abs(float(np.asarray(loss)) - by_hand.item()) < 1e-5 * by_hand.item(), (
+        float(np.asarray(loss)),
+        by_hand.item(),
+    )
     return collections.Counter(bridge.kernels), collections.Counter(hand.kernels)
 
 
 @pytest.fixture(scope="module")
 def counted():
     small = both(2, 2)
-    return {name: [large - own for large, own in zip(both(*sizes), small)] for name, sizes in zip(PARTS, ((3, 2), (2, 3)))}
+    return {
+        name: [large - own for large, own in zip(both(*sizes), small)] for name, sizes in zip(PARTS, ((3, 2), (2, 3)))
+    }
 
 
 def table(bridge, hand):
     lines = ["| Kernel | Bridge | By hand |", "|---|---|---|"]
-    lines += [f"| {name.removeprefix('aclnn')} | {bridge[name]} | {hand[name]} |" for name in sorted({*bridge, *hand}, key=lambda name: (-max(bridge[name], hand[name]), name))]
+    lines += [
+        f"| {name.removeprefix('aclnn')} | {bridge[name]} | {hand[name]} |"
+        for name in sorted({*bridge, *hand}, key=lambda name: (-max(bridge[name], hand[name]), name))
+    ]
     return "\n".join([*lines, f"| **all** | **{bridge.total()}** | **{hand.total()}** |"])
 
 
@@ -72,4 +86,6 @@ def test_a_layer_takes_no_more_kernels_than_by_hand(part, counted, record_proper
     record_property("bridge", bridge.total())
     record_property("by hand", hand.total())
     record_property(f"table: {part}", table(bridge, hand))
-    assert bridge.total() <= hand.total(), f"{part}: {bridge.total()} kernels through the bridge, {hand.total()} by hand; {table(bridge, hand)}"
+    assert bridge.total() <= hand.total(), (
+        f"{part}: {bridge.total()} kernels through the bridge, {hand.total()} by hand; {table(bridge, hand)}"
+    )

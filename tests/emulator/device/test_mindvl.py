@@ -1,4 +1,6 @@
-"""A whole MindVL run through the bridge on emulated NPUs against the same run on XLA: one device and four over HCCL, captured."""
+"""A whole MindVL run through the bridge on emulated NPUs against the same run on XLA: one device and four over HCCL,
+captured.
+"""
 
 import copy
 import json
@@ -39,7 +41,10 @@ def launched(folder, mapping, name, processes, *overrides):
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(own))
     command = [sys.executable, "-m", "npu_bridge.emulator", "--devices", str(processes), "--trace", str(folder / f"{name}.json"), "--", "python", "-m", "npu_bridge.launch",
                "--nproc", str(processes), str(ROOT / "train.py"), "--config", str(folder / f"{name}.yaml"), "--set", *overrides]  # fmt: skip
-    environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return losses(folder / name)
@@ -54,7 +59,9 @@ def on_xla(runs):
     return losses(folder / "xla")
 
 
-@pytest.mark.parametrize("processes, mesh", [(1, ()), (4, ("mesh.fsdp=2", "mesh.tensor=2"))], ids=["1 device", "4 devices"])
+@pytest.mark.parametrize(
+    "processes, mesh", [(1, ()), (4, ("mesh.fsdp=2", "mesh.tensor=2"))], ids=["1 device", "4 devices"]
+)
 def test_losses_of_twenty_steps_equal_xla(runs, on_xla, processes, mesh, record_property):
     folder, mapping = runs
     got = launched(folder, mapping, f"npu{processes}", processes, "backend=npu_bridge", "bridge.device=npu", *mesh)

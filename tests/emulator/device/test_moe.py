@@ -1,4 +1,6 @@
-"""A mixture-of-experts layer trained on the emulated NPU: by torch_npu's routing and grouped products, and in JAX through the bridge."""
+"""A mixture-of-experts layer trained on the emulated NPU: by torch_npu's routing and grouped products, and in JAX
+through the bridge.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,9 @@ class Grouped(torch.autograd.Function):
 
     @staticmethod
     def forward(x, w, counts):
-        return torch_npu.npu_grouped_matmul([x], [w], group_list=counts, split_item=2, group_type=0, group_list_type=1)[0]
+        return torch_npu.npu_grouped_matmul([x], [w], group_list=counts, split_item=2, group_type=0, group_list_type=1)[
+            0
+        ]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -28,16 +32,29 @@ class Grouped(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, w, counts = ctx.saved_tensors
-        dx = torch_npu.npu_grouped_matmul([g], [w.transpose(1, 2)], group_list=counts, split_item=2, group_type=0, group_list_type=1)[0]
-        dw = torch_npu.npu_grouped_matmul([x.t()], [g], group_list=counts, split_item=3, group_type=2, group_list_type=1)[0]
+        dx = torch_npu.npu_grouped_matmul(
+            [g], [w.transpose(1, 2)], group_list=counts, split_item=2, group_type=0, group_list_type=1
+        )[0]
+        dw = torch_npu.npu_grouped_matmul(
+            [x.t()], [g], group_list=counts, split_item=3, group_type=2, group_list_type=1
+        )[0]
         return dx, dw, None
 
 
 def weights(seed=0):
     rng = np.random.default_rng(seed)
-    shapes = {"router": (WIDTH, EXPERTS), "gate": (EXPERTS, WIDTH, INNER), "up": (EXPERTS, WIDTH, INNER), "down": (EXPERTS, INNER, WIDTH)}
+    shapes = {
+        "router": (WIDTH, EXPERTS),
+        "gate": (EXPERTS, WIDTH, INNER),
+        "up": (EXPERTS, WIDTH, INNER),
+        "down": (EXPERTS, INNER, WIDTH),
+    }
     made = {name: (rng.standard_normal(shape) / shape[-2] ** 0.5).astype(np.float32) for name, shape in shapes.items()}
-    return made, rng.standard_normal((TOKENS, WIDTH)).astype(np.float32), rng.standard_normal((TOKENS, WIDTH)).astype(np.float32)
+    return (
+        made,
+        rng.standard_normal((TOKENS, WIDTH)).astype(np.float32),
+        rng.standard_normal((TOKENS, WIDTH)).astype(np.float32),
+    )
 
 
 def routed(w, x):
@@ -50,7 +67,9 @@ def fused(w, x):
     scores, experts = routed(w, x)
     rows, order = torch_npu.npu_moe_token_permute(x, experts.int())
     counts = F.one_hot(experts.flatten(), EXPERTS).sum(0)
-    h = torch_npu.npu_swiglu(torch.cat((Grouped.apply(rows, w["gate"], counts), Grouped.apply(rows, w["up"], counts)), -1))
+    h = torch_npu.npu_swiglu(
+        torch.cat((Grouped.apply(rows, w["gate"], counts), Grouped.apply(rows, w["up"], counts)), -1)
+    )
     return torch_npu.npu_moe_token_unpermute(Grouped.apply(h, w["down"], counts), order, probs=scores)
 
 
@@ -83,7 +102,14 @@ def test_three_steps_by_torch_npus_routing_equal_plain_torch(record_property):
     wanted = train(plain, "cpu")
     worst = max(abs(a - b) / b for a, b in zip(got, wanted))
     record_property("difference", f"{worst:.1e}")
-    record_property("kernels", ", ".join(f"{name.removeprefix('aclnn')} {n}" for name, n in counts.kernels.items() if "Moe" in name or "Grouped" in name))
+    record_property(
+        "kernels",
+        ", ".join(
+            f"{name.removeprefix('aclnn')} {n}"
+            for name, n in counts.kernels.items()
+            if "Moe" in name or "Grouped" in name
+        ),
+    )
     assert worst <= 1e-5, f"losses differ by {worst:.2e}: {got} and {wanted}"
     assert counts.kernels["aclnnGroupedMatmulV5"] == 3 * 3 * 3  # three products a step, each with two gradients
 
@@ -118,5 +144,7 @@ def test_ten_steps_through_the_bridge_equal_xla_and_are_captured(record_property
     assert worst <= 1e-5, f"losses differ by {worst:.2e}, relative"
     assert counts.replays == 1 and not counts.synchronisations
     # The formula of the layer itself has plain torch as its witness.
-    by_torch = F.mse_loss(plain({name: torch.tensor(value) for name, value in made.items()}, torch.tensor(x)), torch.tensor(y)).item()
+    by_torch = F.mse_loss(
+        plain({name: torch.tensor(value) for name, value in made.items()}, torch.tensor(x)), torch.tensor(y)
+    ).item()
     assert abs(float(jax_loss(made, x, y)) - by_torch) < 1e-5 * by_torch

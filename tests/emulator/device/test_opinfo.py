@@ -14,10 +14,19 @@ SECONDS = 240.0
 
 
 def outcomes():
-    """Outcome -> operator -> what was said. An operator that ends the process counts as crashed, and the next begins anew."""
+    """Outcome -> operator -> what was said.
+
+    An operator that ends the process counts as crashed, and the next begins anew.
+    """
     found, first = collections.defaultdict(dict), 0
     while True:
-        done = subprocess.run([sys.executable, str(SCRIPT), str(SECONDS), str(first)], capture_output=True, text=True, timeout=580, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT), str(SECONDS), str(first)],
+            capture_output=True,
+            text=True,
+            timeout=580,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         begun = None
         for line in done.stdout.splitlines():
             told = json.loads(line) if line.startswith("{") else {}
@@ -28,7 +37,9 @@ def outcomes():
                 begun = told
         if begun is None:
             return found
-        found["crashed"][begun["operator"]] = done.stderr.strip().splitlines()[-1][:160] if done.stderr.strip() else f"exit code {done.returncode}"
+        found["crashed"][begun["operator"]] = (
+            done.stderr.strip().splitlines()[-1][:160] if done.stderr.strip() else f"exit code {done.returncode}"
+        )
         first = begun["number"] + 1
 
 
@@ -42,7 +53,10 @@ def test_operators_of_torch_are_right_or_refused_by_name(record_property):
     record_property("refused by torch_npu itself", len(found["refused by torch_npu"]))
     for outcome in ("raised", "crashed", "wrong"):
         if found[outcome]:
-            record_property(outcome, "; ".join(f"{name} ({said})" for name, said in sorted(found[outcome].items())).replace("|", "/")[:2000])
+            record_property(
+                outcome,
+                "; ".join(f"{name} ({said})" for name, said in sorted(found[outcome].items())).replace("|", "/")[:2000],
+            )
     assert len(found["passed"]) >= 250, f"only {len(found['passed'])} operators were reached in {SECONDS:.0f} s"
     bad = {name: dict(found[name]) for name in ("wrong", "crashed", "raised") if found[name]}
     assert not bad, bad

@@ -37,8 +37,12 @@ def test_chunks_of_uneven_tensors_are_laid_side_by_side_and_filled_with_zeros():
 
 def test_an_operator_nobody_wrote_is_named_with_shapes_and_python_line():
     x = on_npu(torch.randn(3, 4))
-    with pytest.raises(RuntimeError, match=r"aclnnLinalgCross.*float32\[3, 3\].* has no emulation, at .*test_runtime.py:\d+ in "):
-        torch.linalg.cross(x[:, :3], x[:, :3])  # linalg.inv and its like never reach CANN: torch_npu computes them on the CPU
+    with pytest.raises(
+        RuntimeError, match=r"aclnnLinalgCross.*float32\[3, 3\].* has no emulation, at .*test_runtime.py:\d+ in "
+    ):
+        torch.linalg.cross(
+            x[:, :3], x[:, :3]
+        )  # linalg.inv and its like never reach CANN: torch_npu computes them on the CPU
 
 
 def test_a_legacy_operator_is_refused_by_name():
@@ -64,14 +68,18 @@ def test_attention_refuses_what_the_device_would_compute_wrongly(case):
     k = on_npu(torch.ones(1, 8, 2, given.get("key_dim", 16)).to(dtype))
     mask = on_npu(torch.zeros(given["mask"]).to(given.get("mask_dtype", torch.bool))) if "mask" in given else None
     with pytest.raises(RuntimeError, match=message):
-        torch_npu.npu_fusion_attention(q, k, k, given.get("heads", 4), "BSND", atten_mask=mask, sparse_mode=given.get("sparse_mode", 0))
+        torch_npu.npu_fusion_attention(
+            q, k, k, given.get("heads", 4), "BSND", atten_mask=mask, sparse_mode=given.get("sparse_mode", 0)
+        )
 
 
 def test_swiglu_and_rotary_refuse_shapes_that_meta_lets_through():
     with pytest.raises(RuntimeError, match="must be even"):
         torch_npu.npu_swiglu(on_npu(torch.ones(2, 7)))
     with pytest.raises(RuntimeError, match="is neither 1 nor that of x"):
-        torch_npu.npu_rotary_mul(on_npu(torch.ones(2, 8, 4, 16)), on_npu(torch.ones(1, 3, 1, 16)), on_npu(torch.ones(1, 3, 1, 16)))
+        torch_npu.npu_rotary_mul(
+            on_npu(torch.ones(2, 8, 4, 16)), on_npu(torch.ones(1, 3, 1, 16)), on_npu(torch.ones(1, 3, 1, 16))
+        )
 
 
 def test_counters_name_kernels_copies_and_synchronisations():
@@ -116,15 +124,19 @@ def test_events_order_streams():
 
 
 def test_past_the_memory_limit_comes_torch_npus_own_error():
-    script = "import torch, torch_npu\nx = []\nwhile True: x.append(torch.empty(32 << 20, dtype=torch.uint8, device='npu'))"
+    script = (
+        "import torch, torch_npu\nx = []\nwhile True: x.append(torch.empty(32 << 20, dtype=torch.uint8, device='npu'))"
+    )
     done = fresh(script, "--memory", "128MiB")
     assert "NPU out of memory" in done.stderr and "128" in done.stderr, done.stderr[-1500:]
 
 
 def test_without_execution_a_model_larger_than_the_machine_is_planned_by_the_real_allocator():
     script = (
-        "import torch, torch_npu\nw = torch.empty(20 << 30, dtype=torch.uint8, device='npu').view(torch.bfloat16).view(-1, 4096)\n"
-        "y = torch.empty(4096, 4096, dtype=torch.bfloat16, device='npu') @ w[:4096]\nprint(torch.npu.max_memory_allocated() >> 30)"
+        "import torch, torch_npu\nw = torch.empty(20 << 30, dtype=torch.uint8, "
+        "device='npu').view(torch.bfloat16).view(-1, 4096)\n"
+        "y = torch.empty(4096, 4096, dtype=torch.bfloat16, device='npu') @ "
+        "w[:4096]\nprint(torch.npu.max_memory_allocated() >> 30)"
     )
     done = fresh(script, "--no-execute", "--memory", "64GiB")
     assert done.stdout.strip().endswith("20"), done.stdout + done.stderr[-1500:]

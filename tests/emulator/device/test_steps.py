@@ -1,4 +1,6 @@
-"""A MindVL training step on the emulated NPU: what it launches and waits for, captured and not, and a hundred of them against XLA."""
+"""A MindVL training step on the emulated NPU: what it launches and waits for, captured and not, and a hundred of them
+against XLA.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +38,15 @@ def proof(counts):
 
 
 def test_a_captured_step_is_one_replay_without_synchronisation(monkeypatch, record_property):
-    """Attention by masks, batch and learning rate on the device: what the host launches are copies of them into the graph's buffers and
-    of the metrics out."""
+    """Attention by masks, batch and learning rate on the device: what the host launches are copies of them into the
+    graph's buffers and of the metrics out.
+    """
     fused = ops.attention
     monkeypatch.setattr(ops, "attention", lambda *operands, lengths=None, **named: fused(*operands, **named))
     own = training("npu")
-    batch, rate = npu_bridge.jit(lambda arrays: jax.tree.map(jnp.copy, arrays), device="npu")((own.batches[0], np.float32(golden.LEARNING_RATE)))
+    batch, rate = npu_bridge.jit(lambda arrays: jax.tree.map(jnp.copy, arrays), device="npu")(
+        (own.batches[0], np.float32(golden.LEARNING_RATE))
+    )
 
     def step():
         own.state, metrics = own.program(own.state, batch, rate)
@@ -55,7 +60,9 @@ def test_a_captured_step_is_one_replay_without_synchronisation(monkeypatch, reco
 def check_captured(counts):
     """One replay without waiting; beside it the host launches nothing but copies."""
     found = proof(counts)
-    launched = {name: int(c["calls"] - c["captured"]) for name, c in counts.raw["kernels"].items() if c["calls"] > c["captured"]}
+    launched = {
+        name: int(c["calls"] - c["captured"]) for name, c in counts.raw["kernels"].items() if c["calls"] > c["captured"]
+    }
     assert found["replays"] == 1 and found["waits"] == 0 and found["kernels"] > 100, (found, counts.synchronisations)
     assert set(launched) <= {"aclnnInplaceCopy"} and sum(launched.values()) <= 40, launched
     return counts
@@ -66,7 +73,9 @@ def test_a_captured_step_with_packed_attention_takes_the_lengths_of_each_batch(r
     losses = {}
     for device in (None, "npu"):
         own = training(device)
-        turned = [jax.tree.map(lambda x: np.roll(np.asarray(x), turn, 0), batch) for turn, batch in enumerate(own.batches)]
+        turned = [
+            jax.tree.map(lambda x: np.roll(np.asarray(x), turn, 0), batch) for turn, batch in enumerate(own.batches)
+        ]
         assert len({np.asarray(batch.segment_lengths).tobytes() for batch in turned}) > 2, "the lengths are to differ"
         losses[device] = []
         for batch in (*turned, *turned):
@@ -82,7 +91,8 @@ def test_a_captured_step_with_packed_attention_takes_the_lengths_of_each_batch(r
 
 
 def test_losses_of_a_hundred_steps_equal_xla(monkeypatch, record_property):
-    # The four batches are seen 25 times: at the rate of the twenty steps they are known by heart, and what is compared is next to nothing.
+    # The four batches are seen 25 times: at the rate of the twenty steps they are known by heart, and what is compared
+    # is next to nothing.
     monkeypatch.setattr(golden, "LEARNING_RATE", 2e-4)
     losses = {}
     for device in (None, "npu"):
@@ -95,4 +105,6 @@ def test_losses_of_a_hundred_steps_equal_xla(monkeypatch, record_property):
     record_property("loss", f"{losses['npu'][0]:.3f} to {losses['npu'][-1]:.3f}")
     assert losses["npu"][-1] < 0.8 * losses["npu"][0], "the training does not learn"
     assert relative[:20].max() <= 1e-5, f"losses of twenty steps differ by {relative[:20].max():.2e}, relative"
-    assert relative.max() <= 1e-4, f"losses of a hundred steps differ by {relative.max():.2e} at step {relative.argmax() + 1}, relative"
+    assert relative.max() <= 1e-4, (
+        f"losses of a hundred steps differ by {relative.max():.2e} at step {relative.argmax() + 1}, relative"
+    )

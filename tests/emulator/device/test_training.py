@@ -1,4 +1,6 @@
-"""A step of a small vision-language model written for torch_npu, through its own autograd, against plain torch on the CPU."""
+"""A step of a small vision-language model written for torch_npu, through its own autograd, against plain torch on the
+CPU.
+"""
 
 import math
 
@@ -16,21 +18,35 @@ class Layer(nn.Module):
         super().__init__()
         self.first, self.second = nn.Parameter(torch.ones(WIDTH)), nn.Parameter(torch.ones(WIDTH))
         self.q, self.kv = nn.Linear(WIDTH, HEADS * DIM), nn.Linear(WIDTH, 2 * KEY_HEADS * DIM)
-        self.out, self.up, self.down = nn.Linear(HEADS * DIM, WIDTH), nn.Linear(WIDTH, 2 * INNER), nn.Linear(INNER, WIDTH)
+        self.out, self.up, self.down = (
+            nn.Linear(HEADS * DIM, WIDTH),
+            nn.Linear(WIDTH, 2 * INNER),
+            nn.Linear(INNER, WIDTH),
+        )
 
     def forward(self, x, cos, sin, mask, fused):
-        norm = (lambda h, w: torch_npu.npu_rms_norm(h, w, 1e-6)[0]) if fused else (lambda h, w: F.rms_norm(h, w.shape, w, 1e-6))
+        norm = (
+            (lambda h, w: torch_npu.npu_rms_norm(h, w, 1e-6)[0])
+            if fused
+            else (lambda h, w: F.rms_norm(h, w.shape, w, 1e-6))
+        )
         h = norm(x, self.first)
         q = self.q(h).view(ROWS, TOKENS, HEADS, DIM)
         k, v = (part.contiguous() for part in self.kv(h).view(ROWS, TOKENS, 2 * KEY_HEADS, DIM).chunk(2, 2))
         if fused:
             q, k = torch_npu.npu_rotary_mul(q, cos, sin), torch_npu.npu_rotary_mul(k, cos, sin)
-            a = torch_npu.npu_fusion_attention(q, k, v, HEADS, "BSND", atten_mask=mask, scale=1 / math.sqrt(DIM), sparse_mode=2)[0]
+            a = torch_npu.npu_fusion_attention(
+                q, k, v, HEADS, "BSND", atten_mask=mask, scale=1 / math.sqrt(DIM), sparse_mode=2
+            )[0]
         else:
+
             def turn(t):
                 return torch.cat((-t[..., DIM // 2 :], t[..., : DIM // 2]), -1)
+
             q, k = q * cos + turn(q) * sin, k * cos + turn(k) * sin
-            a = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True).transpose(1, 2)
+            a = F.scaled_dot_product_attention(
+                *(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True
+            ).transpose(1, 2)
         x = x + self.out(a.reshape(ROWS, TOKENS, -1))
         both = self.up(norm(x, self.second))
         gate, up = both.chunk(2, -1)
@@ -65,7 +81,9 @@ def train(device, fused, optimizer, steps=3):
     adam = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, **optimizer)
     found = []
     for _ in range(steps):
-        loss = F.cross_entropy(model(ids, image, where, cos, sin, mask, fused)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        loss = F.cross_entropy(
+            model(ids, image, where, cos, sin, mask, fused)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        )
         adam.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -79,11 +97,14 @@ def wanted():
     return train("cpu", False, {})
 
 
-@pytest.mark.parametrize("optimizer", [dict(foreach=False), dict(foreach=True), dict(fused=True)], ids=["plain", "foreach", "fused"])
+@pytest.mark.parametrize(
+    "optimizer", [dict(foreach=False), dict(foreach=True), dict(fused=True)], ids=["plain", "foreach", "fused"]
+)
 def test_three_steps_equal_plain_torch_on_the_cpu(optimizer, wanted, record_property):
     worst = 0.0
     for (loss, norm), (loss_wanted, norm_wanted) in zip(train("npu", True, optimizer), wanted):
-        # float32 on both sides; Adam divides by small second moments, which widens roundings of the first step's gradients.
+        # float32 on both sides; Adam divides by small second moments, which widens roundings of the first step's
+        # gradients.
         worst = max(worst, abs(loss - loss_wanted) / loss_wanted, abs(norm - norm_wanted) / norm_wanted / 10)
     record_property("difference", f"{worst:.1e}")
     assert worst <= 1e-5, f"losses or a tenth of gradient norms differ by {worst:.2e}, relative"

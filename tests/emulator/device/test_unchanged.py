@@ -14,10 +14,26 @@ VOCABULARY, IMAGE, START, END, GRID = 160, 155, 156, 157, (1, 4, 6)
 
 def tiny(attention):
     torch.manual_seed(0)
-    vision = dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=48, window_size=56, fullatt_block_indexes=[1], in_channels=3)
+    vision = dict(
+        depth=2,
+        hidden_size=32,
+        intermediate_size=48,
+        num_heads=2,
+        out_hidden_size=48,
+        window_size=56,
+        fullatt_block_indexes=[1],
+        in_channels=3,
+    )
     text = dict(vocab_size=VOCABULARY, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                 rope_scaling=dict(type="mrope", mrope_section=[2, 2, 2]), max_position_embeddings=128)  # fmt: skip
-    config = Qwen2_5_VLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, vision_start_token_id=START, vision_end_token_id=END, video_token_id=158)
+    config = Qwen2_5_VLConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+        video_token_id=158,
+    )
     config._attn_implementation = attention
     return Qwen2_5_VLForConditionalGeneration(config)
 
@@ -25,8 +41,10 @@ def tiny(attention):
 def inputs():
     """Two rows: an image of 24 patches (6 visual tokens) and text, the second row shorter and padded."""
     generator = torch.Generator().manual_seed(1)
+
     def row(n):
         return [START, *[IMAGE] * 6, END, *torch.randint(0, 150, (n,), generator=generator).tolist()]
+
     ids = torch.tensor([row(10), row(7) + [0, 0, 0]])
     mask = torch.ones_like(ids)
     mask[1, -3:] = 0

@@ -1,4 +1,6 @@
-"""Qwen2-VL against transformers on a tiny model whose parameters are all random: logits, gradients, positions, answers, files."""
+"""Qwen2-VL against transformers on a tiny model whose parameters are all random: logits, gradients, positions, answers,
+files.
+"""
 
 import functools
 import importlib.util
@@ -36,9 +38,19 @@ VISION = dict(depth=3, embed_dim=32, hidden_size=64, mlp_ratio=4, num_heads=2)
 
 
 def published(tokens, vocabulary, folder, *, tied=False, seed=0):
-    """A folder written by transformers. Norms are away from one and biases away from zero, so that none can be forgotten unseen."""
-    text = dict(WIDTHS, vocab_size=vocabulary, rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3]), tie_word_embeddings=tied)
-    model = transformers.Qwen2VLForConditionalGeneration(transformers.Qwen2VLConfig(text_config=text, vision_config=VISION, tie_word_embeddings=tied, **tokens))
+    """A folder written by transformers.
+
+    Norms are away from one and biases away from zero, so that none can be forgotten unseen.
+    """
+    text = dict(
+        WIDTHS,
+        vocab_size=vocabulary,
+        rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3]),
+        tie_word_embeddings=tied,
+    )
+    model = transformers.Qwen2VLForConditionalGeneration(
+        transformers.Qwen2VLConfig(text_config=text, vision_config=VISION, tie_word_embeddings=tied, **tokens)
+    )
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -54,7 +66,9 @@ def made(tmp_path_factory):
     tokens = dict(image_token_id=192, video_token_id=193, vision_start_token_id=190, vision_end_token_id=191)
     folder = published(tokens, 200, tmp_path_factory.mktemp("qwen2-vl"))
     config = read_config(folder).model_copy(update=dict(compute_dtype="float32"))
-    return types.SimpleNamespace(folder=folder, config=config, reference=load_reference(folder), parameters=load_parameters(folder, config))
+    return types.SimpleNamespace(
+        folder=folder, config=config, reference=load_reference(folder), parameters=load_parameters(folder, config)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +115,9 @@ def test_logits_of_packed_images_videos_and_text_equal_those_of_transformers(com
     places, theirs, ours, _ = compared
     worst = max(float(np.abs(ours[place] - want).max()) for place, want in zip(places, theirs, strict=True))
     kl = max(mean_kl(ours[place], want) for place, want in zip(places, theirs, strict=True))
-    assert min(want.std() for want in theirs) > 0.1, "the reference logits hardly vary: the comparison would prove nothing"
+    assert min(want.std() for want in theirs) > 0.1, (
+        "the reference logits hardly vary: the comparison would prove nothing"
+    )
     assert worst < 1e-4, f"largest logit difference {worst:.2e}"
     assert kl < 1e-6, f"mean KL {kl:.2e}"
 
@@ -110,8 +126,14 @@ def test_the_gradient_of_every_parameter_equals_that_of_transformers(made, compa
     grads, theirs = compared[3], dict(made.reference.named_parameters())
     seen, worst = set(), ("", 0.0)
     for slot in slots(made.config, {path: value.shape for path, value in grads.items()}):
-        name = "model." + slot.name if slot.name.startswith("visual.") else slot.name.replace("model.", "model.language_model.", 1)
-        for path, want in zip(slot.rule.ours, slot.rule.form.to_ours(theirs[name].grad.numpy(), slot.shapes), strict=True):
+        name = (
+            "model." + slot.name
+            if slot.name.startswith("visual.")
+            else slot.name.replace("model.", "model.language_model.", 1)
+        )
+        for path, want in zip(
+            slot.rule.ours, slot.rule.form.to_ours(theirs[name].grad.numpy(), slot.shapes), strict=True
+        ):
             relative = float(np.linalg.norm(grads[path][slot.index] - want) / np.linalg.norm(want))
             worst = max(worst, (f"{path}{list(slot.index)}", relative), key=lambda pair: pair[1])
             seen.add(path)
@@ -121,16 +143,27 @@ def test_the_gradient_of_every_parameter_equals_that_of_transformers(made, compa
 
 def test_positions_of_images_and_videos_are_those_of_transformers(made):
     """The temporal position counts frame pairs, whatever time lies between them."""
-    sample = random_sample(made.config, np.random.default_rng(1), 3, ("image", (1, 4, 6)), 2, ("video", (5, 4, 4), 0.7), 4)
+    sample = random_sample(
+        made.config, np.random.default_rng(1), 3, ("image", (1, 4, 6)), 2, ("video", (5, 4, 4), 0.7), 4
+    )
     inputs = reference_inputs(sample, made.config)
     want = made.reference.model.get_rope_index(
         inputs["input_ids"], mm_token_type_ids=inputs["mm_token_type_ids"], image_grid_thw=inputs["image_grid_thw"],
         video_grid_thw=inputs["video_grid_thw"], attention_mask=inputs["attention_mask"],
     )[0][:, 0]  # fmt: skip
-    starts = [int(np.flatnonzero(sample.tokens == token)[0]) for token in (made.config.image_token_id, made.config.video_token_id)]
+    starts = [
+        int(np.flatnonzero(sample.tokens == token)[0])
+        for token in (made.config.image_token_id, made.config.video_token_id)
+    ]
     spans = [(starts[0], (1, 4, 6), None), (starts[1], (5, 4, 4), 0.7)]
     vision = made.config.vision
-    ours = rotary_positions(len(sample.tokens), spans, merge=vision.spatial_merge_size, tokens_per_second=vision.tokens_per_second, mrope=True)
+    ours = rotary_positions(
+        len(sample.tokens),
+        spans,
+        merge=vision.spatial_merge_size,
+        tokens_per_second=vision.tokens_per_second,
+        mrope=True,
+    )
     np.testing.assert_array_equal(ours, want.numpy())
 
 
@@ -167,7 +200,10 @@ def test_another_activation_is_refused(made):
 
 
 def test_mindvl_parity_finds_the_same_mathematics_part_by_part(made, tmp_path, capsys):
-    assert main(["parity", "--weights", str(made.folder), "--out", str(tmp_path), "--samples", "3", "--text-tokens", "6"]) == 0
+    assert (
+        main(["parity", "--weights", str(made.folder), "--out", str(tmp_path), "--samples", "3", "--text-tokens", "6"])
+        == 0
+    )
     out = capsys.readouterr().out
     assert "same mathematics" in out and "vision block" in out and "projector" in out and "mlp" in out
 
@@ -179,28 +215,57 @@ def test_greedy_answers_about_images_are_those_of_transformers(tmp_path):
     spec.loader.exec_module(fixtures)
     (tmp_path / "tokenizer").mkdir()
     tokenizer = fixtures.byte_tokenizer(tmp_path / "tokenizer")
-    names = dict(image_token_id="image_pad", video_token_id="video_pad", vision_start_token_id="vision_start", vision_end_token_id="vision_end")
-    folder = published({key: tokenizer.token_id(f"<|{name}|>") for key, name in names.items()}, tokenizer.vocab_size, tmp_path / "model", seed=4)
+    names = dict(
+        image_token_id="image_pad",
+        video_token_id="video_pad",
+        vision_start_token_id="vision_start",
+        vision_end_token_id="vision_end",
+    )
+    folder = published(
+        {key: tokenizer.token_id(f"<|{name}|>") for key, name in names.items()},
+        tokenizer.vocab_size,
+        tmp_path / "model",
+        seed=4,
+    )
     (folder / "tokenizer.json").write_bytes(Path(tokenizer._file).read_bytes())
     generator = Generator(open_model(folder), slots=3, context=256)
     reference = load_reference(folder)
     drawn, low, high = iter(fixtures.pictures(9, seed=9, largest=84)), 28 * 28, 28 * 28 * 12
     images = [[next(drawn) for _ in range(number % 3)] for number in range(6)]
     requests = [
-        Request.from_prompt(f"what is number {number}?", shown, id=str(number), sampling=Sampling(max_new_tokens=5 + number % 3), min_pixels=low, max_pixels=high)
+        Request.from_prompt(
+            f"what is number {number}?",
+            shown,
+            id=str(number),
+            sampling=Sampling(max_new_tokens=5 + number % 3),
+            min_pixels=low,
+            max_pixels=high,
+        )
         for number, shown in enumerate(images)
     ]
     processor = transformers.models.qwen2_vl.Qwen2VLImageProcessorPil(size={"shortest_edge": low, "longest_edge": high})
     answers = generator.generate(requests)
     for request, shown, answer in zip(requests, images, answers, strict=True):
         ids = torch.tensor([generator.encode(request).example.tokens.tolist()])
-        inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == tokenizer.token_id("<|image_pad|>")).int())
+        inputs = dict(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=(ids == tokenizer.token_id("<|image_pad|>")).int(),
+        )
         if shown:
             inputs |= dict(processor(images=shown, return_tensors="pt"))
         with torch.no_grad():
-            want = reference.generate(**inputs, max_new_tokens=request.sampling.max_new_tokens, do_sample=False, eos_token_id=list(generator.eos_ids), pad_token_id=generator.eos_ids[-1])
+            want = reference.generate(
+                **inputs,
+                max_new_tokens=request.sampling.max_new_tokens,
+                do_sample=False,
+                eos_token_id=list(generator.eos_ids),
+                pad_token_id=generator.eos_ids[-1],
+            )
         assert list(answer.tokens) == want[0, ids.shape[1] :].tolist(), f"prompt {request.id} with {len(shown)} images"
-    assert len({answer.tokens for answer in answers}) > 3, "the prompts hardly matter: the comparison would prove little"
+    assert len({answer.tokens for answer in answers}) > 3, (
+        "the prompts hardly matter: the comparison would prove little"
+    )
 
 
 # Written out from the published sizes: vocabulary, width, feed-forward, layers, heads, kv heads, tied.
@@ -220,14 +285,26 @@ def test_presets_have_the_published_number_of_parameters(name, sizes):
     found = sum(like.size for like in outline_of(families.preset(name)).shapes.values())
     assert found == want, f"{name}: {found:,} against {want:,}"
     with torch.device("meta"):
-        text = dict(vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=N, num_key_value_heads=K, tie_word_embeddings=tied)
-        theirs = transformers.Qwen2VLForConditionalGeneration(transformers.Qwen2VLConfig(text_config=text, vision_config=dict(hidden_size=D), tie_word_embeddings=tied))
+        text = dict(
+            vocab_size=V,
+            hidden_size=D,
+            intermediate_size=F,
+            num_hidden_layers=L,
+            num_attention_heads=N,
+            num_key_value_heads=K,
+            tie_word_embeddings=tied,
+        )
+        theirs = transformers.Qwen2VLForConditionalGeneration(
+            transformers.Qwen2VLConfig(text_config=text, vision_config=dict(hidden_size=D), tie_word_embeddings=tied)
+        )
     assert found == sum(parameter.numel() for parameter in theirs.parameters()), "transformers' class counts otherwise"
 
 
 def test_the_shipped_recipe_loads_and_its_vision_freezes_by_the_parts_of_the_family():
     config = loader.load(ROOT / "configs" / "qwen2-vl-7b.yaml")
-    assert config.model == families.preset("qwen2-vl-7b").model_copy(update=dict(preset="qwen2-vl-7b", remat=config.model.remat))
+    assert config.model == families.preset("qwen2-vl-7b").model_copy(
+        update=dict(preset="qwen2-vl-7b", remat=config.model.remat)
+    )
     assert set(spec_of(config.model).parts) == {"vision", "projector", "language"}
 
 
@@ -239,4 +316,6 @@ def test_a_folder_without_a_tower_is_refused(tmp_path):
 
 def test_the_modules_state_is_what_the_outline_says(made):
     model = outline_of(made.config).merge(made.parameters)
-    assert {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))} == set(made.parameters)
+    assert {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))} == set(
+        made.parameters
+    )
