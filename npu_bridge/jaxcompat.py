@@ -21,7 +21,17 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax._src import core, dispatch, shard_map, sharding_impls, source_info_util, xla_bridge
+from jax._src import (
+    callback,
+    core,
+    debugging,
+    dispatch,
+    effects,
+    shard_map,
+    sharding_impls,
+    source_info_util,
+    xla_bridge,
+)
 from jax._src import util as jax_util
 from jax._src.interpreters import batching, mlir
 from jaxlib.mlir import ir
@@ -130,6 +140,40 @@ def custom_call_with_rule(
         for i, value in zip(members, call.results):
             results[i] = value
     return results
+
+
+def whole_custom_call(
+    ctx: Any,
+    target: str,
+    operands: Sequence[ir.Value],
+    result_avals: Sequence[core.AbstractValue],
+    record: Mapping[str, Any],
+    *,
+    has_side_effect: bool,
+) -> list[ir.Value]:
+    """Emit a custom call whose operands and results are whole on every device.
+
+    One without results gets a number that nobody reads: Shardy reshards operands where it shards results.
+    """
+    types = [_ir_type(ctx, a) for a in result_avals] or [ir.RankedTensorType.get([], ir.IntegerType.get_signless(32))]
+    call = mlir.custom_call(
+        target,
+        result_types=types,
+        operands=list(operands),
+        has_side_effect=has_side_effect,
+        backend_config={},
+        api_version=4,
+    )
+    call.attributes["bridge.params"] = ir.StringAttr.get(repr(dict(record)))
+    sides, sizes = [], {}
+    for kind, values in (("i", operands), ("o", call.results)):
+        shapes = [ir.RankedTensorType(v.type).shape for v in values]
+        sides.append(tuple(tuple((f"{kind}{n}x{d}",) for d in range(len(s))) for n, s in enumerate(shapes)))
+        sizes |= {f"{kind}{n}x{d}": size for n, s in enumerate(shapes) for d, size in enumerate(s)}
+    if operands:
+        rule = ShardingRule(*sides, sizes)
+        call.attributes["sdy.sharding_rule"] = ir.Attribute.parse(rule.as_attribute([], list(sizes)))
+    return list(call.results)[: len(result_avals)]
 
 
 def register_platform_lowering(primitive: core.Primitive, rule: Callable[..., Sequence[ir.Value]]) -> None:
@@ -451,6 +495,43 @@ def abstract_mesh(mesh: jax.sharding.AbstractMesh | None):
             yield
     finally:
         shard_map._shmap_checks = check
+
+
+@contextlib.contextmanager
+def callbacks_in_program_order():
+    """Lower callbacks without tokens and without devices: a torch program runs in the order in which it is written."""
+    ordered, needs_devices = effects.ordered_effects._effect_types, dispatch.prim_requires_devices_during_lowering
+    kept = set(ordered), set(needs_devices)
+    ordered.difference_update({debugging.OrderedDebugEffect, callback.OrderedIOEffect})
+    needs_devices.difference_update({callback.pure_callback_p, callback.io_callback_p})
+    try:
+        yield
+    finally:
+        ordered.update(kept[0])
+        needs_devices.update(kept[1])
+
+
+def callback_primitive(name: str) -> tuple[core.Primitive, Callable[..., Any]]:
+    """A primitive that calls back to Python, and what it calls: ``(*arrays, **params) -> results``."""
+    return {
+        "debug_callback": (debugging.debug_callback_p, debugging.debug_callback_p.impl),
+        "debug_print": (debugging.debug_print_p, debugging.debug_print_p.impl),
+        "io_callback": (callback.io_callback_p, callback.io_callback_impl),
+        "pure_callback": (callback.pure_callback_p, callback.pure_callback_impl),
+    }[name]
+
+
+def devices_and_manual_axes(axis_context: Any) -> tuple[int, bool | None]:
+    """(number of devices, whether a shard_map over all axes is being lowered; None for one over some of them)."""
+    if isinstance(axis_context, sharding_impls.SPMDAxisContext):
+        every = axis_context.manual_axes == frozenset(axis_context.mesh.axis_names)
+        return axis_context.mesh.size, True if every else None
+    return getattr(axis_context, "num_devices", 1), False
+
+
+def canonical_dtype(dtype: Any) -> Any:
+    """A dtype as JAX takes it: 64 bits as 32 unless jax_enable_x64 is on."""
+    return jax.dtypes.canonicalize_dtype(dtype)
 
 
 # ---- reading programs

@@ -87,7 +87,7 @@ HARMLESS = {
     "use_global_device_ids": "shardings speak of the whole mesh",
     "indices_are_sorted": "permits a shortcut that torch does not take",
     "is_stable": "every sort of the bridge is stable",
-    "has_side_effect": "the calls that have one are refused or are constraints of sharding",
+    "has_side_effect": "callbacks repeat it in bridge.params; other calls that have one are refused",
     "api_version": "how XLA would call a kernel of its own",
     "backend_config": "options of XLA's own kernels; calls other than the bridge's are refused",
     "mhlo.backend_config": "options of XLA's own kernels; calls other than the bridge's are refused",

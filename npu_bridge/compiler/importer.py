@@ -18,7 +18,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy, stablehlo
 
 from npu_bridge import jaxcompat
-from npu_bridge.compiler import attributes
+from npu_bridge.compiler import attributes, callbacks
 from npu_bridge.compiler.ir import (
     COMPLEX,
     ELEMENT_BYTES,
@@ -552,6 +552,10 @@ class Importer:
             )
             return made.results
         record = ast.literal_eval(ir.StringAttr(op.attributes["bridge.params"]).value)
+        if target == callbacks.TARGET:
+            made.name, made.attrs = "callback", record["params"]
+            out.ops.append(made)
+            return made.results
         made.name = "kernel"
         made.attrs = {"name": target, "params": record["params"], "part": record["part"], "count": record["results"]}
         out.ops.append(made)

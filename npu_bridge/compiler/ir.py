@@ -180,6 +180,11 @@ def body_kind(block: Block) -> str | None:
     return None
 
 
+def has_effect(op: Op) -> bool:
+    """Whether an operation does something besides its results: calls back to Python, itself or in a region."""
+    return bool(op.name == "callback" and op.attrs["effect"]) or any(has_effect(o) for r in op.regions for o in r.ops)
+
+
 def substitute(block: Block, replacement: Mapping[Value, Value]) -> None:
     """Replace values wherever they are read, inner regions included. Chains (a -> b -> c) are followed."""
     if not replacement:

@@ -18,7 +18,7 @@ import numpy as np
 from jaxlib.mlir import ir
 
 from npu_bridge import jaxcompat
-from npu_bridge.compiler import linear_algebra, primitives
+from npu_bridge.compiler import callbacks, linear_algebra, primitives
 from npu_bridge.compiler.codegen.contraction import MOST_SPATIAL_DIMS
 from npu_bridge.compiler.codegen.indexing import PHILOX
 from npu_bridge.compiler.ir import ELEMENT_BYTES
@@ -26,11 +26,6 @@ from npu_bridge.errors import UnsupportedError
 
 # Primitives that can never run inside one captured device program, with the reason and the way out.
 REFUSED = {
-    "pure_callback": "calls back to Python on the host in the middle of a step; compute it outside the step or write it in jax",
-    "io_callback": "calls back to Python on the host in the middle of a step; return the value from the step instead",
-    "debug_callback": "jax.debug.print/callback runs on the host in the middle of a step; return the value from the step "
-    "instead",
-    "debug_print": "jax.debug.print runs on the host in the middle of a step; return the value from the step instead",
     "infeed": "host transfer inside a step; pass the data as an argument",
     "outfeed": "host transfer inside a step; return the data from the step",
     "rng_uniform": "is not reproducible across devices; use jax.random",
@@ -54,6 +49,7 @@ class Traced:
     out_tree: Any
     in_avals: list[jax.ShapeDtypeStruct]
     out_avals: list[jax.ShapeDtypeStruct]
+    callbacks: list[callbacks.Callback] = dataclasses.field(default_factory=list)
 
 
 def mlir_dtype(dtype: Any) -> str:
@@ -126,7 +122,18 @@ def _lost_placement(eqn: Any, device: str) -> str | None:
     return None
 
 
-def check(jaxpr: Any, device: str = "cpu") -> list[str]:
+def _refused_callback(eqn: Any, device: str, allow_host_sync: bool) -> str | None:
+    if device != "cpu" and not allow_host_sync:
+        return (
+            "calls back to Python on the host in the middle of a step, which is captured as one graph; return the value "
+            "from the step instead, or compile with allow_host_sync=True, which runs it operator by operator"
+        )
+    if any(jax.dtypes.issubdtype(v.aval.dtype, jax.dtypes.extended) for v in eqn.invars):
+        return "a random key is given to the host; give it jax.random.key_data of the key"
+    return None
+
+
+def check(jaxpr: Any, device: str = "cpu", allow_host_sync: bool = False) -> list[str]:
     """Everything in a traced program that the bridge refuses on a kind of device, one line each."""
     problems: dict[str, None] = {}
 
@@ -137,6 +144,9 @@ def check(jaxpr: Any, device: str = "cpu") -> list[str]:
         name = eqn.primitive.name
         if name in REFUSED:
             add(eqn, REFUSED[name])
+        elif name in callbacks.PRIMITIVES:
+            if (reason := _refused_callback(eqn, device, allow_host_sync)) is not None:
+                add(eqn, reason)
         elif name in _LINEAR_ALGEBRA and (reason := linear_algebra.refused(name, eqn.params)) is not None:
             add(eqn, reason)
         elif device == "npu" and (name in _LINEAR_ALGEBRA or name == "fft"):
@@ -173,6 +183,7 @@ def lower(
     device: str = "cpu",
     static_argnames: Sequence[str] = (),
     keep_unused: bool = False,
+    allow_host_sync: bool = False,
 ) -> Traced:
     """Trace `fn` on abstract `args`, and `named` ones, (pytrees of ShapeDtypeStruct with shardings) and lowers it.
 
@@ -185,20 +196,23 @@ def lower(
         jitted = jaxcompat.xla_jit(fn, donate_argnums=tuple(donate_argnums), static_argnums=tuple(static_argnums),
                                    static_argnames=tuple(static_argnames), keep_unused=keep_unused, **options)  # fmt: skip
         traced = jitted.trace(*args, **(named or {}))
-        problems = check(traced.jaxpr.jaxpr, device)
+        problems = check(traced.jaxpr.jaxpr, device, allow_host_sync)
         if problems:
             raise UnsupportedError(problems, name)
-        lowered = traced.lower(lowering_platforms=(jaxcompat.PLATFORM,))
+        with jaxcompat.callbacks_in_program_order():
+            lowered = traced.lower(lowering_platforms=(jaxcompat.PLATFORM,))
     flat_out, out_tree = jax.tree.flatten(traced.out_info)  # with weak types, which lowered.out_info has not
     flat_in, in_tree = jax.tree.flatten(lowered.args_info)
+    module = jaxcompat.module_of(lowered)
     return Traced(
-        module=jaxcompat.module_of(lowered),
+        module=module,
         kept=jaxcompat.kept_arguments(lowered),
         donated=[info.donated for info in flat_in],
         in_tree=in_tree,
         out_tree=out_tree,
         in_avals=[jax.ShapeDtypeStruct(i.shape, i.dtype) for i in flat_in],
         out_avals=[jax.ShapeDtypeStruct(o.shape, o.dtype, weak_type=o.weak_type) for o in flat_out],
+        callbacks=callbacks.collect(module),
     )
 
 

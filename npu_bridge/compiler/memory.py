@@ -188,7 +188,7 @@ class Planner:
             self.types[out] = type
             if s.expands or (s.alias and s.alias in self.expanded):
                 self.expanded.add(out)
-        self.line(indent, f"{', '.join(s.outs)} = {code}", s)
+        self.line(indent, f"{', '.join(s.outs)} = {code}" if s.outs else code, s)
 
     def branches(
         self,

@@ -17,7 +17,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
 from npu_bridge import jaxcompat
-from npu_bridge.compiler import linear_algebra
+from npu_bridge.compiler import callbacks, linear_algebra
 
 
 def _dims(rank: int, changed: Sequence[int] = (), prefix: str = "d") -> str:
@@ -141,5 +141,7 @@ def register() -> None:
     table(lax.sort_p, _sort)
     table(jaxcompat.approximate_top_k_primitive(), jaxcompat.lower_with(_approximate_top_k))
     table(jaxcompat.threefry_primitive(), _threefry)
+    for primitive, lower in callbacks.lowerings().items():
+        table(primitive, lower)
     for name, lower in linear_algebra.LOWERINGS.items():
         table(jaxcompat.linear_algebra_primitive(name), lower)

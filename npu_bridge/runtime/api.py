@@ -125,6 +125,12 @@ class Compiled:
         self.lowered, self.device = lowered, device
         source = lowered.source
         self.runtime = Runtime(lowered.mesh, device, source.axes_used)
+        self.runtime.callbacks = lowered.traced.callbacks
+        if compile and lowered.traced.callbacks:
+            found = dict.fromkeys(c.name for c in lowered.traced.callbacks)
+            raise UnsupportedError(
+                [f"{name}: torch.compile takes no callbacks to Python" for name in found], lowered.name
+            )
         kernels = list(dict.fromkeys(k["name"] for k in source.kernels))
         program = LoadedProgram(
             source.text, source.constants, kernels, self.runtime, lowered.name, source.host_arguments, compile=compile
@@ -426,7 +432,7 @@ class Jitted:
         traced = lower.lower(
             self.fn, abstract, named=by_name, mesh=self.mesh, donate_argnums=[n + len(args) if n < 0 else n for n in self.donate],
             static_argnums=self.static, out_shardings=out if self.mesh is not None else None, name=self._name, device=self.device,
-            static_argnames=self.static_names, keep_unused=self.keep_unused,
+            static_argnames=self.static_names, keep_unused=self.keep_unused, allow_host_sync=self.options.allow_host_sync,
         )  # fmt: skip
         lowered_at = time.perf_counter()
         state = self._state_arguments(args) + [False] * len(

@@ -168,11 +168,25 @@ class Runtime:
         self.host: Mapping[
             int, torch.Tensor
         ] = {}  # the running program's arguments that kernels read on the host, by number
+        self.callbacks: Sequence[Any] = ()  # of the program, by number
         for axes in axes_used:
             self._join(tuple(axes))
         from npu_bridge.runtime.kernel_table import KernelTable
 
         self.kernel = KernelTable(device)
+
+    def callback(self, number: int, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Call back to Python, with copies of the arrays: what a callback keeps, later statements may overwrite."""
+        from npu_bridge.compiler import callbacks
+        from npu_bridge.runtime.array import to_numpy, to_torch
+
+        known = self.callbacks[number]
+        if known.first_only and self.place != 0:
+            return []
+        given = [to_numpy(x, dtype).copy() for x, dtype in zip(arrays, known.operands, strict=True)]
+        with torch.inference_mode(False):
+            made = callbacks.run(known, given)
+        return [to_torch(x, dtype).to(self.device) for x, (_, dtype) in zip(made, known.results)]
 
     # -- places -------------------------------------------------------------------------------------------------------
 

@@ -147,7 +147,8 @@ class Watch:
                     given = tolerance if tolerance else {"rtol": TOLERANCE, "atol": TOLERANCE}
                     self.case.assertAllClose(got, want, check_dtypes=True, **given)
                 except AssertionError as error:
-                    return self.record.add(self.test, "wrong", f"call {call}: {' '.join(str(error).split())[:200]}")
+                    self.record.add(self.test, "wrong", f"call {call}: {' '.join(str(error).split())[:200]}")
+                    return
             self.record.add(self.test, passed)
         except BridgeError as error:
             self.record.add(self.test, "refused", _reason(error))

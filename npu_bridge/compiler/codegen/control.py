@@ -19,7 +19,7 @@ from npu_bridge.compiler.codegen.branches import branches, host_code
 from npu_bridge.compiler.codegen.emitter import LARGEST_TABLE, Emitter, lowering
 from npu_bridge.compiler.codegen.operands import HostInt, HostTable, Literal, Operand, Tensor
 from npu_bridge.compiler.codegen.program import Assign, Loop
-from npu_bridge.compiler.ir import FLOATS, Block, Op, Type, Value
+from npu_bridge.compiler.ir import FLOATS, Block, Op, Type, Value, has_effect
 
 
 @dataclasses.dataclass
@@ -229,6 +229,11 @@ def case(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
         region = regions[chosen if 0 <= chosen < len(regions) else len(regions) - 1]
         e.block(region)
         return [e.env[r] for r in region.results]
+    if isinstance(index, Tensor) and any(has_effect(o) for region in regions for o in region.ops):
+        # A callback runs in the chosen branch alone; the host waits for it in any case.
+        name = e.fresh("h")
+        e.emit_many(f"{name} = int({index.name})", [index], [], kind="effect")
+        index = HostInt(name, index.type)
     if isinstance(index, HostInt):
         bodies = []
         for region in regions:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from npu_bridge.compiler.codegen.emitter import Emitter, lowering
-from npu_bridge.compiler.codegen.operands import HostInt, Operand
+from npu_bridge.compiler.codegen.operands import HostInt, Literal, Operand
 from npu_bridge.compiler.ir import Op
 
 
@@ -107,6 +107,20 @@ def permute(e: Emitter, op: Op, args: list[Operand]) -> Operand:
 @lowering("partition_id")
 def partition_id(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     return HostInt("rt.place", op.result.type, 0, e.mesh.count - 1)
+
+
+@lowering("callback")
+def callback(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
+    """A Python function of the host, by its number (`npu_bridge.compiler.callbacks`)."""
+    xs = [e.tensor(a) for a in args]
+    code = f"rt.callback({op.attrs['number']}, [{', '.join(x.name for x in xs)}])"
+    if op.attrs["silent"]:
+        e.emit_many(code, xs, [], kind="effect")
+        return [Literal(0, r.type) for r in op.results]
+    tail = "[0]" if len(op.results) == 1 else ""
+    return list(
+        e.emit_many(f"{code}{tail}", xs, [r.type for r in op.results], kind="effect" if op.attrs["effect"] else "")
+    )
 
 
 @lowering("kernel")

@@ -91,7 +91,7 @@ def generate(program: Program, *, allow_host_sync: bool = False, device: str = "
             if any(here) and here != last:
                 lines.append(f"{pad}# {'  '.join(h for h in here if h)}")
                 last = here
-            lines.append(f"{pad}{code}  # {', '.join(map(str, source.types))}")
+            lines.append(f"{pad}{code}  # {', '.join(map(str, source.types))}" if source.types else pad + code)
         else:
             lines.append(pad + code)
     lines.append(f"    return [{', '.join(plan.results)}]")

@@ -122,11 +122,17 @@ def _needs(body: list[Item], results: list[str]) -> set[str]:
     return inner - {o for part in body for o in part.outs}
 
 
+def has_effect(item: Item) -> bool:
+    """Whether an item does something besides its results."""
+    return any(s.kind == "effect" for s in walk([item]))
+
+
 def remove_dead(items: list[Item], live: set[str]) -> list[Item]:
     """Drop items whose results nobody reads. `live` is what is needed afterwards; it is extended in place."""
     kept: list[Item] = []
     for item in reversed(items):
-        if not isinstance(item, (Function, Assign)) and not any(o in live for o in item.outs) and item.outs:
+        read = isinstance(item, (Function, Assign)) or not item.outs or any(o in live for o in item.outs)
+        if not read and not has_effect(item):
             continue
         if isinstance(item, Branches):
             used = [n for n, o in enumerate(item.outs) if o in live]

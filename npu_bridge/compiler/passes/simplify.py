@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from npu_bridge.compiler.ir import Block, Op, Value, free_values, substitute
+from npu_bridge.compiler.ir import Block, Op, Value, free_values, has_effect, substitute
 
 _EFFECTS = frozenset({"rng"})
 
 
 def _key(op: Op) -> tuple | None:
     """What equal operations have in common besides their attributes."""
-    if op.regions or op.name in _EFFECTS or "array" in op.attrs:
+    if op.regions or op.name in _EFFECTS or "array" in op.attrs or has_effect(op):
         return None
     return op.name, tuple(map(id, op.operands)), tuple(r.type for r in op.results), tuple(r.layout for r in op.results)
 
@@ -61,7 +61,7 @@ def remove_unread(block: Block) -> None:
     live = {id(v) for v in block.results}
     kept = []
     for op in reversed(block.ops):
-        if not any(id(r) in live for r in op.results):
+        if not any(id(r) in live for r in op.results) and not has_effect(op):
             continue
         for region in op.regions:
             remove_unread(region)
