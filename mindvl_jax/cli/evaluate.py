@@ -145,7 +145,7 @@ class _Scored:
     """One model with its tasks and its folder of results."""
 
     def __init__(self, args: argparse.Namespace, name: str, wanted: list | None, programs: Any, console: LogConsole):
-        from mindvl_jax.checkpoints.names import EMA, named_folder
+        from mindvl_jax.checkpoints.names import EMA, named_folder, run_folder, variant
         from mindvl_jax.core.progress import working
         from mindvl_jax.evaluation.evaluate import weights_identity
         from mindvl_jax.inference import Generator
@@ -157,7 +157,8 @@ class _Scored:
         tasks = wanted if wanted is not None else _own_tasks(self.opened)
         self.tasks = [(task, benchmark, items[: args.limit]) for task, benchmark, items in tasks]
         self.folder, ema = named_folder(name)
-        self.out = self.folder / ("evaluation-ema" if ema else "evaluation")
+        # Results of the best checkpoint stay in the run: checkpoints come and go.
+        self.out = (run_folder(name) if variant(name) else self.folder) / f"evaluation{variant(name)}"
         if args.out:
             self.out = (
                 Path(args.out) / name.strip("/").replace("/", "-").replace(":", "-")

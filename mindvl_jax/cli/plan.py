@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     devices = args.devices
     if args.compile is not None:
         devices = len(aot.topology_devices(args.compile)) if devices is None else devices
-    config = load(args.config, args.set, devices)
+    config = load(args.config, args.set, devices, _device_bytes(args))
     if args.compile is not None and config.backend != "xla":
         raise UserError(f"--compile asks XLA:TPU, but backend is {config.backend}; add --set backend=xla")
     limit = limit_of(args.memory, args.device_kind, margin=args.margin, backend=config.backend)
@@ -123,9 +123,22 @@ def run(args: argparse.Namespace) -> int:
     return 0 if fits else 1
 
 
-def load(path: str, overrides: Sequence[str], devices: int | None) -> Config:
-    """The configuration with a mesh of whole numbers."""
+def _device_bytes(args: argparse.Namespace) -> int | None:
+    from mindvl_jax.core.devices import known_memory, parse_memory
+
+    if args.memory is not None:
+        return parse_memory(args.memory)
+    return None if args.device_kind is None else known_memory(args.device_kind)
+
+
+def load(path: str, overrides: Sequence[str], devices: int | None, device_bytes: int | None = None) -> Config:
+    """The configuration with a mesh of whole numbers; without a mesh the one that training would choose."""
+    from mindvl_jax.models.outline import outline_of
     from mindvl_jax.planning.phase import planned_mesh
+    from mindvl_jax.training.devices import mesh_for
 
     config = common.load_config(path, overrides)
-    return config.model_copy(update=dict(mesh=planned_mesh(config.mesh, devices)))
+    mesh = config.mesh
+    if mesh.is_open and devices is not None:
+        mesh = mesh_for(config, outline_of(config.model, config.adapters), devices, device_bytes, processes=2)[0]
+    return config.model_copy(update=dict(mesh=planned_mesh(mesh, devices)))

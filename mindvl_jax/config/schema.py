@@ -53,11 +53,29 @@ class BridgeConfig(Section):
 
 
 class MeshConfig(Section):
-    """Devices along each axis; -1 on at most one axis takes what is left."""
+    """Devices along each axis; -1 on at most one axis takes what is left.
 
-    data: Annotated[int, bounded(10**6, least=-1)] = 1
-    fsdp: Annotated[int, bounded(10**6, least=-1)] = 1
-    tensor: Annotated[int, bounded(10**6, least=-1)] = 1
+    Without any axis training takes all devices (`parallel.mesh.default_mesh`); with one of them the others are 1, so
+    `data: 1` is a single device.
+    """
+
+    data: Annotated[int, bounded(10**6, least=-1)] | None = Field(None, description="Copies of the parameters.")
+    fsdp: Annotated[int, bounded(10**6, least=-1)] | None = Field(
+        None, description="Devices that parameters and optimizer are spread over."
+    )
+    tensor: Annotated[int, bounded(10**6, least=-1)] | None = Field(
+        None, description="Devices that each matrix product is spread over."
+    )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether no axis is set."""
+        return self.data is None and self.fsdp is None and self.tensor is None
+
+    @property
+    def filled(self) -> MeshConfig:
+        """Return the mesh with 1 for the axes that are not set."""
+        return MeshConfig(**{axis: 1 if size is None else size for axis, size in self})
 
     @model_validator(mode="after")
     def _possible(self):

@@ -136,6 +136,7 @@ def _links(run_dir: Path) -> list[tuple[str, str]]:
         ("evaluation/index.html", "evaluation"),
         ("evaluation/search.html", "resolution search"),
         ("evaluation-ema/index.html", "evaluation of the moving average"),
+        ("evaluation-best/index.html", "evaluation of the best checkpoint"),
     )
     return [(path, label) for path, label in pages if (run_dir / path).is_file()]
 

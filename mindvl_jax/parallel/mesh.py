@@ -20,12 +20,12 @@ ROW_AXES = ("data", "fsdp")
 
 
 def mesh_shape(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
-    """Sizes of (data, fsdp, tensor) with -1 filled in from `device_count`.
+    """Sizes of (data, fsdp, tensor) with -1 filled in from `device_count`; an axis that is not set is 1.
 
     Raises:
       UserError: two axes are -1, an axis is 0 or below -1, or the product does not fit the devices.
     """
-    sizes = {axis: getattr(config, axis) for axis in AXES}
+    sizes = {axis: getattr(config.filled, axis) for axis in AXES}
     wrong = [f"mesh.{axis}={size}" for axis, size in sizes.items() if size == 0 or size < -1]
     if wrong:
         raise UserError(f"{', '.join(wrong)}: an axis has at least one device, or -1 to take what is left")
@@ -47,6 +47,38 @@ def mesh_shape(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
             "start more processes (distributed.*)"
         )
     return sizes["data"], sizes["fsdp"], sizes["tensor"]
+
+
+def default_mesh(
+    device_count: int, rows: Sequence[int], *, state_bytes: int, device_bytes: int | None, processes: int = 1
+) -> tuple[MeshConfig, str]:
+    """Choose the mesh of a configuration that sets no axis: all devices that every phase's rows divide over.
+
+    A small state is copied (`data`): no parameter is gathered. A state that would take more than a quarter of a device
+    is spread (`fsdp`), and so is one on devices of unknown memory.
+
+    Args:
+      rows: of each phase. state_bytes: parameters, gradients and optimizer on one device. device_bytes: its memory.
+      processes: several take part with all their devices, so that none is left out; rows that do not divide are then
+        refused where the rows are spread.
+
+    Returns:
+      The mesh, and the reason in words.
+    """
+    count = device_count
+    while processes == 1 and any(number % count for number in rows):
+        count -= 1
+    state = f"{state_bytes / 2**30:.2f} GiB of parameters, gradients and optimizer"
+    if count == 1:
+        axis, why = "data", "one device" if device_count == 1 else "no other number of devices divides the rows"
+    elif device_bytes is not None and state_bytes * 4 <= device_bytes:
+        axis, why = "data", f"{state} fit on each device"
+    else:
+        axis, why = "fsdp", f"{state} are spread over the devices"
+    if count < device_count:
+        listed = ", ".join(map(str, sorted(set(rows))))
+        why += f"; {device_count - count} of {device_count} devices stay idle: rows ({listed}) must divide over all"
+    return MeshConfig(**{axis: count}), why
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -50,7 +50,7 @@ REMAT = {"none": ("dots", "attention", "full"), "dots": ("attention", "full"), "
 
 def families(config: Config, phases: Sequence[int]) -> dict[str, list[Change]]:
     """Changes by kind, each kind ordered from mild to strong. `phases` are the ones that do not fit."""
-    mesh = config.mesh
+    mesh = config.mesh.filled
     found = {
         "remat": [
             Change((f"model.remat={policy}",), "recomputes more in the backward pass", free=True)
@@ -153,7 +153,7 @@ def _bounded_images(config: Config, index: int, patches: int) -> list[str]:
 
 def _more_devices(config: Config, factor: int) -> Change:
     """Spread fsdp over more devices. Below one row a device, use fewer micro-steps; only then more rows."""
-    mesh = config.mesh
+    mesh = config.mesh.filled
     groups = mesh.data * mesh.fsdp * factor
     overrides, grown = [f"mesh.fsdp={mesh.fsdp * factor}"], []
     for index, phase in enumerate(config.training.phases):

@@ -93,7 +93,7 @@ def measure_xla(config: Config, index: int) -> Measured:
 
 def measure_xla_apart(config: Config, indexes: Sequence[int]) -> list[Measured]:
     """`measure_xla` in a process with as many virtual CPU devices as the mesh has devices."""
-    count = math.prod(getattr(config.mesh, axis) for axis in AXES)
+    count = math.prod(getattr(config.mesh.filled, axis) for axis in AXES)
     kept = re.sub(rf"{_DEVICE_COUNT}=\S+", "", os.environ.get("XLA_FLAGS", ""))
     path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = dict(

@@ -100,7 +100,7 @@ def planned_mesh(config: MeshConfig, devices: int | None) -> MeshConfig:
     Raises:
       UserError: an axis is -1 and the number of devices is not given, or they do not fit.
     """
-    sizes = [getattr(config, axis) for axis in AXES]
+    sizes = [getattr(config.filled, axis) for axis in AXES]
     if devices is None:
         if -1 in sizes:
             axis = AXES[sizes.index(-1)]
@@ -114,7 +114,9 @@ def planned_mesh(config: MeshConfig, devices: int | None) -> MeshConfig:
 
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:
     """Mesh of the run without devices; no axis may be -1."""
-    return AbstractMesh(tuple(getattr(config, axis) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return AbstractMesh(
+        tuple(getattr(config.filled, axis) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+    )
 
 
 def abstract_batch(spec: BatchSpec, mesh: AnyMesh) -> Any:

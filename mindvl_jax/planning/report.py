@@ -28,8 +28,8 @@ def gib(count: int) -> str:
 
 
 def show(console: Console, config: Config, plans: Sequence[PhasePlan], limit: Limit | None) -> None:
-    mesh = " x ".join(f"{axis} {getattr(config.mesh, axis)}" for axis in AXES)
-    devices = math.prod(getattr(config.mesh, axis) for axis in AXES)
+    mesh = " x ".join(f"{axis} {getattr(config.mesh.filled, axis)}" for axis in AXES)
+    devices = math.prod(getattr(config.mesh.filled, axis) for axis in AXES)
     console.print(
         f"{devices} device{'s' if devices > 1 else ''} ({mesh}), backend "
         f"{config.backend}{f' on {config.bridge.device}' if config.backend == 'npu_bridge' else ''}, "
@@ -101,7 +101,7 @@ def record(config: Config, plans: Sequence[PhasePlan], limit: Limit | None, trie
     """The plan in bytes, as `--json` prints it."""
     return {
         "backend": config.backend,
-        "mesh": {axis: getattr(config.mesh, axis) for axis in AXES},
+        "mesh": {axis: getattr(config.mesh.filled, axis) for axis in AXES},
         "memory": None if limit is None else {"whole": limit.whole, "usable": limit.usable},
         "fits": None if limit is None else all(plan.total <= limit.usable for plan in plans),
         "phases": [

@@ -38,11 +38,54 @@ def human(number: float) -> str:
 
 
 def print_startup(
-    console: Console, config: Config, outline: Outline, mesh: Mesh, peak: float | None, device_kind: str
+    console: Console,
+    config: Config,
+    outline: Outline,
+    mesh: Mesh,
+    peak: float | None,
+    device_kind: str,
+    mesh_choice: str | None = None,
 ) -> None:
-    """Device, dtype and why, mesh, kernels, parameters by part."""
+    """Device, dtype and why, mesh, kernels, parameters by part.
+
+    Args:
+      mesh_choice: why this mesh, where the configuration sets none.
+    """
     device = mesh.devices.flat[0]
     processes = f", process {jax.process_index()} of {jax.process_count()}" if jax.process_count() > 1 else ""
+    rows = Table.grid(padding=(0, 2))
+    rows.add_row(
+        "device",
+        f"{device_kind} ({device.platform if config.backend == 'xla' else 'torch'}) on "
+        f"{platform.node() or 'this machine'}{processes}, jax {jax.__version__}",
+    )
+    if device.platform == "cpu":
+        rows.add_row(
+            "processor",
+            f"{processor.name()}, {os.cpu_count()} cores, bfloat16 units: {processor.bfloat16_unit() or 'none'}",
+        )
+    rows.add_row(
+        "peak", f"{human(peak)}FLOP/s a device" if peak else "unknown for this device: no MFU (set logging.peak_flops)"
+    )
+    rows.add_row("mesh", describe_mesh(mesh) + (f"; chosen: {mesh_choice} (mesh.* sets it)" if mesh_choice else ""))
+    rows.add_row("compute", _precision(config))
+    rows.add_row("kernels", kernels_in_use(config, mesh))
+    rows.add_row("remat", config.model.remat)
+    rows.add_row("run folder", config.run.dir)
+    console.print(rows)
+    idle = jax.device_count() - mesh.devices.size
+    if idle > 0 and config.backend == "xla" and not config.mesh.is_open:
+        console.print(
+            f"{idle} of {jax.device_count()} devices stay idle: leave mesh out to use all, or set mesh.data=-1 "
+            "(copies of the model) or mesh.fsdp=-1 (parameters spread)",
+            style="bold yellow",
+            soft_wrap=True,
+        )
+    console.print(parameter_table(config, outline))
+
+
+def _precision(config: Config) -> str:
+    """The dtypes of a run and what they mean."""
     compute, masters = config.model.compute_dtype, config.model.param_dtype
     why = {
         (
@@ -66,33 +109,7 @@ def print_startup(
             "everything in float32: this processor has no bfloat16 units, and products that emulate them would "
             "take longer"
         )
-    rows = Table.grid(padding=(0, 2))
-    rows.add_row(
-        "device",
-        f"{device_kind} ({device.platform if config.backend == 'xla' else 'torch'}) on "
-        f"{platform.node() or 'this machine'}{processes}, jax {jax.__version__}",
-    )
-    if device.platform == "cpu":
-        rows.add_row(
-            "processor",
-            f"{processor.name()}, {os.cpu_count()} cores, bfloat16 units: {processor.bfloat16_unit() or 'none'}",
-        )
-    rows.add_row(
-        "peak", f"{human(peak)}FLOP/s a device" if peak else "unknown for this device: no MFU (set logging.peak_flops)"
-    )
-    rows.add_row("mesh", describe_mesh(mesh))
-    rows.add_row("compute", f"{compute}, parameters {masters}: {why}")
-    rows.add_row("kernels", kernels_in_use(config, mesh))
-    rows.add_row("remat", config.model.remat)
-    rows.add_row("run folder", config.run.dir)
-    console.print(rows)
-    if (idle := jax.device_count() - mesh.devices.size) > 0 and config.backend == "xla":
-        console.print(
-            f"[bold yellow]{idle} of {jax.device_count()} devices stay idle[/bold yellow]: set mesh.data=-1 "
-            "(copies of the model) or mesh.fsdp=-1 (parameters spread) to use all",
-            soft_wrap=True,
-        )
-    console.print(parameter_table(config, outline))
+    return f"{compute}, parameters {masters}: {why}"
 
 
 def kernels_in_use(config: Config, mesh: Mesh) -> str:

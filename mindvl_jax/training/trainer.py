@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
 from rich.console import Console
 
 from mindvl_jax.checkpoints import id_table
@@ -25,11 +24,11 @@ from mindvl_jax.core.progress import LogConsole, working
 from mindvl_jax.data.sources.readers import find_files
 from mindvl_jax.models.loading import resolve_epochs
 from mindvl_jax.models.outline import outline_of
-from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import row_share
 from mindvl_jax.training import ema, loggers, replay, resume, scoring
 from mindvl_jax.training import state as states
 from mindvl_jax.training.backend import Backend, make_backend, use_compilation_cache
+from mindvl_jax.training.devices import chosen_mesh
 from mindvl_jax.training.display import LiveLine, print_startup
 from mindvl_jax.training.hooks import Hooks
 from mindvl_jax.training.initial import starting_params
@@ -130,8 +129,8 @@ class Trainer:
         self.run_dir = Path(config.run.dir)
         self.is_main = jax.process_index() == 0
         self.init = optimizer_init(config.training.optimizer)
-        self.mesh: Mesh = make_mesh(config.mesh, backend.devices())
         self.outline: Outline = outline_of(config.model, config.adapters)
+        self.mesh, self.mesh_choice = chosen_mesh(config, self.outline, backend.devices())
         self.device_kind = backend.device_kind(self.mesh)
         self.peak = config.logging.peak_flops or known_peak(self.device_kind)
         self.total_steps = sum(phase.steps for phase in config.training.phases)
@@ -232,7 +231,7 @@ class Trainer:
             raise UserError("\n".join(problems))
 
     def _announce(self, plan: resume.Plan) -> None:
-        print_startup(self.console, self.config, self.outline, self.mesh, self.peak, self.device_kind)
+        print_startup(self.console, self.config, self.outline, self.mesh, self.peak, self.device_kind, self.mesh_choice)
         for line in plan.notes:
             self.console.print(line)
         self.totals.update(plan.totals)

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from mindvl_jax.checkpoints.names import BEST_FILE
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.files import read_json, write_json
@@ -28,8 +29,6 @@ from mindvl_jax.objectives.base import Objective
 from mindvl_jax.parallel.rules import batch_sharding, replicated
 from mindvl_jax.training.feed import place
 from mindvl_jax.training.state import TrainState
-
-BEST = "best.json"
 
 
 class Validation:
@@ -130,7 +129,7 @@ class Best:
 
     def __init__(self, run_dir: Path, *, resumed: int):
         """`resumed` is the step the run goes on from: a best step beyond it is walked again."""
-        self._path = run_dir / BEST
+        self._path = run_dir / BEST_FILE
         known = read_json(self._path) if resumed else None
         self.step: int | None = None
         self.loss = math.inf

@@ -5,9 +5,9 @@ Does not load jax or any weight.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from mindvl_jax.checkpoints.names import run_folder
 from mindvl_jax.config import loader
 from mindvl_jax.config.schema import ModelConfig
 from mindvl_jax.core.errors import UserError
@@ -23,7 +23,7 @@ def described(folder: str) -> dict[str, Any]:
     Raises:
       UserError: no such folder, not a vision-language model, or settings that are not built.
     """
-    path = Path(folder.removesuffix(":ema")).expanduser()
+    path = run_folder(folder)
     if not path.is_dir():
         raise UserError(
             f"{path}: no such folder; expected one of our runs or a Hugging Face folder (download one with "

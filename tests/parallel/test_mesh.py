@@ -1,5 +1,7 @@
 """Mesh shapes, axis rules and row shares."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from mindvl_jax.config.schema import DistributedConfig, MeshConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel import distributed
-from mindvl_jax.parallel.mesh import describe_mesh, make_mesh, mesh_shape
+from mindvl_jax.parallel.mesh import default_mesh, describe_mesh, make_mesh, mesh_shape
 from mindvl_jax.parallel.rules import parameter_shardings, partition_spec, row_sharding, row_share
 
 
@@ -32,6 +34,36 @@ def test_one_open_axis_takes_the_devices_that_are_left():
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(axes, message):
     with pytest.raises(UserError, match=message):
         mesh_shape(MeshConfig(**axes), 8)
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("devices", "rows", "state", "memory", "axes", "said"),
+    [
+        (8, [16, 8], GIB, 80 * GIB, {"data": 8}, "fit on each device"),
+        (8, [16, 8], 100 * GIB, 80 * GIB, {"fsdp": 8}, "spread"),
+        (8, [16], GIB, None, {"fsdp": 8}, "spread"),  # memory unknown
+        (8, [12, 4], GIB, 80 * GIB, {"data": 4}, r"4 of 8 devices stay idle: rows \(4, 12\) must divide"),
+        (1, [3], GIB, GIB, {"data": 1}, "one device"),
+    ],
+)
+def test_without_a_mesh_all_devices_that_the_rows_divide_over_are_taken(devices, rows, state, memory, axes, said):
+    mesh, why = default_mesh(devices, rows, state_bytes=state, device_bytes=memory)
+    assert mesh == MeshConfig(**axes)
+    assert re.search(said, why)
+
+
+def test_several_processes_leave_no_device_out():
+    """Rows that do not divide are refused with their key (`row_share`)."""
+    assert default_mesh(4, [6], state_bytes=1, device_bytes=GIB, processes=2)[0] == MeshConfig(data=4)
+
+
+def test_one_axis_that_is_set_makes_the_mesh_explicit():
+    assert MeshConfig().is_open and not MeshConfig(data=1).is_open
+    assert mesh_shape(MeshConfig(data=1), 8) == (1, 1, 1) and mesh_shape(MeshConfig(tensor=2), 8) == (1, 1, 2)
+    assert MeshConfig.model_validate(MeshConfig().model_dump()).is_open, "a run's config.yaml keeps the choice open"
 
 
 def test_tensor_neighbours_are_neighbouring_devices(mesh):

@@ -143,6 +143,7 @@ def configuration(assets, run_dir, *phases, **sections):
         "data": {"sources": {"squares": {"path": str(assets / "squares.parquet")}}, "packing_buffer": 8, "prefetch": 2, "cache_examples": True},
         "training": {"phases": [{**PHASE, "name": f"phase{index}", **phase} for index, phase in enumerate(phases or ({},))]},
         "logging": {"tensorboard": False},
+        "mesh": {"data": 1},  # one of the eight devices that tests have
     }  # fmt: skip
     for section, changes in sections.items():
         merge(mapping.setdefault(section, {}), changes)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -21,6 +23,9 @@ from mindvl_jax.config import loader as config_loader
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.evaluation.run import evaluate_run
 from mindvl_jax.models.loading import make_loader
+from mindvl_jax.models.outline import outline_of
+from mindvl_jax.training.devices import chosen_mesh
+from mindvl_jax.training.display import print_startup
 from mindvl_jax.training.trainer import TrainingDiverged
 from mindvl_jax.weights import open_model
 from tests.training.conftest import write_data
@@ -281,6 +286,16 @@ def test_the_start_says_device_dtype_mesh_parts_and_shapes(whole, tmp_path, say)
         "4x64x1176",
     ):
         assert expected in text, f"{expected!r} is missing in:\n{text}"
+
+
+def test_without_a_mesh_a_run_takes_all_devices_and_says_why(run_config, say):
+    config = run_config({"rows": 8}, mesh={"data": None})
+    outline = outline_of(config.model)
+    mesh, why = chosen_mesh(config, outline)
+    assert dict(mesh.shape) == {"data": len(jax.devices()), "fsdp": 1, "tensor": 1}
+    assert chosen_mesh(run_config(), outline)[0].size == 1
+    print_startup(say, config, outline, mesh, None, "cpu", why)
+    assert re.search(r"data 8 x fsdp 1 x tensor 1 \(8 of 8.*chosen: .* fit on each device", say.export_text())
 
 
 def test_a_second_process_is_kept_out_of_a_folder_in_use(run_config):

@@ -2,9 +2,11 @@
 
 import pytest
 
+from mindvl_jax.checkpoints.names import named_folder, run_folder, variant
 from mindvl_jax.cli.score import score
 from mindvl_jax.config.loader import ConfigError
 from mindvl_jax.config.schema import SourceConfig
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.files import read_json, read_jsonl
 from mindvl_jax.data.sources.readers import Source
 from mindvl_jax.training.trainer import train
@@ -39,7 +41,8 @@ def test_the_best_checkpoint_is_kept_and_its_loss_is_that_of_scoring_each_sample
     )
     assert sorted(int(child.name) for child in (folder / "checkpoints").iterdir() if child.name.isdigit()) == [4, 8]
     source = Source("held_out", SourceConfig(path=str(held_out)))
-    opened = open_model(folder / "checkpoints" / "4")
+    opened = open_model(f"{folder}:best")
+    assert opened.folder == folder / "checkpoints" / "4"
     lines = list(
         score(opened, [source[index] for index in range(len(source))], batch=4, min_pixels=784, max_pixels=784 * 4)
     )
@@ -58,3 +61,13 @@ def test_a_validation_source_must_exist_and_keep_best_needs_one(run_mapping):
         from_mapping(run_mapping(validation={"source": "nowhere"}))
     with pytest.raises(ConfigError, match="keep_best needs `validation`"):
         from_mapping(run_mapping(checkpoint={"keep_best": True}))
+
+
+def test_the_best_of_a_run_that_keeps_none_is_refused_with_what_to_set(tmp_path):
+    with pytest.raises(UserError, match=r"has no best checkpoint; train with `validation` and checkpoint.keep_best"):
+        named_folder(f"{tmp_path}:best")
+    (tmp_path / "best.json").write_text('{"step": "x"}')
+    with pytest.raises(UserError, match="is damaged .*name a checkpoint"):
+        named_folder(f"{tmp_path}:best")
+    assert run_folder(f"{tmp_path}:best") == run_folder(f"{tmp_path}:ema") == tmp_path
+    assert [variant(f"a{ending}") for ending in ("", ":ema", ":best")] == ["", "-ema", "-best"]
