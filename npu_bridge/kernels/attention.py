@@ -112,8 +112,11 @@ def _forbidden_or(mask, q, k, segments, **limits):
     return forbidden(q, k, segments, **limits) if mask is None else (mask[:, 0] != 0).unflatten(0, (q.shape[0], -1))
 
 
-def attention(q, k, v, *segments, causal, window, scale, blocks, mask=None):
-    """Forward pass. Returns out (B, T, N, J) and lse (B, N, T) in float32."""
+def attention(q, k, v, *segments, causal, window, scale, blocks, mask=None, wide=False):
+    """Forward pass. Returns out (B, T, N, J) and lse (B, N, T) in float32.
+
+    With `wide` out is in float32 too, and lse is -inf in place of 0 for a query that attends nothing.
+    """
     key_heads, group, places = k.shape[2], q.shape[2] // k.shape[2], q.shape[1]
     mask = _forbidden_or(mask, q, k, segments, causal=causal, window=window, blocks=blocks)
     qb = _by_key_head(_own(q, blocks[0]), key_heads)
@@ -123,9 +126,14 @@ def attention(q, k, v, *segments, causal, window, scale, blocks, mask=None):
     peak.masked_fill_(peak == float("-inf"), 0)
     weights = logits.sub_(peak).exp2_().to(q.dtype)
     total = weights.sum(-1, keepdim=True, dtype=torch.float32)
-    total = torch.where(total > 0, total, 1)
-    out = (torch.matmul(weights, vb).float() / total).to(q.dtype)
-    lse = _by_place(peak * _LN2 + total.log(), group, places)[..., 0].transpose(1, 2)
+    divisor = torch.where(total > 0, total, 1)
+    if wide:
+        out = torch.matmul(weights.float(), vb.float()) / divisor
+    else:
+        out = (torch.matmul(weights, vb).float() / divisor).to(q.dtype)
+    lse = peak * _LN2 + divisor.log()
+    lse = lse.masked_fill(total == 0, float("-inf")) if wide else lse
+    lse = _by_place(lse, group, places)[..., 0].transpose(1, 2)
     return _by_place(out, group, places).contiguous(), lse.contiguous()
 
 
@@ -184,6 +192,33 @@ def cumulative_lengths(lengths, places):
     return ends
 
 
+def cumulative_pairs(lengths, lengths_kv, queries, keys):
+    """`cumulative_lengths` of queries and of keys, of the same segments: one without queries or without keys stays in
+    both lists, as two equal ends. What is left of both rows is one more segment.
+    """
+    ends, ends_kv = [], []
+    for row, (mine, theirs) in enumerate(zip(lengths.tolist(), lengths_kv.tolist())):
+        sizes = [(max(a, 0), max(b, 0)) for a, b in zip(mine, theirs) if a > 0 or b > 0]
+        rest = queries - sum(a for a, _ in sizes), keys - sum(b for _, b in sizes)
+        if min(rest) < 0:
+            raise ValueError(
+                f"npu_bridge.kernels: segment lengths {mine}, of keys {theirs}, exceed rows of {queries} and {keys}"
+            )
+        end, end_kv = row * queries, row * keys
+        for a, b in [*sizes, rest] if any(rest) else sizes:
+            end, end_kv = end + a, end_kv + b
+            ends.append(end)
+            ends_kv.append(end_kv)
+    return ends, ends_kv
+
+
+def _without_keys(ids_q, ids_kv, lengths):
+    """(B, T) bool: queries of padding, and of segments that have no key. Segments are counted from 1."""
+    present = torch.zeros(ids_q.shape[0], lengths.shape[1] + 1, dtype=torch.bool, device=ids_q.device)
+    present = present.scatter(1, ids_kv.long(), True)
+    return (ids_q == 0) | ~present.gather(1, ids_q.long())
+
+
 _recorders: list[list[tuple[torch.Tensor, int]]] = []
 
 
@@ -218,6 +253,11 @@ def _npu_arguments(q, k, segments, *, causal, window, padding):
         pre_tockens=window - 1 if window else unlimited, next_tockens=0 if causal or not window else window - 1
     )
     ends = cumulative_lengths(segments[2], q.shape[1]) if len(segments) == 3 else None
+    if len(segments) == 4 and not _recorders:  # a captured call could not be told new pairs
+        ends, ends_kv = cumulative_pairs(*segments[2:], q.shape[1], k.shape[1])
+        if len(ends) <= MOST_LENGTHS:
+            arguments = dict(actual_seq_qlen=ends, actual_seq_kvlen=ends_kv, softmax_layout="TND")
+            return dict(input_layout="TND", **arguments), _without_keys(*segments[:3])
     limited = causal or window is not None
     if (segments and (ends is None or len(ends) > MOST_LENGTHS)) or (limited and q.shape[1] > k.shape[1]):
         mask = forbidden(q, k, segments, causal=causal, window=window, blocks=(0, 0, 0))
@@ -253,7 +293,7 @@ def _version(q, arguments, segments):
     return "", arguments
 
 
-def _npu_attention(q, k, v, *segments, causal, window, scale, blocks, padding="zeros", statistics=False):
+def _npu_attention(q, k, v, *segments, causal, window, scale, blocks, padding="zeros", statistics=False, wide=False):
     arguments, dead = _npu_arguments(q, k, segments, causal=causal, window=window, padding=padding)
     suffix, arguments = _version(q, arguments, segments)
     call = getattr(torch_npu(), "npu_fusion_attention" + suffix)
@@ -262,6 +302,8 @@ def _npu_attention(q, k, v, *segments, causal, window, scale, blocks, padding="z
     out = out.reshape(*q.shape[:3], v.shape[-1])
     if dead is not None:
         out = out.masked_fill_(dead[..., None, None], 0)
+    if wide:
+        out = out.float()
     if statistics:
         if dead is not None and not tnd:  # with TND padding attends itself
             peak, total = peak.masked_fill_(dead[:, None, :, None], 0), total.masked_fill_(dead[:, None, :, None], 1)
@@ -271,7 +313,7 @@ def _npu_attention(q, k, v, *segments, causal, window, scale, blocks, padding="z
     lse = peak[..., 0] + total[..., 0].log()
     if tnd:
         lse = lse.reshape(*q.shape[:3]).transpose(1, 2).contiguous()
-    return out, lse if dead is None else lse.masked_fill_(dead[:, None], 0)
+    return out, lse if dead is None else lse.masked_fill_(dead[:, None], float("-inf") if wide else 0)
 
 
 def _npu_attention_backward(g, q, k, v, out, *rest, causal, window, scale, blocks, padding="zeros", statistics=False):
@@ -291,7 +333,7 @@ def _npu_attention_backward(g, q, k, v, out, *rest, causal, window, scale, block
             lse = lse.transpose(1, 2).reshape(-1, q.shape[2])
         peak = lse[..., None].expand(*lse.shape, STATISTICS).contiguous()
         total = torch.ones_like(peak)
-    ql, kl, vl, gl, outl = _lay(layout, q, k, v, g, out)
+    ql, kl, vl, gl, outl = _lay(layout, q, k, v, g, out.to(q.dtype))
     call = getattr(torch_npu(), "npu_fusion_attention_grad" + suffix)
     dq, dk, dv = call(
         ql,

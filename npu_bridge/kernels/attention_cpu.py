@@ -49,16 +49,23 @@ def _operands(q, k, v, blocks):
     return _lay(_own(q, blocks[0])), _lay(_reached(k, blocks)), _lay(_reached(v, blocks))
 
 
-def flash(q, k, v, *segments, causal, window, scale, blocks, mask=None):
+def flash(q, k, v, *segments, causal, window, scale, blocks, mask=None, wide=False):
     """Forward pass.
 
-    Returns out (B, T, N, J) and lse (B, N, T) in float32. `mask`: (B * I, 1, C, S), if computed before.
+    Returns out (B, T, N, J) and lse (B, N, T) in float32. `mask`: (B * I, 1, C, S), if computed before. `wide`: out in
+    float32, and lse -inf in place of 0 for a query that attends nothing.
     """
     if not _fits(q, v):
-        return attention(q, k, v, *segments, causal=causal, window=window, scale=scale, blocks=blocks, mask=mask)
+        return attention(
+            q, k, v, *segments, causal=causal, window=window, scale=scale, blocks=blocks, mask=mask, wide=wide
+        )
     batch, places = q.shape[:2]
+    if wide:
+        q, k, v, mask = q.float(), k.float(), v.float(), None if mask is None else mask.float()
     mask = _mask(q, k, segments, mask, causal=causal, window=window, blocks=blocks)
     out, lse = _FORWARD(*_operands(q, k, v, blocks), 0.0, False, attn_mask=mask, scale=scale)
+    if wide and mask is not None:
+        lse = lse.masked_fill((mask == float("-inf")).all(-1), float("-inf"))
     return _join(out, batch, places), _join(lse[..., None], batch, places)[..., 0].transpose(1, 2).contiguous()
 
 

@@ -66,6 +66,11 @@ _FORMS = {  # suffix -> (arguments, note)
         "ends: cumulative, host, no leading 0, at most 1024; v3 inside a captured graph, which is told new "
         "ends before each replay",
     ),
+    "_ring": (
+        '"TND", actual_seq_qlen=ends, actual_seq_kvlen=ends_kv, sparse_mode=0',
+        "one round of a ring: ends of queries and keys apart, equal ends where a segment has none; a "
+        "materialised mask inside a captured graph",
+    ),
 }
 
 for _suffix, (_arguments, _note) in _FORMS.items():

@@ -71,6 +71,21 @@ def _segments():
     return [ids, ids]
 
 
+# One round of a ring: the queries' segments 2 and 3 against keys of 1 to 3, and row 1 without a key of its segment 2.
+_PARTS = np.array([[0, 40, 25], [50, 9, -1]], np.int32), np.array([[20, 31, 13], [70, 0, -1]], np.int32)
+
+
+def _parts():
+    made = []
+    for lengths in _PARTS:
+        ids = np.zeros((2, 70), np.int32)
+        for row, found in zip(ids, lengths):
+            found = np.maximum(found, 0)
+            row[: found.sum()] = np.repeat(np.arange(1, 4), found)
+        made.append(ids)
+    return made
+
+
 def _attention(segments, backward, params):
     def arrays(rng, rounded):
         q, k, v = (rounded(_normal(rng, 2, 70, heads, dim)) for heads, dim in ((4, 80), (2, 80), (2, 64)))
@@ -85,6 +100,7 @@ def _attention(segments, backward, params):
 
 _CAUSAL = dict(causal=True, window=None, scale=80**-0.5, blocks=(0, 0, 0))
 _PACKED = dict(causal=True, window=None, scale=80**-0.5, blocks=(16, 48, 0))
+_FULL = dict(causal=False, window=None, scale=80**-0.5, blocks=(0, 0, 0))
 _BAND = dict(causal=False, window=9, scale=80**-0.5, blocks=(32, 16, 16))
 _SIZES = np.array([5, 0, 17, 9], np.int32)
 _GATE = dict(k=3, scoring="softmax", groups=1, groups_kept=1, renormalize=True, scale=1.0)
@@ -126,6 +142,8 @@ CASES: dict[str, Case] = {
     "attention_segments_backward": _attention(_segments(), True, _PACKED),
     "attention_packed": _attention([*_segments(), _LENGTHS.astype(np.int32)], False, _PACKED),
     "attention_packed_backward": _attention([*_segments(), _LENGTHS.astype(np.int32)], True, _PACKED),
+    "attention_ring": _attention([*_parts(), *_PARTS], False, _FULL),
+    "attention_ring_backward": _attention([*_parts(), *_PARTS], True, _FULL),
     "embedding": Case(embedding_forward, lambda r, _: [_normal(r, 19, 24), _ids(r)]),
     "embedding_backward": Case(embedding_backward, lambda r, _: [_normal(r, 3, 11, 24), _ids(r)], {"rows": 19}),
     "grouped_matmul": Case(moe.grouped_forward, lambda r, _: [_normal(r, 34, 48), _normal(r, 4, 48, 40), _SIZES]),
@@ -144,6 +162,11 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
+def _on_host(name: str) -> int:
+    """How many of a kernel's last operands are run lengths, which it reads on the host."""
+    return 2 if name.startswith("attention_ring") else int(name.startswith("attention_packed"))
+
+
 def inputs(name: str, dtype: str, device: str = "cpu", seed: int = 0) -> tuple[list[np.ndarray], list[torch.Tensor]]:
     """Return the operands in float64 (after rounding to `dtype`), and the same as tensors on the device."""
     rng, case = np.random.default_rng(seed), CASES[name]
@@ -160,8 +183,7 @@ def inputs(name: str, dtype: str, device: str = "cpu", seed: int = 0) -> tuple[l
             tensor = tensor.to(torch.float32 if i in case.wide else DTYPES[dtype])
             x = tensor.double().numpy()
         exact.append(x)
-        # The kernel reads run lengths on the host.
-        tensors.append(tensor if x is arrays[-1] and name.startswith("attention_packed") else tensor.to(device))
+        tensors.append(tensor if i >= len(arrays) - _on_host(name) else tensor.to(device))
     return exact, tensors
 
 

@@ -4,7 +4,7 @@ The table in docs/operators.md lists each operator with its torch_npu call, its 
 """
 
 from npu_bridge.ops.activations import gelu, swiglu
-from npu_bridge.ops.attention import attention
+from npu_bridge.ops.attention import attention, attention_gradients, merge_attention
 from npu_bridge.ops.cross_entropy import cross_entropy
 from npu_bridge.ops.embedding import embedding
 from npu_bridge.ops.linear import linear
@@ -15,6 +15,7 @@ from npu_bridge.ops.rotary import rotary
 
 __all__ = [
     "attention",
+    "attention_gradients",
     "cross_entropy",
     "embedding",
     "fused_adamw",
@@ -23,6 +24,7 @@ __all__ = [
     "grouped_matmul",
     "layer_norm",
     "linear",
+    "merge_attention",
     "moe_gating",
     "moe_permute",
     "moe_unpermute",

@@ -162,8 +162,17 @@ def _logits(q, k, mask, scale):
     return logits if mask is None else jnp.where(mask[:, :, None, None], logits, -jnp.inf)
 
 
-def masked_forward(q, k, v, *ids, plan, scale):
-    """-> out (B, T, N, J) in q's dtype, lse (B, N, T) in float32 (0 for a query that attends nothing)."""
+def result_forms(q, wide):
+    """Dtype of an output, and the log-sum-exp of a query that attends nothing: -inf with `wide`, for merging."""
+    return (accumulator(q.dtype), -jnp.inf) if wide else (q.dtype, 0)
+
+
+def masked_forward(q, k, v, *ids, plan, scale, wide=False):
+    """-> out (B, T, N, J) in q's dtype, lse (B, N, T) in float32 (0 for a query that attends nothing).
+
+    With `wide` out is in float32 and that lse is -inf. The other forms take it alike.
+    """
+    dtype, nothing = result_forms(q, wide)
     plan, (ids_q, ids_kv) = Plan(*plan), ids or (None, None)
     batch, queries, heads, _ = q.shape
     keys, key_heads = k.shape[1:3]
@@ -175,9 +184,10 @@ def masked_forward(q, k, v, *ids, plan, scale):
     # Summed from the rounded weights: the average is then exactly normalised, and the exponential is evaluated once.
     total = jnp.sum(weights.astype(logits.dtype), -1, keepdims=True)
     divisor = jnp.where(total > 0, total, 1)
-    out = (einsum("bikgcs,biksj->bikgcj", weights, _key_blocks(plan, v)) / divisor).astype(q.dtype)
+    out = (einsum("bikgcs,biksj->bikgcj", weights, _key_blocks(plan, v)) / divisor).astype(dtype)
     out = join_blocks(plan, out.transpose(0, 1, 4, 2, 3, 5), queries).reshape(batch, queries, heads, -1)
-    lse = (peak + jnp.log(divisor))[..., 0].transpose(0, 2, 3, 1, 4)
+    lse = peak + jnp.log(divisor)
+    lse = (jnp.where(total > 0, lse, nothing) if wide else lse)[..., 0].transpose(0, 2, 3, 1, 4)
     return out, lse.reshape(batch, heads, -1)[:, :, :queries]
 
 

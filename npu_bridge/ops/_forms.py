@@ -84,12 +84,12 @@ def reach(plan):
 def _chosen(name, masked, skipping, tiled, splash, *, q_at, operands, results):
     """One direction of attention: q is operand number `q_at`, segment ids follow after `operands` arrays."""
 
-    def choose(platform, local, *avals, plan, scale, form):
+    def choose(platform, local, *avals, plan, scale, form, **more):
         (rows, queries, heads, _), keys = avals[q_at].shape, avals[q_at + 1].shape[1]
         shape = dict(plan=Plan(*plan), rows=rows, queries=queries, keys=keys, heads=heads, ids=len(avals) > operands)
         taken = choose_form(form, platform, local, **shape)
         plan = shape["plan"]
-        static = dict(causal=plan.causal, window=plan.window, scale=scale)
+        static = dict(causal=plan.causal, window=plan.window, scale=scale, **more)
         left, right = reach(plan)
         if taken == "skipping":
             compute = partial(_with_ids(skipping, operands), tiles=_tiles(**shape), **static)
@@ -97,14 +97,12 @@ def _chosen(name, masked, skipping, tiled, splash, *, q_at, operands, results):
             bounds = dict(left=left, right=right) if left is not None and queries == keys else {}
             compute = partial(tiled, tiling=tiling_of(queries, keys, heads, **bounds), **static)
         elif taken == "splash":
-            compute = partial(splash, left=left, right=right, scale=scale, interpret=platform != "tpu")
+            compute = partial(splash, left=left, right=right, scale=scale, interpret=platform != "tpu", **more)
         else:
-            compute = partial(masked, plan=plan, scale=scale)
-        return lambda *arrays, plan, scale, form: compute(*arrays)
+            compute = partial(masked, plan=plan, scale=scale, **more)
+        return lambda *arrays, **params: compute(*arrays)
 
-    return chosen_function(
-        name, lambda *arrays, plan, scale, form: masked(*arrays, plan=plan, scale=scale), choose, results=results
-    )
+    return chosen_function(name, lambda *arrays, form, **params: masked(*arrays, **params), choose, results=results)
 
 
 def _with_ids(function, operands):
@@ -118,10 +116,10 @@ def _with_ids(function, operands):
     return call
 
 
-def _forward_results(q, k, v, *ids, **params):
+def _forward_results(q, k, v, *ids, wide=False, **params):
     rows, queries, heads, _ = q.shape
     return [
-        jax.ShapeDtypeStruct((rows, queries, heads, v.shape[-1]), q.dtype),
+        jax.ShapeDtypeStruct((rows, queries, heads, v.shape[-1]), accumulator(q.dtype) if wide else q.dtype),
         jax.ShapeDtypeStruct((rows, heads, queries), accumulator(q.dtype)),
     ]
 
@@ -142,9 +140,13 @@ _backward = _chosen(
 )  # fmt: skip
 
 
-def forward(q, k, v, *ids, plan, scale, form):
-    """-> out (B, T, N, J) in q's dtype, lse (B, N, T) in float32 (0 for a query that attends nothing)."""
-    return _forward(q, k, v, *ids, plan=tuple(plan), scale=scale, form=form)
+def forward(q, k, v, *ids, plan, scale, form, wide=False):
+    """-> out (B, T, N, J) in q's dtype, lse (B, N, T) in float32 (0 for a query that attends nothing).
+
+    With `wide` out is in float32 and that lse is -inf, so that results over different keys can be merged.
+    """
+    more = {"wide": True} if wide else {}
+    return _forward(q, k, v, *ids, plan=tuple(plan), scale=scale, form=form, **more)
 
 
 def backward(g, q, k, v, out, lse, *ids, plan, scale, form):

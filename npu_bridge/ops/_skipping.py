@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from npu_bridge.ops._blocked import result_forms
 from npu_bridge.ops._common import accumulator, einsum, sum_over_rows
 
 
@@ -176,12 +177,13 @@ def _padded(x, places):
     return jnp.pad(x, [(0, 0), (0, places - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
 
 
-def skipping_forward(q, k, v, ids_q, ids_kv, *, tiles, causal, window, scale):
+def skipping_forward(q, k, v, ids_q, ids_kv, *, tiles, causal, window, scale, wide=False):
     """-> out (B, T, N, J) in q's dtype, lse (B, N, T) in float32 (0 for a query that attends nothing)."""
     batch, real, heads, _ = q.shape
     key_heads, places = k.shape[2], -(-real // tiles.queries) * tiles.queries
     q, k, v, ids_q, ids_kv = (_padded(x, places) for x in (q, k, v, ids_q, ids_kv))
     blocks = _blocks(ids_q, ids_kv, tiles, causal, window)
+    dtype, nothing = result_forms(q, wide)
     wide = accumulator(q.dtype)
     shape = (tiles.piece, key_heads, heads // key_heads, tiles.queries)
 
@@ -207,10 +209,13 @@ def skipping_forward(q, k, v, ids_q, ids_kv, *, tiles, causal, window, scale):
         first = jnp.int32(0), empty - jnp.inf, empty, jnp.zeros((*shape, v.shape[-1]), wide)
         _, peak, total, average = lax.while_loop(lambda state: state[0] < blocks.steps[start], one_step, first)
         divisor = jnp.where(total > 0, total, 1)
-        logs = jnp.where(total > 0, peak, 0) + jnp.log(divisor)
+        logs = jnp.where(total > 0, peak, nothing) + jnp.log(divisor)
         return start + tiles.piece, piece.put_queries(out, average / divisor), piece.put_statistics(lse, logs)
 
-    empty = jnp.zeros((batch, places, heads, v.shape[-1]), q.dtype), jnp.zeros((batch, heads, places), wide)
+    empty = (
+        jnp.zeros((batch, places, heads, v.shape[-1]), dtype),
+        jnp.full((batch, heads, places), nothing, accumulator(q.dtype)),
+    )
     _, out, lse = lax.while_loop(lambda state: state[0] < blocks.live, one_piece, (jnp.int32(0), *empty))
     return out[:, :real], lse[..., :real]
 

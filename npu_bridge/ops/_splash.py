@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from npu_bridge.ops._blocked import result_forms
+
 LANES = 128
 BLOCK = 512
 """Rows and keys of a block; a row that is shorter is one block."""
@@ -121,12 +123,13 @@ class _Call:
         return x.transpose(0, 2, 1, 3)[:, : like.shape[1], :, : like.shape[3]]
 
 
-def splash_forward(q, k, v, ids_q=None, ids_kv=None, *, left, right, scale, interpret=False):
+def splash_forward(q, k, v, ids_q=None, ids_kv=None, *, left, right, scale, interpret=False, wide=False):
     """Forward pass.
 
     Args:
       left, right: keys that a query reaches before and behind itself; None: all (`right=0` is causal).
       interpret: run the kernels in Pallas' interpreter, on any platform; for tests.
+      wide: out in float32 (rounded to q's dtype by the kernel), and -inf as that lse.
 
     Returns:
       out (B, T, N, J) in q's dtype, lse (B, N, T) in float32 (0 for a query that attends nothing, which yields zeros).
@@ -144,7 +147,8 @@ def splash_forward(q, k, v, ids_q=None, ids_kv=None, *, left, right, scale, inte
     lse = lse[..., : call.queries]
     attends = lse > ATTENDS_NOTHING
     out = out.transpose(0, 2, 1, 3)[:, : call.queries, :, : call.value_dim]
-    return jnp.where(attends.transpose(0, 2, 1)[..., None], out, 0), jnp.where(attends, lse, 0)
+    dtype, nothing = result_forms(q, wide)
+    return jnp.where(attends.transpose(0, 2, 1)[..., None], out, 0).astype(dtype), jnp.where(attends, lse, nothing)
 
 
 def splash_backward(g, q, k, v, out, lse, ids_q=None, ids_kv=None, *, left, right, scale, interpret=False):

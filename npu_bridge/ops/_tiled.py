@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from npu_bridge.ops._blocked import result_forms
 from npu_bridge.ops._common import accumulator, einsum, sum_over_rows
 
 
@@ -165,13 +166,14 @@ def _steps_to_rows(x, places):
     return x.transpose(1, 0, 2, 5, 3, 4, 6).reshape(batch, steps * group * block, key_heads * heads, width)[:, :places]
 
 
-def tiled_forward(q, k, v, ids_q=None, ids_kv=None, *, tiling, causal, window, scale):
+def tiled_forward(q, k, v, ids_q=None, ids_kv=None, *, tiling, causal, window, scale, wide=False):
     """-> out (B, T, N, J) in q's dtype, lse (B, N, T) in float32 (0 for a query that attends nothing)."""
     batch, queries, heads, _ = q.shape
     key_heads = k.shape[2]
     loops = _Loops(tiling, queries, k.shape[1], causal=causal, window=window)
     ids_q, ids_kv = _ids(loops, q, k, ids_q, ids_kv)
     q, k, v = loops.pad_queries(q), loops.pad_keys(k), loops.pad_keys(v)
+    dtype, nothing = result_forms(q, wide)
     wide = accumulator(q.dtype)
     shape = (batch, loops.group, key_heads, heads // key_heads, loops.block)
 
@@ -194,7 +196,7 @@ def tiled_forward(q, k, v, ids_q=None, ids_kv=None, *, tiling, causal, window, s
         first = empty - jnp.inf, empty, jnp.zeros((*shape, v.shape[-1]), wide)
         peak, total, average = lax.fori_loop(0, loops.key_steps(step), one_tile, first)
         divisor = jnp.where(total > 0, total, 1)
-        return None, ((average / divisor).astype(q.dtype), jnp.where(total > 0, peak, 0) + jnp.log(divisor))
+        return None, ((average / divisor).astype(dtype), jnp.where(total > 0, peak, nothing) + jnp.log(divisor))
 
     _, (out, lse) = lax.scan(one_step, None, jnp.arange(loops.steps))
     return _steps_to_rows(out, queries), _steps_to_rows(lse, queries)[..., 0].transpose(0, 2, 1)

@@ -135,6 +135,10 @@ def npu_fusion_attention(q, k, v, head_num, input_layout, *, atten_mask=None, sc
     for iq, ik, masked in _sequences(
         q, k, input_layout, actual_seq_qlen, actual_seq_kvlen, atten_mask, sparse_mode, pre_tockens, next_tockens
     ):
+        if not k[ik].shape[0]:  # no key: whatever was there
+            for x in (out, peaks, sums):
+                x[iq] = math.nan
+            continue
         logits = _logits(q[iq], k[ik], masked, scale)
         peak = logits.amax(-1, keepdim=True)
         p = torch.exp(logits - peak)
@@ -158,6 +162,8 @@ def npu_fusion_attention_grad(q, k, v, dy, head_num, input_layout, *, atten_mask
     for iq, ik, masked in _sequences(
         q, k, input_layout, actual_seq_qlen, actual_seq_kvlen, atten_mask, sparse_mode, pre_tockens, next_tockens
     ):
+        if not k[ik].shape[0]:
+            continue
         out_of = (lambda x: x[iq, :, 0].T[..., None].double()) if tnd else (lambda x: x[iq, :, :, :1].double())
         p = torch.exp(_logits(q[iq], k[ik], masked, scale_value) - out_of(softmax_max)) / out_of(softmax_sum)
         p = p.masked_fill(masked, 0)

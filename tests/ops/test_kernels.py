@@ -91,6 +91,11 @@ def programs_of_every_operator():
         (lambda q, k: ops.attention(q, k, k, causal=True), q, kv),
         (lambda q, k: ops.attention(q, k, k, causal=True, segment_ids_q=ids), q, kv),
         (lambda q, k: ops.attention(q, k, k, causal=True, segment_ids_q=ids, lengths=lengths), q, kv),
+        (
+            lambda q, k: ops.attention(q, k, k, causal=False, segment_ids_q=ids, lengths=lengths, lengths_kv=lengths),
+            q,
+            kv,
+        ),
         (lambda t: ops.embedding(t, ids), f(5, 8)),
         (mixture, f(6, 4), f(4, 4, 8)),
         (lambda x, b: ops.moe_gating(x, k=2, bias=b, renormalize=True)[0], f(6, 4), f(4)),

@@ -11,7 +11,9 @@ from . import fake_torch_npu
 
 # Packed attention keeps its statistics in an order of its own, so its backward is tested behind its forward below.
 FUSED = sorted(
-    name for name, kernel in KERNELS.items() if kernel.npu is not None and name != "attention_packed_backward"
+    name
+    for name, kernel in KERNELS.items()
+    if kernel.npu is not None and name not in ("attention_packed_backward", "attention_ring_backward")
 )
 
 
@@ -32,7 +34,7 @@ def test_the_fused_call_computes_what_its_equivalent_computes(name, dtype):
     _, tensors = check.inputs(name, dtype)
     params = check.CASES[name].params
     fused, equivalent = run(name, [x.clone() for x in tensors], params), KERNELS[name].equivalent(*tensors, **params)
-    skipped = {1} if name == "attention_packed" else set()
+    skipped = {1} if name in ("attention_packed", "attention_ring") else set()
     assert len(fused) == len(equivalent)
     for i, (a, b) in enumerate(zip(fused, equivalent)):
         assert a.shape == b.shape and a.dtype == b.dtype, (
@@ -69,6 +71,29 @@ def test_attention_forward_and_backward_hold_together_in_every_form(form, causal
     assert layout == {"TND" if form == "_packed" else "BSND"}
     modes = {call[1]["sparse_mode"] for call in fake_torch_npu.calls}
     assert modes == {0 if form == "_segments" else 4 if window else 3 if causal else 0}
+
+
+def test_a_round_of_a_ring_takes_lengths_of_queries_and_keys_apart():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, g = (torch.randn(2, 70, n, 16, generator=generator) for n in (4, 2, 2, 4))
+    segments = [torch.from_numpy(np.asarray(x)) for x in (*check._parts(), *check._PARTS)]
+    params = dict(causal=False, window=None, scale=0.25, blocks=(0, 0, 0))
+
+    def both(which):
+        forward, backward = (getattr(KERNELS["attention_ring" + tail], which) for tail in ("", "_backward"))
+        out, lse = forward(q, k, v, *segments, wide=True, **params)
+        assert out.dtype == torch.float32 and torch.isneginf(lse).any(), "row 1 has queries without a key"
+        finite = lse.masked_fill(torch.isneginf(lse), 0)
+        return out, torch.exp(lse), *backward(g, q, k, v, out, finite, *segments, **params)
+
+    for result, a, b in zip(("out", "exp(lse)", "dq", "dk", "dv"), both("npu"), both("equivalent")):
+        difference = check.difference(a, b.double().numpy())
+        assert difference <= 1e-5, f"{result}: largest relative difference {difference:.2e}"
+    assert {call[1]["layout"] for call in fake_torch_npu.calls} == {"TND"}
+    assert fake_torch_npu.calls[0][1]["ends"] == [0, 40, 65, 70, 120, 129, 140], "an empty segment keeps its place"
+    with attention.recording_lengths() as recorded:  # of one captured call only one list could be exchanged
+        KERNELS["attention_ring"].npu(q, k, v, *segments, **params)
+    assert not recorded and fake_torch_npu.calls[-1][1]["layout"] == "BSND"
 
 
 def test_inside_a_capture_lengths_go_to_the_third_version_as_host_tensors():

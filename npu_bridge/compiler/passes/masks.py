@@ -15,7 +15,7 @@ MOST = 4  # times the bytes of the queries
 
 _FORMS = {
     CALL_PREFIX + "attention" + form + direction: start
-    for form in ("_segments", "_packed")
+    for form in ("_segments", "_packed", "_ring")
     for direction, start in (("", 0), ("_backward", 1))
 }
 _DTYPES = {"f32": "float32", "bf16": "bfloat16"}
