@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 
@@ -56,6 +57,7 @@ def prepare_data(config: Config) -> None:
     if config.data.quickstart:
         from examples.quickstart.build import prepare
 
+        print(f"data: {config.data.quickstart.folder} (built once, which takes a minute or two)", file=sys.stderr)
         with busy("building the quickstart's data"):
             prepare(config.data.quickstart)
 

@@ -167,7 +167,7 @@ class _Counts:
     """The newest count of a piece of work, and its time left."""
 
     def __init__(self) -> None:
-        self._label, self._done, self._first, self._total = "starting", 0, 0, 0
+        self._label, self._done, self._first, self._total = "reading samples", 0, 0, 0
         self._since = time.monotonic()
 
     def show(self, done: int, total: int, label: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import math
 import os
 import platform
@@ -27,6 +28,8 @@ from mindvl_jax.training.backend import matmul_precision
 from npu_bridge.ops.attention import describe_attention
 
 WINDOW = 20  # steps that the shown rates average over
+MEASURED = 10  # steps, without the one that compiles, after which a run says how long it takes
+LONG = 60.0  # seconds: nobody plans around less
 
 
 def human(number: float) -> str:
@@ -198,6 +201,7 @@ class LiveLine:
         self._last_plain = -math.inf
         self._recent: collections.deque[Mapping[str, float]] = collections.deque(maxlen=WINDOW)
         self._phases = list(phases)
+        self._expected = False
         self._progress = None
         if console.is_terminal:
             self._progress = Progress(
@@ -234,6 +238,9 @@ class LiveLine:
         """
         if not first_of_phase:
             self._recent.append(record)
+        if len(self._recent) >= MEASURED and not self._expected:
+            self._expected = True
+            self._say_expected(record)
         text = self.text(record)
         if self._progress is not None:
             self._progress.update(self._task, completed=record["step"], line=text)
@@ -244,6 +251,18 @@ class LiveLine:
                 self._console.print(line, highlight=False, soft_wrap=True)
             elif isinstance(self._console, LogConsole):
                 self._console.log_only(line)
+
+    def _say_expected(self, record: Mapping[str, float]) -> None:
+        """Say once how long the run takes at the speed of its first steps."""
+        step, seconds = int(record["step"]), sum(each["step_seconds"] for each in self._recent) / len(self._recent)
+        left = self._left(step, seconds)
+        if left < LONG:
+            return
+        text = f"measured: {seconds:.2f} s a step; {self._total - step} steps take about {duration(left)}"
+        end = next((end for end in itertools.accumulate(steps for _, steps, _ in self._phases) if step <= end), step)
+        if len(self._phases) > 1 and step < end < self._total:
+            text += f", this phase {duration((end - step) * seconds)} of them"
+        self._console.print(text + "; compiling other shapes and scoring come on top", highlight=False)
 
     def _left(self, step: int, seconds: float) -> float:
         """Seconds that are left: steps of this phase at its own speed, those of later phases by the work of their
@@ -276,9 +295,9 @@ class LiveLine:
         parts = [
             f"{record['phase']} {record['step']}/{self._total}",
             f"loss {record['loss']:.4f}",
-            f"{human(rate('tokens'))} tok/s",
-            f"{human(rate('samples'))} samples/s",
         ]
+        if self._recent:  # the step that compiles says nothing of the speed
+            parts += [f"{human(rate('tokens'))} tok/s", f"{human(rate('samples'))} samples/s"]
         if record.get("mfu") is not None:
             language = (
                 f" ({100 * mean('mfu_language'):.1f}% without ViT)" if record.get("mfu_language") is not None else ""

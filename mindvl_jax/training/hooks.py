@@ -44,5 +44,5 @@ class Hooks:
         """Score the live model after a phase. Runs in the main process alone."""
 
     def report(self, run_dir: Path) -> Path | None:
-        """Write the report of the finished run. Runs in the main process alone."""
+        """Write the report of the run so far, after a scored phase and at the end. In the main process alone."""
         return None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mindvl_jax.core.files import replacing
-from mindvl_jax.training.loggers import Tracker, numbers_of
+from mindvl_jax.training.loggers import ShownAnswer, Tracker, numbers_of
 
 FILE = "metrics.jsonl"
 
@@ -64,6 +64,12 @@ class MetricsLog:
         """Hand numbers to the trackers alone, such as the scores of an evaluation."""
         for tracker in self._trackers:
             tracker.log(numbers, step)
+
+    def show(self, answers: Sequence[ShownAnswer], step: int) -> None:
+        """Hand the answers of an evaluation to the trackers."""
+        if answers:
+            for tracker in self._trackers:
+                tracker.show(answers, step)
 
     def close(self) -> None:
         self._file.close()

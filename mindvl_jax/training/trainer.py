@@ -195,6 +195,7 @@ class Trainer:
                         return RunResult(self.run_dir, step, finished=False, stopped_by=why)
                 if self.config.evaluation.after_phases and index + 1 < len(parts):
                     self._evaluate(state, step, phase.name)
+                    self._report(f"scores, answers and curves after {phase.name}:")
             self._wait(step)
             self.live.close()
             self._finish(state, step)
@@ -350,10 +351,16 @@ class Trainer:
         params = scoring.for_scoring(params, self.outline)
         scoring.in_main_process(lambda: self.hooks.evaluate(self.outline.merge(params), step, phase, self.console))
         if self.log is not None:
-            self.log.track(loggers.scores_of(read_json(self.run_dir / "scores.json", {})), step)
+            scores = read_json(self.run_dir / "scores.json", {})
+            self.log.track(loggers.scores_of(scores), step)
+            self.log.show(loggers.answers_of(self.run_dir, phase, scores.get("tasks", ())), step)
 
     def _finish(self, state: TrainState, step: int) -> None:
         self._evaluate(state, step, self.config.training.phases[-1].name)
+        self._report(f"done: {step} steps,")
+
+    def _report(self, said: str) -> None:
+        """Write the page of what is known so far and say where it is."""
         if self.is_main:
             page = self.hooks.report(self.run_dir)
-            self.console.print(f"done: {step} steps" + (f", {page}" if page else ""))
+            self.console.print(f"{said} {page}" if page else said.rstrip(",:"))

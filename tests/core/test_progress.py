@@ -81,3 +81,22 @@ def test_the_time_left_takes_later_phases_by_the_work_of_their_steps():
     line.new_phase()
     line.update(record | {"step": 12, "step_seconds": 5.0}, first_of_phase=False)
     assert line.text(record | {"step": 12}).endswith("ETA 1:30")
+
+
+def test_a_long_run_says_once_how_long_it_takes_by_its_first_steps(console):
+    record = {"phase": "a", "loss": 1.0, "tokens": 1, "samples": 1, "token_efficiency": 1.0, "step_seconds": 2.0}
+    line = LiveLine(console, 300, phases=[("a", 100, 1.0), ("b", 200, 2.0)])
+    for step in range(1, 30):
+        line.update(record | {"step": step}, first_of_phase=step == 1)
+    said = [each for each in lines(console) if "measured" in each]
+    # After step 11: 89 steps of 2 s, then 200 of 4 s.
+    assert len(said) == 1 and "2.00 s a step; 289 steps take about 16:18, this phase 2:58 of them" in said[0], said
+    assert "tok/s" not in lines(console)[0], "the step that compiles has no speed"
+
+
+def test_a_short_run_does_not(console):
+    record = {"phase": "a", "loss": 1.0, "tokens": 1, "samples": 1, "token_efficiency": 1.0, "step_seconds": 0.1}
+    line = LiveLine(console, 40, phases=[("a", 40, 1.0)])
+    for step in range(1, 41):
+        line.update(record | {"step": step}, first_of_phase=step == 1)
+    assert not [each for each in lines(console) if "measured" in each]

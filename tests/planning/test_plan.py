@@ -222,7 +222,7 @@ def test_search_names_the_mildest_remat_that_fits_and_every_change_that_it_names
     kept = {"none": 400e6, "dots": 200e6, "attention": 100e6, "full": 10e6}
 
     def formula(config, phase):
-        return int(kept[config.model.remat] * phase.rows / config.mesh.fsdp / 8)
+        return int(kept[config.model.remat] * phase.rows / config.mesh.filled.fsdp / 8)
 
     _, _tried, fitting, planner_of = found_by_search(load(), formula, usable=int(150e6))
     named = [" ".join(one.change.overrides) for one in fitting]
