@@ -90,9 +90,15 @@ def _choose(suite: str, only: str | None) -> list[Case]:
 
 
 def _run(console: Console, args: argparse.Namespace, chosen: list[Case]) -> int:
-    settings = Settings.smallest() if args.dry else dataclasses.replace(
-        Settings.quick() if args.quick else Settings(), threads=1 if args.one_core else args.threads, one_core=args.one_core
-    )  # fmt: skip
+    settings = (
+        Settings.smallest()
+        if args.dry
+        else dataclasses.replace(
+            Settings.quick() if args.quick else Settings(),
+            threads=1 if args.one_core else args.threads,
+            one_core=args.one_core,
+        )
+    )
     record = dict(
         machine=machine.describe(settings.threads), suite=args.suite, settings=dataclasses.asdict(settings), cases={}
     )

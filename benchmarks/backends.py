@@ -76,9 +76,11 @@ def measure(config_path: str, overrides: Sequence[str], steps: int, out: Path, n
             one, other = (read_losses(out / name / "metrics.jsonl", steps) for name in (a, b))
             relative = [abs(x - y) / abs(y) for x, y in zip(one, other, strict=True)]
             found[f"{a} against {b}"] = {
-                "loss, first 20 steps": max(relative[:20]), f"loss, {steps} steps": max(relative), "mean loss difference": sum(relative) / steps,
+                "loss, first 20 steps": max(relative[:20]),
+                f"loss, {steps} steps": max(relative),
+                "mean loss difference": sum(relative) / steps,
                 f"parameters at step {steps}": parameter_distance(out / a, out / b),
-            }  # fmt: skip
+            }
     return found
 
 

@@ -133,7 +133,7 @@ def requests_of(count: int, new_tokens: int):
 
 
 def answer_by_transformers(model, rows: list[list[int]], requests, pictures, image_token: int) -> list[list[int]]:
-    """The answers of one padded batch (left, as generation wants it), which runs until the longest answer is complete."""
+    """Generate the answers of one left-padded batch. It runs until the longest answer is complete."""
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])

@@ -42,9 +42,10 @@ def batch_of(model):
     batch = shape.empty()
     batch.loss_weights[:] = 1.0
     for ids, lengths, places, size in (
-        (batch.segment_ids, batch.segment_lengths, TOKENS, TOKENS // SAMPLES), (batch.patch_segment_ids, batch.image_lengths, PATCHES, PATCHES // SAMPLES),
+        (batch.segment_ids, batch.segment_lengths, TOKENS, TOKENS // SAMPLES),
+        (batch.patch_segment_ids, batch.image_lengths, PATCHES, PATCHES // SAMPLES),
         (batch.patch_window_ids, batch.window_lengths, PATCHES, 64),
-    ):  # fmt: skip
+    ):
         ids[:] = np.arange(places) // size + 1
         lengths[:, : places // size] = size
     return shape, batch
@@ -81,9 +82,16 @@ def through_bridge(model) -> tuple[Callable[[], Any], Facts]:
         return npu_bridge.jit(function, donate_argnums=donate_argnums, device="npu")
 
     programs = make_programs(
-        outline, phase=phase, objective=make_objective(model, phase, loss_chunk=1024), optimizer=OptimizerConfig(), spec=shape.spec(), trained=list(outline.shapes),
-        frozen=[], mesh=mesh, compile=on_npu,
-    )  # fmt: skip
+        outline,
+        phase=phase,
+        objective=make_objective(model, phase, loss_chunk=1024),
+        optimizer=OptimizerConfig(),
+        spec=shape.spec(),
+        trained=list(outline.shapes),
+        frozen=[],
+        mesh=mesh,
+        compile=on_npu,
+    )
     state = abstract_state(outline, list(outline.shapes), [], mesh)
     lowered = programs.train_step.lower(state, batch, np.float32(1e-5))
     compiled = Compiled(lowered, "npu")

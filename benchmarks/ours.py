@@ -18,9 +18,9 @@ from mindvl_jax.models.vision_language.batch import Batch, BatchShape
 from mindvl_jax.objectives.registry import make_objective
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import row_sharding
-from mindvl_jax.training.backend import compile_xla, compiler_options
 from mindvl_jax.training.state import initial_params, start_phase
 from mindvl_jax.training.step import make_programs
+from mindvl_jax.training.xla_backend import compile_xla, compiler_options
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.05
 OPTIMIZER = OptimizerConfig(b1=0.9, b2=0.99, clip_norm=1.0)

@@ -64,7 +64,7 @@ def llava_like(rng: np.random.Generator) -> tuple[int, list[int]]:
 
 
 def document_like(rng: np.random.Generator) -> tuple[int, list[int]]:
-    """DocVQA and page OCR: one to four scanned pages of up to 1280 merged tokens, answers from a word to a full page."""
+    """DocVQA and page OCR: one to four scanned pages, each up to 1280 merged tokens; answers from a word to a page."""
     pages = int(rng.choice([1, 1, 1, 1, 2, 3, 4]))
     ratio = rng.choice([1.294, 1.414, 0.75, 1.0], p=[0.5, 0.3, 0.1, 0.1]) * rng.uniform(0.9, 1.1)
     images = []
@@ -160,7 +160,7 @@ def in_order_first_fit(sizes: np.ndarray, loads: np.ndarray, budgets: Budgets, r
 
 
 def knapsack(sizes: np.ndarray, loads: np.ndarray, budgets: Budgets, rows: int) -> list[list[int]]:
-    """Greedy knapsack on tokens, the largest that still fits again and again, row after row (LLaMA-Factory's method)."""
+    """Greedy knapsack on tokens: fill each row with the largest sample that still fits (LLaMA-Factory's method)."""
     caps, free, plan = budgets.array(), list(np.argsort(-sizes[:, TOKENS], kind="stable")), []
     for _ in range(rows):
         row, left, kept = [], caps.copy(), []

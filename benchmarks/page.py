@@ -73,7 +73,8 @@ def write(record: Record, folder: Path) -> tuple[Path, Path]:
     """Write DATE-COMMIT-SUITE.json and .html; a second run of the minute does not overwrite the first."""
     folder.mkdir(parents=True, exist_ok=True)
     about = record["machine"]
-    stem = f"{about['date'][:16].replace(':', '')}-{about['commit'].replace('+', '-')}-{record['suite']}{'-dry' if record['settings']['dry'] else ''}"
+    date, commit = about["date"][:16].replace(":", ""), about["commit"].replace("+", "-")
+    stem = f"{date}-{commit}-{record['suite']}{'-dry' if record['settings']['dry'] else ''}"
     path, count = folder / f"{stem}.json", 1
     while path.exists():
         count += 1

@@ -1,7 +1,7 @@
 """Speed and memory of loading published weights onto a mesh, against safetensors reading the same bytes.
 
-    python benchmarks/weights.py                                        # Qwen2.5-VL-3B: 7.5 GB in bfloat16, twice that of free memory
-    python benchmarks/weights.py --preset qwen2.5-vl-3b --layers 6      # the same tensors, fewer layers
+    python benchmarks/weights.py                                      # Qwen2.5-VL-3B: 7.5 GB, needs 15 GB of memory
+    python benchmarks/weights.py --preset qwen2.5-vl-3b --layers 6    # the same tensors, fewer layers
 
 A folder of random weights in several files is written first (unless --folder names one). Each measurement runs in a
 process of its own, in turn, several times. Both sides end with the same bytes of the same dtype in memory of their own,

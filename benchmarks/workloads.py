@@ -33,7 +33,7 @@ def small_pictures(rng: np.random.Generator) -> tuple[int, int, list[tuple[int, 
 
 
 def photographs(rng: np.random.Generator) -> tuple[int, int, list[tuple[int, int]]]:
-    """LLaVA-Instruct's lengths: one COCO image of at most 512 x 512 pixels, a lognormal text of which half is answer."""
+    """LLaVA-Instruct's lengths: one COCO image of at most 512 x 512 pixels and a lognormal text, half of it answer."""
     total, images = llava_like(rng)
     text = total - sum(images) // 4
     grids = [_near_grid(patches, rng) for patches in images]

@@ -24,7 +24,7 @@ class UnsupportedError(BridgeError):
 
 
 class PlacementError(BridgeError):
-    """An argument that does not fit the compiled program: shape, dtype, sharding, device or a donated array used again."""
+    """An argument does not fit the compiled program: shape, dtype, sharding, device, or a donated array used again."""
 
 
 class CollectiveError(BridgeError):

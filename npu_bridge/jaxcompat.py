@@ -36,8 +36,8 @@ from jax._src import util as jax_util
 from jax._src.interpreters import batching, mlir
 from jaxlib.mlir import ir
 
-from npu_bridge.compiler.sharding_rule import ShardingRule
 from npu_bridge.errors import VersionError
+from npu_bridge.sharding_rule import ShardingRule
 
 xla_jit = jax.jit  # jax's own, also where `npu_bridge.use` has exchanged the name
 TESTED = ("0.10.2",)  # the tests ran with these
@@ -390,7 +390,7 @@ def define_operator(
     Args:
       name: unique; the custom call and the kernel table entry are ``npu_bridge.<name>``.
       reference: JAX function ``(*arrays, **params)`` returning an array or a tuple of arrays.
-      rule: einsum-like sharding rule (see `npu_bridge.compiler.sharding_rule`), or a function
+      rule: einsum-like sharding rule (see `npu_bridge.sharding_rule`), or a function
         ``(operand_avals, result_avals, **params) -> str`` when it depends on ranks or parameters.
       results: function ``(*operands, **params)`` of anything with a shape and a dtype that returns such things, one a
         result. Without it the reference is traced to find out, which takes ten milliseconds for each new set of shapes.

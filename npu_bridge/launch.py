@@ -90,9 +90,14 @@ def run(command: Sequence[str], count: int, port: int | None = None) -> int:
     threads = []
     for number in range(count):
         process = subprocess.Popen(
-            list(command), env=_environment(number, count, port), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            errors="replace", start_new_session=True,
-        )  # fmt: skip
+            list(command),
+            env=_environment(number, count, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
         rank = Rank(number, process, collections.deque(maxlen=40))
         prefix = "" if number == 0 else f"[rank {number}] "
         for stream, out, tail in ((process.stdout, sys.stdout, None), (process.stderr, sys.stderr, rank.tail)):

@@ -39,13 +39,16 @@ if "NPU_BRIDGE_CACHE" not in os.environ:
 # Slowest modules (half a minute and more), slowest first. Workers take whole modules: a slow one that starts late
 # leaves the other workers idle at the end. The rest follow in order of collection.
 LONGEST = (
-    "training/test_run", "training/test_backend", "bridge/test_operations", "training/test_kill", "training/test_compare_command", "planning/test_plan",
-    "training/test_profile", "bridge/test_training", "bridge/test_launch", "parity/test_logits_and_gradients", "bridge/test_public_programs", "models/test_mindvl",
+    "training/test_run", "training/test_backend", "bridge/test_operations", "training/test_kill",
+    "training/test_compare_command", "planning/test_plan",
+    "training/test_profile", "bridge/test_training", "bridge/test_launch", "parity/test_logits_and_gradients",
+    "bridge/test_public_programs", "models/test_mindvl",
     "benchmarks/test_cases", "inference/test_generator", "ops/test_values", "evaluation/test_evaluate_command",
     # of the conformance tier
-    "emulator/device/test_doctor", "emulator/device/test_mindvl", "emulator/device/test_steps", "emulator/device/test_distributed",
+    "emulator/device/test_doctor", "emulator/device/test_mindvl", "emulator/device/test_steps",
+    "emulator/device/test_distributed",
     "emulator/device/test_layers", "emulator/device/test_opinfo", "emulator/device/test_large",
-)  # fmt: skip
+    )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

@@ -153,9 +153,14 @@ def _stall(
     losses = called + slower + waited
     lost, each, every = float(np.median(losses)), float(np.median(alone)) / steps, CheckpointConfig().every_steps
     facts = {
-        "the loop waits in the call s": float(np.median(called)), "steps beside the writer take longer by s": float(np.median(slower)), "the writer outlasts them by s": float(np.median(waited)),
-        "lost to a save s": lost, "largest loss s": float(losses.max()), "a step s": each, f"share lost at a save every {every} steps": lost / (every * each),
-    }  # fmt: skip
+        "the loop waits in the call s": float(np.median(called)),
+        "steps beside the writer take longer by s": float(np.median(slower)),
+        "the writer outlasts them by s": float(np.median(waited)),
+        "lost to a save s": lost,
+        "largest loss s": float(losses.max()),
+        "a step s": each,
+        f"share lost at a save every {every} steps": lost / (every * each),
+    }
     megabytes = (
         sum(
             value.nbytes

@@ -36,7 +36,7 @@ def write_tokenizer(folder: Path, vocabulary: int) -> None:
 
 
 def write_model(folder: Path, name: str) -> None:
-    """A Qwen2.5-VL folder with random weights of unit gain: with smaller ones every prompt would end in the same token."""
+    """Write a Qwen2.5-VL folder with random weights of unit gain. Smaller ones give each prompt the same last token."""
     import jax.numpy as jnp
     import numpy as np
 

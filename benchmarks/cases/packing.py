@@ -10,7 +10,7 @@ from benchmarks.registry import Settings, case
 
 @case("packing")
 def packing_case(settings: Settings) -> Iterator[Comparison]:
-    """Rows packed a second on three mixes, beside first fit and greedy packers; filled places and imbalance as facts."""
+    """Rows packed per second on three mixes, beside first fit and greedy packers, with fill and imbalance as facts."""
     from benchmarks import packing
 
     ranks, batches, buffer = (8, 2, 32) if settings.dry else (64, 8, 256)

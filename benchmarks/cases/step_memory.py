@@ -105,7 +105,7 @@ def probe(side: str, folder: str, model: str, workload: str, threads: int, remat
 
 @case("step-memory")
 def step_memory(settings: Settings) -> Iterator[Comparison]:
-    """Peak memory of the step, ours with and without remat beside transformers with and without gradient checkpointing."""
+    """Peak memory of a step with and without remat, beside transformers with and without gradient checkpointing."""
     from benchmarks.memory import in_own_process
 
     against, bar = "transformers SDPA, padded, checkpointing", 1 / 0.7

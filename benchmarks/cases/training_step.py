@@ -84,7 +84,7 @@ KINDS = {
 
 @case("training-step")
 def training_step(settings: Settings) -> Iterator[Comparison]:
-    """Forward, backward, clipping and AdamW of the same model on the same packed batch; and padded, one sample a row."""
+    """Forward, backward, clipping and AdamW of one model on equal samples: packed, and padded to one sample a row."""
     from benchmarks import workloads
 
     if settings.dry:

@@ -1,1 +1,1 @@
-"""A small diffusion transformer that learns to write digits, and a judge that reads them: `configs/digits-flow.yaml`."""
+"""A small diffusion transformer that draws digits, and a classifier that judges them (`configs/digits-flow.yaml`)."""

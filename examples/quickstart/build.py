@@ -13,7 +13,6 @@ import concurrent.futures
 import fcntl
 import hashlib
 import importlib.metadata
-import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -29,10 +28,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from examples.quickstart import assets, blind, contact, samples, vocabulary
 from examples.quickstart.sources import SIZES, SOURCES, Piece, Source, make, pieces
+from examples.quickstart.standins.build import build as build_standins
 from mindvl_jax.config.schema import QuickstartDataConfig, TokenizerConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.files import replacing, write_text
 from mindvl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
+from mindvl_jax.evaluation import benchmarks
 
 FORMAT = 2  # of the manifest
 HELD_OUT = {
@@ -111,16 +112,12 @@ def prepare(config: QuickstartDataConfig) -> None:
 
 def _write_standins(out: Path) -> tuple[dict[str, dict], list[str]]:
     """Write `standins/`; return its files as the manifest names them, and every question as an evaluation asks it."""
-    # Read as an evaluation reads them. That imports JAX, which the drawing processes do not need.
-    from examples.quickstart.standins.build import build as build_standins
-    from mindvl_jax.evaluation.benchmarks import load_items
-
     counts = build_standins(out / "standins")
     # Without image marks: a word after `>` is tokenized differently.
     questions = [
         message["content"].replace("<image>", "")
         for task in counts
-        for item in load_items(task, out / "standins")
+        for item in benchmarks.load_items(task, out / "standins")
         for message in item.messages
     ]
     paths = sorted((out / "standins").glob("*.parquet"))
@@ -222,10 +219,7 @@ def _fingerprint(size: str, seed: int) -> str:
     sources = [*package.glob("*.py"), *(package / "standins").glob("*.py")]
     for file in sorted([*sources, *(path for path in assets.FOLDER.rglob("*") if path.is_file())]):
         digest.update(str(file.relative_to(package)).encode() + hashlib.sha256(file.read_bytes()).digest())
-    benchmarks = importlib.util.find_spec(
-        "mindvl_jax.evaluation.benchmarks"
-    ).origin  # the stand-ins have its columns; importing it loads JAX
-    digest.update(hashlib.sha256(Path(benchmarks).read_bytes()).digest())
+    digest.update(hashlib.sha256(Path(benchmarks.__file__).read_bytes()).digest())  # the stand-ins have its columns
     return digest.hexdigest()
 
 

@@ -30,10 +30,7 @@ def keep(run: RunConfig, config: TokenizerConfig, *, resumed: bool, write: bool)
     if config.id_table is None:
         return
     table, own = read_id_table(config.id_table), Path(run.dir) / KEPT
-    if resumed:
-        kept = own if run.resume in ("auto", "never") else _of(run.resume)
-    else:
-        kept = _of(run.init_from)
+    kept = own if resumed and run.resume in ("auto", "never") else _of(run.resume if resumed else run.init_from)
     if kept is not None and kept.is_file() and read_id_table(kept) != table:
         raise UserError(
             f"{config.id_table} is not the vocabulary of the weights that this run goes on from ({kept}): "

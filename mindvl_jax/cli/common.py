@@ -11,7 +11,11 @@ from mindvl_jax.config import loader
 from mindvl_jax.config.schema import ColumnMapping, Config
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.progress import LogConsole, working
+from mindvl_jax.models.spec import Named
 from mindvl_jax.weights.described import described
+
+# `examples` is no part of the library: named, and imported only when a configuration asks for the quickstart.
+PREPARE_QUICKSTART = Named("examples.quickstart.build:prepare")
 
 
 def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -55,11 +59,9 @@ def busy(what: str) -> AbstractContextManager[None]:
 def prepare_data(config: Config) -> None:
     """Build the quickstart's data when the configuration asks for it and they are not there."""
     if config.data.quickstart:
-        from examples.quickstart.build import prepare
-
         print(f"data: {config.data.quickstart.folder} (built once, which takes a minute or two)", file=sys.stderr)
         with busy("building the quickstart's data"):
-            prepare(config.data.quickstart)
+            PREPARE_QUICKSTART(config.data.quickstart)
 
 
 def pairs(args: argparse.Namespace, option: str) -> dict[str, str]:

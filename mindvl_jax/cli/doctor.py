@@ -1,4 +1,4 @@
-"""`mindvl doctor`: check host, network, operators, collectives and a short training; each failure comes with its fix."""
+"""`mindvl doctor`: check host, network, operators, collectives and a short training; name the fix of each failure."""
 
 from __future__ import annotations
 
@@ -138,10 +138,16 @@ def trainings(kind: str, count: int) -> Iterator:
     stored = json.loads(golden.STORED.read_text())
     own = golden.digest(golden.batches(golden.configuration(compute_dtype="float32", device=None).model)[1])
     if own != stored["batches"]:
-        yield Finding("training", "data", Outcome.FAILED, f"this numpy makes other random batches ({own}) than the stored losses were made with "
-            f"({stored['batches']}, numpy {stored['made']['numpy']})",
-                      f"install numpy {stored['made']['numpy']}, or store the losses anew on a machine "
-                          "without an NPU: python -m mindvl_jax.golden.steps --store")  # fmt: skip
+        made = stored["made"]["numpy"]
+        yield Finding(
+            "training",
+            "data",
+            Outcome.FAILED,
+            f"this numpy makes other random batches ({own}) than the stored losses were made with "
+            f"({stored['batches']}, numpy {made})",
+            f"install numpy {made}, or store the losses anew on a machine without an NPU: "
+            "python -m mindvl_jax.golden.steps --store",
+        )
         return
     made = f"jax {stored['made']['jax']} on {stored['made']['machine']}"
     losses = stored["losses"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,7 +125,9 @@ def run(args: argparse.Namespace) -> int:
     wanted = named_tasks(args)  # before the weights are opened: a typo should not cost minutes
     console = LogConsole(stderr=args.json, stamp=False, highlight=False)
     if args.search:
-        return _search(args, console, _Scored(args, args.weights[0], wanted, programs, console))
+        from mindvl_jax.cli.pixel_search import PixelSearch
+
+        return PixelSearch(args, console, _Scored(args, args.weights[0], wanted, programs, console)).run()
     models = {}
     for name in args.weights:
         if len(args.weights) > 1:
@@ -307,126 +308,3 @@ def _own_task(name: str, source, most: int | None, max_new_tokens: int, metric: 
     main, rule = rule_of(metric)
     benchmark = Benchmark(name, main, (), (), read=None, rule=rule, max_new_tokens=max_new_tokens)
     return name, benchmark, sample_items(name, source, most)
-
-
-def _search(args, console, model: _Scored) -> int:
-    import numpy as np
-
-    from mindvl_jax.checkpoints.names import named_folder
-    from mindvl_jax.core.files import write_json
-    from mindvl_jax.core.progress import counting
-    from mindvl_jax.evaluation import search
-    from mindvl_jax.evaluation.browse import write_index
-    from mindvl_jax.evaluation.evaluate import Predictions, predict
-    from mindvl_jax.inference.loading import SETTINGS
-
-    generator, opened, tasks, out, weights, settings = (
-        model.generator,
-        model.opened,
-        model.tasks,
-        model.out,
-        model.weights,
-        model.settings,
-    )
-    if args.min_pixels or args.max_pixels:
-        raise UserError("--search tries picture sizes itself; leave out --min-pixels and --max-pixels")
-    own = search.Pixels(opened.min_pixels, opened.max_pixels)
-    grid = search.parse_grid(args.search, own)
-    found, figures, results, totals = {}, [], {}, {}
-    for name, benchmark, items in tasks:
-        validation, held_out = search.split_items(items, benchmark.group)
-
-        def measure(pixels, part):
-            chosen = settings(benchmark)
-            chosen = dataclasses.replace(
-                chosen,
-                min_pixels=pixels.min_pixels or chosen.min_pixels,
-                max_pixels=pixels.max_pixels or chosen.max_pixels,
-            )
-            with (
-                counting(console) as show,
-                Predictions(out / "search" / f"{name}.jsonl", chosen.fingerprint(weights)) as predictions,
-            ):
-                rows = predict(
-                    generator,
-                    part,
-                    chosen,
-                    predictions,
-                    language_only=False,
-                    on_progress=lambda done: show(done, len(part), f"{name}, {pixels}"),
-                )
-            scores = tuple(
-                benchmark.score(item, row["prediction"])[benchmark.metric] for item, row in zip(part, rows, strict=True)
-            )
-            return search.Trial(pixels, scores, tuple(row["prompt_tokens"] for row in rows))
-
-        def tell(trials):
-            best = max(trials, key=lambda trial: trial.score)
-            console.print(
-                f"  {name}: {len(trials)} settings on {len(best.scores)} samples, best so far "
-                f"{best.score:.3f} ({best.pixels})",
-                soft_wrap=True,
-            )
-
-        method = search.halving if args.method == "halving" else search.full_grid
-        trials = method(grid, validation, measure, on_round=tell)
-        best = trials[0].pixels
-        judged = search.judge(measure(search.Pixels(None, None), held_out), measure(best, held_out))
-        for trial in trials:
-            totals.setdefault(trial.pixels, []).append(trial.score if len(trial.scores) == len(validation) else None)
-        found[name] = {
-            "best": dataclasses.asdict(best),
-            "held_out": judged,
-            "trials": [
-                {
-                    **dataclasses.asdict(trial.pixels),
-                    "score": round(trial.score, 4),
-                    "prompt_tokens": round(trial.tokens, 1),
-                    "n": len(trial.scores),
-                }
-                for trial in trials
-            ],
-        }
-        figures.append((name, search.picture(trials, own, benchmark.title)))
-        console.print(
-            f"{name}: best {best}: held out {judged['own']:.3f} -> {judged['best']:.3f}, gain {judged['gain']:+.3f} "
-            f"(95 % interval {judged['gain_ci95'][0]:+.3f} to {judged['gain_ci95'][1]:+.3f}, n "
-            f"{judged['n']}), prompt tokens {judged['own_prompt_tokens']} -> {judged['best_prompt_tokens']}",
-            soft_wrap=True,
-        )
-        results[name] = {
-            "title": benchmark.title,
-            "metric": benchmark.metric,
-            "score": judged["best"],
-            "ci95": list(search.bootstrap_interval(measure(best, held_out).scores)),
-            "n": judged["n"],
-            "errors": 0,
-            "settings": dataclasses.asdict(best),
-            "search_gain": judged["gain"],
-        }
-        write_json(out / "search.json", found)  # after each task: what is found outlives a search that is stopped
-    whole = {pixels: scores for pixels, scores in totals.items() if len(scores) == len(tasks) and None not in scores}
-    chosen = max(whole, key=lambda pixels: (float(np.mean(whole[pixels])), pixels == search.Pixels(None, None)))
-    found["all"] = {
-        "best": dataclasses.asdict(chosen),
-        "mean_validation_score": round(float(np.mean(whole[chosen])), 4),
-    }
-    write_json(out / "search.json", found)
-    page = write_index(
-        out,
-        results,
-        figures,
-        [f"Scores of the best picture sizes on the halves that the search did not see. Over all tasks: {chosen}."],
-        name="search",
-    )
-    console.print(f"over all tasks: {chosen}; search: {out / 'search.json'}, page: {page}", soft_wrap=True)
-    if not args.no_save:
-        if chosen == search.Pixels(None, None):
-            console.print("the model's own setting is the best; nothing to save")
-        else:
-            settings_file = named_folder(args.weights[0])[0] / SETTINGS
-            low = opened.min_pixels if chosen.min_pixels is None else chosen.min_pixels
-            high = opened.max_pixels if chosen.max_pixels is None else chosen.max_pixels
-            write_json(settings_file, {"min_pixels": low, "max_pixels": high})
-            console.print(f"saved in {settings_file}: generate and evaluate use it from now on")
-    return 0

@@ -47,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
     source = Source(
         "data", SourceConfig(path=str(Path(args.data).expanduser()), format=args.format, max_samples=args.max_samples)
     )
-    sink = open(args.out, "w", encoding="utf-8") if args.out else sys.stdout
-    failed, stack = 0, contextlib.ExitStack()
-    try:
+    failed = 0
+    with contextlib.ExitStack() as stack:
+        sink = stack.enter_context(open(args.out, "w", encoding="utf-8")) if args.out else sys.stdout
         show = stack.enter_context(counting(LogConsole(stderr=True, stamp=False)))
         show(0, len(source), "samples")
         lines = score(
@@ -64,10 +64,6 @@ def run(args: argparse.Namespace) -> int:
             show(number, len(source), "samples")
             failed += "error" in line
             print(json.dumps(line, ensure_ascii=False), file=sink, flush=True)
-    finally:
-        stack.close()
-        if args.out:
-            sink.close()
     if failed:
         print(f"{failed} of {len(source)} samples could not be scored; their lines say why", file=sys.stderr)
     return 1 if failed else 0

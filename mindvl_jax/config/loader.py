@@ -41,7 +41,7 @@ class _Document:
 
 
 PACKAGED = Path(__file__).resolve().parent.parent / "configs"
-"""Configurations that are installed with the package: `quickstart` and `configs/quickstart.yaml` name them from any directory."""
+"""Packaged configurations. `quickstart` and `configs/quickstart.yaml` name them from any directory."""
 
 FolderReader = Callable[[str], dict[str, Any]]
 

@@ -23,9 +23,16 @@ from mindvl_jax.core.errors import UserError
 
 PRESETS = {2048: "qwen2.5-vl-3b", 3584: "qwen2.5-vl-7b", 5120: "qwen2.5-vl-32b", 8192: "qwen2.5-vl-72b"}
 LORA_TARGETS = {
-    "linear_qkv": ("attention/query", "attention/key", "attention/value"), "linear_proj": ("attention/output",), "linear_fc1": ("mlp/gate", "mlp/up"),
-    "linear_fc2": ("mlp/down",), "q_proj": ("attention/query",), "k_proj": ("attention/key",), "v_proj": ("attention/value",), "gate_proj": ("mlp/gate",), "up_proj": ("mlp/up",),
-}  # fmt: skip
+    "linear_qkv": ("attention/query", "attention/key", "attention/value"),
+    "linear_proj": ("attention/output",),
+    "linear_fc1": ("mlp/gate", "mlp/up"),
+    "linear_fc2": ("mlp/down",),
+    "q_proj": ("attention/query",),
+    "k_proj": ("attention/key",),
+    "v_proj": ("attention/value",),
+    "gate_proj": ("mlp/gate",),
+    "up_proj": ("mlp/up",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,10 +289,18 @@ class _Run:
         if not adapters:
             phase["train"] = trained
         config = {
-            "run": {"dir": self.take("script", "save", "run.dir", "runs/imported"), "seed": self.take("script", "seed", "run.seed", 1234, int), "init_from": weights},
-            "mesh": {"data": 1, "fsdp": -1, "tensor": tensor}, "model": model, **({"adapters": adapters} if adapters else {}), "tokenizer": {"path": weights},
-            "data": self._data(sources), "training": {"optimizer": optimizer, "phases": [phase]},
-        }  # fmt: skip
+            "run": {
+                "dir": self.take("script", "save", "run.dir", "runs/imported"),
+                "seed": self.take("script", "seed", "run.seed", 1234, int),
+                "init_from": weights,
+            },
+            "mesh": {"data": 1, "fsdp": -1, "tensor": tensor},
+            "model": model,
+            **({"adapters": adapters} if adapters else {}),
+            "tokenizer": {"path": weights},
+            "data": self._data(sources),
+            "training": {"optimizer": optimizer, "phases": [phase]},
+        }
         self._rest_of_run(config, sources)
         self._account()
         return config
@@ -327,21 +342,7 @@ class _Run:
         steps = self.take("script", "train-iters", "training.phases[0].steps", None, int)
         if rate is None or steps is None:
             raise UserError("the script gives no " + ("--lr" if rate is None else "--train-iters"))
-        reduction = "sample" if micro == 1 else "micro_batch"
-        for option, ours in (("calculate-per-sample-loss", "sample"), ("calculate-per-token-loss", "token")):
-            reduction = (
-                ours if self.take("script", option, f"training.phases[0].loss_reduction: {ours}", False) else reduction
-            )
-        if reduction == "micro_batch":
-            self.keys.append(
-                Key(
-                    "script",
-                    "micro-batch-size",
-                    micro,
-                    "lost",
-                    f"a mean over micro-batches of {micro} samples; here over those of {rows}, the rows of all devices",
-                )
-            )
+        reduction = self._loss_reduction(micro, rows)
         if self._left.get(("script", "lr-decay-iters")) == str(steps):
             self.keys.append(
                 Key(
@@ -357,13 +358,42 @@ class _Run:
         most = self.take("data", "image_max_pixels", "training.phases[0].max_pixels", 768 * 768, int)
         patches = 4 * -(-most // 784)  # an image at the limit, in patches of 14 pixels and whole groups of 2 x 2
         return {
-            "name": "sft", "steps": steps, "rows": rows, "gradient_accumulation": total // rows, "sequence_length": length, "max_sample_length": length, "max_samples_per_row": 1,
-            "patches_per_row": max(patches, 4 * length), "max_image_patches": patches, "min_pixels": max(3136, self.take("data", "image_min_pixels", "training.phases[0].min_pixels", 0, int)),
-            "max_pixels": most, "learning_rate": rate, "schedule": self.take("script", "lr-decay-style", "training.phases[0].schedule", "linear", _schedule),
-            "warmup_steps": self.take("script", "lr-warmup-iters", "training.phases[0].warmup_steps", round(fraction * steps), int),
-            "final_learning_rate_fraction": self.take("script", "min-lr", "training.phases[0].final_learning_rate_fraction", 0.0, lambda value: float(value) / rate if rate else 0.0),
-            "weight_decay": self.take("script", "weight-decay", "training.phases[0].weight_decay", 0.01, float), "loss_reduction": reduction,
-        }  # fmt: skip
+            "name": "sft",
+            "steps": steps,
+            "rows": rows,
+            "gradient_accumulation": total // rows,
+            "sequence_length": length,
+            "max_sample_length": length,
+            "max_samples_per_row": 1,
+            "patches_per_row": max(patches, 4 * length),
+            "max_image_patches": patches,
+            "min_pixels": max(3136, self.take("data", "image_min_pixels", "training.phases[0].min_pixels", 0, int)),
+            "max_pixels": most,
+            "learning_rate": rate,
+            "schedule": self.take("script", "lr-decay-style", "training.phases[0].schedule", "linear", _schedule),
+            "warmup_steps": self.take(
+                "script", "lr-warmup-iters", "training.phases[0].warmup_steps", round(fraction * steps), int
+            ),
+            "final_learning_rate_fraction": self.take(
+                "script",
+                "min-lr",
+                "training.phases[0].final_learning_rate_fraction",
+                0.0,
+                lambda value: float(value) / rate if rate else 0.0,
+            ),
+            "weight_decay": self.take("script", "weight-decay", "training.phases[0].weight_decay", 0.01, float),
+            "loss_reduction": reduction,
+        }
+
+    def _loss_reduction(self, micro: int, rows: int) -> str:
+        reduction = "sample" if micro == 1 else "micro_batch"
+        for option, ours in (("calculate-per-sample-loss", "sample"), ("calculate-per-token-loss", "token")):
+            if self.take("script", option, f"training.phases[0].loss_reduction: {ours}", False):
+                reduction = ours
+        if reduction == "micro_batch":
+            note = f"a mean over micro-batches of {micro} samples; here over those of {rows}, the rows of all devices"
+            self.keys.append(Key("script", "micro-batch-size", micro, "lost", note))
+        return reduction
 
     def _sources(self) -> dict[str, Any]:
         def take(name: str, ours: str, default: Any) -> Any:

@@ -37,7 +37,7 @@ class RunConfig(Section):
     seed: Annotated[int, bounded(2**32 - 1, least=0)] = 0
     resume: str = Field(
         "auto",
-        description="`auto` continues the newest checkpoint of run.dir, `never` starts anew, or a path of a checkpoint.",
+        description="`auto`: from the newest checkpoint of run.dir; `never`: start anew; or the path of a checkpoint.",
     )
     init_from: str | None = Field(
         None,
@@ -92,7 +92,7 @@ class DistributedConfig(Section):
 
     coordinator: str | None = Field(
         None,
-        description="host:port of process 0; `auto` asks the launcher (torchrun, Slurm, Kubernetes); empty: one process.",
+        description="host:port of process 0; `auto`: the launcher's (torchrun, Slurm, Kubernetes); empty: one process.",
     )
     processes: Annotated[int, bounded(10**6)] | None = None
     process_id: Annotated[int, bounded(10**6, least=0)] | None = None
@@ -165,8 +165,7 @@ class DataConfig(Section):
     max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
     on_shrink: Literal["allow", "refuse"] = Field(
         "allow",
-        description="Images that need more patches than max_image_patches or a row has: shrink and count them, or refuse "
-        "the sample.",
+        description="Images with more patches than max_image_patches or a row: shrink and count them, or refuse.",
     )
     video_fps: Annotated[float, Field(gt=0, le=1000)] = 2.0
     video_max_frames: Annotated[int, bounded(100_000)] = 64
@@ -199,7 +198,7 @@ class PhaseConfig(Section):
     )
     epochs: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         None,
-        description="Passes over every source of the mixture, in place of steps; the run counts the steps when it starts.",
+        description="Passes over every source of the mixture, instead of steps, which are counted at the start.",
     )
     train: tuple[str, ...] = Field(
         ("**",),
@@ -376,9 +375,10 @@ class EvaluationTask(Section):
 
 
 BENCHMARK_NAMES = (
-    "docvqa_val", "infovqa_val", "chartqa_test", "ocrbench", "mme", "mmbench_dev_en", "ai2d_test", "mmmu_dev_val", "textvqa_val", "realworldqa",
-)  # fmt: skip
-"""What `evaluation.benchmarks.tasks` and `mindvl evaluate --tasks` can name; `mindvl_jax.evaluation.benchmarks` knows how each asks and scores."""
+    "docvqa_val", "infovqa_val", "chartqa_test", "ocrbench", "mme", "mmbench_dev_en", "ai2d_test", "mmmu_dev_val",
+    "textvqa_val", "realworldqa",
+    )  # fmt: skip
+"""Names for `evaluation.benchmarks.tasks` and `mindvl evaluate --tasks`, see in `mindvl_jax.evaluation.benchmarks`."""
 
 
 class BenchmarksConfig(Section):

@@ -8,7 +8,10 @@ import sys
 # XLA on a CPU allocates its temporary arrays by malloc at every step. By default glibc returns them to the system, so
 # each costs a page fault per 4 KB again: 427 ms a step of the quickstart's model, 263 ms with these settings
 # (benchmarks/LOG.md).
-TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=42949672960:glibc.malloc.top_pad=268435456"
+TUNABLES = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=42949672960"
+    ":glibc.malloc.top_pad=268435456"
+)
 
 
 def relaunch_with_large_pages() -> None:

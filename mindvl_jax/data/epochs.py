@@ -47,8 +47,14 @@ def count_steps(config: Config, index: int, make_processor: MakeProcessor) -> tu
     processor = make_processor(config, index)
     quarantine = Quarantine(None, policy="quarantine", max_rate=1.0, limit_in_a_row=min(2 * stream.records + 16, EXACT))
     planner = Planner(
-        stream, InlineEncoder(stream, processor), processor, rows=phase.rows, buffer=config.data.packing_buffer, quarantine=quarantine, cache=None,
-    )  # fmt: skip
+        stream,
+        InlineEncoder(stream, processor),
+        processor,
+        rows=phase.rows,
+        buffer=config.data.packing_buffer,
+        quarantine=quarantine,
+        cache=None,
+    )
     least = 0.0
     while least < phase.epochs - 1e-9 and quarantine.seen < EXACT:
         planner.next_rows()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import os
@@ -170,7 +171,7 @@ class Loader:
         identity: dict[str, Any],
         prefetch: int,
     ):
-        """`rows` of each planned batch are this process's; `identity` is what a state must share to be restored here."""
+        """rows: this process's rows of each planned batch. identity: a saved state with another one is not restored."""
         self._planner = planner
         self._encoder = encoder
         self._decoder = decoder
@@ -249,7 +250,7 @@ class Loader:
     # --- background ---
 
     def _snapshot(self, planned: dict[str, Any], counters: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """State and counters of a batch: the plan's when it was planned, the decoding's now that it has been decoded."""
+        """Return state and counters of a batch: the planner's at planning time, the decoder's at decoding time."""
         decoding = self._quarantine.state("decode")
         reasons = collections.Counter(planned["quarantine"]["reasons"]) + collections.Counter(decoding["reasons"])
         counted = {**counters, "quarantined": sum(reasons.values()), "quarantined_by_reason": dict(reasons)}
@@ -258,10 +259,8 @@ class Loader:
     def _halt(self) -> None:
         self._stop.set()
         while self._thread is not None and self._thread.is_alive():
-            try:
+            with contextlib.suppress(queue.Empty):
                 self._queue.get(timeout=0.05)  # a producer that waits for room must be able to end
-            except queue.Empty:
-                pass
         self._thread = None
 
     def _produce(self, ready: queue.Queue, stop: threading.Event) -> None:

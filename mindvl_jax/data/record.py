@@ -35,13 +35,15 @@ CALL_ROLES = ("function_call", "tool_call")
 
 # Fields that would change what is learned and whose meaning is not built. Empty ones say nothing.
 REFUSED_IN_RECORD = (
-    "rejected", "chosen", "rejected_response", "rejected_messages", "rejected_images", "rejected_conversations", "kto_tag", "audio", "audios", "sound", "sounds",
+    "rejected", "chosen", "rejected_response", "rejected_messages", "rejected_images", "rejected_conversations",
+    "kto_tag", "audio", "audios", "sound", "sounds",
     "objects", "loss", "loss_mask", "loss_weight", "loss_scale", "weight", "sample_weight", "history", "bbox", "masks",
-)  # fmt: skip
+    )  # fmt: skip
 REFUSED_IN_TURN = (
-    "audio", "audios", "refusal", "prefix", "partial", "loss_mask", "loss_scale", "token_weights", "train_detail", "mask", "masked", "rejected", "chosen", "thinking_blocks",
+    "audio", "audios", "refusal", "prefix", "partial", "loss_mask", "loss_scale", "token_weights", "train_detail",
+    "mask", "masked", "rejected", "chosen", "thinking_blocks",
     "reasoning_details", "images", "image", "videos", "video",
-)  # fmt: skip
+    )  # fmt: skip
 WEIGHTS = (
     "weight",
     "loss",
@@ -51,8 +53,9 @@ WEIGHTS = (
 )  # names of a turn's weight: a number, or whether it is learned
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
 REFUSED_IN_PART = (
-    "min_pixels", "max_pixels", "resized_height", "resized_width", "fps", "nframes", "max_frames", "min_frames", "video_start", "video_end", "bbox", "crop", "loss", "weight",
-)  # fmt: skip
+    "min_pixels", "max_pixels", "resized_height", "resized_width", "fps", "nframes", "max_frames", "min_frames",
+    "video_start", "video_end", "bbox", "crop", "loss", "weight",
+    )  # fmt: skip
 _KINDS = {
     "text": "text", "input_text": "text", "output_text": "text",
     "image": "image", "image_url": "image", "input_image": "image",

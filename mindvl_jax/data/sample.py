@@ -81,6 +81,6 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Unreadable:
-    """A cell of a record that its file's library could not read; a sample that needs it is refused with this message."""
+    """A cell that the file's library could not read. A sample that needs it is refused with this message."""
 
     message: str

@@ -387,7 +387,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 STANDINS_MARK = "standins.json"
-"""In a folder of files that only look like the benchmarks' (`examples.quickstart.standins`): their scores must never be taken for the benchmarks'."""
+"""Marks a folder of stand-ins (`examples.quickstart.standins`): their scores are not the benchmarks'."""
 
 
 def open_task(name: str, folder: Path) -> tuple[Benchmark, list[Item]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -85,7 +86,7 @@ def _phases(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, int, int]]:
         + [index for index in range(1, len(metrics)) if metrics[index].get("phase") != metrics[index - 1].get("phase")]
         + [len(metrics)]
     )
-    return [(metrics[start].get("phase", ""), start, end) for start, end in zip(borders, borders[1:], strict=False)]
+    return [(metrics[start].get("phase", ""), start, end) for start, end in itertools.pairwise(borders)]
 
 
 def _line(

@@ -70,7 +70,7 @@ class Predictions:
             for row in rows
             if row.get("fingerprint") == fingerprint and row.keys() >= _KEPT
         }
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by __exit__
 
     def __enter__(self) -> Predictions:
         return self

@@ -56,7 +56,7 @@ def relaxed_accuracy(prediction: str, answer: str, *, tolerance: float = 0.05) -
 
 
 def relaxed_accuracy_swapped(prediction: str, answer: str) -> float:
-    """The same with its arguments exchanged, so relative to the prediction: what VLMEvalKit (and MindSpeed-MM) report."""
+    """The same relative to the prediction (arguments exchanged), as VLMEvalKit and MindSpeed-MM report it."""
     return relaxed_accuracy(answer, prediction)
 
 

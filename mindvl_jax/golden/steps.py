@@ -40,25 +40,58 @@ EPSILON = 1e-6
 # Both towers with everything the published models have: windows and whole images, grouped heads, three-row rotary
 # positions, q and k norms, a head of its own. Head dims are multiples of 16, as fused attention wants them.
 MODEL = {
-    "vision": {"depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "window_size": 56, "fullatt_block_indexes": [1]},
-    "text": {
-        "family": "qwen3", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,
-        "head_dim": 32, "rope_theta": 1e4, "tie_word_embeddings": False, "rope": "mrope", "mrope_section": [4, 6, 6],
+    "vision": {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_heads": 2,
+        "window_size": 56,
+        "fullatt_block_indexes": [1],
     },
-    "image_token_id": 508, "video_token_id": 509, "vision_start_token_id": 510, "vision_end_token_id": 511,
-}  # fmt: skip
+    "text": {
+        "family": "qwen3",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 32,
+        "rope_theta": 1e4,
+        "tie_word_embeddings": False,
+        "rope": "mrope",
+        "mrope_section": [4, 6, 6],
+    },
+    "image_token_id": 508,
+    "video_token_id": 509,
+    "vision_start_token_id": 510,
+    "vision_end_token_id": 511,
+}
 
 
 def configuration(*, compute_dtype: str, device: str | None, places: int = 1) -> Config:
     """A whole configuration; only its model, back end, mesh and phase are used. `device` None is XLA."""
     phase = {
-        "name": "golden", "steps": STEPS, "mixture": [{"source": "random"}], "rows": ROWS, "sequence_length": TOKENS, "patches_per_row": PATCHES,
-        "max_samples_per_row": SAMPLES, "min_pixels": MIN_PIXELS, "max_pixels": MIN_PIXELS * 16, "learning_rate": LEARNING_RATE, "schedule": "constant",
-    }  # fmt: skip
+        "name": "golden",
+        "steps": STEPS,
+        "mixture": [{"source": "random"}],
+        "rows": ROWS,
+        "sequence_length": TOKENS,
+        "patches_per_row": PATCHES,
+        "max_samples_per_row": SAMPLES,
+        "min_pixels": MIN_PIXELS,
+        "max_pixels": MIN_PIXELS * 16,
+        "learning_rate": LEARNING_RATE,
+        "schedule": "constant",
+    }
     mapping: dict[str, Any] = {
-        "run": {"dir": "unused", "seed": 0}, "model": MODEL | {"compute_dtype": compute_dtype}, "tokenizer": {"path": "unused"},
-        "data": {"sources": {"random": {"path": "unused"}}}, "training": {"phases": [phase], "optimizer": {"eps": EPSILON}}, "mesh": {"fsdp": places},
-    }  # fmt: skip
+        "run": {"dir": "unused", "seed": 0},
+        "model": MODEL | {"compute_dtype": compute_dtype},
+        "tokenizer": {"path": "unused"},
+        "data": {"sources": {"random": {"path": "unused"}}},
+        "training": {"phases": [phase], "optimizer": {"eps": EPSILON}},
+        "mesh": {"fsdp": places},
+    }
     if device is not None:
         mapping |= {"backend": "npu_bridge", "bridge": {"device": device}}
     return config_loader.from_mapping(mapping)
@@ -67,7 +100,7 @@ def configuration(*, compute_dtype: str, device: str | None, places: int = 1) ->
 def example(
     rng: np.random.Generator, model: ModelConfig, grid: tuple[int, int] | None, text: int, answer: int
 ) -> Example:
-    """Random pixels and tokens: an image of `grid` patches (or none), `text` tokens, `answer` tokens that are learned."""
+    """Make random pixels and tokens: an image of `grid` patches or none, `text` tokens, `answer` tokens with a loss."""
     vision, spans = model.vision, []
     tokens, index = [], []
     layout = None if grid is None else visual_layout((1, *grid), vision)
@@ -82,13 +115,23 @@ def example(
     targets, weights = np.zeros(len(tokens), np.int32), np.zeros(len(tokens), np.float32)
     targets[:-1], weights[-answer - 1 : -1] = tokens[1:], 1
     return Example(
-        id="random", origin="golden", tokens=tokens, targets=targets, loss_weights=weights, visual_index=index, visuals=(),
-        positions=rotary_positions(len(tokens), spans, merge=vision.spatial_merge_size, tokens_per_second=vision.tokens_per_second, mrope=True),
+        id="random",
+        origin="golden",
+        tokens=tokens,
+        targets=targets,
+        loss_weights=weights,
+        visual_index=index,
+        visuals=(),
+        positions=rotary_positions(
+            len(tokens), spans, merge=vision.spatial_merge_size, tokens_per_second=vision.tokens_per_second, mrope=True
+        ),
         patch_positions=np.zeros((0, 2), np.int32) if layout is None else layout.patch_positions,
         image_lengths=np.zeros(0, np.int32) if layout is None else layout.image_lengths,
         window_lengths=np.zeros(0, np.int32) if layout is None else layout.window_lengths,
-        pixels=() if layout is None else (rng.integers(0, 256, (layout.patches, vision.in_channels * vision.patch_size**2), dtype=np.uint8),),
-    )  # fmt: skip
+        pixels=()
+        if layout is None
+        else (rng.integers(0, 256, (layout.patches, vision.in_channels * vision.patch_size**2), dtype=np.uint8),),
+    )
 
 
 def batches(model: ModelConfig):
@@ -98,10 +141,13 @@ def batches(model: ModelConfig):
     made = []
     for _ in range(BATCHES):
         rows = [
-            [example(rng, model, (4, 6), 7, 5), example(rng, model, (2, 4), 4, 6), example(rng, model, None, 9, 5)] if row % 4 < 2 else
-            [example(rng, model, (6, 8), 11, 12)] if row % 4 == 2 else [example(rng, model, None, 20, 17), example(rng, model, None, 8, 4)]
+            [example(rng, model, (4, 6), 7, 5), example(rng, model, (2, 4), 4, 6), example(rng, model, None, 9, 5)]
+            if row % 4 < 2
+            else [example(rng, model, (6, 8), 11, 12)]
+            if row % 4 == 2
+            else [example(rng, model, None, 20, 17), example(rng, model, None, 8, 4)]
             for row in range(ROWS)
-        ]  # fmt: skip
+        ]
         made.append(collate(rows, shape, pad_id=0, vision=model.vision).batch)
     return shape, made
 
@@ -150,9 +196,16 @@ class Training:
         self.batches = [jax.tree.map(place, batch) for batch in made]
         phase = config.training.phases[0]
         programs = make_programs(
-            self.outline, phase=phase, objective=make_objective(config.model, phase, loss_chunk=ROWS * TOKENS), optimizer=config.training.optimizer,
-            spec=shape.spec(), trained=list(self.outline.shapes), frozen=[], mesh=mesh, compile=functools.partial(self.backend.compile, mesh=mesh),
-        )  # fmt: skip
+            self.outline,
+            phase=phase,
+            objective=make_objective(config.model, phase, loss_chunk=ROWS * TOKENS),
+            optimizer=config.training.optimizer,
+            spec=shape.spec(),
+            trained=list(self.outline.shapes),
+            frozen=[],
+            mesh=mesh,
+            compile=functools.partial(self.backend.compile, mesh=mesh),
+        )
         self.program, self.device_kind, self.steps = programs.train_step, self.backend.device_kind(mesh), 0
 
     def step(self) -> dict[str, Any]:
@@ -199,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             + ", ".join(f"{dtype} {losses[0]:.4f} -> {losses[-1]:.4f}" for dtype, losses in whole["losses"].items())
         )
         return 0
-    from mindvl_jax.training.backend import launched_processes
+    from mindvl_jax.parallel.distributed import launched_processes
 
     config = configuration(compute_dtype=given.compute_dtype, device=given.device, places=launched_processes())
     losses, kind = train(config, given.steps)

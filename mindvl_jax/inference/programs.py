@@ -140,7 +140,7 @@ class DecodeParams:
 
 
 UNSTACKED_BYTES = 2**30
-"""Language models up to this size get a second copy with layers unstacked; larger or deeper ones (UNSTACKED_LAYERS) are scanned."""
+"""Language models up to this size are copied with layers unstacked; larger or deeper ones (UNSTACKED_LAYERS) scan."""
 UNSTACKED_LAYERS = 32
 
 
@@ -180,10 +180,7 @@ def prefill(graphdef, params, batch: Batch, *, has_pictures: bool) -> Prefilled:
       has_pictures: static; False skips the vision tower, and the batch's patches are not read.
     """
     model = nnx.merge(graphdef, params)
-    if has_pictures:
-        inputs_RTD = model.embed(batch)
-    else:
-        inputs_RTD = model.language.embed(batch.tokens).astype(model.compute_dtype)
+    inputs_RTD = model.embed(batch) if has_pictures else model.language.embed(batch.tokens).astype(model.compute_dtype)
     hidden_RTD, keys, values = model.language.read(
         inputs_RTD, batch.positions, batch.segment_ids, segment_lengths=batch.segment_lengths
     )
@@ -208,7 +205,7 @@ def last_logits(graphdef, params, prefilled: Prefilled, places: Places) -> tuple
 
 
 Alternatives = tuple[jax.Array, jax.Array]
-"""Ids (.., A) int32 and log-probabilities (.., A) float32 of the A likeliest tokens, likeliest first; A is 0 or ALTERNATIVES."""
+"""Ids (.., A) int32 and log-probabilities (.., A) float32 of the A likeliest tokens; A is 0 or ALTERNATIVES."""
 
 
 def alternatives_of(logits_BV, wanted: bool) -> Alternatives:

@@ -71,9 +71,14 @@ def _named(name: str, root: Path) -> str | Media:
 
 
 # Every setting of Sampling; None where a line leaves it to the command line. A single stop may be a plain string.
-_Line = create_model("_Line", __base__=_Question, **{
-    name: (str | list[str] | None if name == "stop" else kind | None, None) for name, kind in get_type_hints(Sampling).items()
-})  # fmt: skip
+_Line = create_model(
+    "_Line",
+    __base__=_Question,
+    **{
+        name: (str | list[str] | None if name == "stop" else kind | None, None)
+        for name, kind in get_type_hints(Sampling).items()
+    },
+)
 
 
 def read_requests(path: str, common: Mapping[str, Any], pixels: Mapping[str, int | None]) -> list[Request]:

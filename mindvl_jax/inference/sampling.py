@@ -27,7 +27,7 @@ def apply_repetition_penalty(logits_BV: jax.Array, seen_BV: jax.Array, penalty_B
 def apply_count_penalties(
     logits_BV: jax.Array, counts_BV: jax.Array, presence_B: jax.Array, frequency_B: jax.Array
 ) -> jax.Array:
-    """Subtract `presence` once and `frequency` per occurrence from tokens of the answer so far (OpenAI's definition)."""
+    """Penalise tokens of the answer so far: `presence` once, `frequency` per occurrence (OpenAI's definition)."""
     counts_BV = counts_BV.astype(jnp.float32)
     return logits_BV - presence_B[:, None] * (counts_BV > 0) - frequency_B[:, None] * counts_BV
 

@@ -120,7 +120,7 @@ class Interleaved:
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Parameters side by side along the last axis, inputs first: the joined gate and up matrices of Qwen3-VL's experts."""
+    """Parameters concatenated along the last axis, inputs first: fused gate and up matrices of Qwen3-VL's experts."""
 
     def published_shape(self, shapes: Sequence[Shape]) -> Shape:
         return (*shapes[0][:-1], sum(shape[-1] for shape in shapes))

@@ -35,6 +35,6 @@ def z(routing: Routing, tokens: jax.Array | float) -> jax.Array:
 
 
 def moved_bias(bias_LE: jax.Array, load_LE: jax.Array, rate: float) -> jax.Array:
-    """The selection bias after a step: up by `rate` for experts that got less than the mean load, down for the others."""
+    """Update the selection bias: up by `rate` for experts below the mean load, down by it for the others."""
     mean_L1 = jnp.mean(load_LE, -1, keepdims=True)
     return bias_LE + rate * jnp.sign(mean_L1 - load_LE)

@@ -119,8 +119,15 @@ def attention(
 
     def attend(q, k, v, segment_ids, *lengths):
         return ops.attention(
-            q, k, v, segment_ids_q=segment_ids, segment_ids_kv=segment_ids, lengths=lengths[0] if lengths else None, implementation=implementation, **static
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            segment_ids_q=segment_ids,
+            segment_ids_kv=segment_ids,
+            lengths=lengths[0] if lengths else None,
+            implementation=implementation,
+            **static,
+        )
 
     arrays = (q, k, v, segment_ids) if lengths is None else (q, k, v, segment_ids, lengths)
     if placement is None or placement.mesh.size == 1 or not placement.manual:

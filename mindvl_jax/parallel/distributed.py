@@ -48,6 +48,19 @@ def discovered(config: DistributedConfig, environment: Mapping[str, str] = os.en
     return config.model_copy(update=dict(coordinator=found[0], processes=int(found[1]), process_id=int(found[2])))
 
 
+def launched_processes() -> int:
+    """Processes of this job by the launcher's word (`npu_bridge.launch` and torchrun set WORLD_SIZE); 1 without a
+    launcher.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(
+            f"WORLD_SIZE={text!r} in the environment; expected the number of processes, as npu_bridge.launch "
+            "and torchrun set it"
+        )
+    return int(text)
+
+
 def first_host(nodes: str) -> str:
     """Return the first host of a Slurm list: `gpu[003-005,9],login` -> gpu003."""
     found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)

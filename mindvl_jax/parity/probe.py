@@ -106,10 +106,7 @@ def compare_parts(model, reference, samples: Sequence[ParitySample]) -> list[Par
         )
         images = _visual_batches(model, reference, sample)
         for name, pairs in calls.items():
-            if name == "projector" or name.startswith("vision"):
-                contexts = images
-            else:
-                contexts = [batch]
+            contexts = images if name == "projector" or name.startswith("vision") else [batch]
             for (given, want), context in zip(pairs, contexts, strict=True):
                 got = np.asarray(_run(model, name, given, context, jitted)).reshape(want.shape)
                 layer = next((int(word) for word in name.split() if word.isdigit()), None)

@@ -32,7 +32,7 @@ from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.mesh import AXES
 from mindvl_jax.planning.exchanges import Exchange, exchanges
 from mindvl_jax.planning.phase import Measured, ProgramBytes, lowerings, planned_mesh
-from mindvl_jax.training.backend import compile_xla
+from mindvl_jax.training.xla_backend import compile_xla
 
 GIB = 2**30
 
@@ -55,9 +55,21 @@ class Case:
 
 _CUT_MINDVL = ("model.text.num_layers=2", "model.vision.depth=2", "model.vision.fullatt_block_indexes=[1]")
 EVERYDAY = (
-    Case("configs/mindvl-8b.yaml", "v5p:2x2x1", 1, (*_CUT_MINDVL, "training.phases.1.rows=4"), "2 decoder layers, 2 vision blocks, 1 row a chip"),
-    Case("configs/mindvl-8b.yaml", "v5p:2x2x1", 1, (*_CUT_MINDVL, "training.phases.1.rows=2", "mesh.fsdp=2", "mesh.tensor=2"), "2 decoder layers, 2 vision blocks, 1 row a group"),
-)  # fmt: skip
+    Case(
+        "configs/mindvl-8b.yaml",
+        "v5p:2x2x1",
+        1,
+        (*_CUT_MINDVL, "training.phases.1.rows=4"),
+        "2 decoder layers, 2 vision blocks, 1 row a chip",
+    ),
+    Case(
+        "configs/mindvl-8b.yaml",
+        "v5p:2x2x1",
+        1,
+        (*_CUT_MINDVL, "training.phases.1.rows=2", "mesh.fsdp=2", "mesh.tensor=2"),
+        "2 decoder layers, 2 vision blocks, 1 row a group",
+    ),
+)
 FULL = (
     *(Case("configs/mindvl-8b.yaml", "v5p:4x4x4", phase) for phase in range(3)),
     Case("configs/qwen2.5-vl-7b.yaml", "v5p:2x2x2", 0),
@@ -134,8 +146,19 @@ def compile_case(case: Case) -> list[Compiled]:
             continue
         memory, text = compiled.memory_analysis(), compiled.as_text()
         calls = Counter(re.findall(r'custom_call_target="([^"]+)"', text))
-        found.append(Compiled(case, name, dict(mesh.shape), memory.argument_size_in_bytes, beyond_arguments(memory), exchanges(text), calls,
-                              faults_of(text, config, case.phase, mesh), time.monotonic() - begin))  # fmt: skip
+        found.append(
+            Compiled(
+                case,
+                name,
+                dict(mesh.shape),
+                memory.argument_size_in_bytes,
+                beyond_arguments(memory),
+                exchanges(text),
+                calls,
+                faults_of(text, config, case.phase, mesh),
+                time.monotonic() - begin,
+            )
+        )
     return found
 
 

@@ -22,12 +22,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import npu_bridge
 from mindvl_jax.config import loader as config_loader
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.mesh import AXES, make_mesh
 from mindvl_jax.planning.phase import Measured, ProgramBytes, abstract_mesh, lowerings
-from mindvl_jax.training.backend import Xla, compile_xla, compiler_options
+from mindvl_jax.training.bridge_backend import program_of
+from mindvl_jax.training.xla_backend import Xla, compile_xla, compiler_options
 
 # Each communicator of HCCL holds two buffers of HCCL_BUFFSIZE MB (default 200) outside torch's allocator (CANN's
 # documentation of that variable).
@@ -51,9 +53,6 @@ def measure(config: Config, indexes: Sequence[int]) -> list[Measured]:
 
 
 def measure_bridge(config: Config, index: int) -> Measured:
-    import npu_bridge
-    from mindvl_jax.training.bridge_backend import program_of
-
     mesh = abstract_mesh(config.mesh)
     programs, groups = {}, set()
     try:

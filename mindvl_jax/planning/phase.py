@@ -280,9 +280,18 @@ def lowerings(config: Config, index: int, mesh: AnyMesh, compile: Callable[..., 
     """Yield (name, lowered) of each program that a step of the phase runs, as the trainer calls it."""
     parts, phase = parts_of(config, index, mesh), config.training.phases[index]
     programs: StepPrograms = make_programs(
-        outline_of(config.model, config.adapters), phase=phase, objective=parts.objective, optimizer=config.training.optimizer, spec=parts.spec,
-        trained=parts.trained, frozen=parts.frozen, mesh=mesh, seed=config.run.seed, where=f"training.phases[{index}]", compile=compile,
-    )  # fmt: skip
+        outline_of(config.model, config.adapters),
+        phase=phase,
+        objective=parts.objective,
+        optimizer=config.training.optimizer,
+        spec=parts.spec,
+        trained=parts.trained,
+        frozen=parts.frozen,
+        mesh=mesh,
+        seed=config.run.seed,
+        where=f"training.phases[{index}]",
+        compile=compile,
+    )
     rate = jax.ShapeDtypeStruct((), jnp.float32)
     if phase.gradient_accumulation == 1:
         yield "train_step", programs.train_step.lower(parts.state, parts.batch, rate)

@@ -105,9 +105,28 @@ def record(config: Config, plans: Sequence[PhasePlan], limit: Limit | None, trie
         "memory": None if limit is None else {"whole": limit.whole, "usable": limit.usable},
         "fits": None if limit is None else all(plan.total <= limit.usable for plan in plans),
         "phases": [
-            {"name": plan.name, "parameters": plan.parameters, "trained": plan.trained, "bytes": dict(plan.rows), "total": plan.total, "highest": plan.highest,
-             "programs": {name: {"arguments": program.arguments, "peak": program.peak} for name, program in plan.programs.items()}}
+            {
+                "name": plan.name,
+                "parameters": plan.parameters,
+                "trained": plan.trained,
+                "bytes": dict(plan.rows),
+                "total": plan.total,
+                "highest": plan.highest,
+                "programs": {
+                    name: {"arguments": program.arguments, "peak": program.peak}
+                    for name, program in plan.programs.items()
+                },
+            }
             for plan in plans
         ],
-        "tried": [{"set": list(one.change.overrides), "cost": one.change.cost, "bytes": one.bytes, "fits": one.fits, "why_not": one.why_not} for one in tried],
-    }  # fmt: skip
+        "tried": [
+            {
+                "set": list(one.change.overrides),
+                "cost": one.change.cost,
+                "bytes": one.bytes,
+                "fits": one.fits,
+                "why_not": one.why_not,
+            }
+            for one in tried
+        ],
+    }

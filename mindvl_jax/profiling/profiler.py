@@ -3,7 +3,7 @@
 In the configuration: `profile.steps: [a, b]`. While it trains: `request(run_dir, steps)` writes a file that the trainer
 looks for between steps (one `stat` a step). RUN/profiles/STEP/ then holds
 
-  trace/         output of the back end's profiler (jax.profiler, torch.profiler, torch_npu.profiler), for TensorBoard or Perfetto
+  trace/         for TensorBoard or Perfetto, by the back end's profiler (jax, torch, torch_npu)
   blocks.json    time by block, in seconds a step
   profile.txt    the same as a table
   memory.json    memory of the device, or of the process on a CPU, over time

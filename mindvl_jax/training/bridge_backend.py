@@ -14,18 +14,18 @@ from mindvl_jax.config.schema import BridgeConfig, Config
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel import distributed
 from mindvl_jax.parallel.activations import Placement, tracing
-from mindvl_jax.training.backend import launched_processes, matmul_precision
+from mindvl_jax.training.xla_backend import matmul_precision
 from npu_bridge.errors import BridgeError
 
 Tree = TypeVar("Tree")
 
 
 class Bridge:
-    """Place r of the mesh is process r, as `npu_bridge.launch` or torchrun started it; JAX has one host device in each."""
+    """Mesh position r is rank r, started by `npu_bridge.launch` or torchrun. JAX has one host device per process."""
 
     def __init__(self, config: Config):
         self._config, self._bridge = config, config.bridge
-        self._processes = launched_processes()
+        self._processes = distributed.launched_processes()
         self.in_flight = 0 if config.bridge.device == "cpu" else 1  # torch on a CPU computes inside the call
 
     def join(self) -> None:
@@ -54,7 +54,9 @@ class Bridge:
         distributed.initialize(join)
 
     def devices(self) -> Sequence[jax.Device]:
-        """The first device of each process: one that was told to show several (tests) still is one place of the mesh."""
+        """Return the first device of each process. A process with several virtual devices is one mesh position all the
+        same.
+        """
         first: dict[int, jax.Device] = {}
         for device in jax.devices("cpu"):
             first.setdefault(device.process_index, device)
@@ -134,9 +136,15 @@ def program_of(
     alone = mesh.size == 1  # then no sharding says anything
     function = tracing(function, Placement(mesh, manual=False))
     return npu_bridge.jit(
-        function, mesh=None if alone else mesh, in_shardings=None if alone else in_shardings, out_shardings=None if alone else out_shardings,
-        donate_argnums=donate_argnums, device=bridge.device, reduce_in_float32=bridge.reduce_gradients_in_float32, capture=bridge.capture,
-    )  # fmt: skip
+        function,
+        mesh=None if alone else mesh,
+        in_shardings=None if alone else in_shardings,
+        out_shardings=None if alone else out_shardings,
+        donate_argnums=donate_argnums,
+        device=bridge.device,
+        reduce_in_float32=bridge.reduce_gradients_in_float32,
+        capture=bridge.capture,
+    )
 
 
 def _with_clear_errors(jitted: Callable) -> Callable:

@@ -24,7 +24,7 @@ from mindvl_jax.core.params import Outline, matches_any
 from mindvl_jax.core.progress import LogConsole, duration, heartbeat
 from mindvl_jax.data.processor import BatchSpec
 from mindvl_jax.parallel.mesh import describe_mesh
-from mindvl_jax.training.backend import matmul_precision
+from mindvl_jax.training.xla_backend import matmul_precision
 from npu_bridge.ops.attention import describe_attention
 
 WINDOW = 20  # steps that the shown rates average over

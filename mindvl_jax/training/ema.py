@@ -18,7 +18,7 @@ from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.params import Params
 from mindvl_jax.parallel.rules import replicated
-from mindvl_jax.training.backend import compile_xla
+from mindvl_jax.training.xla_backend import compile_xla
 
 
 def _blend(average: Params, params: Params, applied: jax.Array, decay: jax.Array) -> Params:

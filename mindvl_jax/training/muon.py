@@ -22,7 +22,7 @@ from mindvl_jax.core.params import Params, matches_any
 from mindvl_jax.training.optimizer import AdamState, NewValue, ParameterRule, adam_state, fused_adamw
 
 RMS = 0.2
-"""Root mean square of an update with every singular value 1, after scaling: AdamW's usual one (arXiv 2502.16982, section 2.2)."""
+"""Scaled RMS of an update with all singular values 1: that of AdamW (arXiv 2502.16982, section 2.2)."""
 
 
 def muon_paths(trained: Iterable[str], config: OptimizerConfig) -> frozenset[str]:

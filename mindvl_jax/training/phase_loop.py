@@ -231,10 +231,16 @@ class PhaseLoop:
         if settings is None:
             return None
         made = Validation(
-            run.config, self._index, self._objective, self._spec, outline=run.outline, mesh=run.mesh,
-            rows=slice(share.index * share.rows, (share.index + 1) * share.rows), compile=functools.partial(run.backend.compile, mesh=run.mesh),
+            run.config,
+            self._index,
+            self._objective,
+            self._spec,
+            outline=run.outline,
+            mesh=run.mesh,
+            rows=slice(share.index * share.rows, (share.index + 1) * share.rows),
+            compile=functools.partial(run.backend.compile, mesh=run.mesh),
             shardings=self._programs.shardings,
-        )  # fmt: skip
+        )
         run.report.console.print(
             f"validation: {made.samples} samples of {settings.source} every {settings.every_steps} steps"
         )
@@ -263,9 +269,14 @@ class PhaseLoop:
         # First the lines, then the checkpoint: on resume every line up to its step is there.
         self._recorder.drain(keep=0)
         progress = Progress(
-            step=step, phase=self._index, phase_name=self._phase.name, phase_step=phase_step, trained=tuple(self._trained), loader=loader_state,
+            step=step,
+            phase=self._index,
+            phase_name=self._phase.name,
+            phase_step=phase_step,
+            trained=tuple(self._trained),
+            loader=loader_state,
             totals=dict(self._run.report.totals),
-        )  # fmt: skip
+        )
         self._run.save(state, progress)
 
 

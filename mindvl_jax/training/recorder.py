@@ -178,10 +178,18 @@ class Recorder:
             if name in ("loss", "grad_norm", "learning_rate") or name.startswith(PART_NORM)
         }
         phases = [phase.name for phase in self._run.config.training.phases]
-        write_json(Path(self._run.config.run.dir) / BAD_STEP, {
-            "step": done.step, "phase": self._phase.name, "phase_index": phases.index(self._phase.name), "phase_step": done.phase_step,
-            "sample_ids": list(done.sample_ids), "values": numbers, "data_before": done.data_before,
-        })  # fmt: skip
+        write_json(
+            Path(self._run.config.run.dir) / BAD_STEP,
+            {
+                "step": done.step,
+                "phase": self._phase.name,
+                "phase_index": phases.index(self._phase.name),
+                "phase_step": done.phase_step,
+                "sample_ids": list(done.sample_ids),
+                "values": numbers,
+                "data_before": done.data_before,
+            },
+        )
 
     def _on_bad_step(self, done: Dispatched, values: dict[str, Any]) -> None:
         limit = self._run.config.training.max_bad_steps

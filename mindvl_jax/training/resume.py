@@ -129,9 +129,15 @@ def _restore(
     notes.append(f"continuing {folder / str(progress.step)}: phase {progress.phase_name}, step {progress.step}")
     notes += [f"changed since that checkpoint: {line}" for line in _changes(config, plain)]
     return Plan(
-        state=state, ema=ema, step=progress.step, phase=progress.phase, phase_step=progress.phase_step, loader=progress.loader,
-        totals=progress.totals, notes=tuple(notes),
-    )  # fmt: skip
+        state=state,
+        ema=ema,
+        step=progress.step,
+        phase=progress.phase,
+        phase_step=progress.phase_step,
+        loader=progress.loader,
+        totals=progress.totals,
+        notes=tuple(notes),
+    )
 
 
 def _set_aside(folder: Path, damaged: Sequence[int], newest: int, run_dir: Path) -> list[str]:

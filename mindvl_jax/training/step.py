@@ -25,10 +25,10 @@ from mindvl_jax.core.params import Outline, Params
 from mindvl_jax.data.processor import BatchSpec
 from mindvl_jax.objectives.base import Objective
 from mindvl_jax.parallel.rules import batch_sharding, replicated
-from mindvl_jax.training.backend import compile_xla
 from mindvl_jax.training.muon import optimizer_init, optimizer_of
 from mindvl_jax.training.optimizer import apply_update, parameter_rules
 from mindvl_jax.training.state import TrainState, state_shardings
+from mindvl_jax.training.xla_backend import compile_xla
 from npu_bridge import ops
 
 Metrics = dict[str, jax.Array]

@@ -275,11 +275,21 @@ class Trainer:
             stack.callback(watcher.close)
         peak = self.peak * self.mesh.devices.size if self.peak else None
         return RunContext(
-            config=self.config, backend=self.backend, mesh=self.mesh, outline=self.outline, total_steps=self.total_steps,
+            config=self.config,
+            backend=self.backend,
+            mesh=self.mesh,
+            outline=self.outline,
+            total_steps=self.total_steps,
             report=RunLog(self.config, self.console, self.live, log, peak, self.totals),
-            programs_for=self._programs_for, save=self._save, watcher=watcher, ema=self.ema, best=best, keep=self._keep,
-            kept_if_diverged=self._kept_if_diverged, is_main=self.is_main,
-        )  # fmt: skip
+            programs_for=self._programs_for,
+            save=self._save,
+            watcher=watcher,
+            ema=self.ema,
+            best=best,
+            keep=self._keep,
+            kept_if_diverged=self._kept_if_diverged,
+            is_main=self.is_main,
+        )
 
     # --- what the phase loop calls --------------------------------------------------------------------------------
 

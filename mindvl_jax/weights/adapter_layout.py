@@ -22,7 +22,7 @@ from mindvl_jax.models.outline import outline_of
 from mindvl_jax.weights.mapping import mapping_of
 
 CHECKED_FAMILIES = ("mindvl", "qwen")
-"""Families whose adapters agree with PEFT in the tests. Others have layers that read a kernel by themselves, where an adapter would do nothing."""
+"""Families whose adapters agree with PEFT in the tests. Others read kernels outside `Linear`: no adapter acts there."""
 
 
 def require_checked_family(config: Any) -> None:
@@ -34,7 +34,7 @@ def require_checked_family(config: Any) -> None:
 
 
 class LinearShapes(NamedTuple):
-    """layers: None outside stacks. inputs: width. outputs: rows of the published matrix that each of our modules holds."""
+    """layers: None outside stacks. inputs: width. outputs: rows of the published matrix in each of our modules."""
 
     layers: int | None
     inputs: int

@@ -34,10 +34,12 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 # Options that change what the adapter computes, with the value that means "not used".
 _NEUTRAL = {
-    "bias": "none", "modules_to_save": None, "layers_to_transform": None, "fan_in_fan_out": False, "megatron_config": None, "layer_replication": None,
-    "use_qalora": False, "lora_bias": False, "target_parameters": None, "trainable_token_indices": None, "alora_invocation_tokens": None, "corda_config": None,
+    "bias": "none", "modules_to_save": None, "layers_to_transform": None, "fan_in_fan_out": False,
+    "megatron_config": None, "layer_replication": None,
+    "use_qalora": False, "lora_bias": False, "target_parameters": None, "trainable_token_indices": None,
+    "alora_invocation_tokens": None, "corda_config": None,
     "arrow_config": None, "use_bdlora": None,
-}  # fmt: skip
+    }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

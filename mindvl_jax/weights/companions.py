@@ -1,4 +1,4 @@
-"""What a published folder holds beside its weights: tokenizer, chat template, image processor and generation settings."""
+"""Files beside the weights of a published folder: tokenizer, chat template, image processor, generation settings."""
 
 from __future__ import annotations
 

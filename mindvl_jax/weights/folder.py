@@ -71,7 +71,7 @@ class WeightsFolder:
         self.metadata: dict[str, dict[str, str]] = {}
         problems: list[str] = []
         expected = self._index(problems)
-        files = sorted({file for file in expected.values()}) if expected is not None else [SINGLE]
+        files = sorted(set(expected.values())) if expected is not None else [SINGLE]
         missing_files = set()
         for file in files:
             path = folder / file

@@ -88,7 +88,7 @@ class LogitsCheck:
 
 
 def check_merged(base: Path, folder: Path, merged: Path) -> LogitsCheck:
-    """Compare the logits of one random batch (text and, with a vision tower, an image), one model in memory at a time."""
+    """Compare logits of one random batch (text, and an image for a vision tower); one model is in memory at a time."""
     config = read_config(base)
     before = _logits(base, config, read_adapter(folder, config))
     after = _logits(merged, config, None)

@@ -181,7 +181,7 @@ def open_companions(folder: Path, config: ModelConfig | None = None) -> tuple[To
 
 
 def _pixel_limits(folder: Path, config: ModelConfig | None) -> tuple[int, int]:
-    """Pixel limits of the image processor's settings, wherever the release of transformers that wrote them puts them."""
+    """Return pixel limits of an image processor's settings. Each release of transformers puts them elsewhere."""
     path, content = folder / "processor_config.json", None
     if path.is_file():
         content = read_json(path).get("image_processor")  # as transformers 5 writes it

@@ -1,10 +1,9 @@
 """Host callbacks: `jax.debug.print`, `jax.debug.callback`, `jax.pure_callback`, `jax.experimental.io_callback`.
 
 A callback becomes one custom call that names the Python function by a number; the functions themselves travel beside
-the program (`Traced.callbacks`), so that its text is the same in every process and on disk. They run where the program
-stands, on copies of their operands in host memory, and in its order. Every process gives whole
-operands to a callback outside of a `shard_map`, and its own shards inside one; debugging callbacks outside of one run on
-the first process alone.
+the program (`Traced.callbacks`), so that its text is the same in every process and on disk. They run at their statement
+of the program, in order, on copies of their operands in host memory. Outside a `shard_map` every process passes whole
+operands to a callback, inside one its own shards. Debugging callbacks outside a `shard_map` run on rank 0 only.
 """
 
 from __future__ import annotations

@@ -99,49 +99,94 @@ _SAME_SHAPE = frozenset(
 )
 _NUMBERS = {"gather": stablehlo.GatherDimensionNumbers, "scatter": stablehlo.ScatterDimensionNumbers}
 _FIELDS = {
-    "gather": ("offset_dims", "collapsed_slice_dims", "operand_batching_dims", "start_indices_batching_dims", "start_index_map",
-               "index_vector_dim"),
-    "scatter": ("update_window_dims", "inserted_window_dims", "input_batching_dims", "scatter_indices_batching_dims",
-                "scattered_dims_to_operand_dims", "index_vector_dim"),
-    "dot_general": ("lhs_batching_dimensions", "rhs_batching_dimensions", "lhs_contracting_dimensions",
-                    "rhs_contracting_dimensions"),
-    "convolution": ("input_batch_dimension", "input_feature_dimension", "input_spatial_dimensions", "kernel_input_feature_dimension",
-                    "kernel_output_feature_dimension", "kernel_spatial_dimensions", "output_batch_dimension",
-                    "output_feature_dimension", "output_spatial_dimensions"),
-}  # fmt: skip
+    "gather": (
+        "offset_dims",
+        "collapsed_slice_dims",
+        "operand_batching_dims",
+        "start_indices_batching_dims",
+        "start_index_map",
+        "index_vector_dim",
+    ),
+    "scatter": (
+        "update_window_dims",
+        "inserted_window_dims",
+        "input_batching_dims",
+        "scatter_indices_batching_dims",
+        "scattered_dims_to_operand_dims",
+        "index_vector_dim",
+    ),
+    "dot_general": (
+        "lhs_batching_dimensions",
+        "rhs_batching_dimensions",
+        "lhs_contracting_dimensions",
+        "rhs_contracting_dimensions",
+    ),
+    "convolution": (
+        "input_batch_dimension",
+        "input_feature_dimension",
+        "input_spatial_dimensions",
+        "kernel_input_feature_dimension",
+        "kernel_output_feature_dimension",
+        "kernel_spatial_dimensions",
+        "output_batch_dimension",
+        "output_feature_dimension",
+        "output_spatial_dimensions",
+    ),
+}
 # Operations of the dialects that never reach the code generator, with the reason. tests/bridge/test_registry.py holds
 # every operation of StableHLO, CHLO and Shardy against this table, the importer and the registry.
 NOT_LOWERED = {
     "CHLO of infinities and conjugates, which jax writes in other ways": "is_inf is_neg_inf is_pos_inf conj",
     "dense linear algebra, which npu_bridge.primitives lowers in its own way": "cholesky triangular_solve",
-    "host, tokens, asynchronous pairs": "infeed outfeed send recv after_all create_token async_start async_done tuple get_tuple_element",
+    "host, tokens, asynchronous pairs": "infeed outfeed send recv after_all create_token async_start async_done tuple "
+    "get_tuple_element",
     "dynamic shapes": "dynamic_broadcast_in_dim dynamic_conv dynamic_gather dynamic_iota dynamic_pad dynamic_reshape "
     "get_dimension_size "
     "set_dimension_size real_dynamic_slice torch_index_select constant_like",
     "quantised types": "uniform_quantize uniform_dequantize",
     "not reproducible across devices": "rng replica_id",
-    "StableHLO that jax's lowering does not emit": "batch_norm_grad batch_norm_inference batch_norm_training broadcast collective_broadcast "
-    "collective_reduce "
-    "composite cross-replica-sum dot einsum if map return unary_einsum",
+    "StableHLO that jax's lowering does not emit": "batch_norm_grad batch_norm_inference batch_norm_training "
+    "broadcast collective_broadcast collective_reduce composite cross-replica-sum dot einsum if map "
+    "return unary_einsum",
     "CHLO and sort, which npu_bridge.compiler.primitives lowers in its own way": "square top_k sort scan ragged_dot",
-    "CHLO that jax's lowering does not emit": "_asin_acos_kernel mulhi broadcast_add broadcast_and broadcast_atan2 broadcast_compare "
-    "broadcast_complex broadcast_divide broadcast_maximum broadcast_minimum broadcast_multiply "
+    "CHLO that jax's lowering does not emit": "_asin_acos_kernel mulhi broadcast_add broadcast_and "
+    "broadcast_atan2 broadcast_compare broadcast_complex broadcast_divide broadcast_maximum broadcast_minimum "
+    "broadcast_multiply "
     "broadcast_next_after broadcast_or "
     "broadcast_polygamma broadcast_power broadcast_remainder broadcast_select broadcast_shift_left "
     "broadcast_shift_right_arithmetic "
     "broadcast_shift_right_logical broadcast_subtract broadcast_xor broadcast_zeta",
-    "Shardy's own bookkeeping, gone or dissolved before code is written": "data_flow_edge func_data_flow_edge manual_computation mesh "
-    "named_computation propagation_barrier replicated_to_unreduced reshard sharded_to_unreduced "
+    "Shardy's own bookkeeping, removed before code is written": "data_flow_edge func_data_flow_edge "
+    "manual_computation mesh named_computation propagation_barrier replicated_to_unreduced reshard "
+    "sharded_to_unreduced "
     "sharding_constraint sharding_group",
 }
-_SKIPPED = frozenset({"sdy.sharding", "sdy.sharding_rule", "channel_handle", "precision_config", "mhlo.backend_config",
-                      "backend_config", "result_accuracy", "out_sharding", "api_version", "use_global_device_ids"})  # fmt: skip
+_SKIPPED = frozenset(
+    {
+        "sdy.sharding",
+        "sdy.sharding_rule",
+        "channel_handle",
+        "precision_config",
+        "mhlo.backend_config",
+        "backend_config",
+        "result_accuracy",
+        "out_sharding",
+        "api_version",
+        "use_global_device_ids",
+    }
+)
 
 
 # What numpy calls the types of which MLIR gives no buffer, and the integers of their bits.
-_BIT_TYPES = {"bf16": (ml_dtypes.bfloat16, np.uint16), "f8E4M3FN": (ml_dtypes.float8_e4m3fn, np.uint8), "f8E5M2": (ml_dtypes.float8_e5m2, np.uint8),
-              "f8E4M3FNUZ": (ml_dtypes.float8_e4m3fnuz, np.uint8), "f8E5M2FNUZ": (ml_dtypes.float8_e5m2fnuz, np.uint8),
-              "complex<f32>": (np.complex64, np.uint32), "complex<f64>": (np.complex128, np.uint64)}  # fmt: skip
+_BIT_TYPES = {
+    "bf16": (ml_dtypes.bfloat16, np.uint16),
+    "f8E4M3FN": (ml_dtypes.float8_e4m3fn, np.uint8),
+    "f8E5M2": (ml_dtypes.float8_e5m2, np.uint8),
+    "f8E4M3FNUZ": (ml_dtypes.float8_e4m3fnuz, np.uint8),
+    "f8E5M2FNUZ": (ml_dtypes.float8_e5m2fnuz, np.uint8),
+    "complex<f32>": (np.complex64, np.uint32),
+    "complex<f64>": (np.complex128, np.uint64),
+}
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MOVES = re.compile(r"\{([^{}]*)\}: *(\d+) *-> *(\d+)")

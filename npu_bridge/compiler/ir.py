@@ -9,15 +9,15 @@ own:
 
 =================== ================================================================================================
 ``all_reduce``       attrs ``axes``, ``kind`` ("add", "maximum", ...)
-``all_gather``       attrs ``dims``: for each dimension the axes over which its shards are put together
-``all_slice``        attrs ``dims``: for each dimension the axes over which this device keeps only its own shard (no exchange)
+``all_gather``       attrs ``dims``: for each dimension the axes over which its shards are gathered
+``all_slice``        attrs ``dims``: for each dimension the axes over which this device keeps its shard (no exchange)
 ``reduce_scatter``   attrs ``dims``, ``kind``, and ``axes`` in the order of the dims
-``start_all_gather`` and ``start_reduce_scatter``: the same attrs; the result is an exchange under way, read by ``wait`` only
+``start_all_gather``, ``start_reduce_scatter``: the same attrs; the result is an exchange in flight, for ``wait``
 ``wait``             attrs ``of`` (the exchange's name) and ``dims``; operands: what was started, and what it was given
-``all_to_all``       attrs ``axes``, ``source``, ``target``: the sharding moves from dimension source to dimension target
+``all_to_all``       attrs ``axes``, ``source``, ``target``: the sharding moves from dimension source to target
 ``permute``          attrs ``pairs``: (source, target) devices; a device that receives nothing gets zeros
 ``partition_id``     number of this device in the mesh
-``pick``             of each row of operand 0 (along the last dimension) the element at its index, operand 1; attrs ``axes`` of the split
+``pick``             element of each row of operand 0 (last dimension) at index operand 1; attrs ``axes`` of the split
 ``add_at``           attrs ``number``, added to that element; ``axes``
 ``kernel``           attrs ``name``, ``params``: a fused operator
 =================== ================================================================================================

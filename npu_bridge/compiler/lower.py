@@ -31,11 +31,13 @@ REFUSED = {
     "rng_uniform": "is not reproducible across devices; use jax.random",
     "pallas_call": "a Pallas kernel is written for one accelerator; use npu_bridge.ops or plain jax",
 }
-_LINEAR_ALGEBRA = {"cholesky", "eig", "eigh", "geqrf", "householder_product", "lu", "qr", "schur", "svd", "triangular_solve",
-                   "tridiagonal", "tridiagonal_solve", "hessenberg", "ormqr", "symmetric_product"}  # fmt: skip
+_LINEAR_ALGEBRA = {"cholesky", "eig", "eigh", "geqrf", "householder_product", "lu", "qr", "schur", "svd",
+    "triangular_solve",
+    "tridiagonal", "tridiagonal_solve", "hessenberg", "ormqr", "symmetric_product"}  # fmt: skip
 _DTYPES = {"bool": "i1", "int8": "i8", "int16": "i16", "int32": "i32", "int64": "i64", "uint8": "ui8", "uint16": "ui16",
-           "uint32": "ui32", "uint64": "ui64", "float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64",
-           "complex64": "complex<f32>", "complex128": "complex<f64>", "float8_e4m3fn": "f8E4M3FN", "float8_e5m2": "f8E5M2", "float8_e4m3fnuz": "f8E4M3FNUZ", "float8_e5m2fnuz": "f8E5M2FNUZ"}  # fmt: skip
+    "uint32": "ui32", "uint64": "ui64", "float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64",
+    "complex64": "complex<f32>", "complex128": "complex<f64>", "float8_e4m3fn": "f8E4M3FN",
+    "float8_e5m2": "f8E5M2", "float8_e4m3fnuz": "f8E4M3FNUZ", "float8_e5m2fnuz": "f8E5M2FNUZ"}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -125,7 +127,7 @@ def _lost_placement(eqn: Any, device: str) -> str | None:
 def _refused_callback(eqn: Any, device: str, allow_host_sync: bool) -> str | None:
     if device != "cpu" and not allow_host_sync:
         return (
-            "calls back to Python on the host in the middle of a step, which is captured as one graph; return the value "
+            "calls back to Python on the host during a step, which is captured as one graph; return the value "
             "from the step instead, or compile with allow_host_sync=True, which runs it operator by operator"
         )
     if any(jax.dtypes.issubdtype(v.aval.dtype, jax.dtypes.extended) for v in eqn.invars):
@@ -193,8 +195,14 @@ def lower(
     primitives.register()
     options = {} if out_shardings is None else {"out_shardings": out_shardings}
     with jaxcompat.abstract_mesh(mesh):
-        jitted = jaxcompat.xla_jit(fn, donate_argnums=tuple(donate_argnums), static_argnums=tuple(static_argnums),
-                                   static_argnames=tuple(static_argnames), keep_unused=keep_unused, **options)  # fmt: skip
+        jitted = jaxcompat.xla_jit(
+            fn,
+            donate_argnums=tuple(donate_argnums),
+            static_argnums=tuple(static_argnums),
+            static_argnames=tuple(static_argnames),
+            keep_unused=keep_unused,
+            **options,
+        )
         traced = jitted.trace(*args, **(named or {}))
         problems = check(traced.jaxpr.jaxpr, device, allow_host_sync)
         if problems:

@@ -23,8 +23,8 @@ from collections.abc import Callable, Sequence
 
 from jaxlib.mlir import ir, passmanager
 
-from npu_bridge.compiler.sharding_rule import ShardingRule
 from npu_bridge.errors import UnsupportedError
+from npu_bridge.sharding_rule import ShardingRule
 
 _SHARDED_DIM = re.compile(r'\{("[^{}]*)\}')
 
@@ -160,7 +160,9 @@ def _rule_replicated(op: ir.Operation):
 
 
 def _rule_convolution(op: ir.Operation):
-    """Batch, output features and input features (a sum) may be sharded, space may not; grouped convolutions not at all."""
+    """Allow sharded batch, output features and input features (a sum); no sharded space, no sharded grouped
+    convolution.
+    """
     from jaxlib.mlir.dialects import stablehlo
 
     groups = [ir.IntegerAttr(op.attributes[k]).value for k in ("feature_group_count", "batch_group_count")]

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+from npu_bridge.compiler.ir import MeshShape
 from npu_bridge.doctor.findings import Finding, Group
 from npu_bridge.doctor.host import Host
 
@@ -138,7 +139,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     import torch
 
-    from npu_bridge.compiler.ir import MeshShape
     from npu_bridge.runtime.mesh import Runtime
 
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

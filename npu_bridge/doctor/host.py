@@ -273,9 +273,16 @@ def check_cann(host: Host) -> list[Finding]:
         )
     kernels = home / "opp/built-in/op_impl/ai_core/tbe/kernel"
     chips = sorted(p.name for p in kernels.glob("ascend*")) if kernels.exists() else []
-    findings.append(GROUP.ok("CANN kernels", ", ".join(chips)) if chips else
-                    GROUP.unsure("CANN kernels", f"no binary kernels in {kernels}", "install CANN's kernels (ops) package of this chip: without it operators are missing or "
-                        "compiled at first use"))  # fmt: skip
+    findings.append(
+        GROUP.ok("CANN kernels", ", ".join(chips))
+        if chips
+        else GROUP.unsure(
+            "CANN kernels",
+            f"no binary kernels in {kernels}",
+            "install CANN's kernels (ops) package of this chip: without it operators are missing or "
+            "compiled at first use",
+        )
+    )
     return findings
 
 
@@ -304,10 +311,14 @@ def _cann_version_finding(
         )
     if same and published:
         return GROUP.ok("CANN", f"{found}, which torch_npu {torch_npu} was released with")
-    return GROUP.unsure("CANN", found, f"the published table pairs torch_npu {torch_npu} with CANN {wanted}; the operators below say whether "
-        "this one does, too" if published else
-                        f"the published table does not list torch_npu {torch_npu} yet (its neighbour wants "
-                            f"{wanted}); the operators below say whether they fit")  # fmt: skip
+    advice = (
+        f"the published table pairs torch_npu {torch_npu} with CANN {wanted}; the operators below say whether this one "
+        "does, too"
+        if published
+        else f"the published table does not list torch_npu {torch_npu} yet (its neighbour wants {wanted}); the "
+        "operators below say whether they fit"
+    )
+    return GROUP.unsure("CANN", found, advice)
 
 
 def probe(host: Host, kind: str) -> tuple[Finding, list[str]]:

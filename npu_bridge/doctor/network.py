@@ -228,8 +228,15 @@ def check_links(host: Host, devices: int) -> list[Finding]:
             done = host.run([tool, "-i", str(device), "-link", "-g"])
             if done is None or "UP" not in done.stdout.upper():
                 down.append(device)
-        findings.append(GROUP.unsure("device links", f"no link at device {', '.join(map(str, down))}", f"{SEVERAL}: look at cable and switch port, then hccn_tool -i {down[0]} -link -g") if down else
-                        GROUP.ok("device links", f"up at all {devices}"))  # fmt: skip
+        findings.append(
+            GROUP.unsure(
+                "device links",
+                f"no link at device {', '.join(map(str, down))}",
+                f"{SEVERAL}: look at cable and switch port, then hccn_tool -i {down[0]} -link -g",
+            )
+            if down
+            else GROUP.ok("device links", f"up at all {devices}")
+        )
     return findings
 
 

@@ -41,8 +41,13 @@ def check(host: Host, kind: str, wanted: Sequence[str] | None = None, seconds: f
         raise KeyError(f"no operator {', '.join(unknown)}; there are {', '.join(names())}")
     while left:
         begun = None
-        process = subprocess.Popen([sys.executable, "-m", "npu_bridge.doctor.operators", "--device", kind, *left], stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, text=True, env=dict(host.environment))  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, "-m", "npu_bridge.doctor.operators", "--device", kind, *left],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=dict(host.environment),
+        )
         complaints: list[str] = []
         reader = threading.Thread(target=complaints.extend, args=(process.stderr,), daemon=True)
         reader.start()

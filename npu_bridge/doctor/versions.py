@@ -1,4 +1,4 @@
-"""Versions of torch, torch_npu, CANN and Python that work together, from COMPATIBILITY.md of github.com/Ascend/pytorch."""
+"""Compatible versions of torch, torch_npu, CANN and Python, from COMPATIBILITY.md of github.com/Ascend/pytorch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ CANN_OF = {
 
 # torch -> minor versions of Python 3.
 PYTHON_OF = {
-    "2.13.0": range(10, 15), "2.12.0": range(10, 15), "2.11.0": range(10, 15), "2.10.0": range(10, 14), "2.9.0": range(10, 14), "2.8.0": range(9, 14), "2.7.1": range(9, 14),
-}  # fmt: skip
+    "2.13.0": range(10, 15),
+    "2.12.0": range(10, 15),
+    "2.11.0": range(10, 15),
+    "2.10.0": range(10, 14),
+    "2.9.0": range(10, 14),
+    "2.8.0": range(9, 14),
+    "2.7.1": range(9, 14),
+}
 
 TESTED = "2.13.0"  # versions of torch and torch_npu that the bridge's operators were tested with
 PYTHON_AT_LEAST = (3, 11)

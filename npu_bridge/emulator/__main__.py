@@ -90,8 +90,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         p.error(f"--memory {error}")
     try:
-        settings = Settings(devices=given.devices, soc=given.soc, memory=memory, execute=not given.no_execute, asynchronous=given.asynchronous, delay=given.delay,
-                            trace=given.trace, timeout=given.timeout, transport=given.transport)  # fmt: skip
+        settings = Settings(
+            devices=given.devices,
+            soc=given.soc,
+            memory=memory,
+            execute=not given.no_execute,
+            asynchronous=given.asynchronous,
+            delay=given.delay,
+            trace=given.trace,
+            timeout=given.timeout,
+            transport=given.transport,
+        )
         refuse_beside_cann()
         environment = environment_for(settings, build())
     except RealCannFound as found:

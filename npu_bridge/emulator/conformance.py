@@ -55,8 +55,18 @@ def read(path: Path) -> list[dict]:
 def page(cases: list[dict], versions: str, machine: str, date: str, seconds: float, build_seconds: float) -> str:
     """Format the page; `seconds` is wall time."""
     outcomes = collections.Counter(case["outcome"] for case in cases)
-    lines = [HEAD.format(versions=versions, machine=machine, date=date, passed=outcomes["passed"], failed=outcomes["failed"], skipped=outcomes["skipped"],
-                         seconds=seconds, build_seconds=build_seconds)]  # fmt: skip
+    lines = [
+        HEAD.format(
+            versions=versions,
+            machine=machine,
+            date=date,
+            passed=outcomes["passed"],
+            failed=outcomes["failed"],
+            skipped=outcomes["skipped"],
+            seconds=seconds,
+            build_seconds=build_seconds,
+        )
+    ]
     files = collections.defaultdict(list)
     for case in cases:
         files[case["file"]].append(case)

@@ -125,17 +125,27 @@ def _ids(rng):
 CASES: dict[str, Case] = {
     "rms_norm": Case(rms_norm_forward, lambda r, _: [_normal(r, 3, 17, 96), _normal(r, 96)], {"eps": 1e-6}),
     "rms_norm_backward": Case(rms_norm_backward, _rms_backward, wide=(3,)),
-    "layer_norm": Case(layer_norm_forward, lambda r, _: [_normal(r, 3, 17, 96) + 1, _normal(r, 96), _normal(r, 96)], {"eps": 1e-6}),
+    "layer_norm": Case(
+        layer_norm_forward, lambda r, _: [_normal(r, 3, 17, 96) + 1, _normal(r, 96), _normal(r, 96)], {"eps": 1e-6}
+    ),
     "layer_norm_backward": Case(layer_norm_backward, _layer_backward, wide=(3, 4)),
     "rotary": Case(rotary_forward, lambda r, _: [_normal(r, 2, 9, 3, 32), *_tables(r)], {"mode": "half"}, wide=(1, 2)),
-    "rotary_backward": Case(rotary_backward, lambda r, _: [_normal(r, 2, 9, 3, 32), *_tables(r)], {"mode": "interleaved"}, wide=(1, 2)),
+    "rotary_backward": Case(
+        rotary_backward, lambda r, _: [_normal(r, 2, 9, 3, 32), *_tables(r)], {"mode": "interleaved"}, wide=(1, 2)
+    ),
     "swiglu": Case(swiglu_forward, lambda r, _: [_normal(r, 5, 64) * 3, _normal(r, 5, 64)]),
-    "swiglu_backward": Case(swiglu_backward, lambda r, _: [_normal(r, 5, 64), _normal(r, 5, 64) * 3, _normal(r, 5, 64)]),
+    "swiglu_backward": Case(
+        swiglu_backward, lambda r, _: [_normal(r, 5, 64), _normal(r, 5, 64) * 3, _normal(r, 5, 64)]
+    ),
     "swiglu_joined": Case(lambda both: swiglu_forward(*jnp.split(both, 2, -1)), lambda r, _: [_normal(r, 5, 128) * 3]),
-    "swiglu_joined_backward": Case(lambda g, both: jnp.concatenate(swiglu_backward(g, *jnp.split(both, 2, -1)), -1),
-                                   lambda r, _: [_normal(r, 5, 64), _normal(r, 5, 128) * 3]),
+    "swiglu_joined_backward": Case(
+        lambda g, both: jnp.concatenate(swiglu_backward(g, *jnp.split(both, 2, -1)), -1),
+        lambda r, _: [_normal(r, 5, 64), _normal(r, 5, 128) * 3],
+    ),
     "gelu": Case(gelu_forward, lambda r, _: [_normal(r, 5, 64) * 3], {"approximate": True}),
-    "gelu_backward": Case(gelu_backward, lambda r, _: [_normal(r, 5, 64), _normal(r, 5, 64) * 3], {"approximate": False}),
+    "gelu_backward": Case(
+        gelu_backward, lambda r, _: [_normal(r, 5, 64), _normal(r, 5, 64) * 3], {"approximate": False}
+    ),
     "attention": _attention([], False, _CAUSAL),
     "attention_backward": _attention([], True, _BAND),
     "attention_segments": _attention(_segments(), False, _BAND),
@@ -147,19 +157,36 @@ CASES: dict[str, Case] = {
     "embedding": Case(embedding_forward, lambda r, _: [_normal(r, 19, 24), _ids(r)]),
     "embedding_backward": Case(embedding_backward, lambda r, _: [_normal(r, 3, 11, 24), _ids(r)], {"rows": 19}),
     "grouped_matmul": Case(moe.grouped_forward, lambda r, _: [_normal(r, 34, 48), _normal(r, 4, 48, 40), _SIZES]),
-    "grouped_matmul_transposed": Case(lambda *a: moe.grouped_forward(*a, transpose=True),
-                                      lambda r, _: [_normal(r, 34, 40), _normal(r, 4, 48, 40), _SIZES]),
-    "grouped_matmul_weight_gradient": Case(moe.grouped_weight_gradient, lambda r, _: [_normal(r, 34, 48), _normal(r, 34, 40), _SIZES]),
+    "grouped_matmul_transposed": Case(
+        lambda *a: moe.grouped_forward(*a, transpose=True),
+        lambda r, _: [_normal(r, 34, 40), _normal(r, 4, 48, 40), _SIZES],
+    ),
+    "grouped_matmul_weight_gradient": Case(
+        moe.grouped_weight_gradient, lambda r, _: [_normal(r, 34, 48), _normal(r, 34, 40), _SIZES]
+    ),
     "moe_gating": Case(moe.gating_forward, lambda r, _: [_logits(r)], _GATE),
     "moe_gating_biased": Case(moe.gating_forward, lambda r, _: [_logits(r), _normal(r, 16)], _GATE_BIASED),
     "moe_permute": Case(moe.permute_forward, lambda r, _: [_normal(r, 13, 24), *_route(r)]),
     "moe_permute_backward": Case(moe.permute_backward, lambda r, _: [_normal(r, 26, 24), _route(r)[1]]),
     "moe_unpermute": Case(moe.unpermute_forward, lambda r, _: [_normal(r, 26, 24), _route(r)[1], r.random((13, 2))]),
-    "moe_unpermute_backward": Case(moe.unpermute_backward, lambda r, _: [_normal(r, 13, 24), _normal(r, 26, 24), _route(r)[1], r.random((13, 2))]),
-    "adamw": Case(adamw_update,
-                  lambda r, _: [_normal(r, 7, 12), _normal(r, 7, 12), _normal(r, 7, 12) * 0.1, r.random((7, 12)), np.array(3.0), np.array(0.01), np.array(True)],
-                  _ADAM, wide=(0, 2, 3, 4, 5)),
-}  # fmt: skip
+    "moe_unpermute_backward": Case(
+        moe.unpermute_backward, lambda r, _: [_normal(r, 13, 24), _normal(r, 26, 24), _route(r)[1], r.random((13, 2))]
+    ),
+    "adamw": Case(
+        adamw_update,
+        lambda r, _: [
+            _normal(r, 7, 12),
+            _normal(r, 7, 12),
+            _normal(r, 7, 12) * 0.1,
+            r.random((7, 12)),
+            np.array(3.0),
+            np.array(0.01),
+            np.array(True),
+        ],
+        _ADAM,
+        wide=(0, 2, 3, 4, 5),
+    ),
+}
 
 
 def _on_host(name: str) -> int:

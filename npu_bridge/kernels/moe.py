@@ -86,8 +86,17 @@ def _npu_gating(logits, *bias, k, scoring, groups, groups_kept, renormalize, sca
     arguments = dict(k=k, scoring=scoring, groups=groups, groups_kept=groups_kept, renormalize=renormalize, scale=scale)
     if scoring == "sigmoid" and renormalize and (groups == 1 or logits.shape[1] // groups > 2):
         weights, experts, _ = torch_npu().npu_moe_gating_top_k(
-            logits.float(), k, bias=bias[0].float() if bias else None, k_group=groups_kept, group_count=groups, group_select_mode=1,
-            renorm=0, norm_type=1, routed_scaling_factor=scale, eps=1e-20)  # fmt: skip
+            logits.float(),
+            k,
+            bias=bias[0].float() if bias else None,
+            k_group=groups_kept,
+            group_count=groups,
+            group_select_mode=1,
+            renorm=0,
+            norm_type=1,
+            routed_scaling_factor=scale,
+            eps=1e-20,
+        )
         return weights, experts
     if scoring == "softmax" and groups == 1 and not bias:
         weights, experts, _ = torch_npu().npu_moe_gating_top_k_softmax(logits.float(), None, k)

@@ -7,7 +7,7 @@ import torch
 from npu_bridge.kernels.registry import register
 
 LARGEST_PIECE = 2**26
-"""Elements that torch_npu's call updates at one time: it needs several arrays of their size in between, and a token table has ten times as many."""
+"""Elements per call of torch_npu, which makes several temporaries of that size. Token tables have ten times as many."""
 
 
 def _npu_adamw(param, grad, mu, nu, step, learning_rate, keep, *, b1, b2, eps, weight_decay, inplace=False):

@@ -21,7 +21,7 @@ from npu_bridge.ops._tiled import tiled_backward, tiled_forward, tiling_of
 FORMS = ("auto", "reference", "blocked", "splash")
 
 LINEAR_FROM = 2**24
-"""Scores of one row (positions x keys in reach x heads) from which `auto` takes a form that does not hold them: 64 MiB in float32."""
+"""Scores of one row (positions x keys in reach x heads) above which `auto` stores none of them: 64 MiB in float32."""
 
 NARROW_BAND = 256
 """A band whose halos are narrower than this is taken in the smaller tiles."""

@@ -7,21 +7,21 @@ import functools
 import gc
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from npu_bridge import jaxcompat
-from npu_bridge.compiler import lower, partition
+from npu_bridge.compiler import lower, partition, passes
+from npu_bridge.compiler.codegen.printer import Source, generate
+from npu_bridge.compiler.importer import Importer
 from npu_bridge.compiler.ir import Layout, MeshShape
 from npu_bridge.compiler.lower import Traced
 from npu_bridge.errors import PlacementError, UnsupportedError
 from npu_bridge.runtime import cache
-
-if TYPE_CHECKING:
-    from npu_bridge.compiler.codegen.printer import Source
+from npu_bridge.runtime.compiled import require_compiler
 
 MeshLike: TypeAlias = Mesh | AbstractMesh | dict[str, int] | None
 
@@ -84,8 +84,16 @@ def _spec_layout(spec: PartitionSpec, rank: int) -> Layout:
 class Lowered:
     """A step lowered to a torch program, before any process group or device is needed."""
 
-    def __init__(self, name: str, source: Source, traced: Traced, layouts: dict[str, list], mesh: MeshShape, seconds: dict[str, float],
-                 host_sync: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        traced: Traced,
+        layouts: dict[str, list],
+        mesh: MeshShape,
+        seconds: dict[str, float],
+        host_sync: bool = False,
+    ):
         self.name, self.source, self.traced, self.mesh, self.seconds, self.host_sync = (
             name,
             source,
@@ -102,7 +110,9 @@ class Lowered:
         return self.source.text
 
     def collectives(self) -> list[dict[str, Any]]:
-        """Each exchange: kind, axes, devices, local shape and dtype, bytes that leave a device, times a step, location."""
+        """List the collectives: kind, axes, devices, local shape and dtype, bytes sent per device, calls per step,
+        location.
+        """
         return list(self.source.collectives)
 
     def kernels(self) -> list[dict[str, Any]]:
@@ -174,7 +184,7 @@ class Compiled:
         return out
 
     def _on_host(self, x: Any, number: int, layout: Layout) -> Any:
-        """This rank's shard of an argument in host memory; one that lives on the device is fetched, which waits for it."""
+        """Return this rank's shard of an argument in host memory. Fetching one from the device waits for the device."""
         from npu_bridge.runtime.array import Array
         from npu_bridge.runtime.program import shard
 
@@ -286,16 +296,29 @@ def _counted(numbers: Sequence[int], count: int) -> list[int]:
 
 
 def _is_weak(x: Any) -> bool:
-    """Whether JAX lets the dtype of `x` give way to that of what it is combined with, as it does for Python's numbers."""
+    """Whether `x` is weakly typed in JAX: like a Python number it takes the dtype of the other operand."""
     return bool(getattr(x, "weak_type", type(x) in (int, float)))
 
 
 class Jitted:
     """The callable that `jit` returns."""
 
-    def __init__(self, fn: Callable[..., Any], mesh: MeshLike, in_shardings: Any, out_shardings: Any, donate: tuple[int, ...],
-                 static: tuple[int, ...], state: tuple[int, ...] | None, device: str, options: Options, capture: bool, compile: bool,
-                 static_names: tuple[str, ...] = (), keep_unused: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        mesh: MeshLike,
+        in_shardings: Any,
+        out_shardings: Any,
+        donate: tuple[int, ...],
+        static: tuple[int, ...],
+        state: tuple[int, ...] | None,
+        device: str,
+        options: Options,
+        capture: bool,
+        compile: bool,
+        static_names: tuple[str, ...] = (),
+        keep_unused: bool = False,
+    ):
         functools.update_wrapper(self, fn, updated=())
         self.static_names, self.keep_unused = static_names, keep_unused
         self.fn, self.device, self.options, self.capture, self.compile = fn, device, options, capture, compile
@@ -401,7 +424,7 @@ class Jitted:
         by_name = {
             name: a
             if name in self.static_names
-            else jax.tree_util.tree_map_with_path(lambda path, x: one(path, x, None, name), a)
+            else jax.tree_util.tree_map_with_path(functools.partial(one, spec=None, number=name), a)
             for name, a in named.items()
         }
         if problems:
@@ -430,10 +453,19 @@ class Jitted:
             )
         abstract, by_name = self._abstract(args, named)
         traced = lower.lower(
-            self.fn, abstract, named=by_name, mesh=self.mesh, donate_argnums=[n + len(args) if n < 0 else n for n in self.donate],
-            static_argnums=self.static, out_shardings=out if self.mesh is not None else None, name=self._name, device=self.device,
-            static_argnames=self.static_names, keep_unused=self.keep_unused, allow_host_sync=self.options.allow_host_sync,
-        )  # fmt: skip
+            self.fn,
+            abstract,
+            named=by_name,
+            mesh=self.mesh,
+            donate_argnums=[n + len(args) if n < 0 else n for n in self.donate],
+            static_argnums=self.static,
+            out_shardings=out if self.mesh is not None else None,
+            name=self._name,
+            device=self.device,
+            static_argnames=self.static_names,
+            keep_unused=self.keep_unused,
+            allow_host_sync=self.options.allow_host_sync,
+        )
         lowered_at = time.perf_counter()
         state = self._state_arguments(args) + [False] * len(
             jax.tree.leaves({k: v for k, v in named.items() if k not in self.static_names})
@@ -471,10 +503,6 @@ class Jitted:
         return flags
 
     def _write(self, traced: Traced, state: list[bool], donated: list[bool]) -> tuple[Source, dict[str, Any]]:
-        from npu_bridge.compiler import passes
-        from npu_bridge.compiler.codegen.printer import generate
-        from npu_bridge.compiler.importer import Importer
-
         module = partition.partition(traced.module, state if self.mesh is not None else ())
         with module.context:
             program = Importer(module, self.device).run(donated)
@@ -484,8 +512,12 @@ class Jitted:
         )
         source = generate(program, allow_host_sync=self.options.allow_host_sync, device=self.device)
         body = program.body
-        extra = {"args": [v.layout for v in body.params], "results": [v.layout for v in body.results], "mesh": program.mesh.axes,
-                 "devices": program.mesh.devices}  # fmt: skip
+        extra = {
+            "args": [v.layout for v in body.params],
+            "results": [v.layout for v in body.results],
+            "mesh": program.mesh.axes,
+            "devices": program.mesh.devices,
+        }
         return source, extra
 
     # -- running ----------------------------------------------------------------------------------------------------
@@ -594,11 +626,20 @@ def jit(
     donate, _ = _names_and_numbers(fn, as_tuple(donate_argnums), as_tuple(donate_argnames))
     jaxcompat.require_tested_version()
     if compile:
-        from npu_bridge.runtime.compiled import require_compiler
-
         abstract, _ = as_mesh(mesh)
         require_compiler(device, 1 if abstract is None else abstract.size)
     return Jitted(
-        fn, mesh, in_shardings, out_shardings, donate, static, None if state_argnums is None else as_tuple(state_argnums), device,
-        Options(device, allow_host_sync, reduce_in_float32, overlap), capture, compile, names, keep_unused,
-    )  # fmt: skip
+        fn,
+        mesh,
+        in_shardings,
+        out_shardings,
+        donate,
+        static,
+        None if state_argnums is None else as_tuple(state_argnums),
+        device,
+        Options(device, allow_host_sync, reduce_in_float32, overlap),
+        capture,
+        compile,
+        names,
+        keep_unused,
+    )

@@ -103,7 +103,7 @@ def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int
 
 
 def held_shard(x: jax.Array, layout: Layout, runtime: Runtime) -> jax.Array | None:
-    """The part of a JAX array that `layout` gives to this rank, when this process holds just that part; None otherwise."""
+    """Return this rank's shard of a JAX array by `layout` if it is exactly what this process holds, else None."""
     local = tuple(n // runtime.size(a) for n, a in zip(x.shape, layout or ((),) * x.ndim))
     wanted = tuple((b, b + n) for b, n in zip(shard_begins(layout, local, runtime), local))
     return next((s.data for s in x.addressable_shards if _bounds(s.index, x.shape) == wanted), None)
@@ -244,10 +244,14 @@ def _delegate(name: str) -> None:
 
 
 # Python's operators and the usual methods, on a copy that JAX holds: for what a script does with results between steps.
-for _operator in ["add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod", "pow", "rpow", "matmul", "rmatmul", "and", "rand", "or", "ror", "xor", "rxor", "neg", "pos", "abs", "invert", "lt", "le", "gt", "ge", "eq", "ne", "getitem", "len", "iter", "index", "format"]:  # fmt: skip
+for _operator in ["add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "rfloordiv", "mod",
+    "rmod", "pow", "rpow", "matmul", "rmatmul", "and", "rand", "or", "ror", "xor", "rxor", "neg", "pos", "abs",
+    "invert", "lt", "le", "gt", "ge", "eq", "ne", "getitem", "len", "iter", "index", "format"]:  # fmt: skip
     _delegate(f"__{_operator}__")
 Array.__hash__ = object.__hash__
-for _method in ["all", "any", "argmax", "argmin", "argsort", "astype", "clip", "copy", "cumsum", "dot", "flatten", "max", "mean", "min", "prod", "ravel", "repeat", "reshape", "round", "sort", "squeeze", "std", "sum", "swapaxes", "take", "tolist", "transpose", "var"]:  # fmt: skip
+for _method in ["all", "any", "argmax", "argmin", "argsort", "astype", "clip", "copy", "cumsum", "dot", "flatten",
+    "max", "mean", "min", "prod", "ravel", "repeat", "reshape", "round", "sort", "squeeze", "std", "sum", "swapaxes",
+    "take", "tolist", "transpose", "var"]:  # fmt: skip
     _delegate(_method)
 Array.T = property(lambda self: self.__jax_array__().T)
 Array.at = property(lambda self: self.__jax_array__().at)

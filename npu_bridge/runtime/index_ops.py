@@ -135,10 +135,7 @@ def _indices(
     operand dimension -> place in the result along which it runs by itself.
     """
     device = indices.device
-    if vector_dim == indices.dim():
-        indices = indices.unsqueeze(-1)
-    else:
-        indices = indices.movedim(vector_dim, -1)
+    indices = indices.unsqueeze(-1) if vector_dim == indices.dim() else indices.movedim(vector_dim, -1)
     valid: torch.Tensor | None = None
 
     def also(condition: torch.Tensor) -> None:
@@ -191,9 +188,18 @@ def gather(
         d: batch_places[s - (s > index_vector_dim)] for d, s in zip(operand_batching_dims, start_indices_batching_dims)
     }
     index, valid = _indices(
-        indices, x.shape, slice_sizes, dict(zip(windows, offset_dims)), batch_places, rank, list(start_index_map), index_vector_dim,
-        batching, shards or {}, clamp=True,
-    )  # fmt: skip
+        indices,
+        x.shape,
+        slice_sizes,
+        dict(zip(windows, offset_dims)),
+        batch_places,
+        rank,
+        list(start_index_map),
+        index_vector_dim,
+        batching,
+        shards or {},
+        clamp=True,
+    )
     shape = [0] * rank
     for d, place in zip(windows, offset_dims):
         shape[place] = slice_sizes[d]
@@ -233,11 +239,18 @@ def scatter_(
     """
     if unsigned:
         scattered = scatter_(
-            unsigned_order(x), indices, unsigned_order(updates), mode, update_window_dims=update_window_dims,
-            inserted_window_dims=inserted_window_dims, input_batching_dims=input_batching_dims,
-            scatter_indices_batching_dims=scatter_indices_batching_dims, scattered_dims_to_operand_dims=scattered_dims_to_operand_dims,
-            index_vector_dim=index_vector_dim, shards=shards,
-        )  # fmt: skip
+            unsigned_order(x),
+            indices,
+            unsigned_order(updates),
+            mode,
+            update_window_dims=update_window_dims,
+            inserted_window_dims=inserted_window_dims,
+            input_batching_dims=input_batching_dims,
+            scatter_indices_batching_dims=scatter_indices_batching_dims,
+            scattered_dims_to_operand_dims=scattered_dims_to_operand_dims,
+            index_vector_dim=index_vector_dim,
+            shards=shards,
+        )
         return x.copy_(unsigned_order(scattered))
     rank = updates.dim()
     scatter_places = [d for d in range(rank) if d not in update_window_dims]
@@ -250,9 +263,18 @@ def scatter_(
         for d, s in zip(input_batching_dims, scatter_indices_batching_dims)
     }
     index, valid = _indices(
-        indices, x.shape, sizes, dict(zip(windows, update_window_dims)), scatter_places, rank, list(scattered_dims_to_operand_dims),
-        index_vector_dim, batching, shards or {}, clamp=False,
-    )  # fmt: skip
+        indices,
+        x.shape,
+        sizes,
+        dict(zip(windows, update_window_dims)),
+        scatter_places,
+        rank,
+        list(scattered_dims_to_operand_dims),
+        index_vector_dim,
+        batching,
+        shards or {},
+        clamp=False,
+    )
     valid = torch.ones([1] * rank, dtype=torch.bool, device=x.device) if valid is None else valid
     if (
         mode == "add"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
+import itertools
 import math
 import os
 import socket
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 from npu_bridge.compiler.ir import MeshShape, axis_parts
 from npu_bridge.errors import BridgeError, CollectiveError
+from npu_bridge.runtime.kernel_table import KernelTable
 
 _BACKEND = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 _SUM = {"add": "SUM", "multiply": "PRODUCT", "maximum": "MAX", "minimum": "MIN", "or": "MAX", "and": "MIN"}
@@ -114,7 +116,7 @@ def rank() -> int:
 
 
 def share_address() -> str:
-    """``host:port`` on the machine of rank 0 where nobody listens at this moment, the same on every rank: a collective."""
+    """Return a free ``host:port`` of rank 0's machine, the same on every rank. This is a collective."""
     address: list[str | None] = [None]
     if rank() == 0:
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
@@ -171,8 +173,6 @@ class Runtime:
         self.callbacks: Sequence[Any] = ()  # of the program, by number
         for axes in axes_used:
             self._join(tuple(axes))
-        from npu_bridge.runtime.kernel_table import KernelTable
-
         self.kernel = KernelTable(device)
 
     def callback(self, number: int, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -261,7 +261,7 @@ class Runtime:
                 digits, total = [], self.sizes[name]
                 taken = {(b, s) for _, b, s in mine}
                 edges = sorted({1, total, *(b for b, _ in taken), *(b * s for b, s in taken)})
-                for low, high in zip(edges, edges[1:]):
+                for low, high in itertools.pairwise(edges):
                     if not any(b <= low and high <= b * s for b, s in taken):
                         digits.append((at // (total // high)) % (high // low))
                 rest.append(tuple(digits))
@@ -299,7 +299,7 @@ class Runtime:
         return self._named(what, self._calls, x, axes)
 
     def _carried(self, x: torch.Tensor) -> torch.Tensor:
-        """A form the transport knows: bool and 8-bit floats travel as bytes, complex numbers as the bits of an integer."""
+        """View `x` as a dtype that the transport supports: bool and 8-bit floats as uint8, complex numbers as int64."""
         if x.is_complex():
             return x.contiguous().view(torch.int64)
         return (

@@ -40,8 +40,17 @@ def shard(x: torch.Tensor, layout: Any, runtime: Runtime) -> torch.Tensor:
 class LoadedProgram:
     """Callable on a list of local tensors (emptied on the way in); returns the list of local results."""
 
-    def __init__(self, text: str, constants: list[tuple], kernels: list[str], runtime: Runtime, name: str, host_arguments: Sequence[int] = (),
-                 *, compile: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        text: str,
+        constants: list[tuple],
+        kernels: list[str],
+        runtime: Runtime,
+        name: str,
+        host_arguments: Sequence[int] = (),
+        *,
+        compile: bool = False,
+    ):
         self.runtime, self.host_arguments = runtime, tuple(host_arguments)
         self.digest = hashlib.sha256(text.encode()).hexdigest()
         self._agree(name)

@@ -239,7 +239,7 @@ def reduce_window_with(
 def select_and_scatter_add(
     x: torch.Tensor, source: torch.Tensor, init: torch.Tensor, direction: str, *, window, strides, padding
 ) -> torch.Tensor:
-    """Add each window's source to the element the window selects (the first one on ties for GE and LE, as XLA scans)."""
+    """Add each window's source to the element it selects. On ties GE and LE select the first one, as XLA does."""
     rank = x.dim()
     limit = float("-inf") if direction in ("GE", "GT") else float("inf")
     low, high = [p[0] for p in padding], [p[1] for p in padding]

@@ -21,12 +21,9 @@ import re
 import time
 from builtins import compile as compile_text
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-
-if TYPE_CHECKING:
-    from npu_bridge.runtime.api import Compiled
 
 COLLECTIVES = "collectives"
 _PLACE = re.compile(r"^\S+:\d+$")
@@ -61,6 +58,13 @@ def with_marks(text: str) -> tuple[str, list[str]]:
     return "\n".join(lines) + "\n", list(scopes)
 
 
+class LoadedStep(Protocol):
+    """The part of `npu_bridge.runtime.api.Compiled` that is timed."""
+
+    lowered: Any
+    program: Any
+
+
 class ScopeTimes:
     """What was recorded.
 
@@ -76,12 +80,12 @@ class ScopeTimes:
         self.seconds: collections.Counter[tuple[str, str]] = collections.Counter()
         self.calls: collections.Counter[str] = collections.Counter()
         self.preparing = 0.0
-        self._marked: dict[int, tuple[Compiled, Callable]] = {}
+        self._marked: dict[int, tuple[LoadedStep, Callable]] = {}
         self._events: list[tuple[tuple[str, str], Any, Any]] = []
         self._open: tuple[tuple[str, str], Any, Any] | None = None
         self._module = None if device == "cpu" else torch.get_device_module(device)
 
-    def program(self, compiled: Compiled) -> Callable[..., list[torch.Tensor]]:
+    def program(self, compiled: LoadedStep) -> Callable[..., list[torch.Tensor]]:
         """What runs in place of `compiled.program`."""
         if id(compiled) not in self._marked:
             start = time.perf_counter()
@@ -89,7 +93,7 @@ class ScopeTimes:
             self.preparing += time.perf_counter() - start
         return self._marked[id(compiled)][1]
 
-    def _with_marks(self, compiled: Compiled) -> Callable[..., list[torch.Tensor]]:
+    def _with_marks(self, compiled: LoadedStep) -> Callable[..., list[torch.Tensor]]:
         name = compiled.lowered.name
         text, scopes = with_marks(compiled.lowered.source.text)
         keys = [(name, scope) for scope in scopes]
@@ -162,6 +166,6 @@ def record_scopes(device: str) -> Iterator[ScopeTimes]:
         times.finish()
 
 
-def program_to_run(compiled: Compiled) -> Callable[..., list[torch.Tensor]]:
+def program_to_run(compiled: LoadedStep) -> Callable[..., list[torch.Tensor]]:
     """The program itself, or the one with marks while scopes are recorded."""
     return compiled.program if _recording is None else _recording.program(compiled)

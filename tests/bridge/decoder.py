@@ -39,10 +39,16 @@ def init(c: Config, seed: int = 0):
 
     n = (c.layers,)
     block = {
-        "norm1": np.ones((*n, c.width), np.float32), "norm2": np.ones((*n, c.width), np.float32),
-        "wq": w(*n, c.width, c.heads, c.head_dim), "wk": w(*n, c.width, c.kv, c.head_dim), "wv": w(*n, c.width, c.kv, c.head_dim),
-        "wo": w(*n, c.heads, c.head_dim, c.width), "wg": w(*n, c.width, c.ff), "wu": w(*n, c.width, c.ff), "wd": w(*n, c.ff, c.width),
-    }  # fmt: skip
+        "norm1": np.ones((*n, c.width), np.float32),
+        "norm2": np.ones((*n, c.width), np.float32),
+        "wq": w(*n, c.width, c.heads, c.head_dim),
+        "wk": w(*n, c.width, c.kv, c.head_dim),
+        "wv": w(*n, c.width, c.kv, c.head_dim),
+        "wo": w(*n, c.heads, c.head_dim, c.width),
+        "wg": w(*n, c.width, c.ff),
+        "wu": w(*n, c.width, c.ff),
+        "wd": w(*n, c.ff, c.width),
+    }
     return {
         "embed": w(c.vocab, c.width) * 20,
         "block": block,
@@ -51,8 +57,14 @@ def init(c: Config, seed: int = 0):
     }
 
 
-RULES = [("embed", P("tensor", "fsdp")), ("head", P("fsdp", "tensor")), ("w[qkv]", P(None, "fsdp", "tensor")), ("wo", P(None, "tensor", None, "fsdp")),
-         ("w[gu]", P(None, "fsdp", "tensor")), ("wd", P(None, "tensor", "fsdp"))]  # fmt: skip
+RULES = [
+    ("embed", P("tensor", "fsdp")),
+    ("head", P("fsdp", "tensor")),
+    ("w[qkv]", P(None, "fsdp", "tensor")),
+    ("wo", P(None, "tensor", None, "fsdp")),
+    ("w[gu]", P(None, "fsdp", "tensor")),
+    ("wd", P(None, "tensor", "fsdp")),
+]
 
 
 def specs(tree):

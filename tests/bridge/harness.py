@@ -129,9 +129,17 @@ class Replay:
 
 def portable(low: Lowered) -> dict[str, Any]:
     """Pack a lowered program so that another process can run it."""
-    return {"source": low.source, "mesh": low.mesh, "args": low.arg_layouts, "results": low.result_layouts, "kept": low.traced.kept,
-            "dtypes": [np.dtype(a.dtype).name for a in low.traced.out_avals], "shapes": [a.shape for a in low.traced.out_avals],
-            "in_dtypes": [np.dtype(a.dtype).name for a in low.traced.in_avals], "name": low.name}  # fmt: skip
+    return {
+        "source": low.source,
+        "mesh": low.mesh,
+        "args": low.arg_layouts,
+        "results": low.result_layouts,
+        "kept": low.traced.kept,
+        "dtypes": [np.dtype(a.dtype).name for a in low.traced.out_avals],
+        "shapes": [a.shape for a in low.traced.out_avals],
+        "in_dtypes": [np.dtype(a.dtype).name for a in low.traced.in_avals],
+        "name": low.name,
+    }
 
 
 def _dtype(name: str):

@@ -31,16 +31,20 @@ MODULES = (
     "lax_test", "lax_numpy_test", "lax_numpy_indexing_test", "lax_numpy_reducers_test", "lax_numpy_operators_test",
     "lax_numpy_ufuncs_test", "lax_numpy_einsum_test", "lax_numpy_vectorize_test", "lax_numpy_setops_test",
     "lax_autodiff_test", "lax_vmap_test", "lax_vmap_op_test", "lax_control_flow_test", "lax_scipy_test",
-    "lax_scipy_special_functions_test", "lax_scipy_sparse_test", "linalg_test", "fft_test", "scipy_fft_test", "scipy_stats_test",
+    "lax_scipy_special_functions_test", "lax_scipy_sparse_test", "linalg_test", "fft_test", "scipy_fft_test",
+    "scipy_stats_test",
     "scipy_signal_test", "scipy_ndimage_test", "scipy_interpolate_test", "scipy_spatial_test", "scipy_optimize_test",
-    "nn_test", "random_test", "random_lax_test", "api_test", "batching_test", "shard_map_test", "image_test", "ode_test",
+    "nn_test", "random_test", "random_lax_test", "api_test", "batching_test", "shard_map_test", "image_test",
+    "ode_test",
     "polynomial_test", "dtypes_test", "ann_test", "stax_test", "optimizers_test", "custom_api_test",
-    "custom_linear_solve_test", "custom_root_test", "generated_fun_test", "jet_test", "sparse_bcoo_bcsr_test", "sparse_test",
+    "custom_linear_solve_test", "custom_root_test", "generated_fun_test", "jet_test", "sparse_bcoo_bcsr_test",
+    "sparse_test",
     "mutable_array_test", "state_test", "experimental_rnn_test", "scaled_dot_test", "checkify_test", "pjit_test",
-)  # fmt: skip
+    )  # fmt: skip
 OUTCOMES = ("passed", "with allow_host_sync", "refused", "wrong", "crashed")
-TOLERANCE = {"float32": 2e-5, "complex64": 2e-5, "float64": 1e-11, "complex128": 1e-11, "float16": 4e-3, "bfloat16": 3e-2,
-             "float8_e4m3fn": 0.13, "float8_e5m2": 0.26}  # fmt: skip
+TOLERANCE = {"float32": 2e-5, "complex64": 2e-5, "float64": 1e-11, "complex128": 1e-11, "float16": 4e-3,
+    "bfloat16": 3e-2,
+    "float8_e4m3fn": 0.13, "float8_e5m2": 0.26}  # fmt: skip
 MOST_CALLS = 3  # of one jitted function
 MOST_COMPARISONS = 12  # in one test
 MOST_SECONDS = 120  # for one test

@@ -1,4 +1,4 @@
-"""Explicit collectives of shard_map, changed layouts, sub-axes and permuted meshes, on four gloo processes against XLA."""
+"""Collectives of shard_map, changed layouts, sub-axes and permuted meshes on four gloo processes, against XLA."""
 
 import functools
 
@@ -152,8 +152,13 @@ def test_reports_count_bytes_that_leave_a_device():
     for c in low.collectives():
         whole = int(np.prod(c["shape"])) * 4
         n = c["devices"]
-        expected = {"all_gather": whole * (n - 1) // n, "all_reduce": 2 * whole * (n - 1) // n, "reduce_scatter": whole * (n - 1) // n,
-                    "all_to_all": whole * (n - 1) // n, "permute": whole}[c["kind"]]  # fmt: skip
+        expected = {
+            "all_gather": whole * (n - 1) // n,
+            "all_reduce": 2 * whole * (n - 1) // n,
+            "reduce_scatter": whole * (n - 1) // n,
+            "all_to_all": whole * (n - 1) // n,
+            "permute": whole,
+        }[c["kind"]]
         assert c["bytes"] == expected, c
 
 

@@ -78,16 +78,23 @@ def compare(functions, *args, dtype="float32"):
             for a, b in zip(jax.tree.leaves(want[name]), jax.tree.leaves(got[name]), strict=True):
                 a, b = np.asarray(a), np.asarray(b)
                 rtol = TOLERANCE.get(str(a.dtype), 0.07)
-                assert_close([np.nan_to_num(a, posinf=3e38, neginf=-3e38) if a.dtype == np.float32 else a],
-                             [np.nan_to_num(b, posinf=3e38, neginf=-3e38) if b.dtype == np.float32 else b], rtol, rtol / 30, f"{name}, {dtype}, call {call}")  # fmt: skip
+                assert_close(
+                    [np.nan_to_num(a, posinf=3e38, neginf=-3e38) if a.dtype == np.float32 else a],
+                    [np.nan_to_num(b, posinf=3e38, neginf=-3e38) if b.dtype == np.float32 else b],
+                    rtol,
+                    rtol / 30,
+                    f"{name}, {dtype}, call {call}",
+                )
                 if a.dtype.kind == "f":
                     assert np.array_equal(np.isnan(a), np.isnan(b)), (
                         f"{name}, {dtype}, call {call}: NaN expected {a}, found {b}"
                     )
 
 
-UNARY = "exp expm1 exp2 log log1p sqrt rsqrt cbrt sin cos tan tanh sinh cosh asin acos atan asinh acosh atanh logistic erf erfc erf_inv lgamma digamma " \
-        "bessel_i0e bessel_i1e floor ceil is_finite sign neg abs square".split()  # fmt: skip
+UNARY = (
+    "exp expm1 exp2 log log1p sqrt rsqrt cbrt sin cos tan tanh sinh cosh asin acos atan asinh acosh atanh logistic erf "
+    "erfc erf_inv lgamma digamma bessel_i0e bessel_i1e floor ceil is_finite sign neg abs square"
+).split()
 BINARY = "add sub mul div rem max min eq ne lt le gt ge".split()
 ORDERS = {name: getattr(jaxcompat.total_order_primitives(), f"{name}_p").bind for name in ("eq_to", "lt_to", "le_to")}
 
@@ -197,9 +204,17 @@ def test_reductions_and_orders_of_nothing_one_and_edge_values(dtype):
 @pytest.mark.parametrize("dtype", ("float32", "uint16", "bool"))
 def test_gather_and_scatter_by_every_kind_of_index(dtype):
     x = filled("uint8" if dtype == "bool" else dtype, 300, 2).astype(dtype)
-    taken = dict(index=lambda x, i: x[i], scalar=lambda x, i: x[i[1]], clip=lambda x, i: jnp.take(x, i, axis=0, mode="clip"), wrap=lambda x, i: jnp.take(x, i, axis=0, mode="wrap"),
-                 fill=lambda x, i: x.at[i].get(mode="fill", fill_value=1), slice=lambda x, i: lax.dynamic_slice(x, (i[1], i[0]), (2, 2)), constant=lambda x, i: (x[2], x[np.int32(3)], jnp.take(x[:, 0], i[0])),
-                 past_the_end=lambda x, i: lax.dynamic_slice(x, (i[3], i[0]), (2, 1)), update=lambda x, i: lax.dynamic_update_slice(x, x[:3], (i[1], i[0])))  # fmt: skip
+    taken = dict(
+        index=lambda x, i: x[i],
+        scalar=lambda x, i: x[i[1]],
+        clip=lambda x, i: jnp.take(x, i, axis=0, mode="clip"),
+        wrap=lambda x, i: jnp.take(x, i, axis=0, mode="wrap"),
+        fill=lambda x, i: x.at[i].get(mode="fill", fill_value=1),
+        slice=lambda x, i: lax.dynamic_slice(x, (i[1], i[0]), (2, 2)),
+        constant=lambda x, i: (x[2], x[np.int32(3)], jnp.take(x[:, 0], i[0])),
+        past_the_end=lambda x, i: lax.dynamic_slice(x, (i[3], i[0]), (2, 1)),
+        update=lambda x, i: lax.dynamic_update_slice(x, x[:3], (i[1], i[0])),
+    )
     for index in ("int8", "uint8", "uint16", "uint32"):
         top = int(jnp.iinfo(index).max)
         compare(taken, x[: min(top, 300)], np.array([0, min(top, 200), 2, top], index))
@@ -258,9 +273,23 @@ def test_products_and_convolutions_of_every_dtype():
     for dtype in ("bool", "int8", "uint32", "bfloat16", "float8_e5m2"):
         a = np.abs(whole).astype(jnp.dtype(dtype)) if dtype in (*UNSIGNED, "bool") else whole.astype(jnp.dtype(dtype))
         x, k = np.resize(a, (2, 3, 6, 6)), np.resize(a, (4, 3, 3, 3))
-        compare({"matmul": lambda a, x, k: a @ a.T, "batched": lambda a, x, k: jnp.einsum("bij,bkj->bik", a[None], a[None]), "of nothing": lambda a, x, k: a[:, :0] @ a[:0, :3],
-                 "convolution": lambda a, x, k: lax.conv_general_dilated(x, k, (1, 1), ((1, 1), (2, 2)), lhs_dilation=(1, 2), rhs_dilation=(2, 1)),
-                 "by groups": lambda a, x, k: lax.conv_general_dilated(x, k[:3, :1], (1, 1), "VALID", feature_group_count=3)}, a, x, k, dtype="int8")  # fmt: skip
+        compare(
+            {
+                "matmul": lambda a, x, k: a @ a.T,
+                "batched": lambda a, x, k: jnp.einsum("bij,bkj->bik", a[None], a[None]),
+                "of nothing": lambda a, x, k: a[:, :0] @ a[:0, :3],
+                "convolution": lambda a, x, k: lax.conv_general_dilated(
+                    x, k, (1, 1), ((1, 1), (2, 2)), lhs_dilation=(1, 2), rhs_dilation=(2, 1)
+                ),
+                "by groups": lambda a, x, k: lax.conv_general_dilated(
+                    x, k[:3, :1], (1, 1), "VALID", feature_group_count=3
+                ),
+            },
+            a,
+            x,
+            k,
+            dtype="int8",
+        )
 
 
 def test_factorisations_of_empty_matrices():
@@ -280,7 +309,20 @@ def test_factorisations_of_empty_matrices():
 def test_8_bit_floats_compute_like_xla():
     for dtype in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2):
         x = np.array([0.0, 1, -1, 0.5, 3.5, 100, -7, 0.1, 240], dtype)
-        functions = dict(sum=lambda x: (x + x, x * x, x - x[::-1], x * 2, -x, abs(x)), order=lambda x: (x < x[::-1], jnp.maximum(x, x[::-1]), jnp.sort(x), jnp.argmax(x)),
-                         moves=lambda x: (x[::-1], x.reshape(3, 3).T, jnp.concatenate([x, x]), jnp.pad(x, 1), x[jnp.array([1, 2])], x.at[0].set(1), jnp.where(x > 0, x, 0)),
-                         sums=lambda x: x[:4].sum(), constant=lambda x: x[:4] + np.array([1, 2, 3, 4], dtype), loop=lambda x: lax.fori_loop(0, 3, lambda i, c: c * x, x))  # fmt: skip
+        functions = dict(
+            sum=lambda x: (x + x, x * x, x - x[::-1], x * 2, -x, abs(x)),
+            order=lambda x: (x < x[::-1], jnp.maximum(x, x[::-1]), jnp.sort(x), jnp.argmax(x)),
+            moves=lambda x: (
+                x[::-1],
+                x.reshape(3, 3).T,
+                jnp.concatenate([x, x]),
+                jnp.pad(x, 1),
+                x[jnp.array([1, 2])],
+                x.at[0].set(1),
+                jnp.where(x > 0, x, 0),
+            ),
+            sums=lambda x: x[:4].sum(),
+            constant=lambda x: x[:4] + np.array([1, 2, 3, 4], dtype),
+            loop=lambda x: lax.fori_loop(0, 3, lambda i, c: c * x, x),
+        )
         compare(functions, x)

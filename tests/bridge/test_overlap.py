@@ -26,8 +26,14 @@ def f32(*shape):
 def decoder_step(c, **options):
     step, state = decoder.make(c)
     data = jax.tree.map(lambda _: P("fsdp"), decoder.batch(c))
-    fn = npu_bridge.jit(step, mesh=decoder.MESH, in_shardings=(decoder.specs(state), data), out_shardings=(decoder.specs(state), P()),
-                        donate_argnums=0, **options)  # fmt: skip
+    fn = npu_bridge.jit(
+        step,
+        mesh=decoder.MESH,
+        in_shardings=(decoder.specs(state), data),
+        out_shardings=(decoder.specs(state), P()),
+        donate_argnums=0,
+        **options,
+    )
     return fn.lower(state, decoder.batch(c)), state
 
 

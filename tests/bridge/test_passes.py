@@ -97,9 +97,13 @@ def test_an_integer_target_is_looked_up_not_compared_with_every_class():
 def test_comparisons_that_are_no_index_stay_comparisons():
     row = np.array([0, 3, 1, 3, 4], np.int32)
     places = jnp.arange(5)
-    for fn in (lambda x, r: jnp.where(r == places, x, 0).sum(-1),  # another number in every place of the row
-               lambda x, r: jnp.where(r[0] == places, x, 1).sum(-1), lambda x, r: jnp.where(r[0] == places, x, 0).max(-1),
-               lambda x, r: jnp.where(r[0] <= places, x, 0).sum(-1), lambda x, r: jnp.where((r[:2, None] == places), x, 0).sum(0)):  # fmt: skip
+    for fn in (
+        lambda x, r: jnp.where(r == places, x, 0).sum(-1),  # another number in every place of the row
+        lambda x, r: jnp.where(r[0] == places, x, 1).sum(-1),
+        lambda x, r: jnp.where(r[0] == places, x, 0).max(-1),
+        lambda x, r: jnp.where(r[0] <= places, x, 0).sum(-1),
+        lambda x, r: jnp.where((r[:2, None] == places), x, 0).sum(0),
+    ):
         text = both(fn, f32(2, 5), row)
         assert "T.pick(" not in text and "T.add_at(" not in text, text
 

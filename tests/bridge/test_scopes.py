@@ -44,8 +44,23 @@ def test_marks_stand_where_the_scope_or_the_depth_changes_and_exchanges_have_the
     assert names == ["", "jvp(mlp)/up", "collectives", "loop/inner"]
     marked = [line.strip() for line in text.splitlines() if "mark(" in line or (" = " in line and "  # " in line)]
     assert [line.split(" =")[0] for line in marked] == [
-        "mark(0)", "v0", "mark(1)", "v1", "mark(2)", "v2", "mark(1)", "v3", "mark(1)", "v4", "mark(3)", "v5", "mark(3)", "v6", "mark(2)", "v7",
-    ]  # fmt: skip
+        "mark(0)",
+        "v0",
+        "mark(1)",
+        "v1",
+        "mark(2)",
+        "v2",
+        "mark(1)",
+        "v3",
+        "mark(1)",
+        "v4",
+        "mark(3)",
+        "v5",
+        "mark(3)",
+        "v6",
+        "mark(2)",
+        "v7",
+    ]
     # Nothing else has changed, and a round of the loop begins with a mark of its own.
     assert "\n".join(line for line in text.splitlines() if "mark(" not in line) + "\n" == TEXT
     assert "    for i0 in range(3):\n        mark(1)\n" in text

@@ -138,7 +138,7 @@ def test_exchanges_of_a_step_are_those_of_hand_written_fsdp_and_tensor_paralleli
 
 
 def test_gradients_over_data_and_fsdp_are_scattered_first_and_summed_between_groups_on_the_shard(pool):
-    """Hierarchical: fsdp inside a machine sees whole gradients, data between machines only each device's shard of them."""
+    """Hierarchical: fsdp within a machine reduces whole gradients, data between machines only each device's shard."""
     c = decoder.Config(fused=True, rows=("data", "fsdp"))
     step, state = decoder.make(c)
     rows = jax.tree.map(lambda _: P(("data", "fsdp")), decoder.batch(c))

@@ -27,14 +27,37 @@ SPECIAL = [
 ]
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 40, 220)}
 MODEL = {
-    "vision": {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "window_size": 56, "fullatt_block_indexes": [0, 1], "tokens_per_second": 3},
-    "text": {
-        "family": "qwen2", "vocab_size": 264, "hidden_size": 64, "intermediate_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16,
-        "rope_theta": 5e4, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope": "mrope", "mrope_section": [2, 3, 3], "max_position_embeddings": 4096,
+    "vision": {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "window_size": 56,
+        "fullatt_block_indexes": [0, 1],
+        "tokens_per_second": 3,
     },
-    "image_token_id": 261, "video_token_id": 262, "vision_start_token_id": 259, "vision_end_token_id": 260,
+    "text": {
+        "family": "qwen2",
+        "vocab_size": 264,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "rope_theta": 5e4,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "rope": "mrope",
+        "mrope_section": [2, 3, 3],
+        "max_position_embeddings": 4096,
+    },
+    "image_token_id": 261,
+    "video_token_id": 262,
+    "vision_start_token_id": 259,
+    "vision_end_token_id": 260,
     "compute_dtype": "float32",
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="session")

@@ -71,21 +71,57 @@ chmod 440 logs/train_${logfile}.log
 DATA = {
     "dataset_param": {
         "dataset_type": "huggingface",
-        "preprocess_parameters": {"model_name_or_path": "./ckpt/hf_path/Qwen2.5-VL-3B-Instruct", "image_max_pixels": 262144, "image_min_pixels": 0, "video_max_pixels": 16384,
-                                  "video_min_pixels": 0, "video_fps": 2.0, "video_maxlen": 64},
-        "basic_parameters": {"template": "qwen2vl", "dataset_dir": "./data", "dataset": "./data/mllm.json", "cache_dir": "./c", "train_on_prompt": False, "mask_history": False,
-                             "max_samples": None, "tool_format": None},
-        "attr": {"system": None, "images": "images", "videos": None, "messages": "messages", "role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
-                 "observation_tag": None, "function_tag": None, "system_tag": None},
+        "preprocess_parameters": {
+            "model_name_or_path": "./ckpt/hf_path/Qwen2.5-VL-3B-Instruct",
+            "image_max_pixels": 262144,
+            "image_min_pixels": 0,
+            "video_max_pixels": 16384,
+            "video_min_pixels": 0,
+            "video_fps": 2.0,
+            "video_maxlen": 64,
+        },
+        "basic_parameters": {
+            "template": "qwen2vl",
+            "dataset_dir": "./data",
+            "dataset": "./data/mllm.json",
+            "cache_dir": "./c",
+            "train_on_prompt": False,
+            "mask_history": False,
+            "max_samples": None,
+            "tool_format": None,
+        },
+        "attr": {
+            "system": None,
+            "images": "images",
+            "videos": None,
+            "messages": "messages",
+            "role_tag": "from",
+            "content_tag": "value",
+            "user_tag": "human",
+            "assistant_tag": "gpt",
+            "observation_tag": None,
+            "function_tag": None,
+            "system_tag": None,
+        },
     },
-    "dataloader_param": {"dataloader_mode": "sampler", "drop_last": True, "sampler_type": "BaseRandomBatchSampler", "shuffle": True,
-                         "collate_param": {"model_name": "qwen2vl", "ignore_pad_token_for_loss": True}},
-}  # fmt: skip
+    "dataloader_param": {
+        "dataloader_mode": "sampler",
+        "drop_last": True,
+        "sampler_type": "BaseRandomBatchSampler",
+        "shuffle": True,
+        "collate_param": {"model_name": "qwen2vl", "ignore_pad_token_for_loss": True},
+    },
+}
 MODEL = {
-    "model_id": "qwen2_5vl", "img_context_token_id": 151655,
-    "image_encoder": {"vision_encoder": {"num_layers": 32, "freeze": True, "pipeline_num_layers": [32, 0]}, "vision_projector": {"hidden_size": 2048, "freeze": True}},
-    "text_decoder": {"hidden_size": 2048, "num_layers": 36, "hidden_dropout": 0.0, "rope_scaling": None}, "video_encoder": None,
-}  # fmt: skip
+    "model_id": "qwen2_5vl",
+    "img_context_token_id": 151655,
+    "image_encoder": {
+        "vision_encoder": {"num_layers": 32, "freeze": True, "pipeline_num_layers": [32, 0]},
+        "vision_projector": {"hidden_size": 2048, "freeze": True},
+    },
+    "text_decoder": {"hidden_size": 2048, "num_layers": 36, "hidden_dropout": 0.0, "rope_scaling": None},
+    "video_encoder": None,
+}
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Encoding of conversations: ids and positions against transformers, what is learned, truncation, and what is refused."""
+"""Encoding of conversations: ids and positions against transformers, loss masks, truncation, refusals."""
 
 from __future__ import annotations
 

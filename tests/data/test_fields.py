@@ -65,7 +65,8 @@ USED = {
                 {"role": "assistant", "content": "12 degrees."},
             ]
         },
-        f"<|im_start|>user\nWeather in Oslo?<|im_end|>\n<|im_start|>assistant\nLet me look.\n{WRITTEN_CALL}\n{WRITTEN_CALL}<|im_end|>\n<|im_start|>user\n<tool_response>\n12C\n</tool_response><|im_end|>\n"
+        f"<|im_start|>user\nWeather in Oslo?<|im_end|>\n<|im_start|>assistant\nLet me look.\n{WRITTEN_CALL}\n"
+        f"{WRITTEN_CALL}<|im_end|>\n<|im_start|>user\n<tool_response>\n12C\n</tool_response><|im_end|>\n"
         "<|im_start|>assistant\n12 degrees.<|im_end|>",
         f"Let me look.\n{WRITTEN_CALL}\n{WRITTEN_CALL}<|im_end|>12 degrees.<|im_end|>",
     ),
@@ -78,7 +79,9 @@ USED = {
                 {"from": "gpt", "value": "12."},
             ]
         },
-        '<|im_start|>user\nWeather?<|im_end|>\n<|im_start|>assistant\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\n12C\n</tool_response><|im_end|>\n'
+        "<|im_start|>user\nWeather?<|im_end|>\n<|im_start|>assistant\n<tool_call>\n"
+        '{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>\n<|im_start|>user\n'
+        "<tool_response>\n12C\n</tool_response><|im_end|>\n"
         "<|im_start|>assistant\n12.<|im_end|>",
         '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>12.<|im_end|>',
     ),
@@ -87,10 +90,14 @@ USED = {
             "tools": json.dumps([TOOL]),
             "messages": [{"role": "system", "content": "Be short."}, ASK, {"role": "assistant", "content": "No."}],
         },
-        "<|im_start|>system\nBe short.\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
+        "<|im_start|>system\nBe short.\n\n# Tools\n"
+        "\nYou may call one or more functions to assist with the user query.\n"
+        "\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
         + json.dumps({"type": "function", "function": TOOL})
-        + "\n</tools>\n\nFor each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n"
-        '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n<|im_start|>user\nWeather in Oslo?<|im_end|>\n<|im_start|>assistant\nNo.<|im_end|>',
+        + "\n</tools>\n"
+        "\nFor each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n"
+        '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\nWeather in Oslo?<|im_end|>\n<|im_start|>assistant\nNo.<|im_end|>",
         "No.<|im_end|>",
     ),
     "loss false (ms-swift)": (answer(loss=False), None, "GOOD<|im_end|>"),
@@ -146,7 +153,8 @@ def test_a_turn_of_half_weight_is_learned_with_half_of_the_loss():
         ({**answer(), "weight": 0}, "'weight'"),
         ({**answer(), "image": "a.png", "images": ["b.png"]}, "'image'"),
         ({**answer(), "conversations": [{"from": "human", "value": "other"}]}, "'conversations'"),
-        ({"system": "A", "messages": [{"role": "system", "content": "B"}, *answer()["messages"]]}, "says something else"),
+        ({"system": "A", "messages": [{"role": "system", "content": "B"}, *answer()["messages"]]},
+        "says something else"),
         ({"system": ["A"], **answer()}, "expected text"),
         (answer(refusal="I cannot"), "'refusal'"),
         (answer(prefix=True), "'prefix'"),
@@ -156,12 +164,18 @@ def test_a_turn_of_half_weight_is_learned_with_half_of_the_loss():
         (answer(tool_calls=[{"function": {"name": "f", "arguments": "{"}}]), "not JSON"),
         (answer(reasoning_content="first"), "after the last user turn"),
         ({"messages": [{**ASK, "loss": True}, {"role": "assistant", "content": "a"}]}, "only answers are learned"),
-        ({"messages": [{**ASK, "tool_calls": [CALL]}, {"role": "assistant", "content": "a"}]}, "only the assistant calls"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png", "max_pixels": 784}]}, {"role": "assistant", "content": "a"}]}, "'max_pixels'"),
-        ({"images": ["b.png"], "messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}, {"role": "assistant", "content": "a"}]}, "names 'a.png'"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "image": "a.png"}]}, {"role": "assistant", "content": "a"}]}, "text and a medium"),
-        ({"images": ["https://example.org/a.png"], "messages": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a"}]}, "URL"),
-        ({"images": ["file://host/a.png"], "messages": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a"}]}, "another machine"),
+        ({"messages": [{**ASK, "tool_calls": [CALL]}, {"role": "assistant", "content": "a"}]},
+        "only the assistant calls"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png", "max_pixels": 784}]},
+        {"role": "assistant", "content": "a"}]}, "'max_pixels'"),
+        ({"images": ["b.png"], "messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]},
+        {"role": "assistant", "content": "a"}]}, "names 'a.png'"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "image": "a.png"}]},
+        {"role": "assistant", "content": "a"}]}, "text and a medium"),
+        ({"images": ["https://example.org/a.png"], "messages": [{"role": "user", "content": "<image>"},
+        {"role": "assistant", "content": "a"}]}, "URL"),
+        ({"images": ["file://host/a.png"], "messages": [{"role": "user", "content": "<image>"}, {"role": "assistant",
+        "content": "a"}]}, "another machine"),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused_by_name(record, says):

@@ -27,7 +27,8 @@ def source(path) -> Source:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.json", MARK + json.dumps([TURNS]).encode()), ("a.json", json.dumps([TURNS]).encode("utf-16")), ("a.jsonl", MARK + json.dumps(TURNS).encode()),
+        ("a.json", MARK + json.dumps([TURNS]).encode()), ("a.json", json.dumps([TURNS]).encode("utf-16")),
+        ("a.jsonl", MARK + json.dumps(TURNS).encode()),
         ("a.jsonl", MARK + b"\r\n" + json.dumps(TURNS).encode() + b"\r\n"), ("a.ndjson", json.dumps(TURNS).encode()),
     ],
 )  # fmt: skip
@@ -39,7 +40,9 @@ def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path, name, content):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.jsonl", json.dumps(TURNS).encode("utf-16")), ("a.json", b"\xff\xff"), ("a.json", b"[" * 100_000), ("a.json", b"[" + b"9" * 5000 + b"]"), ("a.json", b"{}"), ("a.json", b""), ("a.jsonl", b""), ("a.parquet", b"PAR1"),
+        ("a.jsonl", json.dumps(TURNS).encode("utf-16")), ("a.json", b"\xff\xff"), ("a.json", b"[" * 100_000),
+        ("a.json", b"[" + b"9" * 5000 + b"]"), ("a.json", b"{}"), ("a.json", b""), ("a.jsonl", b""),
+        ("a.parquet", b"PAR1"),
         ("a.tar", b"\x1f\x8b123"), ("a.tar", b""),
     ],
 )  # fmt: skip
@@ -95,9 +98,12 @@ def test_files_that_other_systems_leave_behind_are_no_data(tmp_path):
 def test_a_cell_that_python_cannot_hold_matters_only_to_a_sample_that_needs_it(tmp_path):
     table = pa.Table.from_pylist([{"id": "x", **TURNS}] * 2)
     odd = {
-        "text": pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(np.array([0, 1, 3], np.int32).tobytes()), pa.py_buffer(b"a\xff\xfe")]),
-        "nano": pa.array([1, 2], pa.timestamp("ns")), "date": pa.array([2**31 - 1] * 2, pa.int32()).view(pa.date32()),
-    }  # fmt: skip
+        "text": pa.Array.from_buffers(
+            pa.string(), 2, [None, pa.py_buffer(np.array([0, 1, 3], np.int32).tobytes()), pa.py_buffer(b"a\xff\xfe")]
+        ),
+        "nano": pa.array([1, 2], pa.timestamp("ns")),
+        "date": pa.array([2**31 - 1] * 2, pa.int32()).view(pa.date32()),
+    }
     for name, column in odd.items():
         pq.write_table(table.append_column("when", column), tmp_path / f"{name}.parquet")
         assert source(tmp_path / f"{name}.parquet")[1].messages[0].content == "Hi"

@@ -38,12 +38,17 @@ def test_the_lines_that_a_refusal_shows_are_read_to_one_and_the_same_sample(line
 
 @pytest.mark.parametrize("record, expected, answers", [
     ({"image": "c.png", "question": "Q <image>?", "answer": "A"}, [("user", "Q <image>?"), ("assistant", "A")], ("A",)),
-    ({"images": ["a.png", "b.png"], "prompt": "Q", "response": "A"}, [("user", "<image><image>Q"), ("assistant", "A")], ("A",)),
-    ({"instruction": "Translate.", "input": "chat", "output": "cat"}, [("user", "Translate.\nchat"), ("assistant", "cat")], ("cat",)),
+    ({"images": ["a.png", "b.png"], "prompt": "Q", "response": "A"}, [("user", "<image><image>Q"), ("assistant", "A")],
+    ("A",)),
+    ({"instruction": "Translate.", "input": "chat", "output": "cat"},
+    [("user", "Translate.\nchat"), ("assistant", "cat")], ("cat",)),
     ({"question": "Q", "answers": ["b", "a", "a"]}, [("user", "Q"), ("assistant", "a")], ("b", "a", "a")),
-    ({"question": "Q", "answer": "a", "answers": ["a", "b", "b"]}, [("user", "Q"), ("assistant", "b")], ("a", "b", "b")),
-    ({"question": "Q", "answers": [{"answer": "yes", "answer_confidence": "yes"}]}, [("user", "Q"), ("assistant", "yes")], ("yes",)),
-    ({"question": "How many?", "answer": 3, "system": "Count."}, [("system", "Count."), ("user", "How many?"), ("assistant", "3")], ("3",)),
+    ({"question": "Q", "answer": "a", "answers": ["a", "b", "b"]}, [("user", "Q"), ("assistant", "b")],
+    ("a", "b", "b")),
+    ({"question": "Q", "answers": [{"answer": "yes", "answer_confidence": "yes"}]},
+    [("user", "Q"), ("assistant", "yes")], ("yes",)),
+    ({"question": "How many?", "answer": 3, "system": "Count."},
+    [("system", "Count."), ("user", "How many?"), ("assistant", "3")], ("3",)),
     ({"question": "Q"}, [("user", "Q")], ()),
 ])  # fmt: skip
 def test_questions_and_answers_become_turns(record, expected, answers):

@@ -34,7 +34,7 @@ def answers(generator, requests):
 
 
 def _reference(opened, generator, request, steps):
-    """Greedy tokens and log-probabilities without a cache: the whole row again for each token, by the training forward."""
+    """Return greedy tokens and log-probabilities without a cache: one training forward of the whole row per token."""
     prompt = generator.encode(request)
     size = prompt.tokens + steps
     batch = pack_bucket(

@@ -45,12 +45,18 @@ def test_requests_may_come_by_standard_input(monkeypatch):
 
 
 @pytest.mark.parametrize("line, message", [
-    ("{", "Invalid JSON"), ("[1]", "should be an object"), ('{"prompt": "x", "max_tokens": 3}', "unknown `max_tokens`; known are id, prompt, messages"),
-    ('{"prompt": 5}', "`prompt`: Input should be a valid string"), ("{}", "either `prompt` or `messages`"), ('{"prompt": "x", "messages": [{"role": "user", "content": "y"}]}', "either `prompt` or `messages`"),
-    ('{"prompt": "x", "images": "a.png"}', "`images`: Input should be a valid array"), ('{"messages": [{"role": "user"}]}', "`messages.0.content`: Field required"),
-    ('{"messages": [{"role": "bot", "content": "x"}]}', "`messages.0.role`: Input should be 'system'"), ('{"messages": []}', "`messages`: List should have at least 1 item"),
-    ('{"prompt": "x", "max_new_tokens": "5"}', "`max_new_tokens`: Input should be a valid integer"), ('{"prompt": "x", "n": 1.5}', "`n`: Input should be a valid integer"),
-    ('{"prompt": "x", "top_p": 2}', "top_p is 2.0"), ('{"prompt": "x", "stop": [1]}', "`stop"), ('{"prompt": "x", "min_pixels": 0}', "`min_pixels`: Input should be greater than or equal to 1"),
+    ("{", "Invalid JSON"), ("[1]", "should be an object"), ('{"prompt": "x", "max_tokens": 3}',
+    "unknown `max_tokens`; known are id, prompt, messages"),
+    ('{"prompt": 5}', "`prompt`: Input should be a valid string"), ("{}", "either `prompt` or `messages`"),
+    ('{"prompt": "x", "messages": [{"role": "user", "content": "y"}]}', "either `prompt` or `messages`"),
+    ('{"prompt": "x", "images": "a.png"}', "`images`: Input should be a valid array"),
+    ('{"messages": [{"role": "user"}]}', "`messages.0.content`: Field required"),
+    ('{"messages": [{"role": "bot", "content": "x"}]}', "`messages.0.role`: Input should be 'system'"),
+    ('{"messages": []}', "`messages`: List should have at least 1 item"),
+    ('{"prompt": "x", "max_new_tokens": "5"}', "`max_new_tokens`: Input should be a valid integer"),
+    ('{"prompt": "x", "n": 1.5}', "`n`: Input should be a valid integer"),
+    ('{"prompt": "x", "top_p": 2}', "top_p is 2.0"), ('{"prompt": "x", "stop": [1]}', "`stop"),
+    ('{"prompt": "x", "min_pixels": 0}', "`min_pixels`: Input should be greater than or equal to 1"),
     ('{"prompt": "<image><image>", "images": ["a.png"]}', "marks 2 pictures"),
 ])  # fmt: skip
 def test_a_line_that_is_no_request_is_named_with_its_reason(tmp_path, line, message):

@@ -28,9 +28,16 @@ from mindvl_jax.training.state import start_phase
 from mindvl_jax.training.step import make_programs
 
 CONFIG = DiTConfig(
-    image_size=8, patch_size=2, channels=3, classes=("a", "b", "c"), hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2,
+    image_size=8,
+    patch_size=2,
+    channels=3,
+    classes=("a", "b", "c"),
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=2,
     compute_dtype="float32",
-)  # fmt: skip
+)
 ROWS = 8
 PHASE = PhaseConfig(
     name="p",

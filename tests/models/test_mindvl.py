@@ -144,7 +144,9 @@ def decoder(config):
 
 
 def _filled(decoder, keys, values, lengths, places, place, unrolled):
-    """A cache of that many places whose rows hold the first tokens of what was read, the last of each before `place`."""
+    """Return a cache of that many slots whose rows hold the first tokens of the prefill; each row's last before
+    `place`.
+    """
     B = keys.shape[1]
     turned = [np.zeros((keys.shape[0], B, places, *keys.shape[3:]), np.float32) for _ in range(2)]
     for row, length in enumerate(lengths):

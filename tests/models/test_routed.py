@@ -128,11 +128,25 @@ def _theirs(config):
             mscale=text.yarn.mscale,
             mscale_all_dim=text.yarn.mscale_all_dim,
         )
-    return DeepseekV3ForCausalLM(DeepseekV3Config(
-        **common, intermediate_size=text.intermediate_size, num_key_value_heads=text.num_heads, n_shared_experts=1, n_routed_experts=moe.experts, routed_scaling_factor=moe.scale,
-        kv_lora_rank=text.kv_lora_rank, q_lora_rank=text.q_lora_rank, qk_rope_head_dim=text.qk_rope_head_dim, qk_nope_head_dim=text.qk_nope_head_dim, v_head_dim=text.v_head_dim,
-        n_group=moe.groups, topk_group=moe.groups_kept, first_k_dense_replace=text.dense_layers, rope_parameters=rope,
-    ))  # fmt: skip
+    return DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            **common,
+            intermediate_size=text.intermediate_size,
+            num_key_value_heads=text.num_heads,
+            n_shared_experts=1,
+            n_routed_experts=moe.experts,
+            routed_scaling_factor=moe.scale,
+            kv_lora_rank=text.kv_lora_rank,
+            q_lora_rank=text.q_lora_rank,
+            qk_rope_head_dim=text.qk_rope_head_dim,
+            qk_nope_head_dim=text.qk_nope_head_dim,
+            v_head_dim=text.v_head_dim,
+            n_group=moe.groups,
+            topk_group=moe.groups_kept,
+            first_k_dense_replace=text.dense_layers,
+            rope_parameters=rope,
+        )
+    )
 
 
 def _randomised(model):

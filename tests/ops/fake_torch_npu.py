@@ -117,8 +117,23 @@ def _logits(q, k, masked, scale):
     return logits.masked_fill(masked, -1e30)
 
 
-def npu_fusion_attention(q, k, v, head_num, input_layout, *, atten_mask=None, scale=1.0, keep_prob=1.0, pre_tockens=UNLIMITED, next_tockens=UNLIMITED,
-                         actual_seq_qlen=None, actual_seq_kvlen=None, sparse_mode=0, softmax_layout=""):  # fmt: skip
+def npu_fusion_attention(
+    q,
+    k,
+    v,
+    head_num,
+    input_layout,
+    *,
+    atten_mask=None,
+    scale=1.0,
+    keep_prob=1.0,
+    pre_tockens=UNLIMITED,
+    next_tockens=UNLIMITED,
+    actual_seq_qlen=None,
+    actual_seq_kvlen=None,
+    sparse_mode=0,
+    softmax_layout="",
+):
     assert softmax_layout == ("TND" if input_layout == "TND" else ""), "statistics in the order of the input"
     assert q.dtype == k.dtype == v.dtype and head_num == q.shape[-2] and q.shape[-1] == k.shape[-1] >= v.shape[-1]
     _note(
@@ -151,9 +166,28 @@ def npu_fusion_attention(q, k, v, head_num, input_layout, *, atten_mask=None, sc
     return out, peaks.float(), sums.float(), q.new_empty(0), 0, 0, 0
 
 
-def npu_fusion_attention_grad(q, k, v, dy, head_num, input_layout, *, atten_mask=None, softmax_max=None, softmax_sum=None, softmax_in=None, attention_in=None,
-                              scale_value=1.0, keep_prob=1.0, pre_tockens=UNLIMITED, next_tockens=UNLIMITED, actual_seq_qlen=None, actual_seq_kvlen=None,
-                              sparse_mode=0, softmax_layout=""):  # fmt: skip
+def npu_fusion_attention_grad(
+    q,
+    k,
+    v,
+    dy,
+    head_num,
+    input_layout,
+    *,
+    atten_mask=None,
+    softmax_max=None,
+    softmax_sum=None,
+    softmax_in=None,
+    attention_in=None,
+    scale_value=1.0,
+    keep_prob=1.0,
+    pre_tockens=UNLIMITED,
+    next_tockens=UNLIMITED,
+    actual_seq_qlen=None,
+    actual_seq_kvlen=None,
+    sparse_mode=0,
+    softmax_layout="",
+):
     assert softmax_layout == ("TND" if input_layout == "TND" else ""), "statistics in the order of the input"
     assert attention_in.shape == dy.shape and softmax_max.shape == softmax_sum.shape and softmax_max.shape[-1] == 8
     _note("npu_fusion_attention_grad", layout=input_layout, sparse_mode=sparse_mode)

@@ -1,4 +1,4 @@
-"""Forms of attention with linear memory: values and gradients against the formula in float64, and where each is taken."""
+"""Linear-memory forms of attention: values and gradients against the formula in float64, and the choice of form."""
 
 from functools import partial
 
@@ -181,9 +181,17 @@ def test_auto_takes_the_form_that_fits_platform_place_and_shape():
     small = dict(plan=Plan(True, None, 0, 0, 0), rows=2, queries=100, keys=100, heads=4, ids=True)
     long = small | dict(queries=16384, keys=16384)
     across = long | dict(keys=20000)
-    cases = [("cpu", True, small, "reference"), ("cpu", True, long, "skipping"), ("cpu", False, long, "blocked"), ("cpu", True, across, "blocked"),
-             ("cuda", True, long, "blocked"), ("cuda", True, small, "reference"), ("tpu", True, long, "splash"), ("tpu", True, small, "reference"),
-             ("tpu", False, long, "blocked")]  # fmt: skip
+    cases = [
+        ("cpu", True, small, "reference"),
+        ("cpu", True, long, "skipping"),
+        ("cpu", False, long, "blocked"),
+        ("cpu", True, across, "blocked"),
+        ("cuda", True, long, "blocked"),
+        ("cuda", True, small, "reference"),
+        ("tpu", True, long, "splash"),
+        ("tpu", True, small, "reference"),
+        ("tpu", False, long, "blocked"),
+    ]
     for platform, local, shape, wanted in cases:
         assert choose_form("auto", platform, local, **shape) == wanted, (platform, local, shape)
     with pytest.raises(ValueError, match="shorter than one block"):

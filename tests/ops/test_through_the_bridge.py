@@ -20,8 +20,22 @@ def make_arguments():
     def draw(*shape):
         return jnp.asarray(rng.standard_normal(shape) * 0.3, jnp.float32)
 
-    params = dict(table=draw(V, D), norm=jnp.ones(D), scale=jnp.ones(D), bias=draw(D), query=draw(D, N * H), key=draw(D, K * H), value=draw(D, K * H),
-                  value_bias=draw(K * H), out=draw(N * H, D), gate=draw(D, F), up=draw(D, F), down=draw(F, D), router=draw(D, E), experts=draw(E, D, D))  # fmt: skip
+    params = dict(
+        table=draw(V, D),
+        norm=jnp.ones(D),
+        scale=jnp.ones(D),
+        bias=draw(D),
+        query=draw(D, N * H),
+        key=draw(D, K * H),
+        value=draw(D, K * H),
+        value_bias=draw(K * H),
+        out=draw(N * H, D),
+        gate=draw(D, F),
+        up=draw(D, F),
+        down=draw(F, D),
+        router=draw(D, E),
+        experts=draw(E, D, D),
+    )
     zeros = jax.tree.map(jnp.zeros_like, params)
     ids = jnp.asarray([[1] * 10 + [2] * 15 + [3] * 5 + [0] * 2] * B, jnp.int32)
     lengths = jnp.asarray([[10, 15, 5]] * B, jnp.int32)
@@ -40,8 +54,22 @@ def arguments():
 
 
 _COLUMNS, _ROWS = P("fsdp", "tensor"), P("tensor", "fsdp")
-SPECS = dict(table=P("tensor", "fsdp"), norm=P(), scale=P(), bias=P(), query=_COLUMNS, key=_COLUMNS, value=_COLUMNS, value_bias=P("tensor"), out=_ROWS,
-             gate=_COLUMNS, up=_COLUMNS, down=_ROWS, router=P("fsdp"), experts=P(None, "fsdp", "tensor"))  # fmt: skip
+SPECS = dict(
+    table=P("tensor", "fsdp"),
+    norm=P(),
+    scale=P(),
+    bias=P(),
+    query=_COLUMNS,
+    key=_COLUMNS,
+    value=_COLUMNS,
+    value_bias=P("tensor"),
+    out=_ROWS,
+    gate=_COLUMNS,
+    up=_COLUMNS,
+    down=_ROWS,
+    router=P("fsdp"),
+    experts=P(None, "fsdp", "tensor"),
+)
 
 
 def loss(p, batch):

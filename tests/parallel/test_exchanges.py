@@ -16,17 +16,27 @@ from mindvl_jax.config.schema import MeshConfig
 from mindvl_jax.parallel.mesh import AXES, make_mesh
 from mindvl_jax.planning.exchanges import Exchange, exchanges
 from mindvl_jax.planning.phase import lowerings, parts_of
-from mindvl_jax.training.backend import compile_xla
+from mindvl_jax.training.xla_backend import compile_xla
 
 # Sizes that tell what an array is: no parameter has a dim of 104, 26 or 112, no other part has the decoder's matrices.
 TOKENS, CHUNK, PATCHES, WIDTH = 104, 26, 112, 64
 ACTIVATION_DIMS = {TOKENS, CHUNK, PATCHES}
 SETTINGS = [
-    "model.remat=full", "model.compute_dtype=float32", "model.text.num_heads=4", "model.text.num_kv_heads=2", "model.text.head_dim=24",
-    "model.text.mrope_section=[4,4,4]", "model.vision.depth=1", "model.vision.fullatt_block_indexes=[0]", "model.vision.hidden_size=56",
-    "model.vision.intermediate_size=72", "training.phases.0.rows=8", f"training.phases.0.sequence_length={TOKENS}",
-    f"training.phases.0.patches_per_row={PATCHES}", f"training.loss_chunk={CHUNK}",
-]  # fmt: skip
+    "model.remat=full",
+    "model.compute_dtype=float32",
+    "model.text.num_heads=4",
+    "model.text.num_kv_heads=2",
+    "model.text.head_dim=24",
+    "model.text.mrope_section=[4,4,4]",
+    "model.vision.depth=1",
+    "model.vision.fullatt_block_indexes=[0]",
+    "model.vision.hidden_size=56",
+    "model.vision.intermediate_size=72",
+    "training.phases.0.rows=8",
+    f"training.phases.0.sequence_length={TOKENS}",
+    f"training.phases.0.patches_per_row={PATCHES}",
+    f"training.loss_chunk={CHUNK}",
+]
 QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,

@@ -117,9 +117,11 @@ def test_an_incomplete_distributed_section_is_refused_before_any_connection():
 
 @pytest.mark.parametrize("environment, expected", [
     ({"MASTER_ADDR": "a", "MASTER_PORT": "4000", "RANK": "1", "WORLD_SIZE": "4"}, ("a:4001", 4, 1)),
-    ({"SLURM_PROCID": "2", "SLURM_NTASKS": "3", "SLURM_JOB_ID": "4001", "SLURM_STEP_NODELIST": "gpu[003-005,9],login"}, ("gpu003:61001", 3, 2)),
+    ({"SLURM_PROCID": "2", "SLURM_NTASKS": "3", "SLURM_JOB_ID": "4001", "SLURM_STEP_NODELIST": "gpu[003-005,9],login"},
+    ("gpu003:61001", 3, 2)),
     ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_NODELIST": "one,two"}, ("one:61000", 1, 0)),
-    ({"JOB_COMPLETION_INDEX": "1", "MINDVL_PROCESSES": "2", "MINDVL_COORDINATOR": "mindvl-0.mindvl:62000"}, ("mindvl-0.mindvl:62000", 2, 1)),
+    ({"JOB_COMPLETION_INDEX": "1", "MINDVL_PROCESSES": "2", "MINDVL_COORDINATOR": "mindvl-0.mindvl:62000"},
+    ("mindvl-0.mindvl:62000", 2, 1)),
 ])  # fmt: skip
 def test_a_process_learns_from_its_launcher_who_it_is(environment, expected):
     found = distributed.discovered(DistributedConfig(coordinator="auto"), environment)

@@ -69,7 +69,7 @@ def test_published_section_split_turns_the_published_frequencies():
 
 @pytest.mark.parametrize("name", ["qwen2.5-vl", "mindvl-mrope", "qwen3", "qwen2.5"])
 def test_bfloat16_is_no_farther_from_float32_than_that_of_transformers(family, name):
-    """Over logits of several samples: our error in root mean square against theirs, same weights rounded the same way."""
+    """Compare RMS errors over logits of several samples, ours and theirs, with weights rounded the same way."""
     from flax import nnx
 
     from mindvl_jax.models.outline import outline_of

@@ -1,4 +1,4 @@
-"""The Qwen tokenizer built from ranks is the published one; control tokens and the compact table do what they promise."""
+"""The Qwen tokenizer built from ranks equals the published one; control tokens and the compact table are tested."""
 
 import hashlib
 import itertools

@@ -38,7 +38,17 @@ BAD = {
     "options without a stream": (_chat(stream_options={"include_usage": True}), "needs stream"),
     "an empty stop": (_chat(stop=[""]), "`stop`"),
     "a long prompt": (_chat(messages=[{"role": "user", "content": "x" * 5000}]), "the context holds 256"),
-    "too many images": (_chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}] * 5}]), "at most 4"),
+    "too many images": (
+        _chat(
+            messages=[
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}] * 5,
+                }
+            ]
+        ),
+        "at most 4",
+    ),
     "no image at all": (_image("data:image/png;base64," + base64.b64encode(b"no picture").decode()), "image"),
     "no base64": (_image("data:image/png;base64,@@@@"), "not base64"),
     "a data URI without base64": (_image("data:image/png,abc"), "data URI"),
@@ -46,8 +56,18 @@ BAD = {
     "http": (_image("http://example.org/a.png"), "neither a data: URI nor https"),
     "a host that is not allowed": (_image("https://example.org/a.png"), "not fetched from host 'example.org'"),
     "an image in a system message": (
-        _chat(messages=[{"role": "system", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}, *HELLO]), "only user messages"),
-}  # fmt: skip
+        _chat(
+            messages=[
+                {
+                    "role": "system",
+                    "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}],
+                },
+                *HELLO,
+            ]
+        ),
+        "only user messages",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -34,7 +34,6 @@ LONG_TODAY = {
     "benchmarks/measure.py measure": "",
     "benchmarks/ours.py __init__": "",
     "mindvl_jax/cli/data.py _check": "",
-    "mindvl_jax/cli/evaluate.py _search": "",
     "mindvl_jax/cli/score.py score": "",
     "mindvl_jax/data/record.py sample_from_record": "",
     "mindvl_jax/data/sources/convert.py convert": "",

@@ -15,8 +15,8 @@ from PIL import Image
 
 from mindvl_jax.config import loader as config_loader
 from mindvl_jax.training import trainer
-from mindvl_jax.training.backend import Xla
 from mindvl_jax.training.step import program_key
+from mindvl_jax.training.xla_backend import Xla
 
 SPECIAL = [
     "<|endoftext|>",
@@ -108,9 +108,13 @@ def equal_runs_trace_and_compile_once():
         if not isinstance(backend, Xla):
             return make(outline, compile=compile, **options)
         key = (
-            id(outline), program_key(options["phase"], options["objective"], options["spec"], options["trained"]), tuple(options["frozen"]), options["mesh"],
-            options["seed"] if options["objective"].uses_key else None, options["optimizer"].model_dump_json(),
-        )  # fmt: skip
+            id(outline),
+            program_key(options["phase"], options["objective"], options["spec"], options["trained"]),
+            tuple(options["frozen"]),
+            options["mesh"],
+            options["seed"] if options["objective"].uses_key else None,
+            options["optimizer"].model_dump_json(),
+        )
         if key not in programs:
             programs[key] = make(outline, compile=compile, **options)
         return programs[key]
@@ -122,9 +126,17 @@ def equal_runs_trace_and_compile_once():
 
 
 PHASE = {
-    "steps": 3, "mixture": [{"source": "squares"}], "rows": 4, "sequence_length": 96, "patches_per_row": 64, "max_samples_per_row": 8,
-    "min_pixels": 784, "max_pixels": 784 * 4, "learning_rate": 3e-3, "schedule": "constant",
-}  # fmt: skip
+    "steps": 3,
+    "mixture": [{"source": "squares"}],
+    "rows": 4,
+    "sequence_length": 96,
+    "patches_per_row": 64,
+    "max_samples_per_row": 8,
+    "min_pixels": 784,
+    "max_pixels": 784 * 4,
+    "learning_rate": 3e-3,
+    "schedule": "constant",
+}
 
 
 def configuration(assets, run_dir, *phases, **sections):
@@ -132,19 +144,47 @@ def configuration(assets, run_dir, *phases, **sections):
     mapping = {
         "run": {"dir": str(run_dir), "seed": 3},
         "model": {
-            "vision": {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "window_size": 56, "fullatt_block_indexes": [0, 1]},
-            "text": {
-                "family": "qwen3", "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 4,
-                "num_kv_heads": 2, "head_dim": 16, "rope_theta": 1e4, "tie_word_embeddings": True, "rope": "mrope", "mrope_section": [2, 3, 3],
+            "vision": {
+                "depth": 2,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_heads": 2,
+                "window_size": 56,
+                "fullatt_block_indexes": [0, 1],
             },
-            "image_token_id": 261, "video_token_id": 262, "vision_start_token_id": 259, "vision_end_token_id": 260, "compute_dtype": "float32",
+            "text": {
+                "family": "qwen3",
+                "vocab_size": 264,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_layers": 2,
+                "num_heads": 4,
+                "num_kv_heads": 2,
+                "head_dim": 16,
+                "rope_theta": 1e4,
+                "tie_word_embeddings": True,
+                "rope": "mrope",
+                "mrope_section": [2, 3, 3],
+            },
+            "image_token_id": 261,
+            "video_token_id": 262,
+            "vision_start_token_id": 259,
+            "vision_end_token_id": 260,
+            "compute_dtype": "float32",
         },
         "tokenizer": {"path": str(assets / "tokenizer.json")},
-        "data": {"sources": {"squares": {"path": str(assets / "squares.parquet")}}, "packing_buffer": 8, "prefetch": 2, "cache_examples": True},
-        "training": {"phases": [{**PHASE, "name": f"phase{index}", **phase} for index, phase in enumerate(phases or ({},))]},
+        "data": {
+            "sources": {"squares": {"path": str(assets / "squares.parquet")}},
+            "packing_buffer": 8,
+            "prefetch": 2,
+            "cache_examples": True,
+        },
+        "training": {
+            "phases": [{**PHASE, "name": f"phase{index}", **phase} for index, phase in enumerate(phases or ({},))]
+        },
         "logging": {"tensorboard": False},
         "mesh": {"data": 1},  # one of the eight devices that tests have
-    }  # fmt: skip
+    }
     for section, changes in sections.items():
         merge(mapping.setdefault(section, {}), changes)
     return copy.deepcopy(mapping)

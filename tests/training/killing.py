@@ -96,7 +96,9 @@ class Subject:
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
     def where(self, before: int, begun: float) -> str:
-        """What a start at time `begun`, with `before` steps recorded, was at when it died, as far as the folder shows."""
+        """Name what a start at time `begun`, with `before` recorded steps, was doing when it died, by the folder's
+        files.
+        """
         folder = self.folder / "checkpoints"
         names = [child.name for child in folder.iterdir() if child.stat().st_mtime >= begun] if folder.is_dir() else []
         if any(not name.isdigit() for name in names):

@@ -20,8 +20,10 @@ from mindvl_jax.config import loader as config_loader
 from mindvl_jax.config.schema import MeshConfig
 from mindvl_jax.core import processor
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.parallel.distributed import launched_processes
 from mindvl_jax.parallel.mesh import make_mesh
-from mindvl_jax.training.backend import compiler_options, launched_processes, make_backend, matmul_precision
+from mindvl_jax.training.backend import make_backend
+from mindvl_jax.training.xla_backend import compiler_options, matmul_precision
 
 ROOT = Path(__file__).parents[2]
 # The program of one step, and the three of accumulation; a border between phases that train different parts.

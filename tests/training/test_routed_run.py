@@ -13,11 +13,34 @@ from mindvl_jax.training.trainer import train
 from mindvl_jax.weights import open_model
 
 TEXT = {
-    "family": "deepseek_v3", "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_layers": 3, "dense_layers": 1, "num_heads": 4, "q_lora_rank": 16,
-    "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
-    "moe": {"experts": 8, "experts_per_token": 2, "intermediate_size": 16, "shared_experts": 1, "scoring": "sigmoid", "selection_bias": True, "groups": 2, "groups_kept": 1,
-            "renormalize": True, "scale": 2.5, "bias_update_rate": 0.01, "balance_loss": 0.01, "balance": "sequence"},
-}  # fmt: skip
+    "family": "deepseek_v3",
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_layers": 3,
+    "dense_layers": 1,
+    "num_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "moe": {
+        "experts": 8,
+        "experts_per_token": 2,
+        "intermediate_size": 16,
+        "shared_experts": 1,
+        "scoring": "sigmoid",
+        "selection_bias": True,
+        "groups": 2,
+        "groups_kept": 1,
+        "renormalize": True,
+        "scale": 2.5,
+        "bias_update_rate": 0.01,
+        "balance_loss": 0.01,
+        "balance": "sequence",
+    },
+}
 
 
 @pytest.fixture

@@ -88,9 +88,20 @@ class Harness:
     """Programs and a fresh state for one phase of the stand-in."""
 
     def __init__(self, outline, mesh, *, rows=4, clip=0.0, **changes):
-        phase = PhaseConfig(**({
-            "name": "p", "steps": 5, "mixture": ({"source": "some"},), "rows": rows, "sequence_length": 10, "patches_per_row": 8, "learning_rate": 0.1,
-        } | changes))  # fmt: skip
+        phase = PhaseConfig(
+            **(
+                {
+                    "name": "p",
+                    "steps": 5,
+                    "mixture": ({"source": "some"},),
+                    "rows": rows,
+                    "sequence_length": 10,
+                    "patches_per_row": 8,
+                    "learning_rate": 0.1,
+                }
+                | changes
+            )
+        )
         self.mesh = mesh
         self.trained, self.frozen = split_trained(list(outline.shapes), phase.train, "train")
         spec, optimizer = dataclasses.replace(SHAPE, rows=rows).spec(), OptimizerConfig(clip_norm=clip)

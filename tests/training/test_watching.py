@@ -24,14 +24,33 @@ DV, FV, P, DEPTH = 16, 24, 3 * 2 * 14 * 14, 5  # vision, two blocks of five atte
 
 @pytest.fixture(scope="module")
 def model():
-    return MindVLConfig.model_validate({
-        "vision": {"depth": DEPTH, "hidden_size": DV, "intermediate_size": FV, "num_heads": 2, "fullatt_block_indexes": [1, 4]},
-        "text": {
-            "family": "qwen3", "vocab_size": V, "hidden_size": D, "intermediate_size": F, "num_layers": L, "num_heads": N, "num_kv_heads": K,
-            "head_dim": H, "tie_word_embeddings": True, "rope": "1d",
-        },
-        "image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4,
-    })  # fmt: skip
+    return MindVLConfig.model_validate(
+        {
+            "vision": {
+                "depth": DEPTH,
+                "hidden_size": DV,
+                "intermediate_size": FV,
+                "num_heads": 2,
+                "fullatt_block_indexes": [1, 4],
+            },
+            "text": {
+                "family": "qwen3",
+                "vocab_size": V,
+                "hidden_size": D,
+                "intermediate_size": F,
+                "num_layers": L,
+                "num_heads": N,
+                "num_kv_heads": K,
+                "head_dim": H,
+                "tie_word_embeddings": True,
+                "rope": "1d",
+            },
+            "image_token_id": 1,
+            "video_token_id": 2,
+            "vision_start_token_id": 3,
+            "vision_end_token_id": 4,
+        }
+    )
 
 
 @pytest.mark.parametrize(

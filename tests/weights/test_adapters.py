@@ -130,7 +130,7 @@ def test_a_folder_written_without_an_original_opens_in_peft_with_equal_tensors(a
 
 
 def test_parts_of_a_fused_matrix_are_written_as_one_adapter_of_equal_effect(published, tmp_path):
-    """Query and value of the vision tower, each with an A of its own, are one block-diagonal adapter of `qkv` for PEFT."""
+    """Query and value of the vision tower, each with its own A, become one block-diagonal adapter of `qkv` in PEFT."""
     base = published()
     opened = open_model(base)
     layout = layout_of(

@@ -43,8 +43,8 @@ def test_the_chat_template_writes_what_training_saw(speaking, tmp_path):
     ]
     written = tokenizer.apply_chat_template(turns, tokenize=False)
     assert (
-        written
-        == "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>the<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+        written == "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>the<|im_end|>\n"
+        "<|im_start|>assistant\na<|im_end|>\n"
     )
     asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
     assert asked.endswith("<|im_end|>\n<|im_start|>assistant\n")

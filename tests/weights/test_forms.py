@@ -41,8 +41,10 @@ def test_columns_are_gate_and_up_of_experts_side_by_side():
 
 
 @pytest.mark.parametrize("form, shapes", [
-    (SAME, [(4, 5)]), (TRANSPOSE, [(5, 4), (5, 6)]), (Rows(), [(4,), (6,)]), (flatten(3, 2, 2), [(12, 7)]), (Interleaved(2), [(5, 8), (5, 4)]),
-    (Interleaved(2, transpose=False), [(8,), (4,)]), (Columns(), [(3, 4), (3, 5)]), (Convolution((3, 2, 2), (1, 2, 0)), [(12, 7)]), (Reshaped((1, 1, 9)), [(9,)]),
+    (SAME, [(4, 5)]), (TRANSPOSE, [(5, 4), (5, 6)]), (Rows(), [(4,), (6,)]), (flatten(3, 2, 2), [(12, 7)]),
+    (Interleaved(2), [(5, 8), (5, 4)]),
+    (Interleaved(2, transpose=False), [(8,), (4,)]), (Columns(), [(3, 4), (3, 5)]),
+    (Convolution((3, 2, 2), (1, 2, 0)), [(12, 7)]), (Reshaped((1, 1, 9)), [(9,)]),
 ])  # fmt: skip
 def test_every_form_comes_back_bitwise(form, shapes):
     tensor = RANDOM.standard_normal(form.published_shape(shapes)).astype(np.float32)

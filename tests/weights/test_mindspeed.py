@@ -205,7 +205,8 @@ def test_missing_and_strange_tensors_and_layouts_are_listed(folders, tmp_path):
     torch.save(content, path)
     with pytest.raises(
         UserError,
-        match=r"(?s)2 problems.*missing    text_decoder.decoder.layers.3.mlp.linear_fc2.weight in chunk 0 of tensor rank 1.*unexpected .*fc9",
+        match=r"(?s)2 problems.*missing    text_decoder.decoder.layers.3.mlp.linear_fc2.weight in chunk 0 of "
+        r"tensor rank 1.*unexpected .*fc9",
     ):
         Megatron(tmp_path / "mm", sizes)
     content["model"]["text_decoder.decoder.layers.3.mlp.linear_fc2.weight"] = content["model"].pop(

@@ -34,7 +34,7 @@ def test_a_sound_folder_passes_with_table_and_picture(published, tmp_path, capsy
 
 
 def test_a_wrong_constant_is_found_and_located(published, monkeypatch, tmp_path):
-    """The reference runs with the folder's own rope; ours is told another theta: attention must differ, nothing else."""
+    """With another rope theta than the reference's, the attention parts must differ and nothing else."""
     folder = published("qwen3")
     real = checking.read_config
 

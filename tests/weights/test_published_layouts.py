@@ -307,8 +307,11 @@ def test_a_tokenizer_with_ids_beyond_the_table_is_refused(folder):
 
 @pytest.mark.parametrize(
     ("part", "key", "value"),
-    [("text_config", "rope_parameters", [1]), ("text_config", "rope_scaling", "yarn"), ("text_config", "rope_parameters", {"mrope_section": 5}), ("vision_config", "fullatt_block_indexes", 5), ("vision_config", "rope_parameters", 7),
-     ("text_config", "num_attention_heads", 0), (None, "model_type", ["qwen3"]), (None, "vision_config", []), (None, "text_config", 5)],
+    [("text_config", "rope_parameters", [1]), ("text_config", "rope_scaling", "yarn"),
+    ("text_config", "rope_parameters", {"mrope_section": 5}), ("vision_config", "fullatt_block_indexes", 5),
+    ("vision_config", "rope_parameters", 7),
+     ("text_config", "num_attention_heads", 0), (None, "model_type", ["qwen3"]), (None, "vision_config", []),
+     (None, "text_config", 5)],
 )  # fmt: skip
 def test_a_configuration_with_values_of_another_type_is_refused(tmp_path, part, key, value):
     text = {

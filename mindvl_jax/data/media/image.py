@@ -125,9 +125,10 @@ def _first_line(error: BaseException) -> str:
 
 
 _TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
+    }  # fmt: skip
 """What brings an image of each EXIF orientation upright."""
 
 
@@ -341,7 +342,7 @@ def frames_to_patches(frames: np.ndarray, layout: VisualLayout, vision: PatchGeo
 def resize_to_grid(
     image: Image.Image, grid: tuple[int, int, int], vision: PatchGeometry, resample: str = "bicubic"
 ) -> np.ndarray:
-    """(height, width, channels) uint8 pixels of an image at the size of its grid; one channel for mode "L", else three."""
+    """Return uint8 pixels (height, width, channels) at the size of the grid. Mode "L" has one channel, others three."""
     size = (grid[2] * vision.patch_size, grid[1] * vision.patch_size)
     pixels = np.asarray(image if image.size == size else image.resize(size, RESAMPLE[resample]))
     return pixels.reshape(*pixels.shape[:2], -1)

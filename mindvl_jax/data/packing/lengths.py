@@ -73,10 +73,12 @@ def write_index(path: Path, outcomes: Iterable[Example | SampleError], processor
             ids.append(outcome.id)
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(
-            file, sizes=np.array([cost.size for cost in costs], np.int32).reshape(-1, len(nothing.size)),
-            works=np.array([cost.work for cost in costs], np.float64).reshape(-1, len(nothing.work)), counts=np.array(counts, np.int32).reshape(-1, 2),
+            file,
+            sizes=np.array([cost.size for cost in costs], np.int32).reshape(-1, len(nothing.size)),
+            works=np.array([cost.work for cost in costs], np.float64).reshape(-1, len(nothing.work)),
+            counts=np.array(counts, np.int32).reshape(-1, 2),
             text=np.frombuffer(json.dumps({"ids": ids, "refused": refused}).encode(), np.uint8),
-        )  # fmt: skip
+        )
     return len(costs) - len(refused), len(refused)
 
 

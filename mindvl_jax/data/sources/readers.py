@@ -24,6 +24,7 @@ from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.files import decode_text, foreign
 from mindvl_jax.data.record import sample_from_record
 from mindvl_jax.data.sample import Sample, SampleError
+from mindvl_jax.data.sources import tables
 
 SUFFIXES = {
     ".parquet": "parquet",
@@ -145,7 +146,7 @@ def _opened(path: str) -> Iterator[BinaryIO]:
 
 
 def _records(path: str, kind: str) -> Records:
-    from mindvl_jax.data.sources import archives, tables  # pyarrow loads slowly; JSON users need not wait for it
+    from mindvl_jax.data.sources import archives  # pyarrow loads slowly; JSON users need not wait for it
 
     opened = {
         "json": JsonRecords,
@@ -283,8 +284,6 @@ def find_files(config: SourceConfig, where: str) -> list[str]:
 
 
 def _saved_dataset(path: str, where: str) -> list[str] | None:
-    from mindvl_jax.data.sources import tables
-
     try:
         return tables.saved_dataset(Path(path))
     except (UserError, ValueError, KeyError, TypeError) as error:

@@ -83,7 +83,7 @@ QWEN_TEMPLATE = """\
 {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """.replace("BEFORE", json.dumps(TOOLS_BEFORE)).replace("AFTER", json.dumps(TOOLS_AFTER))
-"""The published Qwen chat format as `chat.py` writes it: without the system turn that some releases add by themselves."""
+"""The published Qwen chat format as `chat.py` writes it, without the system turn that some releases add."""
 
 # Private-use characters: no text of a data set is looked for in the rendering, only these.
 _MARK = "\ue000{}\ue001"
@@ -149,7 +149,7 @@ class OwnTemplate:
             "taken out of an answer, for instance); set tokenizer.template to `qwen`, or change the texts",
         )
 
-    @functools.lru_cache(maxsize=4096)
+    @functools.lru_cache(maxsize=4096)  # noqa: B019  a process has one template, which lives as long as it
     def _frames(self, roles: tuple[str, ...]) -> tuple[Frame, ...]:
         pieces = _MARKS.split(self._render(_marked(roles), False))
         found = [int(number) for number in pieces[1::2]]
@@ -177,7 +177,7 @@ class OwnTemplate:
             before = text[end:]
         return tuple(frames)
 
-    @functools.lru_cache(maxsize=1024)
+    @functools.lru_cache(maxsize=1024)  # noqa: B019  as above
     def _answer_header(self, roles: tuple[str, ...]) -> str:
         whole, asked = self._render(_marked(roles), False), self._render(_marked(roles), True)
         if not asked.startswith(whole):

@@ -13,14 +13,28 @@ from mindvl_jax.models.layers.routed_hf import deepseek_v3_rules, rope_of
 
 # Ours -> theirs, where the value is the same.
 _TEXT = dict(
-    vocab_size="vocab_size", hidden_size="hidden_size", intermediate_size="intermediate_size", num_layers="num_hidden_layers", num_heads="num_attention_heads",
-    q_lora_rank="q_lora_rank", kv_lora_rank="kv_lora_rank", qk_nope_head_dim="qk_nope_head_dim", qk_rope_head_dim="qk_rope_head_dim", v_head_dim="v_head_dim",
+    vocab_size="vocab_size",
+    hidden_size="hidden_size",
+    intermediate_size="intermediate_size",
+    num_layers="num_hidden_layers",
+    num_heads="num_attention_heads",
+    q_lora_rank="q_lora_rank",
+    kv_lora_rank="kv_lora_rank",
+    qk_nope_head_dim="qk_nope_head_dim",
+    qk_rope_head_dim="qk_rope_head_dim",
+    v_head_dim="v_head_dim",
     dense_layers="first_k_dense_replace",
-)  # fmt: skip
+)
 _MOE = dict(
-    experts="n_routed_experts", experts_per_token="num_experts_per_tok", intermediate_size="moe_intermediate_size", shared_experts="n_shared_experts",
-    groups="n_group", groups_kept="topk_group", renormalize="norm_topk_prob", scale="routed_scaling_factor",
-)  # fmt: skip
+    experts="n_routed_experts",
+    experts_per_token="num_experts_per_tok",
+    intermediate_size="moe_intermediate_size",
+    shared_experts="n_shared_experts",
+    groups="n_group",
+    groups_kept="topk_group",
+    renormalize="norm_topk_prob",
+    scale="routed_scaling_factor",
+)
 
 
 def read_config(content: Mapping[str, Any], reader: ConfigReader) -> DeepSeekV3Config | None:
@@ -52,10 +66,18 @@ def read_config(content: Mapping[str, Any], reader: ConfigReader) -> DeepSeekV3C
     ))  # fmt: skip
     if moe is None:
         return None
-    text = reader.build(DeepSeekV3TextConfig, {ours: content.get(theirs) for ours, theirs in _TEXT.items()} | dict(
-        moe=moe, yarn=yarn, rope_theta=rope["rope_theta"], rms_norm_eps=content.get("rms_norm_eps", 1e-6),
-        tie_word_embeddings=bool(content.get("tie_word_embeddings", False)), max_position_embeddings=content.get("max_position_embeddings", 4096),
-    ))  # fmt: skip
+    text = reader.build(
+        DeepSeekV3TextConfig,
+        {ours: content.get(theirs) for ours, theirs in _TEXT.items()}
+        | dict(
+            moe=moe,
+            yarn=yarn,
+            rope_theta=rope["rope_theta"],
+            rms_norm_eps=content.get("rms_norm_eps", 1e-6),
+            tie_word_embeddings=bool(content.get("tie_word_embeddings", False)),
+            max_position_embeddings=content.get("max_position_embeddings", 4096),
+        ),
+    )
     return None if text is None else DeepSeekV3Config(text=text)
 
 
@@ -63,12 +85,24 @@ def write_config(config: DeepSeekV3Config, common: Mapping[str, Any]) -> dict[st
     text, moe, yarn = config.text, config.text.moe, config.text.yarn
     rope: dict[str, Any] = {"rope_type": "default" if yarn is None else "yarn", "rope_theta": text.rope_theta}
     return {
-        "model_type": "deepseek_v3", **common, **{theirs: getattr(text, ours) for ours, theirs in _TEXT.items()},
-        **{theirs: getattr(moe, ours) for ours, theirs in _MOE.items()}, "num_key_value_heads": text.num_heads, "hidden_act": "silu", "attention_bias": False,
-        "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "num_nextn_predict_layers": 0, "aux_loss_alpha": moe.balance_loss,
-        "rms_norm_eps": text.rms_norm_eps, "tie_word_embeddings": text.tie_word_embeddings, "max_position_embeddings": text.max_position_embeddings,
-        "rope_interleave": True, "rope_parameters": rope | ({} if yarn is None else yarn.model_dump()),
-    }  # fmt: skip
+        "model_type": "deepseek_v3",
+        **common,
+        **{theirs: getattr(text, ours) for ours, theirs in _TEXT.items()},
+        **{theirs: getattr(moe, ours) for ours, theirs in _MOE.items()},
+        "num_key_value_heads": text.num_heads,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "moe_layer_freq": 1,
+        "num_nextn_predict_layers": 0,
+        "aux_loss_alpha": moe.balance_loss,
+        "rms_norm_eps": text.rms_norm_eps,
+        "tie_word_embeddings": text.tie_word_embeddings,
+        "max_position_embeddings": text.max_position_embeddings,
+        "rope_interleave": True,
+        "rope_parameters": rope | ({} if yarn is None else yarn.model_dump()),
+    }
 
 
 _ATTENTION = {

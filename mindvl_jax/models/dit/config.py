@@ -47,7 +47,7 @@ class DiTConfig(ModelConfig):
     def phase_problems(self, phase: PhaseConfig) -> dict[str, str]:
         if phase.sequence_length != self.tokens:
             return {
-                "sequence_length": f"must be {self.tokens}: a row is one image of {self.image_size} pixels in patches of "
-                f"{self.patch_size}"
+                "sequence_length": f"must be {self.tokens}: a row is one image of {self.image_size} pixels "
+                f"in patches of {self.patch_size}"
             }
         return {}

@@ -41,7 +41,9 @@ class TextConfig(Section):
 
     @property
     def pair_products(self) -> int:
-        """Multiply-adds of a token pair in the attention of all layers: two products, half of them masked by causality."""
+        """Return multiply-adds per token pair in the attention of all layers: two products, half of each masked by
+        causality.
+        """
         return self.num_layers * self.num_heads * self.head_dim
 
     @model_validator(mode="after")
@@ -180,7 +182,9 @@ class DeepSeekV3TextConfig(Section):
 
     @property
     def pair_products(self) -> int:
-        """Multiply-adds of a token pair in the attention of all layers: two products, half of them masked by causality."""
+        """Return multiply-adds per token pair in the attention of all layers: two products, half of each masked by
+        causality.
+        """
         return self.num_layers * self.num_heads * (self.qk_head_dim + self.v_head_dim) // 2
 
     @property

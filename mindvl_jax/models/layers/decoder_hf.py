@@ -44,13 +44,20 @@ def text_rules(config: TextConfig) -> list[Rule]:
     rules = [
         Rule(EMBEDDING, ("language/embed/embedding",)),
         *norm(f"{layer}.input_layernorm", f"{ours}/norm1"),
-        *(rule for short, part in (("q", "query"), ("k", "key"), ("v", "value"))
-          for rule in linear(f"{layer}.self_attn.{short}_proj", f"{ours}/attention/{part}", bias=qwen2)),
+        *(
+            rule
+            for short, part in (("q", "query"), ("k", "key"), ("v", "value"))
+            for rule in linear(f"{layer}.self_attn.{short}_proj", f"{ours}/attention/{part}", bias=qwen2)
+        ),
         *linear(f"{layer}.self_attn.o_proj", f"{ours}/attention/output", bias=False),
         *norm(f"{layer}.post_attention_layernorm", f"{ours}/norm2"),
-        *(rule for part in ("gate", "up", "down") for rule in linear(f"{layer}.mlp.{part}_proj", f"{ours}/mlp/{part}", bias=False)),
+        *(
+            rule
+            for part in ("gate", "up", "down")
+            for rule in linear(f"{layer}.mlp.{part}_proj", f"{ours}/mlp/{part}", bias=False)
+        ),
         *norm("model.norm", "language/norm"),
-    ]  # fmt: skip
+    ]
     if not qwen2:
         rules += [
             *norm(f"{layer}.self_attn.q_norm", f"{ours}/attention/query_norm"),
@@ -91,13 +98,21 @@ def read_text(
     # transformers falls back to the published sections too; for another head dim TextConfig refuses them.
     section = rope.get("mrope_section") or [16, 24, 24]
     values = dict(
-        family=family, vocab_size=content.get("vocab_size"), hidden_size=width, intermediate_size=content.get("intermediate_size"),
-        num_layers=content.get("num_hidden_layers"), num_heads=heads, num_kv_heads=content.get("num_key_value_heads", heads),
-        head_dim=head_dim, rope_theta=rope.get("rope_theta", content.get("rope_theta", 10000.0)),
-        rms_norm_eps=content.get("rms_norm_eps", 1e-6), tie_word_embeddings=bool(content.get("tie_word_embeddings", False)),
-        rope="mrope" if mrope else "1d", mrope_section=tuple(section) if mrope else None,
+        family=family,
+        vocab_size=content.get("vocab_size"),
+        hidden_size=width,
+        intermediate_size=content.get("intermediate_size"),
+        num_layers=content.get("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=content.get("num_key_value_heads", heads),
+        head_dim=head_dim,
+        rope_theta=rope.get("rope_theta", content.get("rope_theta", 10000.0)),
+        rms_norm_eps=content.get("rms_norm_eps", 1e-6),
+        tie_word_embeddings=bool(content.get("tie_word_embeddings", False)),
+        rope="mrope" if mrope else "1d",
+        mrope_section=tuple(section) if mrope else None,
         max_position_embeddings=content.get("max_position_embeddings", 32768),
-    )  # fmt: skip
+    )
     return reader.build(TextConfig, values, where)
 
 
@@ -120,11 +135,22 @@ def write_text(text: TextConfig) -> dict[str, Any]:
     if text.rope == "mrope":
         rope["mrope_section"] = list(text.mrope_section)
     content = dict(
-        vocab_size=text.vocab_size, hidden_size=text.hidden_size, intermediate_size=text.intermediate_size, num_hidden_layers=text.num_layers,
-        num_attention_heads=text.num_heads, num_key_value_heads=text.num_kv_heads, rms_norm_eps=text.rms_norm_eps, hidden_act="silu",
-        tie_word_embeddings=text.tie_word_embeddings, max_position_embeddings=text.max_position_embeddings, rope_parameters=rope,
-        use_sliding_window=False, sliding_window=None, attention_dropout=0.0, use_cache=True,
-    )  # fmt: skip
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_hidden_layers=text.num_layers,
+        num_attention_heads=text.num_heads,
+        num_key_value_heads=text.num_kv_heads,
+        rms_norm_eps=text.rms_norm_eps,
+        hidden_act="silu",
+        tie_word_embeddings=text.tie_word_embeddings,
+        max_position_embeddings=text.max_position_embeddings,
+        rope_parameters=rope,
+        use_sliding_window=False,
+        sliding_window=None,
+        attention_dropout=0.0,
+        use_cache=True,
+    )
     if text.family == "qwen3":
         content |= dict(head_dim=text.head_dim, attention_bias=False)
     elif text.num_heads * text.head_dim != text.hidden_size:

@@ -36,7 +36,7 @@ def parameter(value: jax.Array, names: tuple[str | None, ...]) -> nnx.Param:
 
 
 def initial_std(fan_in: int) -> float:
-    """0.02 as the published models from about a thousand inputs on; more for narrow layers, whose signal would vanish."""
+    """0.02 as published for 1,000 inputs and more; larger for narrow layers, whose signal would vanish."""
     return max(0.02, math.sqrt(0.4 / fan_in))
 
 

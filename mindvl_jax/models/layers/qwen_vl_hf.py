@@ -59,10 +59,19 @@ def processor_files(
       processor: transformers' processor class of the family.
     """
     shared = dict(
-        patch_size=vision.patch_size, temporal_patch_size=vision.temporal_patch_size, merge_size=vision.spatial_merge_size, do_resize=True, do_rescale=True,
-        do_normalize=True, do_convert_rgb=True, rescale_factor=1 / 255, image_mean=list(mean), image_std=list(std), resample=3,
+        patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.spatial_merge_size,
+        do_resize=True,
+        do_rescale=True,
+        do_normalize=True,
+        do_convert_rgb=True,
+        rescale_factor=1 / 255,
+        image_mean=list(mean),
+        image_std=list(std),
+        resample=3,
         size={"shortest_edge": pixels.low, "longest_edge": pixels.high},
-    )  # fmt: skip
+    )
     return {
         "preprocessor_config.json": {
             "image_processor_type": "Qwen2VLImageProcessor",

@@ -52,9 +52,12 @@ def deepseek_v3_rules(config: DeepSeekV3TextConfig) -> list[Rule]:
         )
     if config.moe.shared_experts:
         rules += [
-            rule for part in ("gate", "up", "down")
-            for rule in linear(f"{LAYER}.mlp.shared_experts.{part}_proj", f"language/layers/moe/shared/{part}", bias=False, first=first)
-        ]  # fmt: skip
+            rule
+            for part in ("gate", "up", "down")
+            for rule in linear(
+                f"{LAYER}.mlp.shared_experts.{part}_proj", f"language/layers/moe/shared/{part}", bias=False, first=first
+            )
+        ]
     return rules
 
 

@@ -49,8 +49,8 @@ def rematerialise_attention(function: Callable, policy: str) -> Callable:
 
 
 UNROLLED_LAYERS = 8
-"""Stacks up to this deep are unrolled where nothing is recomputed: a loop copies what it keeps for the backward pass, which cost a
-four-layer model on a CPU a third of its step (benchmarks/LOG.md); deeper stacks compile one body, whatever their depth."""
+"""Stacks up to this depth are unrolled without remat: a loop copies its residuals for the backward pass, a third of a
+four-layer model's step on a CPU (benchmarks/LOG.md). Deeper stacks compile one body, whatever their depth."""
 
 
 def scan_layers(
@@ -151,7 +151,7 @@ def scan_alternating(
     def one_period(x, layers):
         start = 0
         for is_special, count in runs:
-            run = jax.tree.map(lambda leaf: leaf[start : start + count], layers)
+            run = jax.tree.map(lambda leaf, start=start, count=count: leaf[start : start + count], layers)
             x = scan_layers(special if is_special else ordinary, x, run, remat=remat)
             start += count
         return x

@@ -42,13 +42,20 @@ def _read_vision(reader: ConfigReader, content: Mapping[str, Any]) -> VisionConf
     reader.expect(content, "hidden_act", ("silu",), "silu", where)
     rope = content.get("rope_parameters") or {}
     values = dict(
-        depth=content.get("depth"), hidden_size=content.get("hidden_size"), intermediate_size=content.get("intermediate_size"),
-        num_heads=content.get("num_heads"), patch_size=content.get("patch_size", content.get("spatial_patch_size", 14)),
-        temporal_patch_size=content.get("temporal_patch_size", 2), spatial_merge_size=content.get("spatial_merge_size", 2),
-        in_channels=content.get("in_channels", content.get("in_chans", 3)), window_size=content.get("window_size", 112),
-        fullatt_block_indexes=tuple(content.get("fullatt_block_indexes", (7, 15, 23, 31))), tokens_per_second=content.get("tokens_per_second", 4),
-        rope_theta=rope.get("rope_theta", 10000.0), rms_norm_eps=content.get("rms_norm_eps", 1e-6),
-    )  # fmt: skip
+        depth=content.get("depth"),
+        hidden_size=content.get("hidden_size"),
+        intermediate_size=content.get("intermediate_size"),
+        num_heads=content.get("num_heads"),
+        patch_size=content.get("patch_size", content.get("spatial_patch_size", 14)),
+        temporal_patch_size=content.get("temporal_patch_size", 2),
+        spatial_merge_size=content.get("spatial_merge_size", 2),
+        in_channels=content.get("in_channels", content.get("in_chans", 3)),
+        window_size=content.get("window_size", 112),
+        fullatt_block_indexes=tuple(content.get("fullatt_block_indexes", (7, 15, 23, 31))),
+        tokens_per_second=content.get("tokens_per_second", 4),
+        rope_theta=rope.get("rope_theta", 10000.0),
+        rms_norm_eps=content.get("rms_norm_eps", 1e-6),
+    )
     return reader.build(VisionConfig, values, where)
 
 
@@ -90,15 +97,29 @@ def write_config(config: MindVLConfig, common: Mapping[str, Any]) -> dict[str, A
         **common,
         "tie_word_embeddings": config.text.tie_word_embeddings,
         **{key: getattr(config, key) for key in qwen_vl_hf.TOKENS},
-        "text_config": {"model_type": "qwen2_5_vl_text" if kind == "qwen2_5_vl" else config.text.family, **common, **decoder_hf.write_text(config.text)},
+        "text_config": {
+            "model_type": "qwen2_5_vl_text" if kind == "qwen2_5_vl" else config.text.family,
+            **common,
+            **decoder_hf.write_text(config.text),
+        },
         "vision_config": dict(
-            model_type="qwen2_5_vl_vision", depth=vision.depth, hidden_size=vision.hidden_size, intermediate_size=vision.intermediate_size,
-            num_heads=vision.num_heads, in_channels=vision.in_channels, patch_size=vision.patch_size, temporal_patch_size=vision.temporal_patch_size,
-            spatial_merge_size=vision.spatial_merge_size, window_size=vision.window_size, fullatt_block_indexes=list(vision.fullatt_block_indexes),
-            tokens_per_second=vision.tokens_per_second, out_hidden_size=config.text.hidden_size, hidden_act="silu",
+            model_type="qwen2_5_vl_vision",
+            depth=vision.depth,
+            hidden_size=vision.hidden_size,
+            intermediate_size=vision.intermediate_size,
+            num_heads=vision.num_heads,
+            in_channels=vision.in_channels,
+            patch_size=vision.patch_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            spatial_merge_size=vision.spatial_merge_size,
+            window_size=vision.window_size,
+            fullatt_block_indexes=list(vision.fullatt_block_indexes),
+            tokens_per_second=vision.tokens_per_second,
+            out_hidden_size=config.text.hidden_size,
+            hidden_act="silu",
             rope_parameters={"rope_type": "axial", "rope_theta": vision.rope_theta},
         ),
-    }  # fmt: skip
+    }
 
 
 def companions(config: MindVLConfig, pixels: Pixels) -> dict[str, Any]:

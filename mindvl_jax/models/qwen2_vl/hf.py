@@ -45,11 +45,17 @@ def read_config(content: Mapping[str, Any], reader: ConfigReader) -> Qwen2VLConf
     width, ratio = vision.get("embed_dim", 1280), vision.get("mlp_ratio", 4)
     rope = vision.get("rope_parameters") or {}
     values = dict(
-        depth=vision.get("depth", 32), hidden_size=width, num_heads=vision.get("num_heads", 16), patch_size=vision.get("patch_size", vision.get("spatial_patch_size", 14)),
+        depth=vision.get("depth", 32),
+        hidden_size=width,
+        num_heads=vision.get("num_heads", 16),
+        patch_size=vision.get("patch_size", vision.get("spatial_patch_size", 14)),
         intermediate_size=int(width * ratio) if isinstance(width, int) and isinstance(ratio, (int, float)) else None,
-        temporal_patch_size=vision.get("temporal_patch_size", 2), spatial_merge_size=vision.get("spatial_merge_size", 2),
-        in_channels=vision.get("in_channels", vision.get("in_chans", 3)), rope_theta=rope.get("rope_theta", 10000.0), layer_norm_eps=_EPS,
-    )  # fmt: skip
+        temporal_patch_size=vision.get("temporal_patch_size", 2),
+        spatial_merge_size=vision.get("spatial_merge_size", 2),
+        in_channels=vision.get("in_channels", vision.get("in_chans", 3)),
+        rope_theta=rope.get("rope_theta", 10000.0),
+        layer_norm_eps=_EPS,
+    )
     tower = reader.build(VisionConfig, values, "vision_config.")
     text = decoder_hf.read_text(reader, {**_TEXT_DEFAULTS, **text_content}, "qwen2", where, mrope=True)
     if tower is None or text is None:
@@ -71,12 +77,20 @@ def write_config(config: Qwen2VLConfig, common: Mapping[str, Any]) -> dict[str, 
         **{key: getattr(config, key) for key in qwen_vl_hf.TOKENS},
         "text_config": {"model_type": "qwen2_vl_text", **common, **decoder_hf.write_text(config.text)},
         "vision_config": dict(
-            model_type="qwen2_vl_vision", depth=vision.depth, embed_dim=vision.hidden_size, hidden_size=config.text.hidden_size, hidden_act="quick_gelu",
-            mlp_ratio=_ratio(vision), num_heads=vision.num_heads, in_channels=vision.in_channels, patch_size=vision.patch_size,
-            temporal_patch_size=vision.temporal_patch_size, spatial_merge_size=vision.spatial_merge_size,
+            model_type="qwen2_vl_vision",
+            depth=vision.depth,
+            embed_dim=vision.hidden_size,
+            hidden_size=config.text.hidden_size,
+            hidden_act="quick_gelu",
+            mlp_ratio=_ratio(vision),
+            num_heads=vision.num_heads,
+            in_channels=vision.in_channels,
+            patch_size=vision.patch_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            spatial_merge_size=vision.spatial_merge_size,
             rope_parameters={"rope_type": "axial", "rope_theta": vision.rope_theta},
         ),
-    }  # fmt: skip
+    }
 
 
 def _ratio(vision: VisionConfig) -> int | float:

@@ -14,10 +14,21 @@ def _model(
 ) -> Qwen2VLConfig:
     vision = VisionConfig(depth=32, hidden_size=1280, intermediate_size=5120, num_heads=16)
     text = TextConfig(
-        family="qwen2", vocab_size=vocabulary, hidden_size=width, intermediate_size=feed_forward, num_layers=layers, num_heads=heads,
-        num_kv_heads=kv_heads, head_dim=128, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=tied, rope="mrope",
-        mrope_section=(16, 24, 24), max_position_embeddings=32768,
-    )  # fmt: skip
+        family="qwen2",
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=feed_forward,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=128,
+        rope_theta=1e6,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=tied,
+        rope="mrope",
+        mrope_section=(16, 24, 24),
+        max_position_embeddings=32768,
+    )
     return Qwen2VLConfig(vision=vision, text=text, **TOKENS)
 
 

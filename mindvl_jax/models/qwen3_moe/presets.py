@@ -19,9 +19,18 @@ def _model(layers: int, width: int, heads: int, expert_width: int) -> Qwen3MoECo
         balance_loss=1e-3,
     )
     text = Qwen3MoETextConfig(
-        vocab_size=151936, hidden_size=width, num_layers=layers, num_heads=heads, num_kv_heads=4, head_dim=128, rope_theta=1e6, tie_word_embeddings=False,
-        rope="1d", max_position_embeddings=40960, moe=moe,
-    )  # fmt: skip
+        vocab_size=151936,
+        hidden_size=width,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=4,
+        head_dim=128,
+        rope_theta=1e6,
+        tie_word_embeddings=False,
+        rope="1d",
+        max_position_embeddings=40960,
+        moe=moe,
+    )
     return Qwen3MoEConfig(text=text)
 
 

@@ -65,10 +65,13 @@ class Sizes:
         """Numbers that tensor ranks must divide."""
         shapes = self.shapes
         return {
-            "the key/value heads": self.heads.key_value, "the heads of the vision tower": self.heads.vision, "the vocabulary": shapes["model.embed_tokens.weight"][0],
+            "the key/value heads": self.heads.key_value,
+            "the heads of the vision tower": self.heads.vision,
+            "the vocabulary": shapes["model.embed_tokens.weight"][0],
             "the language model's feed-forward width": shapes["model.layers.0.mlp.gate_proj.weight"][0],
-            "the tower's feed-forward width": shapes["visual.blocks.0.mlp.gate_proj.weight"][0], "the projector's width": shapes["visual.merger.mlp.0.weight"][0],
-        }  # fmt: skip
+            "the tower's feed-forward width": shapes["visual.blocks.0.mlp.gate_proj.weight"][0],
+            "the projector's width": shapes["visual.merger.mlp.0.weight"][0],
+        }
 
 
 def sizes_of(folder: Path) -> Sizes:

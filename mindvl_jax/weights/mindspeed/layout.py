@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from mindvl_jax.core.errors import UserError
 Split = Literal["whole", "rows", "columns", "gated"]
 Place = Literal["first", "last", "layer"]
 VIT_ROWS, VIT_HEADS = "rows", "heads"
-"""What a canonical file with tensor parallelism holds of the tower's qkv: row blocks of [Q; K; V], or whole heads of each."""
+"""How a canonical file with tensor parallelism splits the tower's qkv: row blocks of [Q; K; V], or whole heads."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,9 +25,11 @@ import numpy as np
 from mindvl_jax.core.errors import UserError
 
 _STORAGES = {
-    "BFloat16Storage": ml_dtypes.bfloat16, "FloatStorage": np.float32, "HalfStorage": np.float16, "DoubleStorage": np.float64, "LongStorage": np.int64,
-    "IntStorage": np.int32, "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
-}  # fmt: skip
+    "BFloat16Storage": ml_dtypes.bfloat16, "FloatStorage": np.float32, "HalfStorage": np.float16,
+    "DoubleStorage": np.float64, "LongStorage": np.int64,
+    "IntStorage": np.int32, "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+    }  # fmt: skip
 _DTYPES = {np.dtype(kind): name for name, kind in _STORAGES.items()}
 _ALIGNMENT = 64
 _CHUNK = 1 << 24

@@ -23,7 +23,7 @@ def branches(
     names: list[str] = []
     types: list[Type] = []
     chosen: list[list[str]] = [[] for _ in bodies]
-    for n, choices in enumerate(zip(*results)):
+    for choices in zip(*results):
         if all(c == choices[0] for c in choices):
             outs.append(choices[0])
             continue

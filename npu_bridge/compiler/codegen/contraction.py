@@ -69,10 +69,14 @@ def convolution(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     back = tuple(out.index(d) for d in range(len(out)))
     ones, zeros = [1] * rank, [[0, 0]] * rank
     options = {
-        "stride": a.get("window_strides") or ones, "padding": a.get("padding") or zeros, "lhs_dilation": a.get("lhs_dilation") or ones,
-        "rhs_dilation": a.get("rhs_dilation") or ones, "reverse": [bool(r) for r in a.get("window_reversal") or []],
-        "feature_groups": a["feature_group_count"], "batch_groups": a["batch_group_count"],
-    }  # fmt: skip
+        "stride": a.get("window_strides") or ones,
+        "padding": a.get("padding") or zeros,
+        "lhs_dilation": a.get("lhs_dilation") or ones,
+        "rhs_dilation": a.get("rhs_dilation") or ones,
+        "reverse": [bool(r) for r in a.get("window_reversal") or []],
+        "feature_groups": a["feature_group_count"],
+        "batch_groups": a["batch_group_count"],
+    }
     text = ", ".join(f"{key}={value}" for key, value in options.items())
     code = (
         f"T.convolution({x.name}.permute({lhs}), {k.name}.permute({rhs}), {text}, "
@@ -133,8 +137,14 @@ def reduce(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
         out = e.emit(code, [x], op.result.type, kind="reduce")
         if not _is_identity(kind, init):
             init = e.tensor(init)
-            combine = {"add": "{} + {}", "multiply": "{} * {}", "maximum": "torch.maximum({}, {})", "minimum": "torch.minimum({}, {})",
-                       "or": "{} | {}", "and": "{} & {}"}[kind]  # fmt: skip
+            combine = {
+                "add": "{} + {}",
+                "multiply": "{} * {}",
+                "maximum": "torch.maximum({}, {})",
+                "minimum": "torch.minimum({}, {})",
+                "or": "{} | {}",
+                "and": "{} & {}",
+            }[kind]
             out = e.emit(combine.format(out.name, init.name), [out, init], op.result.type, kind="reduce")
         return [out]
     body = e.function(op, op.regions[0], "combine")

@@ -177,9 +177,35 @@ def _host_value(value: Operand) -> str:
 
 
 # Operations whose results the host knows when it knows their operands.
-_ON_HOST = frozenset({"add", "subtract", "multiply", "maximum", "minimum", "select", "and", "or", "not", "clamp", "remainder", "divide", "negate", "convert",
-                      "compare", "reshape", "broadcast_in_dim", "slice", "dynamic_slice", "dynamic_update_slice", "constant", "partition_id", "case",
-                      "optimization_barrier", "relabel"})  # fmt: skip
+_ON_HOST = frozenset(
+    {
+        "add",
+        "subtract",
+        "multiply",
+        "maximum",
+        "minimum",
+        "select",
+        "and",
+        "or",
+        "not",
+        "clamp",
+        "remainder",
+        "divide",
+        "negate",
+        "convert",
+        "compare",
+        "reshape",
+        "broadcast_in_dim",
+        "slice",
+        "dynamic_slice",
+        "dynamic_update_slice",
+        "constant",
+        "partition_id",
+        "case",
+        "optimization_barrier",
+        "relabel",
+    }
+)
 
 
 def _may_stay_on_host(e: Emitter, body: Block, result: Value) -> bool:

@@ -24,22 +24,28 @@ from npu_bridge.compiler.codegen.operands import (
 )
 from npu_bridge.compiler.ir import COMPLEX, FLOAT8, FLOATS, UNSIGNED, Op, Type
 
-_NUMPY = {"i1": np.bool_, "i8": np.int8, "ui8": np.uint8, "i16": np.int16, "ui16": np.uint16, "i32": np.int32, "ui32": np.uint32,
-          "i64": np.int64, "ui64": np.uint64, "f16": np.float16, "bf16": ml_dtypes.bfloat16, "f32": np.float32, "f64": np.float64}  # fmt: skip
+_NUMPY = {"i1": np.bool_, "i8": np.int8, "ui8": np.uint8, "i16": np.int16, "ui16": np.uint16, "i32": np.int32,
+    "ui32": np.uint32,
+    "i64": np.int64, "ui64": np.uint64, "f16": np.float16, "bf16": ml_dtypes.bfloat16, "f32": np.float32,
+    "f64": np.float64}  # fmt: skip
 
 _COMPARE = {"EQ": "==", "NE": "!=", "LT": "<", "LE": "<=", "GT": ">", "GE": ">="}
 
 # name -> torch method; every one has an in-place form with an underscore
 _UNARY = {
-    "negate": "neg", "exponential": "exp", "exponential_minus_one": "expm1", "log": "log", "log_plus_one": "log1p", "tanh": "tanh",
+    "negate": "neg", "exponential": "exp", "exponential_minus_one": "expm1", "log": "log", "log_plus_one": "log1p",
+    "tanh": "tanh",
     "logistic": "sigmoid", "rsqrt": "rsqrt", "sqrt": "sqrt", "sine": "sin", "cosine": "cos", "tan": "tan", "abs": "abs",
-    "floor": "floor", "ceil": "ceil", "round_nearest_even": "round", "erf": "erf", "erfc": "erfc", "erf_inv": "erfinv", "acos": "acos",
-    "acosh": "acosh", "asin": "asin", "asinh": "asinh", "atan": "atan", "atanh": "atanh", "cosh": "cosh", "sinh": "sinh",
+    "floor": "floor", "ceil": "ceil", "round_nearest_even": "round", "erf": "erf", "erfc": "erfc", "erf_inv": "erfinv",
+    "acos": "acos",
+    "acosh": "acosh", "asin": "asin", "asinh": "asinh", "atan": "atan", "atanh": "atanh", "cosh": "cosh",
+    "sinh": "sinh",
     "lgamma": "lgamma",
-}  # fmt: skip
+    }  # fmt: skip
 # name -> helper in runtime/tensor_ops.py
-_UNARY_HELPER = {"cbrt": "cbrt", "round_nearest_afz": "round_half_away", "bessel_i1e": "bessel_i1e", "digamma": "digamma", "count_leading_zeros": "count_leading_zeros",
-                 "popcnt": "population_count"}  # fmt: skip
+_UNARY_HELPER = {"cbrt": "cbrt", "round_nearest_afz": "round_half_away", "bessel_i1e": "bessel_i1e",
+    "digamma": "digamma", "count_leading_zeros": "count_leading_zeros",
+    "popcnt": "population_count"}  # fmt: skip
 _INFIX = {"add": ("+", "add_"), "subtract": ("-", "sub_"), "multiply": ("*", "mul_"), "divide": ("/", "div_"),
           "and": ("&", "bitwise_and_"), "or": ("|", "bitwise_or_"), "xor": ("^", "bitwise_xor_")}  # fmt: skip
 _COMMUTES = {"add", "multiply", "and", "or", "xor", "maximum", "minimum"}
@@ -58,13 +64,31 @@ def _fold(op: Op, args: list[Operand]) -> float | int | bool | None:
     values = [k(a.value) for k, a in zip(kinds, args)]
     integer = op.result.dtype not in FLOATS
     table = {
-        "add": lambda x, y: x + y, "subtract": lambda x, y: x - y, "multiply": lambda x, y: x * y, "maximum": np.maximum,
-        "minimum": np.minimum, "negate": lambda x: -x, "square": lambda x: x * x, "and": lambda x, y: x & y, "or": lambda x, y: x | y,
-        "xor": lambda x, y: x ^ y, "not": np.invert, "convert": lambda x: x, "sqrt": np.sqrt, "rsqrt": lambda x: out(1) / np.sqrt(x),
-        "select": lambda p, x, y: x if p else y, "clamp": lambda lo, x, hi: np.minimum(np.maximum(lo, x), hi), "is_finite": np.isfinite,
-        "divide": None if integer else (lambda x, y: x / y), "shift_left": lambda x, y: x << y if y < BITS[op.result.dtype] else out(0),
-        "abs": np.abs, "log": np.log, "exponential": np.exp, "floor": np.floor, "power": None if integer else (lambda x, y: x**y),
-    }  # fmt: skip
+        "add": lambda x, y: x + y,
+        "subtract": lambda x, y: x - y,
+        "multiply": lambda x, y: x * y,
+        "maximum": np.maximum,
+        "minimum": np.minimum,
+        "negate": lambda x: -x,
+        "square": lambda x: x * x,
+        "and": lambda x, y: x & y,
+        "or": lambda x, y: x | y,
+        "xor": lambda x, y: x ^ y,
+        "not": np.invert,
+        "convert": lambda x: x,
+        "sqrt": np.sqrt,
+        "rsqrt": lambda x: out(1) / np.sqrt(x),
+        "select": lambda p, x, y: x if p else y,
+        "clamp": lambda lo, x, hi: np.minimum(np.maximum(lo, x), hi),
+        "is_finite": np.isfinite,
+        "divide": None if integer else (lambda x, y: x / y),
+        "shift_left": lambda x, y: x << y if y < BITS[op.result.dtype] else out(0),
+        "abs": np.abs,
+        "log": np.log,
+        "exponential": np.exp,
+        "floor": np.floor,
+        "power": None if integer else (lambda x, y: x**y),
+    }
     function = table.get(op.name)
     if op.name == "compare":
         compare = {
@@ -84,9 +108,12 @@ def _fold(op: Op, args: list[Operand]) -> float | int | bool | None:
         return out(function(*values)).item()
 
 
-_HOST = {"add": "{} + {}", "subtract": "{} - {}", "multiply": "{} * {}", "maximum": "max({}, {})", "minimum": "min({}, {})",
-         "select": "{1} if {0} else {2}", "and": "{} and {}", "or": "{} or {}", "not": "not {}", "clamp": "min(max({0}, {1}), {2})",
-         "remainder": "rt.int_remainder({}, {})", "divide": "rt.int_quotient({}, {})", "negate": "-{}", "convert": "{}"}  # fmt: skip
+_HOST = {"add": "{} + {}", "subtract": "{} - {}", "multiply": "{} * {}", "maximum": "max({}, {})",
+    "minimum": "min({}, {})",
+    "select": "{1} if {0} else {2}", "and": "{} and {}", "or": "{} or {}", "not": "not {}",
+    "clamp": "min(max({0}, {1}), {2})",
+    "remainder": "rt.int_remainder({}, {})", "divide": "rt.int_quotient({}, {})", "negate": "-{}",
+    "convert": "{}"}  # fmt: skip
 
 Bounds = tuple[int | None, int | None]
 
@@ -101,8 +128,14 @@ def _decide(direction: str, x: Operand, y: Operand) -> bool | None:
     if None in (xl, xh, yl, yh):
         return None
     below, not_above, above, not_below = xh < yl, xh <= yl, xl > yh, xl >= yh
-    yes, no = {"LT": (below, not_below), "LE": (not_above, above), "GT": (above, not_above), "GE": (not_below, below),
-               "EQ": (xl == xh == yl == yh, below or above), "NE": (below or above, xl == xh == yl == yh)}[direction]  # fmt: skip
+    yes, no = {
+        "LT": (below, not_below),
+        "LE": (not_above, above),
+        "GT": (above, not_above),
+        "GE": (not_below, below),
+        "EQ": (xl == xh == yl == yh, below or above),
+        "NE": (below or above, xl == xh == yl == yh),
+    }[direction]
     return True if yes else False if no else None
 
 

@@ -19,7 +19,7 @@ from npu_bridge.compiler.codegen.operands import (
     torch_dtype,
 )
 from npu_bridge.compiler.codegen.program import Assign, Function, Item, Stmt
-from npu_bridge.compiler.ir import Block, Location, MeshShape, Op, Program, Type, Value
+from npu_bridge.compiler.ir import Block, Location, MeshShape, Op, Program, Type, Value, free_values
 from npu_bridge.errors import UnsupportedError
 
 Lowering = Callable[["Emitter", Op, list[Operand]], list[Operand] | Operand]
@@ -275,8 +275,19 @@ class Emitter:
 
     def save(self) -> tuple:
         """What writing changes, so that it can be taken back."""
-        return (len(self.items), dict(self.env), len(self.constants), len(self.kernels), len(self.collectives), set(self.groups),
-                len(self.problems), dict(self.operations), set(self.host_arguments), dict(self._constant_index), dict(self.tables))  # fmt: skip
+        return (
+            len(self.items),
+            dict(self.env),
+            len(self.constants),
+            len(self.kernels),
+            len(self.collectives),
+            set(self.groups),
+            len(self.problems),
+            dict(self.operations),
+            set(self.host_arguments),
+            dict(self._constant_index),
+            dict(self.tables),
+        )
 
     def restore(self, state: tuple) -> None:
         """Take back everything written since `save`."""
@@ -316,8 +327,6 @@ class Emitter:
 
         Element-wise code does not mention shapes, so the same text serves a whole array at once.
         """
-        from npu_bridge.compiler.ir import free_values
-
         outer_env = dict(self.env)
         for v in free_values(block):
             if not isinstance(self.env.get(v), Literal):

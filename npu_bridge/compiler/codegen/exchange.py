@@ -144,8 +144,16 @@ def kernel(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
     xs = [x for x, n in zip(xs, names) if x.name == n]
     if name.startswith("math."):
         return list(e.emit_many(f"T.{identifier}({', '.join([*names, *words])}){tail}", xs, types, kind="kernel"))
-    e.kernels.append({"name": op.attrs["name"], "operands": [str(v.type) for v in op.operands], "results": [str(t) for t in types], "params": params,
-                      "times": e._trips, "location": str(op.location)})  # fmt: skip
+    e.kernels.append(
+        {
+            "name": op.attrs["name"],
+            "operands": [str(v.type) for v in op.operands],
+            "results": [str(t) for t in types],
+            "params": params,
+            "times": e._trips,
+            "location": str(op.location),
+        }
+    )
     overwritten = op.attrs.get("inplace", {})
     call = f"rt.kernel.{identifier}({', '.join([*names, *words])}"
     if not overwritten:

@@ -15,7 +15,7 @@ PHILOX = ("DEFAULT", "PHILOX")  # XLA's default is Philox on every back end but 
 
 
 def _shard_text(op: Op) -> str:
-    """{dim: (axes, size of the whole dimension)} for sharded indexed dimensions, as code giving {dim: (start, whole)}."""
+    """Write code for {dim: (start, whole)} from {dim: (axes, whole size)} of the sharded indexed dimensions."""
     shards = op.attrs["shards"]
     if not shards:
         return ""
@@ -46,8 +46,18 @@ def gather(e: Emitter, op: Op, args: list[Operand]) -> Operand:
         if whole and in_place:
             code = f"T.take({x.name}, {index_code(e, indices)}, {dim}{_shard_text(op)})"
             return e.emit(code, [x, indices], op.result.type, kind="gather")
-    numbers = {k: a[k] for k in ("offset_dims", "collapsed_slice_dims", "operand_batching_dims", "start_indices_batching_dims",
-                                 "start_index_map", "index_vector_dim", "slice_sizes")}  # fmt: skip
+    numbers = {
+        k: a[k]
+        for k in (
+            "offset_dims",
+            "collapsed_slice_dims",
+            "operand_batching_dims",
+            "start_indices_batching_dims",
+            "start_index_map",
+            "index_vector_dim",
+            "slice_sizes",
+        )
+    }
     text = ", ".join(f"{k}={v}" for k, v in numbers.items())
     return e.emit(
         f"T.gather({x.name}, {index_code(e, indices)}, {text}{_shard_text(op)})",
@@ -68,15 +78,26 @@ def scatter(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     mode = body_kind(op.regions[0])
     if mode == "subtract" and op.regions[0].ops[0].operands == op.regions[0].params:
         mode, updates = "add", e.emit(f"-{updates.name}", [updates], updates.type, kind="negate")
-    numbers = {k: a[k] for k in ("update_window_dims", "inserted_window_dims", "input_batching_dims", "scatter_indices_batching_dims",
-                                 "scattered_dims_to_operand_dims", "index_vector_dim")}  # fmt: skip
+    numbers = {
+        k: a[k]
+        for k in (
+            "update_window_dims",
+            "inserted_window_dims",
+            "input_batching_dims",
+            "scatter_indices_batching_dims",
+            "scattered_dims_to_operand_dims",
+            "index_vector_dim",
+        )
+    }
     text = ", ".join(f"{k}={v}" for k, v in numbers.items())
     if mode not in _SCATTERS:
         unique = bool(a.get("unique_indices"))
         if not unique and e.device != "cpu" and not e.allow_host_sync:
-            e.problem(op, "its body is not one of add, multiply, maximum, minimum, replace, and indices may repeat, which "
-                "the host must count; "
-                      "pass unique_indices=True, or compile with allow_host_sync=True")  # fmt: skip
+            e.problem(
+                op,
+                "its body is not one of add, multiply, maximum, minimum, replace, and indices may repeat, which the "
+                "host must count; pass unique_indices=True, or compile with allow_host_sync=True",
+            )
         mode = e.function(op, op.regions[0], "combine")
         if mode is None:
             return Literal(0, op.result.type)
@@ -87,9 +108,12 @@ def scatter(e: Emitter, op: Op, args: list[Operand]) -> Operand:
             text += ", unsigned=True"
     rest = f"{index_code(e, indices)}, {updates.name}, {mode}, {text}{_shard_text(op)})"
     return e.emit(
-        f"T.scatter_({x.name}.clone(), {rest}", [x, indices, updates], op.result.type, inplace=[(x, f"T.scatter_({x.name}, {rest}")],
+        f"T.scatter_({x.name}.clone(), {rest}",
+        [x, indices, updates],
+        op.result.type,
+        inplace=[(x, f"T.scatter_({x.name}, {rest}")],
         kind="scatter",
-    )  # fmt: skip
+    )
 
 
 def _first(op: Op) -> str:

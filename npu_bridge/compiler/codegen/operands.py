@@ -11,10 +11,13 @@ from npu_bridge.compiler.ir import COMPLEX, FLOATS, UNSIGNED, Type
 # addition, multiplication, shifts left and logic are the same on both; comparison, division, shift right and conversion
 # are not, and have code of their own (runtime/tensor_ops.py).
 STORAGE = {
-    "i1": "bool", "i8": "int8", "ui8": "uint8", "i16": "int16", "ui16": "int16", "i32": "int32", "ui32": "int32", "i64": "int64",
-    "ui64": "int64", "f16": "float16", "bf16": "bfloat16", "f32": "float32", "f64": "float64", "f8E4M3FN": "float8_e4m3fn",
-    "complex<f32>": "complex64", "complex<f64>": "complex128", "f8E5M2": "float8_e5m2", "f8E4M3FNUZ": "float8_e4m3fnuz", "f8E5M2FNUZ": "float8_e5m2fnuz",
-}  # fmt: skip
+    "i1": "bool", "i8": "int8", "ui8": "uint8", "i16": "int16", "ui16": "int16", "i32": "int32", "ui32": "int32",
+    "i64": "int64",
+    "ui64": "int64", "f16": "float16", "bf16": "bfloat16", "f32": "float32", "f64": "float64",
+    "f8E4M3FN": "float8_e4m3fn",
+    "complex<f32>": "complex64", "complex<f64>": "complex128", "f8E5M2": "float8_e5m2",
+    "f8E4M3FNUZ": "float8_e4m3fnuz", "f8E5M2FNUZ": "float8_e5m2fnuz",
+    }  # fmt: skip
 BITS = {"i8": 8, "ui8": 8, "i16": 16, "ui16": 16, "i32": 32, "ui32": 32, "i64": 64, "ui64": 64}
 BIT_UNSIGNED = UNSIGNED - {"ui8"}  # stored as signed bits; a byte has its own torch type
 

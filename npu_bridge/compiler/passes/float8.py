@@ -8,8 +8,24 @@ from __future__ import annotations
 
 from npu_bridge.compiler.ir import FLOAT8, Block, Op, Type, Value
 
-_AS_THEY_ARE = frozenset({"reshape", "transpose", "slice", "broadcast_in_dim", "constant", "convert", "bitcast_convert", "optimization_barrier",
-                          "relabel", "all_gather", "all_slice", "all_to_all", "permute", "kernel"})  # fmt: skip
+_AS_THEY_ARE = frozenset(
+    {
+        "reshape",
+        "transpose",
+        "slice",
+        "broadcast_in_dim",
+        "constant",
+        "convert",
+        "bitcast_convert",
+        "optimization_barrier",
+        "relabel",
+        "all_gather",
+        "all_slice",
+        "all_to_all",
+        "permute",
+        "kernel",
+    }
+)
 _HOLD_PROGRAMS = frozenset({"while", "case"})  # their regions are programs, not bodies of a reduction
 
 

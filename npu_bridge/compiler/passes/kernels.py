@@ -55,7 +55,7 @@ def _merge(block: Block, program: Program) -> None:
 
 def _fill_missing(op: Op) -> None:
     """A result that nobody asked for was dropped with its part; it still comes out of the kernel."""
-    for i, r in enumerate(op.results):
+    for r in op.results:
         r.producer = op
     op.attrs.pop("filled")
     op.attrs.pop("part")

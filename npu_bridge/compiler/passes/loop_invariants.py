@@ -10,8 +10,26 @@ from npu_bridge.compiler.ir import Block, Op, Value
 
 # Regions, effects, exchanges between devices (which keep their order on all of them), and barriers, which are there to
 # stay.
-_STAYS = frozenset({"while", "case", "rng", "rng_bit_generator", "optimization_barrier", "all_reduce", "all_gather", "all_slice", "reduce_scatter",
-                    "start_all_gather", "start_reduce_scatter", "wait", "all_to_all", "permute", "partition_id", "callback"})  # fmt: skip
+_STAYS = frozenset(
+    {
+        "while",
+        "case",
+        "rng",
+        "rng_bit_generator",
+        "optimization_barrier",
+        "all_reduce",
+        "all_gather",
+        "all_slice",
+        "reduce_scatter",
+        "start_all_gather",
+        "start_reduce_scatter",
+        "wait",
+        "all_to_all",
+        "permute",
+        "partition_id",
+        "callback",
+    }
+)
 
 
 def move_loop_invariants(block: Block) -> None:

@@ -1,4 +1,4 @@
-"""Tests that run inside the emulator (`make conformance`): elsewhere there is no torch_npu, and they are not collected."""
+"""Tests that run inside the emulator (`make conformance`). Without torch_npu they are not collected."""
 
 import os
 

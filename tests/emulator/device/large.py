@@ -47,8 +47,19 @@ phase = PhaseConfig(
     patches_per_row=PATCHES,
     learning_rate=1e-5,
 )
-programs = make_programs(outline, phase=phase, objective=make_objective(model, phase, loss_chunk=1024), optimizer=OptimizerConfig(), spec=shape.spec(), trained=list(outline.shapes), frozen=[], mesh=mesh,
-                         compile=lambda function, *, in_shardings, out_shardings, donate_argnums=(): npu_bridge.jit(function, donate_argnums=donate_argnums, device="npu"))  # fmt: skip
+programs = make_programs(
+    outline,
+    phase=phase,
+    objective=make_objective(model, phase, loss_chunk=1024),
+    optimizer=OptimizerConfig(),
+    spec=shape.spec(),
+    trained=list(outline.shapes),
+    frozen=[],
+    mesh=mesh,
+    compile=lambda function, *, in_shardings, out_shardings, donate_argnums=(): npu_bridge.jit(
+        function, donate_argnums=donate_argnums, device="npu"
+    ),
+)
 batch = shape.empty()
 # Eight samples of 512 tokens and of 1,024 patches in windows of 64.
 batch.segment_lengths[:], batch.image_lengths[:, :8], batch.window_lengths[:, : PATCHES // 64] = (
@@ -92,8 +103,21 @@ with emulator.count() as counted:
     host = time.process_time() - start
     torch.npu.synchronize()
 plan = lowered.memory()
-print(json.dumps({
-    "parameters": sum(int(np.prod(leaf.shape)) for leaf in outline.shapes.values()), "layers": layers, "blocks": blocks,
-    "kernels": sum(counted.kernels.values()), "host seconds": host, "lowering seconds": lowering, "planned peak": plan["peak_bytes"], "planned arguments": plan["argument_bytes"],
-    "allocator peak": torch.npu.max_memory_allocated(), "reserved": torch.npu.max_memory_reserved(), "execution": compiled.execution,
-}), flush=True)  # fmt: skip
+print(
+    json.dumps(
+        {
+            "parameters": sum(int(np.prod(leaf.shape)) for leaf in outline.shapes.values()),
+            "layers": layers,
+            "blocks": blocks,
+            "kernels": sum(counted.kernels.values()),
+            "host seconds": host,
+            "lowering seconds": lowering,
+            "planned peak": plan["peak_bytes"],
+            "planned arguments": plan["argument_bytes"],
+            "allocator peak": torch.npu.max_memory_allocated(),
+            "reserved": torch.npu.max_memory_reserved(),
+            "execution": compiled.execution,
+        }
+    ),
+    flush=True,
+)

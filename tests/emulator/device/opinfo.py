@@ -20,12 +20,12 @@ from torch.utils._pytree import tree_flatten, tree_map
 SAMPLES = 6  # of each operator
 # Names of operators whose samples say nothing here, and why.
 LEFT_OUT = {
-    "as_strided.partial_views": "its samples look past a tensor into its storage, which a copy to the device does not have",
+    "as_strided.partial_views": "its samples read a tensor's storage beyond its view, which a copy on the device lacks",
     "tensor_split": "its samples hold index tensors that must stay on the CPU",
     # the device computes in float32, as torch_npu warns
     "float_power": "float64", "double": "float64", "cdouble": "float64",
     "nn.functional.gelu": "torch_npu gives aclnnGelu no `approximate`: what the device computes for tanh is not known",
-}  # fmt: skip
+    }  # fmt: skip
 RANDOM = re.compile(r"rand|bernoulli|normal|dropout|multinomial|empty|geometric|exponential|cauchy|uniform")
 EMULATOR = re.compile(r"has no emulation|legacy graph-engine operator")
 TORCH_NPU = re.compile(
@@ -82,7 +82,7 @@ def compare(got, wanted):
 
 
 def judge(info):
-    """-> (outcome, what was said): passed; wrong; refused, by the emulator; refused by torch_npu; raised; no samples."""
+    """Return (outcome, message): passed, wrong, refused by the emulator or by torch_npu, raised, no samples."""
     count = 0
     for sample in itertools.islice(
         info.sample_inputs("cpu", torch.float32, requires_grad=info.supports_autograd), SAMPLES

@@ -52,8 +52,13 @@ for dtype in (torch.bfloat16, torch.float16):
     turned = weight.t().contiguous().t()  # transposed in memory, the same numbers
 
     same("mm_all_reduce", torch_npu.npu_mm_all_reduce_base(mine, weight, name), sum(products), count, dtype)
-    same("mm_all_reduce of three dimensions and a bias", torch_npu.npu_mm_all_reduce_base(mine.view(2, -1, K), turned, name, bias=bias),
-         sum(p + v for p, v in zip(products, b64)).reshape(2, -1, N), count, dtype)  # fmt: skip
+    same(
+        "mm_all_reduce of three dimensions and a bias",
+        torch_npu.npu_mm_all_reduce_base(mine.view(2, -1, K), turned, name, bias=bias),
+        sum(p + v for p, v in zip(products, b64)).reshape(2, -1, N),
+        count,
+        dtype,
+    )
     x3 = [made((M, N), dtype, 40 + q) for q in range(count)]
     same("mm_all_reduce with an addition", torch_npu.npu_mm_all_reduce_base(mine, weight, name, x3=x3[rank].to(here)),
          sum(p + t.double().numpy() for p, t in zip(products, x3)), count, dtype)  # fmt: skip
@@ -77,17 +82,53 @@ narrow, short = (
     torch.ones(128, N, device=here, dtype=torch.bfloat16),
 )
 bad = [
-    ("float32", "takes float16, bfloat16", lambda: torch_npu.npu_mm_all_reduce_base(mine.float(), weight.float(), name)),
-    ("a transposed left matrix", "must be contiguous", lambda: torch_npu.npu_mm_all_reduce_base(mine[:, :M].t(), weight[:M], name)),
-    ("a right matrix with gaps", "may be transposed and nothing else", lambda: torch_npu.npu_mm_all_reduce_base(mine, weight[:, ::2], name)),
-    ("a bias of another length", "bias is", lambda: torch_npu.npu_mm_all_reduce_base(mine, weight, name, bias=bias[:4])),
-    ("a communicator that is none", 'no communicator is named "nobody"', lambda: torch_npu.npu_mm_all_reduce_base(mine, weight, "nobody")),
-    ("several turns", "comm_turn 2; expected 0", lambda: torch_npu.npu_mm_all_reduce_base(mine, weight, name, comm_turn=2)),
-    ("few elements to contract", "expected 256 to 65534", lambda: torch_npu.npu_mm_reduce_scatter_base(narrow, short, name, count)),
-    ("a bias of a scattered product", "the kernel takes none", lambda: torch_npu.npu_mm_reduce_scatter_base(mine, weight, name, count, bias=bias)),
+    (
+        "float32",
+        "takes float16, bfloat16",
+        lambda: torch_npu.npu_mm_all_reduce_base(mine.float(), weight.float(), name),
+    ),
+    (
+        "a transposed left matrix",
+        "must be contiguous",
+        lambda: torch_npu.npu_mm_all_reduce_base(mine[:, :M].t(), weight[:M], name),
+    ),
+    (
+        "a right matrix with gaps",
+        "may be transposed and nothing else",
+        lambda: torch_npu.npu_mm_all_reduce_base(mine, weight[:, ::2], name),
+    ),
+    (
+        "a bias of another length",
+        "bias is",
+        lambda: torch_npu.npu_mm_all_reduce_base(mine, weight, name, bias=bias[:4]),
+    ),
+    (
+        "a communicator that is none",
+        'no communicator is named "nobody"',
+        lambda: torch_npu.npu_mm_all_reduce_base(mine, weight, "nobody"),
+    ),
+    (
+        "several turns",
+        "comm_turn 2; expected 0",
+        lambda: torch_npu.npu_mm_all_reduce_base(mine, weight, name, comm_turn=2),
+    ),
+    (
+        "few elements to contract",
+        "expected 256 to 65534",
+        lambda: torch_npu.npu_mm_reduce_scatter_base(narrow, short, name, count),
+    ),
+    (
+        "a bias of a scattered product",
+        "the kernel takes none",
+        lambda: torch_npu.npu_mm_reduce_scatter_base(mine, weight, name, count, bias=bias),
+    ),
     ("another world", "its shape must be", lambda: torch_npu.npu_all_gather_base_mm(mine, weight, name, 2 * count)),
-    ("the right matrix to gather", "gather_index", lambda: torch_npu.npu_all_gather_base_mm(mine, weight, name, count, gather_index=1)),
-]  # fmt: skip
+    (
+        "the right matrix to gather",
+        "gather_index",
+        lambda: torch_npu.npu_all_gather_base_mm(mine, weight, name, count, gather_index=1),
+    ),
+]
 for what, message, call in bad:
     refused(what, message, call)
 torch.npu.synchronize()

@@ -1,4 +1,4 @@
-"""Attention's sparse modes 5 to 8: open prefixes, and batches cut for several devices, against the formula in float64."""
+"""Attention's sparse modes 5 to 8: open prefixes and batches split over devices, against the formula in float64."""
 
 import numpy as np
 import pytest

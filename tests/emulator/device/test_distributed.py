@@ -12,8 +12,27 @@ SCRIPT = Path(__file__).with_name("collectives.py")
 
 
 def torchrun(ranks, script, *options):
-    command = [sys.executable, "-m", "npu_bridge.emulator", "--devices", str(ranks), *options, "--", "python", "-m", "torch.distributed.run",
-               "--nproc-per-node", str(ranks), "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "npu_bridge.emulator",
+        "--devices",
+        str(ranks),
+        *options,
+        "--",
+        "python",
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(ranks),
+        "--master-port",
+        "0",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+        str(script),
+    ]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=580, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )

@@ -256,21 +256,47 @@ REFUSED = {
     "another number of heads": (dict(heads=8), "num_heads 8, but query has 4 heads"),
     "key heads that do not divide": (dict(key_heads=3), "4 query heads and 3 key heads"),
     "a layout of split rotary parts": (dict(layout="BSND_NBSD"), 'input_layout "BSND_NBSD" has no emulation'),
-    "a prefix mode": (dict(sparse_mode=6, atten_mask=TRIANGLE), "sparse_mode 6; fused inference attention knows 0 to 4"),
+    "a prefix mode": (
+        dict(sparse_mode=6, atten_mask=TRIANGLE),
+        "sparse_mode 6; fused inference attention knows 0 to 4",
+    ),
     "a triangle missing": (dict(sparse_mode=3), "sparse_mode 3 without atten_mask"),
-    "a small triangle": (dict(sparse_mode=3, atten_mask=TRIANGLE[:64, :64]), r"expected the compressed triangle \[2048, 2048\]"),
+    "a small triangle": (
+        dict(sparse_mode=3, atten_mask=TRIANGLE[:64, :64]),
+        r"expected the compressed triangle \[2048, 2048\]",
+    ),
     "a mask the other way round": (dict(sparse_mode=3, atten_mask=~TRIANGLE), "not the upper triangle"),
-    "a mask of heads": (dict(sparse_mode=1, atten_mask=torch.zeros(2, HEADS, 5, 7, dtype=torch.bool)), r"expected \[Sq, Skv\]"),
-    "a mask of floats": (dict(sparse_mode=1, atten_mask=torch.zeros(5, 7, dtype=torch.bfloat16)), "atten_mask is bfloat16"),
+    "a mask of heads": (
+        dict(sparse_mode=1, atten_mask=torch.zeros(2, HEADS, 5, 7, dtype=torch.bool)),
+        r"expected \[Sq, Skv\]",
+    ),
+    "a mask of floats": (
+        dict(sparse_mode=1, atten_mask=torch.zeros(5, 7, dtype=torch.bfloat16)),
+        "atten_mask is bfloat16",
+    ),
     "an empty band": (dict(sparse_mode=4, atten_mask=TRIANGLE, pre_tokens=-2, next_tokens=1), "leave no band"),
     "too long a row": (dict(key_lengths=[7, 8]), r"actual_seq_lengths_kv = \[7, 8\]; expected 0 to 7"),
     "lengths of too few rows": (dict(rows=3, key_lengths=[7, 7]), "actual_seq_lengths_kv has 2 numbers for 3 rows"),
-    "blocks without lengths": (dict(block_table=torch.zeros(2, 1, dtype=torch.int32), block_size=128, keys=(4, 128, 32)), "without the lengths of the keys"),
-    "blocks of another size": (dict(block_table=torch.zeros(2, 1, dtype=torch.int32), block_size=128, keys=(4, 64, 32), key_lengths=[7, 7]), "blocks of 64 places, block_size is 128"),
-    "a block that is not there": (dict(block_table=torch.full((2, 1), 9, dtype=torch.int32), block_size=128, keys=(4, 128, 32), key_lengths=[7, 7]), "block_table names block 9 or 9 of 4"),
+    "blocks without lengths": (
+        dict(block_table=torch.zeros(2, 1, dtype=torch.int32), block_size=128, keys=(4, 128, 32)),
+        "without the lengths of the keys",
+    ),
+    "blocks of another size": (
+        dict(block_table=torch.zeros(2, 1, dtype=torch.int32), block_size=128, keys=(4, 64, 32), key_lengths=[7, 7]),
+        "blocks of 64 places, block_size is 128",
+    ),
+    "a block that is not there": (
+        dict(
+            block_table=torch.full((2, 1), 9, dtype=torch.int32), block_size=128, keys=(4, 128, 32), key_lengths=[7, 7]
+        ),
+        "block_table names block 9 or 9 of 4",
+    ),
     "quantisation": (dict(quant_scale2=torch.ones(1), lse=False), "quant_scale2 = .* has no emulation"),
-    "padding on the left": (dict(query_padding_size=torch.ones(1, dtype=torch.int64)), "query_padding_size = .* has no emulation"),
-}  # fmt: skip
+    "padding on the left": (
+        dict(query_padding_size=torch.ones(1, dtype=torch.int64)),
+        "query_padding_size = .* has no emulation",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -39,8 +39,26 @@ def launched(folder, mapping, name, processes, *overrides):
     own = copy.deepcopy(mapping)
     own["run"]["dir"] = str(folder / name)
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(own))
-    command = [sys.executable, "-m", "npu_bridge.emulator", "--devices", str(processes), "--trace", str(folder / f"{name}.json"), "--", "python", "-m", "npu_bridge.launch",
-               "--nproc", str(processes), str(ROOT / "train.py"), "--config", str(folder / f"{name}.yaml"), "--set", *overrides]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "npu_bridge.emulator",
+        "--devices",
+        str(processes),
+        "--trace",
+        str(folder / f"{name}.json"),
+        "--",
+        "python",
+        "-m",
+        "npu_bridge.launch",
+        "--nproc",
+        str(processes),
+        str(ROOT / "train.py"),
+        "--config",
+        str(folder / f"{name}.yaml"),
+        "--set",
+        *overrides,
+    ]
     environment = os.environ | {
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
         "OMP_NUM_THREADS": "1",

@@ -32,9 +32,12 @@ def counted(step, warm=4):
 def proof(counts):
     """For the page of results."""
     return {
-        "kernels": sum(counts.kernels.values()), "launched by the host": sum(int(c["calls"] - c["captured"]) for c in counts.raw["kernels"].values()),
-        "replays": counts.replays, "waits": sum(counts.synchronisations.values()), "copies from the host": counts.copies.get("host to device", 0),
-    }  # fmt: skip
+        "kernels": sum(counts.kernels.values()),
+        "launched by the host": sum(int(c["calls"] - c["captured"]) for c in counts.raw["kernels"].values()),
+        "replays": counts.replays,
+        "waits": sum(counts.synchronisations.values()),
+        "copies from the host": counts.copies.get("host to device", 0),
+    }
 
 
 def test_a_captured_step_is_one_replay_without_synchronisation(monkeypatch, record_property):

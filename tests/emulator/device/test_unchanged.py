@@ -24,8 +24,16 @@ def tiny(attention):
         fullatt_block_indexes=[1],
         in_channels=3,
     )
-    text = dict(vocab_size=VOCABULARY, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                rope_scaling=dict(type="mrope", mrope_section=[2, 2, 2]), max_position_embeddings=128)  # fmt: skip
+    text = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_scaling=dict(type="mrope", mrope_section=[2, 2, 2]),
+        max_position_embeddings=128,
+    )
     config = Qwen2_5_VLConfig(
         vision_config=vision,
         text_config=text,
@@ -49,8 +57,14 @@ def inputs():
     mask = torch.ones_like(ids)
     mask[1, -3:] = 0
     labels = ids.masked_fill((mask == 0) | (ids >= 150), -100)
-    return dict(input_ids=ids, attention_mask=mask, labels=labels, mm_token_type_ids=(ids == IMAGE).int(),
-                pixel_values=torch.randn(48, 3 * 2 * 14 * 14, generator=generator), image_grid_thw=torch.tensor([GRID, GRID]))  # fmt: skip
+    return dict(
+        input_ids=ids,
+        attention_mask=mask,
+        labels=labels,
+        mm_token_type_ids=(ids == IMAGE).int(),
+        pixel_values=torch.randn(48, 3 * 2 * 14 * 14, generator=generator),
+        image_grid_thw=torch.tensor([GRID, GRID]),
+    )
 
 
 def train(model, device, steps=3):

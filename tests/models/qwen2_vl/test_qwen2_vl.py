@@ -32,8 +32,18 @@ from mindvl_jax.weights.mapping import read_config, slots
 from npu_bridge import ops
 
 ROOT = Path(__file__).parents[3]
-WIDTHS = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-              rms_norm_eps=1e-6, bos_token_id=None, eos_token_id=None, pad_token_id=None)  # fmt: skip
+WIDTHS = dict(
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    rms_norm_eps=1e-6,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+)
 VISION = dict(depth=3, embed_dim=32, hidden_size=64, mlp_ratio=4, num_heads=2)
 
 
