@@ -64,7 +64,8 @@ def through_bridge(model) -> tuple[Callable[[], Any], Facts]:
     from mindvl_jax.training.state import abstract_state
     from mindvl_jax.training.step import make_programs
     from npu_bridge.runtime.api import Compiled
-    from npu_bridge.runtime.array import Array, storage_dtype
+    from npu_bridge.runtime.array import Array
+    from npu_bridge.runtime.conversion import storage_dtype
 
     mesh, outline = make_mesh(MeshConfig(), jax.devices()[:1]), outline_of(model)
     shape, batch = batch_of(model)

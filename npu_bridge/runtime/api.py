@@ -229,7 +229,8 @@ class Compiled:
 
     def _shard(self, x: Any, number: int, layout: Layout) -> Any:
         """This rank's part of a host array, where it lies."""
-        from npu_bridge.runtime.array import held_shard, to_torch
+        from npu_bridge.runtime.array import held_shard
+        from npu_bridge.runtime.conversion import to_torch
         from npu_bridge.runtime.program import shard
 
         dtype = self.lowered.traced.in_avals[number].dtype

@@ -17,8 +17,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from npu_bridge.compiler import callbacks
 from npu_bridge.compiler.ir import MeshShape, axis_parts
 from npu_bridge.errors import BridgeError, CollectiveError
+from npu_bridge.runtime.conversion import to_numpy, to_torch
 from npu_bridge.runtime.kernel_table import KernelTable
 
 _BACKEND = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
@@ -177,9 +179,6 @@ class Runtime:
 
     def callback(self, number: int, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Call back to Python, with copies of the arrays: what a callback keeps, later statements may overwrite."""
-        from npu_bridge.compiler import callbacks
-        from npu_bridge.runtime.array import to_numpy, to_torch
-
         known = self.callbacks[number]
         if known.first_only and self.place != 0:
             return []

@@ -17,13 +17,12 @@ import torch.distributed as dist
 
 from npu_bridge.errors import CollectiveError
 from npu_bridge.runtime.compiled import compiled
+from npu_bridge.runtime.conversion import to_torch
 from npu_bridge.runtime.mesh import Runtime
 
 
 def place_constant(array: np.ndarray, dims: list[tuple[str, ...]], runtime: Runtime) -> torch.Tensor:
     """This rank's shard of a constant, on the device."""
-    from npu_bridge.runtime.array import to_torch
-
     t = to_torch(np.array(array), array.dtype)
     return shard(t, dims, runtime).to(runtime.device)
 

@@ -151,7 +151,8 @@ def _dtype(name: str):
 
 
 def _run(job: dict[str, Any], flat: list[np.ndarray]) -> Any:
-    from npu_bridge.runtime.array import Array, to_torch
+    from npu_bridge.runtime.array import Array
+    from npu_bridge.runtime.conversion import to_torch
     from npu_bridge.runtime.mesh import Runtime
     from npu_bridge.runtime.program import LoadedProgram, shard
 
@@ -199,7 +200,8 @@ def _steps(job, program, local, runtime):
 
     Returns metrics of each step and the last state.
     """
-    from npu_bridge.runtime.array import Array, to_torch
+    from npu_bridge.runtime.array import Array
+    from npu_bridge.runtime.conversion import to_torch
     from npu_bridge.runtime.program import shard
 
     count = job["state"]

@@ -24,7 +24,8 @@ from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.training.state import abstract_state
 from mindvl_jax.training.step import make_programs
 from npu_bridge.runtime.api import Compiled
-from npu_bridge.runtime.array import Array, storage_dtype
+from npu_bridge.runtime.array import Array
+from npu_bridge.runtime.conversion import storage_dtype
 
 TOKENS, PATCHES, SAMPLES = 4096, 8192, 8
 layers, blocks = (int(text) for text in sys.argv[1:])
