@@ -139,7 +139,7 @@ class ColumnMapping(Section):
 
 
 class SourceConfig(Section):
-    path: str = Field(description="File, folder or glob.")
+    path: str = Field(description="File, folder or glob, or a URL of fsspec such as s3://, gs://, hf://datasets/.")
     format: Literal["auto", "mllm", "llava", "sharegpt", "jsonl", "parquet", "webdataset", "csv", "tsv", "arrow"] = (
         "auto"
     )

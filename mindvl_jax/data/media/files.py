@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 
+from mindvl_jax.core.errors import UserError
+from mindvl_jax.data import remote
 from mindvl_jax.data.sample import Media, SampleError
 
 
@@ -25,6 +27,8 @@ def resolve(media: Media) -> str:
         raise SampleError("missing_media", f"{path!r} holds characters that no file name can have") from None
     if "\0" in path or not path:
         raise SampleError("missing_media", f"{path!r} is not a path")
+    if media.root is not None and remote.is_remote(media.root):
+        return _fetched(media.root, path)
     root = _real_root(media.root or os.getcwd())
     real = os.path.realpath(os.path.join(root, path))
     if real != root and not real.startswith(root.rstrip(os.sep) + os.sep):
@@ -39,6 +43,17 @@ def resolve(media: Media) -> str:
             f"{real!r} does not exist or is not a file (from {path!r} below {root!r}); check media_root",
         )
     return real
+
+
+def _fetched(root: str, path: str) -> str:
+    """Local copy of a medium below a root that is a URL."""
+    url = remote.joined(root, path)
+    if url is None:
+        raise SampleError("outside_root", f"{path!r} leads outside of the data root {root!r}")
+    try:
+        return remote.local_copy(url)
+    except UserError as error:
+        raise SampleError("missing_media", str(error)) from None
 
 
 @functools.lru_cache(maxsize=256)

@@ -20,6 +20,7 @@ import numpy as np
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.files import replacing
+from mindvl_jax.data import remote
 from mindvl_jax.data.encoding import encode_record
 from mindvl_jax.data.processor import Cost, Example, Processor
 from mindvl_jax.data.sample import SampleError
@@ -47,9 +48,17 @@ def index_path(folder: str | Path, source: Source, encoding: dict[str, Any]) -> 
 
     Its name changes with the records, their files and everything that encoding depends on.
     """
-    files = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in source.paths]
+    files = [_version(path) for path in source.paths]
     said = json.dumps([FORMAT, source.identity, files, encoding], sort_keys=True)
     return Path(folder) / f"{source.name}-{hashlib.sha256(said.encode()).hexdigest()[:16]}.npz"
+
+
+def _version(path: str) -> list[Any]:
+    """Tell this content of a file from a later one."""
+    if remote.is_remote(path):
+        return [remote.version(path)]
+    found = os.stat(path)
+    return [path, found.st_size, found.st_mtime_ns]
 
 
 def write_index(path: Path, outcomes: Iterable[Example | SampleError], processor: Processor) -> tuple[int, int]:

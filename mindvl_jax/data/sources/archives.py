@@ -15,6 +15,7 @@ import pyarrow.parquet
 
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.files import decode_text, foreign
+from mindvl_jax.data import remote
 from mindvl_jax.data.sample import SampleError, Unreadable
 
 # Bytes of row groups kept decoded for random access: shuffled reading would decode a group again for every sample.
@@ -48,7 +49,7 @@ class ParquetRecords:
     def __init__(self, path: str):
         self.path = path
         try:
-            with pyarrow.parquet.ParquetFile(path) as file:
+            with self._file() as file:
                 groups = [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise UserError(f"{path} is not a readable parquet file: {error}") from None
@@ -68,12 +69,17 @@ class ParquetRecords:
     def where(self, index: int) -> str:
         return f"{self.path} row {index}"
 
+    def _file(self) -> pyarrow.parquet.ParquetFile:
+        if remote.is_remote(self.path):
+            return pyarrow.parquet.ParquetFile(remote.opened(self.path), pre_buffer=True)
+        return pyarrow.parquet.ParquetFile(self.path, memory_map=True)
+
     def _group(self, group: int) -> pyarrow.Table:
         with self._lock:
             table = self._kept.get(group)
             if table is None:
                 try:
-                    with pyarrow.parquet.ParquetFile(self.path, memory_map=True) as file:
+                    with self._file() as file:
                         table = file.read_row_group(group, use_threads=False).combine_chunks()
                 except FileNotFoundError:
                     raise UserError(f"the data file {self.path} is not there any more; put it back") from None

@@ -22,6 +22,7 @@ import numpy as np
 from mindvl_jax.config.schema import SourceConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.files import decode_text, foreign
+from mindvl_jax.data import remote
 from mindvl_jax.data.record import sample_from_record
 from mindvl_jax.data.sample import Sample, SampleError
 from mindvl_jax.data.sources import tables
@@ -157,7 +158,8 @@ def _records(path: str, kind: str) -> Records:
         "tsv": tables.CsvRecords,
         "arrow": tables.ArrowRecords,
     }
-    return opened[kind](path)
+    # Parquet is read by ranges where it lies; the others have no random access over a network.
+    return opened[kind](remote.local_copy(path) if remote.is_remote(path) and kind != "parquet" else path)
 
 
 class Source:
@@ -195,7 +197,11 @@ class Source:
 
     def where(self, index: int) -> str:
         records, inner = self.locate(index)
-        return records.where(inner)
+        return records.where(inner).replace(records.path, self._origin(records))
+
+    def _origin(self, records: Records) -> str:
+        """Path or URL that the user named for this file."""
+        return self.paths[next(number for number, each in enumerate(self._files) if each is records)]
 
     def __getitem__(self, index: int) -> Sample:
         """The sample. Raises SampleError when its record is damaged or of no accepted shape."""
@@ -203,7 +209,9 @@ class Source:
             raise IndexError(index)
         records, inner = self.locate(index)
         record = records.read(inner)
-        root = self._config.media_root or os.path.dirname(os.path.abspath(records.path))
+        origin = self._origin(records)
+        beside = remote.parent(origin) if remote.is_remote(origin) else os.path.dirname(os.path.abspath(origin))
+        root = self._config.media_root or beside
         default = f"{self.name}:{index}"
         columns = self._config.columns
         try:
@@ -212,7 +220,7 @@ class Source:
                 columns=columns,
                 media_root=root,
                 default_id=default,
-                origin=f"{records.path}#{inner}",
+                origin=f"{origin}#{inner}",
                 media_in_file=getattr(records, "holds_media", False),
             )
         except SampleError as error:
@@ -234,6 +242,9 @@ def content_digest(paths: Sequence[str]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     share = max(2 * _BLOCK, DIGEST_BYTES // max(1, len(paths)))
     for path in paths:
+        if remote.is_remote(path):
+            digest.update(remote.version(path).encode())
+            continue
         try:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -257,7 +268,10 @@ def find_files(config: SourceConfig, where: str) -> list[str]:
     Raises UserError, which names the place `where` in the configuration, when there is none.
     """
     path = os.path.expanduser(config.path)
-    if os.path.isdir(path) and (saved := _saved_dataset(path, where)) is not None:
+    if remote.is_remote(path):
+        found = remote.list_files(path, SUFFIXES)
+        _require_one_kind(found, path, config.format, where)
+    elif os.path.isdir(path) and (saved := _saved_dataset(path, where)) is not None:
         found = saved
     elif os.path.isdir(path):
         found = sorted(
@@ -265,12 +279,7 @@ def find_files(config: SourceConfig, where: str) -> list[str]:
             for entry in os.scandir(path)
             if os.path.splitext(entry.name)[1].lower() in SUFFIXES and not foreign(entry.name) and entry.is_file()
         )
-        kinds = {_kind(file, config.format) for file in found}
-        if len(kinds) > 1:
-            raise UserError(
-                f"{where}: the folder {path} mixes {', '.join(sorted(kinds))} files; give a glob that names "
-                f"one kind, such as {os.path.join(path, '*.parquet')}"
-            )
+        _require_one_kind(found, path, config.format, where)
     elif os.path.exists(path):
         found = [path]
     else:
@@ -278,9 +287,18 @@ def find_files(config: SourceConfig, where: str) -> list[str]:
     if not found:
         raise UserError(
             f"{where}: nothing to read at {config.path!r} (working directory {os.getcwd()}); expected a "
-            f"file, a folder or a glob with {', '.join(SUFFIXES)} files"
+            f"file, a folder or a glob with {', '.join(SUFFIXES)} files, or a URL such as s3://BUCKET/FILE"
         )
     return found
+
+
+def _require_one_kind(files: Sequence[str], path: str, declared: str, where: str) -> None:
+    kinds = {_kind(file, declared) for file in files}
+    if len(kinds) > 1:
+        raise UserError(
+            f"{where}: the folder {path} mixes {', '.join(sorted(kinds))} files; give a glob that names "
+            f"one kind, such as {os.path.join(path, '*.parquet')}"
+        )
 
 
 def _saved_dataset(path: str, where: str) -> list[str] | None:
