@@ -12,7 +12,8 @@ own:
 ``all_gather``       attrs ``dims``: for each dimension the axes over which its shards are gathered
 ``all_slice``        attrs ``dims``: for each dimension the axes over which this device keeps its shard (no exchange)
 ``reduce_scatter``   attrs ``dims``, ``kind``, and ``axes`` in the order of the dims
-``start_all_gather``, ``start_reduce_scatter``: the same attrs; the result is an exchange in flight, for ``wait``
+``start_all_gather``, ``start_reduce_scatter``, ``start_permute``, ``start_all_to_all``: the same attrs; the result is
+an exchange in flight, for ``wait``
 ``wait``             attrs ``of`` (the exchange's name) and ``dims``; operands: what was started, and what it was given
 ``all_to_all``       attrs ``axes``, ``source``, ``target``: the sharding moves from dimension source to target
 ``permute``          attrs ``pairs``: (source, target) devices; a device that receives nothing gets zeros

@@ -129,6 +129,17 @@ def share_address() -> str:
     return address[0]
 
 
+class _Requests:
+    """Several requests that are waited for as one."""
+
+    def __init__(self, requests: Sequence[Any]):
+        self._requests = list(requests)
+
+    def wait(self) -> None:
+        for request in self._requests:
+            request.wait()
+
+
 class UnderWay:
     """An exchange that was started.
 
@@ -399,6 +410,13 @@ class Runtime:
 
     def all_to_all(self, x: torch.Tensor, axes: tuple[str, ...], source: int, target: int) -> torch.Tensor:
         """The sharding over `axes` moves from dimension `source` to dimension `target`."""
+        return self._all_to_all(x, axes, source, target, False).wait()
+
+    def start_all_to_all(self, x: torch.Tensor, axes: tuple[str, ...], source: int, target: int) -> UnderWay:
+        """`all_to_all` beside the computation. `x` must stay as it is until the result is waited for."""
+        return self._all_to_all(x, axes, source, target, True)
+
+    def _all_to_all(self, x: torch.Tensor, axes: tuple[str, ...], source: int, target: int, beside: bool) -> UnderWay:
         group, members = self._members[axes]
         n = len(members)
         y = x.unflatten(target, (n, x.shape[target] // n)).movedim(target, 0)
@@ -407,25 +425,35 @@ class Runtime:
             y = y[[members.index(r) for r in ranks]]
         y = self._carried(y)
         out = torch.empty_like(y)
-        with self._counted("all_to_all", x, axes):
-            dist.all_to_all_single(out, y, group=group)
-        out = out.view(x.dtype)
-        if members != ranks:
-            out = out[[ranks.index(m) for m in members]]
-        return out.movedim(0, source).flatten(source, source + 1)
+
+        def finish() -> torch.Tensor:
+            parts = out.view(x.dtype)
+            if members != ranks:
+                parts = parts[[ranks.index(m) for m in members]]
+            return parts.movedim(0, source).flatten(source, source + 1)
+
+        def begin():
+            return dist.all_to_all_single(out, y, group=group, async_op=beside)
+
+        return self._start("all_to_all", x, axes, begin, finish, (y, out))
 
     def permute(self, x: torch.Tensor, pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Sends to the target place, receives from the source place; zeros where nobody sends."""
+        return self.start_permute(x, pairs).wait()
+
+    def start_permute(self, x: torch.Tensor, pairs: Sequence[tuple[int, int]]) -> UnderWay:
+        """`permute` beside the computation. `x` must stay as it is until the result is waited for."""
         y = self._carried(x)
         out, work = torch.zeros_like(y), []
         for source, target in pairs:
             if source == target == self.place:
-                return x.clone()
-            if source == self.place:
+                out.copy_(y)
+            elif source == self.place:
                 work.append(dist.P2POp(dist.isend, y, self.order[target]))
-            if target == self.place:
+            elif target == self.place:
                 work.append(dist.P2POp(dist.irecv, out, self.order[source]))
-        with self._counted("permute", x, tuple(self.sizes)):
-            for request in dist.batch_isend_irecv(work) if work else []:
-                request.wait()
-        return out.view(x.dtype)
+
+        def begin():
+            return _Requests(dist.batch_isend_irecv(work)) if work else None
+
+        return self._start("permute", x, tuple(self.sizes), begin, lambda: out.view(x.dtype), (y, out))

@@ -16,7 +16,7 @@ from tests.bridge.test_training import STEPS, _batches, _loss_gap, _xla
 
 R = np.random.RandomState(0)
 _MESH = {"fsdp": 4}
-_START = re.compile(r"(v\d+) = rt\.start_(all_gather|reduce_scatter)\(")
+_START = re.compile(r"(v\d+) = rt\.start_(all_gather|reduce_scatter|permute|all_to_all)\(")
 
 
 def f32(*shape):
@@ -153,6 +153,86 @@ def test_a_gather_of_what_another_gather_brings_waits_for_it(pool):
     want = np.asarray(jax.jit(lambda a: jnp.sin(a).astype(jnp.bfloat16).T.astype(jnp.float32) @ a)(a))
     for got in pool.run(low, [a]):
         assert_close([want], got, 1e-5, 1e-5, "two gathers")
+
+
+def _mapped(fn, specs, out):
+    return lambda *a: jax.shard_map(
+        fn, mesh=jax.sharding.get_abstract_mesh(), in_specs=specs, out_specs=out, check_vma=False
+    )(*a)
+
+
+RING = [(i, (i + 1) % 4) for i in range(4)]
+
+
+def _ring(k, w):
+    """Scan over a ring: the next keys are sent while those at hand are multiplied."""
+
+    def one(carry, _):
+        k, total = carry
+        return (jax.lax.ppermute(k, "fsdp", RING), total + jnp.tanh(k @ w) @ w.T), None
+
+    return jax.lax.scan(one, (k, jnp.zeros_like(k)), None, length=4)[0][1]
+
+
+def _both_ways(x, w):
+    """A tick of a pipeline: forward, backward, then both are sent on; each is needed a round later."""
+
+    def tick(carry, _):
+        x, g = carry
+        y, h = jnp.tanh(x @ w), jnp.sin(g @ w.T)
+        return (jax.lax.ppermute(y, "fsdp", RING), jax.lax.ppermute(h, "fsdp", [(b, a) for a, b in RING])), None
+
+    return sum(jax.lax.scan(tick, (x, x * 2), None, length=5)[0])
+
+
+def _ulysses(x, w):
+    """Rows to columns and back: each of three travels while the next is made."""
+    q, k, v = (jax.lax.all_to_all(jnp.tanh(x @ (w * n)), "fsdp", 1, 0, tiled=True) for n in (1.0, 2.0, 3.0))
+    return jax.lax.all_to_all(q * jnp.sin(k) + v, "fsdp", 0, 1, tiled=True)
+
+
+@pytest.mark.parametrize(
+    ("fn", "count", "hidden"),
+    [(_ring, 1, 1), (_both_ways, 2, 1), (_ulysses, 4, 2)],
+    ids=["ring in a scan", "pipeline", "all_to_all"],
+)
+def test_what_is_handed_on_travels_beside_the_computation(fn, count, hidden, pool):
+    x, w = f32(16, 8), f32(8, 8)
+    specs = (P("fsdp"), P())
+    low = npu_bridge.jit(_mapped(fn, specs, P("fsdp")), mesh=_MESH, in_shardings=specs, out_shardings=P("fsdp")).lower(
+        x, w
+    )
+    found = spans(low.as_text())
+    beside = sum(products_between(low.as_text(), a, b) > 0 for _, a, b in found)
+    assert len(found) == count and beside == hidden, low.as_text()
+    assert all(not e["waits"] for e in low.collectives())
+    calls = [(np.roll(x, n), np.roll(w, n)) for n in range(3)]
+    mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        want = [np.asarray(jax.jit(_mapped(fn, specs, P("fsdp")))(*a)) for a in calls]
+    for rank, results in enumerate(pool.calls(low, calls)):
+        for call, (a, (b,)) in enumerate(zip(want, results, strict=True)):
+            assert_close([a], [b], 1e-5, 1e-5, f"rank {rank}, call {call}")
+
+
+def test_what_is_under_way_is_not_overwritten_and_a_permute_of_a_permute_waits(pool):
+    def fn(x, w):
+        y = jnp.tanh(x)
+        moved = jax.lax.ppermute(y, "fsdp", RING)
+        twice = jax.lax.ppermute(moved.T, "fsdp", RING)
+        z = y * 3 + 1  # could be written into y
+        return z @ w + moved + twice.T
+
+    x, w = f32(16, 8), f32(8, 8)
+    specs = (P("fsdp"), P())
+    low = npu_bridge.jit(_mapped(fn, specs, P("fsdp")), mesh=_MESH, in_shardings=specs, out_shardings=P("fsdp")).lower(
+        x, w
+    )
+    y = np.tanh(x)
+    want = (y * 3 + 1) @ w + np.roll(y, 4, 0) + np.roll(y, 8, 0)
+    for results in pool.calls(low, [(x, w)] * 3):
+        for (got,) in results:
+            assert_close([want], [got], 1e-5, 1e-5, "permutes")
 
 
 def test_a_wait_that_fails_names_the_exchange():

@@ -76,10 +76,11 @@ def wait(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     """The result of an exchange under way.
 
     What it was given is read until here; shards put together along the first dimension are a view of what arrived,
-    others are moved into place.
+    others are moved into place. What a permute brings is the buffer that it came in.
     """
     under_way, x = (e.tensor(a) for a in args)
     view = op.attrs["of"] == "all_gather" and bool(op.attrs["dims"][0])
+    view = view or op.attrs["of"] == "permute"
     return e.emit(
         f"{under_way.name}.wait()", [under_way, x], op.result.type, alias=under_way if view else None, kind="collective"
     )
@@ -94,6 +95,15 @@ def all_to_all(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     return e.emit(code, [x], op.result.type, kind="collective")
 
 
+@lowering("start_all_to_all")
+def start_all_to_all(e: Emitter, op: Op, args: list[Operand]) -> Operand:
+    x, axes = e.tensor(args[0]), tuple(op.attrs["axes"])
+    n = e.mesh.size(axes)
+    e.note_collective(op, "all_to_all", [axes], x.type, x.type.bytes * (n - 1) // n, waits=False)
+    code = f"rt.start_all_to_all({x.name}, {axes}, {op.attrs['source']}, {op.attrs['target']})"
+    return e.emit(code, [x], op.result.type, kind="collective")
+
+
 @lowering("permute")
 def permute(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     x = e.tensor(args[0])
@@ -102,6 +112,14 @@ def permute(e: Emitter, op: Op, args: list[Operand]) -> Operand:
         return x
     e.note_collective(op, "permute", [tuple(e.mesh.sizes)], x.type, x.type.bytes)
     return e.emit(f"rt.permute({x.name}, {pairs})", [x], op.result.type, kind="collective")
+
+
+@lowering("start_permute")
+def start_permute(e: Emitter, op: Op, args: list[Operand]) -> Operand:
+    x = e.tensor(args[0])
+    e.note_collective(op, "permute", [tuple(e.mesh.sizes)], x.type, x.type.bytes, waits=False)
+    pairs = [tuple(p) for p in op.attrs["pairs"]]
+    return e.emit(f"rt.start_permute({x.name}, {pairs})", [x], op.result.type, kind="collective")
 
 
 @lowering("partition_id")

@@ -1,5 +1,5 @@
 """Exchanges that run beside the computation: gathers start before what comes ahead of their first reader, scatters are
-waited for late.
+waited for late, permutes and all_to_alls start where their operand is there and are waited for at their first reader.
 
 Every all_gather over one dimension becomes a ``start_all_gather`` and a ``wait``, every reduce_scatter a
 ``start_reduce_scatter`` and a ``wait``. A start moves ahead of the computation, a wait stays at the first use of its
@@ -9,7 +9,8 @@ for all ranks, as collectives want it.
 Memory stays bounded: of each kind at most `AHEAD` exchanges are under way in a block, so a program holds at most
 `AHEAD` gathered parameters more than one that waits for each (and as many gradients before their scatter). Nothing
 crosses a loop: a gather that is read behind a loop starts behind it, and what a loop's body reads is gathered in the
-same round.
+same round. Permutes and all_to_alls may pass loops and branches, at most `PASSING` at once: what is under way then is
+the little that a ring or a pipeline hands on, and a round waits at its end for what the next one reads.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from npu_bridge.compiler.ir import Block, Op, Program, Value, free_values
 
 AHEAD = 2
+PASSING = 8
 
 # What lies between a parameter and its gather: cheap, on this device's shard, and safe to do earlier than it was
 # written.
@@ -33,6 +35,7 @@ def overlap_exchanges(program: Program) -> None:
     """Rewrites every block in place. Runs last: it fixes an order that later rewrites must keep."""
     for block in _blocks(program.body):
         _start_gathers_early(block, program)
+        _start_where_the_operand_is(block, program)
         _wait_for_scatters_late(block, program)
 
 
@@ -57,7 +60,7 @@ def _split(op: Op) -> tuple[Op, Op]:
 
     The wait names the operand again: its storage is read until then, so nothing may overwrite it in between.
     """
-    moved = op.result.type if op.name == "all_gather" else op.operands[0].type
+    moved = op.operands[0].type if op.name == "reduce_scatter" else op.result.type
     start = Op(
         f"start_{op.name}", list(op.operands), [Value(moved, op.result.layout)], dict(op.attrs), location=op.location
     )
@@ -65,7 +68,7 @@ def _split(op: Op) -> tuple[Op, Op]:
         "wait",
         [start.result, op.operands[0]],
         [op.result],
-        {"of": op.name, "dims": op.attrs["dims"]},
+        {"of": op.name, "dims": op.attrs.get("dims", [])},
         location=op.location,
     )
 
@@ -186,6 +189,88 @@ def _start_gathers_early(block: Block, program: Program) -> None:
     for v in block.results:
         gathers.need(v)
     block.ops = gathers.kept
+
+
+# ---- permutes and all_to_alls
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _passes(op: Op, program: Program) -> bool:
+    if op.name == "all_to_all":
+        return program.mesh.size(tuple(op.attrs["axes"])) > 1
+    return op.name == "permute" and any(source != target for source, target in op.attrs["pairs"])
+
+
+def _start_where_the_operand_is(block: Block, program: Program) -> None:
+    """Rewrite one block. The order of starts follows from the block alone, so it is the same on every rank."""
+    waiting = {op.result: op for op in block.ops if _passes(op, program)}
+    if not waiting:
+        return
+    inside = {id(op) for op in block.ops}
+    written: set[int] = set()
+    kept: list[Op] = []
+    under_way: dict[Value, Op] = {}  # result -> its wait
+
+    def there(v: Value) -> bool:
+        return v.producer is None or id(v.producer) not in inside or id(v.producer) in written
+
+    def write(op: Op) -> None:
+        kept.append(op)
+        written.add(id(op))
+
+    def chain(v: Value) -> list[Op] | None:
+        """Cheap operations to write before `v` is there, in order; None when it is not to be had yet."""
+        if v in waiting or v in under_way:
+            return None
+        if there(v):
+            return []
+        made = v.producer
+        if made.regions or made.name not in _CARRIED_ALONG:
+            return None
+        found: list[Op] = []
+        for operand in made.operands:
+            before = chain(operand)
+            if before is None:
+                return None
+            found += [op for op in before if op not in found]
+        return [*found, made]
+
+    def start(result: Value) -> None:
+        begin, under_way[result] = _split(waiting.pop(result))
+        kept.append(begin)
+
+    def start_all() -> None:
+        for result, op in list(waiting.items()):
+            if len(under_way) == PASSING:
+                return
+            before = chain(op.operands[0])
+            if before is not None:
+                for needed in before:
+                    write(needed)
+                start(result)
+
+    def need(v: Value) -> None:
+        if v in waiting:  # could not start early
+            start(v)
+        if v in under_way:
+            wait = under_way.pop(v)
+            write(wait)
+
+    for op in block.ops:
+        if id(op) in written or _passes(op, program):
+            continue
+        for v in _reads(op):
+            need(v)
+        start_all()  # beside the operation that is about to be written
+        if id(op) not in written:
+            write(op)
+    for v in block.results:
+        need(v)
+    for v in list(waiting):  # nobody reads them, but the other devices of their group may wait for them
+        start(v)
+    for v in list(under_way):
+        need(v)
+    block.ops = kept
 
 
 # ---- scatters
