@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    common.load_slow("mindvl_jax.weights", "mindvl_jax.inference.loading")
     from mindvl_jax.inference.loading import parse_mesh
     from mindvl_jax.weights import average, open_model, save_parameters
     from mindvl_jax.weights.companions import write_companions

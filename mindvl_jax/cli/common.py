@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -54,6 +55,13 @@ def load_config(path: str, overrides: Sequence[str] | Iterable[str] = ()) -> Con
 def busy(what: str) -> AbstractContextManager[None]:
     """Say on standard error what takes long: a spinner on a terminal, lines in a pipe."""
     return working(LogConsole(stderr=True, stamp=False), what)
+
+
+def load_slow(*modules: str) -> None:
+    """Import what loads JAX, and say so: on a busy machine that alone takes long."""
+    with busy("loading JAX"):
+        for module in modules:
+            importlib.import_module(module)
 
 
 def prepare_data(config: Config) -> None:

@@ -70,6 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tolerance", type=float, default=1e-4, help="largest relative difference of any step's loss that passes"
     )
     parser.add_argument(
+        "--json", action="store_true", help="print compare.json; everything else goes to standard error"
+    )
+    parser.add_argument(
         "--out",
         default="compare",
         metavar="DIR",
@@ -114,11 +117,12 @@ def run(args: argparse.Namespace) -> int:
             )
         losses[side] = read_losses(folder / "metrics.jsonl", args.steps)
     outcome = compare(losses["a"], losses["b"], args.tolerance, parameter_distance(out / "a", out / "b"))
-    (out / "compare.json").write_text(
-        json.dumps(dataclasses.asdict(outcome) | {"passed": outcome.passed}, indent=2) + "\n"
-    )
+    record = json.dumps(dataclasses.asdict(outcome) | {"passed": outcome.passed}, indent=2)
+    (out / "compare.json").write_text(record + "\n")
     _draw(outcome, out / "compare.png")
-    _show(outcome, out)
+    _show(outcome, out, stderr=args.json)
+    if args.json:
+        print(record)
     return 0 if outcome.passed else 1
 
 
@@ -289,7 +293,7 @@ def train_apart(
         raise UserError(f"{name} ended with exit code {code}; the end of {log}:\n{tail}")
 
 
-def _show(outcome: Comparison, out: Path) -> None:
+def _show(outcome: Comparison, out: Path, *, stderr: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -299,7 +303,7 @@ def _show(outcome: Comparison, out: Path) -> None:
     for step, (one, other, relative) in enumerate(zip(outcome.a, outcome.b, outcome.relative), 1):
         style = None if relative <= outcome.tolerance else "red"
         table.add_row(str(step), f"{one:.7g}", f"{other:.7g}", f"{relative:.2e}", style=style)
-    console = Console()
+    console = Console(stderr=stderr)
     console.print(table)
     verdict = "[green]equal[/]" if outcome.passed else "[red]different[/]"
     console.print(

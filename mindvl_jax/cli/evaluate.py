@@ -121,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--weights names a model twice")
     if args.search and (len(args.weights) > 1 or args.json):
         raise UserError("--search is for one model at a time, and has no --json: it writes search.json")
+    common.load_slow("mindvl_jax.inference", "mindvl_jax.evaluation.evaluate")
     programs = chosen_programs(args)
     wanted = named_tasks(args)  # before the weights are opened: a typo should not cost minutes
     console = LogConsole(stderr=args.json, stamp=False, highlight=False)

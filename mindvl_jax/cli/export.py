@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("give either --run, or both --vision and --language")
     if args.shard_gigabytes <= 0:
         raise UserError(f"--shard-gigabytes is {args.shard_gigabytes}, expected a positive number")
+    common.load_slow("mindvl_jax.weights.resolve")
     from mindvl_jax.models.adapters import merge
     from mindvl_jax.weights.adapter_layout import layout_of
     from mindvl_jax.weights.companions import write_companions

@@ -92,6 +92,7 @@ def _output_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    common.load_slow("mindvl_jax.inference.generator", "mindvl_jax.inference.loading")
     from mindvl_jax.inference.generator import Generator
     from mindvl_jax.inference.loading import open_for_inference
 

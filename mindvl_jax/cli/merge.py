@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mindvl_jax.cli import common
 from mindvl_jax.core.errors import UserError
+
+EPILOG = common.examples("mindvl merge --base Qwen2.5-VL-7B-Instruct --adapter runs/mine-lora --out merged")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,11 +32,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--out {out} exists and is not an empty folder; nothing is overwritten, name another")
     from mindvl_jax.weights.merge import check_merged, merge_folder
 
-    count = merge_folder(base, adapter, out)
+    with common.busy(f"merging {adapter} into {base}"):
+        count = merge_folder(base, adapter, out)
     print(f"{out}: {count} matrices merged")
     if args.no_check:
         return 0
-    check = check_merged(base, adapter, out)
+    with common.busy("comparing the logits of both"):
+        check = check_merged(base, adapter, out)
     print(
         f"logits with adapter and merged differ by at most {check.difference:.2e} (largest logit "
         f"{check.largest:.2e}, {check.dtype} files)"

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Hugging Face folder of any family that has a reference, or MindVL's own layout",
     )
     parser.add_argument("--out", default="parity", metavar="DIR", help="folder for parity.json and parity.png")
+    parser.add_argument("--json", action="store_true", help="print parity.json; everything else goes to standard error")
     parser.add_argument("--samples", type=int, default=4, help="random samples: pictures, a video, text")
     parser.add_argument("--text-tokens", type=int, default=32, help="text tokens of each sample")
     parser.add_argument("--seed", type=int, default=0)
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
             f"parity compares with transformers, and {error.name} is not installed here; install it: pip "
             "install torch transformers"
         ) from error
+    common.load_slow("mindvl_jax.parity.check")
     from rich.console import Console
 
     from mindvl_jax.parity.check import check, draw, table
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         outcome = check(
             folder, samples=args.samples, text_tokens=args.text_tokens, seed=args.seed, tolerance=args.tolerance
         )
-    console = Console()
+    console = Console(stderr=args.json)
     console.print(table(outcome))
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -71,4 +73,6 @@ def run(args: argparse.Namespace) -> int:
         ("[green]same mathematics[/]" if outcome.passed else "[red]differs[/]")
         + f" (tolerance {args.tolerance:g}); {out / 'parity.json'}, {out / 'parity.png'}"
     )
+    if args.json:
+        print(json.dumps(outcome.as_dict(), indent=2))
     return 0 if outcome.passed else 1

@@ -62,11 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0: fits, or no memory was named; 1: does not fit; UserError: cannot be planned."""
-    if args.memory is not None and args.device_kind is not None:
-        raise UserError("--memory and --device-kind both say how much memory a device has; give one of them")
-    if not 0 <= args.margin < 1:
-        raise UserError(f"--margin is {args.margin}; expected a share of the memory from 0 to below 1")
+    _require_possible(args)
     os.environ["JAX_PLATFORMS"] = "cpu"  # shapes only; an accelerator of this machine is left to whoever uses it
+    common.load_slow("mindvl_jax.planning.aot")
     from rich.console import Console
 
     from mindvl_jax.core.devices import limit_of
@@ -121,6 +119,13 @@ def run(args: argparse.Namespace) -> int:
             "No verdict: say how much memory a device has by --memory 64GiB or --device-kind NAME.", highlight=False
         )
     return 0 if fits else 1
+
+
+def _require_possible(args: argparse.Namespace) -> None:
+    if args.memory is not None and args.device_kind is not None:
+        raise UserError("--memory and --device-kind both say how much memory a device has; give one of them")
+    if not 0 <= args.margin < 1:
+        raise UserError(f"--margin is {args.margin}; expected a share of the memory from 0 to below 1")
 
 
 def _device_bytes(args: argparse.Namespace) -> int | None:

@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     at_least_one(args, "batch", "max_samples", "min_pixels", "max_pixels")
     if not Path(args.data).expanduser().exists():
         raise UserError(f"--data {args.data}: no such file")
+    common.load_slow("mindvl_jax.weights.resolve")
     from mindvl_jax.config.schema import SourceConfig
     from mindvl_jax.data.sources.readers import Source
     from mindvl_jax.weights.resolve import open_model

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = common.load_config(_config_file(args), args.set)
     common.prepare_data(config)
+    common.load_slow("mindvl_jax.cli.run_hooks")
     from mindvl_jax.cli.run_hooks import train  # after the configuration is known to be good: this loads jax
 
     train(config)

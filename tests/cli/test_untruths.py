@@ -1,10 +1,17 @@
 """What the commands once said that was not so."""
 
+import argparse
 import fcntl
+import functools
+import importlib
+import inspect
 import json
+import time
 
 import pytest
 
+from mindvl_jax.cli import common
+from mindvl_jax.cli.main import COMMANDS
 from mindvl_jax.cli.profile import require_training
 from mindvl_jax.cli.score import with_answer
 from mindvl_jax.core.compiled import share_compiled_programs
@@ -87,3 +94,37 @@ def test_metrics_of_a_run_are_a_table(tmp_path, mindvl):
     assert mindvl("metrics", tmp_path)[1].splitlines() == ["step,loss,sample_ids", "1,2.0,", '2,,"[""a""]"']
     assert json.loads(mindvl("metrics", tmp_path, "--json", "--columns", "loss", "--last", "1")[1]) == [{"loss": None}]
     assert "the run has step, loss" in mindvl("metrics", tmp_path, "--columns", "los")[2]
+
+
+def test_results_are_json_on_standard_output_alone(tmp_path, mindvl):
+    code, printed, _ = mindvl("config", "smoke", "--json", "--set", "run.seed=9")
+    assert code == 0 and json.loads(printed)["run"]["seed"] == 9
+
+
+def test_every_command_that_has_results_offers_json_and_each_shows_an_example():
+    for name, (module, _) in COMMANDS.items():
+        command = importlib.import_module(module)
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        text = inspect.getsource(command)
+        if name in (
+            "data",
+            "generate",
+            "evaluate",
+            "compare",
+            "config",
+            "doctor",
+            "metrics",
+            "parity",
+            "plan",
+            "replay",
+        ):
+            assert '"--json"' in text, name
+        assert name == "serve" or f"mindvl {name}" in command.EPILOG, name
+
+
+def test_loading_says_so_when_it_takes_long(monkeypatch, capsys):
+    monkeypatch.setattr(common.importlib, "import_module", lambda name: time.sleep(0.1))
+    monkeypatch.setattr(common, "working", functools.partial(common.working, soon=0.01))
+    common.load_slow("jax")
+    assert "loading JAX (0:00 so far)" in capsys.readouterr().err
