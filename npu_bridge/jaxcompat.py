@@ -1,8 +1,8 @@
-"""Every private JAX interface the bridge uses, in one place and pinned by version. Nothing else imports ``jax._src``.
+"""All private JAX interfaces that the bridge uses, pinned by version. Nothing else imports ``jax._src``.
 
-Tested with the versions in `TESTED`, looked up in those in `READ`; with another one `require_tested_version` refuses,
-because a private interface that changed quietly is worse than one that is missing. No torch here: the XLA path imports
-this module.
+Tested with the versions in `TESTED`, read in the source of those in `READ`. `require_tested_version` refuses others,
+because a silent change of a private interface is worse than a missing one. No torch here: the XLA path imports this
+module.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from jaxlib.mlir import ir
 from npu_bridge.errors import VersionError
 from npu_bridge.sharding_rule import ShardingRule
 
-xla_jit = jax.jit  # jax's own, also where `npu_bridge.use` has exchanged the name
+xla_jit = jax.jit  # jax's own, even while `npu_bridge.use` replaces `jax.jit`
 TESTED = ("0.10.2",)  # the tests ran with these
-READ = ("0.11.2",)  # every name and signature used here was looked up in these; no test ran with them
+READ = ("0.11.2",)  # names and signatures were checked in these sources; no test ran with them
 PLATFORM = "npu"
 CALL_PREFIX = "npu_bridge."
 
-# What an operator does inside stands at the line of the program that calls it.
+# Operations inside an operator get the source line of its caller.
 for _path in (__file__, str(pathlib.Path(__file__).parent / "ops") + os.sep):
     source_info_util.register_exclusion(_path)
 
@@ -57,9 +57,7 @@ if PLATFORM not in mlir._platforms_with_donation:
 
 @functools.cache
 def require_tested_version(version: str | None = None) -> None:
-    """Raise VersionError unless the installed jax is one the private interfaces below were tested or at least looked up
-    with; the latter is said once in a warning.
-    """
+    """Raise VersionError unless jax's version is in `TESTED` or `READ`; warn once for the latter."""
     version = version or jax.__version__
     if version in READ:
         warnings.warn(
@@ -104,7 +102,7 @@ def custom_call_with_rule(
     permutation: Sequence[str] = (),
     sizes: Mapping[str, int] | None = None,
 ) -> list[ir.Value]:
-    """Emits ``stablehlo.custom_call @npu_bridge.<name>`` with a sharding rule and ``bridge.params``.
+    """Emit ``stablehlo.custom_call @npu_bridge.<name>`` with a sharding rule and ``bridge.params``.
 
     `reduces` maps a result to the factors that are summed into it. Shardy has no reduction factors per result, so
     results with different reductions become several custom calls on the same operands, each a *part*; the importer
@@ -153,7 +151,7 @@ def whole_custom_call(
 ) -> list[ir.Value]:
     """Emit a custom call whose operands and results are whole on every device.
 
-    One without results gets a number that nobody reads: Shardy reshards operands where it shards results.
+    A call without results gets a dummy result, because Shardy reshards operands by the shardings of results.
     """
     types = [_ir_type(ctx, a) for a in result_avals] or [ir.RankedTensorType.get([], ir.IntegerType.get_signless(32))]
     call = mlir.custom_call(
@@ -177,12 +175,12 @@ def whole_custom_call(
 
 
 def register_platform_lowering(primitive: core.Primitive, rule: Callable[..., Sequence[ir.Value]]) -> None:
-    """Give a primitive its own lowering for platform ``npu``; other platforms are untouched."""
+    """Register a lowering of a primitive for platform ``npu``; other platforms are untouched."""
     mlir.register_lowering(primitive, rule, platform=PLATFORM)
 
 
 def lower_with(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A lowering rule that traces `function` (JAX code with the primitive's parameters as keywords)."""
+    """Return a lowering rule that traces `function` (JAX code with the primitive's parameters as keywords)."""
     return mlir.lower_fun(function, multiple_results=True)
 
 
@@ -191,7 +189,7 @@ def lower_with(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_literal(value: Any) -> bool:
-    """Whether Python reads back from the text of `value` what it is."""
+    """Whether `repr(value)` is a Python literal that evaluates to `value`."""
     if type(value) in (int, str, bool, type(None)):
         return True
     if type(value) is float:
@@ -199,7 +197,7 @@ def _is_literal(value: Any) -> bool:
     if type(value) is tuple:
         return all(map(_is_literal, value))
     try:
-        hash(value)  # JAX keeps what it traced by its parameters: a list is none
+        hash(value)  # JAX caches traces by parameters, so they must be hashable
         return bool(ast.literal_eval(repr(value)) == value)
     except (TypeError, ValueError, SyntaxError):
         return False
@@ -227,8 +225,8 @@ def result_shapes(
     operands: tuple[tuple[Any, Any], ...],
     params: tuple[tuple[str, Any], ...],
 ):
-    """Tracing the reference mathematics takes ten milliseconds, and JAX asks again at each of its own passes over a
-    program (linearisation, remat, transposition). `jax.clear_caches` empties this cache as well. Of JAX's settings only
+    """Cache result shapes: tracing a reference takes 10 ms, and JAX asks again in each pass (linearisation, remat,
+    transposition). `jax.clear_caches` empties this cache as well. Of JAX's settings only
     x64 changes a shape or a dtype.
     """
     return jax.eval_shape(
@@ -259,22 +257,23 @@ def _result_types(
     return [core.ShapedArray(s.shape, s.dtype, sharding=whole(s), manual_axis_type=axes) for s in shapes]
 
 
-def alone_function(
+def single_device_function(
     name: str,
-    anywhere: Callable[..., tuple[jax.Array, ...]],
-    alone: Callable[..., tuple[jax.Array, ...]],
+    general: Callable[..., tuple[jax.Array, ...]],
+    one_device: Callable[..., tuple[jax.Array, ...]],
     *,
     platforms: Sequence[str] | None = None,
     results: Callable[..., Sequence[Any]] | None = None,
 ) -> Callable[..., tuple[jax.Array, ...]]:
-    """A function that XLA programs for a single device compute in another way: what depends on data (sorting, loops of
-    unknown length) is cheap there, while over several devices it would exchange data, and through the bridge wait for
-    the host.
+    """Return a function that programs of one XLA device compute by `one_device`, all others by `general`.
+
+    Work that depends on data (sorting, loops of unknown length) is cheap on one device. Over several devices it would
+    exchange data, and through the bridge wait for the host.
 
     Args:
-      anywhere: ``(*arrays, **params) -> tuple``: programs over several devices, inside a shard_map, and platform
+      general: ``(*arrays, **params) -> tuple``: programs over several devices, inside a shard_map, and platform
         ``npu``.
-      alone: the same results from the same arguments, for programs of one device.
+      one_device: the same results from the same arguments, for programs of one device.
       platforms: of that device; None for every platform of XLA.
       results: as for `define_operator`.
 
@@ -283,21 +282,21 @@ def alone_function(
     primitive = core.Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(partial(dispatch.apply_primitive, primitive))
-    primitive.def_abstract_eval(partial(_result_types, anywhere, results))
+    primitive.def_abstract_eval(partial(_result_types, general, results))
 
     def lower(ctx: Any, *operands: ir.Value, **params: Any) -> Sequence[ir.Value]:
         where = ctx.module_context.axis_context
-        single = isinstance(where, sharding_impls.ShardingContext) and where.num_devices == 1
-        return mlir.lower_fun(alone if single else anywhere, multiple_results=True)(ctx, *operands, **params)
+        is_single = isinstance(where, sharding_impls.ShardingContext) and where.num_devices == 1
+        return mlir.lower_fun(one_device if is_single else general, multiple_results=True)(ctx, *operands, **params)
 
     for platform in platforms or (None,):
         mlir.register_lowering(primitive, lower, platform=platform)
     if platforms:
-        mlir.register_lowering(primitive, lower_with(anywhere))
-    register_platform_lowering(primitive, lower_with(anywhere))
+        mlir.register_lowering(primitive, lower_with(general))
+    register_platform_lowering(primitive, lower_with(general))
 
     def batching_rule(args: Sequence[jax.Array], dims: Sequence[int | None], **params: Any):
-        results = jax.vmap(partial(anywhere, **params), in_axes=tuple(dims))(*args)
+        results = jax.vmap(partial(general, **params), in_axes=tuple(dims))(*args)
         return results, (0,) * len(results)
 
     batching.primitive_batchers[primitive] = batching_rule
@@ -309,19 +308,18 @@ XLA_PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
 
 def chosen_function(
     name: str,
-    anywhere: Callable[..., tuple[jax.Array, ...]],
+    general: Callable[..., tuple[jax.Array, ...]],
     choose: Callable[..., Callable[..., tuple[jax.Array, ...]]],
     *,
     results: Callable[..., Sequence[Any]] | None = None,
 ) -> Callable[..., tuple[jax.Array, ...]]:
-    """A function whose form is chosen when a program is lowered, by platform and by whether its operands are whole on
-    one device.
+    """Return a function whose implementation is chosen at lowering, by platform and by whether its operands are local.
 
     Args:
-      anywhere: ``(*arrays, **params) -> tuple``: platform ``npu``, and what vmap and shapes go by.
+      general: ``(*arrays, **params) -> tuple``: used for platform ``npu``, vmap and result shapes.
       choose: ``(platform, local, *avals, **params) -> function`` with the same results from the same arguments.
-        `platform` is XLA's name; `local` says that the operands lie whole on the device that computes: a program of one
-        device, or a shard_map over all axes of the mesh. Where it is False XLA partitions what the function returns.
+        `platform` is XLA's name. `local`: operands are whole on the computing device (a program of one device, or a
+        shard_map over all mesh axes); otherwise XLA partitions the chosen function.
       results: as for `define_operator`.
 
     Returns ``function(*arrays, **params) -> tuple``, without a derivative: use it inside a `jax.custom_vjp`.
@@ -329,7 +327,7 @@ def chosen_function(
     primitive = core.Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(partial(dispatch.apply_primitive, primitive))
-    primitive.def_abstract_eval(partial(_result_types, anywhere, results))
+    primitive.def_abstract_eval(partial(_result_types, general, results))
 
     def lowering(platform: str) -> Callable[..., Sequence[ir.Value]]:
         def lower(ctx: Any, *operands: ir.Value, **params: Any) -> Sequence[ir.Value]:
@@ -340,11 +338,11 @@ def chosen_function(
 
     for platform in XLA_PLATFORMS:
         mlir.register_lowering(primitive, lowering(platform), platform=platform)
-    mlir.register_lowering(primitive, lower_with(anywhere))
-    register_platform_lowering(primitive, lower_with(anywhere))
+    mlir.register_lowering(primitive, lower_with(general))
+    register_platform_lowering(primitive, lower_with(general))
 
     def batching_rule(args: Sequence[jax.Array], dims: Sequence[int | None], **params: Any):
-        results = jax.vmap(partial(anywhere, **params), in_axes=tuple(dims))(*args)
+        results = jax.vmap(partial(general, **params), in_axes=tuple(dims))(*args)
         return results, (0,) * len(results)
 
     batching.primitive_batchers[primitive] = batching_rule
@@ -352,7 +350,7 @@ def chosen_function(
 
 
 def is_local(axis_context: Any) -> bool:
-    """Whether values of a program that is lowered in this context lie whole on one device."""
+    """Whether arrays of a program lowered in this context are whole on one device."""
     if isinstance(axis_context, sharding_impls.ShardingContext):
         return axis_context.num_devices == 1
     return isinstance(axis_context, sharding_impls.SPMDAxisContext) and axis_context.manual_axes == frozenset(
@@ -380,7 +378,7 @@ def define_operator(
     reference_only: Sequence[str] = (),
     batch: Callable[..., Any] | None = None,
 ) -> Callable[..., tuple[jax.Array, ...]]:
-    """Make a fused operator: reference mathematics on XLA, one custom call with a sharding rule on platform ``npu``.
+    """Define a fused operator: its reference on XLA, one custom call with a sharding rule on platform ``npu``.
 
     Returns ``op(*arrays, **params) -> tuple of arrays`` (always a tuple). It works under jit, scan, remat, vmap,
     shard_map and eval_shape. In a shard_map that checks varying axes, give operands that are whole on each device to
@@ -392,8 +390,8 @@ def define_operator(
       reference: JAX function ``(*arrays, **params)`` returning an array or a tuple of arrays.
       rule: einsum-like sharding rule (see `npu_bridge.sharding_rule`), or a function
         ``(operand_avals, result_avals, **params) -> str`` when it depends on ranks or parameters.
-      results: function ``(*operands, **params)`` of anything with a shape and a dtype that returns such things, one a
-        result. Without it the reference is traced to find out, which takes ten milliseconds for each new set of shapes.
+      results: function ``(*operands, **params)`` from shapes and dtypes to those of the results. Without it the
+      reference is traced, 10 ms for each new set of shapes.
       reduces: for a result number, the factors whose shards are summed into it (a weight gradient sums over rows);
         ``"..."`` stands for all leading factors of the rule.
       replicate: factors that must not be sharded.
@@ -463,7 +461,7 @@ def define_operator(
     return operator
 
 
-# What the compiler must know about each operator beyond its custom call: filled by `define_operator`.
+# Properties of each operator beyond its custom call; filled by `define_operator`.
 OPERATORS: dict[str, dict[str, Any]] = {}
 
 
@@ -473,14 +471,14 @@ OPERATORS: dict[str, dict[str, Any]] = {}
 
 @contextlib.contextmanager
 def abstract_mesh(mesh: jax.sharding.AbstractMesh | None):
-    """Trace under a mesh of which no device exists in this process."""
+    """Trace under a mesh whose devices need not exist in this process."""
     if mesh is None:
         yield
         return
     check = shard_map._shmap_checks
 
     def of_this_mesh(given: Any, *rest: Any, **named: Any) -> Any:
-        """A shard_map that names devices of a mesh with the same axes means the mesh it is traced under."""
+        """Let a shard_map over a device mesh with the same axes use the mesh it is traced under."""
         context = jax.sharding.get_abstract_mesh()
         same = (
             given is not None
@@ -499,7 +497,7 @@ def abstract_mesh(mesh: jax.sharding.AbstractMesh | None):
 
 @contextlib.contextmanager
 def callbacks_in_program_order():
-    """Lower callbacks without tokens and without devices: a torch program runs in the order in which it is written."""
+    """Lower callbacks without tokens and devices: a torch program runs in the order of its statements."""
     ordered, needs_devices = effects.ordered_effects._effect_types, dispatch.prim_requires_devices_during_lowering
     kept = set(ordered), set(needs_devices)
     ordered.difference_update({debugging.OrderedDebugEffect, callback.OrderedIOEffect})
@@ -512,7 +510,7 @@ def callbacks_in_program_order():
 
 
 def callback_primitive(name: str) -> tuple[core.Primitive, Callable[..., Any]]:
-    """A primitive that calls back to Python, and what it calls: ``(*arrays, **params) -> results``."""
+    """Return a primitive that calls back to Python, and its callable ``(*arrays, **params) -> results``."""
     return {
         "debug_callback": (debugging.debug_callback_p, debugging.debug_callback_p.impl),
         "debug_print": (debugging.debug_print_p, debugging.debug_print_p.impl),
@@ -530,7 +528,7 @@ def devices_and_manual_axes(axis_context: Any) -> tuple[int, bool | None]:
 
 
 def canonical_dtype(dtype: Any) -> Any:
-    """A dtype as JAX takes it: 64 bits as 32 unless jax_enable_x64 is on."""
+    """Return JAX's dtype for this one: 64 bits become 32 unless jax_enable_x64 is on."""
     return jax.dtypes.canonicalize_dtype(dtype)
 
 
@@ -539,10 +537,10 @@ def canonical_dtype(dtype: Any) -> Any:
 
 
 def module_of(lowered: jax.stages.Lowered) -> ir.Module:
-    """A copy of the lowered StableHLO module.
+    """Copy the lowered StableHLO module.
 
-    JAX hands the same module out again when a function is lowered twice, and Shardy's passes change it in place:
-    without a copy every all_reduce would be there twice.
+    JAX returns the same module when a function is lowered again, and Shardy's passes change it in place: without a copy
+    every all_reduce would occur twice.
     """
     module = lowered.compiler_ir("stablehlo")
     with module.context, ir.Location.unknown():
@@ -552,7 +550,7 @@ def module_of(lowered: jax.stages.Lowered) -> ir.Module:
 
 
 def read_location(location: ir.Location) -> tuple[str, str, int]:
-    """(named_scope path, file, line) of an MLIR location; empty strings and 0 where it says nothing."""
+    """Return (named_scope path, file, line) of an MLIR location; empty strings and 0 if unknown."""
     scope, file, line = "", "", 0
     while location is not None:
         if hasattr(location, "name_str"):
@@ -571,7 +569,7 @@ def read_location(location: ir.Location) -> tuple[str, str, int]:
 
 
 def equations(jaxpr: core.Jaxpr) -> Any:
-    """Every equation of a jaxpr and of the jaxprs inside it."""
+    """Yield every equation of a jaxpr and of its inner jaxprs."""
     for eqn in jaxpr.eqns:
         yield eqn
         for value in eqn.params.values():
@@ -582,10 +580,10 @@ def equations(jaxpr: core.Jaxpr) -> Any:
 
 
 def scope_in_call(caller: str, scope: str) -> str:
-    """The whole path of an operation that says `scope`, in a function that is called at `caller`.
+    """Return the full path of an operation named `scope` in a function called at `caller`.
 
-    JAX names what is inside of a function from its own beginning (one function serves several calls); ``caller`` ends
-    with the name of the call itself, which gives way.
+    JAX names operations of a function relative to it, because several calls share it. The last part of ``caller`` is the
+    call itself and is dropped.
     """
     outer = caller.rpartition("/")[0]
     if not outer or scope.split("/")[0] == caller.split("/")[0]:
@@ -594,7 +592,7 @@ def scope_in_call(caller: str, scope: str) -> str:
 
 
 def source_line(eqn: core.JaxprEqn) -> str:
-    """``file:line (function)`` of the user's program that made an equation."""
+    """Return ``file:line (function)`` of the user's code behind an equation."""
     return source_info_util.summarize(eqn.source_info)
 
 
@@ -604,33 +602,33 @@ def has_lowering(primitive: core.Primitive) -> bool:
 
 
 def threefry_primitive() -> core.Primitive:
-    """The primitive behind jax's default random numbers."""
+    """Return the primitive behind jax's default random numbers."""
     from jax.extend.core import primitives
 
     return primitives.threefry2x32_p
 
 
 def approximate_top_k_primitive() -> core.Primitive:
-    """The primitive behind jax.lax.approx_max_k and approx_min_k, which jax.lax does not export."""
+    """Return the primitive of jax.lax.approx_max_k and approx_min_k, which jax.lax does not export."""
     from jax._src.lax import ann
 
     return ann.approx_top_k_p
 
 
 def key_implementation(dtype: Any) -> str:
-    """Name of the generator of a key array's dtype, as `jax.random.wrap_key_data` takes it."""
+    """Return the generator's name for `jax.random.wrap_key_data` from a key array's dtype."""
     return dtype._impl.name
 
 
 def total_order_primitives() -> Any:
-    """Where comparisons in IEEE 754's total order (`lt_to_p`, ..) live, which jax.lax does not export."""
+    """Return the module of total-order comparisons (IEEE 754; `lt_to_p`, ..), which jax.lax does not export."""
     from jax._src.lax import lax
 
     return lax
 
 
 def linear_algebra_primitive(name: str) -> core.Primitive:
-    """A primitive of jax.lax.linalg, of which jax exports some."""
+    """Return a primitive of jax.lax.linalg; jax exports only some."""
     from jax._src.lax import linalg
 
     return getattr(linalg, f"{name}_p")

@@ -1,7 +1,7 @@
 """``python -m npu_bridge.launch --nproc 4 script.py ...``: one process a device on this machine.
 
 Sets what torch.distributed reads from the environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), so a
-script runs the same under torchrun. When a rank ends badly the others are ended within seconds, and the error names the
+script runs the same under torchrun. When a rank fails, the others are stopped within seconds, and the error names the
 rank that failed first. For several machines use torchrun.
 """
 
@@ -25,7 +25,7 @@ STOP_SECONDS = 5.0  # from the request to end to the order
 
 
 def free_port() -> int:
-    """A port nobody listens on at this moment."""
+    """Return a port that is free now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -48,7 +48,7 @@ class Rank:
         return f"ended with exit code {code}"
 
     def is_victim(self) -> bool:
-        """It failed because a peer did."""
+        """Whether this rank failed because a peer did."""
         return any("CollectiveError" in line for line in self.tail)
 
 

@@ -4,7 +4,7 @@ A rule names the *factors* of every dimension of every operand and result. A dim
 of several factors, major first. A leading ``...`` stands for all leading dimensions that are not named (all values with
 ``...`` must then have the same number of them). Shardy reads a rule to decide how shardings travel through an operator.
 
-This module is plain text work: no jax, no MLIR, so that rules can be tested and printed alone.
+This module only handles text: no jax, no MLIR, so that rules can be tested and printed without them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _TOKEN = re.compile(r"\.\.\.|\(|\)|[A-Za-z_][A-Za-z_0-9]*")
 
 
 class RuleError(ValueError):
-    """A sharding rule that cannot be read or does not fit the shapes it is applied to."""
+    """A sharding rule is malformed or does not fit the shapes."""
 
 
 Dim = tuple[str, ...]  # the factors of one dimension, major first
@@ -68,7 +68,7 @@ def _expand_ellipsis(dims: list[Dim], rank: int, what: str) -> list[Dim]:
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRule:
-    """A rule fitted to shapes: every factor has a size, brackets of size-one factors are dissolved."""
+    """A rule fitted to shapes: every factor has a size, and size-one factors are removed from products."""
 
     operands: tuple[tuple[Dim, ...], ...]
     results: tuple[tuple[Dim, ...], ...]
@@ -102,7 +102,7 @@ class ShardingRule:
         operands, results = side(left, operand_shapes, "operand"), side(right, result_shapes, "result")
         known: dict[str, int] = dict(sizes or {})
         everything = list(zip([*operands, *results], [*operand_shapes, *result_shapes]))
-        for _ in range(len(everything) + 1):  # a bracket can need a size that another bracket settles first
+        for _ in range(len(everything) + 1):  # a product can need a size that another product determines
             for dims, shape in everything:
                 for dim, size in zip(dims, shape):
                     unknown = [f for f in dim if f not in known]
@@ -138,7 +138,7 @@ class ShardingRule:
         return list(dict.fromkeys(f for value in (*self.operands, *self.results) for dim in value for f in dim))
 
     def select_results(self, keep: Sequence[int]) -> ShardingRule:
-        """The same rule with only the results numbered in `keep`."""
+        """Return the rule with only the results numbered in `keep`."""
         return ShardingRule(self.operands, tuple(self.results[i] for i in keep), self.sizes)
 
     def as_attribute(

@@ -88,18 +88,18 @@ def rotary_backward(g, cos, sin, *, mode):
 
 
 def _npu_swiglu(gate, up):
-    return _npu_swiglu_joined(torch.cat((gate, up), -1))
+    return _npu_swiglu_concatenated(torch.cat((gate, up), -1))
 
 
 def _npu_swiglu_backward(g, gate, up):
-    return _npu_swiglu_joined_backward(g, torch.cat((gate, up), -1))[0].chunk(2, -1)
+    return _npu_swiglu_concatenated_backward(g, torch.cat((gate, up), -1))[0].chunk(2, -1)
 
 
-def _npu_swiglu_joined(both):
+def _npu_swiglu_concatenated(both):
     return (torch_npu().npu_swiglu(both, dim=-1),)
 
 
-def _npu_swiglu_joined_backward(g, both):
+def _npu_swiglu_concatenated_backward(g, both):
     return (torch_npu().npu_swiglu_backward(g, both, dim=-1),)
 
 
@@ -123,24 +123,24 @@ def swiglu_backward(g, gate, up):
 
 
 @register(
-    "swiglu_joined",
+    "swiglu_concatenated",
     family="swiglu",
     call="torch_npu.npu_swiglu(both, dim=-1)",
-    npu=_npu_swiglu_joined,
+    npu=_npu_swiglu_concatenated,
     note="both: gate and up side by side; on npu a pass writes it for `swiglu`, so that forward and backward "
     "share one concatenation",
 )
-def swiglu_joined(both):
+def swiglu_concatenated(both):
     return swiglu(*both.chunk(2, -1))
 
 
 @register(
-    "swiglu_joined_backward",
+    "swiglu_concatenated_backward",
     family="swiglu",
     call="torch_npu.npu_swiglu_backward(g, both, dim=-1)",
-    npu=_npu_swiglu_joined_backward,
+    npu=_npu_swiglu_concatenated_backward,
 )
-def swiglu_joined_backward(g, both):
+def swiglu_concatenated_backward(g, both):
     return (torch.cat(swiglu_backward(g, *both.chunk(2, -1)), -1),)
 
 

@@ -19,7 +19,7 @@ from npu_bridge.kernels.registry import torch_npu
 # ---- torch equivalent -----------------------------------------------------------------------------------------------
 
 
-def _pad_places(x, before, after):
+def _pad_positions(x, before, after):
     """Pad the positions (dim 1) with zeros before and after."""
     return F.pad(x, (0, 0) * (x.ndim - 2) + (before, after)) if before or after else x
 
@@ -28,7 +28,7 @@ def _own(x, size):
     """Split positions into blocks: (B, T, ..) -> (B, I, C, ..)."""
     if not size:
         return x[:, None]
-    return _pad_places(x, 0, -x.shape[1] % size).unflatten(1, (-1, size))
+    return _pad_positions(x, 0, -x.shape[1] % size).unflatten(1, (-1, size))
 
 
 def _reached(x, blocks):
@@ -36,11 +36,11 @@ def _reached(x, blocks):
     size, left, right = blocks
     if not size:
         return x[:, None]
-    padded = _pad_places(x, left, -x.shape[1] % size + right)
+    padded = _pad_positions(x, left, -x.shape[1] % size + right)
     return padded.unfold(1, left + size + right, size).movedim(-1, 2)
 
 
-def _sum_reached(x, blocks, places):
+def _sum_reached(x, blocks, positions):
     """Transpose of `_reached`, summing overlaps: (B, I, S, ..) -> (B, T, ..)."""
     size, left, _ = blocks
     if not size:
@@ -53,7 +53,7 @@ def _sum_reached(x, blocks, places):
         part = F.pad(part, (0, 0) * (x.ndim - 3) + (0, size - part.shape[2])).flatten(1, 2)
         room = min(part.shape[1], total.shape[1] - start)
         total[:, start : start + room] += part[:, :room]
-    return total[:, left : left + places]
+    return total[:, left : left + positions]
 
 
 def _by_key_head(x, key_heads):
@@ -61,9 +61,9 @@ def _by_key_head(x, key_heads):
     return x.unflatten(3, (key_heads, -1)).permute(0, 1, 3, 4, 2, 5).flatten(3, 4)
 
 
-def _by_place(x, group, places):
+def _merge_query_blocks(x, group, positions):
     """Inverse of `_own` and `_by_key_head`: (B, I, K, G * C, H) -> (B, T, N, H)."""
-    return x.unflatten(3, (group, -1)).permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)[:, :places]
+    return x.unflatten(3, (group, -1)).permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)[:, :positions]
 
 
 def forbidden(q, k, segments, *, causal, window, blocks):
@@ -72,8 +72,8 @@ def forbidden(q, k, segments, *, causal, window, blocks):
     """
     size, left, right = blocks
     queries, keys = q.shape[1], k.shape[1]
-    places, reached, shift = (size, left + size + right, left) if size else (queries, keys, keys - queries)
-    ahead = torch.arange(places, device=q.device)[:, None] + shift - torch.arange(reached, device=q.device)[None]
+    positions, reached, shift = (size, left + size + right, left) if size else (queries, keys, keys - queries)
+    ahead = torch.arange(positions, device=q.device)[:, None] + shift - torch.arange(reached, device=q.device)[None]
     mask = None
     if causal or window is not None:
         mask = torch.zeros_like(ahead, dtype=torch.bool)
@@ -117,7 +117,7 @@ def attention(q, k, v, *segments, causal, window, scale, blocks, mask=None, wide
 
     With `wide` out is in float32 too, and lse is -inf in place of 0 for a query that attends nothing.
     """
-    key_heads, group, places = k.shape[2], q.shape[2] // k.shape[2], q.shape[1]
+    key_heads, group, positions = k.shape[2], q.shape[2] // k.shape[2], q.shape[1]
     mask = _forbidden_or(mask, q, k, segments, causal=causal, window=window, blocks=blocks)
     qb = _by_key_head(_own(q, blocks[0]), key_heads)
     kb, vb = (_reached(x, blocks).transpose(2, 3) for x in (k, v))
@@ -133,13 +133,13 @@ def attention(q, k, v, *segments, causal, window, scale, blocks, mask=None, wide
         out = (torch.matmul(weights, vb).float() / divisor).to(q.dtype)
     lse = peak * _LN2 + divisor.log()
     lse = lse.masked_fill(total == 0, float("-inf")) if wide else lse
-    lse = _by_place(lse, group, places)[..., 0].transpose(1, 2)
-    return _by_place(out, group, places).contiguous(), lse.contiguous()
+    lse = _merge_query_blocks(lse, group, positions)[..., 0].transpose(1, 2)
+    return _merge_query_blocks(out, group, positions).contiguous(), lse.contiguous()
 
 
 def attention_backward(g, q, k, v, out, lse, *segments, causal, window, scale, blocks, mask=None):
     """Backward pass from the saved log-sum-exp. Returns dq, dk, dv."""
-    key_heads, group, places, keys = k.shape[2], q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
+    key_heads, group, positions, keys = k.shape[2], q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
     mask = _forbidden_or(mask, q, k, segments, causal=causal, window=window, blocks=blocks)
 
     def per_head(x):
@@ -150,7 +150,7 @@ def attention_backward(g, q, k, v, out, lse, *segments, causal, window, scale, b
     kb, vb = (_reached(x, blocks).transpose(2, 3) for x in (k, v))
     p = _logits(qb, kb, mask, group, scale).sub_(lse * _LOG2E).exp2_().to(q.dtype)
     ds = (torch.matmul(gb.float(), vb.float().transpose(-1, -2)).sub_(delta) * p).mul_(scale).to(q.dtype)
-    dq = _by_place(torch.matmul(ds, kb), group, places)
+    dq = _merge_query_blocks(torch.matmul(ds, kb), group, positions)
     # Gradients of one key from several query blocks are summed in float32.
     dk, dv = (torch.matmul(a.transpose(-1, -2), b).float().transpose(2, 3) for a, b in ((ds, qb), (p, gb)))
     dk, dv = (_sum_reached(x, blocks, keys).to(q.dtype) for x in (dk, dv))
@@ -170,7 +170,7 @@ def _triangle(device):
     return torch.triu(torch.ones(COMPRESSED, COMPRESSED, dtype=torch.bool, device=device), 1)
 
 
-def cumulative_lengths(lengths, places):
+def cumulative_lengths(lengths, positions):
     """Cumulative segment ends of (B, M) run lengths, -1 padded, over all rows concatenated, without leading 0.
 
     Padding at the end of a row becomes a segment: the kernel needs every position in one.
@@ -182,12 +182,12 @@ def cumulative_lengths(lengths, places):
             if length > 0:
                 used += length
                 ends.append(end + used)
-        if used > places:
+        if used > positions:
             raise ValueError(
-                f"npu_bridge.kernels: segment lengths {row} add up to {used}, but a row has {places} places"
+                f"npu_bridge.kernels: segment lengths {row} add up to {used}, but a row has {positions} positions"
             )
-        end += places
-        if used < places:
+        end += positions
+        if used < positions:
             ends.append(end)
     return ends
 
@@ -236,9 +236,9 @@ def recording_lengths():
         _recorders.pop()
 
 
-def replay_lengths(lengths, places):
+def replay_lengths(lengths, positions):
     """Keywords of `NPUGraph.update` for one captured call; None when the kernel takes no list that long."""
-    ends = cumulative_lengths(lengths, places)
+    ends = cumulative_lengths(lengths, positions)
     if len(ends) > MOST_LENGTHS:
         return None
     return dict.fromkeys(_LENGTH_ARGUMENTS, torch.tensor(ends, dtype=torch.int64))

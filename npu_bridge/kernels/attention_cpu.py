@@ -28,9 +28,9 @@ def _lay(x):
     return x.flatten(0, 1).transpose(1, 2)
 
 
-def _join(x, batch, places):
+def _join(x, batch, positions):
     """Inverse of `_lay`: (B * I, N, C, H) -> (B, T, N, H)."""
-    return x.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)[:, :places].contiguous()
+    return x.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)[:, :positions].contiguous()
 
 
 def _mask(q, k, segments, given, *, causal, window, blocks):
@@ -59,14 +59,14 @@ def flash(q, k, v, *segments, causal, window, scale, blocks, mask=None, wide=Fal
         return attention(
             q, k, v, *segments, causal=causal, window=window, scale=scale, blocks=blocks, mask=mask, wide=wide
         )
-    batch, places = q.shape[:2]
+    batch, positions = q.shape[:2]
     if wide:
         q, k, v, mask = q.float(), k.float(), v.float(), None if mask is None else mask.float()
     mask = _mask(q, k, segments, mask, causal=causal, window=window, blocks=blocks)
     out, lse = _FORWARD(*_operands(q, k, v, blocks), 0.0, False, attn_mask=mask, scale=scale)
     if wide and mask is not None:
         lse = lse.masked_fill((mask == float("-inf")).all(-1), float("-inf"))
-    return _join(out, batch, places), _join(lse[..., None], batch, places)[..., 0].transpose(1, 2).contiguous()
+    return _join(out, batch, positions), _join(lse[..., None], batch, positions)[..., 0].transpose(1, 2).contiguous()
 
 
 def flash_backward(g, q, k, v, out, lse, *segments, causal, window, scale, blocks, mask=None):
@@ -75,7 +75,7 @@ def flash_backward(g, q, k, v, out, lse, *segments, causal, window, scale, block
         return attention_backward(
             g, q, k, v, out, lse, *segments, causal=causal, window=window, scale=scale, blocks=blocks, mask=mask
         )
-    batch, places, keys, dtype = q.shape[0], q.shape[1], k.shape[1], q.dtype
+    batch, positions, keys, dtype = q.shape[0], q.shape[1], k.shape[1], q.dtype
     # In float32: with bfloat16 inputs torch's kernel accumulates dk and dv in bfloat16 over query blocks and the heads
     # of a group.
     # With eight heads a group and 512 positions the error is 1e-2; rounded once at the end, 1.7e-3.
@@ -90,4 +90,4 @@ def flash_backward(g, q, k, v, out, lse, *segments, causal, window, scale, block
         per_block(g), *_operands(q, k, v, blocks), per_block(out), statistics, 0.0, False, attn_mask=mask, scale=scale
     )
     dk, dv = (_sum_reached(x.transpose(1, 2).unflatten(0, (batch, -1)), blocks, keys) for x in (dk, dv))
-    return _join(dq, batch, places).to(dtype), dk.to(dtype).contiguous(), dv.to(dtype).contiguous()
+    return _join(dq, batch, positions).to(dtype), dk.to(dtype).contiguous(), dv.to(dtype).contiguous()

@@ -137,8 +137,10 @@ CASES: dict[str, Case] = {
     "swiglu_backward": Case(
         swiglu_backward, lambda r, _: [_normal(r, 5, 64), _normal(r, 5, 64) * 3, _normal(r, 5, 64)]
     ),
-    "swiglu_joined": Case(lambda both: swiglu_forward(*jnp.split(both, 2, -1)), lambda r, _: [_normal(r, 5, 128) * 3]),
-    "swiglu_joined_backward": Case(
+    "swiglu_concatenated": Case(
+        lambda both: swiglu_forward(*jnp.split(both, 2, -1)), lambda r, _: [_normal(r, 5, 128) * 3]
+    ),
+    "swiglu_concatenated_backward": Case(
         lambda g, both: jnp.concatenate(swiglu_backward(g, *jnp.split(both, 2, -1)), -1),
         lambda r, _: [_normal(r, 5, 64), _normal(r, 5, 128) * 3],
     ),
@@ -190,7 +192,7 @@ CASES: dict[str, Case] = {
 
 
 def _on_host(name: str) -> int:
-    """How many of a kernel's last operands are run lengths, which it reads on the host."""
+    """Count a kernel's last operands that are run lengths, which it reads on the host."""
     return 2 if name.startswith("attention_ring") else int(name.startswith("attention_packed"))
 
 

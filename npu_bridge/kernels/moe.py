@@ -144,7 +144,7 @@ register(
 
 
 def _npu_permute(tokens, order, destination):
-    # The kernel sorts by its indices. Passing the destinations, a permutation, puts every copy in its place.
+    # The kernel sorts by its indices. Passing the destinations, a permutation, sorts every copy to its row.
     permuted, _ = torch_npu().npu_moe_token_permute(tokens, destination, None, False)
     return (permuted,)
 

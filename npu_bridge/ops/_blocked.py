@@ -1,4 +1,4 @@
-"""The mathematics of attention in blocks of queries, each against the stretch of keys it can reach.
+"""Reference attention in blocks of queries, each over the contiguous range of keys that it can reach.
 
 B rows, I blocks, C query positions of a block, S key positions of a block (its own and the halo on both sides), N query
 heads, K key heads, G = N / K, H and J head dims. Dense attention is the case of one block that reaches everything.
@@ -30,10 +30,10 @@ class Plan(NamedTuple):
 
 
 def plan_blocks(queries, keys, *, causal, window, max_segment_length, implementation=None):
-    """The cheapest plan that the promises allow.
+    """Return the cheapest plan that the static promises allow.
 
     Raises:
-      ValueError: "banded" without a promise to build a band on, or where queries and keys differ in number.
+      ValueError: "banded" without a promise that bounds the band, or with unequal numbers of queries and keys.
     """
     dense = Plan(causal, window, 0, 0, 0)
     require(
@@ -63,17 +63,17 @@ def plan_blocks(queries, keys, *, causal, window, max_segment_length, implementa
 def allowed(plan, queries, keys, ids_q, ids_kv):
     """(B or 1, I or 1, C, S) bool, True where a query may attend a key; None when nothing is forbidden."""
     if plan.size:
-        places, shift, pieces = plan.size, plan.left, _pieces(plan)
+        positions, shift, pieces = plan.size, plan.left, _pieces(plan)
     else:
         # Two halves, for the sake of the concatenation below.
-        places, shift, pieces = queries, keys - queries, [(0, keys // 2), (keys // 2, keys - keys // 2)]
-    if plan.size and ids_q is None:  # the halo past the ends of the row is nobody's
+        positions, shift, pieces = queries, keys - queries, [(0, keys // 2), (keys // 2, keys - keys // 2)]
+    if plan.size and ids_q is None:  # the halo past the ends of the row belongs to no segment
         ids_q = ids_kv = jnp.ones((1, queries), jnp.int32)
     if ids_q is not None:
         ids_q, ids_kv = own_blocks(plan, ids_q), reached_blocks(plan, ids_kv)
     parts = []
     for start, count in pieces:
-        shape = (1, 1, places, count)
+        shape = (1, 1, positions, count)
         ahead = lax.broadcasted_iota(jnp.int32, shape, 2) + (shift - start) - lax.broadcasted_iota(jnp.int32, shape, 3)
         tests = []
         if plan.causal:
@@ -103,13 +103,13 @@ def own_blocks(plan, x):
     return x.reshape(x.shape[0], blocks, plan.size, *x.shape[2:])
 
 
-def join_blocks(plan, x, places):
+def join_blocks(plan, x, positions):
     """(B, I, C, ..) -> (B, T, ..)."""
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :places]
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :positions]
 
 
 def _pieces(plan):
-    """(start, length) of the runs, each at most one block long, that make up the reach of a block."""
+    """Split the reach of a block into runs of at most one block: (start, length) of each."""
     reached = plan.left + plan.size + plan.right
     return [(start, min(plan.size, reached - start)) for start in range(0, reached, plan.size)]
 
@@ -128,8 +128,8 @@ def reached_blocks(plan, x):
     return jnp.concatenate(parts, 2)
 
 
-def sum_reached_blocks(plan, x, places):
-    """Transpose of `reached_blocks`: (B, I, S, ..) -> (B, T, ..), adding what several blocks say of one key."""
+def sum_reached_blocks(plan, x, positions):
+    """Transpose of `reached_blocks`: (B, I, S, ..) -> (B, T, ..), summing over the blocks that share a key."""
     if not plan.size:
         return x[:, 0]
     batch, blocks = x.shape[:2]
@@ -142,7 +142,7 @@ def sum_reached_blocks(plan, x, places):
         after = width - start - blocks * plan.size
         part = lax.pad(part, jnp.zeros((), x.dtype), [(0, 0, 0), (start, after, 0)] + [(0, 0, 0)] * (x.ndim - 3))
         total = part if total is None else total + part
-    return lax.slice_in_dim(total, plan.left, plan.left + places, axis=1)
+    return lax.slice_in_dim(total, plan.left, plan.left + positions, axis=1)
 
 
 def _query_blocks(plan, x, key_heads):
@@ -163,7 +163,7 @@ def _logits(q, k, mask, scale):
 
 
 def result_forms(q, wide):
-    """Dtype of an output, and the log-sum-exp of a query that attends nothing: -inf with `wide`, for merging."""
+    """Return the output dtype, and the log-sum-exp of a query that attends nothing: -inf with `wide`, for merging."""
     return (accumulator(q.dtype), -jnp.inf) if wide else (q.dtype, 0)
 
 

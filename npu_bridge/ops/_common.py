@@ -1,10 +1,10 @@
-"""What every operator shares: the accumulation dtype, matrix products that accumulate in it, and argument checks.
+"""Shared by all operators: the accumulation dtype, matrix products that accumulate in it, argument checks.
 
-Trap this module exists for: on XLA CPU a bfloat16 product that is asked for with a bfloat16 result runs three to five
-times slower than the same product asked for with a float32 result and cast afterwards, and JAX's own transpose of a
-mixed dot casts an operand to float32 and leaves the fast path. So operators never differentiate through a product: they
-write their gradients with `dot`, `einsum` and `sum_over_rows`. tests/ops/test_fast_paths.py reads the optimized program
-for products that slipped.
+The trap: on XLA CPU a bfloat16 product with a bfloat16 result takes three to five times as long as one with a float32
+result that is cast afterwards, and JAX's transpose of a mixed dot casts an operand to float32 and leaves the fast path.
+So operators never differentiate through a product: they
+write their gradients with `dot`, `einsum` and `sum_over_rows`. tests/ops/test_fast_paths.py checks the optimized
+program for slow products.
 """
 
 import jax
@@ -16,15 +16,15 @@ from npu_bridge.ops._platform import platform_function
 
 
 def accumulator(dtype):
-    """float32 for all narrower floats, float64 for float64."""
+    """Return float32 for all narrower floats, float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def product_operands(x, y):
-    """Both operands as a product reads them: float32 becomes bfloat16 under `jax.default_matmul_precision("bfloat16")`.
+    """Cast both operands for a product: float32 becomes bfloat16 under `jax.default_matmul_precision("bfloat16")`.
 
-    That is JAX's own name for one bfloat16 pass with float32 accumulation. XLA heeds it on TPU only; here it holds on
-    every XLA back end, so that a CPU with bfloat16 matrix units keeps float32 activations and still multiplies at the
+    That is JAX's own name for one bfloat16 pass with float32 accumulation. XLA applies it on TPU only; here it applies
+    on every XLA back end, so that a CPU with bfloat16 matrix units keeps float32 activations and multiplies at the
     units' speed. The setting must be in force while a program is traced and lowered, not when it runs.
     """
     if x.dtype == y.dtype == jnp.float32 and jax.config.jax_default_matmul_precision == "bfloat16":

@@ -1,5 +1,4 @@
-"""The forms in which XLA computes attention, and which one a call takes: by platform, place and shape, when a program
-is lowered.
+"""Implementations of attention on XLA, and the choice among them at lowering: by platform, locality and shape.
 
 `reference` holds the scores of the whole row (of a band, where a promise bounds it); `skipping` leaves out masked tiles
 on a CPU; `blocked` is linear in the row on any platform and number of devices; `splash` are Pallas' kernels for TPU. B
@@ -24,18 +23,18 @@ LINEAR_FROM = 2**24
 """Scores of one row (positions x keys in reach x heads) above which `auto` stores none of them: 64 MiB in float32."""
 
 NARROW_BAND = 256
-"""A band whose halos are narrower than this is taken in the smaller tiles."""
+"""A band with narrower halos uses the smaller tiles."""
 
 
 def choose_form(form, platform, local, *, plan, rows, queries, keys, heads, ids):
-    """The form of one call.
+    """Choose the form of one call.
 
     Args:
-      form: what the caller asks for. platform: XLA's name. local: the operands lie whole on the device that computes.
+      form: requested by the caller. platform: XLA's name. local: operands are whole on the computing device.
       plan: `Plan`. ids: whether segment ids are given. The sizes are those of the whole arrays where `local` is False.
 
     Raises:
-      ValueError: `splash` where it cannot be.
+      ValueError: `splash` where it is not possible.
     """
     if form == "splash" or (form == "auto" and platform == "tpu" and local):
         refusal = _splash.refusal(queries, keys, causal=plan.causal)

@@ -1,8 +1,9 @@
-"""Cross entropy over labelled places alone, for programs of one device: their rows first, in pieces, as many as it
-takes.
+"""Cross entropy over labelled positions only, for programs of one device: sort their rows first, then loop over chunks
+of them.
 
-n = B * T places, C places of a piece, D model width, V vocabulary. In a mixture of questions and answers one token in
-three to ten carries a label; products with the output matrix are made for these and for what fills the last piece.
+n = B * T positions, C positions of a chunk, D model width, V vocabulary. In a mixture of questions and answers one
+token in
+three to ten carries a label; only these, and the padding of the last chunk, are multiplied by the output matrix.
 """
 
 import jax.numpy as jnp
@@ -12,10 +13,8 @@ from npu_bridge.ops._common import accumulator, dot, einsum, sum_over_rows
 
 
 def _order(weights, at_most):
-    """-> places with the labelled first (padded to whole pieces), rank of each labelled place, their number, C.
-
-    A piece is a small share of the places, so that little is computed in vain; not smaller, for each one adds to a (D,
-    V) sum.
+    """Return positions with the labelled first (padded to whole chunks), rank of each labelled one, their number, C.
+    Chunks are small, so that little padding is computed, but not smaller: each adds to a (D, V) sum.
     """
     live = weights.reshape(-1) != 0
     n = live.size
@@ -29,12 +28,12 @@ def _order(weights, at_most):
     )
 
 
-def _rows(x, places):
-    return x.at[places].get(mode="promise_in_bounds")
+def _rows(x, positions):
+    return x.at[positions].get(mode="promise_in_bounds")
 
 
 def _in_place(sorted_rows, rank, weights):
-    """Rows in the order of `_order` back to their (B, T) places, zero at dead ones."""
+    """Scatter rows in the order of `_order` back to their (B, T) positions; zeros at dead ones."""
     live = weights.reshape(-1) != 0
     rows = _rows(sorted_rows, jnp.maximum(rank, 0))
     rows = jnp.where(live.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
@@ -42,14 +41,14 @@ def _in_place(sorted_rows, rank, weights):
 
 
 def _piece(hidden, order, count, start, size):
-    """-> places of a piece, (C,) bool which of them are labelled, their hidden rows, zero where not."""
-    places = lax.dynamic_slice_in_dim(order, start, size)
+    """Return a chunk's positions, a (C,) mask of the labelled ones, and their hidden rows, zero elsewhere."""
+    positions = lax.dynamic_slice_in_dim(order, start, size)
     live = start + lax.iota(jnp.int32, size) < count
-    return places, live, jnp.where(live[:, None], _rows(hidden, places), 0)
+    return positions, live, jnp.where(live[:, None], _rows(hidden, positions), 0)
 
 
 def labelled_forward(hidden, head, targets, weights, *, chunk):
-    """As `cross_entropy_forward`; lse is 0 at dead places."""
+    """As `cross_entropy_forward`; lse is 0 at dead positions."""
     head = head.astype(hidden.dtype)
     vocabulary = head.shape[1]
     order, rank, count, size = _order(weights, hidden.shape[0] * min(chunk, hidden.shape[1]))
@@ -57,8 +56,8 @@ def labelled_forward(hidden, head, targets, weights, *, chunk):
 
     def one(state):
         start, nll, lse = state
-        places, live, rows = _piece(hidden, order, count, start, size)
-        wanted = _rows(targets, places)
+        positions, live, rows = _piece(hidden, order, count, start, size)
+        wanted = _rows(targets, positions)
         logits = dot(rows, head, ((1,), (0,)))
         peak = jnp.max(logits, -1)
         total = peak + jnp.log(jnp.sum(jnp.exp(logits - peak[:, None]), -1))
@@ -86,9 +85,9 @@ def labelled_backward(g, hidden, head, targets, weights, lse, *, chunk):
 
     def one(state):
         start, dhidden, dhead = state
-        places, live, rows = _piece(hidden, order, count, start, size)
-        wanted, total = _rows(targets, places), _rows(lse, places)
-        steep = jnp.where(live, _rows(slope, places), 0)
+        positions, live, rows = _piece(hidden, order, count, start, size)
+        wanted, total = _rows(targets, positions), _rows(lse, positions)
+        steep = jnp.where(live, _rows(slope, positions), 0)
         logits = dot(rows, narrow_head, ((1,), (0,)))
         hit = wanted[:, None] == lax.broadcasted_iota(targets.dtype, logits.shape, 1)
         dlogits = ((jnp.exp(logits - total[:, None]) - hit) * steep[:, None]).astype(rows.dtype)

@@ -1,10 +1,10 @@
-"""Self-attention in tiles, of which those that segments, causality or padding mask entirely are never computed (XLA on
-a CPU).
+"""Self-attention in tiles (XLA on a CPU). Tiles that segments, causality or padding mask entirely are skipped.
 
-B rows, T places, I = T / C blocks of C queries, S keys of a step, E blocks of one piece, N query heads, K key heads, G
-= N / K, H and J head dims. The number of pieces, and of steps in each, is read from the segment ids while the program
-runs: blocks that attend nothing come last and are left out, the others go through their stretch of keys from its end, S
-keys a step, with running maximum and sum (Milakov and Gimelshein, arXiv:1805.02867; FlashAttention, arXiv:2205.14135).
+B rows, T positions, I = T / C blocks of C queries, S keys of a step, E blocks of one chunk, N query heads, K key heads,
+G
+= N / K, H and J head dims. The number of chunks and of steps in each depends on the segment ids at run time: blocks
+that attend nothing are sorted last and skipped, the others walk through their range of keys from its end, S keys a
+step, with running maximum and sum (Milakov and Gimelshein, arXiv:1805.02867; FlashAttention, arXiv:2205.14135).
 Exact up to the order of sums.
 """
 
@@ -18,7 +18,7 @@ from npu_bridge.ops._common import accumulator, einsum, sum_over_rows
 
 
 class Tiles(NamedTuple):
-    """Static sizes: queries of a block, keys of a step, blocks of a piece."""
+    """Static sizes: queries of a block, keys of a step, blocks of a chunk."""
 
     queries: int
     keys: int
@@ -26,30 +26,27 @@ class Tiles(NamedTuple):
 
 
 LEAST_LOGITS = 2**20
-"""Below, the loops and their compilation cost as much as they save."""
+"""Below this many logits, the loops and their compilation cost more than they save."""
 
 
-def tiles_of(batch, places, heads, band=None):
-    """Tiles such that the logits of a piece stay in a core's cache; None where so little is to be computed that nothing
-    is gained.
+def tiles_of(batch, positions, heads, band=None):
+    """Choose tiles so that the logits of a chunk stay in a core's cache; None if there is too little to gain.
 
     Args:
-      band: keys that a block of queries reaches at most, where that is a narrow stretch of the row.
+      band: largest number of keys that a block of queries reaches, if that is a narrow band of the row.
     """
-    size = 32 if places < 1024 or band is not None else 64
-    if batch * heads * places * (band or places) < LEAST_LOGITS or places < 4 * size:
+    size = 32 if positions < 1024 or band is not None else 64
+    if batch * heads * positions * (band or positions) < LEAST_LOGITS or positions < 4 * size:
         return None
-    return Tiles(size, 2 * size, max(1, min(2**18 // (heads * size * 2 * size), batch * (places // size))))
+    return Tiles(size, 2 * size, max(1, min(2**18 // (heads * size * 2 * size), batch * (positions // size))))
 
 
 class _Blocks(NamedTuple):
-    """The blocks in order of their number of steps: most first, those without any last; each field (I * B and a
-    filling,).
+    """Blocks sorted by their number of steps, most first; each field has shape (I * B plus padding,).
 
     Attributes:
-      rows, starts: where a block begins. ends: the place behind the last key that it attends. steps: of `keys` places
-        each.
-      live: scalar, how many blocks have any.
+      rows, starts: of the block. ends: one past the last key that it attends. steps: of `keys` positions each.
+      live: scalar, number of blocks with any step.
     """
 
     rows: jnp.ndarray
@@ -60,8 +57,8 @@ class _Blocks(NamedTuple):
 
 
 def _blocks(ids_q, ids_kv, tiles, causal, window):
-    """A block may attend another when the ranges of their segment ids touch: never too few, and exact for ids that
-    count upwards.
+    """Plan the steps of each block. A block attends another if the ranges of their segment ids overlap: conservative,
+    and exact for ascending ids.
     """
     size = tiles.queries
 
@@ -147,9 +144,9 @@ class _Piece:
 
     def step(self, number, causal, window):
         """-> starts (E,) of the keys of a step and (E, 1, 1, C, S) bool, which of them each query attends."""
-        size, places = self.tiles.keys, self.all_ids.shape[1]
+        size, positions = self.tiles.keys, self.all_ids.shape[1]
         stop = self.ends - number * size
-        starts = jnp.clip(stop - size, 0, places - size)
+        starts = jnp.clip(stop - size, 0, positions - size)
         key = starts[:, None] + lax.iota(jnp.int32, size)
         query = self.starts[:, None] + lax.iota(jnp.int32, self.tiles.queries)
         # At the start of a row a step may reach keys of the step before: `stop` keeps them from counting twice.
@@ -173,15 +170,15 @@ class _Piece:
         )
 
 
-def _padded(x, places):
-    return jnp.pad(x, [(0, 0), (0, places - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+def _padded(x, positions):
+    return jnp.pad(x, [(0, 0), (0, positions - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
 
 
 def skipping_forward(q, k, v, ids_q, ids_kv, *, tiles, causal, window, scale, wide=False):
     """-> out (B, T, N, J) in q's dtype, lse (B, N, T) in float32 (0 for a query that attends nothing)."""
     batch, real, heads, _ = q.shape
-    key_heads, places = k.shape[2], -(-real // tiles.queries) * tiles.queries
-    q, k, v, ids_q, ids_kv = (_padded(x, places) for x in (q, k, v, ids_q, ids_kv))
+    key_heads, positions = k.shape[2], -(-real // tiles.queries) * tiles.queries
+    q, k, v, ids_q, ids_kv = (_padded(x, positions) for x in (q, k, v, ids_q, ids_kv))
     blocks = _blocks(ids_q, ids_kv, tiles, causal, window)
     dtype, nothing = result_forms(q, wide)
     wide = accumulator(q.dtype)
@@ -213,8 +210,8 @@ def skipping_forward(q, k, v, ids_q, ids_kv, *, tiles, causal, window, scale, wi
         return start + tiles.piece, piece.put_queries(out, average / divisor), piece.put_statistics(lse, logs)
 
     empty = (
-        jnp.zeros((batch, places, heads, v.shape[-1]), dtype),
-        jnp.full((batch, heads, places), nothing, accumulator(q.dtype)),
+        jnp.zeros((batch, positions, heads, v.shape[-1]), dtype),
+        jnp.full((batch, heads, positions), nothing, accumulator(q.dtype)),
     )
     _, out, lse = lax.while_loop(lambda state: state[0] < blocks.live, one_piece, (jnp.int32(0), *empty))
     return out[:, :real], lse[..., :real]
@@ -223,12 +220,12 @@ def skipping_forward(q, k, v, ids_q, ids_kv, *, tiles, causal, window, scale, wi
 def skipping_backward(g, q, k, v, out, lse, ids_q, ids_kv, *, tiles, causal, window, scale):
     """-> dq, dk, dv in the dtype of q."""
     real = q.shape[1]
-    key_heads, places = k.shape[2], -(-real // tiles.queries) * tiles.queries
+    key_heads, positions = k.shape[2], -(-real // tiles.queries) * tiles.queries
     wide, narrow = accumulator(q.dtype), q.dtype
     g = g.astype(narrow)
     delta = jnp.sum(g.astype(wide) * out.astype(wide), -1).transpose(0, 2, 1)
-    delta, lse = (jnp.pad(x, [(0, 0), (0, 0), (0, places - real)]) for x in (delta, lse))
-    g, q, k, v, ids_q, ids_kv = (_padded(x, places) for x in (g, q, k, v, ids_q, ids_kv))
+    delta, lse = (jnp.pad(x, [(0, 0), (0, 0), (0, positions - real)]) for x in (delta, lse))
+    g, q, k, v, ids_q, ids_kv = (_padded(x, positions) for x in (g, q, k, v, ids_q, ids_kv))
     blocks = _blocks(ids_q, ids_kv, tiles, causal, window)
 
     def flat(x):

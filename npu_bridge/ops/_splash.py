@@ -35,10 +35,10 @@ def refusal(queries, keys, *, causal):
     return None
 
 
-def _block(places):
+def _block(positions):
     """The largest block that pads a row by less than a tenth."""
     for size in (BLOCK, 256, LANES):
-        if -(-places // size) * size <= 1.1 * places:
+        if -(-positions // size) * size <= 1.1 * positions:
             return size
     return LANES
 
@@ -98,15 +98,15 @@ class _Call:
             ids_q, ids_kv = jnp.ones(q.shape[:2], jnp.int32), jnp.ones(k.shape[:2], jnp.int32)
         ids_q = jnp.where(ids_q == 0, NO_QUERY, ids_q.astype(jnp.int32))
 
-        def fill(x, places, value):
-            return jnp.pad(x, [(0, 0), (0, places - x.shape[1])], constant_values=value)
+        def fill(x, positions, value):
+            return jnp.pad(x, [(0, 0), (0, positions - x.shape[1])], constant_values=value)
 
         self.ids = fill(ids_q, self.padded[0], NO_QUERY), fill(ids_kv.astype(jnp.int32), self.padded[1], NO_KEY)
 
-    def heads_first(self, x, places):
+    def heads_first(self, x, positions):
         """(B, T, N, H) -> (B, N, T', H')"""
         width = -(-x.shape[-1] // LANES) * LANES
-        x = jnp.pad(x, [(0, 0), (0, places - x.shape[1]), (0, 0), (0, width - x.shape[-1])])
+        x = jnp.pad(x, [(0, 0), (0, positions - x.shape[1]), (0, 0), (0, width - x.shape[-1])])
         return x.transpose(0, 2, 1, 3)
 
     def operands(self, q, k, v, scale):
@@ -118,7 +118,7 @@ class _Call:
         )
 
     @staticmethod
-    def places_first(x, like):
+    def positions_first(x, like):
         """(B, N, T', H') -> the shape of `like`, (B, T, N, H)"""
         return x.transpose(0, 2, 1, 3)[:, : like.shape[1], :, : like.shape[3]]
 
@@ -171,8 +171,8 @@ def splash_backward(g, q, k, v, out, lse, ids_q=None, ids_kv=None, *, left, righ
 
     rows = *call.operands(q, k, v, scale), *call.ids, whole(out), lse, whole(g.astype(q.dtype))
     dq, dk, dv = jax.vmap(one_row)(*rows)
-    dq = (call.places_first(dq, q).astype(jnp.float32) * scale).astype(q.dtype)
-    return dq, call.places_first(dk, k).astype(k.dtype), call.places_first(dv, v).astype(v.dtype)
+    dq = (call.positions_first(dq, q).astype(jnp.float32) * scale).astype(q.dtype)
+    return dq, call.positions_first(dk, k).astype(k.dtype), call.positions_first(dv, v).astype(v.dtype)
 
 
 _BACKWARD = (

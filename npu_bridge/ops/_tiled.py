@@ -1,11 +1,10 @@
-"""Attention with memory linear in the row, in plain JAX: any platform, and several devices, whose rows and heads stay
-where they are.
+"""Attention with memory linear in the row, in plain JAX, for any platform and for sharded rows and heads.
 
 B rows, T query positions, S key positions, N query heads, K key heads, G = N / K, H and J head dims. Queries are taken
 in steps of E blocks of C positions. Each step walks through its keys, C at a time, with running maximum and sum
 (Milakov and Gimelshein, arXiv:1805.02867; FlashAttention, arXiv:2205.14135), so at most B * N * E * C * C logits exist.
-Bounds of both loops depend on shapes
-alone: no device waits for another, and XLA partitions the program by rows and heads without an exchange.
+Loop bounds depend only on shapes: no device waits for another, and XLA partitions by rows and heads without
+collectives.
 """
 
 import math
@@ -115,18 +114,18 @@ class _Loops:
 
         Ids (B, T') and (B, S') carry different values in the padding, so that it is never attended.
         """
-        places = (1, self.group, self.block, self.block)
-        block = lax.broadcasted_iota(jnp.int32, places, 1) * self.block
+        positions = (1, self.group, self.block, self.block)
+        block = lax.broadcasted_iota(jnp.int32, positions, 1) * self.block
         query = (
             step * self.group * self.block
             + block
-            + lax.broadcasted_iota(jnp.int32, places, 2)
+            + lax.broadcasted_iota(jnp.int32, positions, 2)
             + (self.keys - self.queries)
         )
         key = (
             (self.first_key_block(step) + number) * self.block
             + block
-            + lax.broadcasted_iota(jnp.int32, places, 3)
+            + lax.broadcasted_iota(jnp.int32, positions, 3)
             - self.lead
         )
         ahead = query - key
@@ -160,10 +159,12 @@ def _by_key_head(x, key_heads):
     return x.reshape(*x.shape[:3], key_heads, -1, x.shape[-1]).transpose(0, 1, 3, 4, 2, 5)
 
 
-def _steps_to_rows(x, places):
+def _steps_to_rows(x, positions):
     """(I, B, E, K, G, C, H) of all steps -> (B, T, N, H)"""
     steps, batch, group, key_heads, heads, block, width = x.shape
-    return x.transpose(1, 0, 2, 5, 3, 4, 6).reshape(batch, steps * group * block, key_heads * heads, width)[:, :places]
+    return x.transpose(1, 0, 2, 5, 3, 4, 6).reshape(batch, steps * group * block, key_heads * heads, width)[
+        :, :positions
+    ]
 
 
 def tiled_forward(q, k, v, ids_q=None, ids_kv=None, *, tiling, causal, window, scale, wide=False):

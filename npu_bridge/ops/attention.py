@@ -37,10 +37,10 @@ def attention(
 ):
     """Grouped-query softmax attention inside equal segment ids.
 
-    Query place t may attend key place s when all of these hold:
-      - their segment ids are equal and not 0 (with no ids given every place belongs to one segment);
+    Query position t may attend key position s when all of these hold:
+      - their segment ids are equal and not 0 (with no ids given every position belongs to one segment);
       - `causal`: s <= t + (S - T), the last query being level with the last key;
-      - `window`: at most window - 1 places lie between them (t + (S - T) - s < window, and when not causal
+      - `window`: at most window - 1 positions lie between them (t + (S - T) - s < window, and when not causal
         s - t - (S - T) < window as well).
     A query that may attend nothing yields zeros and passes no gradient, unless `padding` says that nobody looks.
 
@@ -50,8 +50,7 @@ def attention(
       segment_ids_q: (B, T) int32, samples counted from 1, 0 is padding. segment_ids_kv: (B, S), by default those of the
         queries.
       window: static int or None. scale: static float, by default H ** -0.5.
-      max_segment_length: static promise that equal ids never lie further apart than this many places, ends included. It
-        lets the computation skip what can only be masked; it changes no result, but a broken promise gives wrong
+      max_segment_length: static promise that equal ids span at most this many positions. It lets the computation skip what can only be masked; it changes no result, but a broken promise gives wrong
         results.
       lengths: (B, M) int32, -1 padded: lengths of the same segments in order from the start of the row, for
         variable-length kernels. Places past their sum are padding. The reference ignores it.
@@ -250,10 +249,10 @@ _REPLICATE = ("t", "s", "g", "h", "j", "m")  # rows and key heads may be sharded
 
 
 def _forward_results(q, k, v, *segments, wide=False, **plan):
-    batch, places, heads, _ = q.shape
+    batch, positions, heads, _ = q.shape
     return [
-        jax.ShapeDtypeStruct((batch, places, heads, v.shape[-1]), accumulator(q.dtype) if wide else q.dtype),
-        jax.ShapeDtypeStruct((batch, heads, places), accumulator(q.dtype)),
+        jax.ShapeDtypeStruct((batch, positions, heads, v.shape[-1]), accumulator(q.dtype) if wide else q.dtype),
+        jax.ShapeDtypeStruct((batch, heads, positions), accumulator(q.dtype)),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Softmax cross entropy straight from hidden states: the (B, T, V) logits never exist, forward or backward.
+"""Softmax cross entropy from hidden states, without materializing the (B, T, V) logits, forward or backward.
 
 B rows, T tokens, D model width, V vocabulary, C token positions of a row in one chunk.
 """
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from npu_bridge.jaxcompat import alone_function
+from npu_bridge.jaxcompat import single_device_function
 from npu_bridge.ops._common import accumulator, einsum, require, require_float, sum_over_rows, zero_cotangent
 from npu_bridge.ops._labelled import labelled_backward, labelled_forward
 
@@ -19,13 +19,13 @@ def cross_entropy(hidden, head, targets, weights, *, chunk: int):
 
     Args:
       hidden: (B, T, D) states of the last layer. head: (D, V) output matrix, cast to hidden's dtype for the products.
-      targets: (B, T) integers. weights: (B, T) float; places of weight 0 yield exactly 0 and pass no gradient, whatever
-        their hidden state (NaN included) and target (an ignore index included) hold.
+      targets: (B, T) integers. weights: (B, T) float; positions of weight 0 give exactly 0 and no gradient, even if
+      their hidden state is NaN or their target an ignore index.
       chunk: static; token positions of each row whose logits exist at a time, so the peak is B * chunk * V float32.
 
     Returns:
       (B, T) float32 `weight * (logsumexp(logits) - logits[target])`, differentiable in hidden, head and weights.
-      A target outside [0, V) at a place of non-zero weight yields NaN there: a data error must not train silently.
+      A target outside [0, V) at a position of non-zero weight yields NaN there: bad data must not train silently.
     """
     hidden, head, targets, weights = jnp.asarray(hidden), jnp.asarray(head), jnp.asarray(targets), jnp.asarray(weights)
     require_float("cross_entropy", hidden=hidden, head=head, weights=weights)
@@ -49,7 +49,7 @@ def cross_entropy(hidden, head, targets, weights, *, chunk: int):
 
 
 def split_chunks(x, chunk):
-    """(B, T, ..) -> (n, B, C, ..) with place c * n + i of a row in chunk i, T padded with zeros to a multiple of n.
+    """(B, T, ..) -> (n, B, C, ..) with position c * n + i of a row in chunk i, T padded with zeros to a multiple of n.
 
     Strided on purpose: the chunk index is the minor part of T, so a T that is sharded over a mesh axis stays sharded
     inside every chunk and the loop over chunks slices nothing across devices.
@@ -69,7 +69,7 @@ def join_chunks(x, length):
 
 
 def chunk_logits(hidden, head, weights):
-    """-> hidden with dead places zeroed, logits (B, C, V) in float32.
+    """-> hidden with dead positions zeroed, logits (B, C, V) in float32.
 
     Zeroing keeps a NaN in padding out of the head's gradient.
     """
@@ -83,7 +83,7 @@ def hit(targets, vocabulary):
 
 
 def cross_entropy_forward(hidden, head, targets, weights, *, chunk):
-    """-> nll (B, T) unweighted and 0 at dead places, lse (B, T) that means nothing there, both float32."""
+    """-> nll (B, T) unweighted and 0 at dead positions, lse (B, T) undefined there, both float32."""
     head = head.astype(hidden.dtype)
     vocabulary = head.shape[1]
 
@@ -118,9 +118,8 @@ def cross_entropy_backward(g, hidden, head, targets, weights, lse, *, chunk):
     return join_chunks(dhidden, hidden.shape[1]), dhead
 
 
-# Over several devices rows of one would have to move to another, and the NPU's host would have to wait for their
-# number.
-_forward = alone_function(
+# Over several devices rows would have to move between them, and the NPU's host would wait for their number.
+_forward = single_device_function(
     "npu_bridge.cross_entropy_forward",
     cross_entropy_forward,
     labelled_forward,
@@ -128,7 +127,7 @@ _forward = alone_function(
         [jax.ShapeDtypeStruct(targets.shape, accumulator(hidden.dtype))] * 2
     ),
 )
-_backward = alone_function(
+_backward = single_device_function(
     "npu_bridge.cross_entropy_backward",
     cross_entropy_backward,
     labelled_backward,

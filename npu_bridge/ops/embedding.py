@@ -40,8 +40,8 @@ def embedding_backward(g, ids, *, rows):
     return jnp.zeros((rows, g.shape[-1]), accumulator(g.dtype)).at[ids].add(g.astype(accumulator(g.dtype)), mode="drop")
 
 
-# The vocabulary is a reduction: each shard answers for its own rows (`first` is the number of the first) and the
-# answers add up.
+# The vocabulary is a reduction factor: each shard gathers its own rows (`first` is its first row) and the results are
+# summed.
 _forward = define_operator(
     "embedding",
     reference=embedding_forward,

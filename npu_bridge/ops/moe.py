@@ -86,7 +86,7 @@ def grouped_weight_gradient(x, g, group_sizes):
     def one(dw, item):
         first, expert, live = item
         rows = lax.dynamic_slice_in_dim(padded, first, tile)
-        # Rows of other experts inside the tile are cut out by a select, not a product: they may hold anything.
+        # Mask rows of other experts in the tile by a select, not a product: they may be NaN.
         keep = (jnp.arange(tile) < live)[:, None]
         rows, slope = jnp.where(keep, rows, 0), jnp.where(keep, lax.dynamic_slice_in_dim(g, first, tile), 0)
         part = sum_over_rows(rows, slope)
@@ -164,7 +164,7 @@ def moe_gating(logits, *, k: int, scoring="softmax", bias=None, groups=1, groups
     params = dict(
         k=k, scoring=scoring, groups=groups, groups_kept=groups_kept, renormalize=bool(renormalize), scale=float(scale)
     )
-    # The choice itself passes no gradient, so the operator never sees one; the weights get theirs behind it.
+    # The choice has no gradient, so the operator gets none; the weights' gradient is added by `_with_gradient`.
     operands = lax.stop_gradient((logits,) if bias is None else (logits, bias))
     weights, experts = (_gating_operator if bias is None else _gating_biased)(*operands, **params)
     return _with_gradient(weights, logits, experts, tuple(params.items())), experts
@@ -177,7 +177,7 @@ def expert_scores(logits, scoring):
 
 
 def chosen_weights(logits, experts, *, scoring, renormalize, scale):
-    """(T, k) float32: what the chosen experts weigh, differentiable in the logits."""
+    """Return (T, k) float32 weights of the chosen experts, differentiable in the logits."""
     weights = jnp.take_along_axis(expert_scores(logits, scoring), experts, 1)
     if renormalize:
         weights = weights / (jnp.sum(weights, -1, keepdims=True) + (1e-20 if scoring == "sigmoid" else 0.0))
@@ -245,7 +245,7 @@ def moe_permute(tokens, experts, *, num_experts: int):
 
 
 def moe_unpermute(permuted, destination, weights):
-    """Brings the experts' rows back: `sum_k weights[t, k] * permuted[destination[t, k]]`, summed in float32.
+    """Gather the experts' rows back: `sum_k weights[t, k] * permuted[destination[t, k]]`, summed in float32.
 
     Args:
       permuted: (T * k, D). destination: (T, k) int32 from `moe_permute`. weights: (T, k) float.

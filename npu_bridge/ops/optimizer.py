@@ -67,7 +67,7 @@ _adamw = define_operator(
 
 
 def global_norm(tree):
-    """Euclidean norm over all leaves of a pytree, squared and summed in float32; 0 for an empty tree."""
+    """Return the L2 norm over all leaves of a pytree, squared and summed in float32; 0 for an empty tree."""
     squares = [
         jnp.sum(jnp.square(jnp.asarray(leaf).astype(accumulator(jnp.result_type(leaf)))))
         for leaf in jax.tree.leaves(tree)

@@ -42,7 +42,7 @@ def rotary(x, cos, sin, *, mode="half"):
 
 
 def turn(x, mode):
-    """The quarter turn of every pair: (a, b) -> (-b, a)."""
+    """Rotate every pair by 90 degrees: (a, b) -> (-b, a)."""
     if mode == "half":
         a, b = jnp.split(x, 2, -1)
         return jnp.concatenate([-b, a], -1)
@@ -60,7 +60,7 @@ def rotary_forward(x, cos, sin, *, mode):
 
 
 def rotary_backward(g, cos, sin, *, mode):
-    """-> dx. The quarter turn is orthogonal and antisymmetric, so its transpose is its negative."""
+    """-> dx. The 90-degree rotation is orthogonal and antisymmetric, so its transpose is its negative."""
     width = cos.shape[-1]
     dtype = accumulator(g.dtype)
     head = g[..., :width].astype(dtype)
@@ -92,8 +92,7 @@ def _rotary_fwd(x, cos, sin, mode):
 
 def _rotary_bwd(mode, res, g):
     x, cos, sin = res
-    # Gradients of the tables are plain JAX beside the operator: nobody asks for them in training and XLA then drops
-    # them.
+    # Gradients of the tables are plain JAX outside the operator: training does not use them and XLA removes them.
     width, dtype = cos.shape[-1], accumulator(x.dtype)
     head, gh = x[..., :width].astype(dtype), g[..., :width].astype(dtype)
     dcos = jnp.sum(gh * head, 2).astype(cos.dtype)

@@ -140,7 +140,7 @@ class _Requests:
             request.wait()
 
 
-class UnderWay:
+class InFlight:
     """An exchange that was started.
 
     On a device it runs on a stream of its own; `wait` makes the stream of the computation wait for it, not the host, so
@@ -334,7 +334,7 @@ class Runtime:
             dist.all_reduce(y, getattr(dist.ReduceOp, _SUM[kind]), group=group)
         return y.view(x.dtype)
 
-    def _gather(self, x: torch.Tensor, d: int, axes: tuple[str, ...], beside: bool) -> UnderWay:
+    def _gather(self, x: torch.Tensor, d: int, axes: tuple[str, ...], beside: bool) -> InFlight:
         """Start putting the shards of dimension `d` together; `beside`: on a stream of its own."""
         group, members = self._members[axes]
         y = self._carried(x)
@@ -363,7 +363,7 @@ class Runtime:
                 x = self._gather(x, d, tuple(axes), False).wait()
         return x
 
-    def start_all_gather(self, x: torch.Tensor, dims: Sequence[tuple[str, ...]]) -> UnderWay:
+    def start_all_gather(self, x: torch.Tensor, dims: Sequence[tuple[str, ...]]) -> InFlight:
         """Of one dimension. `x` must stay as it is until the result is waited for."""
         return self._gather(x, *self._one_dim(dims), True)
 
@@ -373,11 +373,11 @@ class Runtime:
                 x = self._scatter(x, d, tuple(axes), kind, False).wait()
         return x
 
-    def start_reduce_scatter(self, x: torch.Tensor, dims: Sequence[tuple[str, ...]], kind: str) -> UnderWay:
+    def start_reduce_scatter(self, x: torch.Tensor, dims: Sequence[tuple[str, ...]], kind: str) -> InFlight:
         """Over one dimension. `x` must stay as it is until the result is waited for."""
         return self._scatter(x, *self._one_dim(dims), kind, True)
 
-    def _scatter(self, x: torch.Tensor, d: int, axes: tuple[str, ...], kind: str, beside: bool) -> UnderWay:
+    def _scatter(self, x: torch.Tensor, d: int, axes: tuple[str, ...], kind: str, beside: bool) -> InFlight:
         group, members = self._members[axes]
         n = len(members)
         y = x.unflatten(d, (n, x.shape[d] // n)).movedim(d, 0)
@@ -401,22 +401,22 @@ class Runtime:
         begin: Callable[[], Any],
         finish: Callable[[], torch.Tensor],
         held: tuple[torch.Tensor, ...],
-    ) -> UnderWay:
+    ) -> InFlight:
         self._calls += 1
         number = self._calls
         with self._named(what, number, x, axes):
             work = begin()
-        return UnderWay(work, lambda: self._named(what, number, x, axes), finish, held)
+        return InFlight(work, lambda: self._named(what, number, x, axes), finish, held)
 
     def all_to_all(self, x: torch.Tensor, axes: tuple[str, ...], source: int, target: int) -> torch.Tensor:
         """The sharding over `axes` moves from dimension `source` to dimension `target`."""
         return self._all_to_all(x, axes, source, target, False).wait()
 
-    def start_all_to_all(self, x: torch.Tensor, axes: tuple[str, ...], source: int, target: int) -> UnderWay:
+    def start_all_to_all(self, x: torch.Tensor, axes: tuple[str, ...], source: int, target: int) -> InFlight:
         """`all_to_all` beside the computation. `x` must stay as it is until the result is waited for."""
         return self._all_to_all(x, axes, source, target, True)
 
-    def _all_to_all(self, x: torch.Tensor, axes: tuple[str, ...], source: int, target: int, beside: bool) -> UnderWay:
+    def _all_to_all(self, x: torch.Tensor, axes: tuple[str, ...], source: int, target: int, beside: bool) -> InFlight:
         group, members = self._members[axes]
         n = len(members)
         y = x.unflatten(target, (n, x.shape[target] // n)).movedim(target, 0)
@@ -441,7 +441,7 @@ class Runtime:
         """Sends to the target place, receives from the source place; zeros where nobody sends."""
         return self.start_permute(x, pairs).wait()
 
-    def start_permute(self, x: torch.Tensor, pairs: Sequence[tuple[int, int]]) -> UnderWay:
+    def start_permute(self, x: torch.Tensor, pairs: Sequence[tuple[int, int]]) -> InFlight:
         """`permute` beside the computation. `x` must stay as it is until the result is waited for."""
         y = self._carried(x)
         out, work = torch.zeros_like(y), []

@@ -78,7 +78,9 @@ def test_layers_share_turned_tables_and_concatenate_once_and_keep_the_kernels_st
         text.count("kernel.rotary(") == 8 and "rotary_backward" not in text and len(re.findall(r"\.neg_?\(", text)) == 1
     ), text
     gate_and_up = re.findall(rf"torch.cat\(.*f32\[{B},{T},{2 * F}\]", text)
-    assert len(gate_and_up) == text.count("swiglu_joined(") == text.count("swiglu_joined_backward(") == 2, text
+    assert len(gate_and_up) == text.count("swiglu_concatenated(") == text.count("swiglu_concatenated_backward(") == 2, (
+        text
+    )
     assert text.count("statistics=True") == 4, "two layers, forward and backward"
     assert text.count("torch.addmm(") == 6, "three biased products a layer"
 

@@ -46,7 +46,7 @@ def test_the_fused_form_of_a_cpu_is_in_force_wherever_torch_has_it():
 def test_every_operator_has_a_kernel_and_every_kernel_an_operator_and_a_check():
     defined = {name.removeprefix("npu_bridge.") for name in jaxcompat.OPERATORS}
     # What a pass writes in place of operators, for npu alone; tests/bridge/test_fused_calls.py sees it called.
-    of_passes = {"swiglu_joined", "swiglu_joined_backward"}
+    of_passes = {"swiglu_concatenated", "swiglu_concatenated_backward"}
     assert set(kernels.KERNELS) - of_passes <= defined, (
         f"kernels nobody calls: {sorted(set(kernels.KERNELS) - of_passes - defined)}"
     )

@@ -137,7 +137,7 @@ def test_a_sharded_step_keeps_every_operator_one_call(arguments):
     # This step has no use for gating with a bias; transposed products of experts come with the gradient. Joined SwiGLU
     # is written for npu only, by a pass (tests/bridge/test_fused_calls.py); rounds of a ring have a test of their own
     # (tests/bridge/test_ring_attention.py).
-    elsewhere = {"swiglu_joined", "swiglu_joined_backward", "attention_ring", "attention_ring_backward"}
+    elsewhere = {"swiglu_concatenated", "swiglu_concatenated_backward", "attention_ring", "attention_ring_backward"}
     wanted = set(kernels.KERNELS) - {"moe_gating_biased"} - elsewhere
     assert called == wanted, f"differs in {sorted(called ^ wanted)}"
     queries = {call["operands"][0] for call in program.kernels() if call["name"] == "npu_bridge.attention_packed"}

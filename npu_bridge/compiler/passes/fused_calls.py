@@ -101,7 +101,7 @@ def _side_by_side(gate: Value, up: Value, at: Op) -> Op:
 
 def _swiglu(op: Op, count: dict[Value, int]) -> list[Op]:
     both = _side_by_side(*op.operands, op)
-    return [both, _kernel("swiglu_joined", op, [both.result], op.results)]
+    return [both, _kernel("swiglu_concatenated", op, [both.result], op.results)]
 
 
 def _swiglu_backward(op: Op, count: dict[Value, int]) -> list[Op]:
@@ -110,7 +110,7 @@ def _swiglu_backward(op: Op, count: dict[Value, int]) -> list[Op]:
     grad = Value(both.result.type, both.result.layout)
     last, width = len(gate.shape) - 1, gate.shape[-1]
     parts = [_slice(grad, last, i * width, (i + 1) * width, op, result) for i, result in enumerate(op.results)]
-    return [both, _kernel("swiglu_joined_backward", op, [g, both.result], [grad]), *parts]
+    return [both, _kernel("swiglu_concatenated_backward", op, [g, both.result], [grad]), *parts]
 
 
 # ---- attention

@@ -43,8 +43,8 @@ def _mask(op: Op) -> Op | None:
     ids_q, ids_kv = (behind_barriers(v) for v in (op.operands[6:8] if start else op.operands[3:5]))
     params = {name: op.attrs["params"][name] for name in ("causal", "window", "blocks")}
     size, left, right = params["blocks"]
-    (rows, places), keys = ids_q.shape, k.shape[1]
-    shape = (rows * -(-places // size), 1, size, left + size + right) if size else (rows, 1, places, keys)
+    (rows, positions), keys = ids_q.shape, k.shape[1]
+    shape = (rows * -(-positions // size), 1, size, left + size + right) if size else (rows, 1, positions, keys)
     made = Type(shape, q.dtype)
     if q.dtype not in _DTYPES or made.bytes > MOST * q.type.bytes:
         return None
