@@ -582,8 +582,8 @@ def equations(jaxpr: core.Jaxpr) -> Any:
 def scope_in_call(caller: str, scope: str) -> str:
     """Return the full path of an operation named `scope` in a function called at `caller`.
 
-    JAX names operations of a function relative to it, because several calls share it. The last part of ``caller`` is the
-    call itself and is dropped.
+    JAX names operations of a function relative to it, because several calls share it. The last part of ``caller`` is
+    the call itself and is dropped.
     """
     outer = caller.rpartition("/")[0]
     if not outer or scope.split("/")[0] == caller.split("/")[0]:

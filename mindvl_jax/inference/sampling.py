@@ -1,8 +1,7 @@
 """Choose the next token on the device.
 
-Legend: B rows (slots), V vocabulary.
-Every row has its own settings and random key, so its choice depends neither on other rows nor on its slot: a request
-returns the same text alone, in any batch, and whenever it is admitted.
+Legend: B rows (slots), V vocabulary. Every row has its own settings and random key, so its choice depends neither on
+other rows nor on its slot: a request returns the same text alone, in any batch, and whenever it is admitted.
 """
 
 from __future__ import annotations

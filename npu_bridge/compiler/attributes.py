@@ -1,7 +1,7 @@
-"""Everything JAX can write beside an operation, argument or result: read, harmless for a reason, or refused by name.
+"""Attributes that JAX attaches to operations, arguments and results: read, harmless for a reason, or refused by name.
 
-An attribute that nobody reads changes what a program means silently. So the importer holds every name against these
-tables, and one that stands in none is refused.
+An unread attribute would change a program's meaning silently. The importer checks every name against these tables and
+refuses unknown ones.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ HARMLESS = {
     "allowed_direction": "said what propagation may do; it is done",
     "group_id": "said what propagation may do; it is done",
 }
-# Keys of mhlo.frontend_attributes that ask for another place or another meaning, with what they ask for. All others are
-# notes to XLA's own passes (jax.experimental.xla_metadata), which change no value.
+# Keys of mhlo.frontend_attributes that ask for another memory, device or meaning. All others are notes to XLA's own
+# passes (jax.experimental.xla_metadata), which change no value.
 _PLACES = {
     "_xla_compute_type": "compute_on asks the host to compute this",
     "_xla_buffer_placement": "this value is placed in another memory",
@@ -118,8 +118,8 @@ _DEVICE = ("", "device", "unpinned_host")  # the device's own memory
 
 
 def refused(op: ir.Operation, device: str) -> list[str]:
-    """What is written beside an operation that the bridge would lose. device: where the program runs; a CPU's memory is
-    the host's, so that nothing is lost there by computing and storing on it.
+    """Return the attributes of an operation that the bridge would lose. device: where the program runs; on a CPU host
+    placements are no loss.
     """
     found = []
     for item in op.attributes:
@@ -159,7 +159,7 @@ def _refused_notes(attribute: ir.Attribute, device: str) -> list[str]:
     notes = ir.DictAttr(attribute)
     keys = [item if isinstance(item, str) else item.name for item in notes]
     return [
-        f"{_PLACES[k]} ({k} = {notes[k]}); the bridge has no such place on {device}"
+        f"{_PLACES[k]} ({k} = {notes[k]}); the bridge has no such memory on {device}"
         for k in keys
         if k in _PLACES and device != "cpu"
     ]

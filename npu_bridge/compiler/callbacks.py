@@ -25,9 +25,7 @@ PRIMITIVES = ("debug_callback", "debug_print", "io_callback", "pure_callback")
 
 @dataclasses.dataclass(frozen=True)
 class Callback:
-    """What the runtime calls: `function` takes arrays of `operands` (dtypes) and gives arrays of `results`
-    (shape, dtype).
-    """
+    """A host function: takes arrays of `operands` (dtypes), returns arrays of `results` (shape, dtype)."""
 
     name: str
     function: Callable[..., Any]
@@ -36,7 +34,7 @@ class Callback:
     first_only: bool  # on the first process alone
 
 
-_KNOWN: list[Callback] = []  # JAX hands out a lowered module again, so that a number must stay valid
+_KNOWN: list[Callback] = []  # JAX reuses lowered modules, so a number must stay valid
 
 
 def _lowering(name: str) -> Callable[..., Any]:
@@ -68,12 +66,12 @@ def _lowering(name: str) -> Callable[..., Any]:
 
 
 def lowerings() -> dict[Any, Callable[..., Any]]:
-    """The lowering of each primitive that calls back."""
+    """Return the lowering of each callback primitive."""
     return {jaxcompat.callback_primitive(name)[0]: _lowering(name) for name in PRIMITIVES}
 
 
 def collect(module: ir.Module) -> list[Callback]:
-    """The callbacks of a module, numbered anew in the order in which they stand in it; `module` is changed in place."""
+    """Collect the callbacks of a module, renumbered in program order. Changes `module` in place."""
     found: dict[int, int] = {}
 
     def visit(op: ir.Operation) -> ir.WalkResult:
@@ -90,7 +88,7 @@ def collect(module: ir.Module) -> list[Callback]:
 
 
 def run(known: Callback, arrays: list[np.ndarray]) -> list[np.ndarray]:
-    """Call back to Python. Raises TypeError when the results are not what the program was told."""
+    """Call the Python function. Raises TypeError when its results differ from the declared ones."""
     found = [np.asarray(x) for x in known.function(*arrays)]
     shapes = [(x.shape, jaxcompat.canonical_dtype(x.dtype)) for x in found]
     if shapes != [(shape, np.dtype(dtype)) for shape, dtype in known.results]:

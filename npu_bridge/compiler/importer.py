@@ -1,7 +1,8 @@
-"""Partitioned StableHLO to the bridge's own form: calls inlined, attributes plain, shapes local, shardings checked.
+"""Convert partitioned StableHLO to the intermediate form: calls inlined, attributes plain, shapes local, shardings
+checked.
 
-Every result's local shape is computed from its sharding and compared with what the operation makes of its operands,
-because a partitioning that went wrong shows first as a shape that does not fit. Problems are gathered and raised once.
+Every result's local shape is computed from its sharding and compared with the shape inferred from the operands, which
+catches wrong partitioning. Problems are gathered and raised once.
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ _SKIPPED = frozenset(
 )
 
 
-# What numpy calls the types of which MLIR gives no buffer, and the integers of their bits.
+# numpy dtypes without an MLIR buffer, and the integer types of their bits.
 _BIT_TYPES = {
     "bf16": (ml_dtypes.bfloat16, np.uint16),
     "f8E4M3FN": (ml_dtypes.float8_e4m3fn, np.uint8),
@@ -199,16 +200,14 @@ def _axes_of(text: str) -> tuple[str, ...]:
 
 
 def dense_array(attr: ir.DenseElementsAttr, dtype: str) -> np.ndarray:
-    """The elements of a constant. MLIR's Python bindings know no buffers of bfloat16 and of 8-bit floats."""
+    """Return the elements of a constant. MLIR's bindings have no buffers of bfloat16 and 8-bit floats."""
     if dtype not in _BIT_TYPES:
         return np.array(attr)
     return parsed_array(str(attr), dtype, tuple(ir.RankedTensorType(attr.type).shape))
 
 
 def parsed_array(text: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The elements of ``dense<..>`` in a text, for types of which the bindings hand out no buffer (complex numbers
-    cannot even be read).
-    """
+    """Parse the elements of ``dense<..>`` for types without a buffer in the bindings (and complex numbers)."""
     named, bits = _BIT_TYPES[dtype]
     if found := re.search(r'dense<"0x([0-9A-Fa-f]*)">', text):
         return np.frombuffer(bytes.fromhex(found[1]), named).reshape(shape)
@@ -219,7 +218,7 @@ def parsed_array(text: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     made = np.empty(len(numbers), kind)
     for n, number in enumerate(numbers):
         made[n] = np.array(int(number, 16), bits).view(kind) if number.startswith("0x") else float(number)
-    made = made.view(named)  # a pair of numbers each, if complex
+    made = made.view(named)  # pairs of numbers if complex
     return np.full(shape, made[0]) if made.size == 1 else made.reshape(shape)
 
 
@@ -237,7 +236,7 @@ class Importer:
         self.mesh = self._read_meshes()
         self._layouts: dict[Any, Layout] = {}
         self._locations: dict[Any, Location] = {}
-        self._caller = Location()  # the call whose function is being read
+        self._caller = Location()  # the call whose function is being imported
         self._types: dict[tuple[ir.Type, Layout | None], Type] = {}
 
     # -- meshes, types, layouts -------------------------------------------------------------------------------------
@@ -281,13 +280,13 @@ class Importer:
         key = self._caller, op.location
         if key not in self._locations:
             scope, file, line = jaxcompat.read_location(op.location)
-            if not file:  # inside one of jax's own jitted functions: where the user calls it
+            if not file:  # inside a jitted function of jax: the user's call site
                 file, line = self._caller.file, self._caller.line
             self._locations[key] = Location(jaxcompat.scope_in_call(self._caller.scope, scope), file, line)
         return self._locations[key]
 
     def local(self, ir_type: ir.Type, layout: Layout | None, where: Location, what: str) -> Type:
-        """One device's share of a type. Kept, unless something is wrong with it, which is told at every place."""
+        """Return the local type on one device. Cached unless it is wrong, so that every use reports the problem."""
         key, found = (ir_type, layout), len(self.problems)
         if key in self._types:
             return self._types[key]
@@ -333,7 +332,7 @@ class Importer:
     # -- program ------------------------------------------------------------------------------------------------------
 
     def run(self, donated: list[bool]) -> Program:
-        """Raise UnsupportedError with everything that was found."""
+        """Import the module. Raises UnsupportedError with all problems."""
         main = self.functions["main"]
         self.problems += attributes.refused(main.operation, self.device)
         env: dict[Any, Value] = {}
@@ -355,7 +354,7 @@ class Importer:
         return Program(self.mesh, body, donated)
 
     def block(self, block: ir.Block, env: dict[Any, Value], out: Block, manual: dict[str, None]) -> list[Value]:
-        """Append the block's operations to `out` and return what it yields."""
+        """Append the block's operations to `out` and return its results."""
         for view in block.operations:
             op = view.operation
             if op.name in ("func.return", "stablehlo.return", "sdy.return"):
@@ -386,8 +385,8 @@ class Importer:
             return self._manual(op, env, out, manual)
         operands = [env[o] for o in op.operands]
         if name == "optimization_barrier":
-            # New values for the same storage: equal operations before and behind it are not shared, which is what keeps
-            # remat.
+            # New values for the same storage, so that common subexpressions across the barrier are not merged, which
+            # preserves remat.
             made = Op("optimization_barrier", operands, [Value(v.type, v.layout) for v in operands], location=where)
             out.ops.append(made)
             return made.results
@@ -473,7 +472,7 @@ class Importer:
         block = op.regions[0].blocks[0]
         inner = dict(env)
         for arg, operand, sharding in zip(block.arguments, op.operands, ins):
-            # Types inside are already divided by the manual axes; shardings inside name only the free ones.
+            # Inside, types are local in the manual axes already; shardings name only the free axes.
             layout = tuple(tuple(a for a in d if a.partition(":")[0] not in axes) for d in self.layout(sharding))
             value = env[operand]
             inside = self.local(arg.type, layout, self.location(op), "shard_map argument")
@@ -486,7 +485,7 @@ class Importer:
         return [self._relabel(v, layout, op, out) for v, layout in zip(results, self.result_layouts(op))]
 
     def _relabel(self, value: Value, layout: Layout, op: ir.Operation, out: Block) -> Value:
-        """The same shard under another description: inside a manual computation its axes do not count as a split."""
+        """Relabel a shard: inside a manual computation its manual axes do not count as a split."""
         made = Op("relabel", [value], [Value(value.type, layout)], {"layout": layout}, location=self.location(op))
         out.ops.append(made)
         return made.result
@@ -555,7 +554,7 @@ class Importer:
     def _import_gather(self, op, made, out, env, manual):
         made.attrs = self.attributes(op, "gather")
         self._indexed_shards(op, made, made.operands[0], "start_index_map")
-        # A window dimension read whole: its slice size is the local size.
+        # An unsharded window dimension: its slice size is the local size.
         full = ir.RankedTensorType(op.operands[0].type).shape
         sizes = made.attrs["slice_sizes"]
         for d, n in enumerate(sizes):
@@ -609,7 +608,7 @@ class Importer:
     # -- collectives
     # ----------------------------------------------------------------------------------------------------
 
-    # Python has no bindings for the attributes of Shardy's collectives: they are read from their text.
+    # Shardy's collective attributes have no Python bindings: parse their text.
 
     def _lists(self, attr: ir.Attribute) -> list[tuple[str, ...]]:
         """``[{"x"}, {"y", "z":(1)2}]``: axis references of each dimension."""
@@ -653,7 +652,7 @@ class Importer:
         return made.results
 
     def _partial_kind(self, value: Value, made: Op) -> str:
-        """How partial values combine: Shardy's all_reduce does not say, the operation that made them does."""
+        """Return the reduction kind of partial values, from their producer: Shardy's all_reduce has none."""
         op = value.producer
         while op is not None and op.name in (
             "reshape",
@@ -723,7 +722,7 @@ class Importer:
 
     def _import_collective_permute(self, op, made, out, env, manual):
         if op.name.startswith("sdy."):
-            # The axes of an enclosing manual computation stay where they are.
+            # Keep the axes of an enclosing manual computation.
             fixed = (tuple(manual),) if manual else ()
 
             def full(v):
@@ -744,7 +743,7 @@ class Importer:
         return made.operands
 
     def shard_indices(self, layout: Layout) -> np.ndarray:
-        """For each device (row-major place in the mesh) the shard numbers it holds, one column per dimension."""
+        """Return the shard index of each device (row-major mesh position), one column per dimension."""
         sizes = self.mesh.sizes
         names = list(sizes)
         places = np.indices(list(sizes.values()) or [1]).reshape(len(names) or 1, -1)
@@ -764,11 +763,12 @@ class Importer:
         holders: dict[tuple[int, ...], list[int]] = {}
         for device, shard in enumerate(map(tuple, have.tolist())):
             holders.setdefault(shard, []).append(device)
-        # As many devices want a shard as hold it: pair them in order, so that every device sends and receives once.
+        # Senders and receivers of a shard are equally many: pair them in order, so that every device sends and receives
+        # once.
         return [(holders[tuple(shard)].pop(0), device) for device, shard in enumerate(want.tolist())]
 
     def group_axes(self, groups: list[list[int]], made: Op) -> tuple[str, ...]:
-        """The mesh axes that replica groups span, in the order in which their members are listed."""
+        """Return the mesh axes that replica groups span, in the order of their members."""
         wanted = sorted(map(tuple, groups))
         names, shape = list(self.mesh.sizes), list(self.mesh.sizes.values())
         ids = np.arange(math.prod(shape)).reshape(shape)

@@ -1,8 +1,7 @@
-"""The bridge's intermediate form: typed SSA over one device's share of every array.
+"""The bridge's intermediate form: typed SSA over local (per-device) arrays.
 
-The importer makes it from partitioned StableHLO: calls are inlined, attributes are plain Python values, shapes are
-*local*, and every exchange between devices is one of the explicit collectives below. The passes rewrite it, the code
-generator prints it.
+The importer builds it from partitioned StableHLO: calls are inlined, attributes are plain Python values, shapes are
+*local*, and communication is explicit. Passes rewrite it, the code generator prints it.
 
 Operation names are StableHLO's without prefix (``add``, ``dot_general``). Collectives and kernels have names of their
 own:
@@ -31,7 +30,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# Bytes of one element, by MLIR's name of the type.
+# Bytes per element, by MLIR type name.
 ELEMENT_BYTES = {
     "i1": 1, "i8": 1, "ui8": 1, "i16": 2, "ui16": 2, "i32": 4, "ui32": 4, "i64": 8, "ui64": 8,
     "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f8E4M3FN": 1, "f8E5M2": 1, "f8E4M3FNUZ": 1, "f8E5M2FNUZ": 1,
@@ -64,7 +63,7 @@ class Type:
 
 @dataclasses.dataclass(frozen=True)
 class Location:
-    """Where an operation comes from: its named_scope path and the line of the user's program."""
+    """Source of an operation: its named_scope path and the user's file and line."""
 
     scope: str = ""
     file: str = ""
@@ -120,7 +119,7 @@ class Block:
     results: list[Value] = dataclasses.field(default_factory=list)
 
     def walk(self) -> Iterator[Op]:
-        """All operations, those of inner regions after the one that holds them."""
+        """Yield all operations; inner regions follow their operation."""
         for op in self.ops:
             yield op
             for region in op.regions:
@@ -129,7 +128,7 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Axis names and sizes, and for each place in the mesh (row-major) the process that sits there."""
+    """Axis names and sizes, and the rank at each mesh position (row-major)."""
 
     axes: tuple[tuple[str, int], ...] = ()
     devices: tuple[int, ...] | None = None
@@ -143,7 +142,7 @@ class MeshShape:
         return math.prod(n for _, n in self.axes)
 
     def size(self, axes: tuple[str, ...]) -> int:
-        """Number of shards made by these axis references (``x`` or a sub-axis ``x:before:size``)."""
+        """Return the number of shards of these axis references (``x`` or a sub-axis ``x:before:size``)."""
         return math.prod(axis_parts(a, self.sizes)[2] for a in axes)
 
 
@@ -158,7 +157,7 @@ def axis_parts(reference: str, sizes: Mapping[str, int]) -> tuple[str, int, int]
 
 @dataclasses.dataclass
 class Program:
-    """A whole step on one device. `donated[i]`: argument i's storage may be overwritten."""
+    """A step on one device. `donated[i]`: argument i's storage may be overwritten."""
 
     mesh: MeshShape
     body: Block
@@ -182,7 +181,7 @@ def body_kind(block: Block) -> str | None:
 
 
 def has_effect(op: Op) -> bool:
-    """Whether an operation does something besides its results: calls back to Python, itself or in a region."""
+    """Whether an operation has side effects: a Python callback, itself or in a region."""
     return bool(op.name == "callback" and op.attrs["effect"]) or any(has_effect(o) for r in op.regions for o in r.ops)
 
 
@@ -207,7 +206,7 @@ def substitute(block: Block, replacement: Mapping[Value, Value]) -> None:
 
 
 def free_values(block: Block) -> list[Value]:
-    """Values that a region reads and does not define, in order of first use."""
+    """Return the free values of a region, in order of first use."""
     defined: set[int] = {id(p) for p in block.params}
     found: dict[int, Value] = {}
 
@@ -228,7 +227,7 @@ def free_values(block: Block) -> list[Value]:
 
 
 def dump(block: Block, indent: int = 0) -> str:
-    """The form as text, for tests and for looking at passes."""
+    """Print the form as text, for tests and debugging."""
     names: dict[int, str] = {}
 
     def name(v: Value) -> str:

@@ -14,7 +14,7 @@ from npu_bridge import jaxcompat
 
 
 def _rule(avals_in: Any, avals_out: Any) -> tuple[str, list[str]]:
-    """(sharding rule, factors that are whole). Batch dimensions lead and are shared by all operands and results."""
+    """Return (sharding rule, unsharded factors). Leading batch dimensions are shared by all operands and results."""
     batch = len(avals_in[0].shape) - 2
     whole: list[str] = []
 
@@ -56,7 +56,7 @@ LOWERINGS = {
 
 
 def refused(name: str, params: Mapping[str, Any]) -> str | None:
-    """Why this use of a primitive has no torch form."""
+    """Return the reason why this use of a primitive has no torch form, or None."""
     if name not in LOWERINGS:
         return "torch has no such factorisation"
     if params.get("pivoting") or params.get("compute_left_eigenvectors"):

@@ -24,7 +24,7 @@ from npu_bridge.compiler.codegen.indexing import PHILOX
 from npu_bridge.compiler.ir import ELEMENT_BYTES
 from npu_bridge.errors import UnsupportedError
 
-# Primitives that can never run inside one captured device program, with the reason and the way out.
+# Primitives that cannot run inside one captured device program, with reason and workaround.
 REFUSED = {
     "infeed": "host transfer inside a step; pass the data as an argument",
     "outfeed": "host transfer inside a step; return the data from the step",
@@ -42,7 +42,7 @@ _DTYPES = {"bool": "i1", "int8": "i8", "int16": "i16", "int32": "i32", "int64": 
 
 @dataclasses.dataclass
 class Traced:
-    """A lowered program and what is known about its arguments and results."""
+    """A lowered program with properties of its arguments and results."""
 
     module: ir.Module
     kept: list[int]  # flat argument number of each argument of the module
@@ -55,13 +55,13 @@ class Traced:
 
 
 def mlir_dtype(dtype: Any) -> str:
-    """MLIR's name of a numpy or jax dtype. Raises KeyError for one the bridge has no storage for."""
+    """Return MLIR's name of a dtype. Raises KeyError for one without storage in the bridge."""
     return _DTYPES[np.dtype(dtype).name]
 
 
 def _refused_by_arguments(eqn: Any) -> str | None:
-    """Why this use of a primitive that is supported otherwise is not; the code generator refuses the same of a bare
-    module.
+    """Return the reason why this use of a supported primitive is refused, or None. The code generator refuses the same
+    for bare modules.
     """
     if eqn.primitive.name == "conv_general_dilated" and eqn.invars[0].aval.ndim > 2 + MOST_SPATIAL_DIMS:
         return (
@@ -90,13 +90,13 @@ def _refused_by_arguments(eqn: Any) -> str | None:
 
 @functools.cache
 def refused_dtype(dtype: Any, x64: bool) -> str | None:
-    """Why arrays of a dtype cannot be lowered.
+    """Return the reason why arrays of a dtype cannot be lowered, or None.
 
-    Cached: a deep program asks some hundred thousand times about five dtypes.
+    Cached: a deep program asks 100,000 times about five dtypes.
     """
     if (
         jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jax.dtypes.float0
-    ):  # tangents of integers, which hold nothing
+    ):  # tangents of integers, which are empty
         return None
     name = np.dtype(dtype).name
     if name == "float64" and not x64:
@@ -105,9 +105,9 @@ def refused_dtype(dtype: Any, x64: bool) -> str | None:
 
 
 def _lost_placement(eqn: Any, device: str) -> str | None:
-    """Why a value or a computation cannot have the place that the program gives it.
+    """Return the reason why a memory or compute placement cannot be honoured, or None.
 
-    A CPU's memory is the host's: nothing is lost there.
+    On a CPU host placements are honoured trivially.
     """
     if device == "cpu":
         return None
@@ -136,7 +136,7 @@ def _refused_callback(eqn: Any, device: str, allow_host_sync: bool) -> str | Non
 
 
 def check(jaxpr: Any, device: str = "cpu", allow_host_sync: bool = False) -> list[str]:
-    """Everything in a traced program that the bridge refuses on a kind of device, one line each."""
+    """List everything in a traced program that the bridge refuses on a kind of device."""
     problems: dict[str, None] = {}
 
     def add(eqn: Any, text: str) -> None:
@@ -187,7 +187,7 @@ def lower(
     keep_unused: bool = False,
     allow_host_sync: bool = False,
 ) -> Traced:
-    """Trace `fn` on abstract `args`, and `named` ones, (pytrees of ShapeDtypeStruct with shardings) and lowers it.
+    """Trace `fn` on abstract `args`, and `named` ones, (pytrees of ShapeDtypeStruct with shardings) and lower it.
 
     Raises UnsupportedError with every problem of the traced program at once, VersionError for an untested jax.
     """

@@ -1,17 +1,16 @@
-"""Who may overwrite what, and when a variable dies.
+"""Buffer donation, in-place updates and lifetimes of variables.
 
-Every variable belongs to a *storage*; views share it. A statement takes its in-place form when the storage it would
-overwrite is owned by this call (made by it, or donated), nobody reads it later under any name, and no other operand
-shares it. Variables are deleted after their last use, so torch's allocator can hand the memory on, and the peak is
-known before anything runs.
+Every variable belongs to a *storage*; views share it. A statement runs in place if the overwritten storage is owned by
+this call (allocated or donated), is not read later under any name, and no other operand aliases it. Variables are
+deleted after their last use, so torch's allocator can reuse the memory, and the peak is known before anything runs.
 
-Constants belong to the program, not to one call: they are never overwritten, and a result that lies in one is cloned.
+Constants belong to the program: they are never overwritten, and results that alias them are cloned.
 
-Loops: a carried value that the body overwrites must own its storage alone when the loop begins: no other carried value
-may start in it, and the body may not read it under another name. It is copied on entry where that cannot be shown.
-Copies are counted, because a training step should have none.
+Loops: a carried value that the body overwrites must own its storage exclusively on entry: no other carried value may
+alias it, and the body may not read it under another name. Otherwise it is copied on entry. Copies are counted, because
+a training step should have none.
 
-Branches: each body is planned as if it alone stood there, since one of them runs.
+Branches: each body is planned independently, since only one runs.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ import dataclasses
 from npu_bridge.compiler.codegen.program import Assign, Branches, Function, Item, Loop, Stmt, reads
 from npu_bridge.compiler.ir import Type
 
-Source = Stmt | Loop | Assign | None  # what a line came from
+Source = Stmt | Loop | Assign | None  # origin of a line
 
 
 @dataclasses.dataclass
 class Plan:
-    """The printed body and what the plan found out."""
+    """The printed body and the results of the plan."""
 
     lines: list[tuple[int, str, Source]]  # indentation, code, origin
     results: list[str] = dataclasses.field(default_factory=list)  # code of each result
@@ -73,7 +72,7 @@ class _Storages:
 
 
 class _Later:
-    """The variables read after one position of a block."""
+    """Variables that are live after a position of a block."""
 
     def __init__(self, last_read: dict[str, int], position: int):
         self.last_read, self.position = last_read, position
@@ -120,8 +119,8 @@ class Planner:
     ) -> set[str]:
         """Plan items in order.
 
-        `deletable`: variables of this scope that may be deleted here. Returns the storages that were overwritten and
-        not made in this block.
+        `deletable`: variables of this scope that may be deleted here. Returns overwritten storages that were not
+        allocated in this block.
         """
         last_read = {v: n for n, item in enumerate(items) for v in reads(item)} | dict.fromkeys(live_out, len(items))
         made: set[str] = set()
@@ -154,12 +153,12 @@ class Planner:
         return dirty
 
     def shared(self, root: str, later: _Later) -> bool:
-        """Whether any name of this storage is read later."""
+        """Whether any alias of this storage is read later."""
         return any(v in later for v in self.store.names.get(root, ()))
 
     def statement(self, s: Stmt, later: _Later, owned: set[str], made: set[str], dirty: set[str], indent: int) -> None:
         code, taken = s.code, None
-        # A donated argument's own storage first: then the state stays where it is from step to step.
+        # Prefer a donated argument's storage: then the state keeps its buffers from step to step.
         for names, form in sorted(s.inplace, key=lambda o: not any(self.root.get(n) in self.donated for n in o[0])):
             roots = [self.root[n] for n in names if n]
             others = [self.root[i] for i in s.ins if i not in names and i in self.root]
@@ -200,9 +199,9 @@ class Planner:
         indent: int,
         deletable: set[str],
     ) -> list[str]:
-        """Plan each body on its own: one of them runs.
+        """Plan each body independently, since only one runs.
 
-        A body may overwrite and hand on what is owned outside and not read later.
+        A body may overwrite and return storages owned outside that are not read later.
         """
         free = {r for r in owned if not self.shared(r, later)}
         before = self.store.save()
@@ -246,15 +245,14 @@ class Planner:
             self.types[out] = type
             owned.add(out)
             made.add(out)
-        # What a body may have overwritten or handed on is not read later; it goes with the names that only this item
-        # read.
+        # Storages that a body may have overwritten or returned are dead afterwards, like names read only by this item.
         owned -= {r for r in free if r in dirty or r in self.consumed(s)}
         dead = [v for v in sorted(reads(s)) if v not in later and v in deletable]
         deletable.update(o for o in s.outs if o in later)
         return dead + [o for o in s.outs if o not in later]
 
     def consumed(self, s: Branches) -> set[str]:
-        """Storages that the bodies read."""
+        """Return the storages that the bodies consume."""
         return {self.root[v] for v in reads(s) if v in self.root}
 
     def loop(
@@ -272,7 +270,7 @@ class Planner:
                 else f"{s.start}, {stop}" + (f", {s.step}" if s.step != 1 else "")
             )
             self.line(indent, f"for {s.counter} in range({spec}):", s)
-        # Inside, each carried value is taken to own its storage alone; what that asks of the beginning is settled
+        # Inside, each carried value is assumed to own its storage; the copies on entry that this requires are added
         # below.
         inner_owned = set(params)
         for p, i in zip(params, inits):
@@ -286,7 +284,7 @@ class Planner:
             changed |= self.block(s.prologue, body_needs | {s.condition}, inner_owned, indent + 1, set())
             self.line(indent + 1, f"if not bool({s.condition}): break  # reads the device")
         changed |= self.block(s.body, wanted, inner_owned, indent + 1, inner_deletable)
-        # End of a round: every carried value must own its storage alone again.
+        # At the end of a round every carried value must own its storage again.
         ends: list[str] = []
         taken: set[str] = set()
         for y in yields:
@@ -332,14 +330,14 @@ class Planner:
     def _loop_begins(
         self, s: Loop, later: _Later, owned: set[str], made: set[str], dirty: set[str], taken: set[str]
     ) -> list[str]:
-        """Code of the initial values: copies of those that the body overwrites or hands on as its own (`taken`, names
-        of carried values), where their storage is not free to take.
+        """Return code of the initial values; copy those that the body overwrites or returns (`taken`, names of carried
+        values) unless their storage is free.
         """
         read_inside = {self.root[v] for v in reads_of_bodies(s) if v in self.root}
         needs_own = [p in taken or s.trip is None for p, _, _ in s.carries]
         starts_shared = {self.root[i] for (_, i, _), own in zip(s.carries, needs_own) if not own}
         begins: list[str] = []
-        gone: set[str] = set()  # storages that a carried value before this one has taken
+        gone: set[str] = set()  # storages taken by earlier carried values
         for (_, i, _), own in zip(s.carries, needs_own):
             r = self.root[i]
             free = (

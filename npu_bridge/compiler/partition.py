@@ -1,13 +1,11 @@
-"""Shardy's passes, in the order that gives correct and cheap per-device programs.
+"""Run Shardy's passes in an order that gives correct and cheap per-device programs.
 
 After `partition` every value carries its sharding and every exchange is an explicit ``sdy`` collective. Three things
-are done
-besides running the passes:
+are done besides running the passes:
 
 * `_strict_rules`: operations that read neighbours or move elements along a dimension (slice, pad, concatenate,
-convolution,
-  windows, updates at an index) get a rule that wants those dimensions whole. Shardy's own rules let some of them stay
-  sharded, which is a different program.
+convolution, windows, updates at an index) get a rule that requires these dimensions unsharded. Shardy's own rules allow
+some shardings that change the result of a local program.
 * `_batch_first`: shardings of state get priority 1, so that those of the batch and of constraints (priority 0) reach a
 fixed
   point first. Otherwise residuals of a scan take the parameters' shardings.
@@ -67,7 +65,7 @@ def _plain_rules(module: ir.Module) -> None:
 
 
 def _elementwise_but(op: ir.Operation, operand_count: int) -> tuple[list, list]:
-    """Dims that keep their size share a factor; others get one each, to be replicated. Scalars have no dims."""
+    """Build a rule: dims that keep their size share a factor, others get their own and are replicated."""
     shapes = [_shape(o) for o in op.operands][:operand_count]
     out = _shape(op.results[0])
     same = [all(len(s) == len(out) and s[d] == out[d] for s in shapes if s) for d in range(len(out))]
@@ -81,7 +79,7 @@ def _elementwise_but(op: ir.Operation, operand_count: int) -> tuple[list, list]:
 
 
 def _rule_pad(op: ir.Operation):
-    """A pad can keep the size and still shift (low 1, high -1), so sizes alone do not tell."""
+    """Check padding amounts, not sizes: a pad can keep the size and still shift (low 1, high -1)."""
     moved = [
         any(n)
         for n in zip(*(list(op.attributes[k]) for k in ("edge_padding_low", "edge_padding_high", "interior_padding")))
@@ -181,7 +179,7 @@ def _rule_convolution(op: ir.Operation):
 
 
 def _rule_fft(op: ir.Operation):
-    """The dimensions that are transformed are whole."""
+    """Require the transformed dimensions unsharded."""
     transformed = len(list(op.attributes["fft_length"]))
     x, y = _shape(op.operands[0]), _shape(op.results[0])
 
@@ -195,7 +193,7 @@ _NEUTRAL = {"add": (0,), "multiply": (1,), "maximum": None, "minimum": None, "or
 
 
 def _rule_reduce(op: ir.Operation):
-    """Only sums, products, extremes and logic whose start is neutral can be finished by an all_reduce."""
+    """Allow only sums, products, extremes and logic with a neutral start: an all_reduce can finish these."""
     body = [o.operation.name.split(".")[-1] for o in op.regions[0].blocks[0].operations]
     count = len(op.results)
     start = op.operands[-1].owner
@@ -256,7 +254,7 @@ def _run(module: ir.Module, pipeline: str) -> None:
     passes = passmanager.PassManager.parse(f"builtin.module({pipeline})")
     passes.enable_verifier(
         False
-    )  # after each of three dozen passes it takes more time than they do; `partition` verifies once
+    )  # verifying after each of 36 passes costs more than the passes; `partition` verifies once
     try:
         passes.run(module.operation)
     except ir.MLIRError as error:
@@ -279,8 +277,8 @@ def partition(module: ir.Module, state: Sequence[bool] = ()) -> ir.Module:
         _run(module, "sdy-resolve-permutation-factors")
         _run(module, "func.func(sdy-insert-explicit-reshards{enable-full-version=true})")
         _run(module, "func.func(sdy-reshard-to-collectives)")
-        # Again at the end: propagation makes equal constants and reshards; before it, barriers of remat kept things
-        # apart.
+        # Run again at the end: propagation creates duplicate constants and reshards, which remat's barriers kept apart
+        # before.
         _run(module, "cse,symbol-dce")
         try:
             module.operation.verify()

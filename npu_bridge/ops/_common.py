@@ -2,9 +2,8 @@
 
 The trap: on XLA CPU a bfloat16 product with a bfloat16 result takes three to five times as long as one with a float32
 result that is cast afterwards, and JAX's transpose of a mixed dot casts an operand to float32 and leaves the fast path.
-So operators never differentiate through a product: they
-write their gradients with `dot`, `einsum` and `sum_over_rows`. tests/ops/test_fast_paths.py checks the optimized
-program for slow products.
+So operators never differentiate through a product: they write their gradients with `dot`, `einsum` and `sum_over_rows`.
+tests/ops/test_fast_paths.py checks the optimized program for slow products.
 """
 
 import jax

@@ -2,8 +2,8 @@
 of them.
 
 n = B * T positions, C positions of a chunk, D model width, V vocabulary. In a mixture of questions and answers one
-token in
-three to ten carries a label; only these, and the padding of the last chunk, are multiplied by the output matrix.
+token in three to ten carries a label; only these, and the padding of the last chunk, are multiplied by the output
+matrix.
 """
 
 import jax.numpy as jnp

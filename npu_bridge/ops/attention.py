@@ -50,10 +50,10 @@ def attention(
       segment_ids_q: (B, T) int32, samples counted from 1, 0 is padding. segment_ids_kv: (B, S), by default those of the
         queries.
       window: static int or None. scale: static float, by default H ** -0.5.
-      max_segment_length: static promise that equal ids span at most this many positions. It lets the computation skip what can only be masked; it changes no result, but a broken promise gives wrong
-        results.
+      max_segment_length: static promise that equal ids span at most this many positions. It lets
+        the computation skip what is always masked and changes no result; a broken promise gives wrong results.
       lengths: (B, M) int32, -1 padded: lengths of the same segments in order from the start of the row, for
-        variable-length kernels. Places past their sum are padding. The reference ignores it.
+        variable-length kernels. Positions past their sum are padding. The reference ignores it.
       lengths_kv: (B, M) int32, -1 padded, where keys are another stretch than the queries (one round of a ring):
         segment i of a row, counted from 1, has lengths[i - 1] queries and lengths_kv[i - 1] keys, either of which may
         be 0. Not with `causal` or `window`, whose positions are those of whole rows. By default `lengths`.

@@ -5,8 +5,7 @@
     times.seconds[("step", "transpose(jvp(mlp))")]
 
 A written program names the scope of its statements in comments (`Lowered.as_text`). While scopes are recorded, programs
-run from a
-text in which each such place is a mark: it ends the last range and begins the next. Ranges are
+run from a text in which each such place is a mark: it ends the last range and begins the next. Ranges are
 `torch.profiler.record_function`s, so that the trace of torch's or torch_npu's profiler shows them, and they are timed
 here, by the clock on a CPU and by events on the stream of a device. A program that is a captured graph otherwise runs
 operator by operator meanwhile: a graph has no names in it.

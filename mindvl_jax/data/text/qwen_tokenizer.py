@@ -1,9 +1,8 @@
 """Build the Qwen2.5 and Qwen3 tokenizers from ranks that a package on PyPI carries.
 
 The `dashscope` package holds `qwen.tiktoken`: every token's bytes with its rank, which is its id (0 to 151,642).
-Byte-pair
-merges are not in it but follow from it: the last merge that makes a token joins the two pieces that byte-pair encoding
-of its bytes leaves when only lower ranks may be used. Pattern and control tokens are those of the published
+Byte-pair merges are not in it but follow from it: the last merge that makes a token joins the two pieces that byte-pair
+encoding of its bytes leaves when only lower ranks may be used. Pattern and control tokens are those of the published
 tokenizer.json. The result is kept in the user's cache folder, because building takes seconds and reading a fraction of
 one.
 """

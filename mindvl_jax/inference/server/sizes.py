@@ -12,9 +12,8 @@ def prompt_sizes(*, context: int, patches: int, images: int, rows: int) -> list[
     """Sizes (bucket, rows) that hold every prompt within the limits.
 
     Text sizes double from 64 tokens up to the context. Image sizes grow fourfold from 256 patches up to `patches`, each
-    in a row just
-    long enough for its visual tokens and in one of the whole context: padding is cheap beside a compilation of the
-    tower.
+    in a row just long enough for its visual tokens and in one of the whole context: padding is cheap beside a
+    compilation of the tower.
 
     Args:
       context: longest prompt in tokens. patches: most patches of a prompt, 0 for a language model alone.

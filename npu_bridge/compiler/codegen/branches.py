@@ -1,4 +1,4 @@
-"""Branches that the host chooses: only the chosen one runs."""
+"""Branches chosen by a host value: only the chosen one runs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from npu_bridge.compiler.ir import Op, Type
 def branches(
     e: Emitter, index: HostInt, bodies: Sequence[tuple[list[Item], Operand | list[Operand]]], op: Op
 ) -> Operand | list[Operand]:
-    """One of several bodies, by a number of the host; any number past the end takes the last one, as StableHLO has it.
+    """Write a branch over several bodies by a host integer. A number past the end takes the last body, as in StableHLO.
 
-    bodies: the items of each, and its results. A result that is a number in every body stays a number of the host.
+    bodies: items and results of each. A result that is a host number in every body stays one.
     """
     single = not isinstance(bodies[0][1], list)
     results = [[r] if single else r for _, r in bodies]
@@ -47,14 +47,14 @@ def branches(
 
 
 def host_code(value: Literal | HostInt) -> str:
-    """A number of the host as Python code, by its value."""
+    """Return the Python code of a host number's value."""
     if isinstance(value, HostInt):
         return value.code
     return repr(bool(value.value) if value.type.dtype == "i1" else int(value.value))
 
 
 def bounds_of(values: Sequence[Literal | HostInt]) -> tuple[int | None, int | None]:
-    """Between which numbers all of them lie; (None, None) where that is not known."""
+    """Return bounds that hold for all of them; (None, None) if unknown."""
     lows = [int(v.value) if isinstance(v, Literal) else v.low for v in values]
     highs = [int(v.value) if isinstance(v, Literal) else v.high for v in values]
     return (None, None) if None in lows or None in highs else (min(lows), max(highs))

@@ -11,9 +11,7 @@ from npu_bridge.compiler.ir import FLOATS, Op, Type, body_kind
 
 @lowering("dot_general")
 def dot_general(e: Emitter, op: Op, args: list[Operand]) -> Operand:
-    """Any dot_general as one ``mm`` or ``bmm`` over permuted views; with a third operand, a bias of the last dim, as
-    one ``addmm``.
-    """
+    """Write a dot_general as one ``mm`` or ``bmm`` over permuted views; with a bias as one ``addmm``."""
     x, y, *bias = (e.tensor(a) for a in args)
     lb, rb, lc, rc = (
         list(op.attrs[f"{s}_{k}_dimensions"]) for k in ("batching", "contracting") for s in ("lhs", "rhs")
@@ -104,7 +102,7 @@ def _is_identity(kind: str, init: Operand) -> bool:
 
 
 def broadcast_scalar(e: Emitter, x: Operand, type: Type) -> Operand:
-    """One number for a whole array."""
+    """Fill an array with one number."""
     if isinstance(x, Literal):
         return Literal(x.value, type)
     x = e.tensor(x)
@@ -125,7 +123,7 @@ def reduce(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
     if simple and not (kind in ("or", "and") and dtype != "i1") and not (kind in ("add", "multiply") and dtype == "i1"):
         if not dims:
             return [args[0]]
-        if any(args[0].type.shape[d] == 0 for d in dims):  # torch has no extreme of nothing
+        if any(args[0].type.shape[d] == 0 for d in dims):  # torch has no maximum of an empty array
             return [broadcast_scalar(e, args[1], op.result.type)]
         x, init = e.tensor(args[0]), args[1]
         if kind == "multiply" and len(dims) > 1:
@@ -201,7 +199,7 @@ _FFT = {"FFT": "fftn", "IFFT": "ifftn", "RFFT": "rfftn", "IRFFT": "irfftn"}
 
 @lowering("fft")
 def fft(e: Emitter, op: Op, args: list[Operand]) -> Operand:
-    """Over the last dimensions, one for each length."""
+    """Transform the last dimensions, one for each length."""
     x, lengths = e.tensor(args[0]), tuple(op.attrs["fft_length"])
     sizes = f", s={lengths}" if op.attrs["fft_type"] == "IRFFT" else ""
     code = f"torch.fft.{_FFT[op.attrs['fft_type']]}({x.name}{sizes}, dim={tuple(range(-len(lengths), 0))})"

@@ -4,11 +4,11 @@ A ``while`` whose counter starts at a number, steps by a number and is compared 
 its counter is a host integer, slices at it are views, nothing synchronises. Any other condition would have to be read
 from the device every round; that is refused unless `allow_host_sync` says otherwise.
 
-What a loop carries and the host can compute from the counter, the device's number and constant tables is carried by the
+Carried values that the host can compute from the counter, the device's index and constant tables are carried on the
 host.
 
-A ``case`` on a number of the host becomes a Python ``if``, of which only the chosen branch runs. On a device value
-every branch runs and the results are selected, which needs no synchronisation and can be captured.
+A ``case`` on a host number becomes a Python ``if``. On a device value every branch runs and results are selected, which
+needs no synchronisation and can be captured.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _literal(block: Block, value: Value, outer: dict[Value, Operand]) -> int | N
 
 
 def _counted(e: Emitter, op: Op, args: list[Operand]) -> _Counted | None:
-    """The counter of a loop with a trip count known while compiling, or None."""
+    """Return the counter of a loop whose trip count is known at compile time, or None."""
     condition, body = op.regions
     test = condition.results[0].producer
     if (
@@ -105,12 +105,12 @@ def while_(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
             low, high = sorted((counted.start, last))
             e.env[param] = HostInt(counter, param.type, low, high)
             outs[i] = Literal(last + counted.step, op.results[i].type)
-        elif result is param:  # carried unchanged: the value from outside serves inside and afterwards
+        elif result is param:  # carried unchanged: use the initial value inside and afterwards
             e.env[param] = outs[i] = arg
         else:
             carried.append(i)
     on_host = [i for i in carried if _known_to_host(args[i]) and _may_stay_on_host(e, body, body.results[i])]
-    while True:  # until what is taken for a number of the host is one at the end of a round as well
+    while True:  # repeat until every value treated as a host number is one at the end of a round too
         state = e.save()
         loop, results = _write_rounds(e, op, args, counter, counted, carried, on_host)
         wrong = [i for i in on_host if not isinstance(results[i], (HostInt, HostTable))]
@@ -127,8 +127,8 @@ def while_(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
 def _write_rounds(
     e: Emitter, op: Op, args: list[Operand], counter: str, counted: _Counted, carried: list[int], on_host: list[int]
 ) -> tuple[Loop, dict[int, Operand]]:
-    """The loop, and what stands for each carried value behind it; a literal or tensor there says that it is no number
-    of the host.
+    """Write the loop; return it and the operand of each carried value after it. A literal or tensor means: not a host
+    number.
     """
     body = op.regions[1]
     tensors = [i for i in carried if i not in on_host]
@@ -162,7 +162,7 @@ def _write_rounds(
 
 
 def _known_to_host(value: Operand) -> bool:
-    """A number, or a table that is whole."""
+    """Whether the operand is a host number or an unsharded host table."""
     if isinstance(value, Tensor) or value.type.dtype in FLOATS or value.type.size > LARGEST_TABLE:
         return False
     if isinstance(value, HostTable):
@@ -176,7 +176,7 @@ def _host_value(value: Operand) -> str:
     return f"({host_code(value)},) * {value.type.size}" if value.type.shape else host_code(value)
 
 
-# Operations whose results the host knows when it knows their operands.
+# Operations that the host can evaluate when it knows their operands.
 _ON_HOST = frozenset(
     {
         "add",
@@ -209,9 +209,9 @@ _ON_HOST = frozenset(
 
 
 def _may_stay_on_host(e: Emitter, body: Block, result: Value) -> bool:
-    """Whether a value that a loop hands on can be known to the host.
+    """Whether a carried value may be known to the host.
 
-    Cheap and generous: what it takes wrongly is written twice.
+    Cheap and optimistic: a wrong guess only makes the loop be written twice.
     """
     todo, seen = [result], set()
     while todo:
@@ -256,7 +256,7 @@ def case(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
         e.block(region)
         return [e.env[r] for r in region.results]
     if isinstance(index, Tensor) and any(has_effect(o) for region in regions for o in region.ops):
-        # A callback runs in the chosen branch alone; the host waits for it in any case.
+        # A callback runs only in the chosen branch; the host waits for it in any case.
         name = e.fresh("h")
         e.emit_many(f"{name} = int({index.name})", [index], [], kind="effect")
         index = HostInt(name, index.type)

@@ -56,7 +56,7 @@ _COMMUTES = {"add", "multiply", "and", "or", "xor", "maximum", "minimum"}
 
 
 def _fold(op: Op, args: list[Operand]) -> float | int | bool | None:
-    """The result's number when every operand is a literal; None when this operation is not folded."""
+    """Fold to a number if every operand is a literal; None if this operation is not folded."""
     kinds = [_NUMPY.get(a.type.dtype) for a in args]
     out = _NUMPY.get(op.result.dtype)
     if out is None or None in kinds:
@@ -123,7 +123,7 @@ def _bounds(a: Operand) -> Bounds:
 
 
 def _decide(direction: str, x: Operand, y: Operand) -> bool | None:
-    """The comparison's answer when bounds settle it."""
+    """Decide a comparison by bounds, or return None."""
     (xl, xh), (yl, yh) = _bounds(x), _bounds(y)
     if None in (xl, xh, yl, yh):
         return None
@@ -140,7 +140,7 @@ def _decide(direction: str, x: Operand, y: Operand) -> bool | None:
 
 
 def _result_bounds(name: str, args: list[Operand]) -> Bounds:
-    """Between which numbers the exact result lies; (None, None) where that is not known."""
+    """Return bounds of the exact result; (None, None) if unknown."""
     if name == "select":
         args = args[1:]
     bounds = [_bounds(a) for a in args]
@@ -158,7 +158,7 @@ def _result_bounds(name: str, args: list[Operand]) -> Bounds:
     if name == "remainder":  # the sign of the dividend; x % 0 is x
         most = max(max(map(abs, bounds[1])) - 1, 0) if lows[1] * highs[1] > 0 else max(map(abs, bounds[0]))
         return (-most if lows[0] < 0 else 0), (most if highs[0] > 0 else 0)
-    if name == "divide":  # never farther from zero than the dividend, but for x / 0, which is -1
+    if name == "divide":  # no larger in magnitude than the dividend, except x / 0, which is -1
         most = max(1, *map(abs, bounds[0]))
         return -most, most
     if name in ("maximum", "minimum"):
@@ -173,7 +173,7 @@ def _result_bounds(name: str, args: list[Operand]) -> Bounds:
 
 
 def _host_integer(code: str, type: Type, bounds: Bounds) -> HostInt:
-    """The result in the range of its type: Python's integers do not wrap, XLA's do."""
+    """Wrap a result to its type's range: Python integers do not wrap, XLA's do."""
     bits, unsigned = BITS[type.dtype], type.dtype in UNSIGNED
     low, high = (0, (1 << bits) - 1) if unsigned else (-(1 << bits - 1), (1 << bits - 1) - 1)
     if None not in bounds and low <= bounds[0] and bounds[1] <= high:
@@ -182,7 +182,7 @@ def _host_integer(code: str, type: Type, bounds: Bounds) -> HostInt:
 
 
 def _host_text(a: Operand) -> str:
-    """A host integer or literal by its value: an unsigned one is not written as signed bits here."""
+    """Return the code of a host integer or literal by value; unsigned numbers are not written as signed bits here."""
     if isinstance(a, HostInt):
         return f"({a.code})"
     value = bool(a.value) if a.type.dtype == "i1" else int(a.value)
@@ -231,7 +231,7 @@ def _known(e: Emitter, op: Op, args: list[Operand]) -> Operand | None:
 
 
 def _at_least_one_tensor(e: Emitter, args: list[Operand], first: int = 0) -> list[Operand]:
-    """torch needs one tensor among the operands; host scalars of a shaped operation become tensors."""
+    """Turn host scalars of a shaped operation into tensors: torch needs at least one tensor operand."""
     args = [e.tensor(a) if isinstance(a, HostInt) else a for a in args]
     if not any(isinstance(a, Tensor) for a in args):
         args[first] = e.tensor(args[first])
@@ -303,7 +303,7 @@ def complex_(e: Emitter, op: Op, args: list[Operand]) -> Operand:
 
 @lowering("real", "imag")
 def part(e: Emitter, op: Op, args: list[Operand]) -> Operand:
-    """One of the two numbers: a view. The real part of a real number is itself, its imaginary part is zero."""
+    """Return the real or imaginary part as a view. A real number's imaginary part is zero."""
     x = e.tensor(args[0])
     if x.type.dtype not in COMPLEX:
         return x if op.name == "real" else Literal(0.0, op.result.type)
@@ -385,8 +385,8 @@ def remainder(e: Emitter, op: Op, args: list[Operand]) -> Operand:
 
 def _integer_division(e: Emitter, op: Op, x: Operand, y: Operand, what: str) -> Operand:
     unsigned = op.result.dtype in BIT_UNSIGNED
-    # A literal divisor other than 0 and -1 needs no care; otherwise division by zero and the smallest number by -1 have
-    # values in StableHLO, while torch raises or traps.
+    # A literal divisor other than 0 and -1 is safe. Otherwise division by zero and of the smallest number by -1 are
+    # defined in StableHLO, while torch raises or traps.
     if not unsigned and isinstance(y, Literal) and y.value > 0:
         x = e.tensor(x)
         code = (
@@ -469,11 +469,11 @@ def shift(e: Emitter, op: Op, args: list[Operand]) -> Operand:
             )
         if (
             op.name == "shift_right_arithmetic" and op.result.dtype == "ui8"
-        ):  # copies of its top bit come in, as if it were signed
+        ):  # shifts in copies of the top bit, as if signed
             return e.emit(f"({x.name}.view(torch.int8) >> {n}).view(torch.uint8)", [x], op.result.type, kind=op.name)
         if op.name == "shift_right_arithmetic" or op.result.dtype == "ui8":
             return e.emit(f"{x.name} >> {n}", [x], op.result.type, kind=op.name)
-        mask = (1 << (bits - n)) - 1  # the sign bits that came in from the left go
+        mask = (1 << (bits - n)) - 1  # mask the sign bits that were shifted in
         return e.emit(f"({x.name} >> {n}) & {mask}", [x], op.result.type, kind=op.name)
     y = e.tensor(y)
     return e.emit(f"T.{op.name}({x.name}, {y.name}, {bits})", [x, y], op.result.type, kind=op.name)
@@ -497,7 +497,7 @@ def compare(e: Emitter, op: Op, args: list[Operand]) -> Operand:
         x, y = e.tensor(x), e.tensor(y)
         code = f"T.unsigned_order({x.name}) {_COMPARE[direction]} T.unsigned_order({y.name})"
         return e.emit(code, [x, y], op.result.type, kind="compare")
-    if not isinstance(x, Tensor):  # a number on the left: turn it round, Python would do the same
+    if not isinstance(x, Tensor):  # number on the left: swap, as Python would
         x, y = y, x
         direction = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}.get(direction, direction)
     return e.emit(f"{e.text(x)} {_COMPARE[direction]} {e.text(y)}", [x, y], op.result.type, kind="compare")
@@ -515,7 +515,7 @@ def select(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     x, y = (e.tensor(v) if isinstance(v, HostInt) else v for v in (x, y))
     inplace = []
     if not isinstance(x, Tensor) and not isinstance(y, Tensor):
-        # Two numbers: torch would choose its default dtype, so one becomes a tensor without dimensions.
+        # Two numbers: make one a 0-d tensor, because torch would choose its default dtype.
         x = e.tensor(Literal(x.value, Type((), x.type.dtype)))
     if isinstance(y, Literal) and isinstance(x, Tensor) and x.type == op.result.type and p.type.shape == x.type.shape:
         inplace = [(x, f"{x.name}.masked_fill_(~{p.name}, {e.text(y)})")]
@@ -568,7 +568,9 @@ def convert(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     elif source in BIT_UNSIGNED and BITS.get(target, 0) > BITS[source]:
         code = f"T.widen_unsigned({x.name}, {BITS[source]}).to({torch_dtype(target)})"
     elif source in BITS and target in BITS and torch_dtype(source) == torch_dtype(target):
-        return e.emit(x.name, [x], op.result.type, alias=x, kind="convert")  # the same bits read with another sign
+        return e.emit(
+            x.name, [x], op.result.type, alias=x, kind="convert"
+        )  # reinterpret the bits with the other signedness
     elif source in COMPLEX and target not in COMPLEX:
         code = f"{x.name}.real.to({torch_dtype(target)}, copy=True)"
     elif source in FLOATS and target not in FLOATS:

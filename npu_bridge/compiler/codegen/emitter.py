@@ -1,4 +1,4 @@
-"""Walk the bridge's form and write torch statements. How one operation is written stands in the registry's modules."""
+"""Walk the intermediate form and write torch statements. Registered modules define each operation."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ TAKES_TABLES = frozenset(
         "relabel",
     }
 )
-LARGEST_TABLE = 4096  # elements of a constant that the host looks up; larger ones stay on the device
-LONGEST_CODE = 40  # characters of a host integer that is written out where it is used; longer ones become variables
+LARGEST_TABLE = 4096  # largest constant that the host looks up; larger ones stay on the device
+LONGEST_CODE = 40  # longest code of a host integer that is inlined; longer ones become variables
 
 
 def lowering(*names: str) -> Callable[[Lowering], Lowering]:
-    """Register how operations of these names are written. A name may be registered once."""
+    """Register the writer of operations with these names. A name may be registered once."""
 
     def register(function: Lowering) -> Lowering:
         for name in names:
@@ -137,7 +137,7 @@ class Emitter:
         kind: str = "",
         constant: bool = False,
     ) -> Tensor:
-        """One statement with one result."""
+        """Write one statement with one result."""
         out = Tensor(self.fresh(), type)
         names = [i.name for i in ins if isinstance(i, Tensor)]
         options = [((t.name,), c) for t, c in inplace]
@@ -166,7 +166,7 @@ class Emitter:
         inplace: tuple[tuple[str, ...], str] | None = None,
         kind: str = "",
     ) -> list[Tensor]:
-        """One statement with several results (a tuple is unpacked)."""
+        """Write one statement with several results (a tuple is unpacked)."""
         outs = [Tensor(self.fresh(), t) for t in types]
         names = [i.name for i in ins if isinstance(i, Tensor)]
         self.items.append(
@@ -183,7 +183,7 @@ class Emitter:
         return outs
 
     def tensor(self, operand: Operand) -> Tensor:
-        """The operand as a torch variable."""
+        """Return the operand as a torch variable."""
         if isinstance(operand, Tensor):
             return operand
         shape, dtype = operand.type.shape, torch_dtype(operand.type.dtype)
@@ -207,7 +207,7 @@ class Emitter:
         return self.emit(f"{fill}dtype={dtype}, device=rt.device)", [], operand.type, kind="fill")
 
     def _table(self, table: HostTable) -> Tensor:
-        """A table of the host as a tensor: a view of the constant on the device."""
+        """Return a host table as a tensor: a view of the constant on the device."""
         whole = self.emit(table.device, [], Type(table.whole, table.type.dtype), kind="constant", constant=True)
         if table.offset == "0" and table.type.shape == table.whole:
             return whole
@@ -215,7 +215,7 @@ class Emitter:
         return self.emit(code, [whole], table.type, alias=whole, expands=0 in table.strides, kind="constant")
 
     def host_table(self, array, dtype: str) -> HostTable:
-        """A constant array of integers or truth values that the host may look up."""
+        """Return a constant array of integers or booleans as a host table."""
         values = tuple(int(v) for v in array.reshape(-1).tolist())
         name = self.tables.setdefault((values, dtype == "i1"), f"TABLE{len(self.tables)}")
         strides = tuple(math.prod(array.shape[d + 1 :]) for d in range(array.ndim))
@@ -223,7 +223,7 @@ class Emitter:
         return HostTable(name, Type(array.shape, dtype), "0", strides, device, array.shape, min(values), max(values))
 
     def host_variable(self, name: str, type: Type, low: int | None = None, high: int | None = None) -> HostTable:
-        """A table that a Python variable holds as a flat tuple."""
+        """Return a host table held as a flat tuple in a Python variable."""
         strides = tuple(math.prod(type.shape[d + 1 :]) for d in range(len(type.shape)))
         device = (
             f"rt.host_tensor({name}, {type.shape}, "
@@ -232,7 +232,7 @@ class Emitter:
         return HostTable(name, type, "0", strides, device, type.shape, low, high)
 
     def host(self, value: HostInt) -> HostInt:
-        """A host integer by a name, where its code is long: what is computed from it would repeat that."""
+        """Bind a host integer with long code to a name, so that later code does not repeat it."""
         if len(value.code) <= LONGEST_CODE:
             return value
         name = self.fresh("h")
@@ -240,7 +240,7 @@ class Emitter:
         return dataclasses.replace(value, code=name)
 
     def text(self, operand: Operand) -> str:
-        """The operand as code: a name, a number, or an expression in brackets."""
+        """Return the operand as code: a name, a number, or a bracketed expression."""
         if isinstance(operand, Tensor):
             return operand.name
         if isinstance(operand, HostInt):
@@ -249,12 +249,14 @@ class Emitter:
         return f"({code})" if code.startswith("-") else code
 
     def host_argument(self, name: str) -> str:
-        """Code of the host's copy of an argument, for a kernel that reads numbers there: no synchronisation."""
+        """Return code for the host copy of an argument, for kernels that read numbers on the host without
+        synchronising.
+        """
         self.host_arguments.add(self.arguments[name])
         return f"rt.host[{self.arguments[name]}]"
 
     def constant(self, array, dims: Sequence[Sequence[str]]) -> str:
-        """Code that names a constant array, put on the device once when the program is loaded."""
+        """Return code for a constant array, which is put on the device once at load time."""
         dims = [tuple(d) for d in dims]
         key = array.tobytes() + str((array.shape, array.dtype, dims)).encode()
         if key not in self._constant_index:
@@ -264,7 +266,7 @@ class Emitter:
 
     @contextlib.contextmanager
     def nested(self, trips: int = 1):
-        """Collect what is written inside into a list of its own."""
+        """Collect the statements written inside into a new list."""
         outer, self.items = self.items, []
         self._trips *= trips
         try:
@@ -274,7 +276,7 @@ class Emitter:
             self._trips //= trips
 
     def save(self) -> tuple:
-        """What writing changes, so that it can be taken back."""
+        """Snapshot the emitter's state for `restore`."""
         return (
             len(self.items),
             dict(self.env),
@@ -290,7 +292,7 @@ class Emitter:
         )
 
     def restore(self, state: tuple) -> None:
-        """Take back everything written since `save`."""
+        """Undo everything written since `save`."""
         (
             items,
             self.env,
@@ -315,7 +317,7 @@ class Emitter:
 
     @contextlib.contextmanager
     def into(self, items: list[Item]):
-        """Append what is written inside to a list that was collected before."""
+        """Append the statements written inside to an existing list."""
         outer, self.items = self.items, items
         try:
             yield
@@ -346,11 +348,11 @@ class Emitter:
         if len(lines) != len(items):
             self.problem(op, "its body holds a loop")
             return None
-        within = set(params)  # what lies in a parameter's memory
+        within = set(params)  # results that alias a parameter
         for s in items:
             if isinstance(s, Stmt) and s.alias in within:
                 within.add(s.outs[0])
-        # The caller's results need memory of their own, and it may hand views of its operands to the body.
+        # Clone results that alias parameters: the caller's results must own their storage, and operands may be views.
         results = [f"{r}.clone()" if r in within else r for r in results]
         self.items.append(Function(name, params, lines, results))
         return name
@@ -358,8 +360,8 @@ class Emitter:
     def note_collective(
         self, op: Op, kind: str, dims: Sequence[Sequence[str]], type: Type, moved: int, *, waits: bool = True
     ) -> None:
-        """Record an exchange: `moved` bytes leave this device in one execution. dims: axes of each call it takes.
-        waits: whether the computation stands still for it, or goes on until its result is read.
+        """Record a collective: `moved` bytes leave this device per execution. dims: axes of each call. waits: whether
+        it blocks the computation or overlaps with it until its result is read.
         """
         self.groups.update(tuple(d) for d in dims if d)
         axes = tuple(a for d in dims for a in d)

@@ -1,4 +1,4 @@
-"""Collectives and fused kernels: what leaves the plain torch world."""
+"""Collectives and fused kernels."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ def start_reduce_scatter(e: Emitter, op: Op, args: list[Operand]) -> Operand:
 
 @lowering("wait")
 def wait(e: Emitter, op: Op, args: list[Operand]) -> Operand:
-    """The result of an exchange under way.
+    """Wait for a collective in flight and return its result.
 
-    What it was given is read until here; shards put together along the first dimension are a view of what arrived,
-    others are moved into place. What a permute brings is the buffer that it came in.
+    Its operand is in use until here. Shards gathered along the first dimension are a view of the receive buffer, others
+    are copied. A permute's result is its receive buffer.
     """
     under_way, x = (e.tensor(a) for a in args)
     view = op.attrs["of"] == "all_gather" and bool(op.attrs["dims"][0])
@@ -129,7 +129,7 @@ def partition_id(e: Emitter, op: Op, args: list[Operand]) -> Operand:
 
 @lowering("callback")
 def callback(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
-    """A Python function of the host, by its number (`npu_bridge.compiler.callbacks`)."""
+    """Call a host Python function by its number (`npu_bridge.compiler.callbacks`)."""
     xs = [e.tensor(a) for a in args]
     code = f"rt.callback({op.attrs['number']}, [{', '.join(x.name for x in xs)}])"
     if op.attrs["silent"]:

@@ -1,7 +1,7 @@
 """Gather and scatter in all forms, and random bits.
 
-An indexed dimension may be sharded: each device then answers only for the indices that fall into its shard (others give
-zero, or write nothing) and Shardy's all_reduce puts the answers together. An embedding table is never gathered.
+An indexed dimension may be sharded: each device handles the indices in its shard (others give zero, or write nothing)
+and Shardy's all_reduce sums the results. An embedding table is never gathered.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ _SCATTERS = ("add", "multiply", "maximum", "minimum", "replace")
 
 @lowering("scatter")
 def scatter(e: Emitter, op: Op, args: list[Operand]) -> Operand:
-    """One array, whose updates are combined by a known operation, or by any body of the program."""
+    """Write a scatter of one array, with a known combiner or any body of the program."""
     x, indices, updates = (e.tensor(a) for a in args)
     a = op.attrs
     mode = body_kind(op.regions[0])

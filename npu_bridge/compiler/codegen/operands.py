@@ -1,4 +1,4 @@
-"""Where a value lives while code is written: in a torch variable, as a literal, or as an integer the host knows."""
+"""Operands while code is written: a torch variable, a literal, or an integer known to the host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STORAGE = {
     "f8E4M3FNUZ": "float8_e4m3fnuz", "f8E5M2FNUZ": "float8_e5m2fnuz",
     }  # fmt: skip
 BITS = {"i8": 8, "ui8": 8, "i16": 16, "ui16": 16, "i32": 32, "ui32": 32, "i64": 64, "ui64": 64}
-BIT_UNSIGNED = UNSIGNED - {"ui8"}  # stored as signed bits; a byte has its own torch type
+BIT_UNSIGNED = UNSIGNED - {"ui8"}  # stored as signed bits; uint8 is a torch dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Literal:
 
 @dataclasses.dataclass(frozen=True)
 class HostInt:
-    """An integer or truth value the host knows while the program runs: a loop counter, the device's number in the mesh,
-    an element of a constant table, and what is computed from them. With a shape, the same number in every place of it.
+    """An integer or boolean known to the host at run time: a loop counter, the device's mesh index, an element of a
+    constant table, and values computed from these. With a shape: that number in every element.
 
-    low, high: bounds it is known to keep (inclusive), so that comparisons and clamps fold away.
+    low, high: known inclusive bounds, so that comparisons and clamps fold.
     """
 
     code: str
@@ -54,11 +54,10 @@ class HostInt:
 
 @dataclasses.dataclass(frozen=True)
 class HostTable:
-    """Part of an array of integers that the host knows: it looks the elements up, and puts them on the device only
-    where a tensor is needed.
+    """Part of an integer array known to the host. Elements are looked up on the host and moved to the device only where
+    a tensor is needed.
 
-    name: the flat tuple, in the program's text or made by its host. offset: code of the first element's place in it;
-    strides: of each dimension, in places.
+    name: of the flat tuple. offset: code of the first element's index in it. strides: of each dimension, in elements.
     device: code of the whole array on the device, which no statement may overwrite, and its shape.
     """
 
@@ -80,7 +79,7 @@ def torch_dtype(dtype: str) -> str:
 
 
 def literal_code(value: float | int | bool, dtype: str) -> str:
-    """The number as Python code, in the storage type's own terms (unsigned bits read as signed)."""
+    """Return the number as Python code in the storage type (unsigned bits read as signed)."""
     if dtype == "i1":
         return repr(bool(value))
     if dtype in COMPLEX:

@@ -17,7 +17,7 @@ from npu_bridge.compiler.memory import Planner
 
 @dataclasses.dataclass
 class Source:
-    """What is cached on disk: the text and everything the runtime and the reports need."""
+    """The cached program: its text and the data that the runtime and the reports need."""
 
     text: str
     constants: list[tuple]
@@ -27,7 +27,7 @@ class Source:
     statements: int
     axes_used: list[tuple[str, ...]]
     operations: dict[str, int]
-    host_arguments: list[int]  # arguments of which kernels read the host's copy
+    host_arguments: list[int]  # arguments that kernels read on the host
 
 
 def _scope(location: Location) -> str:
@@ -37,10 +37,7 @@ def _scope(location: Location) -> str:
 
 
 def _without_unread_numbers(lines: list[tuple]) -> list[tuple]:
-    """Drop what the host would compute and no line reads.
-
-    Such names stand nowhere else, and each is read behind where it is made, or carried by a loop.
-    """
+    """Remove dead host computations."""
     while True:
         read: set[str] = set()
         for _, code, source in lines:

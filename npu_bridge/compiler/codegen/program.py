@@ -1,7 +1,6 @@
-"""Statements of the torch program before they are printed: what each reads, what it may share storage with, what it may
-overwrite.
+"""Statements of the torch program before printing: operands, aliases, and storages that may be overwritten.
 
-The memory plan works on these and decides which form of a statement is printed.
+The memory plan chooses the printed form of each statement.
 """
 
 from __future__ import annotations
@@ -17,10 +16,9 @@ class Stmt:
     """``outs = code``.
 
     alias: the first result may share storage with this variable (a view).
-    expands: the view repeats elements, so nothing may be written through it.
-    inplace: (variables overwritten, code) to use instead when nobody else needs their storage, best first. The result
-    takes over the
-      storage of the variable at the same position.
+    expands: the view repeats elements, so it must not be written through.
+    inplace: (variables overwritten, code), best first, usable when their storages are otherwise dead. A result takes
+    over the storage of the variable at the same index.
     """
 
     outs: list[str]
@@ -32,7 +30,7 @@ class Stmt:
     inplace: list[tuple[tuple[str, ...], str]] = dataclasses.field(default_factory=list)
     location: Location = Location()
     kind: str = ""  # "collective", "kernel" or the operation's name
-    constant: bool = False  # the result is one of the program's constants: every call reads it, none may overwrite it
+    constant: bool = False  # the result aliases a constant of the program, which must not be overwritten
 
 
 @dataclasses.dataclass
@@ -60,7 +58,7 @@ class Loop:
 
 @dataclasses.dataclass
 class Assign:
-    """``names = codes``: Python numbers that the host computes between statements. They hold no storage."""
+    """``names = codes``: Python numbers that the host computes between statements. No storage."""
 
     names: list[str]
     codes: list[str]
@@ -70,8 +68,7 @@ class Assign:
 
 @dataclasses.dataclass
 class Branches:
-    """``if index == 0: .. elif ..``: one of several bodies, chosen by a number of the host; the last one for any other
-    number.
+    """``if index == 0: .. elif ..``: one of several bodies, chosen by a host number; the last one for any other number.
 
     results: for each body the variables that become `outs`.
     """
@@ -86,7 +83,7 @@ class Branches:
 
 @dataclasses.dataclass
 class Function:
-    """A nested function without free variables: the body of a reduction that torch has no operator for."""
+    """A nested function without free variables: a reduction body without a torch operator."""
 
     name: str
     params: list[str]
@@ -100,7 +97,7 @@ Item = Stmt | Loop | Function | Assign | Branches
 
 
 def reads(item: Item) -> set[str]:
-    """Variables an item needs from outside itself."""
+    """Return the variables that an item reads from outside."""
     if isinstance(item, Stmt):
         return set(item.ins)
     if isinstance(item, (Function, Assign)):
@@ -117,18 +114,18 @@ def reads(item: Item) -> set[str]:
 
 
 def _needs(body: list[Item], results: list[str]) -> set[str]:
-    """Variables of outside that a body and what it hands on read."""
+    """Return the outer variables that a body and its results read."""
     inner = set(results).union(*(reads(part) for part in body))
     return inner - {o for part in body for o in part.outs}
 
 
 def has_effect(item: Item) -> bool:
-    """Whether an item does something besides its results."""
+    """Whether an item has side effects."""
     return any(s.kind == "effect" for s in walk([item]))
 
 
 def remove_dead(items: list[Item], live: set[str]) -> list[Item]:
-    """Drop items whose results nobody reads. `live` is what is needed afterwards; it is extended in place."""
+    """Dead code elimination. `live`: variables needed afterwards; extended in place."""
     kept: list[Item] = []
     for item in reversed(items):
         read = isinstance(item, (Function, Assign)) or not item.outs or any(o in live for o in item.outs)
@@ -149,7 +146,7 @@ def remove_dead(items: list[Item], live: set[str]) -> list[Item]:
 
 
 def walk(items: list[Item]) -> Iterator[Stmt]:
-    """Every statement, those of loops included (once)."""
+    """Yield every statement, including those of loops (once)."""
     for item in items:
         if isinstance(item, Stmt):
             yield item

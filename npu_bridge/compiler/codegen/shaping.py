@@ -35,9 +35,7 @@ def constant(e: Emitter, op: Op, args: list[Operand]) -> Operand:
 def table_part(
     e: Emitter, table: HostTable, shape: tuple[int, ...], strides: tuple[int, ...], steps: list[str] | None = None
 ) -> Operand:
-    """A part of a table; one without dimensions is a number the host looks up. steps: codes that are added to the first
-    place.
-    """
+    """Return part of a host table; without dimensions it is a host number. steps: codes added to the offset."""
     if steps is None:
         steps = []
     offset = " + ".join([*([table.offset] if table.offset != "0" or not steps else []), *steps])
@@ -101,7 +99,7 @@ def broadcast(e: Emitter, op: Op, args: list[Operand]) -> Operand:
 
 
 def _strides_of(table: HostTable, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Strides of a reshaped table that only gains or loses dimensions of one; None for any other."""
+    """Return the strides of a table after a reshape that only adds or removes unit dimensions, else None."""
     long = [(n, s) for n, s in zip(table.type.shape, table.strides) if n != 1]
     if [n for n, _ in long] != [n for n in shape if n != 1]:
         return None
@@ -194,7 +192,7 @@ def pad(e: Emitter, op: Op, args: list[Operand]) -> Operand:
 
 
 def _clamped(start: Literal | HostInt, most: int) -> str:
-    """Code of a start that the host knows, within 0 .. most as StableHLO clamps it."""
+    """Return code of a host-known start, clamped to 0 .. most as in StableHLO."""
     if isinstance(start, Literal):
         return str(min(max(int(start.value), 0), most))
     if start.low is not None and start.low >= 0 and start.high is not None and start.high <= most:
@@ -203,7 +201,7 @@ def _clamped(start: Literal | HostInt, most: int) -> str:
 
 
 def _host_index(e: Emitter, whole: tuple[int, ...], part: tuple[int, ...], starts: list[Operand]) -> str | None:
-    """Index code for starts that the host knows; None when one lives on the device."""
+    """Return index code for host-known starts; None if one is on the device."""
     index = []
     for n, size, start in zip(whole, part, starts):
         if size == n:
@@ -230,7 +228,7 @@ def _starts(e: Emitter, starts: list[Operand]) -> tuple[str, list[Tensor]]:
 
 
 def index_code(e: Emitter, index: Tensor) -> str:
-    """Code of an index by its value: an unsigned one is kept as signed bits."""
+    """Return code of an index by value; unsigned ones are stored as signed bits."""
     return (
         f"T.unsigned_index({index.name}, {BITS[index.type.dtype]})" if index.type.dtype in BIT_UNSIGNED else index.name
     )
@@ -257,9 +255,7 @@ def dynamic_slice(e: Emitter, op: Op, args: list[Operand]) -> Operand:
 
 
 def _updated_table(e: Emitter, op: Op, args: list[Operand]) -> Operand | None:
-    """A table of the host with one element exchanged, where the host knows all of it: what a scan stacks of its
-    branches' numbers.
-    """
+    """Replace one element of a host table if the host knows all operands: branch numbers stacked by a scan."""
     x, update, starts = args[0], args[1], args[2:]
     if isinstance(x, (Tensor, HostInt)) or not isinstance(update, (HostInt, Literal)) or update.type.size != 1:
         return None

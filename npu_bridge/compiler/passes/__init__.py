@@ -1,4 +1,4 @@
-"""Rewrites of the intermediate form, in the order in which they run."""
+"""Passes over the intermediate form, in the order in which they run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from npu_bridge.compiler.passes.slices import simplify_slices
 
 
 def run(program: Program, *, device: str = "cpu", reduce_in_float32: bool = False, overlap: bool = True) -> None:
-    """Rewrites a program for a kind of device in place."""
+    """Run all passes on a program in place."""
     merge_kernel_parts(program)
     widen_float8(program.body)
     share_equal_operations(program.body)
@@ -27,7 +27,7 @@ def run(program: Program, *, device: str = "cpu", reduce_in_float32: bool = Fals
     simplify_slices(program.body)
     index_instead_of_comparing(program.body)
     if device == "npu":
-        remove_unread(program.body)  # what stacks residuals reads them too
+        remove_unread(program.body)  # stacked residuals count as reads
         fit_fused_calls(program.body)
         move_loop_invariants(program.body)
     if device == "cpu":

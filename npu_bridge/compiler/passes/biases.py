@@ -1,9 +1,8 @@
-"""A bias is added before a narrow product is rounded (on a CPU).
+"""Add a bias before a narrow product is rounded (on a CPU).
 
-``x @ w + b`` in bfloat16 rounds the bias, the product and their sum when each operation is written as it stands, and is
-then off by half as much again as the one rounding that a dense layer promises. Here the product gives its float32 sums,
-the bias is added as it was before it was cast, and the result is rounded once. On npu the product takes its bias inside
-of one call (`fused_calls`).
+``x @ w + b`` in bfloat16 would round the bias, the product and their sum, 1.5 times the error of the single rounding
+that a dense layer promises. Instead the product returns float32, the uncast bias is added, and the result is rounded
+once. On npu the fused call takes the bias (`fused_calls`).
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ _NARROW = frozenset({"bf16", "f16"})
 
 
 def add_biases_before_rounding(block: Block) -> None:
-    """Rewrites a block and the regions in it, in place.
+    """Rewrite a block and its regions in place.
 
-    Products that others read as well, or that devices sum, stay as they are.
+    Products with other readers or partial sums over devices stay.
     """
     count = uses(block)
     kept: list[Op] = []
@@ -53,7 +52,7 @@ def _widened(op: Op, count: dict[Value, int]) -> list[Op] | None:
 
 
 def _before_rounding(vector: Value) -> Value:
-    """The float32 vector that was cast to this one; the vector itself where there is none."""
+    """Return the float32 vector that was cast to this one, or the vector itself."""
     v = vector
     while (
         v.producer is not None

@@ -1,4 +1,4 @@
-"""Fewer and smaller exchanges than Shardy writes.
+"""Reduce the number and size of Shardy's collectives.
 
 * ``all_slice(all_reduce(x))`` is a reduce_scatter; when only some of the axes are sliced, the scatter comes first and
 the rest is
@@ -59,7 +59,7 @@ def _scattered(x: Value, dims: list[tuple[str, ...]], program: Program) -> Type:
 
 
 def _scatter(block: Block, program: Program) -> None:
-    """An all_reduce that is read only by all_slices takes their place."""
+    """Replace an all_reduce whose only readers are all_slices by a reduce_scatter."""
     count = uses(block)
     readers: dict[Value, list[Op]] = {}
     for op in block.ops:
@@ -94,7 +94,7 @@ def _scatter(block: Block, program: Program) -> None:
         inside = [d if set(d) <= axes else () for d in cut]
         outside = [d if not set(d) & axes else () for d in cut]
         value = source.operands[0]
-        if any(outside):  # this device's part of the rest, before anything is sent
+        if any(outside):  # slice locally before sending
             made = Op(
                 "all_slice",
                 [value],
@@ -133,7 +133,7 @@ def _scatter(block: Block, program: Program) -> None:
 
 
 def _signature(op: Op | None) -> tuple | None:
-    """Reductions with one signature may be done on their sum."""
+    """Key of reductions that can be merged into one over their sum."""
     if op is None or op.attrs.get("kind") != "add":
         return None
     if op.name == "all_reduce":
@@ -155,7 +155,7 @@ def _merge_sums(block: Block) -> None:
 
     absorbed = {
         id(v.producer) for op in block.ops if is_sum(op) for v in op.operands if once(v) and is_sum(v.producer)
-    }  # sums that a bigger sum takes in
+    }  # sums absorbed by a larger sum
     replaced: dict[int, list[Op]] = {}
     dropped: set[int] = set()
     for op in block.ops:
@@ -232,7 +232,7 @@ def _merge_sums(block: Block) -> None:
 
 
 def widen_reductions(program: Program) -> None:
-    """Sums of 16-bit floats across devices travel and add in float32."""
+    """Widen cross-device sums of 16-bit floats to float32."""
     _each_block(program.body, _widen)
 
 

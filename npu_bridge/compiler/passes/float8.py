@@ -1,7 +1,7 @@
-"""8-bit floats are stored and moved as they are and computed with in float32.
+"""Compute with 8-bit floats in float32; store and move them as they are.
 
-torch has next to no operators for them: every operation other than a view gets its operands converted to float32, and
-its results converted back, which rounds once per operation as XLA does.
+torch has hardly any operators for them. Every operation other than a view converts operands to float32 and results
+back, rounding once per operation as XLA does.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _AS_THEY_ARE = frozenset(
         "kernel",
     }
 )
-_HOLD_PROGRAMS = frozenset({"while", "case"})  # their regions are programs, not bodies of a reduction
+_HOLD_PROGRAMS = frozenset({"while", "case"})  # their regions are programs, not reduction bodies
 
 
 def widen_float8(block: Block) -> None:
-    """Rewrites a block and the regions in it, in place."""
+    """Rewrite a block and its regions in place."""
     kept: list[Op] = []
     for op in block.ops:
         if op.name in _HOLD_PROGRAMS:
@@ -57,8 +57,8 @@ def widen_float8(block: Block) -> None:
 
 
 def _is_composition(op: Op) -> bool:
-    """The bridge's own lowerings of primitives are torch compositions, which need float32; fused operators take what
-    they are given.
+    """Whether a kernel is one of the bridge's torch compositions, which need float32; fused operators accept 8-bit
+    floats.
     """
     return op.name == "kernel" and ".math." in op.attrs["name"]
 
@@ -68,7 +68,7 @@ def _wide(v: Value) -> Value:
 
 
 def _widen_types(region: Block) -> None:
-    """The body of a reduction or scatter computes in float32 throughout."""
+    """Widen the body of a reduction or scatter to float32."""
     for v in (*region.params, *(r for op in region.ops for r in op.results)):
         if v.dtype in FLOAT8:
             v.type = Type(v.shape, "f32")

@@ -1,15 +1,13 @@
-"""What torch_npu's fused calls take and give, where that is not what the bridge's operators say.
+"""Adapt operators to the operands and results of torch_npu's fused calls.
 
-Done on npu only: every kernel is a launch there, and these leave a layer no more of them than code written by hand for
-torch_npu has.
+On npu only, where every kernel is a launch: a layer then has as few launches as hand-written torch_npu code.
 
-* the gradient of a rotation is a rotation with turned tables: they are turned by operations of their own, which all
-layers share;
-* SwiGLU wants gate and up side by side: the forward's concatenation serves the backward pass;
-* attention hands its softmax statistics on as the kernel made them, instead of as one logarithm (eight times two
-numbers, as in torch's
-  own autograd, where it was one);
-* a product takes its bias.
+* the gradient of a rotation is a rotation with transposed tables, which separate operations compute once for all
+layers;
+* SwiGLU takes gate and up concatenated: the backward pass reuses the forward's concatenation;
+* attention passes the kernel's softmax statistics to its gradient instead of the log-sum-exp (2 x 8 numbers in place of
+one, as in torch's own autograd);
+* products take their bias.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ STATISTICS = 8  # copies of each softmax statistic, as in npu_bridge.kernels.att
 
 
 def fit_fused_calls(block: Block) -> None:
-    """Rewrites a block and the regions in it, in place."""
+    """Rewrite a block and its regions in place."""
     for region in itertools.chain.from_iterable(op.regions for op in block.ops):
         fit_fused_calls(region)
     _keep_statistics(block)
@@ -44,7 +42,7 @@ def fit_fused_calls(block: Block) -> None:
 
 
 def _made(name: str, operands: list[Value], like: Value, shape: Iterable[int], at: Op, **attrs) -> Op:
-    """An operation with one result, of the dtype and layout of another value."""
+    """Make an operation with one result, with dtype and layout of another value."""
     return Op(name, operands, [Value(Type(tuple(shape), like.dtype), like.layout)], attrs, location=at.location)
 
 
@@ -68,8 +66,8 @@ def _slice(x: Value, dim: int, begin: int, end: int, at: Op, result: Value | Non
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def _turned(sin: Value, mode: str, at: Op) -> list[Op]:
-    """Operations whose last result is the table of the rotation back: (a, b) -> (-b, -a) in every pair."""
+def _transposed_table(sin: Value, mode: str, at: Op) -> list[Op]:
+    """Make operations that transpose a rotation's table: (a, b) -> (-b, -a) in every pair."""
     *lead, width = sin.shape
     last = len(lead)
     if mode == "half":
@@ -86,7 +84,7 @@ def _turned(sin: Value, mode: str, at: Op) -> list[Op]:
 def _rotary_backward(op: Op, count: dict[Value, int]) -> list[Op]:
     g, cos, sin = op.operands
     mode = op.attrs["params"]["mode"]
-    turned = _turned(behind_barriers(sin), mode, op)
+    turned = _transposed_table(behind_barriers(sin), mode, op)
     return [*turned, _kernel("rotary", op, [g, cos, turned[-1].result], op.results, mode=mode)]
 
 
@@ -120,9 +118,7 @@ _FORWARD_LSE, _BACKWARD_LSE = 1, 5  # which result, which operand
 
 
 def _keep_statistics(block: Block) -> None:
-    """Where only gradients in the same block read the log-sum-exp of an attention, they get the kernel's own
-    statistics.
-    """
+    """Pass the kernel's statistics to gradients if they are the only readers of the log-sum-exp, in the same block."""
     count = uses(block)
     readers: dict[Value, list[Op]] = {}
     for op in block.ops:
@@ -154,7 +150,7 @@ def _keep_statistics(block: Block) -> None:
 
 
 def spread(v: Value, width: int) -> Value | None:
-    """The vector, (.., 1, width), that a value repeats along its last dim; None when it is anything else."""
+    """Return the vector (.., 1, width) that a value broadcasts along its last dim, or None."""
     while v.type.size != width:
         made = v.producer
         if made is None or made.name not in ("broadcast_in_dim", "reshape"):
@@ -169,8 +165,8 @@ def spread(v: Value, width: int) -> Value | None:
 
 
 def product_and_bias(op: Op, count: dict[Value, int]) -> Iterator[tuple[Op, Value]]:
-    """(dot_general, vector) where an addition takes a product that nobody else reads and a vector spread over its rows,
-    in either order.
+    """Match an addition of a product without other readers and a vector broadcast over its rows, in either order:
+    (dot_general, vector).
     """
     width = op.result.shape[-1] if op.result.shape else 0
     for product, other in (op.operands, op.operands[::-1]):

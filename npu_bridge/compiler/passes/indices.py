@@ -1,10 +1,9 @@
-"""A comparison of numbers with 0, 1, 2, .. is an index.
+"""Replace comparisons with an iota by indexing.
 
 ``where(targets[..., None] == iota, x, 0).sum(-1)`` picks one element of each row, and ``x - (targets[..., None] ==
 iota)`` changes one: the cross entropy of an integer target and its gradient. Written as they stand they pass over the
-whole array five and three times.
-The numbers are the same to the last bit: zeros were added, or subtracted. A sharded last dimension stays sharded,
-because its iota begins at the shard's first index.
+whole array five and three times. The numbers are the same to the last bit: zeros were added, or subtracted. A sharded
+last dimension stays sharded, because its iota begins at the shard's first index.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from npu_bridge.compiler.ir import FLOATS, Block, Op, Value, body_kind
 
 
 def index_instead_of_comparing(block: Block) -> None:
-    """Rewrites a block and the regions in it, in place. What nobody reads afterwards is left to `remove_unread`."""
+    """Rewrite a block and its regions in place. Dead operations are left to `remove_unread`."""
     for n, op in enumerate(block.ops):
         for region in op.regions:
             index_instead_of_comparing(region)

@@ -33,7 +33,7 @@ _STAYS = frozenset(
 
 
 def move_loop_invariants(block: Block) -> None:
-    """Rewrites a block and the regions in it, in place; from the innermost loop outwards."""
+    """Rewrite a block and its regions in place; from the innermost loop outwards."""
     kept: list[Op] = []
     for op in block.ops:
         for region in op.regions:

@@ -22,7 +22,7 @@ _DTYPES = {"f32": "float32", "bf16": "bfloat16"}
 
 
 def share_masks(block: Block) -> None:
-    """Rewrites a block and the regions in it, in place; equal masks are joined by `share_equal_operations`."""
+    """Rewrite a block and its regions in place; equal masks are joined by `share_equal_operations`."""
     kept: list[Op] = []
     for op in block.ops:
         for region in op.regions:

@@ -32,7 +32,7 @@ _LOOPS = frozenset({"while", "case"})
 
 
 def overlap_exchanges(program: Program) -> None:
-    """Rewrites every block in place. Runs last: it fixes an order that later rewrites must keep."""
+    """Rewrite every block in place. Runs last: it fixes an order that later rewrites must keep."""
     for block in _blocks(program.body):
         _start_gathers_early(block, program)
         _start_where_the_operand_is(block, program)
