@@ -1,7 +1,8 @@
 # make quickstart: set up, make the data, train, evaluate, write the report.   make test: set up, lint, run the whole suite.   make lint: only the first part.
 # make docs: the documentation site.
 # make conformance: the real torch_npu on an emulated CANN runtime, in an environment of its own; writes docs/conformance.md (CONFORMANCE_PAGE).
-# make aot: the recipes' training steps compiled by the real XLA:TPU, in an environment of its own; writes docs/aot.md.
+# make aot: the recipes' training steps at cut depth compiled by the real XLA:TPU, in an environment of its own; writes docs/aot.md.
+# make aot-gpu: by the real XLA:GPU, in an environment of 5 GB.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,6 +10,8 @@ NPU_VENV := .venv-npu
 NPU_BIN := $(NPU_VENV)/bin
 TPU_VENV := .venv-tpu
 TPU_BIN := $(TPU_VENV)/bin
+GPU_VENV := .venv-gpu
+GPU_BIN := $(GPU_VENV)/bin
 DOCS_VENV := .venv-docs
 RUN_DIR ?= runs/quickstart
 SET ?=
@@ -24,7 +27,7 @@ ACCELERATOR ?=
 export JAX_PLATFORMS ?= cpu
 endif
 
-.PHONY: quickstart average test lint jax-tests docs conformance aot setup setup-test setup-npu setup-tpu clean
+.PHONY: quickstart average test lint jax-tests docs conformance aot aot-gpu setup setup-test setup-npu setup-tpu setup-gpu clean
 
 quickstart: $(VENV)/.main
 	$(BIN)/python train.py --config configs/quickstart.yaml --set run.dir=$(RUN_DIR) $(SET)
@@ -60,11 +63,17 @@ CONFORMANCE_PAGE ?= docs/conformance.md
 conformance: $(NPU_VENV)/.npu
 	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(NPU_BIN)/python -m npu_bridge.emulator.conformance --page $(CONFORMANCE_PAGE) --processes $(WORKERS)
 
-# The training steps of the recipes by the real XLA:TPU, which needs no device; writes docs/aot.md (AOT_PAGE). AOT_ARGS=--full: full depth, by hand.
+# The training steps of the recipes by the real XLA:TPU, which needs no device; writes docs/aot.md (AOT_PAGE). By hand, at full depth:
+# AOT_ARGS="--recipes v5p" (or v6e), and `make aot-gpu` for H100.
 AOT_PAGE ?= docs/aot.md
 AOT_ARGS ?=
+aot: export JAX_PLATFORMS = cpu
 aot: $(TPU_VENV)/.tpu
 	TPU_SKIP_MDS_QUERY=1 $(TPU_BIN)/python -m mindvl_jax.planning.aot --page $(AOT_PAGE) $(AOT_ARGS)
+
+aot-gpu: export JAX_PLATFORMS = cpu
+aot-gpu: $(GPU_VENV)/.gpu
+	$(GPU_BIN)/python -m mindvl_jax.planning.aot --recipes h100 --page $(AOT_PAGE) $(AOT_ARGS)
 
 # The documentation site in build/site; a broken link or an unknown name of the reference fails it.
 docs: $(DOCS_VENV)/.docs
@@ -74,6 +83,7 @@ setup: $(VENV)/.main
 setup-test: $(VENV)/.test
 setup-npu: $(NPU_VENV)/.npu
 setup-tpu: $(TPU_VENV)/.tpu
+setup-gpu: $(GPU_VENV)/.gpu
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -106,10 +116,17 @@ $(TPU_VENV)/.tpu: $(VENV)/.main requirements/tpu.txt
 	$(TPU_BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/tpu.txt
 	touch $@
 
+$(GPU_VENV)/.gpu: $(VENV)/.main requirements/gpu.txt
+	$(PYTHON) -m venv --without-pip $(GPU_VENV)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> $$($(GPU_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth
+	$(GPU_BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/gpu.txt
+	touch $@
+
 $(DOCS_VENV)/.docs: requirements/docs.txt
 	$(PYTHON) -m venv $(DOCS_VENV)
 	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/docs.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(NPU_VENV) $(TPU_VENV) $(DOCS_VENV) build *.egg-info
+	rm -rf $(VENV) $(NPU_VENV) $(TPU_VENV) $(GPU_VENV) $(DOCS_VENV) build *.egg-info

@@ -2,7 +2,7 @@
 
 mindvl plan --config C --devices 512 --device-kind "Ascend 910B"
 mindvl plan --config C --set mesh.fsdp=8 --memory 80GiB --json
-mindvl plan --config C --compile v5p:4x4x4 --device-kind "TPU v5p"     (with libtpu installed)
+mindvl plan --config C --devices 64 --device-kind "TPU v5p" --compile     (with libtpu installed)
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mindvl_jax.cli import common
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.progress import LogConsole, counting, working
+
+if TYPE_CHECKING:  # both bring JAX, which looks for devices when it is imported
+    from mindvl_jax.planning.alternatives import Tried
+    from mindvl_jax.planning.phase import PhasePlan
 
 EPILOG = common.examples(
     'mindvl plan --config qwen2.5-vl-7b --devices 8 --device-kind "NVIDIA H100"',
@@ -46,8 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile",
         metavar="TOPOLOGY",
-        help="ask the TPU's own compiler, which needs libtpu and no device: a name such as v5p:4x4x4; minutes for "
-        "each phase",
+        nargs="?",
+        const="",
+        help="ask the device's own compiler, which needs libtpu (TPU) or jax's CUDA plugin (H100) and no device; "
+        "minutes for each phase. A name such as v5p:4x4x4 or h100:1x1x8; without one the usual shape of --devices of "
+        "--device-kind",
     )
     parser.add_argument(
         "--margin",
@@ -69,51 +77,35 @@ def run(args: argparse.Namespace) -> int:
 
     from mindvl_jax.core.devices import limit_of
     from mindvl_jax.planning import aot, report
-    from mindvl_jax.planning.alternatives import search
     from mindvl_jax.planning.peak import measure
     from mindvl_jax.planning.phase import Planner
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     watched = LogConsole(stderr=True, stamp=False)
-    devices = args.devices
-    if args.compile is not None:
-        devices = len(aot.topology_devices(args.compile)) if devices is None else devices
+    topology, devices = _machine(args)
     config = load(args.config, args.set, devices, _device_bytes(args))
-    if args.compile is not None and config.backend != "xla":
-        raise UserError(f"--compile asks XLA:TPU, but backend is {config.backend}; add --set backend=xla")
+    if topology is not None and config.backend != "xla":
+        raise UserError(f"--compile asks XLA, but backend is {config.backend}; add --set backend=xla")
     limit = limit_of(args.memory, args.device_kind, margin=args.margin, backend=config.backend)
     planner = Planner(config, measure)
     with working(watched, "planning " + ", ".join(phase.name for phase in config.training.phases)):
         plans = planner.plan()
-    if args.compile is not None:
-        with working(watched, f"compiling for {args.compile}"):
-            compiled = Planner(config, functools.partial(aot.measure, topology=args.compile)).plan()
+    estimates = plans
+    if topology is not None:
+        with working(watched, f"compiling for {topology}"):
+            plans = Planner(config, functools.partial(aot.measure, topology=topology)).plan()
         if not args.json:
-            report.show_difference(console, args.compile, plans, compiled)
-        plans = compiled
+            report.show_difference(console, topology, estimates, plans)
     fits = limit is None or all(plan.total <= limit.usable for plan in plans)
     if not args.json:
-        report.show(console, config, plans, limit)
+        report.show(console, config, plans, limit, topology)
     tried = []
     if not fits and not args.no_alternatives:
-        # Overrides of a change come last; the mesh is then whole numbers, which --devices must not fill again.
-        fixed = [*args.set, *(f"mesh.{axis}={size}" for axis, size in config.mesh.model_dump().items())]
-
-        def planner_of(overrides):
-            return Planner(load(args.config, [*fixed, *overrides], None), measure)
-
-        watched.print(
-            "does not fit; looking for what would (each change is compiled; --no-alternatives leaves this out)"
-        )
-        with counting(watched) as show:
-            number = itertools.count(1)
-            tried = search(
-                config, plans, limit.usable, planner_of, say=lambda text: show(next(number), 0, f"planning {text}")
-            )
+        tried = _alternatives(args, config, plans, limit.usable, watched, topology)
         if not args.json:
             report.show_tried(console, tried, limit)
     if args.json:
-        print(json.dumps(report.record(config, plans, limit, tried), indent=1))
+        print(json.dumps(report.record(config, plans, limit, tried, estimates if topology else None), indent=1))
     elif limit is None:
         console.print(
             "No verdict: say how much memory a device has by --memory 64GiB or --device-kind NAME.", highlight=False
@@ -126,6 +118,54 @@ def _require_possible(args: argparse.Namespace) -> None:
         raise UserError("--memory and --device-kind both say how much memory a device has; give one of them")
     if not 0 <= args.margin < 1:
         raise UserError(f"--margin is {args.margin}; expected a share of the memory from 0 to below 1")
+
+
+def _machine(args: argparse.Namespace) -> tuple[str | None, int | None]:
+    """Topology to compile for and number of devices, each None where nobody says it; the topology's kind of device is
+    taken for --device-kind.
+    """
+    from mindvl_jax.planning import topologies
+
+    topology, devices = args.compile, args.devices
+    if topology == "":
+        if devices is None or args.device_kind is None:
+            raise UserError("--compile without a topology takes that of --devices N of --device-kind NAME; give both")
+        topology = topologies.topology_of(args.device_kind, devices)
+    if topology is not None:
+        devices = len(topologies.topology_devices(topology)) if devices is None else devices
+        if args.memory is None and args.device_kind is None:
+            args.device_kind = topologies.device_kind(topology)
+    return topology, devices
+
+
+def _alternatives(
+    args: argparse.Namespace,
+    config: Config,
+    plans: Sequence[PhasePlan],
+    usable: int,
+    watched: LogConsole,
+    topology: str | None,
+) -> list[Tried]:
+    """What was tried to make the run fit; with a topology its own compiler has the last word."""
+    from mindvl_jax.planning import aot
+    from mindvl_jax.planning.alternatives import confirm, search
+    from mindvl_jax.planning.peak import measure
+    from mindvl_jax.planning.phase import Planner
+
+    # Overrides of a change come last; the mesh is then whole numbers, which --devices must not fill again.
+    fixed = [*args.set, *(f"mesh.{axis}={size}" for axis, size in config.mesh.model_dump().items())]
+
+    def planner_of(overrides, measure=measure):
+        return Planner(load(args.config, [*fixed, *overrides], None), measure)
+
+    watched.print("does not fit; looking for what would (each change is compiled; --no-alternatives leaves this out)")
+    with counting(watched) as show:
+        number = itertools.count(1)
+        tried = search(config, plans, usable, planner_of, say=lambda text: show(next(number), 0, f"planning {text}"))
+        if topology is None:
+            return tried
+        compiled = functools.partial(planner_of, measure=functools.partial(aot.measure, topology=topology))
+        return confirm(tried, compiled, usable, say=lambda text: show(next(number), 0, f"compiling {text}"))
 
 
 def _device_bytes(args: argparse.Namespace) -> int | None:

@@ -446,6 +446,9 @@ class Config(Section):
     bridge: BridgeConfig = BridgeConfig()
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
+    compiler_flags: dict[str, str | bool | int | float] = Field(
+        {}, description="Options of XLA for the programs of a step, over those that we set for the platform."
+    )
     model: Annotated[ModelConfig, AnyFamily]
     adapters: AdaptersConfig | None = Field(
         None, description="Train low-rank adapters in place of the parameters themselves."

@@ -245,3 +245,29 @@ def evaluate(
     except UserError as error:
         return Tried(change, None, False, str(error).splitlines()[0])
     return Tried(change, worst, worst <= usable)
+
+
+def confirm(
+    tried: Sequence[Tried],
+    planner_of: Callable[[Sequence[str]], Planner],
+    usable: int,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Tried]:
+    """Compile each change that was found to fit, by a planner whose measure is the device's own compiler: its word
+    counts. A change that asks for another number of devices than that compiler was asked for is told as not compiled.
+    """
+    confirmed = []
+    for one in tried:
+        if not one.fits:
+            confirmed.append(one)
+            continue
+        say(" ".join(one.change.overrides))
+        try:
+            worst = max(plan.total for plan in planner_of(one.change.overrides).plan())
+        except UserError as error:
+            why = f"by our estimate it fits; not compiled: {str(error).splitlines()[0]}"
+            confirmed.append(dataclasses.replace(one, fits=False, why_not=why))
+            continue
+        why = "" if worst <= usable else "by our estimate it fits, by its compiler it does not"
+        confirmed.append(dataclasses.replace(one, bytes=worst, fits=worst <= usable, why_not=why))
+    return confirmed

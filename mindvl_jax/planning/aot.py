@@ -1,40 +1,39 @@
-"""Compile training steps with the real XLA:TPU, without a device: does it fit, what does it exchange, which kernels
-does it call.
+"""Compile training steps with the real XLA:TPU and XLA:GPU, without a device: does it fit, what does it exchange, which
+kernels does it call.
 
-    python -m mindvl_jax.planning.aot --page docs/aot.md            # the everyday cases: true widths, few layers
-    python -m mindvl_jax.planning.aot --full --page docs/aot.md     # by hand: full depth, minutes for each phase
+    python -m mindvl_jax.planning.aot --page docs/aot.md                 # the everyday cases: true widths, few layers
+    python -m mindvl_jax.planning.aot --recipes v5p --page docs/aot.md   # by hand: full depth, minutes for each phase
+    python -m mindvl_jax.planning.aot --recipes h100 --page docs/aot.md
 
-Needs libtpu beside jax (`make aot` keeps an environment of its own for it); neither a driver nor a device. Fails when
-the compiler gathers or sums a batch in a mesh of fsdp alone, holds a score matrix, or runs out of memory.
+Needs libtpu beside jax (`make aot` keeps an environment of its own for it) or jax's CUDA plugin; neither a driver nor a
+device. Fails when the compiler gathers or sums a batch where only weights should move, holds a score matrix, or runs
+out of memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
-import os
+import math
 import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from mindvl_jax.config import loader
 from mindvl_jax.config.schema import Config
+from mindvl_jax.core.devices import GIB, limit_of
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.parallel.mesh import AXES
-from mindvl_jax.planning.exchanges import Exchange, exchanges
-from mindvl_jax.planning.phase import Measured, ProgramBytes, lowerings, planned_mesh
-from mindvl_jax.training.xla_backend import compile_xla
+from mindvl_jax.parallel.exchanges import Exchange, exchanges, per_layer
+from mindvl_jax.parallel.mesh import ROW_AXES
+from mindvl_jax.planning.phase import Measured, ProgramBytes
+from mindvl_jax.planning.topologies import beyond_arguments, compiled_programs, device_kind, topology_mesh
 
-GIB = 2**30
+MARGIN = 0.1  # of the memory, which `mindvl plan` too leaves to what no compiler counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +41,9 @@ class Case:
     """One phase of a recipe on one machine.
 
     Attributes:
-      topology: as libtpu names it: chip and shape, `v5p:2x2x1`. phase: its number. overrides: of the configuration.
-      depth: what is said of the depth on the page.
+      topology: see `planning.topologies`. phase: its number. overrides: of the configuration. depth: what is said of
+        the depth on the page.
+      layer: exchanges that one decoder layer may have at most, by (direction, kind); None: they are only told.
     """
 
     config: str
@@ -51,29 +51,44 @@ class Case:
     phase: int
     overrides: tuple[str, ...] = ()
     depth: str = "full"
+    layer: Mapping[tuple[str, str], int] | None = None
 
 
-_CUT_MINDVL = ("model.text.num_layers=2", "model.vision.depth=2", "model.vision.fullatt_block_indexes=[1]")
-EVERYDAY = (
-    Case(
-        "configs/mindvl-8b.yaml",
-        "v5p:2x2x1",
-        1,
-        (*_CUT_MINDVL, "training.phases.1.rows=4"),
-        "2 decoder layers, 2 vision blocks, 1 row a chip",
+_CUT = ("model.text.num_layers=2", "model.vision.depth=2", "model.vision.fullatt_block_indexes=[1]")
+_CUT_SAID = "2 decoder layers, 2 vision blocks"
+_MINDVL, _QWEN = "configs/mindvl-8b.yaml", "configs/qwen2.5-vl-{}.yaml"
+# The seven matrices of a layer, gathered forward and back; a TPU gathers those of q, k and v once more to recompute.
+# Beside the gradients' scatters the scales of four norms are summed.
+_FSDP = {
+    ("forward", "all-gather"): 7,
+    ("back", "all-gather"): 10,
+    ("back", "reduce-scatter"): 7,
+    ("back", "all-reduce"): 4,
+}
+EVERYDAY = (Case(_MINDVL, "v5p:2x2x1", 1, (*_CUT, "training.phases.1.rows=4"), f"{_CUT_SAID}, 1 row a chip", _FSDP),)
+# By hand. Rows follow the devices where the recipe has fewer.
+RECIPES = {
+    "v5p": (
+        *(Case(_MINDVL, "v5p:4x4x4", phase) for phase in range(3)),
+        Case(
+            _MINDVL,
+            "v5p:4x4x4",
+            2,
+            ("training.phases.2.sequence_length=32768", "training.phases.2.patches_per_row=98304"),
+        ),
+        Case(_MINDVL, "v5p:2x2x2", 1),
+        Case(_MINDVL, "v5p:8x8x8", 1, ("training.phases.1.rows=512",)),
+        *(Case(_QWEN.format(size), "v5p:2x2x2", 0) for size in ("3b", "7b")),
+        *(Case(_QWEN.format(size), "v5p:4x4x4", 0, ("training.phases.0.rows=64",)) for size in ("32b", "72b")),
     ),
-    Case(
-        "configs/mindvl-8b.yaml",
-        "v5p:2x2x1",
-        1,
-        (*_CUT_MINDVL, "training.phases.1.rows=2", "mesh.fsdp=2", "mesh.tensor=2"),
-        "2 decoder layers, 2 vision blocks, 1 row a group",
+    "v6e": (Case(_MINDVL, "v6e:16x16", 1, ("training.phases.1.rows=256",)),),
+    "h100": (
+        Case(_QWEN.format("7b"), "h100:1x1x8", 0, _CUT, _CUT_SAID),
+        *(Case(_QWEN.format(size), "h100:1x1x8", 0) for size in ("3b", "7b")),
+        *(Case(_QWEN.format(size), "h100:1x8x8", 0, ("training.phases.0.rows=64",)) for size in ("32b", "72b")),
+        Case(_MINDVL, "h100:1x8x8", 1),
     ),
-)
-FULL = (
-    *(Case("configs/mindvl-8b.yaml", "v5p:4x4x4", phase) for phase in range(3)),
-    Case("configs/qwen2.5-vl-7b.yaml", "v5p:2x2x2", 0),
-)
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +96,8 @@ class Compiled:
     """What the compiler said of one program, for one device.
 
     Attributes:
-      arguments, temporaries: bytes. calls: custom calls by target. seconds: of compilation. refused: the compiler's
-        words when it did not compile.
+      arguments, temporaries: bytes. calls: custom calls by target. seconds, processor_seconds: of compilation.
+      faults: what must not be, in words.
     """
 
     case: Case
@@ -94,191 +109,182 @@ class Compiled:
     calls: Counter[str] = dataclasses.field(default_factory=Counter)
     faults: Sequence[str] = ()
     seconds: float = 0.0
-    refused: str = ""
+    processor_seconds: float = 0.0
 
 
-def topology_devices(topology: str) -> Sequence[jax.Device]:
-    """Devices that can be compiled for and nothing else.
+def compile_case(case: Case, keep: Path | None = None) -> list[Compiled]:
+    """Compile every program of the case's phase and look for what must not be in it.
 
-    Raises:
-      UserError: libtpu is not installed, or knows no such topology.
+    Args:
+      keep: folder for the texts of the programs.
     """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    from jax.experimental import topologies
-
-    try:
-        return topologies.get_topology_desc(topology, platform="tpu").devices
-    except Exception as error:  # classes of the plugin's errors are not public
-        raise UserError(
-            f"XLA:TPU cannot describe {topology!r}: {str(error).splitlines()[0]}; it needs libtpu (`make "
-            "aot` installs it) and a name such as v5p:4x4x4"
-        ) from error
-
-
-def topology_mesh(config: Config, topology: str) -> Mesh:
-    """The mesh of the configuration over all devices of a topology."""
-    devices = topology_devices(topology)
-    sizes = planned_mesh(config.mesh, len(devices))
-    return Mesh(
-        np.array(devices).reshape([getattr(sizes, axis) for axis in AXES]),
-        AXES,
-        axis_types=(AxisType.Auto,) * len(AXES),
-    )
-
-
-def compile_case(case: Case) -> list[Compiled]:
-    """Compile every program of the case's phase and look for what must not be in it."""
     config = loader.load(case.config, [*case.overrides])
     mesh = topology_mesh(config, case.topology)
-    found = []
-    for name, lowered in lowerings(
-        config, case.phase, mesh, functools.partial(compile_xla, attention=config.model.attention)
-    ):
-        begin = time.monotonic()
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            found.append(
-                Compiled(
-                    case, name, dict(mesh.shape), refused=str(error).splitlines()[0], faults=["the compiler refused it"]
-                )
-            )
+    usable = limit_of(None, device_kind(case.topology), margin=MARGIN, backend="xla").usable
+    found, spent = [], time.process_time()
+    for name, compiled, seconds in compiled_programs(config, case.phase, case.topology):
+        one = Compiled(case, name, dict(mesh.shape), seconds=seconds, processor_seconds=time.process_time() - spent)
+        spent = time.process_time()
+        if isinstance(compiled, str):
+            found.append(dataclasses.replace(one, faults=[f"refused: {compiled}"]))
             continue
         memory, text = compiled.memory_analysis(), compiled.as_text()
+        if keep:
+            keep.mkdir(parents=True, exist_ok=True)
+            recipe = f"{Path(case.config).stem}-{case.phase}-{case.topology.replace(':', '-')}-{name}"
+            (keep / f"{recipe}.txt").write_text(text)
+        faults = faults_of(text, config, case.phase, mesh) + layer_faults(text, case)
+        needs = memory.argument_size_in_bytes + beyond_arguments(memory)
+        if needs > usable:
+            faults.append(f"does not fit: {needs / GIB:.1f} GiB of {usable / GIB:.1f}")
         calls = Counter(re.findall(r'custom_call_target="([^"]+)"', text))
-        found.append(
-            Compiled(
-                case,
-                name,
-                dict(mesh.shape),
-                memory.argument_size_in_bytes,
-                beyond_arguments(memory),
-                exchanges(text),
-                calls,
-                faults_of(text, config, case.phase, mesh),
-                time.monotonic() - begin,
-            )
-        )
+        sizes = dict(arguments=memory.argument_size_in_bytes, temporaries=beyond_arguments(memory))
+        found.append(dataclasses.replace(one, exchanges=exchanges(text), calls=calls, faults=faults, **sizes))
     return found
 
 
 def measure(config: Config, indexes: Sequence[int], topology: str) -> list[Measured]:
-    """What the programs of these phases need on one chip of a topology, by its own compiler; for
+    """What the programs of these phases need on one device of a topology, by its own compiler; for
     `planning.phase.Planner`.
 
     Raises:
       UserError: the topology is unknown, or the compiler refuses a program; its words say how much memory is missing.
     """
-    mesh = topology_mesh(config, topology)
     measured = []
     for index in indexes:
         programs = {}
-        for name, lowered in lowerings(
-            config, index, mesh, functools.partial(compile_xla, attention=config.model.attention)
-        ):
-            try:
-                memory = lowered.compile().memory_analysis()
-            except jax.errors.JaxRuntimeError as error:
+        for name, compiled, _ in compiled_programs(config, index, topology):
+            if isinstance(compiled, str):
                 raise UserError(
-                    f"phase {config.training.phases[index].name}, program {name}: XLA:TPU refuses it for "
-                    f"{topology}: {str(error).splitlines()[0]}"
-                ) from error
-            programs[name] = ProgramBytes(
-                memory.argument_size_in_bytes, memory.argument_size_in_bytes + beyond_arguments(memory)
-            )
+                    f"phase {config.training.phases[index].name}, program {name}: XLA refuses it for {topology}: "
+                    f"{compiled}"
+                )
+            memory = compiled.memory_analysis()
+            arguments = memory.argument_size_in_bytes
+            programs[name] = ProgramBytes(arguments, arguments + beyond_arguments(memory))
         measured.append(Measured(programs))
     return measured
 
 
-def beyond_arguments(memory: Any) -> int:
-    """Bytes that a compiled program needs beside its arguments, from its `memory_analysis()`."""
-    return memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+def faults_of(text: str, config: Config, phase: int, mesh: Mesh | AbstractMesh) -> list[str]:
+    """What a compiled program of a phase must not hold or exchange, in words.
 
-
-def faults_of(text: str, config: Config, phase: int, mesh: Mesh) -> list[str]:
-    """What a compiled program of a phase must not hold or exchange, in words."""
+    Of activations a mesh without tensor parallelism exchanges the embedding's columns for rows; with it, sums of a
+    device's own rows.
+    """
     where = config.training.phases[phase]
     tokens, patches = where.sequence_length, where.patches_per_row
     long = {tokens, patches} - {None}
     faults = []
     squares = {
         shape
-        for shape in map(_shape, re.findall(r"= \w+\[([\d,]+)\]", text))
+        for shape in map(_shape, re.findall(r"= \(?\w+\[([\d,]+)\]", text))
         if any(shape.count(size) > 1 for size in long)
     }
     faults += [f"an array of scores: {shape}" for shape in sorted(squares)]
-    if mesh.shape["tensor"] == 1:
-        for one in exchanges(text):
-            if one.is_float and len(one.shape) > 2 and long & set(one.shape) and one.kind != "all-to-all":
-                faults.append(f"activations are exchanged: {one}")
+    rows = where.rows // math.prod(mesh.shape[axis] for axis in ROW_AXES)
+    for one in exchanges(text):
+        if not one.is_float or len(one.shape) < 3 or not long & set(one.shape) or one.kind == "all-to-all":
+            continue
+        own = one.kind == "all-reduce" and one.shape[0] == rows
+        if mesh.shape["tensor"] == 1 or not own:
+            faults.append(f"activations are exchanged: {one}")
     return faults
+
+
+def layer_faults(text: str, case: Case) -> list[str]:
+    """Where one decoder layer exchanges more than the case allows."""
+    if case.layer is None:
+        return []
+    return [
+        f"a layer has {number} {kind} {direction}, expected at most {case.layer.get((direction, kind), 0)}"
+        for direction, kinds in per_layer(exchanges(text)).items()
+        for kind, number in kinds.items()
+        if number > case.layer.get((direction, kind), 0)
+    ]
 
 
 def _shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
-def page(results: Sequence[Compiled]) -> str:
-    """The results as a Markdown table."""
-    lines = [
-        "| Recipe, phase | Depth | Chips | Mesh | State and batch, GiB | Temporaries, GiB | Exchanges in the "
-        "text of the program | Kernels | Compiled in |",
-        "|---|---|---|---|---|---|---|---|---|",
+HEADER = (
+    "| Recipe, phase | Depth | Devices | Mesh | Verdict | State and batch, GiB | Temporaries, GiB | Exchanges of a "
+    "decoder layer | Exchanges of all kinds | Kernels | Compiled in (processor time) |\n|" + "---|" * 11 + "\n"
+)
+
+
+def row(one: Compiled) -> str:
+    """One line of the page."""
+    config = loader.load(one.case.config, [*one.case.overrides])
+    name = f"{Path(one.case.config).stem}, {config.training.phases[one.case.phase].name}"
+    mesh = " x ".join(f"{axis} {size}" for axis, size in one.mesh.items() if size > 1)
+    changed = [x for x in one.case.overrides if x not in _CUT and not x.startswith("mesh.")]
+    kernels = sum(n for target, n in one.calls.items() if target in KERNELS)
+    layer = "; ".join(
+        f"{direction} {_kinds(kinds)}" for direction, kinds in per_layer([*one.exchanges]).items() if kinds
+    )
+    depth = one.case.depth + "".join(f", {x.rsplit('.', 1)[-1]}" for x in changed)
+    said = [
+        name if one.program == "train_step" else f"{name}, {one.program}",
+        depth,
+        one.case.topology,
+        mesh,
+        "; ".join(one.faults) or "fits",
+        f"{one.arguments / GIB:.2f}",
+        f"{one.temporaries / GIB:.2f}",
+        layer or "-",
+        _kinds(Counter(e.kind for e in one.exchanges)) or "-",
+        str(kernels),
+        f"{one.seconds:.0f} s ({one.processor_seconds:.0f} s)",
     ]
-    for one in results:
-        config = loader.load(one.case.config, [*one.case.overrides])
-        mesh = " x ".join(f"{axis} {size}" for axis, size in one.mesh.items() if size > 1)
-        kinds = Counter(e.kind for e in one.exchanges)
-        said = [
-            f"{Path(one.case.config).stem}, {config.training.phases[one.case.phase].name}",
-            one.case.depth,
-            one.case.topology,
-            mesh,
-        ]
-        if one.refused:
-            lines.append(f"| {' | '.join(said)} | | refused: {one.refused} | | | |")
-            continue
-        kernels = one.calls["tpu_custom_call"]
-        said += [
-            f"{one.arguments / GIB:.2f}",
-            f"{one.temporaries / GIB:.2f}",
-            ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())),
-            f"{kernels}",
-            f"{one.seconds:.0f} s",
-        ]
-        lines.append(f"| {' | '.join(said)} |")
-    return "\n".join(lines) + "\n"
+    return f"| {' | '.join(said)} |"
+
+
+KERNELS = ("tpu_custom_call", "__cudnn$fmhaSoftmax", "__gpu$xla.gpu.triton")
+
+
+def _kinds(counts: Counter[str]) -> str:
+    return ", ".join(f"{number} {kind}" for kind, number in sorted(counts.items()))
 
 
 BEGIN, END = "<!-- written by make aot -->\n", "<!-- end -->\n"
 
 
 def write(path: Path, results: Sequence[Compiled]) -> None:
-    """Put the table between the page's marks; a page without marks becomes the table alone."""
+    """Put lines of the table between the page's marks: a case that stands there is replaced, others stay."""
     text = path.read_text() if path.exists() else BEGIN + END
     if BEGIN not in text or END not in text:
         text = BEGIN + END
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    before, old, after = text.split(BEGIN)[0], text.split(BEGIN)[1].split(END)[0], text.split(END)[1]
+    lines = {_key(line): line for line in old.splitlines()[2:]} if old.startswith(HEADER.splitlines()[0]) else {}
+    lines |= {_key(row(one)): row(one) for one in results}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(before + BEGIN + page(results) + END + after)
+    path.write_text(before + BEGIN + HEADER + "".join(f"{line}\n" for line in lines.values()) + END + after)
+
+
+def _key(line: str) -> tuple[str, ...]:
+    """Recipe, depth, devices and mesh of a line."""
+    return tuple(line.split(" | ")[:4])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: every case compiled and nothing is in it that must not be."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="full depth, by hand")
+    parser.add_argument("--recipes", choices=[*RECIPES], help="by hand: these in place of the everyday cases")
     parser.add_argument("--only", type=int, nargs="+", help="numbers of cases, from 0")
     parser.add_argument("--page", type=Path, help="Markdown page that takes the table")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the texts of the compiled programs")
     args = parser.parse_args(arguments)
-    cases = FULL if args.full else EVERYDAY
-    results = []
+    cases = EVERYDAY if args.recipes is None else RECIPES[args.recipes]
+    failed = False
     for number in args.only if args.only is not None else range(len(cases)):
-        for one in compile_case(cases[number]):
-            results.append(one)
-            print(page([one]).splitlines()[-1], *(f"  FAULT: {fault}" for fault in one.faults), sep="\n", flush=True)
+        for one in compile_case(cases[number], args.keep):
+            failed |= bool(one.faults)
+            print(row(one), *(f"  FAULT: {fault}" for fault in one.faults), sep="\n", flush=True)
             if args.page:
-                write(args.page, results)
-    return 1 if any(one.faults for one in results) else 0
+                write(args.page, [one])
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,9 @@ def measure_xla(config: Config, index: int) -> Measured:
             index,
             mesh,
             functools.partial(
-                compile_xla, options=compiler_options(config.model, mesh), attention=config.model.attention
+                compile_xla,
+                options=compiler_options(config.model, mesh, config.compiler_flags),
+                attention=config.model.attention,
             ),
         ):
             # LLVM's work does not move a buffer: they are assigned before it.

@@ -27,7 +27,10 @@ def gib(count: int) -> str:
     return f"{count / GIB:,.2f}" if count >= GIB / 100 or count == 0 else f"{count / GIB:.4f}"
 
 
-def show(console: Console, config: Config, plans: Sequence[PhasePlan], limit: Limit | None) -> None:
+def show(
+    console: Console, config: Config, plans: Sequence[PhasePlan], limit: Limit | None, topology: str | None = None
+) -> None:
+    """The plan as a table; `topology`: whose own compiler measured it."""
     mesh = " x ".join(f"{axis} {getattr(config.mesh.filled, axis)}" for axis in AXES)
     devices = math.prod(getattr(config.mesh.filled, axis) for axis in AXES)
     console.print(
@@ -57,17 +60,20 @@ def show(console: Console, config: Config, plans: Sequence[PhasePlan], limit: Li
     console.print(table)
     if limit is not None:
         console.print(f"{gib(limit.usable)} of {gib(limit.whole)} GiB may be filled: {limit.said}.", highlight=False)
-    console.print(SOURCES[config.backend] + " Decoding for scores is not counted.", highlight=False)
+    source = (
+        SOURCES[config.backend] if topology is None else f"Activations: XLA's own buffer assignment for {topology}."
+    )
+    console.print(source + " Decoding for scores is not counted.", highlight=False)
 
 
 def show_difference(
     console: Console, topology: str, estimated: Sequence[PhasePlan], compiled: Sequence[PhasePlan]
 ) -> None:
-    """How far the estimate by XLA for CPU devices is off what the TPU's own compiler says."""
+    """How far the estimate by XLA for CPU devices is off what the device's own compiler says."""
     for guess, real in zip(estimated, compiled, strict=True):
         off = guess.total / real.total - 1
         console.print(
-            f"{real.name}: XLA:TPU for {topology} says {gib(real.total)} GiB; our estimate was "
+            f"{real.name}: XLA for {topology} says {gib(real.total)} GiB; our estimate was "
             f"{gib(guess.total)} GiB ({off:+.0%})",
             highlight=False,
         )
@@ -97,8 +103,14 @@ def show_tried(console: Console, tried: Sequence[Tried], limit: Limit) -> None:
             )
 
 
-def record(config: Config, plans: Sequence[PhasePlan], limit: Limit | None, tried: Sequence[Tried]) -> dict[str, Any]:
-    """The plan in bytes, as `--json` prints it."""
+def record(
+    config: Config,
+    plans: Sequence[PhasePlan],
+    limit: Limit | None,
+    tried: Sequence[Tried],
+    estimates: Sequence[PhasePlan] | None = None,
+) -> dict[str, Any]:
+    """The plan in bytes, as `--json` prints it; `estimates`: ours, where `plans` are those of the device's compiler."""
     return {
         "backend": config.backend,
         "mesh": {axis: getattr(config.mesh.filled, axis) for axis in AXES},
@@ -119,6 +131,7 @@ def record(config: Config, plans: Sequence[PhasePlan], limit: Limit | None, trie
             }
             for plan in plans
         ],
+        "estimated": None if estimates is None else {plan.name: plan.total for plan in estimates},
         "tried": [
             {
                 "set": list(one.change.overrides),

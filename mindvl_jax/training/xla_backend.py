@@ -8,14 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from mindvl_jax.config.schema import Config, ModelConfig
 from mindvl_jax.core import processor
+from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel import distributed
 from mindvl_jax.parallel.activations import Placement, tracing
 
 Tree = TypeVar("Tree")
+Flag = str | bool | int | float
 
 
 class Xla:
@@ -41,7 +43,7 @@ class Xla:
         out_shardings: Any,
         donate_argnums: tuple[int, ...] = (),
     ) -> Callable:
-        options = compiler_options(self._config.model, mesh)
+        options = compiler_options(self._config.model, mesh, self._config.compiler_flags)
         return compile_xla(
             function,
             in_shardings=in_shardings,
@@ -68,7 +70,7 @@ def compile_xla(
     in_shardings: Any,
     out_shardings: Any,
     donate_argnums: tuple[int, ...] = (),
-    options: Mapping[str, str] | None = None,
+    options: Mapping[str, Flag] | None = None,
     attention: str = "auto",
 ) -> Callable:
     """jax.jit of a function whose activations are placed on the mesh of its shardings.
@@ -101,28 +103,58 @@ def matmul_precision(model: ModelConfig) -> str:
     return "default" if emulated else "bfloat16"
 
 
-def compiler_options(model: ModelConfig, mesh: Mesh) -> dict[str, str]:
-    """XLA's options for a training step on a CPU; {} elsewhere, and where this jaxlib does not know them.
+# The platform's own defaults wait for each gather where it stands; with these a gather runs beside the product before
+# it.
+_FLAGS = {
+    "tpu": {
+        "xla_tpu_enable_async_collective_fusion": "true",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+        "xla_tpu_overlap_compute_collective_tc": "true",
+        "xla_enable_async_all_gather": "true",
+    },
+    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
+}
 
-    Float32 products are Eigen's: jaxlib 0.10 hands them to YNNPACK, which takes a third longer for those of a layer. It
-    keeps the sums along rows, which without it are made in windows one after another, and products of bfloat16, for
-    which it knows the processor's matrix units. Who recomputes wants memory, so operations then run in the order that
-    needs least of it, not in the widest one (figures: benchmarks/LOG.md).
+
+def compiler_options(model: ModelConfig, mesh: Mesh, flags: Mapping[str, Flag] | None = None) -> dict[str, Flag]:
+    """XLA's options for a training step on the platform of the mesh; ours that its compiler does not know are left out.
+
+    On a CPU float32 products are Eigen's: jaxlib 0.10 hands them to YNNPACK, which takes a third longer for those of a
+    layer. It keeps the sums along rows, which without it are made in windows one after another, and products of
+    bfloat16, for which it knows the processor's matrix units. Who recomputes wants memory, so operations then run in
+    the order that needs least of it, not in the widest one (figures: benchmarks/LOG.md).
+
+    Args:
+      flags: of the configuration (`compiler_flags`), over ours.
+
+    Raises:
+      UserError: the compiler does not know one of `flags`.
     """
-    options = {}
-    if mesh.devices.flat[0].platform == "cpu":
+    own = (device for device in mesh.devices.flat if device.process_index == jax.process_index())
+    device = next(own, mesh.devices.flat[0])
+    options = dict(_FLAGS.get({"cuda": "gpu"}.get(device.platform, device.platform), {}))
+    if device.platform == "cpu":
         if model.compute_dtype == "float32" and matmul_precision(model) == "default":
             options["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_REDUCE"
         if model.remat != "none":
             options["xla_cpu_scheduler_type"] = "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
-    return {name: value for name, value in options.items() if _known(name, value)}
+    options = {name: value for name, value in options.items() if name in (flags or {}) or _known(name, value, device)}
+    for name, value in (flags or {}).items():
+        if not _known(name, value, device):
+            raise UserError(
+                f"compiler_flags.{name}={value}: XLA for {device.platform} knows no such option or not this value; "
+                "options are written as in XLA_FLAGS, without the dashes"
+            )
+    return options | dict(flags or {})
 
 
 @functools.cache
-def _known(name: str, value: str) -> bool:
-    """Whether this jaxlib has the option: it refuses to compile anything with one that it does not know."""
+def _known(name: str, value: Flag, device: jax.Device) -> bool:
+    """Whether the device's compiler has the option: it refuses to compile anything with one that it does not know."""
+    nothing = jax.ShapeDtypeStruct((), "float32", sharding=SingleDeviceSharding(device))
     try:
-        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+        jax.jit(lambda x: x, compiler_options={name: value}).lower(nothing).compile()
     except Exception:  # jaxlib's own error, of a class that is not public
         return False
     return True

@@ -13,8 +13,8 @@ import pytest
 
 from mindvl_jax.config import loader
 from mindvl_jax.config.schema import MeshConfig
+from mindvl_jax.parallel.exchanges import Exchange, exchanges
 from mindvl_jax.parallel.mesh import AXES, make_mesh
-from mindvl_jax.planning.exchanges import Exchange, exchanges
 from mindvl_jax.planning.phase import lowerings, parts_of
 from mindvl_jax.training.xla_backend import compile_xla
 
