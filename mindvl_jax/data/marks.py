@@ -11,6 +11,13 @@ import re
 from collections.abc import Iterator
 
 IMAGE, VIDEO = "<image>", "<video>"
+MEDIA_TOKENS = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
+"""Key of a configuration -> name of the token in Qwen's vocabularies."""
 _MARK = re.compile(r"(\\*)(<image>|<video>)")
 
 

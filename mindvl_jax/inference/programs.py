@@ -180,9 +180,12 @@ def prefill(graphdef, params, batch: Batch, *, has_pictures: bool) -> Prefilled:
       has_pictures: static; False skips the vision tower, and the batch's patches are not read.
     """
     model = nnx.merge(graphdef, params)
-    inputs_RTD = model.embed(batch) if has_pictures else model.language.embed(batch.tokens).astype(model.compute_dtype)
+    if has_pictures:
+        inputs_RTD, options = model.decoder_inputs(batch)
+    else:
+        inputs_RTD, options = model.language.embed(batch.tokens).astype(model.compute_dtype), {}
     hidden_RTD, keys, values = model.language.read(
-        inputs_RTD, batch.positions, batch.segment_ids, segment_lengths=batch.segment_lengths
+        inputs_RTD, batch.positions, batch.segment_ids, segment_lengths=batch.segment_lengths, **options
     )
     return Prefilled(keys=keys, values=values, hidden=hidden_RTD, tokens=batch.tokens)
 

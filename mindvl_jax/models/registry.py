@@ -15,6 +15,9 @@ _FAMILIES = (
     "qwen3_moe",
     "deepseek_v3",
     "qwen2_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "internvl",
     "dit",
 )  # fmt: skip
 

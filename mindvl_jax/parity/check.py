@@ -79,6 +79,14 @@ def parity_samples(config: ModelConfig, count: int, text_tokens: int, seed: int)
         (head, ("video", (3, 8, 12), 1.5), head),
         (2 * head,),
     ]
+    if hasattr(config, "vision") and config.vision.image_side is not None:
+        side = config.vision.image_side // config.vision.patch_size
+        tiles = min(3, config.vision.max_tiles)
+        shapes = [
+            (head, ("image", (1, side, side)), head),
+            (head, ("image", (tiles, side, side)), 1, ("image", (1, side, side)), head),
+            (2 * head,),
+        ]
     if not hasattr(config, "vision"):
         shapes = [(text_tokens,), (1,), (3 * text_tokens,), (head,)]
     return [random_sample(config, rng, *shapes[number % len(shapes)]) for number in range(count)]

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from mindvl_jax.models.layers.rope import text_tables
 from mindvl_jax.parity.reference import to_numpy
-from mindvl_jax.parity.samples import ParitySample, pack, reference_inputs
+from mindvl_jax.parity.samples import ParitySample, pack, reference_inputs, visual_tokens
 from mindvl_jax.weights.mapping import mapping_of
 from npu_bridge import ops
 
@@ -106,7 +105,7 @@ def compare_parts(model, reference, samples: Sequence[ParitySample]) -> list[Par
         )
         images = _visual_batches(model, reference, sample)
         for name, pairs in calls.items():
-            contexts = images if name == "projector" or name.startswith("vision") else [batch]
+            contexts = images if name.startswith(("projector", "vision")) else [batch]
             for (given, want), context in zip(pairs, contexts, strict=True):
                 got = np.asarray(_run(model, name, given, context, jitted)).reshape(want.shape)
                 layer = next((int(word) for word in name.split() if word.isdigit()), None)
@@ -123,13 +122,7 @@ def _visual_batches(model, reference, sample: ParitySample) -> list:
     for kind in (1, 2):
         chosen = tuple(visual for visual in sample.visuals if visual.kind == kind)
         if chosen:
-            token = model.config.image_token_id if kind == 1 else model.config.video_token_id
-            tokens = np.concatenate(
-                [
-                    [model.config.vision_start_token_id, *[token] * (len(v.pixels) // model.config.vision.merge_unit)]
-                    for v in chosen
-                ]
-            )
+            tokens = np.concatenate([visual_tokens(model.config, kind, visual.grid) for visual in chosen])
             alone = dataclasses.replace(sample, tokens=tokens, visuals=chosen, learned=np.zeros(len(tokens), bool))
             batches.append(
                 pack([[alone]], model.config, reference, tokens=len(tokens), patches=sum(len(v.pixels) for v in chosen))
@@ -161,15 +154,18 @@ def _run(model, name: str, given: np.ndarray, batch, jitted: dict[str, Callable]
             f"vision {number}", jax.jit(lambda model, x, batch: model.vision.run_block(number, x, batch))
         )
         return program(model, x[None], batch)
+    if kind == "projector":  # one of several, by the name of their stack
+
+        def project(model, x):
+            return _layer(getattr(model.projector, words[1]), number)(x[None])
+
+        return jitted.setdefault(name, jax.jit(project))(model, x)
     layer = _layer(model.language.layers, number)
     if kind != "attention":
         return jitted.setdefault(kind, jax.jit(lambda layer, x, kind=kind: getattr(layer, kind)(x)))(layer, x)
-    text = model.config.text
 
     def attend(layer, x, positions, ids):
-        tables = text_tables(
-            positions, text.head_dim, text.rope_theta, text.mrope_section if text.rope == "mrope" else None
-        )
+        tables = model.language.rotary(positions)
         return layer.attention.finish(
             ops.attention(*layer.attention.project(x, *tables), segment_ids_q=ids, segment_ids_kv=ids, causal=True)
         )

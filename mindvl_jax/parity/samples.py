@@ -68,15 +68,19 @@ def random_sample(config: ModelConfig, rng: np.random.Generator, *pieces, answer
         kind = {"image": IMAGE, "video": VIDEO}[name]
         pixels = rng.standard_normal((int(np.prod(grid)), config.vision.patch_dim)).astype(np.float32)
         visuals.append(Visual(kind, grid, pixels, *seconds))
-        place = config.image_token_id if kind == IMAGE else config.video_token_id
-        tokens += [
-            config.vision_start_token_id,
-            *[place] * (int(np.prod(grid)) // config.vision.merge_unit),
-            config.vision_end_token_id,
-        ]
+        tokens += visual_tokens(config, kind, grid, time=rng.choice(vocabulary, 2).tolist())
     learned = np.zeros(len(tokens), bool)
     learned[-answer:] = True
     return ParitySample(np.array(tokens), tuple(visuals), learned)
+
+
+def visual_tokens(config: ModelConfig, kind: int, grid: tuple[int, int, int], time: Sequence[int] = ()) -> list[int]:
+    """Borders and placeholders of one image or video. `time` stands before each frame pair where the family says so."""
+    place = config.image_token_id if kind == IMAGE else config.video_token_id
+    parts = grid[0] if kind == VIDEO and config.vision.frame_text else 1
+    count = int(np.prod(grid)) // config.vision.merge_unit // parts
+    before = time if parts > 1 else ()
+    return [*before, config.vision_start_token_id, *[place] * count, config.vision_end_token_id] * parts
 
 
 def reference_inputs(sample: ParitySample, config: ModelConfig) -> dict[str, Any]:
@@ -85,6 +89,12 @@ def reference_inputs(sample: ParitySample, config: ModelConfig) -> dict[str, Any
     labels = torch.where(torch.tensor(sample.learned)[None], ids, -100)
     inputs: dict[str, Any] = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
     if not hasattr(config, "vision"):
+        return inputs
+    vision = config.vision
+    if vision.image_side is not None:
+        if sample.visuals:
+            pixels = np.concatenate([visual.pixels for visual in sample.visuals])
+            inputs["pixel_values"] = torch.tensor(_squares(pixels, vision))
         return inputs
     inputs["mm_token_type_ids"] = torch.where(
         ids == config.image_token_id, IMAGE, torch.where(ids == config.video_token_id, VIDEO, 0)
@@ -102,6 +112,13 @@ def reference_inputs(sample: ParitySample, config: ModelConfig) -> dict[str, Any
             [visual.seconds for visual in sample.visuals if visual.kind == VIDEO]
         )
     return inputs
+
+
+def _squares(pixels: np.ndarray, vision: PatchGeometry) -> np.ndarray:
+    """(squares, channels, side, side) of patches in merged order."""
+    side, merge, patch = vision.image_side // vision.patch_size, vision.spatial_merge_size, vision.patch_size
+    split = pixels.reshape(-1, side // merge, side // merge, merge, merge, vision.in_channels, patch, patch)
+    return split.transpose(0, 5, 1, 3, 6, 2, 4, 7).reshape(-1, vision.in_channels, *[vision.image_side] * 2)
 
 
 def _layout(visual: Visual, vision: PatchGeometry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

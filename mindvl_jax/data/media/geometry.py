@@ -24,6 +24,18 @@ class PatchGeometry(Section):
         2, description="Steps of the temporal position in a second of video; null: one for each frame pair."
     )
 
+    frame_text: str | None = Field(
+        None,
+        description="What stands in the text before each frame pair of a video, then an image of its own: with "
+        "{time} in seconds, {number} from 1, {line} a newline before all but the first; null: a video is one block.",
+    )
+    image_side: Annotated[int, bounded(2**14)] | None = Field(
+        None, description="Side in pixels of the squares that images are cut into; null: images keep their shape."
+    )
+    max_tiles: Annotated[int, bounded(4096)] = Field(
+        1, description="Most squares of an image; a picture of several is followed by the whole, made small."
+    )
+
     @model_validator(mode="after")
     def _windows_hold_a_token(self):
         if self.window_size is not None and self.window_size < self.pixels_per_token:
@@ -31,7 +43,22 @@ class PatchGeometry(Section):
                 f"window_size ({self.window_size}) is smaller than the {self.pixels_per_token} pixels of one "
                 "visual token"
             )
+        if self.image_side is not None and self.image_side % self.pixels_per_token:
+            raise ValueError(
+                f"image_side ({self.image_side}) must be a multiple of the {self.pixels_per_token} pixels of one "
+                "visual token"
+            )
         return self
+
+    @property
+    def view_patches(self) -> int | None:
+        """Patches of one square; None where images keep their shape."""
+        return None if self.image_side is None else (self.image_side // self.patch_size) ** 2
+
+    @property
+    def image_patches(self) -> int | None:
+        """Most patches of one image; None where only budgets bound them."""
+        return None if self.image_side is None else self.view_patches * (self.max_tiles + (self.max_tiles > 1))
 
     @property
     def patch_dim(self) -> int:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from mindvl_jax.data.media import files as media_files
 from mindvl_jax.data.media.geometry import PatchGeometry
+from mindvl_jax.data.media.tiles import cut, view_count
 from mindvl_jax.data.sample import Media, SampleError
 
 # Formats decoded by Pillow itself; leaves out those that start other programs (EPS) or execute drawing lists (WMF).
@@ -312,8 +313,15 @@ def image_grid(
     min_pixels: int,
     max_pixels: int,
     limit_patches: int | None = None,
+    images: int = 1,
 ) -> tuple[int, int, int]:
-    """Grid (1, height, width) in patches that an image of that many pixels is resized to."""
+    """Grid (1, height, width) in patches that an image of that many pixels is resized to.
+
+    (squares, height, width) where it is cut into squares, of which `images` pictures of a sample share the most.
+    """
+    if vision.image_side is not None:
+        side = vision.image_side // vision.patch_size
+        return view_count(height, width, vision, images=images, limit_patches=limit_patches), side, side
     limit = None if limit_patches is None else limit_patches * vision.patch_size**2
     rows, columns = smart_resize(
         height, width, factor=vision.pixels_per_token, min_pixels=min_pixels, max_pixels=max_pixels, limit_pixels=limit
@@ -348,6 +356,15 @@ def resize_to_grid(
     return pixels.reshape(*pixels.shape[:2], -1)
 
 
+def image_frames(
+    image: Image.Image, grid: tuple[int, int, int], vision: PatchGeometry, resample: str = "bicubic"
+) -> np.ndarray:
+    """(frames, height, width, channels) uint8 pixels of an image: one frame, or the squares that it is cut into."""
+    if vision.image_side is None:
+        return resize_to_grid(image, grid, vision, resample)[None]
+    return cut(image, grid[0], vision, RESAMPLE[resample])
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImagePatches:
     """An image ready for a batch: (P, patch_dim) uint8 patches in window order and where they lie."""
@@ -369,7 +386,7 @@ def patchify(
     width, height = image.size
     grid = image_grid(height, width, vision, min_pixels=min_pixels, max_pixels=max_pixels, limit_patches=limit_patches)
     layout = visual_layout(grid, vision)
-    single = frames_to_patches(resize_to_grid(image.convert("RGB"), grid, vision, resample)[None], layout, vision)
+    single = frames_to_patches(image_frames(image.convert("RGB"), grid, vision, resample), layout, vision)
     return ImagePatches(repeat_frame(single, vision), layout)
 
 

@@ -26,13 +26,14 @@ LONGEST_FRAMES = 200_000  # above an hour at 50 frames a second: cut the file fi
 @dataclasses.dataclass(frozen=True)
 class VideoPlan:
     """Frames to take and their layout: grid (frame pairs, height, width) in patches, seconds from one pair to the next,
-    the video's own (height, width) in pixels.
+    the video's own (height, width) in pixels, the time of each pair in seconds (the mean of its first and last frame).
     """
 
     frames: tuple[int, ...]
     grid: tuple[int, int, int]
     seconds_per_pair: float
     size: tuple[int, int]
+    pair_times: tuple[float, ...]
 
 
 def plan_frames(
@@ -73,7 +74,8 @@ def plan_frames(
             width, height = height, width
     times = _uneven(packets, step) if len(packets) == total else None
     if times is None:
-        seconds = total / (rate if 0 < rate < 1000 else 25.0)
+        rate = rate if 0 < rate < 1000 else 25.0
+        seconds = total / rate
     else:
         seconds = float(times[-1] - times[0]) * total / (total - 1)
     pair = vision.temporal_patch_size
@@ -93,7 +95,11 @@ def plan_frames(
     )
     # One frame only: it is shown twice, like an image.
     taken_per_second = wanted / seconds
-    return VideoPlan(frames, (wanted // pair, rows, columns), pair / taken_per_second, (height, width))
+    shown = np.arange(total) / rate if times is None else times - times[0]
+    pair_times = tuple(
+        float(shown[frames[first]] + shown[frames[first + pair - 1]]) / 2 for first in range(0, wanted, pair)
+    )
+    return VideoPlan(frames, (wanted // pair, rows, columns), pair / taken_per_second, (height, width), pair_times)
 
 
 def read_frames(

@@ -2,7 +2,8 @@
 marked.
 
 A turn is `<|im_start|>role`, newline, content, `<|im_end|>`, newline; an image in it is `<|vision_start|>`, one
-placeholder for each merged token, `<|vision_end|>`. No system turn is added that the sample does not have.
+placeholder for each merged token, `<|vision_end|>`, and so is a video, or each of its frame pairs. No system turn is
+added that the sample does not have.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Protocol
 
 from mindvl_jax.config.schema import ModelConfig
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.data.marks import literal, pieces
+from mindvl_jax.data.marks import MEDIA_TOKENS, literal, pieces
 from mindvl_jax.data.sample import Message, SampleError
 from mindvl_jax.data.text.template import TOOLS_AFTER, TOOLS_BEFORE, Frame, OwnTemplate
 
@@ -31,6 +32,11 @@ class TextTokenizer(Protocol):
     def token_id(self, token: str) -> int: ...
 
 
+MediumParts = Sequence[tuple[str, int]]
+"""What stands for one medium: (text before, placeholders) of each part. One part for an image; for a video one too, or
+a part for each frame pair with its time before it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Turn:
     """Token ids of one turn.
@@ -40,13 +46,13 @@ class Turn:
       tokens: ids, placeholders of media included, the closing newline too.
       learned: one bool a token: part of an answer (its content and the closing `<|im_end|>`).
       weight: of the turn's loss.
-      media: (offset of the first placeholder in `tokens`, "image" or "video") of each medium in order.
+      media: (offset of each part's first placeholder in `tokens`, "image" or "video") of each medium in order.
     """
 
     role: str
     tokens: tuple[int, ...]
     learned: tuple[bool, ...]
-    media: tuple[tuple[int, str], ...]
+    media: tuple[tuple[tuple[int, ...], str], ...]
     weight: float = 1.0
 
 
@@ -68,12 +74,8 @@ class ChatEncoder:
         self._special = re.compile("|".join(map(re.escape, names)) or "(?!)")
         self._vision = (model.vision_start_token_id, model.vision_end_token_id)
         self._pad = {"image": model.image_token_id, "video": model.video_token_id}
-        named = {
-            "image_token_id": ("<|image_pad|>", model.image_token_id),
-            "video_token_id": ("<|video_pad|>", model.video_token_id),
-            "vision_start_token_id": ("<|vision_start|>", model.vision_start_token_id),
-            "vision_end_token_id": ("<|vision_end|>", model.vision_end_token_id),
-        }
+        names_of_media = getattr(model, "media_tokens", MEDIA_TOKENS)
+        named = {key: (name, getattr(model, key)) for key, name in names_of_media.items()}
         wrong = [
             f"model.{key} is {found} but the tokenizer's {token} is {tokenizer.token_id(token)}"
             for key, (token, found) in named.items()
@@ -104,13 +106,13 @@ class ChatEncoder:
     def turns(
         self,
         messages: Sequence[Message],
-        images: Iterator[int],
-        videos: Iterator[int],
+        images: Iterator[MediumParts],
+        videos: Iterator[MediumParts],
         tools: Sequence[str] = (),
         *,
         prompt: bool = False,
     ) -> list[Turn]:
-        """Turns of a conversation. `images` and `videos` yield the visual tokens of each medium in order.
+        """Turns of a conversation. `images` and `videos` yield the parts of each medium in order.
 
         Tools stand in the system turn, their results in a user turn between `<tool_response>` tags (neighbours
         together), as the published format has them. So does reasoning: only turns after the last user turn keep it.
@@ -169,7 +171,11 @@ class ChatEncoder:
         return (self._start, *self.encode_text("assistant\n"))
 
     def _turn(
-        self, message: Message, images: Iterator[int], videos: Iterator[int], tool_results: Sequence[str] = ()
+        self,
+        message: Message,
+        images: Iterator[MediumParts],
+        videos: Iterator[MediumParts],
+        tool_results: Sequence[str] = (),
     ) -> Turn:
         turn = _Building(self, images, videos)
         turn.add((self._start,))
@@ -193,7 +199,9 @@ class ChatEncoder:
         turn.add(self.encode_text("\n"))
         return turn.done(message.role, message.weight)
 
-    def _framed(self, message: Message, frame: Frame, images: Iterator[int], videos: Iterator[int]) -> Turn:
+    def _framed(
+        self, message: Message, frame: Frame, images: Iterator[MediumParts], videos: Iterator[MediumParts]
+    ) -> Turn:
         """A turn as the tokenizer's own template has it.
 
         What it writes after the text up to the end of the turn is learned.
@@ -218,7 +226,7 @@ class ChatEncoder:
         return turn.done("user" if message.role == "tool" else message.role, message.weight)
 
     def visual(self, kind: str, count: int) -> tuple[list[int], int]:
-        """Ids of one medium between its borders, and where the placeholders begin in them."""
+        """Ids of one part of a medium between its borders, and where the placeholders begin in them."""
         return [self._vision[0], *[self._pad[kind]] * count, self._vision[1]], 1
 
     def _tag(self, tag: str) -> Sequence[int]:
@@ -231,31 +239,40 @@ class ChatEncoder:
 class _Building:
     """A turn being put together."""
 
-    def __init__(self, encoder: ChatEncoder, images: Iterator[int], videos: Iterator[int]):
+    def __init__(self, encoder: ChatEncoder, images: Iterator[MediumParts], videos: Iterator[MediumParts]):
         self._encoder = encoder
-        self._counts = {"image": images, "video": videos}
+        self._parts = {"image": images, "video": videos}
         self._tokens: list[int] = []
         self._learned: list[bool] = []
-        self._media: list[tuple[int, str]] = []
+        self._media: list[tuple[tuple[int, ...], str]] = []
 
     def add(self, ids: Sequence[int], *, learn: bool = False) -> None:
         self._tokens.extend(ids)
         self._learned.extend([learn] * len(ids))
 
     def content(self, text: str, *, learn: bool = False) -> None:
-        """What somebody wrote: text and placeholders."""
+        """What somebody wrote: text and placeholders. The text before a part is encoded with what stands before it."""
+        held = ""
         for kind, part in pieces(text):
             if kind == "text":
-                self.add(self._encoder.encode_text(part), learn=learn)
+                held += part
                 continue
-            count = next(self._counts[kind], None)
-            if count is None:
+            parts = next(self._parts[kind], None)
+            if parts is None:
                 raise SampleError(
                     "media_mismatch", f"the text has more {part} placeholders than the sample has {kind}s"
                 )
-            ids, first = self._encoder.visual(kind, count)
-            self._media.append((len(self._tokens) + first, kind))
-            self.add(ids)
+            offsets = []
+            for before, count in parts:
+                if held + before:
+                    self.add(self._encoder.encode_text(held + before), learn=learn)
+                held = ""
+                ids, first = self._encoder.visual(kind, count)
+                offsets.append(len(self._tokens) + first)
+                self.add(ids)
+            self._media.append((tuple(offsets), kind))
+        if held:
+            self.add(self._encoder.encode_text(held), learn=learn)
 
     def done(self, role: str, weight: float) -> Turn:
         return Turn(role, tuple(self._tokens), tuple(self._learned), tuple(self._media), weight)

@@ -11,6 +11,7 @@ from mindvl_jax.config.base import Section, bounded
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Channel statistics of CLIP, which the published preprocessing of the Qwen-VL line uses."""
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class TextConfig(Section):
@@ -31,7 +32,15 @@ class TextConfig(Section):
         description="mrope: temporal, height and width sections; 1d: one running index."
     )
     mrope_section: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    mrope_interleaved: bool = Field(
+        False, description="Time, height and width take turns over the frequencies (Qwen3-VL)."
+    )
     max_position_embeddings: Annotated[int, bounded(2**31 - 1)] = 32768
+    rope_dynamic_factor: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        None,
+        description="Published factor of dynamic frequencies. They change nothing up to max_position_embeddings; longer "
+        "samples are not built.",
+    )
 
     @property
     def token_products(self) -> int:
@@ -57,6 +66,8 @@ class TextConfig(Section):
                 raise ValueError("rope: mrope needs mrope_section (three numbers whose sum is head_dim / 2)")
             if sum(self.mrope_section) * 2 != self.head_dim:
                 raise ValueError(f"mrope_section {self.mrope_section} must sum to head_dim / 2 = {self.head_dim // 2}")
+            if self.mrope_interleaved and 3 * max(self.mrope_section[1:]) > self.head_dim // 2 + 2:
+                raise ValueError(f"mrope_section {self.mrope_section} leaves no turns for height and width to take")
         return self
 
 

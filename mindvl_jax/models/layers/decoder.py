@@ -19,6 +19,7 @@ from mindvl_jax.models.layers.config import TextConfig
 from mindvl_jax.models.layers.linear import GatedMLP, Linear, RMSNorm, parameter
 from mindvl_jax.models.layers.rope import text_tables
 from mindvl_jax.models.layers.stack import UNROLLED_LAYERS, keep, rematerialise_attention, scan_layers
+from mindvl_jax.models.layers.visual_tokens import LayerAdditions, adding
 from mindvl_jax.parallel.activations import attention, exchange_rows
 from npu_bridge import ops
 
@@ -130,7 +131,14 @@ class Decoder(nnx.Module):
         return transposed(self.embed.embedding[...]) if self.head is None else self.head.kernel[...]
 
     def __call__(
-        self, inputs_BTD, positions_B3T, segment_ids_BT, *, segment_lengths=None, max_sample_length: int | None = None
+        self,
+        inputs_BTD,
+        positions_B3T,
+        segment_ids_BT,
+        *,
+        segment_lengths=None,
+        max_sample_length: int | None = None,
+        added: LayerAdditions | None = None,
     ) -> jax.Array:
         """Hidden states (B, T, D) after the final norm.
 
@@ -139,8 +147,9 @@ class Decoder(nnx.Module):
           positions_B3T: (B, 3, T) rotary positions. segment_ids_BT: (B, T) sample of each place, 0 is padding.
           segment_lengths: (B, M) the samples as counts, -1 padded; for kernels that want lengths.
           max_sample_length: static promise that no sample is longer; lets attention compute a band.
+          added: what is added after the first layers.
         """
-        rotary = self._rotary(positions_B3T)
+        rotary = self.rotary(positions_B3T)
 
         def layer_step(x, layer):
             def attend(layer, x):
@@ -154,27 +163,27 @@ class Decoder(nnx.Module):
             return layer.feed_forward(x)
 
         with jax.named_scope("layers"):
-            x = scan_layers(layer_step, inputs_BTD, self.layers, remat=self.remat)
+            step, stack = adding(layer_step, self.layers, added)
+            x = scan_layers(step, inputs_BTD, stack, remat=self.remat)
         return self.norm(x)
 
     def read(
-        self, inputs_BTD, positions_B3T, segment_ids_BT, *, segment_lengths=None
+        self, inputs_BTD, positions_B3T, segment_ids_BT, *, segment_lengths=None, added: LayerAdditions | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As a call, and what a cache is filled with.
 
         Returns:
           hidden states (B, T, D) after the final norm, keys and values (L, B, T, K, H), the keys rotated.
         """
-        rotary = self._rotary(positions_B3T)
+        rotary = self.rotary(positions_B3T)
 
         def layer_step(x, layer):
             q, k, v = layer.attention.project(layer.norm1(x), *rotary)
             out = self_attention(q, k, v, segment_ids_BT, segment_lengths, None)
             return layer.feed_forward(x + layer.attention.finish(out)), (k, v)
 
-        x, (keys, values) = jax.lax.scan(
-            layer_step, inputs_BTD, self.layers, unroll=self.config.num_layers <= UNROLLED_LAYERS
-        )
+        step, stack = adding(layer_step, self.layers, added)
+        x, (keys, values) = jax.lax.scan(step, inputs_BTD, stack, unroll=self.config.num_layers <= UNROLLED_LAYERS)
         return self.norm(x), keys, values
 
     def empty_cache(self, rows: int, places: int, dtype, *, unrolled: bool) -> Cache:
@@ -195,7 +204,7 @@ class Decoder(nnx.Module):
         Returns:
           hidden states (B, 1, D) after the final norm; the cache with the new tokens in it.
         """
-        rotary = self._rotary(positions_B31)
+        rotary = self.rotary(positions_B31)
         seen_BS = cache.holds(place, lengths_B)
 
         def layer_step(carry, layer_and_number):
@@ -221,10 +230,15 @@ class Decoder(nnx.Module):
             carry = scan_layers(layer_step, carry, (self.layers, jnp.arange(self.config.num_layers)))
         return self.norm(carry[0]), carry[1]
 
-    def _rotary(self, positions_B3T):
+    def rotary(self, positions_B3T) -> tuple[jax.Array, jax.Array]:
+        """Rotary tables of the positions, which every layer's `project` takes."""
         config = self.config
         return text_tables(
-            positions_B3T, config.head_dim, config.rope_theta, config.mrope_section if config.rope == "mrope" else None
+            positions_B3T,
+            config.head_dim,
+            config.rope_theta,
+            config.mrope_section if config.rope == "mrope" else None,
+            interleaved=config.mrope_interleaved,
         )
 
 

@@ -74,12 +74,22 @@ def tied(config: Any) -> tuple[str, str] | None:
 
 
 def read_text(
-    reader: ConfigReader, content: Mapping[str, Any], family: str, where: str = "", *, mrope: bool = False
+    reader: ConfigReader,
+    content: Mapping[str, Any],
+    family: str,
+    where: str = "",
+    *,
+    mrope: bool = False,
+    sections: tuple[int, int, int] = (16, 24, 24),
+    interleaved: bool = False,
+    dynamic: bool = False,
 ) -> TextConfig | None:
     """The decoder that (a part of) config.json describes.
 
     Args:
       family: `qwen2` or `qwen3`. where: prefix of its keys in messages. mrope: positions in three sections.
+      sections: where the file names none, which transformers fills in too. interleaved: the sections take turns.
+      dynamic: the family refuses samples for which dynamic frequencies would change.
     """
     reader.expect(content, "hidden_act", ("silu",), "silu", where)
     reader.expect(content, "use_sliding_window", (False, None), False, where)
@@ -87,7 +97,8 @@ def read_text(
         reader.expect(content, "attention_bias", (False, None), False, where)
     rope = {**(content.get("rope_scaling") or {}), **(content.get("rope_parameters") or {})}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "mrope"):
+    factor = rope.get("factor") if dynamic and rope_type == "dynamic" else None
+    if rope_type not in ("default", "mrope") and factor is None:
         reader.problems.append(
             f"{where}rope type is {rope_type!r}; supported: 'default', 'mrope' (frequencies are not rescaled)"
         )
@@ -95,8 +106,10 @@ def read_text(
     head_dim = content.get("head_dim") or (
         width // heads if isinstance(heads, int) and isinstance(width, int) and heads else None
     )
-    # transformers falls back to the published sections too; for another head dim TextConfig refuses them.
-    section = rope.get("mrope_section") or [16, 24, 24]
+    # For another head dim TextConfig refuses the published ones.
+    section = rope.get("mrope_section") or sections
+    if mrope and "mrope_interleaved" in rope:
+        reader.expect(rope, "mrope_interleaved", (interleaved,), interleaved, f"{where}rope ")
     values = dict(
         family=family,
         vocab_size=content.get("vocab_size"),
@@ -111,6 +124,8 @@ def read_text(
         tie_word_embeddings=bool(content.get("tie_word_embeddings", False)),
         rope="mrope" if mrope else "1d",
         mrope_section=tuple(section) if mrope else None,
+        mrope_interleaved=mrope and interleaved,
+        rope_dynamic_factor=factor,
         max_position_embeddings=content.get("max_position_embeddings", 32768),
     )
     return reader.build(TextConfig, values, where)
@@ -132,8 +147,12 @@ def nested_text(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
 def write_text(text: TextConfig) -> dict[str, Any]:
     """The decoder's part of config.json."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": text.rope_theta}
+    if text.rope_dynamic_factor is not None:
+        rope |= {"rope_type": "dynamic", "factor": text.rope_dynamic_factor}
     if text.rope == "mrope":
         rope["mrope_section"] = list(text.mrope_section)
+        if text.mrope_interleaved:
+            rope["mrope_interleaved"] = True
     content = dict(
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,

@@ -43,6 +43,10 @@ class LanguageModel(nnx.Module):
         """(B, T, D): token embeddings."""
         return self.language.embed(batch.tokens).astype(self.compute_dtype)
 
+    def decoder_inputs(self, batch: Batch, *, max_image_patches: int | None = None) -> tuple[jax.Array, dict[str, Any]]:
+        """What the decoder reads: embeddings (B, T, D), and arguments of its call that a family has beside them."""
+        return self.embed(batch, max_image_patches=max_image_patches), {}
+
     def __call__(
         self, batch: Batch, *, max_sample_length: int | None = None, max_image_patches: int | None = None
     ) -> jax.Array:
@@ -51,7 +55,7 @@ class LanguageModel(nnx.Module):
         Args:
           max_sample_length: static promise that no sample has more tokens. max_image_patches: no image more patches.
         """
-        inputs_BTD = self.embed(batch, max_image_patches=max_image_patches)
+        inputs_BTD, options = self.decoder_inputs(batch, max_image_patches=max_image_patches)
         with jax.named_scope("language"):
             return self.language(
                 inputs_BTD,
@@ -59,6 +63,7 @@ class LanguageModel(nnx.Module):
                 batch.segment_ids,
                 segment_lengths=batch.segment_lengths,
                 max_sample_length=max_sample_length,
+                **options,
             )
 
     def head_kernel(self) -> jax.Array:
@@ -88,7 +93,7 @@ class LanguageModel(nnx.Module):
         self, batch: Batch, *, chunk: int, max_sample_length: int | None = None, max_image_patches: int | None = None
     ) -> tuple[jax.Array, Routing]:
         """As `token_losses`, and what the routers of a routed decoder did, stacked over its layers."""
-        inputs_BTD = self.embed(batch, max_image_patches=max_image_patches)
+        inputs_BTD, options = self.decoder_inputs(batch, max_image_patches=max_image_patches)
         with jax.named_scope("language"):
             hidden_BTD, routing = self.language.routed(
                 inputs_BTD,
@@ -96,6 +101,7 @@ class LanguageModel(nnx.Module):
                 batch.segment_ids,
                 segment_lengths=batch.segment_lengths,
                 max_sample_length=max_sample_length,
+                **options,
             )
         return self._losses(hidden_BTD, batch, chunk), routing
 

@@ -21,11 +21,11 @@ TOKENS = {
 """Published ids, which some config.json leave out."""
 ALIASES = (("model.visual.", "visual."), *decoder_hf.ALIASES)
 
-_TOWERS = ("model.visual", "visual")
+TOWERS = ("model.visual", "visual")
 PARTS: dict[str, tuple[str, ...]] = {
-    "vision patch_embed": tuple(f"{path}.patch_embed" for path in _TOWERS),
-    "vision block {layer}": tuple(f"{path}.blocks.{{layer}}" for path in _TOWERS),
-    "projector": tuple(f"{path}.merger" for path in _TOWERS),
+    "vision patch_embed": tuple(f"{path}.patch_embed" for path in TOWERS),
+    "vision block {layer}": tuple(f"{path}.blocks.{{layer}}" for path in TOWERS),
+    "projector": tuple(f"{path}.merger" for path in TOWERS),
     **decoder_hf.PARTS,
 }
 
@@ -51,12 +51,18 @@ def read_tokens(content: Mapping[str, Any]) -> dict[str, int]:
 
 
 def processor_files(
-    vision: PatchGeometry, pixels: Pixels, processor: str, mean: tuple[float, ...], std: tuple[float, ...]
+    vision: PatchGeometry,
+    pixels: Pixels,
+    processor: str,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    *,
+    video: str = "Qwen2VLVideoProcessor",
 ) -> dict[str, Any]:
     """Settings of transformers' image and video processors.
 
     Args:
-      processor: transformers' processor class of the family.
+      processor: transformers' processor class of the family. video: its class for videos.
     """
     shared = dict(
         patch_size=vision.patch_size,
@@ -79,7 +85,7 @@ def processor_files(
             **shared,
         },
         "video_preprocessor_config.json": {
-            "video_processor_type": "Qwen2VLVideoProcessor",
+            "video_processor_type": video,
             "processor_class": processor,
             **shared,
         },

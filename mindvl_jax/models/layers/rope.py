@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def inverse_frequencies(width: int, theta: float) -> jax.Array:
@@ -35,13 +36,20 @@ def vision_tables(positions_BP2: jax.Array, head_dim: int, theta: float) -> tupl
 
 
 def text_tables(
-    positions_B3T: jax.Array, head_dim: int, theta: float, sections: tuple[int, int, int] | None
+    positions_B3T: jax.Array,
+    head_dim: int,
+    theta: float,
+    sections: tuple[int, int, int] | None,
+    *,
+    interleaved: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Rotary tables of the decoder.
 
     Args:
       positions_B3T: (B, 3, T) integers (temporal, height, width).
       sections: how many frequencies each of the three rows turns, in order (Qwen2-VL's M-RoPE); None reads row 0 only.
+      interleaved: rows take turns instead (Qwen3-VL): height has frequencies 1, 4, .., width 2, 5, .., each as many as
+        its section says, and time all others.
 
     Returns:
       cos, sin: (B, T, H) float32.
@@ -49,6 +57,15 @@ def text_tables(
     frequencies = inverse_frequencies(head_dim, theta)
     if sections is None:
         angles_BTF = positions_B3T[:, 0, :, None].astype(jnp.float32) * frequencies
+    elif interleaved:
+        row_F = np.zeros(head_dim // 2, int)
+        for row in (1, 2):
+            row_F[row : 3 * sections[row] : 3] = row
+        # Every frequency is multiplied with one row's position; the other two rows add zero.
+        angles_BTF = sum(
+            positions_B3T[:, row, :, None].astype(jnp.float32) * jnp.where(row_F == row, frequencies, 0)
+            for row in range(3)
+        )
     else:
         parts, start = [], 0
         for row, count in enumerate(sections):

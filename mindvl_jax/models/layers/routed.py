@@ -14,6 +14,7 @@ from mindvl_jax.models.layers.linear import GatedMLP, Linear, RMSNorm
 from mindvl_jax.models.layers.mla import LatentAttention, rotary_tables, softmax_scale
 from mindvl_jax.models.layers.moe import MoE, Routing
 from mindvl_jax.models.layers.stack import rematerialise_attention, scan_layers, scan_layers_with_aux
+from mindvl_jax.models.layers.visual_tokens import LayerAdditions, adding
 
 
 class RoutedLayer(nnx.Module):
@@ -42,10 +43,17 @@ class Qwen3MoEDecoder(Decoder):
     layer_type = RoutedLayer
 
     def routed(
-        self, inputs_BTD, positions_B3T, segment_ids_BT, *, segment_lengths=None, max_sample_length: int | None = None
+        self,
+        inputs_BTD,
+        positions_B3T,
+        segment_ids_BT,
+        *,
+        segment_lengths=None,
+        max_sample_length: int | None = None,
+        added: LayerAdditions | None = None,
     ) -> tuple[jax.Array, Routing]:
         """Hidden states (B, T, D) after the final norm, and what each layer's router did, stacked (L, ..)."""
-        rotary = self._rotary(positions_B3T)
+        rotary = self.rotary(positions_B3T)
 
         def layer_step(x, layer):
             def attend(layer, x):
@@ -59,7 +67,8 @@ class Qwen3MoEDecoder(Decoder):
             return layer.routed(x, segment_ids_BT)
 
         with jax.named_scope("layers"):
-            x, routing = scan_layers_with_aux(layer_step, inputs_BTD, self.layers, remat=self.remat)
+            step, stack = adding(layer_step, self.layers, added)
+            x, routing = scan_layers_with_aux(step, inputs_BTD, stack, remat=self.remat)
         return self.norm(x), routing
 
     def __call__(self, inputs_BTD, positions_B3T, segment_ids_BT, **options) -> jax.Array:

@@ -1,9 +1,13 @@
 """Visual tokens into their places among the token embeddings.
 
-B rows, T tokens, G visual tokens a row, D language width.
+B rows, T tokens, G visual tokens a row, D language width, K layers that visual features are added after.
 """
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,3 +61,45 @@ def _backward(residuals, g_BTD):
 
 
 place_visual.defvjp(_forward, _backward)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerAdditions:
+    """Visual features that a decoder adds to its hidden states after its first layers (DeepStack).
+
+    Attributes:
+      features_KBGD: of each of the first K layers.
+      index_BT: int32, which visual token each place shows, -1 for text.
+    """
+
+    features_KBGD: jax.Array
+    index_BT: jax.Array
+
+    def after(self, layer, x_BTD: jax.Array) -> jax.Array:
+        """`x_BTD` after layer number `layer` (traced), whose places of text stay as they are, all of them from layer K
+        on.
+        """
+        last = self.features_KBGD.shape[0] - 1
+        features_BGD = jax.lax.dynamic_index_in_dim(self.features_KBGD, jnp.minimum(layer, last), 0, keepdims=False)
+        index_BT = jnp.where(layer <= last, self.index_BT, -1)
+        return x_BTD + place_visual(jnp.zeros_like(x_BTD), features_BGD, index_BT)
+
+
+def adding(body: Callable, layers: Any, added: LayerAdditions | None) -> tuple[Callable, Any]:
+    """Body and stack for a scan over a decoder's layers which also adds `added` after the first of them.
+
+    One stack and one body for all layers: cut off, the first layers would be copied at every step.
+
+    Args:
+      body: (x, layer) -> x, or (x, what the scan collects).
+    """
+    if added is None:
+        return body, layers
+
+    def step(x, layer_and_number):
+        layer, number = layer_and_number
+        out = body(x, layer)
+        return (added.after(number, out[0]), out[1]) if isinstance(out, tuple) else added.after(number, out)
+
+    return step, (layers, jnp.arange(jax.tree.leaves(layers)[0].shape[0]))

@@ -5,48 +5,18 @@ B rows, P patches, D tower width, L layers. Segment ids keep images and frame pa
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mindvl_jax.models.layers.linear import MLP, LayerNorm, Linear, quick_gelu
+from mindvl_jax.models.layers.linear import LayerNorm, Linear, quick_gelu
 from mindvl_jax.models.layers.projector import Projector
 from mindvl_jax.models.layers.rope import vision_tables
-from mindvl_jax.models.layers.stack import in_pieces, rematerialise_attention, scan_layers
-from mindvl_jax.models.layers.vision import VisionAttention, normalize_patches
+from mindvl_jax.models.layers.stack import in_pieces, scan_layers
+from mindvl_jax.models.layers.vision import VisionBlock, normalize_patches
 from mindvl_jax.models.qwen2_vl.config import Qwen2VLConfig, VisionConfig
 from mindvl_jax.models.vision_language.batch import Batch
 from mindvl_jax.models.vision_language.model import VisionLanguageModel
-
-
-class VisionBlock(nnx.Module):
-    """Pre-norm attention and ungated feed-forward with quick GELU; LayerNorms and biases everywhere."""
-
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype):
-        L, D = config.depth, config.hidden_size
-        self.norm1 = LayerNorm(D, eps=config.layer_norm_eps, dtype=dtype, layers=L)
-        self.attention = VisionAttention(config, rngs=rngs, dtype=dtype)
-        self.norm2 = LayerNorm(D, eps=config.layer_norm_eps, dtype=dtype, layers=L)
-        self.mlp = MLP(
-            D,
-            config.intermediate_size,
-            quick_gelu,
-            rngs=rngs,
-            dtype=dtype,
-            layers=L,
-            residual_scale=1 / math.sqrt(2 * L),
-        )
-
-    def __call__(self, x_BPD, cos, sin, ids_BP, lengths_BM, longest: int | None, remat: str) -> jax.Array:
-        def attend(block, x):
-            return block.attention(block.norm1(x), cos, sin, ids_BP, lengths_BM, longest)
-
-        with jax.named_scope("attention"):
-            x_BPD = x_BPD + rematerialise_attention(attend, remat)(self, x_BPD)
-        with jax.named_scope("mlp"):
-            return x_BPD + self.mlp(self.norm2(x_BPD))
 
 
 class VisionTower(nnx.Module):
@@ -58,7 +28,7 @@ class VisionTower(nnx.Module):
         self.patch_embed = Linear(
             config.patch_dim, config.hidden_size, ("patch", "embed"), bias=False, rngs=rngs, dtype=dtype
         )
-        self.blocks = VisionBlock(config, rngs=rngs, dtype=dtype)
+        self.blocks = VisionBlock(config, quick_gelu, rngs=rngs, dtype=dtype)
 
     def __call__(
         self,

@@ -14,7 +14,7 @@ import numpy as np
 
 from mindvl_jax.config.schema import ModelConfig
 from mindvl_jax.data.marks import IMAGE, marks
-from mindvl_jax.data.media import image as images
+from mindvl_jax.data.media import image as image_files
 from mindvl_jax.data.media import video as videos
 from mindvl_jax.data.media.geometry import PatchGeometry
 from mindvl_jax.data.sample import Media, Message, Sample, SampleError
@@ -50,10 +50,18 @@ class VisualItem:
 
     media: Media
     kind: str  # "image" or "video"
-    layout: images.VisualLayout
+    layout: image_files.VisualLayout
     frames: tuple[int, ...] = ()  # frame numbers taken from a video, an even count
     seconds: float | None = None  # seconds between frame pairs of a video
     shrunk: bool = False  # smaller than min_pixels and max_pixels alone would make it
+    labels: tuple[str, ...] = ()  # what stands before each frame pair, where they are images of their own
+
+    @property
+    def parts(self) -> list[tuple[str, int]]:
+        """What stands for it in the text: (text before, placeholders) of each part."""
+        if not self.labels:
+            return [("", self.layout.tokens)]
+        return [(label, self.layout.tokens // len(self.labels)) for label in self.labels]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,9 +139,10 @@ def read_pixels(item: VisualItem, vision: PatchGeometry, resample: str) -> np.nd
     else:
         _, height, width = item.layout.grid
         size = (height * vision.patch_size, width * vision.patch_size)
-        picture = images.load_image(item.media, keep_grey=True, at_least=size if resample == "reduced" else None)
-        frames = images.resize_to_grid(picture, item.layout.grid, vision, resample)[None]
-    return images.frames_to_patches(frames, item.layout, vision)
+        reduced = resample == "reduced" and vision.image_side is None
+        picture = image_files.load_image(item.media, keep_grey=True, at_least=size if reduced else None)
+        frames = image_files.image_frames(picture, item.layout.grid, vision, resample)
+    return image_files.frames_to_patches(frames, item.layout, vision)
 
 
 class ExampleEncoder:
@@ -199,30 +208,32 @@ class ExampleEncoder:
                     f"the text has {counts[kind]} <{kind}> placeholder(s) but the sample has {len(found)} {kind}(s)",
                 )
         by_kind = {
-            "image": [self._image_item(media) for media in sample.images],
+            # Pictures of a sample share the most tiles while learning; a prompt's have them each.
+            "image": [self._image_item(media, 1 if prompt else len(sample.images)) for media in sample.images],
             "video": [self._video_item(media) for media in sample.videos],
         }
-        tokens = {kind: iter([item.layout.tokens for item in items]) for kind, items in by_kind.items()}
-        turns = self._chat.turns(sample.messages, tokens["image"], tokens["video"], sample.tools, prompt=prompt)
+        parts = {kind: iter([item.parts for item in items]) for kind, items in by_kind.items()}
+        turns = self._chat.turns(sample.messages, parts["image"], parts["video"], sample.tools, prompt=prompt)
         # Media in the order in which the text names them: that is the order of their patches.
         order = {kind: iter(items) for kind, items in by_kind.items()}
         return turns, [next(order[kind]) for turn in turns for _, kind in turn.media]
 
-    def _image_item(self, media: Media) -> VisualItem:
-        height, width = images.image_size(media)
+    def _image_item(self, media: Media, images: int) -> VisualItem:
+        height, width = image_files.image_size(media)
         limits = self._limits
-        grid = images.image_grid(
+        grid = image_files.image_grid(
             height,
             width,
             self._model.vision,
             min_pixels=limits.min_pixels,
             max_pixels=limits.max_pixels,
             limit_patches=limits.limit_image_patches,
+            images=images,
         )
-        shrunk = self._shrunk(height, width, grid[1] * grid[2])
-        return VisualItem(media, "image", images.visual_layout(grid, self._model.vision), shrunk=shrunk)
+        shrunk = self._shrunk(height, width, grid[0] * grid[1] * grid[2], images)
+        return VisualItem(media, "image", image_files.visual_layout(grid, self._model.vision), shrunk=shrunk)
 
-    def _shrunk(self, height: int, width: int, patches: int) -> bool:
+    def _shrunk(self, height: int, width: int, patches: int, images: int = 1) -> bool:
         """Return whether a budget made an image or a frame smaller than its own limits do.
 
         Raises SampleError when such samples are refused.
@@ -230,17 +241,19 @@ class ExampleEncoder:
         limits, vision = self._limits, self._model.vision
         if limits.limit_image_patches is None and limits.max_patches is None:
             return False
-        if patches >= limits.max_pixels // vision.patch_size**2:  # the rule itself passes max_pixels for thin images
+        # The rule itself passes max_pixels for thin images.
+        if vision.image_side is None and patches >= limits.max_pixels // vision.patch_size**2:
             return False
-        _, rows, columns = images.image_grid(
-            height, width, vision, min_pixels=limits.min_pixels, max_pixels=limits.max_pixels
+        views, rows, columns = image_files.image_grid(
+            height, width, vision, min_pixels=limits.min_pixels, max_pixels=limits.max_pixels, images=images
         )
-        if rows * columns <= patches:
+        needed = views * rows * columns
+        if needed <= patches:
             return False
         if limits.refuse_shrunk:
             raise SampleError(
                 "shrunk",
-                f"an image of {width}x{height} needs {rows * columns} patches and has room for {patches}; "
+                f"an image of {width}x{height} needs {needed} patches and has room for {patches}; "
                 "raise patches_per_row, lower max_pixels, or set data.on_shrink to allow",
             )
         return True
@@ -257,14 +270,24 @@ class ExampleEncoder:
             limit_patches=limits.limit_image_patches,
             total_patches=limits.max_patches,
         )
+        text = self._model.vision.frame_text
+        labels = (
+            ()
+            if text is None
+            else tuple(
+                text.format(time=time, number=number, line="\n" if number > 1 else "")
+                for number, time in enumerate(plan.pair_times, 1)
+            )
+        )
         shrunk = self._shrunk(*plan.size, plan.grid[1] * plan.grid[2])
         return VisualItem(
             media,
             "video",
-            images.visual_layout(plan.grid, self._model.vision),
+            image_files.visual_layout(plan.grid, self._model.vision),
             plan.frames,
             plan.seconds_per_pair,
             shrunk,
+            labels,
         )
 
     def _fit(self, turns: list[Turn], visuals: list[VisualItem]) -> tuple[list[Turn], int]:
@@ -299,9 +322,9 @@ class ExampleEncoder:
         vision, text = self._model.vision, self._model.text
         ids: list[int] = []
         learned: list[float] = []
-        starts: list[tuple[int, str]] = []
+        starts: list[list[int]] = []  # of each medium: the first placeholder of each of its parts
         for index, turn in enumerate(turns):
-            starts.extend((len(ids) + offset, kind) for offset, kind in turn.media)
+            starts.extend([len(ids) + offset for offset in offsets] for offsets, _ in turn.media)
             ids.extend(turn.tokens)
             if self._limits.train_on == "all":
                 learned.extend([turn.weight] * len(turn.tokens))
@@ -320,9 +343,14 @@ class ExampleEncoder:
         visuals = visuals[: len(starts)]
         visual_index = np.full(count, -1, np.int32)
         base = 0
-        for (start, _), item in zip(starts, visuals, strict=True):
-            visual_index[start : start + item.layout.tokens] = base + item.layout.token_index
+        spans = []
+        for parts, item in zip(starts, visuals, strict=True):
+            indexes = np.split(base + item.layout.token_index, len(parts))
+            for start, index in zip(parts, indexes, strict=True):
+                visual_index[start : start + len(index)] = index
             base += item.layout.tokens
+            frames, height, width = item.layout.grid
+            spans += [(start, (frames // len(parts), height, width), item.seconds) for start in parts]
         targets = np.zeros(count, np.int32)
         weights = np.zeros(count, np.float32)
         if not prompt and count > 1:
@@ -330,7 +358,6 @@ class ExampleEncoder:
             weights[:-1] = np.array(learned[1:count], np.float32) * (visual_index[1:] < 0)
             if not weights.any():
                 raise SampleError("nothing_to_learn", "no token of the sample is learned")
-        spans = [(start, item.layout.grid, item.seconds) for (start, _), item in zip(starts, visuals)]
         positions = rotary_positions(
             count,
             spans,

@@ -22,10 +22,10 @@ class VisionLanguageModel(LanguageModel):
     vision: nnx.Module
     projector: nnx.Module
 
-    def visual_features(self, batch: Batch, *, max_image_patches: int | None = None) -> jax.Array:
-        """(B, P / merge_unit, D): one visual token for each group of neighbouring patches, in window order."""
+    def tower_features(self, batch: Batch, *, max_image_patches: int | None = None):
+        """What the tower makes of a batch's patches."""
         with jax.named_scope("vision"):
-            features = self.vision(
+            return self.vision(
                 batch.patches,
                 batch.patch_positions,
                 batch.patch_segment_ids,
@@ -35,6 +35,10 @@ class VisionLanguageModel(LanguageModel):
                 max_image_patches=max_image_patches,
                 dtype=self.compute_dtype,
             )
+
+    def visual_features(self, batch: Batch, *, max_image_patches: int | None = None) -> jax.Array:
+        """(B, P / merge_unit, D): one visual token for each group of neighbouring patches, in window order."""
+        features = self.tower_features(batch, max_image_patches=max_image_patches)
         with jax.named_scope("projector"):
             return self.projector(features)
 

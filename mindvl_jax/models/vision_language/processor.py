@@ -100,7 +100,7 @@ def cached_tokenizer(config: TokenizerConfig) -> Tokenizer:
 def training_limits(config: Config, phase_index: int) -> EncodeLimits:
     """Budgets and pixel rules of a phase for one sample."""
     phase, vision, data = config.training.phases[phase_index], config.model.vision, config.data
-    largest = phase.max_image_patches or phase.max_pixels // vision.patch_size**2
+    largest = phase.max_image_patches or vision.image_patches or phase.max_pixels // vision.patch_size**2
     return EncodeLimits(
         min_pixels=phase.min_pixels,
         max_pixels=phase.max_pixels,
