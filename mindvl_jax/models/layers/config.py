@@ -38,7 +38,7 @@ class TextConfig(Section):
     max_position_embeddings: Annotated[int, bounded(2**31 - 1)] = 32768
     rope_dynamic_factor: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         None,
-        description="Published factor of dynamic frequencies. They change nothing up to max_position_embeddings; longer "
+        description="Published factor of dynamic frequencies. Nothing changes up to max_position_embeddings; longer "
         "samples are not built.",
     )
 
