@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from flax import nnx, traverse_util
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from mindvl_jax.config.schema import CheckpointConfig, Config, MeshConfig
@@ -458,9 +458,3 @@ def load_params(path: str | Path, mesh: Mesh | None = None, *, ema: bool = False
                 )
             return config, {p: value.astype(target[p].dtype) for p, value in params.items()} if ema else params
     raise UserError(f"{path}: no checkpoint can be read whole:\n  " + "\n  ".join(damaged or ["there is none"]))
-
-
-def load_weights(path: str | Path, mesh: Mesh | None = None, *, ema: bool = False) -> tuple[Config, nnx.State]:
-    """As `load_params`, with the parameters as an nnx.State that `nnx.update(model, state)` takes."""
-    config, params = load_params(path, mesh, ema=ema)
-    return config, outline_of(config.model, config.adapters).state(params)

@@ -82,7 +82,7 @@ class Outline:
     def of(cls, build: Callable[[nnx.Rngs], nnx.Module]) -> Outline:
         """Trace `build` without computing anything."""
         graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param)
-        variables = {"/".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
+        variables = {_name(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
         variables = dict(sorted(variables.items()))
         values = {path: variable.get_value() for path, (_, variable) in variables.items()}
         names = {path: variable.get_metadata().get("out_sharding") for path, (_, variable) in variables.items()}
@@ -91,7 +91,7 @@ class Outline:
     def initial(self, key: jax.Array) -> Params:
         """Fresh parameters; trace it under `jax.jit` with `out_shardings` to create them in their places."""
         _, state = nnx.split(self.build(nnx.Rngs(key)), nnx.Param)
-        return {"/".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+        return flatten(state)
 
     def state(self, params: Mapping[str, Any]) -> nnx.State:
         """The parameters as an nnx.State, as `nnx.update` and `nnx.merge` take it.
@@ -110,4 +110,8 @@ class Outline:
 
 def flatten(state: nnx.State) -> Params:
     """nnx.State of parameters -> flat dict by path."""
-    return {"/".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+    return {_name(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+
+
+def _name(path: tuple) -> str:
+    return "/".join(map(str, path))

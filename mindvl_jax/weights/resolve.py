@@ -17,6 +17,7 @@ from mindvl_jax.checkpoints import id_table as vocabulary
 from mindvl_jax.checkpoints.checkpoint import load_params, locate
 from mindvl_jax.checkpoints.names import EMA, ID_TABLE, is_run, named_folder
 from mindvl_jax.config.schema import Config, ModelConfig, TokenizerConfig
+from mindvl_jax.core.params import flatten
 from mindvl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from mindvl_jax.models.adapters import attach_values
 from mindvl_jax.models.hf import Pixels
@@ -56,10 +57,7 @@ class OpenedModel:
 
     def parameters(self) -> dict:
         """Parameters by path."""
-        return {
-            "/".join(map(str, path)): variable.get_value()
-            for path, variable in nnx.to_flat_state(nnx.state(self.model, nnx.Param))
-        }
+        return flatten(nnx.state(self.model, nnx.Param))
 
 
 def open_model(folder: str | Path, mesh: Mesh | None = None, dtype=None) -> OpenedModel:

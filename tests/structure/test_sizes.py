@@ -45,6 +45,7 @@ LONG_TODAY = {
     "mindvl_jax/weights/adapters.py _take_linear": "",
     "npu_bridge/compiler/memory.py loop": "",
     "npu_bridge/compiler/passes/collectives.py _merge_sums": "",
+    "npu_bridge/compiler/passes/overlap.py _start_where_the_operand_is": "",
     "npu_bridge/compiler/passes/collectives.py _scatter": "",
     "npu_bridge/emulator/conformance.py main": "",
     "npu_bridge/runtime/api.py _abstract": "",

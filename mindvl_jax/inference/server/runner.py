@@ -84,9 +84,6 @@ class Runner:
         self._thread.start()
         self.metrics.warmed_up()
 
-    def stop_accepting(self) -> None:
-        self._accepting = False
-
     def close(self) -> None:
         """End the thread; requests under way get an error."""
         self._accepting, self._ending = False, True

@@ -54,11 +54,6 @@ class SourceFindings:
     def kept(self) -> int:
         return len(self.tokens)
 
-    @property
-    def patches_per_token(self) -> float:
-        """Patch places that this data needs for each token position."""
-        return sum(self.patches) / max(sum(self.tokens), 1)
-
 
 def check_source(
     source: Source,

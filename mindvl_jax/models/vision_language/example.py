@@ -391,11 +391,6 @@ def _joined(arrays: list[Any], empty: tuple[int, ...]) -> np.ndarray:
     return np.concatenate(arrays) if arrays else np.zeros(empty, np.int32)
 
 
-def encode_sample(sample: Sample, model: ModelConfig, tokenizer: TextTokenizer, limits: EncodeLimits) -> Example:
-    """Encode one sample for training; `ExampleEncoder` does the same for many without building its tables again."""
-    return ExampleEncoder(model, tokenizer, limits).encode(sample)
-
-
 def encode_prompt(
     messages: Sequence[Message],
     image_media: Sequence[Media] = (),
