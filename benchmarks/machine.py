@@ -1,4 +1,4 @@
-"""What a figure was measured on: processor, versions, commit. No host name, no path."""
+"""Machine record of a measurement: processor, versions, commit. No host name, no path."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ import numpy as np
 
 TOKENS, PATCHES, SAMPLES = 4096, 8192, 8
 Facts = Callable[[], dict[str, Any]]
-"""What else is known of a side, asked after its steps."""
+"""Extra facts about a side, asked after its steps."""
 
 
 def slice_of(layers: int, blocks: int, full_every: int = 8):

@@ -42,7 +42,7 @@ class DamagedCheckpoint(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a run stands, as the host knows it.
+    """Progress of a run, on the host.
 
     Attributes:
       step: optimizer steps done over all phases. phase: index of the phase that the state belongs to. phase_name: its
@@ -401,7 +401,8 @@ class CheckpointReader:
 
 
 def _ignore_late_reads() -> None:
-    """When one array cannot be read, Orbax closes its event loop while others are still on their way, and each of those
+    """Silence errors of Orbax's event loop: when one array cannot be read, the loop closes while others are in flight,
+    and each of those
     complains with a traceback of its own. The one error that is raised says it all.
     """
     before = sys.unraisablehook

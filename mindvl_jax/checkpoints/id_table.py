@@ -45,7 +45,7 @@ def keep(run: RunConfig, config: TokenizerConfig, *, resumed: bool, write: bool)
 
 
 def _of(weights: str | None) -> Path | None:
-    """Where the run or the exported model of `weights` keeps its table, if it has one."""
+    """Return the path of the id table of a run or exported model, or None."""
     if weights is None:
         return None
     folder, _ = named_folder(weights)

@@ -1,4 +1,4 @@
-"""How people name weights, and the files beside them that say what their token ids mean."""
+"""Names of weights (RUN:STEP, RUN:ema ..), and the files beside them that define token ids."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What can be set, and what is wrong with what was set. Imports no jax."""
+"""Configuration schema, loading and validation. Imports no jax."""

@@ -103,7 +103,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """What the `model` section of every family has.
+    """Fields of every family's `model` section.
 
     `family` selects the subclass; `preset` fills what is not given here.
     """

@@ -37,7 +37,7 @@ LORA_TARGETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What became of one of their keys. file: data, model or script."""
+    """Translation of one MindSpeed-MM key. file: data, model or script."""
 
     file: str
     name: str

@@ -1,4 +1,4 @@
-"""What can be set, and what is wrong with what was set. Knows nothing of jax.
+"""Configuration schema and validation. Imports no jax.
 
 `load(path, overrides)` in `mindvl_jax.config.loader` reads YAML into these types; a typo never passes silently.
 Defaults are given only for what no checkpoint defines: model sizes have none and come from a preset or the file.
@@ -287,7 +287,7 @@ class OptimizerConfig(Section):
 
 
 class FlowMatchingConfig(Section):
-    """How noise is drawn for models that generate by flow matching."""
+    """Noise distribution of flow matching."""
 
     times: Literal["uniform", "logit_normal"] = Field(
         "logit_normal", description="Law of the noise levels; logit_normal prefers the middle."

@@ -1,4 +1,4 @@
-"""Where compiled programs are kept between commands.
+"""Cache of compiled programs between commands.
 
 Does not import jax: its settings are read when it is first imported.
 """

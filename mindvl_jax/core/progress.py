@@ -1,4 +1,4 @@
-"""What a long piece of work says while it runs, on a terminal and in a pipe.
+"""Progress output of long work, on a terminal and in a pipe.
 
 A terminal gets bars that redraw. A pipe or a log file gets whole lines with the time of day, none of them wrapped, and
 a line at least

@@ -134,7 +134,7 @@ class Example(Protocol):
 
 
 class Cost(NamedTuple):
-    """What an example takes of a row.
+    """An example's cost in a row.
 
     Attributes:
       size: of each budget, in the order of `Processor.budgets`.
@@ -185,7 +185,7 @@ class Processor(Protocol):
         """Read the media of an example. Raises SampleError when one does not decode."""
 
     def media_of(self, example: Example) -> Any:
-        """What `fill` needs of an example, small to pickle; something false if it has no media."""
+        """Return the part of an example that `fill` needs, cheap to pickle; falsy if it has no media."""
 
     def fill(self, area: np.ndarray, media: Sequence[Any]) -> list[SampleError | None]:
         """Read the media of a row's examples into its area, one after another, leaving out failed ones; each example's

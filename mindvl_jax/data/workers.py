@@ -35,7 +35,7 @@ CHUNKS_AHEAD = 3  # chunks under way for each process
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a process needs to know; pickled once to each."""
+    """Settings of a worker process; pickled once to each."""
 
     config: Config
     phase_index: int

@@ -1,4 +1,4 @@
-"""Which option an answer names. Benchmarks read answers by different rules; each is here under its benchmark's name.
+"""Parse the option that an answer names. Each benchmark has its own rule, named after it.
 
 An answer that names no option is wrong: no rule here guesses, and none asks another model. (The published MMMU rule
 draws a random option instead, which gives a model that says nothing a quarter of the points.)

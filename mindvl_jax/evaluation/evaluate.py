@@ -31,7 +31,7 @@ from mindvl_jax.inference.prompts import without_media
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What decides a prediction besides sample and weights.
+    """Generation settings: everything besides sample and weights that changes a prediction.
 
     The image areas are those in force, never "the model's own": those may change.
     """

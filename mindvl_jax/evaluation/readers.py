@@ -67,7 +67,7 @@ LONGEST_LIST = 100_000  # characters of a cell that is taken for a list written 
 
 
 def spelled_list(text: str) -> Any:
-    """What a cell that spells a list holds: `['a', 'b']` as Python writes it, `['a' 'b']` as numpy prints it.
+    """Parse a cell that spells a list: `['a', 'b']` as Python writes it, `['a' 'b']` as numpy prints it.
 
     The text itself when it merely stands in brackets.
     """

@@ -214,7 +214,7 @@ def _score_table(scores: dict) -> dict[str, Any]:
 
 
 def _benchmarks(folder: Path, found: dict | None) -> dict[str, Any] | None:
-    """What the page says of benchmark files; of stand-ins, that they are none."""
+    """Describe benchmark files on the page; name stand-ins as such."""
     if not found:
         return None
     tasks = found["tasks"]

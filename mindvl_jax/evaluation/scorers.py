@@ -1,4 +1,4 @@
-"""How an answer is judged: one function a metric, each from 0 to 1 for one sample.
+"""Metrics: one function each, from 0 to 1 for one sample.
 
 Every rule is written out from the benchmark's own publication or the evaluation code that the field uses (named at each
 function), because two tools that "both compute ANLS" disagree in exactly these details.

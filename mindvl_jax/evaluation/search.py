@@ -38,7 +38,7 @@ class Pixels:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """How a setting did: per-sample scores and prompt tokens on the samples it was given."""
+    """Result of one setting: scores and prompt tokens per sample."""
 
     pixels: Pixels
     scores: tuple[float, ...]
@@ -150,7 +150,7 @@ def halving(
 
 
 def _largest_first(settings: Sequence[Pixels]) -> list[Pixels]:
-    """What is compiled for the largest images serves the smaller ones too."""
+    """Compile for the largest images first: their programs serve smaller ones too."""
     return sorted(settings, key=lambda pixels: (pixels.min_pixels or 0, pixels.max_pixels or 0), reverse=True)
 
 

@@ -134,7 +134,7 @@ _NO_VISION = PatchGeometry()
 
 @dataclasses.dataclass(frozen=True)
 class _TextModel:
-    """What the chat encoder reads of a configuration, for a language model alone."""
+    """The configuration fields that the chat encoder reads, for a text-only model."""
 
     vision: PatchGeometry
     text: Any

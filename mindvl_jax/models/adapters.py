@@ -1,4 +1,4 @@
-"""Which linear layers carry a low-rank adapter, and how it is attached to a model.
+"""Low-rank adapters: selection of linear layers, and attachment to a model.
 
 A layout maps module paths such as `language/layers/attention/query` to an `Adapter`. It comes from the `adapters`
 section of a configuration (`weights.adapter_layout`) or from a PEFT folder (`weights.adapters`). The parameters

@@ -1,4 +1,4 @@
-"""What a family counts in a batch."""
+"""Counts of a batch that a family defines."""
 
 from __future__ import annotations
 

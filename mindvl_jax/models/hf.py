@@ -26,7 +26,7 @@ Shape = tuple[int, ...]
 
 
 class Form(Protocol):
-    """How a published tensor holds parameters. `shapes` are those of our parameters without their stack axes."""
+    """Form of a published tensor. `shapes` are those of our parameters without their stack axes."""
 
     def published_shape(self, shapes: Sequence[Shape]) -> Shape: ...
 

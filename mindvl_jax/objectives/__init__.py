@@ -1,3 +1,3 @@
-"""What a model is trained to do: loss terms of a micro-batch, what is displayed of them, and updates that gradients do
+"""Training objectives: loss terms of a micro-batch, their metrics, and updates that gradients do
 not make.
 """

@@ -11,7 +11,7 @@ from mindvl_jax.objectives.base import Objective
 def make_objective(
     model: ModelConfig, phase: PhaseConfig, *, loss_chunk: int = 1024, flow: FlowMatchingConfig | None = None
 ) -> Objective:
-    """What `model` learns in `phase`.
+    """Return the objective of `model` in `phase`.
 
     Args:
       loss_chunk: `training.loss_chunk`, of `sft`. flow: `training.flow_matching`, of `flow_matching`; default: its

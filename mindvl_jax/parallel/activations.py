@@ -1,4 +1,4 @@
-"""Where activations lie: constraints by logical dim names, which a step installs for its mesh and models only name.
+"""Activation sharding: models name logical dims, a step installs the constraints for its mesh.
 
 XLA decides by itself which operand of a product to exchange. Told nothing, it gathers the batch over fsdp and keeps the
 weights split (Qwen2.5-VL-7B on 8 x H100: activations summed in every layer, 49.6 GiB of temporaries in place of 30.0).
@@ -25,7 +25,7 @@ from npu_bridge import ops
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """What a program is traced for.
+    """Tracing context of a program.
 
     Attributes:
       mesh: devices behind it are not needed.

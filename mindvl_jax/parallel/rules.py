@@ -122,7 +122,7 @@ def batch_sharding(dims: Sequence[str | None], shape: Sequence[int], mesh: Mesh)
 
 @dataclasses.dataclass(frozen=True)
 class RowShare:
-    """Which of the global rows this process feeds: share `index` of `count` equal ones."""
+    """Return the global rows that this process feeds: rank `index` of `count`."""
 
     index: int
     count: int

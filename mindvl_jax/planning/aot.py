@@ -93,7 +93,7 @@ RECIPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler said of one program, for one device.
+    """The compiler's memory plan of one program, for one device.
 
     Attributes:
       arguments, temporaries: bytes. calls: custom calls by target. seconds, processor_seconds: of compilation.
@@ -167,7 +167,7 @@ def measure(config: Config, indexes: Sequence[int], topology: str) -> list[Measu
 
 
 def faults_of(text: str, config: Config, phase: int, mesh: Mesh | AbstractMesh) -> list[str]:
-    """What a compiled program of a phase must not hold or exchange, in words.
+    """List forbidden arrays and collectives of a phase's compiled program.
 
     Of activations a mesh without tensor parallelism exchanges the embedding's columns for rows; with it, sums of a
     device's own rows.

@@ -1,4 +1,4 @@
-"""What a compiler plans for the trainer's own programs on one device.
+"""Memory that a compiler plans for the trainer's programs on one device.
 
 backend npu_bridge: the memory plan of the torch program that would run, statement by statement
 (`npu_bridge.compiler.memory`). It is lowered for a mesh without devices, so it takes seconds for any number of them.

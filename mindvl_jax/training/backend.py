@@ -1,9 +1,8 @@
-"""Where the pure programs of a run are compiled and executed: XLA, or torch programs through npu_bridge.
+"""Back ends that compile and execute a run's programs: XLA, or torch through npu_bridge.
 
 With npu_bridge JAX still holds the host side of a run: parameters are made, restored and saved as JAX arrays, whose
-shards lie where the bridge's do, because process r of the job is device r of the mesh in both. A state changes hands
-without a copy over the
-network: into torch at the first step of a phase, back into JAX for a checkpoint, the next phase or an evaluation.
+shards lie where the bridge's do, because process r of the job is device r of the mesh in both. The state moves without
+network copies: to torch at the first step of a phase, back to JAX for a checkpoint, the next phase or an evaluation.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ Tree = TypeVar("Tree")
 
 
 class Backend(Protocol):
-    """What the trainer asks of a back end.
+    """Interface of a back end for the trainer.
 
     Attributes:
       in_flight: steps that may be dispatched and not fetched yet while the next is prepared; 0 where a call returns
@@ -53,7 +52,7 @@ class Backend(Protocol):
         """Compile a pure function of pytrees; what it returns is taken by every other program of the back end."""
 
     def as_jax(self, tree: Tree, shardings: Any) -> Tree:
-        """Arrays of this back end as JAX arrays of these shardings, which later steps do not overwrite."""
+        """Copy this back end's arrays into JAX arrays of these shardings, which later steps do not overwrite."""
 
     def precision(self) -> contextlib.AbstractContextManager:
         """In force while programs are traced and run: the precision of products (`model.matmul_precision`)."""

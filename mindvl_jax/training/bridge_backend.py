@@ -148,7 +148,7 @@ def program_of(
 
 
 def _with_clear_errors(jitted: Callable) -> Callable:
-    """What the bridge refuses is for the user to read, not a traceback."""
+    """Turn refusals of the bridge into a UserError without a traceback."""
 
     def program(*args: Any) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""What a person watching sees: the truth at start-up, then one live line."""
+"""Console display: a start-up summary, then one live line."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _precision(config: Config) -> str:
 
 
 def kernels_in_use(config: Config, mesh: Mesh) -> str:
-    """Who computes the operators, and in which form attention runs."""
+    """Describe which implementations compute the operators, and the form of attention."""
     if config.backend == "xla":
         platform_name = mesh.devices.flat[0].platform
         form = describe_attention(config.model.attention, platform_name)

@@ -16,7 +16,7 @@ from mindvl_jax.parallel.rules import batch_sharding
 
 
 class Loader(Protocol):
-    """What training asks of a loader (see `mindvl_jax.data`)."""
+    """Interface of a loader for training (see `mindvl_jax.data`)."""
 
     counters: dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""What a run calls outside of training: evaluation, the report, the profiler.
+"""Hooks of a run: evaluation, report, profiler.
 
 Injected, so that training imports none of them.
 """
@@ -33,7 +33,7 @@ class Hooks:
     """Whether `evaluate` does anything. If not, parameters are not gathered for it."""
 
     def problems(self) -> list[str]:
-        """What would fail hours later, such as missing evaluation files; found before the run starts."""
+        """Check early for what would fail hours later, such as missing evaluation files."""
         return []
 
     def watcher(self, say: Callable[[str], None]) -> StepWatcher | None:

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, one object a step, and the trackers of `loggers`."""
+"""Metrics of a run: metrics.jsonl, one object per step, and the trackers of `loggers`."""
 
 from __future__ import annotations
 

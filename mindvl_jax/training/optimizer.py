@@ -48,7 +48,7 @@ def learning_rates(phase: PhaseConfig, where: str) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class ParameterRule:
-    """What is particular to one parameter."""
+    """Optimizer settings of one parameter."""
 
     learning_rate_factor: float
     weight_decay: float

@@ -39,7 +39,7 @@ from mindvl_jax.training.validation import Best, Validation
 
 @dataclasses.dataclass
 class RunContext:
-    """What the phases of a run share.
+    """State shared by the phases of a run.
 
     Attributes:
       programs_for: (program key, options of `make_programs`) -> compiled programs, shared between phases of equal keys.

@@ -56,7 +56,7 @@ class Dispatched:
 
 @dataclasses.dataclass
 class RunLog:
-    """Where a run reports to, and its running totals.
+    """Outputs and running totals of a run.
 
     Attributes:
       log: None in all processes but the main one.

@@ -1,4 +1,4 @@
-"""Where a run starts: anew, or exactly where its newest whole checkpoint stands."""
+"""Start a run: from scratch, or exactly from its newest complete checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training changes: parameters, optimizer state, counters. A plain pytree of arrays."""
+"""Training state: parameters, optimizer state, counters. A plain pytree of arrays."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from npu_bridge import ops
 
 Metrics = dict[str, jax.Array]
 STEP_METRICS = ("loss", "grad_norm", "learning_rate", "applied", "finite", "bad_steps", "skipped_steps")
-"""What every step reports, whatever the objective; the objective's own metrics stand beside them."""
+"""Metrics that every step reports, besides those of the objective."""
 
 
 @jax.tree_util.register_dataclass
@@ -85,7 +85,7 @@ def by_part(params: Params) -> dict[str, Params]:
 
 
 def program_key(phase: PhaseConfig, objective: Objective, spec: BatchSpec, trained: Sequence[str]) -> tuple:
-    """What of a phase stands in its programs: phases with equal keys run the same compiled code."""
+    """Key of a phase's programs: phases with equal keys share compiled code."""
     return spec, objective, tuple(trained), phase.weight_decay, tuple(phase.learning_rate_multipliers.items())
 
 

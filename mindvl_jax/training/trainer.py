@@ -43,7 +43,7 @@ from mindvl_jax.training.stopping import StopRequest
 from mindvl_jax.training.validation import Best
 
 LOG = "run.log"
-"""What the run said, with date and time."""
+"""Log file of the run, with date and time."""
 
 __all__ = ["RunResult", "Trainer", "TrainingDiverged", "train"]
 

@@ -121,9 +121,9 @@ def compiler_options(model: ModelConfig, mesh: Mesh, flags: Mapping[str, Flag] |
     """XLA's options for a training step on the platform of the mesh; ours that its compiler does not know are left out.
 
     On a CPU float32 products are Eigen's: jaxlib 0.10 hands them to YNNPACK, which takes a third longer for those of a
-    layer. It keeps the sums along rows, which without it are made in windows one after another, and products of
-    bfloat16, for which it knows the processor's matrix units. Who recomputes wants memory, so operations then run in
-    the order that needs least of it, not in the widest one (figures: benchmarks/LOG.md).
+    layer. YNNPACK keeps sums along rows, which XLA otherwise computes in sequential windows, and bfloat16 products, for
+    which it uses the processor's matrix units. With remat, operations run in the order that needs the least memory
+    (figures: benchmarks/LOG.md).
 
     Args:
       flags: of the configuration (`compiler_flags`), over ours.

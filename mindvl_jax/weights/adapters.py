@@ -430,7 +430,9 @@ def target_modules(names: Sequence[str], config, *, modern: bool = True) -> list
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """What an adapter does to one published matrix (out, in). a: (r, in). b: (out, r). magnitude: (out,) for DoRA."""
+    """Weight update of an adapter for one published matrix (out, in). a: (r, in). b: (out, r). magnitude: (out,) for
+    DoRA.
+    """
 
     a: np.ndarray
     b: np.ndarray

@@ -98,7 +98,7 @@ def config_content(
 
 
 def model_type(config: ModelConfig) -> tuple[str, ModelType]:
-    """What a folder of this model calls itself, and what that is."""
+    """Return the model type in a folder's config.json and its meaning."""
     mapping = mapping_of(config)
     name = mapping.write_config(config, {})["model_type"]
     return name, mapping.model_types[name]

@@ -55,7 +55,7 @@ def choose_form(form, platform, local, *, plan, rows, queries, keys, heads, ids)
 
 
 def describe(form, platform):
-    """What `form` means in programs of this platform, in words."""
+    """Describe what `form` selects in programs of this platform."""
     if form != "auto":
         return f"{form}, as configured"
     if platform == "cpu":

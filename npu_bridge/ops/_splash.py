@@ -27,7 +27,7 @@ NO_QUERY, NO_KEY = -1, -2
 
 
 def refusal(queries, keys, *, causal):
-    """Why the kernels cannot be used for these shapes, or None."""
+    """Return the reason why the kernels cannot be used for these shapes, or None."""
     if min(queries, keys) < LANES:
         return f"rows of {min(queries, keys)} positions are shorter than one block of {LANES}"
     if causal and queries > keys:

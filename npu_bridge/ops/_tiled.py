@@ -100,7 +100,7 @@ class _Loops:
         return step * self.group if self.banded else 0
 
     def key_steps(self, step):
-        """How many tiles of keys a step walks through."""
+        """Number of key tiles in a step."""
         if self.banded:
             return self.before + 1 + self.behind
         last = self.padded_keys // self.block

@@ -28,7 +28,7 @@ MeshLike: TypeAlias = Mesh | AbstractMesh | dict[str, int] | None
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What changes the written program besides the function itself.
+    """Options that change the written program.
 
     device: npu gets the forms of torch_npu's fused calls (`npu_bridge.compiler.passes.fused_calls`).
     allow_host_sync: loops whose number of rounds is known only on the device may read it every round.
@@ -153,7 +153,7 @@ class Compiled:
 
     @property
     def execution(self) -> str:
-        """How steps run: "eager: <reason>", "one CUDA graph", "one NPU graph" or "torch.compile"."""
+        """Execution mode of steps: "eager: <reason>", "one CUDA graph", "one NPU graph" or "torch.compile"."""
         return self.program.status
 
     def __call__(self, flat: Sequence[Any]) -> list[Any]:

@@ -19,7 +19,7 @@ from npu_bridge.compiler.codegen.printer import Source
 
 
 def directory() -> pathlib.Path | None:
-    """Where programs are kept: NPU_BRIDGE_CACHE, else the user's cache folder. ``NPU_BRIDGE_CACHE=off`` keeps none."""
+    """Return the cache folder: NPU_BRIDGE_CACHE, else the user's cache folder. ``NPU_BRIDGE_CACHE=off`` keeps none."""
     chosen = os.environ.get("NPU_BRIDGE_CACHE", "")
     if chosen == "off":
         return None

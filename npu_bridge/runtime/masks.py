@@ -16,7 +16,7 @@ def math_attention_mask(
     blocks: tuple[int, int, int],
     dtype: str,
 ) -> tuple[torch.Tensor]:
-    """What is added to logits: 0, or minus infinity where a query may not attend. ids (B, T), (B, S) -> (B * I, 1, C,
+    """Additive attention mask: 0, or minus infinity where a query may not attend. ids (B, T), (B, S) -> (B * I, 1, C,
     S'), blocks as in `npu_bridge.kernels.attention`.
     """
     mask = forbidden(ids_q, ids_kv, (ids_q, ids_kv), causal=causal, window=window, blocks=blocks)

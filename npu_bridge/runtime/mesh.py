@@ -32,7 +32,7 @@ _groups: dict[tuple[int, ...], Any] = {}  # process groups by members: torch's g
 
 
 def timeout_seconds() -> float:
-    """How long a collective may take before it is taken for hung (NPU_BRIDGE_TIMEOUT, default 300 s)."""
+    """Time after which a collective counts as hung (NPU_BRIDGE_TIMEOUT, default 300 s)."""
     return float(os.environ.get("NPU_BRIDGE_TIMEOUT", "300"))
 
 
@@ -217,7 +217,7 @@ class Runtime:
 
     @staticmethod
     def wrap(x: int, bits: int, unsigned: bool) -> int:
-        """What is left of `x` in an integer of `bits`."""
+        """Wrap `x` to an integer of `bits`."""
         x &= (1 << bits) - 1
         return x if unsigned or x < 1 << (bits - 1) else x - (1 << bits)
 

@@ -65,7 +65,7 @@ class LoadedStep(Protocol):
 
 
 class ScopeTimes:
-    """What was recorded.
+    """Recorded times.
 
     Attributes:
       seconds: by (program's name, scope), summed over all calls; on a device the time of its stream between marks, in
@@ -85,7 +85,7 @@ class ScopeTimes:
         self._module = None if device == "cpu" else torch.get_device_module(device)
 
     def program(self, compiled: LoadedStep) -> Callable[..., list[torch.Tensor]]:
-        """What runs in place of `compiled.program`."""
+        """Return the marked program that runs in place of `compiled.program`."""
         if id(compiled) not in self._marked:
             start = time.perf_counter()
             self._marked[id(compiled)] = compiled, self._with_marks(compiled)

@@ -52,7 +52,7 @@ _DATA_LOOP = "the number of rounds depends on data on the device"
 
 
 class Record:
-    """What came of each comparison."""
+    """Outcome of each comparison."""
 
     def __init__(self) -> None:
         self.count: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
@@ -93,7 +93,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What of a refusal is the same for many programs: no source lines, no numbers of arguments."""
+    """Reduce a refusal to its common text, without source lines and argument numbers."""
     text = re.sub(r"^\s*\d+\. ", "", str(error).splitlines()[-1])
     return re.sub(r" at \S*?:\d+[^:]*: | at .*?: ", ": ", text)[:160]
 

@@ -20,7 +20,7 @@ def _apart(got, exact) -> float:
 
 
 def _both(fn, *arrays):
-    """What the bridge makes of bfloat16 arrays, and the same function of the same numbers in float64."""
+    """Return the bridge's results in bfloat16 and those of the same function in float64."""
     run = npu_bridge.jit(fn)
     ours = run(*arrays)
     for call in range(1, CALLS):

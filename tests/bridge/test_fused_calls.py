@@ -1,4 +1,4 @@
-"""What is written for npu where torch_npu's fused calls differ from the bridge's operators; run here on the kernels'
+"""Programs for npu where torch_npu's fused calls differ from the bridge's operators; run here on the kernels'
 equivalents.
 """
 

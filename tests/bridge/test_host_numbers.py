@@ -1,4 +1,4 @@
-"""What the host knows while a program runs: counters, places in the mesh, constant tables; branches on it run alone."""
+"""Host-known values: counters, mesh positions, constant tables. Only the chosen branch of a host value runs."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What a caller of `jax.jit` takes for granted: dtypes, static and named arguments, memory that stays its owner's."""
+"""`jax.jit` semantics: dtypes, static and named arguments, arguments that stay unchanged."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What the bridge does not support is refused before anything runs, all of it at once, with the user's source line."""
+"""Unsupported programs are refused before anything runs, with all problems and the user's source lines."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What the commands once said that was not so."""
+"""Regressions: messages of commands that were once wrong."""
 
 import argparse
 import fcntl

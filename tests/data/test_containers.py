@@ -1,4 +1,4 @@
-"""What a media file says about its pixels (orientation, transparency, streams, times) is followed as Pillow and players
+"""Container metadata (orientation, transparency, streams, times) is applied as Pillow and players
 follow it.
 """
 

@@ -1,4 +1,5 @@
-"""What a compiled training step exchanges on eight CPU devices: that of hand-written FSDP, HSDP and tensor parallelism.
+"""Collectives of a compiled training step on eight CPU devices: those of hand-written FSDP, HSDP and tensor
+parallelism.
 
 On a CPU XLA sums a gradient on all devices and cuts its shard out where TPU and GPU scatter it: all-reduces of whole
 weights stand here for reduce-scatters.

@@ -1,4 +1,4 @@
-"""What is read from the text of compiled programs. The texts are of XLA:TPU (jax 0.10.2, libtpu 0.0.42), shortened."""
+"""Parsing the text of compiled programs. The texts are of XLA:TPU (jax 0.10.2, libtpu 0.0.42), shortened."""
 
 import dataclasses
 

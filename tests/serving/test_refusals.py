@@ -1,4 +1,4 @@
-"""What must not be answered is refused with a clear 4xx in the OpenAI form, and the server goes on."""
+"""Invalid requests get a clear 4xx in the OpenAI form, and the server goes on."""
 
 import base64
 import dataclasses

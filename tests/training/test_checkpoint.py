@@ -1,4 +1,6 @@
-"""What a checkpoint costs and what it opens: arrays written as they are, and those that were written compressed."""
+"""Checkpoints: cost of writing, and compatibility when read: arrays written as they are, and those that were written
+compressed.
+"""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What may change between a checkpoint and its continuation goes on exactly; everything else is refused, and so is a
+"""Allowed changes between a checkpoint and its continuation resume exactly; others are refused, and so is a
 checkpoint that was tampered with.
 """
 

@@ -1,4 +1,4 @@
-"""What trackers hold after a run: the files of CSV and TensorBoard, and, where they are installed, of the real W&B,
+"""Contents of trackers after a run: the files of CSV and TensorBoard, and, where they are installed, of the real W&B,
 MLflow and SwanLab without a network.
 """
 

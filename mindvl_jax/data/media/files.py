@@ -85,5 +85,5 @@ def named_file(path: str) -> Media:
 
 
 def name(media: Media) -> str:
-    """What to call a medium in a message."""
+    """Return a medium's name for messages."""
     return repr(media.path) if media.path else "embedded bytes"

@@ -1,4 +1,4 @@
-"""How a model's tower cuts images and videos into patches: what the data pipeline must know of it."""
+"""Patch geometry of a vision tower: all that the data pipeline must know of it."""
 
 from __future__ import annotations
 

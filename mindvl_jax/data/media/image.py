@@ -130,7 +130,7 @@ _TURNS = {
     5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
     }  # fmt: skip
-"""What brings an image of each EXIF orientation upright."""
+"""Transpositions that undo each EXIF orientation."""
 
 
 def _orientation(image: Image.Image, data: bytes | None) -> int:
@@ -237,7 +237,7 @@ def _to_rgb(image: Image.Image, keep_grey: bool) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VisualLayout:
-    """Where the patches of one image or video lie, in window order. Depends on the grid alone, so it is shared.
+    """Layout of the patches of one image or video, in window order. Depends only on the grid, so it is shared.
 
     Attributes:
       grid: (frame pairs, height, width) in patches.

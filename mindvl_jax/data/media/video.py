@@ -47,7 +47,7 @@ def plan_frames(
     limit_patches: int | None = None,
     total_patches: int | None = None,
 ) -> VideoPlan:
-    """Which frames of a video are read and how large, from its header (counting packets where the header has no count).
+    """Plan the frames and sizes to read of a video, from its header (counts packets if the header has no count).
 
     `limit_patches` bounds one frame pair, `total_patches` the whole video: frames shrink until both hold.
     Raises SampleError for what is not a video, has no frame, or too many.

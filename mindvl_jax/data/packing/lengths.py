@@ -32,7 +32,7 @@ FORMAT = 3
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What the planner reads of an example, without the example."""
+    """Sizes of an example, for the planner."""
 
     id: str
     cost: Cost

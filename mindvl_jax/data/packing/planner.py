@@ -27,7 +27,7 @@ AHEAD = 2.0
 
 
 class RecordEncoder(Protocol):
-    """Where examples come from: `encoding.InlineEncoder` or `workers.PoolEncoder`."""
+    """Interface of the encoders `encoding.InlineEncoder` and `workers.PoolEncoder`."""
 
     def encode(self, position: int) -> Example | SampleError: ...
 
@@ -238,7 +238,7 @@ class Planner:
 
 
 def _difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
-    """What differs between two descriptions of a mixture, in words."""
+    """Describe the differences between two mixtures."""
 
     def names(sources):
         return [source["name"] for source in sources]

@@ -1,4 +1,4 @@
-"""Which samples share a row: best fit under two budgets with equal work in every row of the global batch.
+"""Assign samples to rows: best fit under two budgets, with balanced work over the rows of the global batch.
 
 Deterministic and from lengths alone, so every process of a run plans the same rows without exchanging anything.
 `docs/packing.md` explains the method with an image and compares it with others.

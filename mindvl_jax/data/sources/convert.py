@@ -48,7 +48,7 @@ MAGIC = (
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What a conversion did. `media_root` is what the new source must set, or None when its own folder does."""
+    """Result of a conversion. `media_root`: to be set for the new source, or None if its own folder serves."""
 
     written: int
     skipped: int

@@ -58,7 +58,9 @@ class MixtureStream:
         return sum(len(source) for source in self.sources)
 
     def describe(self) -> list[dict[str, Any]]:
-        """What the order of the samples depends on beside the seed, JSON-able: a resumed run must find the same."""
+        """Return everything besides the seed that determines the sample order, as JSON: a resumed run must find the
+        same.
+        """
         return [
             {"name": source.name, "records": len(source), "weight": weight, "digest": source.digest}
             for source, weight in zip(self.sources, self._weights, strict=True)

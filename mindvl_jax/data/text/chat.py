@@ -21,7 +21,7 @@ from mindvl_jax.data.text.template import TOOLS_AFTER, TOOLS_BEFORE, Frame, OwnT
 
 
 class TextTokenizer(Protocol):
-    """What this module asks of a tokenizer (`mindvl_jax.data.text.tokenizer.Tokenizer`)."""
+    """Interface of a tokenizer for this module (`mindvl_jax.data.text.tokenizer.Tokenizer`)."""
 
     eos_id: int
 
@@ -251,7 +251,7 @@ class _Building:
         self._learned.extend([learn] * len(ids))
 
     def content(self, text: str, *, learn: bool = False) -> None:
-        """What somebody wrote: text and placeholders. The text before a part is encoded with what stands before it."""
+        """A turn's content: text and placeholders. The text before a part is encoded with what stands before it."""
         held = ""
         for kind, part in pieces(text):
             if kind == "text":

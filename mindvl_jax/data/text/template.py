@@ -30,7 +30,7 @@ TOOLS_AFTER = (
     "<tool_call></tool_call> XML tags:\n"
     '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
 )
-"""What the published Qwen2.5 and Qwen3 formats write around the descriptions of tools, in the system turn."""
+"""Text around tool descriptions in the system turn of the published Qwen2.5 and Qwen3 formats."""
 
 QWEN_TEMPLATE = """\
 {%- macro text(message) %}
@@ -92,7 +92,7 @@ _MARKS = re.compile("\ue000(\\d+)\ue001")
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """What the template writes around a turn's text; `after` ends with the token that closes the turn (and white
+    """Template text around a turn; `after` ends with the token that closes the turn (and white
     space).
 
     Attributes:
@@ -189,7 +189,7 @@ class OwnTemplate:
         return asked[len(whole) :]
 
     def answer_header(self, messages: Sequence[Message]) -> str:
-        """What the template writes to ask for an answer."""
+        """Return the template's generation prompt."""
         return self._answer_header(tuple(message.role for message in messages))
 
     def _render(self, turns: list[dict[str, Any]], ask: bool) -> str:

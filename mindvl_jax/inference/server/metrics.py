@@ -1,4 +1,4 @@
-"""What `/metrics` tells Prometheus."""
+"""Prometheus metrics of `/metrics`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an operator of the server can set."""
+"""Settings of the server."""
 
 from __future__ import annotations
 

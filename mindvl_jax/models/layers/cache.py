@@ -16,7 +16,7 @@ from mindvl_jax.models.layers.config import TextConfig
 
 
 class Cache(abc.ABC):
-    """What a decoder keeps of the tokens that it has read: a pytree whose arrays have rows first, or layers and then
+    """Decoder cache of past tokens: a pytree whose arrays have rows first, or layers and then
     rows.
 
     A decoder makes its own (`empty_cache`), so grouped-query keys and values, latents or cross-attention memory are its

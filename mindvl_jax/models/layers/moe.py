@@ -23,7 +23,8 @@ from npu_bridge import ops
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """What one layer's router did, summed over the real tokens of all rows; stacked (L, ..) for a decoder. All float32.
+    """Statistics of one layer's router, summed over the real tokens of all rows; stacked (L, ..) for a decoder. All
+    float32.
 
     Attributes:
       load: (E,) tokens that each expert got; the sum is k times the tokens.

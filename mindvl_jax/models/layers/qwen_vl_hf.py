@@ -1,4 +1,4 @@
-"""What the published files of the Qwen-VL line share: media tokens, image processor settings, names of the merger.
+"""Shared by the published files of the Qwen-VL line: media tokens, image processor settings, names of the merger.
 
 Imports no jax.
 """

@@ -104,7 +104,7 @@ def _scan(body: Callable, x: jax.Array, stack: Any, remat: str) -> jax.Array:
 
 
 def alternation(depth: int, special: tuple[int, ...]) -> tuple[int, list[tuple[bool, int]]]:
-    """How a stack with some special layers repeats.
+    """Find the period of a stack with special layers.
 
     Args:
       depth: number of layers. special: indexes of the special ones, in any order.

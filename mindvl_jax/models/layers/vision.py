@@ -1,4 +1,4 @@
-"""What vision towers share: pixels to normalised patches, attention with two-dimensional rotary positions.
+"""Shared by vision towers: pixels to normalised patches, attention with two-dimensional rotary positions.
 
 B rows, P patches, N heads, H head dim, D tower width, L layers.
 """

@@ -1,4 +1,4 @@
-"""What a data set holds before it is trained on: kept and skipped with reasons, duplicates, lengths, examples to look
+"""Check a data set before training: kept and skipped samples with reasons, duplicates, lengths, examples to look
 at.
 """
 
@@ -23,7 +23,7 @@ LISTED = 200  # skipped samples and duplicates written out
 
 @dataclasses.dataclass
 class SourceFindings:
-    """What was found in one source. Lists stop at LISTED entries, counts do not.
+    """Findings of one source. Lists stop at LISTED entries, counts do not.
 
     Attributes:
       tokens, learned, patches: of each kept sample.

@@ -79,7 +79,7 @@ def budgets_of(shape: BatchShape) -> Budgets:
 
 
 def size_of(example: Example) -> tuple[int, int, int, int, int]:
-    """What an example takes of each budget, in the order of `visual_budgets`."""
+    """Return an example's use of each budget, in the order of `visual_budgets`."""
     return example.length, example.patches, 1, len(example.image_lengths), len(example.window_lengths)
 
 

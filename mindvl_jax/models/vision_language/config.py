@@ -1,4 +1,4 @@
-"""What the configurations of decoders that read visual tokens share. Imports no jax."""
+"""Shared configuration of decoders with visual tokens. Imports no jax."""
 
 from __future__ import annotations
 

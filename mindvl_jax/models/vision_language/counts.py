@@ -1,4 +1,4 @@
-"""What a batch of MindVL holds, counted on the device for display and FLOPs."""
+"""Counts of a MindVL batch, made on the device for display and FLOPs."""
 
 from __future__ import annotations
 

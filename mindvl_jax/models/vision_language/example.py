@@ -24,7 +24,7 @@ from mindvl_jax.models.vision_language.positions import rotary_positions
 
 @dataclasses.dataclass(frozen=True)
 class EncodeLimits:
-    """What one sample may take, and how its pixels are prepared. Sizes in pixels are areas of one frame.
+    """Limits of one sample, and the preparation of its pixels. Sizes in pixels are areas of one frame.
 
     Attributes:
       max_tokens, max_patches: budgets of one sample; None does not limit (inference).

@@ -1,4 +1,4 @@
-"""How much each sample asks of the language model and of the vision tower, to even out the rows of a batch."""
+"""Cost of each sample in the language model and vision tower, to balance the rows of a batch."""
 
 from __future__ import annotations
 

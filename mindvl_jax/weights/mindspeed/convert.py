@@ -54,7 +54,7 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What config.json says of a model: published tensors and their shapes, depth of both stacks, heads."""
+    """Sizes of a model by config.json: published tensors and their shapes, depth of both stacks, heads."""
 
     shapes: dict[str, tuple[int, ...]]
     depth: dict[str, int]

@@ -1,4 +1,4 @@
-"""How MindSpeed-MM lays out Qwen2.5-VL: names, packing, the split over tensor ranks and the places of pipeline chunks.
+"""MindSpeed-MM's layout of Qwen2.5-VL: names, packing, tensor-parallel splits and pipeline chunks.
 
 Facts: its `checkpoint/vlm_model` (converters/qwen2_5vl.py, operator.py, hf_to_mm.py). A model is cut into vpp * pp
 chunks; chunk c of the list lies in virtual stage c // pp of pipeline rank c % pp, and numbers its layers from 0. Two

@@ -8,7 +8,7 @@ _EFFECTS = frozenset({"rng"})
 
 
 def _key(op: Op) -> tuple | None:
-    """What equal operations have in common besides their attributes."""
+    """Key of common subexpressions, attributes aside."""
     if op.regions or op.name in _EFFECTS or "array" in op.attrs or has_effect(op):
         return None
     return op.name, tuple(map(id, op.operands)), tuple(r.type for r in op.results), tuple(r.layout for r in op.results)
@@ -72,7 +72,7 @@ def remove_unread(block: Block) -> None:
 
 
 def uses(block: Block) -> dict[Value, int]:
-    """How often each value is read in a block, inner regions and results included."""
+    """Count the reads of each value in a block, including inner regions and results."""
     count: dict[Value, int] = {}
 
     def visit(b: Block) -> None:
@@ -89,7 +89,7 @@ def uses(block: Block) -> dict[Value, int]:
 
 
 def behind_barriers(v: Value) -> Value:
-    """What a recomputed layer's barriers were given: for values that need not be made again with the layer."""
+    """Map results of remat's barriers to their operands, for values that need not be recomputed with the layer."""
     while v.producer is not None and v.producer.name == "optimization_barrier":
         v = v.producer.operands[v.producer.results.index(v)]
     return v
