@@ -5,20 +5,18 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
-import itertools
-import math
 import os
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from npu_bridge.compiler import callbacks
-from npu_bridge.compiler.ir import MeshShape, axis_parts
+from npu_bridge.compiler.host_numbers import HostNumbers
+from npu_bridge.compiler.ir import MeshShape
 from npu_bridge.errors import BridgeError, CollectiveError
 from npu_bridge.runtime.conversion import to_numpy, to_torch
 from npu_bridge.runtime.kernel_table import KernelTable
@@ -161,22 +159,18 @@ class InFlight:
         return self._finish()
 
 
-class Runtime:
+class Runtime(HostNumbers):
     """`rt` of a written program."""
 
     def __init__(self, mesh: MeshShape, device: str = "cpu", axes_used: Sequence[tuple[str, ...]] = ()):
         ensure_process_group(device, mesh.count)
-        self.mesh, self.sizes, self.kind = mesh, mesh.sizes, device
-        self.device = default_device(device)
+        self.kind, self.device = device, default_device(device)
         self.rank = dist.get_rank() if mesh.count > 1 else 0
         order = list(mesh.devices) if mesh.devices else list(range(mesh.count))
         if sorted(order) != list(range(mesh.count)):
             raise BridgeError(f"npu_bridge: mesh places {order} are not the ranks 0..{mesh.count - 1}")
         self.order = order
-        self.place = order.index(self.rank)
-        self.coordinates = dict(
-            zip(self.sizes, map(int, np.unravel_index(self.place, tuple(self.sizes.values()) or (1,))))
-        )
+        super().__init__(mesh, order.index(self.rank))
         self._members: dict[tuple[str, ...], tuple[Any, list[int]]] = {}
         self._calls = 0
         self._host_tensors: dict[Any, torch.Tensor] = {}
@@ -200,31 +194,8 @@ class Runtime:
 
     # -- places -------------------------------------------------------------------------------------------------------
 
-    def index(self, axes: Sequence[str], place: int | None = None) -> int:
-        """Number of the shard this device holds of a dimension split over `axes` (major first)."""
-        where = self.coordinates
-        if place is not None:
-            where = dict(zip(self.sizes, map(int, np.unravel_index(place, tuple(self.sizes.values()) or (1,)))))
-        number = 0
-        for reference in axes:
-            name, before, size = axis_parts(reference, self.sizes)
-            after = self.sizes[name] // (before * size)
-            number = number * size + (where[name] // after) % size
-        return number
-
     def size(self, axes: Sequence[str]) -> int:
         return self.mesh.size(tuple(axes))
-
-    @staticmethod
-    def wrap(x: int, bits: int, unsigned: bool) -> int:
-        """Wrap `x` to an integer of `bits`."""
-        x &= (1 << bits) - 1
-        return x if unsigned or x < 1 << (bits - 1) else x - (1 << bits)
-
-    @staticmethod
-    def replaced(values: tuple[int, ...], at: int, value: int) -> tuple[int, ...]:
-        """A flat table of the host with one element exchanged."""
-        return (*values[:at], value, *values[at + 1 :])
 
     def host_tensor(
         self, values: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, unsigned: bool = False
@@ -240,48 +211,13 @@ class Runtime:
             self._host_tensors[key] = torch.tensor(stored, dtype=dtype).reshape(shape).to(self.device)
         return self._host_tensors[key]
 
-    @staticmethod
-    def int_quotient(x: int, y: int) -> int:
-        """Rounds to zero, as StableHLO divides; Python rounds down."""
-        return (
-            -1
-            if y == 0
-            else math.trunc(x / y)
-            if abs(x) < 1 << 52
-            else (abs(x) // abs(y)) * (1 if (x < 0) == (y < 0) else -1)
-        )
-
-    @staticmethod
-    def int_remainder(x: int, y: int) -> int:
-        return x if y == 0 else int(math.fmod(x, y))
-
     # -- groups -------------------------------------------------------------------------------------------------------
-
-    def _rows(self, axes: tuple[str, ...]) -> list[list[int]]:
-        """Ranks of every group along `axes`, each in the order of the shards."""
-        rows: dict[tuple, dict[int, int]] = {}
-        for place in range(self.mesh.count):
-            where = np.unravel_index(place, tuple(self.sizes.values()) or (1,))
-            rest = []
-            for name, at in zip(self.sizes, map(int, where)):
-                mine = sorted(
-                    (axis_parts(a, self.sizes) for a in axes if a.partition(":")[0] == name), key=lambda p: p[1]
-                )
-                # what is left of this coordinate once the digits of the group's (sub-)axes are taken out
-                digits, total = [], self.sizes[name]
-                taken = {(b, s) for _, b, s in mine}
-                edges = sorted({1, total, *(b for b, _ in taken), *(b * s for b, s in taken)})
-                for low, high in itertools.pairwise(edges):
-                    if not any(b <= low and high <= b * s for b, s in taken):
-                        digits.append((at // (total // high)) % (high // low))
-                rest.append(tuple(digits))
-            rows.setdefault(tuple(rest), {})[self.index(axes, place)] = self.order[place]
-        return [[row[i] for i in sorted(row)] for row in rows.values()]
 
     def _join(self, axes: tuple[str, ...]) -> None:
         if self.mesh.count == 1 or axes in self._members:
             return
-        for row in self._rows(axes):
+        for places in self.groups(axes):
+            row = [self.order[place] for place in places]
             key = tuple(sorted(row))
             if key not in _groups:  # every rank makes every group, in one order
                 everyone = len(key) == dist.get_world_size()

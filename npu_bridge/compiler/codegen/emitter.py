@@ -18,7 +18,7 @@ from npu_bridge.compiler.codegen.operands import (
     literal_code,
     torch_dtype,
 )
-from npu_bridge.compiler.codegen.program import Assign, Function, Item, Stmt
+from npu_bridge.compiler.codegen.program import Assign, Exchange, Function, Item, Stmt
 from npu_bridge.compiler.ir import Block, Location, MeshShape, Op, Program, Type, Value, free_values
 from npu_bridge.errors import UnsupportedError
 
@@ -78,6 +78,7 @@ class Emitter:
         self.location = Location()
         self.tables: dict[tuple, str] = {}  # elements of tables that the host looks up, and their names in the text
         self._count = 0
+        self._exchange: Exchange | None = None  # noted, for the statement that is written next
         self._trips = 1  # how often the code being written runs in one step
         self._constant_index: dict[bytes, int] = {}
 
@@ -140,6 +141,7 @@ class Emitter:
         """Write one statement with one result."""
         out = Tensor(self.fresh(), type)
         names = [i.name for i in ins if isinstance(i, Tensor)]
+        begun, self._exchange = self._exchange, None
         options = [((t.name,), c) for t, c in inplace]
         self.items.append(
             Stmt(
@@ -153,6 +155,7 @@ class Emitter:
                 self.location,
                 kind,
                 constant,
+                begun,
             )
         )
         return out
@@ -358,12 +361,21 @@ class Emitter:
         return name
 
     def note_collective(
-        self, op: Op, kind: str, dims: Sequence[Sequence[str]], type: Type, moved: int, *, waits: bool = True
+        self,
+        op: Op,
+        kind: str,
+        dims: Sequence[Sequence[str]],
+        type: Type,
+        moved: int,
+        *,
+        waits: bool = True,
+        pairs: Sequence[tuple[int, int]] = (),
     ) -> None:
         """Record a collective: `moved` bytes leave this device per execution. dims: axes of each call. waits: whether
         it blocks the computation or overlaps with it until its result is read.
         """
         self.groups.update(tuple(d) for d in dims if d)
+        self._exchange = Exchange(kind, tuple(tuple(d) for d in dims if d), tuple(pairs))
         axes = tuple(a for d in dims for a in d)
         self.collectives.append(
             {"kind": kind, "axes": axes, "devices": self.mesh.size(axes), "shape": type.shape, "dtype": type.dtype,

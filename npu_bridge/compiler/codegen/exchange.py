@@ -110,15 +110,15 @@ def permute(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     pairs = [tuple(p) for p in op.attrs["pairs"]]
     if all(s == t for s, t in pairs) and len(pairs) == e.mesh.count:
         return x
-    e.note_collective(op, "permute", [tuple(e.mesh.sizes)], x.type, x.type.bytes)
+    e.note_collective(op, "permute", [tuple(e.mesh.sizes)], x.type, x.type.bytes, pairs=pairs)
     return e.emit(f"rt.permute({x.name}, {pairs})", [x], op.result.type, kind="collective")
 
 
 @lowering("start_permute")
 def start_permute(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     x = e.tensor(args[0])
-    e.note_collective(op, "permute", [tuple(e.mesh.sizes)], x.type, x.type.bytes, waits=False)
     pairs = [tuple(p) for p in op.attrs["pairs"]]
+    e.note_collective(op, "permute", [tuple(e.mesh.sizes)], x.type, x.type.bytes, waits=False, pairs=pairs)
     return e.emit(f"rt.start_permute({x.name}, {pairs})", [x], op.result.type, kind="collective")
 
 

@@ -8,11 +8,13 @@ import dataclasses
 import os
 import re
 
+from npu_bridge.compiler import exchange_order
 from npu_bridge.compiler.codegen import contraction, control, elementwise, exchange, indexing, shaping  # noqa: F401  (register lowerings)
 from npu_bridge.compiler.codegen.emitter import Emitter
 from npu_bridge.compiler.codegen.program import Assign, Stmt, remove_dead, walk
 from npu_bridge.compiler.ir import Location, Program
 from npu_bridge.compiler.memory import Planner
+from npu_bridge.errors import UnsupportedError
 
 
 @dataclasses.dataclass
@@ -57,6 +59,12 @@ def generate(program: Program, *, allow_host_sync: bool = False, device: str = "
     emitter = Emitter(program, allow_host_sync=allow_host_sync, device=device)
     params, results = emitter.run()
     items = remove_dead(emitter.items, set(results))
+    tables = [
+        f"{name} = {tuple(map(bool, values)) if boolean else values}"
+        for (values, boolean), name in emitter.tables.items()
+    ]
+    if hanging := exchange_order.problems(items, program.mesh, tables):
+        raise UnsupportedError(hanging)
     types = {p: v.type for p, v in zip(params, program.body.params)}
     donated = {p for p, d in zip(params, program.donated) if d}
     plan = Planner(types, donated).run(items, results)
@@ -77,8 +85,8 @@ def generate(program: Program, *, allow_host_sync: bool = False, device: str = "
         f"    [{', '.join(params)}] = args",
         "    args.clear()",
     ]
-    for values, name in reversed(emitter.tables.items()):
-        lines.insert(-3, f"{name} = {values[0] if not values[1] else tuple(map(bool, values[0]))}")
+    for table in reversed(tables):
+        lines.insert(-3, table)
     last: tuple[str, str] | None = None
     for indent, code, source in _without_unread_numbers(plan.lines):
         pad = "    " * indent

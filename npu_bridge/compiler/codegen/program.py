@@ -11,6 +11,15 @@ from collections.abc import Iterator
 from npu_bridge.compiler.ir import Location, Type
 
 
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """Sent to other devices: over groups along each of `dims` in turn, or between `pairs` of places."""
+
+    kind: str
+    dims: tuple[tuple[str, ...], ...] = ()
+    pairs: tuple[tuple[int, int], ...] = ()
+
+
 @dataclasses.dataclass
 class Stmt:
     """``outs = code``.
@@ -31,6 +40,7 @@ class Stmt:
     location: Location = Location()
     kind: str = ""  # "collective", "kernel" or the operation's name
     constant: bool = False  # the result aliases a constant of the program, which must not be overwritten
+    exchange: Exchange | None = None  # where it begins; what waits for its end has none
 
 
 @dataclasses.dataclass
