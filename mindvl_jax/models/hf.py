@@ -277,6 +277,7 @@ class HFMapping:
       companions: (configuration, pixel areas) -> file name -> JSON content, such as preprocessor_config.json.
       chat_template: Jinja text for tokenizers that bring none.
       aliases: (prefix, published prefix): other spellings of the same tensors.
+      in_memory: published name of a module -> its name in transformers' model, which adapters are saved under.
       ignored: ends of names of tensors that follow from the configuration.
       tied: configuration -> (tensor that may be left out, tensor that it then equals), or None.
       assemble: (configuration whose tower is taken, configuration whose decoder is taken, mrope=bool) -> configuration
@@ -295,6 +296,7 @@ class HFMapping:
     companions: Callable[[Any, Pixels], Mapping[str, Any]] = lambda config, pixels: {}
     chat_template: str | None = None
     aliases: tuple[tuple[str, str], ...] = ()
+    in_memory: Callable[[str], str] = lambda name: name
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
     tied: Callable[[Any], tuple[str, str] | None] = lambda config: None
     assemble: Callable[..., ModelConfig] | None = None

@@ -18,6 +18,7 @@ _FAMILIES = (
     "qwen3_vl",
     "qwen3_vl_moe",
     "internvl",
+    "llava",
     "dit",
 )  # fmt: skip
 

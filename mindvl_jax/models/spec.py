@@ -44,6 +44,8 @@ class ModelSpec:
       parts: name -> parameter glob of the parts that people freeze, profile or give a rate of their own.
       flops: (config, parameter shapes, trained paths) -> function of a step's counts; see `models.counts.StepFlops`;
         None counts nothing.
+      adapters: whether low-rank adapters work on the family's layers, which its tests compare with PEFT. False where a
+        layer reads a kernel by itself: an adapter on it would do nothing.
     """
 
     name: str
@@ -56,3 +58,4 @@ class ModelSpec:
     hf: Named | None
     parts: Mapping[str, str]
     flops: Callable[..., Any] | None
+    adapters: bool = False

@@ -14,6 +14,7 @@ import torch
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from mindvl_jax.config.schema import ModelConfig
+from mindvl_jax.data.marks import MEDIA_TOKENS
 from mindvl_jax.data.media.geometry import PatchGeometry
 from mindvl_jax.models.layers.qwen_vl_reference import rope_index
 from mindvl_jax.models.vision_language.batch import Batch, BatchShape
@@ -55,7 +56,7 @@ def random_sample(config: ModelConfig, rng: np.random.Generator, *pieces, answer
     special = (
         ()
         if not hasattr(config, "vision")
-        else (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
+        else [token for key in MEDIA_TOKENS if (token := getattr(config, key)) is not None]
     )
     vocabulary = np.setdiff1d(np.arange(3, text.vocab_size), special)
     tokens: list[int] = []
@@ -80,7 +81,8 @@ def visual_tokens(config: ModelConfig, kind: int, grid: tuple[int, int, int], ti
     parts = grid[0] if kind == VIDEO and config.vision.frame_text else 1
     count = int(np.prod(grid)) // config.vision.merge_unit // parts
     before = time if parts > 1 else ()
-    return [*before, config.vision_start_token_id, *[place] * count, config.vision_end_token_id] * parts
+    borders = [[] if token is None else [token] for token in (config.vision_start_token_id, config.vision_end_token_id)]
+    return [*before, *borders[0], *[place] * count, *borders[1]] * parts
 
 
 def reference_inputs(sample: ParitySample, config: ModelConfig) -> dict[str, Any]:
@@ -181,7 +183,10 @@ def pack(
                     reference, inputs["input_ids"], inputs["mm_token_type_ids"], inputs
                 )[:, 0].numpy()
             places = (
-                np.flatnonzero(np.isin(sample.tokens, [config.image_token_id, config.video_token_id])) + t
+                np.flatnonzero(
+                    np.isin(sample.tokens, [config.image_token_id, config.video_token_id or config.image_token_id])
+                )
+                + t
                 if vision
                 else np.zeros(0, int)
             )

@@ -19,17 +19,17 @@ from mindvl_jax.core.params import matches
 from mindvl_jax.models.adapters import Adapter, Layout
 from mindvl_jax.models.hf import TRANSPOSE
 from mindvl_jax.models.outline import outline_of
+from mindvl_jax.models.registry import SPECS, spec_of
 from mindvl_jax.weights.mapping import mapping_of
-
-CHECKED_FAMILIES = ("mindvl", "qwen")
-"""Families whose adapters agree with PEFT in the tests. Others read kernels outside `Linear`: no adapter acts there."""
 
 
 def require_checked_family(config: Any) -> None:
     """Refuse adapters on a model whose layers were not checked with them."""
-    if config.family not in CHECKED_FAMILIES:
+    if not spec_of(config).adapters:
+        checked = [name for name, spec in SPECS.items() if spec.adapters]
         raise UserError(
-            f"adapters: not built for model.family {config.family}; they work on {' and '.join(CHECKED_FAMILIES)}"
+            f"adapters: not built for model.family {config.family}; they work on "
+            f"{', '.join(checked[:-1])} and {checked[-1]}"
         )
 
 
@@ -74,7 +74,7 @@ def _tables(config: Any) -> tuple[tuple[PublishedLinear, ...], tuple[str, ...]]:
         name, _, leaf = rule.published.rpartition(".")
         if leaf != "weight":
             continue
-        if rule.form == TRANSPOSE and name != "lm_head":
+        if rule.form == TRANSPOSE and rule.ours != ("language/head/kernel",):
             linears.append(PublishedLinear(name, tuple(path.removesuffix("/kernel") for path in rule.ours)))
         else:
             others.append(name)

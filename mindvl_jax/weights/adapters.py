@@ -49,7 +49,7 @@ class PeftAdapter:
     Attributes:
       layout: which of our layers carry it. parameters: by path, numpy, in the dtype of the file.
       config: `adapter_config.json` as it was. modern: whether tensors are named as transformers names them in memory
-        since 4.52 (`model.language_model.`, `model.visual.`) or as the files of that time were (`model.`, `visual.`).
+        since 4.52 (`model.language_model.`, `model.visual.`) or as published files are (`model.`, `visual.`).
     """
 
     layout: Layout
@@ -60,11 +60,7 @@ class PeftAdapter:
 
 def module_name(name: str, config: Any, *, modern: bool = True) -> str:
     """Published module name as it is called in PEFT's files of this model."""
-    if config.family == "qwen" or not modern:
-        return name
-    if name.startswith("visual."):
-        return "model." + name
-    return "model.language_model." + name.removeprefix("model.") if name.startswith("model.") else name
+    return mapping_of(config).in_memory(name) if modern else name
 
 
 def _cells(linear: PublishedLinear, layers: int | None) -> Iterator[tuple[str, int | None]]:
@@ -103,8 +99,9 @@ def read_adapter(folder: Path, config: Any) -> PeftAdapter:
             unknown.append(key)
             continue
         stored, leaf = match.groups()
-        modern |= stored.startswith(("model.language_model.", "model.visual."))
-        found[mapping_of(config).canonical(stored), leaf.removesuffix(".weight")] = value
+        published = mapping_of(config).canonical(stored)
+        modern |= stored != published
+        found[published, leaf.removesuffix(".weight")] = value
     layout, parameters, problems = {}, {}, []
     for linear in published_linears(config):
         _take_linear(linear, found, settings, config, layout, parameters, problems, modern)

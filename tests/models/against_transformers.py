@@ -13,8 +13,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import torch
 import transformers
+from flax import nnx
 from safetensors.torch import load_file
 
 import npu_bridge
@@ -23,9 +25,11 @@ from mindvl_jax.models.registry import spec_of
 from mindvl_jax.parity.check import mean_kl
 from mindvl_jax.parity.reference import load_reference
 from mindvl_jax.parity.samples import pack, random_sample, reference_inputs
-from mindvl_jax.weights import load_parameters, save_parameters
+from mindvl_jax.weights import load_parameters, open_model, save_parameters
+from mindvl_jax.weights.adapters import CONFIG, WEIGHTS, read_adapter, write_adapter
 from mindvl_jax.weights.companions import write_companions
 from mindvl_jax.weights.mapping import read_config, slots
+from mindvl_jax.weights.resolve import add_adapter
 from npu_bridge import ops
 
 ROOT = Path(__file__).parents[2]
@@ -150,6 +154,40 @@ def compare(made, shapes, rows, *, tokens: int, patches: int, longest: int = 80,
             ours[number] = np.asarray(logits[b, start : start + length])
             start += length
     return Compared(theirs, ours, jax.device_get(grads), run, batch)
+
+
+def check_adapter(made, folder: Path, shape: tuple, targets: list[str]) -> None:
+    """A folder that PEFT wrote gives PEFT's logits and comes back with equal bytes."""
+    model = peft.get_peft_model(
+        load_reference(made.folder), peft.LoraConfig(r=3, lora_alpha=9, target_modules=targets)
+    ).eval()
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder)
+    adapter = read_adapter(folder, made.config)
+    write_adapter(folder / "again", made.config, adapter.layout, adapter.parameters, like=adapter)
+    for name in (WEIGHTS, CONFIG):
+        assert (folder / "again" / name).read_bytes() == (folder / name).read_bytes(), name
+    sample = random_sample(made.config, np.random.default_rng(3), *shape)
+    with torch.no_grad():
+        want = model(**reference_inputs(sample, made.config)).logits[0].numpy()
+        with model.disable_adapter():
+            without = model(**reference_inputs(sample, made.config)).logits[0].numpy()
+    assert np.abs(want - without).max() > 0.1, "the adapter does nothing"
+    patches = sum(len(visual.pixels) for visual in sample.visuals)
+    batch = pack([[sample]], made.config, made.reference, tokens=len(sample.tokens), patches=patches)
+    graph, state = nnx.split(add_adapter(open_model(made.folder), folder).model, nnx.Param)
+
+    @jax.jit
+    def logits(state, batch):
+        model = nnx.merge(graph, state)
+        return model.logits(model(batch))[0]
+
+    with jax.default_matmul_precision("highest"):
+        ours = np.asarray(logits(state, jax.tree.map(jnp.asarray, batch)))
+    assert np.abs(ours - want).max() < 1e-4 * np.abs(want).max()
 
 
 def check_round_trip(folder: Path, out: Path, family: str, *, low: int = 3136, high: int = 100352) -> None:

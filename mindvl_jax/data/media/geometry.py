@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from mindvl_jax.config.base import Section, bounded
 from mindvl_jax.config.schema import PhaseConfig
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+"""Channel means of CLIP, of values from 0 to 1; also the colour that pictures are padded with."""
 
 
 class PatchGeometry(Section):
@@ -31,6 +34,11 @@ class PatchGeometry(Section):
     )
     image_side: Annotated[int, bounded(2**14)] | None = Field(
         None, description="Side in pixels of the squares that images are cut into; null: images keep their shape."
+    )
+    fit: Literal["tiles", "crop", "pad"] = Field(
+        "tiles",
+        description="How a picture becomes squares. tiles: a grid of its shape; crop: its middle; pad: the whole on a "
+        "square of the mean colour.",
     )
     max_tiles: Annotated[int, bounded(4096)] = Field(
         1, description="Most squares of an image; a picture of several is followed by the whole, made small."

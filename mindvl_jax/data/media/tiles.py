@@ -1,4 +1,4 @@
-"""Pictures cut into equal squares for towers of one size: which grid of tiles, and their pixels (InternVL)."""
+"""Pictures as equal squares for towers of one size: tiles in a grid (InternVL), the middle or padded whole (LLaVA)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import numpy as np
 from PIL import Image
 
-from mindvl_jax.data.media.geometry import PatchGeometry
+from mindvl_jax.data.media.geometry import CLIP_MEAN, PatchGeometry
 
 
 @functools.lru_cache(maxsize=64)
@@ -43,8 +43,28 @@ def view_count(height: int, width: int, vision: PatchGeometry, *, images: int = 
     return columns * rows + (columns * rows > 1)
 
 
+def _one_square(image: Image.Image, vision: PatchGeometry, resample: int) -> np.ndarray:
+    """(side, side, channels) uint8: the middle of the picture, its shorter edge made `side`; all of it where it is
+    padded to a square before.
+    """
+    side = vision.image_side
+    if vision.fit == "pad" and image.width != image.height:
+        longer = max(image.size)
+        ground = Image.new("RGB", (longer, longer), tuple(int(255 * mean) for mean in CLIP_MEAN))
+        ground.paste(image.convert("RGB"), ((longer - image.width) // 2, (longer - image.height) // 2))
+        image = ground
+    shorter, longer = sorted(image.size)
+    size = (side, int(side * longer / shorter))
+    width, height = size if image.width <= image.height else size[::-1]
+    pixels = np.asarray(image.resize((width, height), resample)).reshape(height, width, -1)
+    top, left = (height - side) // 2, (width - side) // 2
+    return pixels[top : top + side, left : left + side]
+
+
 def cut(image: Image.Image, views: int, vision: PatchGeometry, resample: int) -> np.ndarray:
     """(views, side, side, channels) uint8: tiles row by row, then the whole if they are several."""
+    if vision.fit != "tiles":
+        return _one_square(image, vision, resample)[None]
     side, tiles = vision.image_side, max(1, views - 1)
     # The grid of so many tiles that was nearest among more is nearest among no more than these.
     columns, rows = tile_grid(image.height, image.width, side, tiles)

@@ -62,9 +62,10 @@ class ChatEncoder:
     def __init__(self, tokenizer: TextTokenizer, model: ModelConfig):
         self._tokenizer = tokenizer
         self._memory: dict[str, tuple[int, ...]] = {}
-        self._start = tokenizer.token_id("<|im_start|>")
-        self._end = tokenizer.token_id("<|im_end|>")
-        own = getattr(tokenizer, "template", None)
+        own = getattr(tokenizer, "template", None) or getattr(model, "chat_template", None)
+        if own is None:
+            self._start, self._end = tokenizer.token_id("<|im_start|>"), tokenizer.token_id("<|im_end|>")
+        self._adds_space = _adds_space(tokenizer)
         self._template = (
             None
             if own is None
@@ -102,6 +103,17 @@ class ChatEncoder:
             if len(text) <= 256 and len(self._memory) < 65536:
                 self._memory[text] = known
         return known
+
+    def encode_template(self, text: str) -> list[int]:
+        """Ids of what a template writes, control tokens and all.
+
+        Of a text that goes on after another: a tokenizer that puts a space before every text adds the one that stands
+        there already.
+        """
+        return self._tokenizer.encode(self._continued(text), allow_special=True)
+
+    def _continued(self, text: str) -> str:
+        return text[1:] if self._adds_space and text.startswith(" ") else text
 
     def turns(
         self,
@@ -167,7 +179,7 @@ class ChatEncoder:
     def answer_header(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Ids that ask for an answer to a conversation: an opened assistant turn."""
         if self._template is not None:
-            return tuple(self._tokenizer.encode(self._template.answer_header(messages), allow_special=True))
+            return tuple(self.encode_template(self._template.answer_header(messages)))
         return (self._start, *self.encode_text("assistant\n"))
 
     def _turn(
@@ -210,8 +222,10 @@ class ChatEncoder:
         answer = message.role == "assistant"
         closing = frame.after.rstrip("\n")
         if answer:
-            turn.add(self._tokenizer.encode(frame.before, allow_special=True))
-            turn.content(frame.content, learn=True)
+            # What is learned begins where generation does, and a space between belongs to the first word.
+            space = " " if frame.before.endswith(" ") and not self._template.header_ends_with_space else ""
+            turn.add(self.encode_template(frame.before.removesuffix(" ") if space else frame.before))
+            turn.content(self._continued(space + frame.content), learn=True)
             turn.add(self._tokenizer.encode(closing, allow_special=True), learn=True)
         else:
             # Plain text beside the content is encoded with it, as when the whole conversation is encoded at once:
@@ -219,14 +233,16 @@ class ChatEncoder:
             last = max((match.end() for match in self._special.finditer(frame.before)), default=0)
             first = min((match.start() for match in self._special.finditer(closing)), default=len(closing))
             turn.add(self._tokenizer.encode(frame.before[:last], allow_special=True))
-            turn.content(literal(frame.before[last:]) + frame.content + literal(closing[:first]))
+            turn.content(self._continued(literal(frame.before[last:]) + frame.content + literal(closing[:first])))
             turn.add(self._tokenizer.encode(closing[first:], allow_special=True))
         if frame.after != closing:
             turn.add(self.encode_text(frame.after[len(closing) :]))
         return turn.done("user" if message.role == "tool" else message.role, message.weight)
 
     def visual(self, kind: str, count: int) -> tuple[list[int], int]:
-        """Ids of one part of a medium between its borders, and where the placeholders begin in them."""
+        """Ids of one part of a medium between its borders, if any, and where the placeholders begin in them."""
+        if self._vision[0] is None:
+            return [self._pad[kind]] * count, 0
         return [self._vision[0], *[self._pad[kind]] * count, self._vision[1]], 1
 
     def _tag(self, tag: str) -> Sequence[int]:
@@ -276,6 +292,17 @@ class _Building:
 
     def done(self, role: str, weight: float) -> Turn:
         return Turn(role, tuple(self._tokens), tuple(self._learned), tuple(self._media), weight)
+
+
+def _adds_space(tokenizer: TextTokenizer) -> bool:
+    """Whether a tokenizer puts a space before every text, as Llama's does."""
+    for name in ("\u2581a", "\u2581"):
+        try:
+            if tokenizer.encode("a")[:1] == [tokenizer.token_id(name)]:
+                return True
+        except UserError:  # no such token, or one that a compact vocabulary leaves out
+            continue
+    return False
 
 
 def answer_text(message: Message) -> str:

@@ -163,6 +163,12 @@ class OwnTemplate:
         frames, before = [], texts[0]
         for index, text in enumerate(texts[1:]):
             closings = [(at, -len(end)) for end in self._ends if (at := text.find(end)) >= 0]
+            if not closings and roles[index] != "assistant":
+                # Nothing closes the turn: what follows opens the next one, or ends the conversation.
+                last = index == len(roles) - 1
+                frames.append(Frame(before, text if last else ""))
+                before = text
+                continue
             if not closings:
                 raise SampleError(
                     "template",
@@ -187,6 +193,10 @@ class OwnTemplate:
                 "tokenizer.template to `qwen`",
             )
         return asked[len(whole) :]
+
+    @property
+    def header_ends_with_space(self) -> bool:
+        return self._answer_header(("user",)).endswith(" ")
 
     def answer_header(self, messages: Sequence[Message]) -> str:
         """Return the template's generation prompt."""

@@ -15,4 +15,5 @@ SPEC = ModelSpec(
     hf=Named("mindvl_jax.models.internvl.hf:MAPPING"),
     parts={"vision": "vision/**", "projector": "projector/**", "language": "language/**"},
     flops=Named("mindvl_jax.models.vision_language.flops:FlopCounter"),
+    adapters=True,
 )

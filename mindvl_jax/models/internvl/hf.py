@@ -40,6 +40,12 @@ def nested(name: str) -> str:
     return f"language_model.{name}"
 
 
+def in_memory(name: str) -> str:
+    """Published name -> name in transformers' model."""
+    name = name.replace("language_model.model.", "language_model.", 1)
+    return name.removeprefix("language_model.") if name.startswith("language_model.lm_head") else f"model.{name}"
+
+
 def rules(config: InternVLConfig) -> list[Rule]:
     vision, ours, embeddings = config.vision, "vision/blocks", "vision_tower.embeddings"
     width, with_bias = vision.hidden_size, vision.norm == "layer"
@@ -209,6 +215,7 @@ MAPPING = HFMapping(
     companions=companions,
     chat_template=_TEMPLATE,
     aliases=_ALIASES,
+    in_memory=in_memory,
     tied=tied,
     reference_parts=_PARTS,
 )

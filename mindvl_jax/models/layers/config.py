@@ -7,17 +7,19 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mindvl_jax.config.base import Section, bounded
+from mindvl_jax.data.media.geometry import CLIP_MEAN  # noqa: F401 - the models' layers take it from here
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Channel statistics of CLIP, which the published preprocessing of the Qwen-VL line uses."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class TextConfig(Section):
-    """Qwen2.5 or Qwen3 decoder."""
+    """Qwen2.5, Qwen3 or Llama decoder."""
 
-    family: Literal["qwen2", "qwen3"] = Field(description="qwen2: q/k/v biases; qwen3: q/k norms, no biases.")
+    family: Literal["qwen2", "qwen3", "llama"] = Field(
+        description="qwen2: q/k/v biases; qwen3: q/k norms, no biases; llama: neither."
+    )
     vocab_size: Annotated[int, bounded(2**24)]
     hidden_size: Annotated[int, bounded(2**20)]
     intermediate_size: Annotated[int, bounded(2**22)]

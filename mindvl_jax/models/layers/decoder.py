@@ -1,8 +1,8 @@
 """Decoder of Qwen2.5 and Qwen3 (references: transformers' Qwen2, Qwen2.5-VL text and Qwen3).
 
 B rows, T tokens, S cache places, N query heads, K key/value heads, H head dim, D width, F feed-forward width, V
-vocabulary, L layers. The two families differ in the attention only: qwen2 has q/k/v biases, qwen3 norms each query and
-key head.
+vocabulary, L layers. The families differ in the attention only: qwen2 has q/k/v biases, qwen3 norms each query and
+key head, llama does neither.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Attention(nnx.Module):
         def per_head():
             return (
                 RMSNorm(H, eps=config.rms_norm_eps, dtype=dtype, name="head_dim", layers=L)
-                if config.family != "qwen2"
+                if config.family not in ("qwen2", "llama")
                 else None
             )
 

@@ -38,7 +38,7 @@ PARTS: dict[str, tuple[str, ...]] = {
 
 
 def text_rules(config: TextConfig) -> list[Rule]:
-    """Decoder of Qwen2.5 (q/k/v biases) or Qwen3 (q/k norms); the head only when it is not tied."""
+    """Decoder of Qwen2.5 (q/k/v biases), Qwen3 (q/k norms) or Llama; the head only when it is not tied."""
     layer, ours = "model.layers.{layer}", "language/layers"
     qwen2 = config.family == "qwen2"
     rules = [
@@ -58,7 +58,7 @@ def text_rules(config: TextConfig) -> list[Rule]:
         ),
         *norm("model.norm", "language/norm"),
     ]
-    if not qwen2:
+    if config.family not in ("qwen2", "llama"):
         rules += [
             *norm(f"{layer}.self_attn.q_norm", f"{ours}/attention/query_norm"),
             *norm(f"{layer}.self_attn.k_norm", f"{ours}/attention/key_norm"),
@@ -87,14 +87,16 @@ def read_text(
     """The decoder that (a part of) config.json describes.
 
     Args:
-      family: `qwen2` or `qwen3`. where: prefix of its keys in messages. mrope: positions in three sections.
+      family: `qwen2`, `qwen3` or `llama`. where: prefix of its keys in messages. mrope: positions in three sections.
       sections: where the file names none, which transformers fills in too. interleaved: the sections take turns.
       dynamic: the family refuses samples for which dynamic frequencies would change.
     """
     reader.expect(content, "hidden_act", ("silu",), "silu", where)
     reader.expect(content, "use_sliding_window", (False, None), False, where)
-    if family == "qwen3":
+    if family != "qwen2":
         reader.expect(content, "attention_bias", (False, None), False, where)
+    if family == "llama":
+        reader.expect(content, "mlp_bias", (False, None), False, where)
     rope = {**(content.get("rope_scaling") or {}), **(content.get("rope_parameters") or {})}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     factor = rope.get("factor") if dynamic and rope_type == "dynamic" else None

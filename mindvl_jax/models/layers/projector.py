@@ -27,7 +27,7 @@ class Projector(nnx.Module):
         merge_unit: int,
         width: int,
         *,
-        norm: nnx.Module,
+        norm: nnx.Module | None,
         rngs: nnx.Rngs,
         dtype,
         norm_merged: bool = False,
@@ -45,8 +45,9 @@ class Projector(nnx.Module):
     def __call__(self, features: jax.Array) -> jax.Array:
         """(B, P, tower width) patches in window order -> (B, P / merge_unit, D)."""
         B = features.shape[0]
-        if self.norm_merged:
-            groups = self.norm(features.reshape(B, -1, self.merged))
-        else:
-            groups = self.norm(features).reshape(B, -1, self.merged)
+        if self.norm is not None and not self.norm_merged:
+            features = self.norm(features)
+        groups = features.reshape(B, -1, self.merged)
+        if self.norm is not None and self.norm_merged:
+            groups = self.norm(groups)
         return self.linear2(ops.gelu(self.linear1(groups), approximate=False))

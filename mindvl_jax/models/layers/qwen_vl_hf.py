@@ -30,6 +30,13 @@ PARTS: dict[str, tuple[str, ...]] = {
 }
 
 
+def in_memory(name: str) -> str:
+    """Published name of a module -> its name in transformers' model."""
+    if name.startswith("visual."):
+        return "model." + name
+    return "model.language_model." + name.removeprefix("model.") if name.startswith("model.") else name
+
+
 def attention_rules(block: str, ours: str) -> list[Rule]:
     """Attention of a tower block: q, k and v in one tensor, one after another."""
     qkv = tuple(f"{ours}/attention/{part}" for part in ("query", "key", "value"))

@@ -170,6 +170,7 @@ MAPPING = HFMapping(
     chat_template=decoder_hf.CHAT_TEMPLATE,
     companions=companions,
     aliases=qwen_vl_hf.ALIASES,
+    in_memory=qwen_vl_hf.in_memory,
     tied=decoder_hf.tied,
     assemble=assemble,
     reference=Named("mindvl_jax.models.mindvl.reference:load"),

@@ -15,4 +15,5 @@ SPEC = ModelSpec(
     hf=Named("mindvl_jax.models.qwen.hf:MAPPING"),
     parts={"language": "language/**"},
     flops=None,
+    adapters=True,
 )

@@ -110,6 +110,7 @@ MAPPING = HFMapping(
     companions=companions,
     chat_template=decoder_hf.CHAT_TEMPLATE,
     aliases=qwen_vl_hf.ALIASES,
+    in_memory=qwen_vl_hf.in_memory,
     tied=decoder_hf.tied,
     reference_parts=qwen_vl_hf.PARTS,
 )

@@ -17,4 +17,5 @@ SPEC = ModelSpec(
     hf=Named("mindvl_jax.models.qwen3_vl.hf:MAPPING"),
     parts={"vision": "vision/**", "projector": "projector/**", "language": "language/**"},
     flops=Named("mindvl_jax.models.vision_language.flops:FlopCounter"),
+    adapters=True,
 )

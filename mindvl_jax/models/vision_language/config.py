@@ -18,6 +18,8 @@ class VisionLanguageConfig(ModelConfig):
 
     media_tokens: ClassVar[Mapping[str, str]] = MEDIA_TOKENS
     """Key -> name of the token in the family's vocabularies."""
+    chat_template: ClassVar[str | None] = None
+    """Jinja text of the family's own format; None is Qwen's."""
 
     vision: PatchGeometry
     text: TextConfig
@@ -30,10 +32,8 @@ class VisionLanguageConfig(ModelConfig):
 
     @model_validator(mode="after")
     def _media_tokens(self):
-        ids = {
-            key: getattr(self, key)
-            for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        }
+        keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        ids = {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
         if beyond := [f"{key} {value}" for key, value in ids.items() if value >= self.text.vocab_size]:
             raise ValueError(f"{', '.join(beyond)} beyond the text.vocab_size {self.text.vocab_size}")
         return self

@@ -259,6 +259,8 @@ class ExampleEncoder:
         return True
 
     def _video_item(self, media: Media) -> VisualItem:
+        if self._model.video_token_id is None:
+            raise SampleError("unsupported_field", f"the model family {self._model.family} has no place for videos")
         limits = self._limits
         plan = videos.plan_frames(
             media,

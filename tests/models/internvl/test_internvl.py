@@ -109,6 +109,10 @@ def test_a_folder_comes_back_with_the_same_bytes_and_opens_in_transformers(made,
     assert processor.crop_to_patches and processor.size["height"] == SIDE and processor.max_patches == 12
 
 
+def test_an_adapter_of_peft_in_every_part_works_as_there(made, tmp_path):
+    against.check_adapter(made, tmp_path, (2, ("image", (2, 4, 4)), 3), ["q_proj", "fc1", "linear_2", "down_proj"])
+
+
 @pytest.mark.parametrize("change, problem", [
     (("vision_config", "use_mean_pooling", False), "vision_config.use_mean_pooling is False; supported: True"),
     (("vision_config", "image_size", [32, 64]), "vision_config.image_size is [32, 64]; supported are squares"),

@@ -94,6 +94,10 @@ def test_a_folder_comes_back_with_the_same_bytes_and_opens_in_transformers(tmp_p
     assert "Qwen3VLVideoProcessor" in (tmp_path / "out" / "video_preprocessor_config.json").read_text()
 
 
+def test_an_adapter_of_peft_in_every_part_works_as_there(made, tmp_path):
+    against.check_adapter(made, tmp_path, (2, ("image", (1, 4, 6)), 3), ["qkv", "linear_fc2", "q_proj", "down_proj"])
+
+
 @pytest.mark.parametrize("change, problem", [
     (("vision_config", "hidden_act", "silu"), "vision_config.hidden_act is 'silu'; supported: 'gelu_pytorch_tanh'"),
     (("vision_config", "out_hidden_size", 8), "vision_config.out_hidden_size is 8; supported: 64"),
