@@ -13,6 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from mindvl_jax.cli.main import main
+from mindvl_jax.config import families
 from mindvl_jax.config.adapters import AdaptersConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.models.adapters import is_adapter
@@ -279,8 +280,6 @@ def test_targets_that_select_nothing_or_too_much_are_refused(published, section,
 
 
 def test_families_whose_layers_were_not_checked_are_refused():
-    class Routed:
-        family = "deepseek_v3"
-
-    with pytest.raises(UserError, match="not built for model.family deepseek_v3; they work on mindvl"):
-        layout_of(AdaptersConfig(targets=("q_proj",)), Routed())
+    config = families.preset("qwen3-vl-30b-a3b")
+    with pytest.raises(UserError, match="not built for model.family qwen3_vl_moe; they work on mindvl, "):
+        layout_of(AdaptersConfig(targets=("q_proj",)), config)

@@ -163,9 +163,9 @@ class OwnTemplate:
         frames, before = [], texts[0]
         for index, text in enumerate(texts[1:]):
             closings = [(at, -len(end)) for end in self._ends if (at := text.find(end)) >= 0]
-            if not closings and roles[index] != "assistant":
+            last = index == len(roles) - 1
+            if not closings and roles[index] != "assistant" and (last or text.strip()):
                 # Nothing closes the turn: what follows opens the next one, or ends the conversation.
-                last = index == len(roles) - 1
                 frames.append(Frame(before, text if last else ""))
                 before = text
                 continue
