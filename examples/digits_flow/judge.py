@@ -113,7 +113,8 @@ def main() -> None:
     found = {"generated digits": read(judge, made) == labels, "real digits, held out": read(judge, real) == real_labels}
     tasks = {
         name: {
-            "exact_match": float(right.mean()),
+            "metric": "exact_match",
+            "score": float(right.mean()),
             "ci95": list(bootstrap_interval(right.astype(float))),
             "n": len(right),
             "by_phase": {},
@@ -129,7 +130,7 @@ def main() -> None:
     page = write_report(args.run)
     for name, task in tasks.items():
         low, high = task["ci95"]
-        print(f"{name}: {task['exact_match']:.3f} recognised ({low:.3f} to {high:.3f}), n {task['n']}")
+        print(f"{name}: {task['score']:.3f} recognised ({low:.3f} to {high:.3f}), n {task['n']}")
     print(
         f"nearest training digit: generated {nearest(made, known):.1f}, real held-out "
         f"{nearest(real, known):.1f} (median distance of pixels)"

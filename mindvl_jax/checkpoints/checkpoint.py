@@ -332,14 +332,41 @@ class CheckpointReader:
                 step, args=ocp.args.Composite(progress=ocp.args.JsonRestore(), config=ocp.args.JsonRestore())
             )
             record = dict(restored["progress"])
-            seal = record.pop("seal", None)  # checkpoints from before there were seals have none
-            if seal is not None and seal != _seal(record, restored["config"]):
+            seal = record.pop("seal", None)
+            if seal is None:
+                self._allow_unsealed(step)
+            elif seal != _seal(record, restored["config"]):
                 raise ValueError("progress or config is not what was saved (its seal does not fit)")
             prints = record.pop("fingerprints")
             record["trained"] = tuple(record["trained"])
             return Progress(**record), prints, restored["config"]
         except Exception as error:  # Orbax, tensorstore and json each raise their own; all mean the same here.
             raise DamagedCheckpoint(f"{self.folder / str(step)}: {_first_line(error)}") from error
+
+    def _allow_unsealed(self, step: int) -> None:
+        """Checkpoints from before there were seals have none. Among sealed ones a seal was taken away.
+
+        Raises:
+          ValueError: another checkpoint of the folder has a seal.
+        """
+        for other in sorted(self._manager.all_steps()):
+            if other != step and self._sealed(other):
+                raise ValueError(
+                    f"its seal was taken away (checkpoint {other} beside it has one), so its data position cannot be "
+                    "trusted"
+                )
+        log.warning(
+            "%s has no seal: it was written before there were seals, or the seal was taken away. Data position, "
+            "counters and configuration cannot be checked",
+            self.folder / str(step),
+        )
+
+    def _sealed(self, step: int) -> bool:
+        try:
+            found = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+        except Exception:  # a damaged one says nothing
+            return False
+        return isinstance(found, Mapping) and "seal" in found
 
     def state(
         self, step: int, params: Mapping[str, Any], optimizer: Mapping[str, Any], prints: Mapping[str, int]

@@ -37,7 +37,7 @@ def named_folder(name: str | Path) -> tuple[Path, bool]:
     try:
         best = read_json(run / BEST_FILE, None)
         folder = None if best is None else run / "checkpoints" / str(int(best["step"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{run / BEST_FILE} is damaged ({error}); name a checkpoint, such as {run}/checkpoints/STEP"
         ) from None

@@ -298,7 +298,7 @@ def _own_tasks(opened) -> list:
     tasks = getattr(getattr(opened.config, "evaluation", None), "tasks", ())
     if not tasks:
         raise UserError("these weights bring no held-out tasks of their own; name some with --tasks (and --data)")
-    return [_own_task(task.name, task.source, task.max_samples, task.max_new_tokens, "exact_match") for task in tasks]
+    return [_own_task(task.name, task.source, task.max_samples, task.max_new_tokens, task.metric) for task in tasks]
 
 
 def _own_task(name: str, source, most: int | None, max_new_tokens: int, metric: str):

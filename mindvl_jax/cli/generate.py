@@ -20,7 +20,6 @@ EPILOG = common.examples(
     "mindvl generate --weights runs/mine --requests questions.jsonl --out answers.jsonl --batch 32",
     "mindvl generate --weights runs/quickstart --words",
 )
-DEFAULTS = dict(max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, n=1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,11 +47,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "wanted ('-': standard input)",
     )
     chosen = parser.add_argument_group("how tokens are chosen")
-    chosen.add_argument("--max-new-tokens", type=int, default=DEFAULTS["max_new_tokens"])
-    chosen.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
-    chosen.add_argument("--top-k", type=int, default=0, help="0: no limit")
-    chosen.add_argument("--top-p", type=float, default=1.0)
-    chosen.add_argument("--repetition-penalty", type=float, default=1.0)
+    chosen.add_argument("--max-new-tokens", type=int, default=128)
+    chosen.add_argument(
+        "--sampling",
+        choices=("greedy", "folder"),
+        default="greedy",
+        help="what holds where no option below is given: greedy decoding, or the folder's generation_config.json",
+    )
+    chosen.add_argument("--temperature", type=float, help="0 is greedy")
+    chosen.add_argument("--top-k", type=int, help="0: no limit")
+    chosen.add_argument("--top-p", type=float)
+    chosen.add_argument("--repetition-penalty", type=float, help="1 changes nothing")
     chosen.add_argument(
         "--stop",
         action="append",
@@ -151,15 +156,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _requests(args: argparse.Namespace):
+    from mindvl_jax.inference.folder_sampling import sampling_for
     from mindvl_jax.inference.request import Request, Sampling, with_system
     from mindvl_jax.inference.requests_file import read_requests
 
+    names = ("temperature", "top_k", "top_p", "repetition_penalty")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
     common = dict(
         max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
+        **sampling_for(args.weights, args.sampling, given, lambda line: print(line, file=sys.stderr)),
         stop=tuple(args.stop),
         seed=args.seed,
         n=args.n,

@@ -12,6 +12,7 @@ from rich.console import Console
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.data.sources.readers import find_files
+from mindvl_jax.evaluation.metrics import rule_of
 from mindvl_jax.evaluation.report import write_report
 from mindvl_jax.evaluation.run import evaluate_run
 from mindvl_jax.evaluation.run_benchmarks import check_benchmarks
@@ -33,6 +34,7 @@ class RunHooks(Hooks):
             functools.partial(find_files, task.source, f"evaluation.tasks[{index}].source")
             for index, task in enumerate(settings.tasks)
         ]
+        checks += [functools.partial(rule_of, task.metric) for task in settings.tasks]
         if settings.benchmarks is not None:
             checks.append(functools.partial(check_benchmarks, settings.benchmarks))
         for check in checks:

@@ -9,10 +9,19 @@ from __future__ import annotations
 import collections
 import difflib
 import os
+import re
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from mindvl_jax.config.adapters import ADAPTER_PARAMETERS, AdaptersConfig
 from mindvl_jax.config.base import Decay, ModelConfig, Name, Section, bounded
@@ -366,12 +375,29 @@ class ProfileConfig(Section):
         return self
 
 
+METRIC_NAMES = (
+    "exact_match", "exact_match_any_case", "contains", "anls", "relaxed_accuracy", "vqa_accuracy", "yes_no",
+)  # fmt: skip
+"""What `evaluation.tasks[].metric` and `mindvl evaluate --tasks` can name; `mindvl_jax.evaluation.metrics` computes
+them."""
+
+
 class EvaluationTask(Section):
     name: Name
     source: SourceConfig
-    metric: Literal["exact_match"] = "exact_match"
+    metric: str = Field(
+        "exact_match",
+        description="How an answer is scored: a name of METRIC_NAMES, or FILE.py:FUNCTION of your own.",
+    )
     max_samples: Annotated[int, bounded(2**31 - 1)] | None = None
     max_new_tokens: Annotated[int, bounded(2**20)] = 32
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, metric: str) -> str:
+        if metric not in METRIC_NAMES and not re.fullmatch(r"[^\0]{1,4000}\.py:[A-Za-z_]\w{0,200}", metric):
+            raise ValueError(f"there is no such metric; known are {', '.join(METRIC_NAMES)}, or FILE.py:FUNCTION")
+        return metric
 
 
 BENCHMARK_NAMES = (

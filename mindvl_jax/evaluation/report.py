@@ -102,7 +102,7 @@ def _facts(metrics: list[dict], scores: dict) -> list[tuple[str, str]]:
         facts.append(
             (
                 "mean of tasks",
-                f"{sum(task['exact_match'] for task in scores['tasks'].values()) / len(scores['tasks']):.3f}",
+                f"{sum(task['score'] for task in scores['tasks'].values()) / len(scores['tasks']):.3f}",
             )
         )
     return facts
@@ -182,8 +182,8 @@ def _score_table(scores: dict) -> dict[str, Any]:
                 None
                 if found is None
                 else {
-                    "score": found["exact_match"],
-                    "gain": None if before is None else found["exact_match"] - before["exact_match"],
+                    "score": found["score"],
+                    "gain": None if before is None else found["score"] - before["score"],
                     "same": same,
                 }
             )
@@ -195,7 +195,8 @@ def _score_table(scores: dict) -> dict[str, Any]:
         tasks.append(
             {
                 "name": name,
-                "exact_match": task["exact_match"],
+                "metric": task["metric"],
+                "score": task["score"],
                 "ci95": task["ci95"],
                 "n": task["n"],
                 "language_only": task.get("language_only"),

@@ -28,8 +28,8 @@ from mindvl_jax.data.sources.readers import Source
 from mindvl_jax.data.text.tokenizer import load_tokenizer
 from mindvl_jax.evaluation.images import keep_pictures
 from mindvl_jax.evaluation.items import Item, item_from_sample
+from mindvl_jax.evaluation.metrics import rule_of
 from mindvl_jax.evaluation.run_benchmarks import Show, counted, evaluate_benchmarks
-from mindvl_jax.evaluation.scorers import exact_match
 from mindvl_jax.evaluation.statistics import bootstrap_interval
 from mindvl_jax.evaluation.tables import score_table
 from mindvl_jax.inference import Generator, Sampling
@@ -104,6 +104,7 @@ def _evaluate(config: Config, model, step: int, phase: str, run_dir: Path, show:
             generator,
             items,
             max_new_tokens=task.max_new_tokens,
+            metric=task.metric,
             language_only=settings.language_only and final,
             on_progress=lambda done, total, what, name=task.name: show(done, total, name + what),
         )
@@ -112,9 +113,8 @@ def _evaluate(config: Config, model, step: int, phase: str, run_dir: Path, show:
             "seconds": round(time.perf_counter() - started, 2),
             "blind_majority": _blind_majority(task),
         }
-        entry = scores["tasks"].setdefault(task.name, {})
-        by_phase = entry.get("by_phase", {})
-        by_phase[phase] = {key: result[key] for key in ("exact_match", "ci95", "n", "step")}
+        by_phase = scores["tasks"].get(task.name, {}).get("by_phase", {})
+        by_phase[phase] = {key: result[key] for key in ("score", "ci95", "n", "step")}
         scores["tasks"][task.name] = {**result, "by_phase": by_phase}
         if jax.process_index() == 0:
             keep_pictures(items, rows, run_dir / "predictions" / phase / task.name)
@@ -127,7 +127,7 @@ def _evaluate(config: Config, model, step: int, phase: str, run_dir: Path, show:
             language_only=settings.language_only,
             on_progress=show,
         )
-    scores |= {"step": step, "phase": phase, "metric": "exact_match"}
+    scores |= {"step": step, "phase": phase}
     if jax.process_index() == 0:
         write_json(run_dir / "scores.json", scores)
     return scores
@@ -140,7 +140,7 @@ def _earlier_scores(path: Path) -> dict[str, Any]:
         if (
             isinstance(content, dict)
             and isinstance(content.get("tasks"), dict)
-            and all(isinstance(task, dict) for task in content["tasks"].values())
+            and all(isinstance(task, dict) and "score" in task for task in content["tasks"].values())
         ):
             return content
         problem = "of another form"
@@ -157,11 +157,13 @@ def score_items(
     *,
     max_new_tokens: int,
     language_only: bool,
+    metric: str = "exact_match",
     on_progress: Show | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Exact match over items, greedy.
+    """Score greedy answers to items.
 
     Args:
+      metric: see `metrics.rule_of`.
       language_only: also answer with the images taken away.
       on_progress: called with answers done, their number and "" or " without images".
 
@@ -170,6 +172,11 @@ def score_items(
     """
     if not items:
         raise UserError("no samples to score")
+    main, rule = rule_of(metric)
+
+    def points(item: Item, text: str) -> float:
+        return rule(item, text)[main]
+
     sampling = Sampling(max_new_tokens=max_new_tokens)
     requests = [item.request(sampling) for item in items]
     answers = counted(generator, requests, on_progress, "")
@@ -179,13 +186,14 @@ def score_items(
             "question": item.question,
             "answers": list(item.answers),
             "prediction": answer.text,
-            "score": exact_match(answer.text, item.answers),
+            "score": points(item, answer.text),
         }
         | ({"error": answer.error} if answer.error else {})
         for item, answer in zip(items, answers, strict=True)
     ]
     result = {
-        "exact_match": _mean([row["score"] for row in rows]),
+        "metric": main,
+        "score": _mean([row["score"] for row in rows]),
         "ci95": [round(bound, 4) for bound in bootstrap_interval([row["score"] for row in rows])],
         "n": len(rows),
         "errors": sum("error" in row for row in rows),
@@ -195,7 +203,7 @@ def score_items(
         for row, item, answer in zip(rows, items, blind, strict=True):
             row |= {
                 "language_only_prediction": answer.text,
-                "language_only_score": exact_match(answer.text, item.answers),
+                "language_only_score": points(item, answer.text),
             }
         result["language_only"] = _mean([row["language_only_score"] for row in rows])
     return result, rows

@@ -11,7 +11,7 @@ from rich.text import Text
 
 def score_table(scores: Mapping[str, Any], title: str) -> Table:
     """Return the scores of a run's newest evaluation: one row a task, benchmarks below."""
-    rows = [(name, "exact match", task["exact_match"], task) for name, task in scores["tasks"].items()]
+    rows = [(name, task["metric"].replace("_", " "), task["score"], task) for name, task in scores["tasks"].items()]
     benchmarks = scores.get("benchmarks") or {}
     standin = " (stand-in)" if benchmarks.get("standins") else ""
     rows += [

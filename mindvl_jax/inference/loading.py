@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from mindvl_jax.checkpoints.names import named_folder
+from mindvl_jax.checkpoints.names import run_folder
 from mindvl_jax.config.schema import MeshConfig
 from mindvl_jax.core.errors import UserError
 
@@ -33,7 +33,7 @@ def open_for_inference(folder: str | Path, *, mesh: str | None = None, adapter: 
             f"{folder} has no tokenizer.json, so there is no text to read or write; save the tokenizer "
             "beside the weights"
         )
-    path = named_folder(folder)[0] / SETTINGS
+    path = run_folder(folder) / SETTINGS
     if not path.is_file():
         return opened
     try:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.data.processor import BatchSpec, PackedBatch
 from mindvl_jax.parallel.rules import batch_sharding
+
+KEPT_BYTES = 512 << 20
+"""Largest batch of an optimizer step that stays on the host until its loss is known."""
 
 
 class Loader(Protocol):
@@ -36,12 +41,14 @@ class MicroBatch:
       loader_state: the loader's state right after this batch; only at the last micro-step of an optimizer step, else
         None.
       counters: the loader's counters right after this batch.
+      host: the batch as the loader gave it; None when it is only a part of the rows, or large.
     """
 
     batch: Any
     sample_ids: tuple[str, ...]
     loader_state: dict | None
     counters: dict[str, Any]
+    host: Any = None
 
 
 class Feed:
@@ -58,6 +65,9 @@ class Feed:
     ):
         self._loader = loader
         self._shardings = spec.map(lambda field: batch_sharding(field.dims, field.shape, mesh))
+        # Of the steps in flight the batches stay on the host too: should one turn out bad, it is written down.
+        size = sum(math.prod(field.shape) * np.dtype(field.dtype).itemsize for _, field in spec.fields)
+        self._keep = jax.process_count() == 1 and size * accumulation <= KEPT_BYTES
         self._micro_steps = micro_steps
         self._accumulation = accumulation
         self._pulled = 0
@@ -89,9 +99,9 @@ class Feed:
         border = self._pulled % self._accumulation == 0
         batch = place(packed.batch, self._shardings)
         ids = tuple(sample for row in packed.sample_ids for sample in row)
-        self._queue.append(
-            MicroBatch(batch, ids, self._loader.state() if border else None, dict(self._loader.counters))
-        )
+        state = self._loader.state() if border else None
+        host = packed.batch if self._keep else None
+        self._queue.append(MicroBatch(batch, ids, state, dict(self._loader.counters), host))
 
 
 def place(batch: Any, shardings: Any) -> Any:

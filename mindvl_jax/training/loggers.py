@@ -335,10 +335,9 @@ def write_csv(rows: Iterable[Mapping[str, Any]], file: Any) -> None:
 def scores_of(scores: Mapping[str, Any]) -> dict[str, float]:
     """Return scores.json as numbers: score/TASK, and score/TASK/without_images where that was measured."""
     numbers: dict[str, float] = {}
-    tasks = [(name, task["exact_match"], task) for name, task in scores.get("tasks", {}).items()]
-    tasks += [(name, task["score"], task) for name, task in (scores.get("benchmarks") or {}).get("tasks", {}).items()]
-    for name, score, task in tasks:
-        numbers[f"{SCORE}{name}"] = score
+    tasks = [*scores.get("tasks", {}).items(), *(scores.get("benchmarks") or {}).get("tasks", {}).items()]
+    for name, task in tasks:
+        numbers[f"{SCORE}{name}"] = task["score"]
         if task.get("language_only") is not None:
             numbers[f"{SCORE}{name}/without_images"] = task["language_only"]
     return numbers

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -206,9 +207,11 @@ class PhaseLoop:
         micro = feed.next()
         if micro_steps == 1:
             state, metrics = programs.train_step(state, micro.batch, learning_rate)
-            return state, micro.loader_state, Dispatched(step, metrics, micro.sample_ids, micro.counters)
+            done = Dispatched(step, metrics, micro.sample_ids, micro.counters, batches=(micro.host,))
+            return state, micro.loader_state, done
         totals = programs.zeros()
         ids: list[str] = []
+        batches: list[Any] = []
         for number in range(micro_steps):
             if number:
                 if jax.process_count() == 1 and self._stop.requested(
@@ -218,13 +221,15 @@ class PhaseLoop:
                 micro = feed.next()
             totals = programs.accumulate(state, totals, micro.batch)
             ids.extend(micro.sample_ids)
+            batches.append(micro.host)
             if number + 1 < micro_steps:
                 feed.refill()
                 # At most two micro-steps in flight, so that placed batches do not pile up.
                 if number % 2:
                     jax.block_until_ready(totals.numerator)
         state, metrics = programs.update(state, totals, learning_rate)
-        return state, micro.loader_state, Dispatched(step, metrics, tuple(ids), micro.counters)
+        done = Dispatched(step, metrics, tuple(ids), micro.counters, batches=tuple(batches))
+        return state, micro.loader_state, done
 
     def _validation(self, share: RowShare) -> Validation | None:
         run, settings = self._run, self._run.config.validation

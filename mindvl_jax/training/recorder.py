@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from mindvl_jax.checkpoints.checkpoint import has_checkpoints
 from mindvl_jax.config.schema import Config, PhaseConfig
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.core.files import write_json
+from mindvl_jax.core.files import replacing, write_json
 from mindvl_jax.data.processor import BatchSpec
 from mindvl_jax.models.counts import StepFlops
 from mindvl_jax.objectives.base import Objective
@@ -25,6 +26,8 @@ from mindvl_jax.training.step import PART_NORM, STEP_METRICS
 
 BAD_STEP = "bad_step.json"
 """In a run folder: the first bad step of the newest row of them."""
+BAD_BATCH = "bad_step_batch.npz"
+"""In a run folder: that step's batches, array by array; absent where they are large, or of several processes."""
 LISTED_IDS = 20  # sample ids in the message of a diverged run
 
 
@@ -42,6 +45,7 @@ class Dispatched:
       checked: metrics of a validation after the step.
       data_before: state of the loader before the step, None at the start of a phase. phase_step: steps of the phase
         before it.
+      batches: of its micro-steps, on the host; empty where they are not kept.
     """
 
     step: int
@@ -52,6 +56,7 @@ class Dispatched:
     checked: dict[str, float] = dataclasses.field(default_factory=dict)
     data_before: dict[str, Any] | None = None
     phase_step: int = 0
+    batches: tuple[Any, ...] = ()
 
 
 @dataclasses.dataclass
@@ -178,8 +183,18 @@ class Recorder:
             if name in ("loss", "grad_norm", "learning_rate") or name.startswith(PART_NORM)
         }
         phases = [phase.name for phase in self._run.config.training.phases]
+        folder = Path(self._run.config.run.dir)
+        (folder / BAD_BATCH).unlink(missing_ok=True)
+        if done.batches and None not in done.batches:
+            arrays = {
+                f"{micro}/{leaf}": np.asarray(value)
+                for micro, batch in enumerate(done.batches)
+                for leaf, value in enumerate(jax.tree.leaves(batch))
+            }
+            with replacing(folder / BAD_BATCH) as file, open(file, "wb") as out:
+                np.savez(out, **arrays)
         write_json(
-            Path(self._run.config.run.dir) / BAD_STEP,
+            folder / BAD_STEP,
             {
                 "step": done.step,
                 "phase": self._phase.name,

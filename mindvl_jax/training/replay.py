@@ -7,7 +7,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from mindvl_jax.checkpoints.checkpoint import load_params
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.params import Params
-from mindvl_jax.models.loading import make_loader
+from mindvl_jax.models.loading import batch_spec, make_loader
 from mindvl_jax.models.outline import outline_of
 from mindvl_jax.objectives.registry import make_objective
-from mindvl_jax.training.recorder import BAD_STEP
+from mindvl_jax.training.recorder import BAD_BATCH, BAD_STEP
 from mindvl_jax.training.state import split_trained
 
 PARAMETERS = "bad_step.npz"
@@ -76,7 +77,7 @@ class Replay:
 
 
 def replay(run_dir: Path, config: Config) -> Replay:
-    """Build the batch of the bad step again and search its forward and backward pass.
+    """Search the forward and backward pass of the bad step's batch.
 
     Raises:
       UserError: the run has no bad step, or its data or parameters are gone.
@@ -84,8 +85,12 @@ def replay(run_dir: Path, config: Config) -> Replay:
     file = run_dir / BAD_STEP
     if not file.is_file():
         raise UserError(f"{run_dir} has no {BAD_STEP}: no step of this run had a loss or gradient that is not finite")
-    kept = json.loads(file.read_text(encoding="utf-8"))
-    phase = config.training.phases[kept["phase_index"]]
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        phase = config.training.phases[kept["phase_index"]]
+        int(kept["step"]), kept["phase"], tuple(kept["sample_ids"]), kept["data_before"]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({error!r}); train on to see the step again") from None
     outline = outline_of(config.model, config.adapters)
     params, origin = _parameters(run_dir, {path: like.dtype for path, like in outline.shapes.items()})
     bad = tuple(path for path, value in params.items() if not bool(jnp.isfinite(value).all()))
@@ -98,22 +103,50 @@ def replay(run_dir: Path, config: Config) -> Replay:
 
     parts = {path: params[path] for path in trained}, {path: params[path] for path in frozen}
     finding, total = None, 0.0
+    for batch in _batches(run_dir, config, kept):
+        finding = finding or first_bad(loss, *parts, batch)
+        total += float(jax.jit(loss)(*parts, batch))
+    return Replay(kept["step"], kept["phase"], tuple(kept["sample_ids"]), total, origin, finding, bad)
+
+
+def _batches(run_dir: Path, config: Config, kept: dict[str, Any]) -> Iterator[Any]:
+    """Batches of the step: as the run wrote them down, or built again from the data, which must not have changed.
+
+    Raises:
+      UserError: a damaged file, or batches of another shape than the configuration's.
+    """
+    phase = config.training.phases[kept["phase_index"]]
+    if (run_dir / BAD_BATCH).is_file():
+        like = batch_spec(config, phase).empty()
+        leaves, tree = jax.tree.flatten(like)
+        try:
+            with np.load(run_dir / BAD_BATCH, allow_pickle=False) as stored:
+                found = [
+                    [stored[f"{micro}/{leaf}"] for leaf in range(len(leaves))]
+                    for micro in range(phase.gradient_accumulation)
+                ]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{run_dir / BAD_BATCH} is damaged ({error}); delete it to build the batch again") from None
+        for micro in found:
+            if any(value.shape[1:] != want.shape[1:] for value, want in zip(micro, leaves, strict=True)):
+                raise UserError(f"{run_dir / BAD_BATCH} holds batches of another configuration than config.yaml")
+            yield jax.tree.unflatten(tree, micro)
+        return
     with contextlib.closing(make_loader(config, kept["phase_index"])) as loader:
         if kept["data_before"] is not None:
             loader.restore(kept["data_before"])
         for _ in range(phase.gradient_accumulation):
-            batch = next(loader).batch
-            finding = finding or first_bad(loss, *parts, batch)
-            total += float(jax.jit(loss)(*parts, batch))
-    return Replay(kept["step"], kept["phase"], tuple(kept["sample_ids"]), total, origin, finding, bad)
+            yield next(loader).batch
 
 
 def _parameters(run_dir: Path, dtypes: Mapping[str, Any]) -> tuple[Params, str]:
     if (run_dir / PARAMETERS).is_file():
-        with np.load(run_dir / PARAMETERS) as stored:
-            return {
-                path: jnp.asarray(stored[path]).astype(dtype) for path, dtype in dtypes.items()
-            }, "those that the run stopped with"
+        try:
+            with np.load(run_dir / PARAMETERS, allow_pickle=False) as stored:
+                params = {path: jnp.asarray(stored[path]).astype(dtype) for path, dtype in dtypes.items()}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{run_dir / PARAMETERS} is damaged or of another model ({error}); delete it") from None
+        return params, "those that the run stopped with"
     return load_params(run_dir)[1], "those of the newest checkpoint, which are not exactly those of the step"
 
 

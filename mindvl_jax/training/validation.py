@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mindvl_jax.checkpoints.names import BEST_FILE
+from mindvl_jax.checkpoints.names import BEST, BEST_FILE, named_folder
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.files import read_json, write_json
@@ -29,6 +30,8 @@ from mindvl_jax.objectives.base import Objective
 from mindvl_jax.parallel.rules import batch_sharding, replicated
 from mindvl_jax.training.feed import place
 from mindvl_jax.training.state import TrainState
+
+log = logging.getLogger(__name__)
 
 
 class Validation:
@@ -128,13 +131,23 @@ class Best:
     """The step with the lowest validation loss so far, in RUN/best.json."""
 
     def __init__(self, run_dir: Path, *, resumed: int):
-        """`resumed` is the step the run goes on from: a best step beyond it is walked again."""
+        """`resumed` is the step the run goes on from: a best step beyond it is walked again.
+
+        A damaged file is said and not used: the best step is then looked for anew.
+        """
         self._path = run_dir / BEST_FILE
-        known = read_json(self._path) if resumed else None
         self.step: int | None = None
         self.loss = math.inf
-        if known is not None and known["step"] <= resumed and (run_dir / "checkpoints" / str(known["step"])).is_dir():
-            self.step, self.loss = int(known["step"]), float(known["validation_loss"])
+        if not resumed or not self._path.is_file():
+            return
+        try:
+            step = int(named_folder(f"{run_dir}{BEST}")[0].name)
+            loss = float(read_json(self._path)["validation_loss"])
+        except (UserError, ValueError, KeyError, TypeError, RecursionError) as error:
+            log.warning("the best step so far is not known, and looked for anew: %s", error)
+            return
+        if step <= resumed and math.isfinite(loss):
+            self.step, self.loss = step, loss
 
     def offer(self, step: int, loss: float, *, write: bool) -> bool:
         """Take a new lowest loss; return whether it is one."""

@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.errors import UserError, shortened
 from mindvl_jax.models.adapters import LEAVES, Adapter, Layout
 from mindvl_jax.weights.adapter_layout import (
     PublishedLinear,
@@ -28,6 +28,7 @@ from mindvl_jax.weights.adapter_layout import (
     published_linears,
     require_checked_family,
 )
+from mindvl_jax.weights.errors import finite
 from mindvl_jax.weights.mapping import mapping_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -92,6 +93,12 @@ def read_adapter(folder: Path, config: Any) -> PeftAdapter:
         tensors = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})") from error
+    bad = [key for key, value in tensors.items() if not finite(value)]
+    if bad:
+        raise UserError(
+            f"{path}: {len(bad)} of {len(tensors)} tensors hold values that are NaN or infinite, such as {bad[0]}; the "
+            "adapter is damaged, or its training diverged"
+        )
     found, unknown, modern = {}, [], False
     for key, value in tensors.items():
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)", key)
@@ -133,15 +140,22 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: expected a PEFT folder with {CONFIG} and {WEIGHTS}; there is no {CONFIG}")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(settings).__name__}")
     if settings.get("peft_type") != "LORA":
         raise UserError(
             f"{path}: peft_type is {settings.get('peft_type')!r}; only LORA (with use_rslora, use_dora) is supported"
         )
-    missing = [key for key in ("r", "lora_alpha") if not isinstance(settings.get(key), int | float)]
+    missing = [key for key in ("r", "lora_alpha") if not _number(settings.get(key))]
     if missing:
-        raise UserError(f"{path}: {' and '.join(missing)} missing; without them the adapter's scale is unknown")
+        raise UserError(
+            f"{path}: {' and '.join(missing)} missing, or no number above 0; without them the adapter's scale is "
+            "unknown"
+        )
+    for key in ("rank_pattern", "alpha_pattern"):
+        _require_patterns(settings.get(key), f"{path}: {key}")
     used = {
         key: settings[key]
         for key, neutral in _NEUTRAL.items()
@@ -153,6 +167,27 @@ def _read_settings(folder: Path) -> dict[str, Any]:
             + ", ".join(f"{key}={value!r}" for key, value in used.items())
         )
     return settings
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 2**31
+
+
+def _require_patterns(patterns: Any, where: str) -> None:
+    """Raise UserError for patterns that are none, or of a form whose search may never end."""
+    if not isinstance(patterns, dict | None):
+        raise UserError(f"{where} is a {type(patterns).__name__}; expected an object of pattern to number")
+    for pattern, value in (patterns or {}).items():
+        try:
+            re.compile(pattern)
+            sound = _number(value) and len(pattern) <= 200
+        except (re.error, RecursionError, OverflowError):
+            sound = False
+        if not sound or re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:
+            raise UserError(
+                f"{where} has {shortened(repr(pattern), 80)}: {shortened(repr(value), 80)}; expected a plain regular "
+                "expression, without repeated groups, and a number above 0"
+            )
 
 
 def _pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:

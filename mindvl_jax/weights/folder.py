@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mindvl_jax.models.hf import HFMapping
-from mindvl_jax.weights.errors import WeightsError, read_json
+from mindvl_jax.weights.errors import WeightsError, listed, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOAT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
@@ -88,7 +88,7 @@ class WeightsFolder:
                 "\n".join(
                     [
                         f"{folder}: {len(problems)} problem{'s' if len(problems) > 1 else ''} with the weight files:",
-                        *(f"  {p}" for p in problems),
+                        *listed(problems),
                     ]
                 )
             )
@@ -119,7 +119,7 @@ class WeightsFolder:
             # By name only: the files of a download cache are links to another folder, which its owner made.
             if Path(file).is_absolute() or ".." in Path(file).parts:
                 problems.append(f"{INDEX}: names {file!r}, which lies outside the folder; refused")
-            elif not file.endswith(".safetensors"):
+            elif not file.endswith(".safetensors") or len(file.encode()) > 255 or not file.isprintable():
                 problems.append(f"{INDEX}: names {file!r}, which is not a safetensors file; refused")
             else:
                 kept |= {name: file for name, where in weight_map.items() if where == file}

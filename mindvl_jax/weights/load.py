@@ -20,10 +20,11 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from mindvl_jax.config.schema import ModelConfig
+from mindvl_jax.core.errors import shortened
 from mindvl_jax.models.hf import Rows
 from mindvl_jax.models.outline import outline_of
 from mindvl_jax.parallel.rules import parameter_shardings
-from mindvl_jax.weights.errors import WeightsError
+from mindvl_jax.weights.errors import WeightsError, listed, read_json
 from mindvl_jax.weights.folder import Reader, WeightsFolder
 from mindvl_jax.weights.mapping import Slot, mapping_of, read_config, slots
 
@@ -57,11 +58,17 @@ def load_parameters(
         looked at.
 
     Raises:
-      WeightsError: damaged files, or missing, unexpected and misshapen tensors, all of them at once.
+      WeightsError: damaged files, or missing, unexpected and misshapen tensors, all of them at once; values that are
+        NaN or infinite.
     """
     folder = Path(folder)
     config = read_config(folder) if config is None else config
     mapping = mapping_of(config)
+    if (folder / "config.json").is_file() and (kind := read_json(folder / "config.json").get("quantization_config")):
+        raise WeightsError(
+            f"{folder}: config.json says that the weights are quantised ({shortened(str(kind), 80)}): their values "
+            "mean something else than they say. `mindvl convert nf4` makes plain ones of bitsandbytes' NF4"
+        )
     files, tied = WeightsFolder(folder, mapping), mapping.tied(config)
     outline = outline_of(config)
     shapes = {path: like.shape for path, like in outline.shapes.items()}
@@ -87,7 +94,25 @@ def load_parameters(
         for path in sorted(wanted):
             kind = jnp.dtype(dtype) if dtype is not None else _stored_dtype(files, by_path[path])
             parameters[path] = _place(reader, by_path[path], shapes[path], kind, shardings.get(path, default), pool)
+    require_finite(parameters, folder)
     return parameters
+
+
+@jax.jit
+def _finite(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {path: jnp.all(jnp.isfinite(value)) for path, value in values.items()}
+
+
+def require_finite(values: dict[str, jax.Array], folder: Path) -> None:
+    """Raise WeightsError for weights with NaN or infinite values: every answer, score and average of them would be
+    without meaning.
+    """
+    bad = [path for path, finite in jax.device_get(_finite(values)).items() if not finite]
+    if bad:
+        raise WeightsError(
+            f"{folder}: {len(bad)} of {len(values)} parameters hold values that are NaN or infinite, such as "
+            f"{bad[0]}; the weights are damaged, or their training diverged"
+        )
 
 
 def _check(files: WeightsFolder, tied: tuple[str, str] | None, expected: list[Slot], *, whole: bool) -> None:
@@ -115,7 +140,7 @@ def _check(files: WeightsFolder, tied: tuple[str, str] | None, expected: list[Sl
                 [
                     f"{files.folder}: config.json and weights do not fit ({len(problems)} "
                     f"tensor{'s' if len(problems) > 1 else ''}):",
-                    *(f"  {p}" for p in problems),
+                    *listed(problems),
                 ]
             )
         )

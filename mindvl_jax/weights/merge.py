@@ -23,6 +23,7 @@ from mindvl_jax.models.adapters import attach_values
 from mindvl_jax.models.outline import outline_of
 from mindvl_jax.models.vision_language.batch import BatchShape
 from mindvl_jax.weights.adapters import PeftAdapter, published_updates, read_adapter
+from mindvl_jax.weights.errors import finite
 from mindvl_jax.weights.folder import WeightsFolder
 from mindvl_jax.weights.load import load_parameters
 from mindvl_jax.weights.mapping import mapping_of, read_config
@@ -60,6 +61,11 @@ def merge_folder(base: Path, folder: Path, out: Path) -> int:
                 value = file.get_tensor(name)
                 update = updates.get(mapping.canonical(name).removesuffix(".weight"))
                 tensors[name] = value if update is None else update.merged(value)
+                if not finite(tensors[name]):
+                    raise UserError(
+                        f"{path}: {name} {'holds' if update is None or not finite(value) else 'gets, merged,'} values "
+                        "that are NaN or infinite; the weights are damaged, or too large for their dtype"
+                    )
             save_file(tensors, out / path.name, metadata=dict(file.metadata() or {}))
     return len(updates)
 

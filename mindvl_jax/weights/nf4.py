@@ -42,6 +42,9 @@ def dequantize(codes: np.ndarray, siblings: Mapping[str, np.ndarray]) -> np.ndar
       ValueError: sizes that do not belong together.
     """
     state: dict[str, Any] = json.loads(siblings[STATE].tobytes())
+    sizes = [state["blocksize"], state.get("nested_blocksize", 1), *state["shape"]]
+    if not all(type(size) is int and 0 < size < 2**31 for size in sizes) or max(sizes[:2]) > 2**16:
+        raise ValueError(f"sizes {sizes}; expected whole numbers, blocks of at most 65,536")
     if state["quant_type"] != "nf4" or state["dtype"] not in _DTYPES:
         raise ValueError(
             f"quant_type {state['quant_type']!r} of {state['dtype']}; expected nf4 of {', '.join(_DTYPES)}"
@@ -117,7 +120,7 @@ def _one(file: Any, path: Path, name: str, present: list[str]) -> np.ndarray:
     found = {suffix: file.get_tensor(name + suffix) for suffix in SIBLINGS if name + suffix in present}
     try:
         return dequantize(file.get_tensor(name), found)
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: {name} cannot be dequantised: {error}") from error
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -24,7 +23,7 @@ from mindvl_jax.models.hf import Pixels
 from mindvl_jax.models.outline import outline_of
 from mindvl_jax.weights.adapters import read_adapter
 from mindvl_jax.weights.errors import WeightsError, read_json
-from mindvl_jax.weights.load import load_parameters
+from mindvl_jax.weights.load import load_parameters, require_finite
 from mindvl_jax.weights.mapping import mapping_of, read_config
 
 _FREE = ("size", "image_processor_type", "processor_class", "do_convert_rgb")
@@ -95,7 +94,7 @@ def _open_run(folder: Path, mesh: Mesh | None, dtype, ema: bool) -> OpenedModel:
         config = config.model_copy(
             update=dict(model=config.model.model_copy(update=dict(compute_dtype=name, param_dtype=name)))
         )
-    _require_finite(values, folder)
+    require_finite(values, folder)
     if dtype is not None:
         values = {path: value.astype(dtype) for path, value in values.items()}
     last = config.training.phases[-1]
@@ -112,7 +111,6 @@ def _open_run(folder: Path, mesh: Mesh | None, dtype, ema: bool) -> OpenedModel:
 def _open_published(folder: Path, mesh: Mesh | None, dtype) -> OpenedModel:
     config = read_config(folder)
     values = load_parameters(folder, config, mesh=mesh, dtype=dtype)
-    _require_finite(values, folder)
     stored = values["language/embed/embedding"].dtype
     compute = "bfloat16" if stored == jnp.bfloat16 else "float32"
     config = config.model_copy(update=dict(compute_dtype=compute, param_dtype=compute))
@@ -133,23 +131,6 @@ def add_adapter(opened: OpenedModel, folder: str | Path) -> OpenedModel:
         )
     adapter = read_adapter(Path(folder).expanduser(), opened.model_config)
     return dataclasses.replace(opened, model=attach_values(opened.model, adapter.layout, adapter.parameters))
-
-
-@jax.jit
-def _finite(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {path: jnp.all(jnp.isfinite(value)) for path, value in values.items()}
-
-
-def _require_finite(values: dict[str, jax.Array], folder: Path) -> None:
-    """Raise WeightsError for weights with NaN or infinite values: every answer, score and average of them would be
-    without meaning.
-    """
-    bad = [path for path, finite in jax.device_get(_finite(values)).items() if not finite]
-    if bad:
-        raise WeightsError(
-            f"{folder}: {len(bad)} of {len(values)} parameters hold values that are NaN or infinite, such as "
-            f"{bad[0]}; the weights are damaged, or their training diverged"
-        )
 
 
 def open_companions(folder: Path, config: ModelConfig | None = None) -> tuple[Tokenizer | None, tuple[int, int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import jinja2.sandbox
 import pytest
 from data_toys import encoded, model_config, picture, tokenizer
@@ -9,6 +11,7 @@ from data_toys import encoded, model_config, picture, tokenizer
 from mindvl_jax.config.schema import TokenizerConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.data.sample import Media, Message, Sample
+from mindvl_jax.data.text import sandbox
 from mindvl_jax.data.text.template import OwnTemplate
 from mindvl_jax.data.text.tokenizer import load_tokenizer
 from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
@@ -98,3 +101,29 @@ def test_templates_that_cannot_be_taken_apart_are_refused(template, message):
 def test_asking_for_a_template_that_is_not_there_is_an_error():
     with pytest.raises(UserError, match="has no chat template"):
         load_tokenizer(TokenizerConfig(path="qwen3", template="tokenizer"))
+
+
+GROWS = "{% set ns = namespace(x='a', l=[1]) %}{% for i in range(60) %}{% set ns.x = BODY %}{% endfor %}{{ ns.x }}"
+HOSTILE = {
+    "nested loops": "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
+    "macros that call each other": "{% macro f(n) %}{% if n > 0 %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "a loop without end": "{% for a in [[1, 2]] recursive %}{{ loop([[1, 2], [3]]) }}{% endfor %}",
+    "doubled by ~": GROWS.replace("BODY", "ns.x ~ ns.x"), "doubled by +": GROWS.replace("BODY", "ns.x + ns.x"), "replaced by more": GROWS.replace("BODY", "ns.x.replace('a', 'aaaa')"),
+    "a filter that replaces": GROWS.replace("BODY", "ns.x | replace('a', 'aaaa')"), "lists of lists": GROWS.replace("BODY", "[ns.x, ns.x]"), "mappings": GROWS.replace("BODY", "dict(a=ns.x, b=ns.x)"),
+    "a long text": "{{ 'ab' * 10000000000 }}", "a long list": "{{ 10000000000 * [1] }}", "a power": "{{ 9 ** 9 ** 9 ** 9 }}", "a large product": "{% set ns = namespace(x=9999) %}{% for i in range(900) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+    **{f"wide {form[:12]}": "{{ " + form + " }}" for form in ("'a' | center(1000000000000)", "'a'.ljust(1000000000000)", "'a'.zfill(1000000000000)", "'{:>99999999999}'.format(1)", "'{:>{w}}'.format(1, w=99999999999)", "'%99999999999d' % 1",
+        "'%*d' % (99999999999, 1)", "'%99999999d' | format(1)", "'{a:>99999999999}'.format_map({'a': 1})", "'a\nb' | indent(1000000000000)", "[1] | tojson(indent=1000000000000)", "1.5 | round(999999999)", "lipsum(n=10000000)",
+        "('a' * 4000000).join(range(99999) | map('string'))", "range(99999) | join('a' * 4000000)", "('a' * 4000000).translate({97: 'b' * 4000000})", "range(99999) | map('string') | map('replace', '', 'a' * 900000) | list")},
+    "written again and again": "{% set x = 'a' * 4000000 %}{% for i in range(99999) %}{{ x }}{% endfor %}", "kept again and again": "{% set x = 'a' * 4000000 %}{% set y %}{% for i in range(99999) %}{{ x }}{% endfor %}{% endset %}",
+    "Python's inside": "{{ ().__class__.__base__.__subclasses__() }}", "a file": "{% include '/etc/passwd' %}", "a module": "{% import 'os' as o %}", "the environment": "{{ self._TemplateReference__context.environment }}",
+    "nested brackets": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "nested blocks": "{% if 1 %}" * 3000 + "{% endif %}" * 3000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_template_is_refused_in_bounded_time_and_memory(monkeypatch, name):
+    monkeypatch.setattr(sandbox, "SECONDS", 0.3)
+    start = time.monotonic()
+    with pytest.raises(UserError) as error:
+        OwnTemplate(HOSTILE[name], "<|im_end|>").frames([Message("user", "a"), Message("assistant", "b")])
+    assert time.monotonic() - start < 10 and len(str(error.value)) < 1000

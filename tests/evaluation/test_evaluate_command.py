@@ -443,6 +443,7 @@ def test_a_metric_that_does_not_exist_is_refused_before_the_weights_are_opened(
 
 
 def test_metrics_of_ones_own_tasks_agree_with_the_benchmarks_rules():
+    from mindvl_jax.config.schema import METRIC_NAMES
     from mindvl_jax.evaluation.items import Item
     from mindvl_jax.evaluation.metrics import METRICS, parse_task
 
@@ -457,6 +458,7 @@ def test_metrics_of_ones_own_tasks_agree_with_the_benchmarks_rules():
     )
     assert METRICS["relaxed_accuracy"](number, "106") == 0 and METRICS["anls"](item, "Pariz") == pytest.approx(0.8)
     assert METRICS["yes_no"](Item(id="c", messages=(), answers=("No",)), "no, it is not") == 1
+    assert set(METRICS) == set(METRIC_NAMES)
     assert parse_task("a=C:/x/y.csv") == ("a", "C:/x/y.csv", "exact_match") and parse_task("a=b.csv:anls") == (
         "a",
         "b.csv",

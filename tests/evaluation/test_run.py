@@ -6,6 +6,7 @@ import re
 import pytest
 import yaml
 
+from mindvl_jax.cli.run_hooks import RunHooks
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.files import read_jsonl
@@ -85,7 +86,7 @@ def test_scores_hold_the_last_evaluation_and_every_phase(run_dir):
     task = scores["tasks"]["numbers"]
     assert (scores["phase"], scores["step"]) == ("sft", 20)
     assert task["n"] == 24 and task["by_phase"]["warmup"]["n"] == 10 and task["by_phase"]["sft"]["step"] == 20
-    assert task["ci95"][0] <= task["exact_match"] <= task["ci95"][1]
+    assert task["ci95"][0] <= task["score"] <= task["ci95"][1]
     assert 0 <= task["language_only"] <= 1
     assert task["blind_majority"] == 0.125
 
@@ -129,8 +130,29 @@ def test_the_score_is_the_share_of_exact_answers(config, opened, tmp_path, monke
     assert re.search(r"numbers │ exact match │ 0\.333 │ .* │ +24 │ +0\.000 │ +0\.125 ", console.file.getvalue()), (
         console.file.getvalue()
     )
-    assert scores["tasks"]["numbers"]["exact_match"] == pytest.approx(8 / 24, abs=1e-4)
+    assert scores["tasks"]["numbers"]["score"] == pytest.approx(8 / 24, abs=1e-4)
     assert scores["tasks"]["numbers"]["language_only"] == 0
+
+
+@pytest.mark.parametrize("metric", ["contains", "{folder}/mine.py:longer"])
+def test_a_task_is_scored_by_the_metric_that_it_names(config, opened, tmp_path, metric):
+    (tmp_path / "mine.py").write_text("def longer(prediction, answers):\n    return float(len(prediction) >= 0)\n")
+    data = config.model_dump()
+    data["evaluation"]["tasks"][0].update(metric=metric.format(folder=tmp_path), max_samples=3)
+    changed = Config.model_validate(data)
+    assert RunHooks(changed).problems() == []
+    task = evaluate_run(changed, opened.model, 20, "sft", tmp_path)["tasks"]["numbers"]
+    assert task["metric"] == metric.rpartition(":")[2] and task["score"] == (1.0 if "mine" in metric else 0.0)
+
+
+@pytest.mark.parametrize("metric", ["exact", "", "x.py", "a.py:b c", "m.py:\0", "../x.py:"])
+def test_a_metric_that_is_not_there_is_refused_when_the_configuration_is_read(config, metric):
+    data = config.model_dump()
+    data["evaluation"]["tasks"][0]["metric"] = metric
+    with pytest.raises(ValueError, match="no such metric|control characters"):
+        Config.model_validate(data)
+    data["evaluation"]["tasks"][0]["metric"] = "nowhere.py:f"
+    assert "there is no such file" in RunHooks(Config.model_validate(data)).problems()[0]
 
 
 def test_a_missing_task_file_is_refused_by_name(config, opened, tmp_path):
@@ -160,7 +182,12 @@ def test_the_report_is_one_file_with_scores_gains_curves_pictures_and_config(run
 def test_other_peoples_text_cannot_become_markup(tmp_path):
     (tmp_path / "predictions" / "p").mkdir(parents=True)
     (tmp_path / "scores.json").write_text(
-        json.dumps({"phase": "p", "tasks": {"t": {"exact_match": 0.0, "ci95": [0, 0.5], "n": 1, "by_phase": {}}}})
+        json.dumps(
+            {
+                "phase": "p",
+                "tasks": {"t": {"metric": "exact_match", "score": 0.0, "ci95": [0, 0.5], "n": 1, "by_phase": {}}},
+            }
+        )
     )
     (tmp_path / "predictions" / "p" / "t.jsonl").write_text(
         json.dumps(

@@ -1,6 +1,7 @@
 """A step that is not finite: what is kept of it, and what `mindvl replay` says."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -79,6 +80,25 @@ def test_replay_builds_the_batch_again_and_names_the_first_operation(diverged, c
     assert found["finding"] is not None and found["finding"]["scope"] and ".py:" in found["finding"]["source"], found
     assert main(["replay", str(run)]) == 0
     assert "first result that is not finite:" in capsys.readouterr().out
+
+
+def test_replay_needs_no_data_and_says_what_is_damaged(diverged, capsys, tmp_path):
+    run, _ = diverged
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(config.replace("squares.parquet", "gone.parquet"))
+    assert main(["replay", str(copy), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["finding"] is not None
+    for name, content in (
+        ("bad_step.npz", b"PK\x03\x04cut"), ("bad_step_batch.npz", b""), ("bad_step_batch.npz", b"\x80\x04cos\nsystem"),
+        ("bad_step.json", b"[]"), ("bad_step.json", b"{"), ("bad_step.json", b'{"phase_index": 99}'),
+    ):  # fmt: skip
+        kept = (copy / name).read_bytes()
+        (copy / name).write_bytes(content)
+        assert main(["replay", str(copy)]) == 2
+        assert f"{name} is damaged" in capsys.readouterr().err
+        (copy / name).write_bytes(kept)
 
 
 def test_the_norms_of_the_parts_make_up_the_whole(run_config, read_metrics):

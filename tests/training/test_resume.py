@@ -152,3 +152,29 @@ def test_a_changed_configuration_inside_a_checkpoint_counts_as_damage(copied):
     )
     with pytest.raises(UserError, match="seal does not fit"):
         train(config_loader.from_mapping(mapping), stop_after=5)
+
+
+def take_seal(folder, step):
+    for file in (folder / "run" / "checkpoints" / str(step) / "progress").iterdir():
+        if '"seal"' in file.read_text(errors="replace"):
+            record = json.loads(file.read_text())
+            del record["seal"]
+            record["loader"]["planner"]["waiting"].reverse()
+            file.write_text(json.dumps(record))
+
+
+def test_a_checkpoint_whose_seal_was_taken_away_is_passed_over(copied):
+    mapping, folder = copied
+    take_seal(folder, 4)
+    train(config_loader.from_mapping(mapping), stop_after=5)
+    log = (folder / "run" / "run.log").read_text()
+    assert "its seal was taken away" in log and "continuing" in log and "checkpoints/3" in log
+
+
+def test_a_run_without_any_seal_says_so(copied, caplog):
+    mapping, folder = copied
+    for step in (1, 2, 3):
+        shutil.rmtree(folder / "run" / "checkpoints" / str(step))
+    take_seal(folder, 4)
+    train(config_loader.from_mapping(mapping), stop_after=5)
+    assert "has no seal" in caplog.text and "cannot be checked" in caplog.text

@@ -10,6 +10,7 @@ from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.files import read_json, read_jsonl
 from mindvl_jax.data.sources.readers import Source
 from mindvl_jax.training.trainer import train
+from mindvl_jax.training.validation import Best
 from mindvl_jax.weights import open_model
 
 
@@ -52,6 +53,21 @@ def test_the_best_checkpoint_is_kept_and_its_loss_is_that_of_scoring_each_sample
     log = (folder / "run.log").read_text()
     assert f"step 4: validation loss {losses[4]:.4f} (lowest so far)" in log and "done: 8 steps" in log
     assert all(seconds > 0 for seconds in quick), "the time of a check is not a step's"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"{}", b"\xff\xfe\x00", b'{"step": 4}', b'{"step": 99}', b"{" * 5000, None],
+)
+def test_a_damaged_best_step_is_said_and_looked_for_anew(tmp_path, content, caplog):
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    if content is not None:
+        (tmp_path / "best.json").write_bytes(content)
+    if content != b'{"step": 4}':
+        with pytest.raises(UserError, match="best"):
+            named_folder(f"{tmp_path}:best")
+    best = Best(tmp_path, resumed=6)
+    assert best.step is None and (content is None or "looked for anew" in caplog.text)
 
 
 def test_a_validation_source_must_exist_and_keep_best_needs_one(run_mapping):

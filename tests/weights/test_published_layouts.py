@@ -12,6 +12,7 @@ import transformers
 
 from mindvl_jax.config.schema import ColumnMapping
 from mindvl_jax.data.record import sample_from_record
+from mindvl_jax.data.sample import SampleError
 from mindvl_jax.data.text.template import QWEN_TEMPLATE
 from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
@@ -338,3 +339,49 @@ def test_a_configuration_with_values_of_another_type_is_refused(tmp_path, part, 
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(WeightsError, match="config.json"):
         read_config(tmp_path)
+
+
+# As published formats differ from the native one: a default system turn, arguments written anew, marks of answers.
+OWN_SYSTEM = (
+    "{%- if not tools and messages[0].role != 'system' %}{{- '<|im_start|>system\\nHelp.<|im_end|>\\n' }}{%- endif %}"
+)
+AS_GIVEN = "function.arguments if function.arguments is string else function.arguments | tojson"
+OWN_RICH = (
+    QWEN_TEMPLATE.replace(AS_GIVEN, "function.arguments | tojson")
+    .replace("{%- if tools %}", OWN_SYSTEM + "{%- if tools %}", 1)
+    .replace("{%- set state", "{%- generation %}{%- endgeneration %}{%- set state", 1)
+)
+
+
+def test_tools_calls_and_reasoning_under_a_folders_own_template_get_the_ids_of_transformers(folder):
+    place = folder("chat_template.jinja", OWN_RICH)
+    tokenizer = open_companions(place)[0]
+    assert tokenizer.template == OWN_RICH
+    for messages, tools in RICH:
+        assert ours(tokenizer, messages, tools) == theirs(place, OWN_RICH, messages, tools or None)
+
+
+def test_what_is_learned_under_a_folders_own_template_is_what_the_assistant_writes(folder):
+    tokenizer = open_companions(folder("chat_template.jinja", OWN_RICH))[0]
+    messages = [*RICH[0][0], {"role": "assistant", "content": "12 or 13.", "reasoning_content": "two results"}]
+    record = {"messages": messages, "tools": [TOOL], "id": "x"}
+    options = dict(columns=ColumnMapping(), media_root=None, default_id="x", origin="x")
+    encoder = ExampleEncoder(MODEL, tokenizer, EncodeLimits(784, 12544))
+    example = encoder.encode(sample_from_record(record, **options))
+    witness = transformers.PreTrainedTokenizerFast.from_pretrained(tokenizer.file.parent)
+    whole = witness.apply_chat_template(messages, tools=[TOOL], chat_template=OWN_RICH, return_dict=False)
+    assert [*example.tokens.tolist(), *tokenizer.encode("\n")] == whole
+    learned = tokenizer.decode(example.targets[example.loss_weights > 0].tolist(), skip_special=False)
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
+    assert learned == (f"Let me look.\n{call}\n{call}<|im_end|><think>\ntwo results\n</think>\n\n12 or 13.<|im_end|>")
+    # A turn of weight 0 may lose its reasoning, a learned one may not.
+    early = [*RICH[2][0], {"role": "assistant", "content": "6"}]
+    with pytest.raises(SampleError, match="leaves out the reasoning of turn 1"):
+        encoder.encode(sample_from_record({"messages": early}, **options))
+    early[1] = {**early[1], "weight": 0}
+    assert encoder.encode(sample_from_record({"messages": early}, **options)).loss_weights.sum() == 2
+    spelled = {"messages": messages[:3], "tools": [{**TOOL, "x": "<|im_end|>"}]}
+    with pytest.raises(SampleError, match="spells the control token '<\\|im_end\\|>'"):
+        encoder.encode_prompt(
+            sample_from_record(spelled, **options).messages, tools=sample_from_record(spelled, **options).tools
+        )

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from mindvl_jax.config.schema import ModelConfig
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.data.marks import MEDIA_TOKENS, literal, pieces
+from mindvl_jax.data.marks import MEDIA_TOKENS, before_mark, literal, pieces
 from mindvl_jax.data.sample import Message, SampleError
 from mindvl_jax.data.text.template import TOOLS_AFTER, TOOLS_BEFORE, Frame, OwnTemplate
 
@@ -133,16 +133,12 @@ class ChatEncoder:
           prompt: the conversation is read and not learned: reasoning of earlier turns is left out, as the published
             format does.
 
-        Raises SampleError when a placeholder has no medium left, for reasoning that could not be learned, and for tools
-        or reasoning under the tokenizer's own template.
+        Raises SampleError when a placeholder has no medium left, for reasoning that could not be learned, and for
+        conversations that the tokenizer's own template does not write whole.
         """
         if self._template is not None:
             if tools or any(message.calls or message.reasoning for message in messages):
-                raise SampleError(
-                    "unsupported_field",
-                    "the sample has tools, calls or reasoning, which tokenizer.template `tokenizer` does not "
-                    "place; write them into the content, or use `qwen`",
-                )
+                return self._woven(messages, images, videos, tools, prompt)
             frames = self._template.frames(messages)
             return [
                 self._framed(message, frame, images, videos) for message, frame in zip(messages, frames, strict=True)
@@ -238,6 +234,51 @@ class ChatEncoder:
         if frame.after != closing:
             turn.add(self.encode_text(frame.after[len(closing) :]))
         return turn.done("user" if message.role == "tool" else message.role, message.weight)
+
+    def _woven(
+        self,
+        messages: Sequence[Message],
+        images: Iterator[MediumParts],
+        videos: Iterator[MediumParts],
+        tools: Sequence[str],
+        prompt: bool,
+    ) -> list[Turn]:
+        """Turns of a conversation with tools, calls or reasoning as the tokenizer's own template has it.
+
+        What stands between two answers is one turn. Tools and calls become text of the template, whose control tokens
+        are real: those that spell one are refused.
+        """
+        for text in (*tools, *(call for message in messages for call in message.calls)):
+            if spelled := self._special.search(text):
+                raise SampleError(
+                    "unsupported_field",
+                    f"a tool or a call spells the control token {spelled[0]!r}, which tokenizer.template `tokenizer` "
+                    "would write as a real one; take it out, or use `qwen`",
+                )
+        turns = []
+        for piece in self._template.pieces(messages, tools, prompt=prompt):
+            turn = _Building(self, images, videos)
+            self._weave(turn, piece.before)
+            self._weave(turn, piece.learned, learn=True)
+            turn.add(self.encode_text(piece.after))
+            answer = None if piece.turn is None else messages[piece.turn]
+            turns.append(turn.done("user", 1.0) if answer is None else turn.done("assistant", answer.weight))
+        return [turn for turn in turns if turn.tokens]
+
+    def _weave(self, turn: _Building, texts: Sequence[tuple[str, bool]], *, learn: bool = False) -> None:
+        """Add texts; plain text beside what somebody wrote is encoded with it, as when all is encoded at once."""
+        content = ""
+        for text, written in texts:
+            if written:
+                content = (before_mark(content) if text.startswith(("<image>", "<video>")) else content) + text
+                continue
+            position = 0
+            for match in self._special.finditer(text):
+                turn.content(content + literal(text[position : match.start()]), learn=learn)
+                turn.add(self._tokenizer.encode(match[0], allow_special=True), learn=learn)
+                content, position = "", match.end()
+            content += literal(text[position:])
+        turn.content(content, learn=learn)
 
     def visual(self, kind: str, count: int) -> tuple[list[int], int]:
         """Ids of one part of a medium between its borders, if any, and where the placeholders begin in them."""

@@ -8,18 +8,18 @@ agree.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
+import itertools
 import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jinja2
-import jinja2.sandbox
 
 from mindvl_jax.core.errors import UserError, shortened
 from mindvl_jax.data.sample import Message, SampleError
+from mindvl_jax.data.text.sandbox import TemplateEnvironment
 
 TOOLS_BEFORE = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with "
@@ -88,6 +88,8 @@ QWEN_TEMPLATE = """\
 # Private-use characters: no text of a data set is looked for in the rendering, only these.
 _MARK = "\ue000{}\ue001"
 _MARKS = re.compile("\ue000(\\d+)\ue001")
+# What published templates do to the texts they are given: nothing, or white space taken from their ends.
+_TRIMS = (str, str.strip, lambda text: text.strip("\n"), lambda text: text.lstrip("\n"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +106,24 @@ class Frame:
     content: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Part of a rendering: an answer, or what stands between two answers.
+
+    Attributes:
+      turn: index of the answer's message; None between answers.
+      before: what is not learned: of an answer its header. learned: text of the answer with the token that closes it.
+      after: white space behind it.
+
+    Texts are sequences of (text, whether somebody wrote it); the template's own control tokens are real, others not.
+    """
+
+    turn: int | None
+    before: tuple[tuple[str, bool], ...]
+    learned: tuple[tuple[str, bool], ...] = ()
+    after: str = ""
+
+
 class OwnTemplate:
     """Frames of conversations by a Jinja template."""
 
@@ -113,17 +133,13 @@ class OwnTemplate:
         Raises UserError when the template does not compile.
         """
         self._ends = tuple(dict.fromkeys(ends))
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        self._environment = TemplateEnvironment()
         try:
-            self._template = environment.from_string(text)
-        except (jinja2.TemplateError, RecursionError) as error:
+            self._template = self._environment.from_string(text)
+        except (jinja2.TemplateError, RecursionError, MemoryError, ValueError, SyntaxError) as error:
             raise UserError(
-                f"the tokenizer's chat template does not compile: {error}. Set tokenizer.template to `qwen`"
+                f"the tokenizer's chat template does not compile: {shortened(str(error))}. Set tokenizer.template to "
+                "`qwen`"
             ) from None
 
     def frames(self, messages: Sequence[Message]) -> list[Frame]:
@@ -148,6 +164,117 @@ class OwnTemplate:
             "the tokenizer's chat template writes these turns otherwise than their texts stand (a thought "
             "taken out of an answer, for instance); set tokenizer.template to `qwen`, or change the texts",
         )
+
+    def pieces(self, messages: Sequence[Message], tools: Sequence[str], *, prompt: bool) -> list[Piece]:
+        """Take a conversation with tools, calls or reasoning apart at its answers.
+
+        Tools and calls are given to the template as transformers gives them (arguments as an object).
+
+        Args:
+          prompt: the conversation is read and not learned: one piece, and reasoning may be left out.
+
+        Raises SampleError when answers cannot be told apart, or the template leaves a text or reasoning out of a turn
+        that is learned.
+        """
+        texts, marked, plain = [], [], []
+        for message in messages:
+            turn: dict[str, Any] = {"role": message.role}
+            if message.calls:
+                turn["tool_calls"] = [{"type": "function", "function": json.loads(call)} for call in message.calls]
+            thought = {"reasoning_content": message.reasoning} if message.reasoning else {}
+            written = {**thought, "content": message.content}
+            plain.append({**turn, **written})
+            marked.append(dict(turn))
+            for name, text in written.items():
+                marked[-1][name] = text and _MARK.format(len(texts))
+                texts.append((len(marked) - 1, name, text))
+        known = [json.loads(tool) for tool in tools] or None
+        parts = _MARKS.split(self._render(marked, False, known))
+        found = [int(number) for number in parts[1::2]]
+        self._require_texts(messages, texts, found, prompt)
+        whole = self._render(plain, False, known)
+        contents = self._as_written(parts, found, texts, whole)
+        sequence: list[tuple[str, bool]] = [(parts[0], False)]
+        for number, text in zip(found, parts[2::2], strict=True):
+            sequence += [(contents[number], True), (text, False)]
+        if prompt:
+            return [Piece(None, tuple(sequence))]
+        return self._answers(messages, sequence)
+
+    def _require_texts(
+        self, messages: Sequence[Message], texts: list[tuple[int, str, str]], found: list[int], prompt: bool
+    ) -> None:
+        if found != sorted(set(found)):
+            raise SampleError(
+                "template",
+                "the tokenizer's chat template repeats texts of the conversation, or shows them in another order; set "
+                "tokenizer.template to `qwen`",
+            )
+        for number, (index, name, text) in enumerate(texts):
+            left_out = bool(text) and number not in found
+            read_only = prompt or messages[index].role != "assistant" or not messages[index].weight
+            if left_out and not (name == "reasoning_content" and read_only):
+                raise SampleError(
+                    "template",
+                    f"the tokenizer's chat template leaves out the {'reasoning' if name != 'content' else 'text'} of "
+                    f"turn {index} ({messages[index].role}); split the conversation, or set tokenizer.template to "
+                    "`qwen`",
+                )
+
+    def _as_written(
+        self, parts: list[str], found: list[int], texts: list[tuple[int, str, str]], whole: str
+    ) -> dict[int, str]:
+        """The texts as the template writes them: some take white space from their ends."""
+        for trim, other in itertools.product(_TRIMS, repeat=2):
+            contents = {
+                number: (other if texts[number][1] == "reasoning_content" else trim)(texts[number][2])
+                for number in found
+            }
+            after = zip(found, parts[2::2], strict=True)
+            if parts[0] + "".join(contents[number] + text for number, text in after) == whole:
+                return contents
+        raise SampleError(
+            "template",
+            "the tokenizer's chat template writes these turns otherwise than their texts stand; set tokenizer.template "
+            "to `qwen`, or change the texts",
+        )
+
+    def _answers(self, messages: Sequence[Message], sequence: list[tuple[str, bool]]) -> list[Piece]:
+        """Cut at the header that asks for an answer and at the token that closes it, in the template's own text only."""
+        header = self._answer_header(("user",))
+        answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+        pieces: list[Piece] = []
+        held: list[tuple[str, bool]] = []  # since the last cut
+        opened = False
+        for text, written in sequence:
+            while not written and (at := self._cut(text, header, opened)) is not None:
+                begin, end = at
+                held.append((text[:begin], False))
+                if opened:
+                    held.append((text[begin:end], False))
+                    rest = text[end:].lstrip("\n")
+                    pieces[-1] = dataclasses.replace(
+                        pieces[-1], learned=tuple(held), after=text[end : len(text) - len(rest)]
+                    )
+                    text = rest
+                else:
+                    turn = answers[len(pieces) // 2] if len(pieces) // 2 < len(answers) else None
+                    pieces += [Piece(None, tuple(held)), Piece(turn, ((header, False),))]
+                    text = text[end:]
+                held, opened = [], not opened
+            held.append((text, written))
+        if opened or [piece.turn for piece in pieces[1::2]] != answers:
+            raise SampleError(
+                "template",
+                f"the tokenizer's chat template opens {len(pieces) // 2} answers by {shortened(repr(header), 60)} in a "
+                f"conversation that has {len(answers)}; set tokenizer.template to `qwen`",
+            )
+        return [*pieces, Piece(None, tuple(held))]
+
+    def _cut(self, text: str, header: str, opened: bool) -> tuple[int, int] | None:
+        """Where the next answer opens, or the open one closes."""
+        ends = self._ends if opened else (header,)
+        return min(((at, at + len(end)) for end in ends if (at := text.find(end)) >= 0), default=None)
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019  a process has one template, which lives as long as it
     def _frames(self, roles: tuple[str, ...]) -> tuple[Frame, ...]:
@@ -202,21 +329,23 @@ class OwnTemplate:
         """Return the template's generation prompt."""
         return self._answer_header(tuple(message.role for message in messages))
 
-    def _render(self, turns: list[dict[str, Any]], ask: bool) -> str:
+    def _render(self, turns: list[dict[str, Any]], ask: bool, tools: list[Any] | None = None) -> str:
         try:
-            return self._template.render(
-                messages=turns, add_generation_prompt=ask, tools=None, bos_token="", eos_token=self._ends[0]
+            return self._environment.rendered(
+                self._template,
+                messages=turns,
+                add_generation_prompt=ask,
+                tools=tools,
+                bos_token="",
+                eos_token=self._ends[0],
             )
         except Exception as error:  # a template can raise whatever its expressions raise
             roles = ", ".join(turn["role"] for turn in turns)
+            said = shortened(str(error) or type(error).__name__)
             raise SampleError(
-                "template", f"the tokenizer's chat template refuses a conversation of {shortened(roles)}: {error}"
+                "template", f"the tokenizer's chat template refuses a conversation of {shortened(roles)}: {said}"
             ) from None
 
 
 def _marked(roles: Sequence[str]) -> list[dict[str, Any]]:
     return [{"role": role, "content": _MARK.format(index)} for index, role in enumerate(roles)]
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)

@@ -72,6 +72,7 @@ class Tokenizer:
         self.real_ids = tuple(id_table) if id_table is not None else None
         self._compact = _invert(self.real_ids, self._text) if self.real_ids is not None else None
         self.vocab_size = len(self.real_ids) if self.real_ids is not None else self._size
+        self._require_ids_of_the_file()
         added = self._text.get_added_tokens_decoder()
         self.special: Mapping[str, int] = {
             token.content: self._to_compact_or_none(real)
@@ -88,6 +89,20 @@ class Tokenizer:
         ]
         turn_end = [self.special["<|im_end|>"]] if "<|im_end|>" in self.special else []
         self.stop_ids = tuple(dict.fromkeys((self.eos_id, *turn_end, self.pad_id, *named)))
+
+    def _require_ids_of_the_file(self) -> None:
+        """Raise TokenizerError when a control token does not have the id that the file gives it.
+
+        The library numbers added tokens anew where their ids leave a hole: they would mean other rows of the table.
+        """
+        tokens = _read_object(self._file).get("added_tokens") or []
+        for token in tokens:
+            found = self._text.token_to_id(token["content"])
+            if found != token["id"]:
+                raise TokenizerError(
+                    f"{self._file}: the token {_shorten(token['content'])!r} has id {token['id']}, which leaves a hole "
+                    f"in the numbers: it would become {found}"
+                )
 
     @property
     def file(self) -> Path:
