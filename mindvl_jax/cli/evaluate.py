@@ -194,7 +194,7 @@ class _Scored:
 
         results = {}
         for name, benchmark, items in self.tasks:
-            with counting(self.console) as show:
+            with counting(self.console, first="programs that are new are compiled") as show:
                 result, rows, blind = evaluate_task(
                     self.generator,
                     name,

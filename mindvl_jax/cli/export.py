@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the adapters alone are written, as a PEFT folder",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must be empty or absent")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the files; default: as stored")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the files; default: the base's, else as stored"
+    )
     parser.add_argument("--shard-gigabytes", type=float, default=5.0, help="largest weight file")
 
 
@@ -70,17 +72,22 @@ def _export_adapter(out: Path, opened, layout, parameters) -> int:
     return 0
 
 
-def run(args: argparse.Namespace) -> int:
-    out = Path(args.out).expanduser()
+def _require_possible(args: argparse.Namespace, out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} exists and is not an empty folder; nothing is overwritten, name another")
     if bool(args.source) == bool(args.vision or args.language) or bool(args.vision) != bool(args.language):
         raise UserError("give either --run, or both --vision and --language")
     if args.shard_gigabytes <= 0:
         raise UserError(f"--shard-gigabytes is {args.shard_gigabytes}, expected a positive number")
+
+
+def run(args: argparse.Namespace) -> int:
+    out = Path(args.out).expanduser()
+    _require_possible(args, out)
     common.load_slow("mindvl_jax.weights.resolve")
     from mindvl_jax.models.adapters import merge
     from mindvl_jax.weights.adapter_layout import layout_of
+    from mindvl_jax.weights.card import base_dtype, base_of, keep_generation_settings, write_card
     from mindvl_jax.weights.companions import write_companions
     from mindvl_jax.weights.mapping import model_type
     from mindvl_jax.weights.resolve import open_companions, open_model
@@ -107,9 +114,12 @@ def run(args: argparse.Namespace) -> int:
 
         config, parameters = assemble(args.vision, args.language, mrope=args.positions == "mrope", seed=args.seed)
         tokenizer, pixels = open_companions(Path(args.language))[0], open_companions(Path(args.vision))[1]
+    run_config = opened.config if args.source and isinstance(opened.config, Config) else None
+    base = base_of(run_config) if run_config else None
+    dtype = args.dtype or (base_dtype(base) if base else None)
     ids = dict(pad_token_id=tokenizer.pad_id, eos_token_id=tokenizer.eos_id) if tokenizer else {}
     with common.busy(f"writing {out}"):
-        save_parameters(out, config, parameters, dtype=args.dtype, shard_bytes=int(args.shard_gigabytes * 1e9), **ids)
+        save_parameters(out, config, parameters, dtype=dtype, shard_bytes=int(args.shard_gigabytes * 1e9), **ids)
     write_companions(out, config, tokenizer, *pixels)
     count = sum(value.size for value in parameters.values())
     kind, described = model_type(config)
@@ -118,5 +128,18 @@ def run(args: argparse.Namespace) -> int:
         if described.in_transformers
         else "MindVL only; transformers has no class for this pairing"
     )
-    print(f"{out}: {count:,} parameters, model_type {kind} (opened by {reader})")
+    if base is not None:
+        keep_generation_settings(out, base)
+    stored = dtype or str(next(iter(parameters.values())).dtype)
+    if run_config is not None:
+        run, public = _run_of(opened.folder), described.in_transformers
+        write_card(out, run_config, run, kind=kind, dtype=stored, in_transformers=public)
+    why = f" like {base.name}; --dtype float32 keeps the masters" if base and not args.dtype else ""
+    print(f"{out}: {count:,} parameters in {stored}{why}, model_type {kind} (opened by {reader})")
+    print(f"next: mindvl parity --weights {out}" + (f"; vllm serve {out}" if described.in_transformers else ""))
     return 0
+
+
+def _run_of(folder: Path) -> Path:
+    """Folder of the run that a run or one of its checkpoints lies in."""
+    return folder.parent.parent if folder.parent.name == "checkpoints" else folder

@@ -144,7 +144,8 @@ def text_of(request: Request) -> str:
         "columns": dict(request.columns),
     }
     source = {key: value for key, value in source.items() if value not in (None, "auto", {})}
-    sizes = measure(request, source, model, TokenizerConfig.model_validate(sections["tokenizer"]), low, high)
+    with common.busy(f"reading up to {SAMPLED} samples of {request.data}"):
+        sizes = measure(request, source, model, TokenizerConfig.model_validate(sections["tokenizer"]), low, high)
     text = _yaml(request, source, model, sizes, low, high)
     loader.from_text(text, describe=described)
     return text

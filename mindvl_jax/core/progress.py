@@ -132,9 +132,13 @@ def working(console: Console, what: str, *, soon: float = SOON, every: float = E
 
 @contextlib.contextmanager
 def counting(
-    console: Console, *, soon: float = SOON, every: float = EVERY
+    console: Console, *, soon: float = SOON, every: float = EVERY, first: str = ""
 ) -> Iterator[Callable[[int, int, str], None]]:
-    """Yield `show(done, total, label)`: bars on a terminal, elsewhere a line every few seconds with the time left."""
+    """Yield `show(done, total, label)`: bars on a terminal, elsewhere a line every few seconds with the time left.
+
+    Args:
+      first: what the first of them waits for, such as a compiler; said in lines.
+    """
     if console.quiet:
         yield lambda done, total, label: None
         return
@@ -156,7 +160,7 @@ def counting(
 
             yield draw
         return
-    counts = _Counts()
+    counts = _Counts(first)
     with heartbeat(
         lambda text: console.print(text, highlight=False, markup=False), counts.text, soon=soon, every=every
     ):
@@ -166,7 +170,8 @@ def counting(
 class _Counts:
     """The newest count of a piece of work, and its time left."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: str = "") -> None:
+        self._waits = first
         self._label, self._done, self._first, self._total = "reading samples", 0, 0, 0
         self._since = time.monotonic()
 
@@ -179,5 +184,6 @@ class _Counts:
         if not self._total:
             return self._label
         made, seconds = self._done - self._first, time.monotonic() - self._since
-        left = f", ETA {duration((self._total - self._done) * seconds / made)}" if made else ""
+        waits = f" ({self._waits})" if self._waits and not self._done else ""
+        left = f", ETA {duration((self._total - self._done) * seconds / made)}" if made else waits
         return f"{self._label}: {self._done} of {self._total}{left}"

@@ -36,6 +36,7 @@ from mindvl_jax.inference import Generator, Sampling
 from mindvl_jax.inference.prompts import without_media
 
 log = logging.getLogger(__name__)
+COMPILES = "programs that are new are compiled"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ def evaluate_run(
     """
     run_dir = Path(run_dir)
     console = console or Console(quiet=True)
-    with counting(console) as show:
+    with counting(console, first=COMPILES) as show:
         scores = _evaluate(config, model, step, phase, run_dir, show)
     console.print(score_table(scores, f"held-out scores after {phase}, step {step}"))
     return scores

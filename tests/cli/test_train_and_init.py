@@ -57,6 +57,8 @@ def test_an_export_has_the_base_models_settings(trained, published, tmp_path, mi
         json.loads((folder / "preprocessor_config.json").read_text()) for folder in (published, tmp_path / "hf")
     ]
     assert processors[0] == processors[1]
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert f'base_model: "{published.name}"' in card and "library_name: transformers" in card and "| sft |" in card
 
 
 def test_init_from_alone_gives_the_sizes_of_the_folder(published, squares, tmp_path):
