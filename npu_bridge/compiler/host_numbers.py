@@ -26,7 +26,7 @@ class HostNumbers:
         return dict(zip(self.sizes, map(int, np.unravel_index(place, tuple(self.sizes.values()) or (1,)))))
 
     def index(self, axes: Sequence[str], place: int | None = None) -> int:
-        """Number of the shard this device holds of a dimension split over `axes` (major first)."""
+        """Return the index of this device's shard of a dimension sharded over `axes` (major first)."""
         where = self.coordinates if place is None else self._coordinates(place)
         number = 0
         for reference in axes:
@@ -44,7 +44,7 @@ class HostNumbers:
                 mine = sorted(
                     (axis_parts(a, self.sizes) for a in axes if a.partition(":")[0] == name), key=lambda p: p[1]
                 )
-                # what is left of this coordinate once the digits of the group's (sub-)axes are taken out
+                # the digits of this coordinate without those of the group's (sub-)axes
                 digits, total = [], self.sizes[name]
                 taken = {(b, s) for _, b, s in mine}
                 edges = sorted({1, total, *(b for b, _ in taken), *(b * s for b, s in taken)})
@@ -63,12 +63,12 @@ class HostNumbers:
 
     @staticmethod
     def replaced(values: tuple[int, ...], at: int, value: int) -> tuple[int, ...]:
-        """A flat table of the host with one element exchanged."""
+        """Return a flat host table with one element replaced."""
         return (*values[:at], value, *values[at + 1 :])
 
     @staticmethod
     def int_quotient(x: int, y: int) -> int:
-        """Rounds to zero, as StableHLO divides; Python rounds down."""
+        """Round to zero as StableHLO does; Python rounds down."""
         if y == 0:
             return -1
         if abs(x) < 1 << 52:

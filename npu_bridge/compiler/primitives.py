@@ -1,4 +1,4 @@
-"""Lowerings of JAX primitives that platform ``npu`` needs of its own.
+"""Own lowerings of JAX primitives for platform ``npu``.
 
 Most primitives keep JAX's default StableHLO. These do not, for one of three reasons: the default is a CHLO operation
 that Shardy partitions wrongly silently (``top_k``), a region that cannot be reduced across shards (``argmax``,
@@ -21,12 +21,12 @@ from npu_bridge.compiler import callbacks, linear_algebra
 
 
 def _dims(rank: int, changed: Sequence[int] = (), prefix: str = "d") -> str:
-    """``d0 d1 r2``: one factor for each dimension; those in `changed` get the letter r (replicated), numbered apart."""
+    """``d0 d1 r2``: one factor per dimension; those in `changed` are replicated and get the letter r."""
     return " ".join(f"r{i}" if i in changed else f"{prefix}{i}" for i in range(rank))
 
 
 def _unsigned(aval: Any) -> bool:
-    """Kept as signed bits by the runtime, so that order needs care."""
+    """Whether the runtime stores the dtype as signed bits, so that comparisons need care."""
     return str(aval.dtype) in ("uint16", "uint32", "uint64")
 
 
@@ -80,7 +80,7 @@ def _top_k(ctx: Any, x: ir.Value, *, k: int, **other: Any):
 
 
 def _approximate_top_k(x: Any, *, k: int, reduction_dimension: int, is_max_k: bool, **options: Any) -> Sequence[Any]:
-    """The exact answer, which every recall allows."""
+    """Compute the exact answer, which satisfies any recall target."""
     if is_max_k:
         return lax.top_k(x, k, axis=reduction_dimension)
     values, indices = lax.top_k(-x, k, axis=reduction_dimension)
@@ -107,7 +107,7 @@ def _threefry(ctx: Any, *operands: ir.Value):
     def dims(number: int, operand: tuple[int, ...]) -> str:
         if len(operand) != len(shape):
             return ""
-        # A key a row (vmap) comes with dimensions of one, which spread over the counters.
+        # A key per row (vmap) has unit dimensions that broadcast over the counters.
         names = [f"d{d}" if size == shape[d] else f"e{number}x{d}" for d, size in enumerate(operand)]
         replicate.extend(name for name in names if name.startswith("e"))
         return " ".join(names)
@@ -124,7 +124,7 @@ def register() -> None:
         return
     register.done = True
     table = jaxcompat.register_platform_lowering
-    # jax writes 1 / (1 + exp(-x)) for a platform it does not know: five operations and a slower gradient for one.
+    # jax lowers it to 1 / (1 + exp(-x)) on unknown platforms: five operations and a slower gradient.
     table(lax.logistic_p, lambda ctx, x, **_: [stablehlo.logistic(x)])
     table(lax.square_p, jaxcompat.lower_with(lambda x: [lax.mul(x, x)]))
     for name, primitive in (

@@ -43,7 +43,7 @@ class Options:
 
 
 def as_mesh(mesh: MeshLike) -> tuple[AbstractMesh | None, tuple[int, ...] | None]:
-    """An abstract mesh for tracing, and for each place the rank that sits there (None: in order)."""
+    """Return an abstract mesh for tracing, and the rank at each mesh position (None: in order)."""
     if mesh is None:
         return None, None
     if isinstance(mesh, dict):
@@ -106,7 +106,7 @@ class Lowered:
         self.result_layouts: list[Layout] = [tuple(tuple(a) for a in lay) for lay in layouts["results"]]
 
     def as_text(self) -> str:
-        """The torch program: Python source with scopes and source lines of the JAX program."""
+        """Return the torch program: Python source with scopes and source lines of the JAX program."""
         return self.source.text
 
     def collectives(self) -> list[dict[str, Any]]:
@@ -116,11 +116,11 @@ class Lowered:
         return list(self.source.collectives)
 
     def kernels(self) -> list[dict[str, Any]]:
-        """Each call of a fused operator: name, operand and result types, parameters, times a step, location."""
+        """List the calls of fused operators: name, operand and result types, parameters, calls per step, location."""
         return list(self.source.kernels)
 
     def memory(self) -> dict[str, int]:
-        """Planned bytes on one device: arguments, peak (arguments included), in-place updates and copies."""
+        """Return planned bytes on one device: arguments, peak (arguments included), in-place updates, copies."""
         return dict(self.source.memory)
 
 
@@ -157,7 +157,7 @@ class Compiled:
         return self.program.status
 
     def __call__(self, flat: Sequence[Any]) -> list[Any]:
-        """Runs on flat arguments of the whole program (those jit dropped included) and returns flat Arrays."""
+        """Run on flat arguments of the whole program (unused ones included) and return flat Arrays."""
         from npu_bridge.runtime.array import Array
         from npu_bridge.runtime.scopes import program_to_run
 
@@ -169,7 +169,7 @@ class Compiled:
         local = [self._place(flat[i], i, low.arg_layouts[n]) for n, i in enumerate(traced.kept)]
         for i, donated in enumerate(traced.donated):
             if donated and isinstance(flat[i], Array) and not flat[i].is_deleted():
-                flat[i].donate(low.name)  # an argument the program never reads is donated all the same
+                flat[i].donate(low.name)  # unused arguments are donated too
         others = {_memory(x) for x, donated in zip(local, (traced.donated[i] for i in traced.kept)) if not donated}
         results = _apart(program_to_run(self)(local, host), others)
         out = []
@@ -220,15 +220,14 @@ class Compiled:
             return local.contiguous()
         local = self._shard(x, number, layout)
         if local.device.type == "cpu" != self.runtime.device.type:
-            # From pinned memory the copy is queued; from any other the host would wait until all that was queued before
-            # has run.
+            # Copies from pinned memory are asynchronous; from other memory the host would wait for the queue to drain.
             return local.pin_memory().to(self.runtime.device, non_blocking=True)
         moved = local.to(self.runtime.device).contiguous()
-        # A donated array is overwritten: never in memory that JAX or numpy still hold.
+        # Copy donated arrays: JAX or numpy may still hold their memory.
         return moved.clone() if donated and moved.data_ptr() == local.data_ptr() else moved
 
     def _shard(self, x: Any, number: int, layout: Layout) -> Any:
-        """This rank's part of a host array, where it lies."""
+        """Return this rank's shard of a host array, without a copy."""
         from npu_bridge.runtime.array import held_shard
         from npu_bridge.runtime.conversion import to_torch
         from npu_bridge.runtime.program import shard
@@ -252,8 +251,8 @@ def _memory(x: Any) -> int:
 
 
 def _apart(results: Sequence[Any], others: set[int]) -> list[Any]:
-    """Results with memory of their own, each of which may be donated and overwritten: those that lie in memory of
-    `others` (arguments that the caller keeps) or of a result before them, or show an element twice, are copied.
+    """Clone results that alias kept arguments (`others`), earlier results or expanded views, so that every output can
+    be donated.
     """
     taken, out = set(others), []
     for x in results:
@@ -272,8 +271,8 @@ def _full(x: Any, layout: Layout | None = None) -> Layout:
 
 
 def _collector_paused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Lowering makes some hundred thousand objects and drops few: looking for cycles among them, and among everything
-    that jax and torch hold, again and again costs up to a fifth of it.
+    """Pause garbage collection: lowering allocates 100,000s of objects that live on, and repeated collections cost up
+    to a fifth of its time.
     """
 
     @functools.wraps(function)
@@ -290,8 +289,8 @@ def _collector_paused(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _counted(numbers: Sequence[int], count: int) -> list[int]:
-    """Argument numbers of a call with `count` arguments: negative ones count from the end, those of defaults that were
-    left out go.
+    """Resolve argument numbers for a call with `count` arguments: negative ones count from the end, omitted defaults
+    are dropped.
     """
     return [n % count for n in numbers if -count <= n < count]
 
@@ -329,12 +328,12 @@ class Jitted:
         self._compiled: dict[Any, tuple[Compiled, Any]] = {}
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        """As a decorator of a method: bound to its object."""
+        """Bind to an object when used as a method decorator."""
         return self if instance is None else functools.partial(self, instance)
 
     @functools.cached_property
     def _inside(self) -> Callable[..., Any]:
-        """The function as a part of what JAX traces around it."""
+        """Inline the function into the surrounding JAX trace."""
         return jaxcompat.xla_jit(self.fn, static_argnums=self.static, static_argnames=self.static_names)
 
     # -- arguments --------------------------------------------------------------------------------------------------
@@ -357,7 +356,7 @@ class Jitted:
         return [jax.tree.broadcast(g, a, is_leaf=_is_spec) for g, a in zip(given, dynamic)]
 
     def _abstract(self, args: Sequence[Any], named: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-        """Arguments as ShapeDtypeStructs with shardings. Gathers everything that does not fit and raises once."""
+        """Return arguments as ShapeDtypeStructs with shardings. Raises once with all problems."""
         if set(named) - set(self.static_names) and self.in_shardings is not None:
             raise PlacementError(
                 f"npu_bridge: {self._name} has in_shardings and was given {', '.join(named)} by name; pass "
@@ -527,11 +526,9 @@ class Jitted:
         flat, tree = jax.tree.flatten(
             (self._dynamic(args), {k: v for k, v in named.items() if k not in self.static_names})
         )
-        if any(
-            isinstance(x, jax.core.Tracer) for x in flat
-        ):  # under jax.grad, jax.vmap, or another function that is being traced
+        if any(isinstance(x, jax.core.Tracer) for x in flat):  # inside jax.grad, jax.vmap or another trace
             return self._inside(*args, **named)
-        # With their types: 1, 1.0 and True are equal, and other programs.
+        # Types are part of the key: 1, 1.0 and True are equal but give different programs.
         fixed: tuple[Any, ...] = tuple((type(args[i]), args[i]) for i in _counted(self.static, len(args)))
         fixed += tuple((k, type(named[k]), named[k]) for k in self.static_names if k in named)
         signature = (tree, fixed, tuple((np.shape(x), str(getattr(x, "dtype", type(x))), _is_weak(x)) for x in flat))
@@ -555,7 +552,7 @@ class Jitted:
 def _names_and_numbers(
     fn: Callable[..., Any], numbers: tuple[int, ...], names: tuple[str, ...]
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Arguments that are named by number or by name, both ways, as far as the function's signature tells."""
+    """Resolve argument numbers and names in both directions, as far as the signature allows."""
     try:
         parameters = list(inspect.signature(fn).parameters.values())
     except (TypeError, ValueError):  # a built-in
@@ -591,8 +588,8 @@ def jit(
 
     Args:
       fn: a function of pytrees of arrays, as for `jax.jit`.
-      mesh: a `jax.sharding.Mesh`, an `AbstractMesh`, or ``{axis: size}``. Each process is one place of it; no JAX
-        devices needed.
+      mesh: a `jax.sharding.Mesh`, an `AbstractMesh`, or ``{axis: size}``. Each process is one mesh position; no JAX
+      devices are needed.
       in_shardings, out_shardings: pytree prefixes of PartitionSpec or NamedSharding; None is replicated (arguments) or
         left to propagation (results).
       donate_argnums: arguments whose storage the step may overwrite.
@@ -603,15 +600,15 @@ def jit(
       device: "npu", "cuda" or "cpu".
       allow_host_sync: allow loops whose trip count is read from the device (one synchronisation a round).
       reduce_in_float32: exchange sums of 16-bit floats in float32.
-      overlap: start gathers ahead of the computation before their first use and wait for scatters behind what follows
-        them; at most two of each kind are under way, which is what it costs in memory. False waits for each exchange
-        where it stands.
-      capture: capture the whole step as a device graph where the device has graphs; False runs it operator by operator.
-      compile: hand the written program to `torch.compile`, on cuda or cpu and in one process. The first step takes as
-        long as that takes.
+      overlap: start gathers before the computation ahead of their first use, and wait for scatters after the
+      computation that follows; at most two of each kind are in flight, which bounds the memory. False makes every
+      collective blocking.
+      capture: capture the whole step as a device graph where the device has graphs; False runs eagerly.
+      compile: compile the written program by `torch.compile`, on cuda or cpu and in one process. The first step
+      includes the compilation.
 
-    Called under `jax.grad`, `jax.vmap`, `jax.checkpoint` or in a function that is being traced, the function becomes a
-    part of that: wrap the outermost one to run it all on the device.
+    Inside `jax.grad`, `jax.vmap`, `jax.checkpoint` or another trace the function is inlined: wrap the outermost
+    function to run all of it on the device.
 
     Returns a callable; its results are `npu_bridge.Array`, its `.lower(*args)` gives `.as_text()`, `.collectives()`,
     `.kernels()` and `.memory()`.

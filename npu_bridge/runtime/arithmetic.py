@@ -17,7 +17,7 @@ def unsigned_order(x: torch.Tensor) -> torch.Tensor:
 
 
 def unsigned_index(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Unsigned bits as an int64 index: 64-bit values above 2^63 become the largest index there is."""
+    """Convert unsigned bits to an int64 index: 64-bit values above 2^63 become the largest index."""
     return widen_unsigned(x, bits) if bits < 64 else torch.where(x < 0, ~_MIN[torch.int64], x)
 
 
@@ -39,8 +39,8 @@ def _unsigned_quotient(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     bits = _WIDTH[x.dtype]
     if bits < 64:
         return torch.div(widen_unsigned(x, bits), widen_unsigned(y, bits), rounding_mode="floor").to(x.dtype)
-    # No wider integer holds a uint64. A divisor with its top bit set goes in once or not at all; below that half of x,
-    # which is not negative, is divided, and what halving lost is at most one more.
+    # No wider integer holds a uint64. With the divisor's top bit set the quotient is 0 or 1. Otherwise divide x / 2,
+    # which is not negative, double, and correct by at most one.
     half = (x >> 1) & ~_MIN[torch.int64]
     small = torch.where(y > 0, y, 1)
     quotient = torch.div(half, small, rounding_mode="floor") << 1
@@ -50,13 +50,13 @@ def _unsigned_quotient(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def unsigned_divide(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """All bits set where the divisor is zero, as XLA has it."""
+    """All bits set where the divisor is zero, as in XLA."""
     zero = y == 0
     return torch.where(zero, -1, _unsigned_quotient(x, torch.where(zero, 1, y)))
 
 
 def unsigned_remainder(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """x where the divisor is zero, as XLA has it."""
+    """x where the divisor is zero, as in XLA."""
     zero = y == 0
     divisor = torch.where(zero, 1, y)
     return torch.where(zero, x, x - _unsigned_quotient(x, divisor) * divisor)
@@ -67,7 +67,7 @@ def unsigned_remainder(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def integer_divide(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Rounds to zero. x / 0 is -1 and the smallest number / -1 is itself, as XLA has it; torch raises or traps."""
+    """Round to zero. x / 0 is -1 and the smallest number / -1 is itself, as in XLA; torch raises or traps."""
     zero, minus = y == 0, y == -1 if y.dtype != torch.uint8 else torch.zeros_like(y, dtype=torch.bool)
     quotient = torch.div(x, torch.where(zero | minus, 1, y), rounding_mode="trunc")
     all_bits = 255 if x.dtype == torch.uint8 else -1
@@ -99,7 +99,7 @@ def shift_right_logical(x: torch.Tensor, y: torch.Tensor, bits: int) -> torch.Te
         return torch.where(inside, x >> torch.where(inside, y, 0), 0)
     inside = (y > 0) & (y < bits)
     n = torch.where(inside, y, 1)
-    mask = ~(torch.full_like(x, _MIN[x.dtype]) >> (n - 1))  # clears the n bits that came in from the left
+    mask = ~(torch.full_like(x, _MIN[x.dtype]) >> (n - 1))  # clear the n bits shifted in from the left
     return torch.where(inside, (x >> n) & mask, torch.where(y == 0, x, 0))
 
 
@@ -125,7 +125,7 @@ def count_leading_zeros(x: torch.Tensor) -> torch.Tensor:
 
 
 def float_to_integer(x: torch.Tensor, dtype: torch.dtype, unsigned: bool) -> torch.Tensor:
-    """Rounds to zero, saturates, NaN gives 0 (XLA); C leaves numbers out of range undefined."""
+    """Round to zero, saturate, NaN gives 0 (XLA); C leaves numbers out of range undefined."""
     bits = _WIDTH[dtype]
     if unsigned or dtype == torch.uint8:
         low, high = 0, (1 << bits) - 1
@@ -163,7 +163,7 @@ def total_order(x: torch.Tensor) -> torch.Tensor:
 def unsigned_to_float(x: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
     """Unsigned bits as a float.
 
-    Of 64 bits, what does not fit into an int64 is halved, keeping the last bit so that it is rounded once.
+    64-bit values beyond int64 are halved, keeping the last bit so that they are rounded once.
     """
     if bits < 64:
         return widen_unsigned(x, bits).to(dtype)
@@ -176,9 +176,9 @@ def unsigned_to_float(x: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.T
 
 
 def to_float8(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rounds to an 8-bit float.
+    """Round to an 8-bit float.
 
-    What rounds beyond its largest number is NaN where the type has no infinity; torch saturates.
+    Overflow gives NaN where the type has no infinity; torch saturates.
     """
     x = x.float()
     y = x.to(dtype)
@@ -215,7 +215,7 @@ def bessel_i1e(x: torch.Tensor) -> torch.Tensor:
 
 
 def digamma(x: torch.Tensor) -> torch.Tensor:
-    """NaN at both zeros, as XLA has it; torch gives infinities."""
+    """NaN at both zeros, as in XLA; torch gives infinities."""
     return torch.where(x == 0, float("nan"), torch.digamma(x))
 
 
@@ -238,7 +238,7 @@ def polygamma(n: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def reduce_precision(x: torch.Tensor, exponent_bits: int, mantissa_bits: int) -> torch.Tensor:
-    """Rounds float32 to fewer bits (ties to even); overflow gives infinity, numbers below the smallest normal give
+    """Round float32 to fewer bits (ties to even); overflow gives infinity, numbers below the smallest normal give
     zero.
     """
     if x.dtype != torch.float32:

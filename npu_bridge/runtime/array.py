@@ -1,4 +1,4 @@
-"""Arrays on the bridge's devices: one local shard with the sharding of the whole."""
+"""Arrays on the bridge's devices: a local shard and the sharding of the global array."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from npu_bridge.runtime.mesh import Runtime
 
 
 def shard_begins(layout: Layout, local: tuple[int, ...], runtime: Runtime) -> tuple[int, ...]:
-    """Global index of the first element of this rank's shard in each dimension."""
+    """Return the global index of the first element of this rank's shard in each dimension."""
     axes = layout or ((),) * len(local)
     return tuple(runtime.index(a) * n if a else 0 for a, n in zip(axes, local))
 
@@ -32,7 +32,7 @@ def held_shard(x: jax.Array, layout: Layout, runtime: Runtime) -> jax.Array | No
 
 
 class Array:
-    """One array of a bridge program: this device's shard, and how the whole is split.
+    """A global array of a bridge program: this device's shard and the sharding.
 
     shape, dtype: of the whole array. local: the shard, a torch tensor on the device. layout: mesh axes of each
     dimension.
@@ -81,12 +81,12 @@ class Array:
         return self._local is None
 
     def donate(self, to: str) -> torch.Tensor:
-        """Hand the storage over; the array is gone afterwards."""
+        """Donate the storage; the array is deleted afterwards."""
         local, self._local, self.donated_to = self.local, None, to
         return local
 
     def gather(self) -> np.ndarray:
-        """The whole array on the host. A collective when it is sharded: call it on every rank."""
+        """Return the global array on the host. A collective when it is sharded: call it on every rank."""
         whole = self.local
         dims = [tuple(a) for a in self.layout] or [()] * self.ndim
         for axes in dims:
@@ -101,13 +101,13 @@ class Array:
                 ".gather() on every rank, or read .local"
             )
         host = to_numpy(self.local, self.dtype)
-        # `local` may be donated and overwritten later: never hand out its memory.
+        # Copy: `local` may be donated and overwritten later.
         return np.array(host, dtype=dtype or host.dtype)
 
     def to_jax(self, sharding: jax.sharding.Sharding) -> jax.Array:
-        """The whole as a JAX array of this sharding, with this process's shard copied to its host device: no exchange,
-        and later steps leave it alone. Raises PlacementError when the sharding gives this process another shard than it
-        holds.
+        """Copy this process's shard to its host device as part of a JAX array with this sharding. No communication.
+
+        Raises PlacementError when the sharding gives this process another shard than it holds.
         """
         held = tuple(
             (b, b + n) for b, n in zip(shard_begins(self.layout, self.local.shape, self.runtime), self.local.shape)
@@ -123,13 +123,12 @@ class Array:
         return jax.make_array_from_single_device_arrays(self.shape, sharding, [jax.device_put(host, d) for d in mine])
 
     def __jax_array__(self) -> jax.Array:
-        """A copy as a JAX array: how jax.numpy, outside of the bridge's programs, reads it."""
+        """Copy to a JAX array, for jax.numpy outside of the bridge's programs."""
         return jax.numpy.asarray(self.__array__())
 
     def __dlpack__(self, **options: Any):
-        """The shard's own memory, without a copy: a step that the array is donated to overwrites it."""
-        # Unsigned integers are kept as the bits of signed ones: whoever takes the memory must see the array's own
-        # dtype.
+        """Export the shard's memory without a copy: a step that donates the array overwrites it."""
+        # Unsigned integers are stored as signed bits; the consumer must see the array's own dtype.
         own = getattr(torch, self.dtype.name) if self.dtype.kind == "u" else self.local.dtype
         return self.local.view(own).__dlpack__(**options)
 
@@ -165,7 +164,7 @@ def _delegate(name: str) -> None:
     setattr(Array, name, method)
 
 
-# Python's operators and the usual methods, on a copy that JAX holds: for what a script does with results between steps.
+# Python's operators and common methods, on a JAX copy: for scripts that use results between steps.
 for _operator in ["add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "rfloordiv", "mod",
     "rmod", "pow", "rpow", "matmul", "rmatmul", "and", "rand", "or", "ror", "xor", "rxor", "neg", "pos", "abs",
     "invert", "lt", "le", "gt", "ge", "eq", "ne", "getitem", "len", "iter", "index", "format"]:  # fmt: skip

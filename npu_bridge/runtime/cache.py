@@ -1,4 +1,4 @@
-"""Written programs on disk, by the hash of the lowered module, mesh, options, versions and the bridge's own source."""
+"""Disk cache of written programs, keyed by lowered module, mesh, options, versions and the bridge's source."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def directory() -> pathlib.Path | None:
 
 @functools.cache
 def _own_source() -> str:
-    """Digest of the compiler: a program written by another state of it is not reused."""
+    """Return a digest of the compiler's source, so that programs of other versions are not reused."""
     digest = hashlib.sha256()
     root = pathlib.Path(__file__).parents[1]
     for path in sorted(
@@ -46,7 +46,7 @@ def key(module_text: str, **options: Any) -> str:
 
 
 def load(name: str) -> tuple[Source, dict[str, Any]] | None:
-    """The cached program and its extra data, or None. A damaged entry counts as none."""
+    """Return the cached program and its extra data, or None. A damaged entry counts as missing."""
     base = directory()
     if base is None:
         return None
@@ -63,7 +63,7 @@ def load(name: str) -> tuple[Source, dict[str, Any]] | None:
 
 
 def store(name: str, source: Source, extra: dict[str, Any]) -> None:
-    """Write an entry; a reader sees it whole or not at all. Failing to write is not an error."""
+    """Write an entry atomically. Failing to write is not an error."""
     base = directory()
     if base is None:
         return

@@ -13,7 +13,7 @@ from npu_bridge.compiler.codegen.operands import STORAGE
 from npu_bridge.compiler.lower import mlir_dtype
 from npu_bridge.errors import PlacementError
 
-# numpy has no name for these; torch hands them over as the bits of an integer.
+# numpy has no such dtypes; torch exports them as integer bits.
 _AS_BITS = {
     torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
     torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn),
@@ -25,12 +25,12 @@ _NARROWED = {torch.float64: torch.float32, torch.int64: torch.int32, torch.compl
 
 
 def storage_dtype(dtype: Any) -> torch.dtype:
-    """torch's storage of a numpy dtype: unsigned integers wider than a byte are kept as signed bits."""
+    """Return torch's storage dtype of a numpy dtype: unsigned integers wider than a byte are stored as signed bits."""
     return getattr(torch, STORAGE[mlir_dtype(dtype)])
 
 
 def to_numpy(x: torch.Tensor, dtype: Any) -> np.ndarray:
-    """A host copy (no copy for a CPU tensor) with the array's own dtype."""
+    """Copy to the host (no copy for a CPU tensor) with the array's own dtype."""
     x = x.detach().cpu()
     if x.is_complex() or x.is_neg():
         x = x.resolve_conj().resolve_neg()
@@ -41,7 +41,7 @@ def to_numpy(x: torch.Tensor, dtype: Any) -> np.ndarray:
 
 
 def to_torch(x: Any, dtype: Any) -> torch.Tensor:
-    """A host or device array as a torch tensor of the storage type, without a copy where DLPack or numpy allow it.
+    """Convert a host or device array to a torch tensor of the storage type, without a copy if DLPack or numpy allow it.
 
     Raises PlacementError for something that is no array or has another dtype.
     """

@@ -4,11 +4,11 @@ Shapes are static and nothing in a step synchronises, so the second call is capt
 launch from the host instead of thousands. The first call runs eagerly (libraries allocate workspaces and communicators
 then).
 
-Addresses must not move. Arguments live in buffers that stay; a new batch is copied into its buffer; a donated argument
-is its own buffer, and the result that takes its place is written back into it inside the graph unless it is there
-already. Other results are copied out, because the next replay overwrites them.
+Addresses are fixed. Arguments live in persistent buffers, into which each batch is copied. A donated argument is its
+own buffer, and the result that replaces it is written back inside the graph unless it is there already. Other results
+are cloned, because the next replay overwrites them.
 
-On the CPU the eager program is all there is. The paths for cuda and npu follow the documented interfaces
+On the CPU programs run eagerly. The paths for cuda and npu follow the documented interfaces
 (torch.cuda.CUDAGraph, torch.npu.NPUGraph); the CPU tests cover the bookkeeping with a stand-in for the graph.
 """
 
@@ -29,8 +29,8 @@ _NAMES = {"cuda": "one CUDA graph", "npu": "one NPU graph"}
 def pair_donated(
     args: Sequence[torch.Tensor], donated: Sequence[bool], results: Sequence[torch.Tensor]
 ) -> dict[int, int]:
-    """Result number -> donated argument whose place it takes: the one whose storage it has, else the first free one of
-    its kind.
+    """Map results to the donated arguments that they replace: the one whose storage it has, else the first free one of
+    equal shape and dtype.
     """
     free = [i for i, d in enumerate(donated) if d]
     pairs: dict[int, int] = {}
@@ -71,17 +71,17 @@ class _DeviceGraph:
         return made, lengths
 
     def replay(self, lengths: list[dict[str, torch.Tensor]]) -> None:
-        """Replays; `lengths`: keywords for each call that is told new ones, in order of the capture."""
+        """Replay; `lengths`: keywords for each call with updated lengths, in order of the capture."""
         if lengths:
-            # The update must not reach the device before the last replay has read what it replaces.
+            # The update must not reach the device before the last replay has read the old lengths.
             self.graph.graph_dispatch_mode.update_stream.wait_stream(self.module.current_stream())
             self.graph.update(cpu_update_input=lengths)
         self.graph.replay()
 
 
 class GraphedProgram:
-    """Callable like `LoadedProgram`; captures on the second call where the device has graphs, unless `instead` says how
-    it runs.
+    """Callable like `LoadedProgram`. Captures on the second call where the device has graphs, unless `instead` names
+    another mode.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class GraphedProgram:
         def step() -> tuple[list[torch.Tensor], dict[int, int]]:
             results = self.program(list(self._buffers), host)
             pairs = pair_donated(self._buffers, self.donated, results)
-            # A result that lies in a donated buffer is read after the copies below have overwritten it.
+            # Clone results in donated buffers before the copies below overwrite them.
             buffers = {b.untyped_storage().data_ptr() for b, d in zip(self._buffers, self.donated) if d}
             stays = {j for j, i in pairs.items() if results[j].data_ptr() == self._buffers[i].data_ptr()}
             results = [
@@ -144,7 +144,7 @@ class GraphedProgram:
             graph = self._make_graph(self.kind)
             (self._outs, self._pairs), lengths = graph.capture(step)
         except RuntimeError as error:
-            # Nothing ran during a capture, so the arguments are as they were.
+            # Nothing runs during a capture, so the arguments are unchanged.
             self._wanted, self.status = False, f"eager: capture failed ({str(error).splitlines()[0]})"
             warnings.warn(f"npu_bridge: {self.status}; steps run operator by operator", stacklevel=3)
             self._buffers = []

@@ -1,7 +1,7 @@
 """Slices at device indices, padding, gather and scatter as StableHLO defines them.
 
 `shards` maps an indexed dimension to (first global index of this shard, size of the whole dimension). Indices are
-clamped or dropped by the whole array's size, then each device answers for its own part only.
+clamped or dropped by the global size, then each device handles its own shard only.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def pad(
 
 
 def take(x: torch.Tensor, indices: torch.Tensor, dim: int, shards: Shards | None = None) -> torch.Tensor:
-    """Whole slices of `x` along `dim`; indices (..., 1) are clamped."""
+    """Take whole slices of `x` along `dim`; indices (..., 1) are clamped."""
     indices = indices.squeeze(-1).long()
     start, whole = (shards or {}).get(dim, (0, x.shape[dim]))
     rows = indices.clamp(0, whole - 1) - start
@@ -88,28 +88,28 @@ def take(x: torch.Tensor, indices: torch.Tensor, dim: int, shards: Shards | None
 
 
 def _in_last(x: torch.Tensor, index: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(index into the last dimension of this shard, clamped; whether it was inside).
+    """Return (index into the last dimension of this shard, clamped; whether it was inside).
 
-    `index` repeats itself along its last dimension.
+    `index` is constant along its last dimension.
     """
     index = index[..., :1].long() - first
     return index.clamp(0, x.shape[-1] - 1), (index >= 0) & (index < x.shape[-1])
 
 
 def pick(x: torch.Tensor, index: torch.Tensor, first: int) -> torch.Tensor:
-    """The element of each row at its index; 0 where the index is not in the row."""
+    """Return the element of each row at its index; 0 where the index is outside."""
     index, inside = _in_last(x, index, first)
     return torch.where(inside, x.gather(-1, index), 0).squeeze(-1)
 
 
 def add_at(x: torch.Tensor, index: torch.Tensor, first: int, number: float) -> torch.Tensor:
-    """Add to the element of each row at its index, if it is in the row; overwrites `x` and return it."""
+    """Add to the element of each row at its index, if it is in the row; overwrite `x` and return it."""
     index, inside = _in_last(x, index, first)
     return x.scatter_add_(-1, index, torch.where(inside, number, 0.0).to(x.dtype))
 
 
 def _place(t: torch.Tensor, dims: Sequence[int], rank: int) -> torch.Tensor:
-    """Spreads the dimensions of `t` to places `dims` of a tensor of `rank` dimensions."""
+    """Move the dimensions of `t` to dimensions `dims` of a tensor of `rank` dimensions."""
     shape = [1] * rank
     for n, d in zip(t.shape, dims):
         shape[d] = n
@@ -129,10 +129,10 @@ def _indices(
     shards: Shards,
     clamp: bool,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """Index of every element in each operand dimension (local), and which elements count (None: all).
+    """Return local indices of every element per operand dimension, and a mask of valid elements (None: all).
 
-    sizes: window size in each operand dimension. window_places: operand dimension -> place in the result. batching:
-    operand dimension -> place in the result along which it runs by itself.
+    sizes: window size per operand dimension. window_places: operand dimension -> result dimension. batching: operand
+    dimension -> result dimension of a batch.
     """
     device = indices.device
     indices = indices.unsqueeze(-1) if vector_dim == indices.dim() else indices.movedim(vector_dim, -1)
@@ -207,7 +207,7 @@ def gather(
     for n, place in zip(batch_shape, batch_places):
         shape[place] = n
     y = x[tuple(index)] if x.dim() else x
-    if valid is None:  # memory of its own, each element once: later statements may overwrite it
+    if valid is None:  # contiguous copy: later statements may overwrite it
         return y.expand(shape).clone() if not x.dim() or list(y.shape) != shape else y
     return torch.where(valid, y.expand(shape), torch.zeros((), dtype=x.dtype, device=x.device))
 
@@ -233,9 +233,8 @@ def scatter_(
 ) -> torch.Tensor:
     """Write into `x` and return it. A window that leaves the array is dropped whole, as XLA does.
 
-    mode: how an update meets what is there, by name or as a function of both. unsigned: the order of `x` is that of
-    unsigned bits.
-    unique: no element is named twice.
+    mode: how updates combine with elements, a name or a function of both. unsigned: compare as unsigned bits.
+    unique: no index occurs twice.
     """
     if unsigned:
         scattered = scatter_(
@@ -302,7 +301,7 @@ def scatter_(
         values = torch.where(valid, values, torch.zeros((), dtype=values.dtype, device=x.device))
         flat.index_add_(0, linear, values)
     elif mode == "replace":
-        spare = torch.cat([numbers, numbers.new_zeros(1)])  # dropped updates land in one element behind the end
+        spare = torch.cat([numbers, numbers.new_zeros(1)])  # dropped updates go to one extra element at the end
         spare[torch.where(valid, linear, flat.numel())] = values
         numbers.copy_(spare[:-1])
     else:
@@ -322,10 +321,9 @@ def scatter_(
 def _scatter_with(
     body: Callable, flat: torch.Tensor, linear: torch.Tensor, values: torch.Tensor, valid: torch.Tensor, unique: bool
 ) -> None:
-    """Combines by any body.
+    """Combine by any body.
 
-    Updates of one element are applied one after the other, in their order: in the n-th round every element meets its
-    n-th update.
+    Updates of one element are applied in order: the n-th round applies every element's n-th update.
     """
     linear = torch.where(valid, linear, flat.numel())
     if unique:
@@ -336,7 +334,7 @@ def _scatter_with(
         number = torch.empty_like(linear)
         number[order] = torch.arange(linear.numel(), device=flat.device) - torch.searchsorted(ordered, ordered)
         rounds = int(torch.where(valid, number, -1).max()) + 1 if linear.numel() else 0  # reads the device
-    spare = torch.cat([flat, flat.new_zeros(1)])  # dropped updates meet one element behind the end
+    spare = torch.cat([flat, flat.new_zeros(1)])  # dropped updates go to one extra element at the end
     for n in range(rounds):
         now = torch.where(number == n, linear, flat.numel())
         spare[now] = body(spare[now], values)[0]
@@ -344,7 +342,7 @@ def _scatter_with(
 
 
 def _row_scatter(x, sizes, windows, update_window_dims, scattered, batching, rank) -> bool:
-    """Whole rows added along dimension 0, with the row's dimensions last and in order: an embedding's gradient."""
+    """Add whole rows along dimension 0, with the row's dimensions last and in order: an embedding's gradient."""
     whole = all(sizes[d] == x.shape[d] for d in range(1, x.dim()))
     trailing = list(update_window_dims) == list(range(rank - len(update_window_dims), rank))
     return list(scattered) == [0] and whole and trailing and windows == list(range(1, x.dim())) and not batching

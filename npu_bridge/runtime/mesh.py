@@ -1,4 +1,4 @@
-"""This rank's place in the mesh, its process groups, and the collectives that written programs call on ``rt``."""
+"""This rank's mesh position, its process groups, and the collectives that written programs call on ``rt``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from npu_bridge.runtime.kernel_table import KernelTable
 
 _BACKEND = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 _SUM = {"add": "SUM", "multiply": "PRODUCT", "maximum": "MAX", "minimum": "MIN", "or": "MAX", "and": "MIN"}
-# Named so since torch 2.13, which warns of the older names at every call.
+# Names since torch 2.13, which warns at every call of the older ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _groups: dict[tuple[int, ...], Any] = {}  # process groups by members: torch's groups are never collected, so share them
@@ -37,14 +37,14 @@ def timeout_seconds() -> float:
 def ensure_process_group(device: str, count: int) -> None:
     """Join the processes that torchrun or npu_bridge.launch started. One process needs none.
 
-    Raises BridgeError when fewer processes were started than the mesh has places.
+    Raises BridgeError when fewer processes were started than the mesh has positions.
     """
     if count == 1:
         return
     if not dist.is_initialized():
         default_device(
             device
-        )  # before the group: its transport is registered by the device's own package, and uses the current device
+        )  # before the group: the device's package registers the transport, which uses the current device
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if world != count:
             raise BridgeError(
@@ -105,13 +105,13 @@ def default_device(kind: str) -> torch.device:
 
 
 def device_name(kind: str) -> str:
-    """Name of this process's device as its maker writes it; "cpu" for the CPU."""
+    """Return the vendor's name of this process's device; "cpu" for the CPU."""
     device = default_device(kind)
     return "cpu" if kind == "cpu" else getattr(torch, kind).get_device_name(device)
 
 
 def rank() -> int:
-    """Number of this process in the job; 0 when it is alone."""
+    """Return this process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -139,20 +139,20 @@ class _Requests:
 
 
 class InFlight:
-    """An exchange that was started.
+    """A collective in flight.
 
-    On a device it runs on a stream of its own; `wait` makes the stream of the computation wait for it, not the host, so
-    that a captured graph holds both. On the CPU gloo's threads do it.
+    On a device it runs on its own stream, and `wait` blocks the compute stream, not the host, so that a captured graph
+    holds both. On the CPU gloo's threads run it.
     """
 
     def __init__(
         self, work: Any, named: Callable[[], Any], finish: Callable[[], torch.Tensor], held: tuple[torch.Tensor, ...]
     ):
-        # `held`: the buffers of an exchange outlive it, whatever becomes of the variables of the program.
+        # `held` keeps the buffers alive while the collective runs.
         self._work, self._named, self._finish, self._held = work, named, finish, held
 
     def wait(self) -> torch.Tensor:
-        if self._work is not None:  # None: it was done in the order of the program
+        if self._work is not None:  # None: it was blocking
             with self._named():
                 self._work.wait()
         self._held = ()
@@ -183,7 +183,7 @@ class Runtime(HostNumbers):
         self.kernel = KernelTable(device)
 
     def callback(self, number: int, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Call back to Python, with copies of the arrays: what a callback keeps, later statements may overwrite."""
+        """Call a Python callback with copies of the arrays, because later statements may overwrite them."""
         known = self.callbacks[number]
         if known.first_only and self.place != 0:
             return []
@@ -200,9 +200,9 @@ class Runtime(HostNumbers):
     def host_tensor(
         self, values: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, unsigned: bool = False
     ) -> torch.Tensor:
-        """A table of the host on the device.
+        """Return a host table as a device tensor.
 
-        What the host knows is the same in every call, so the first one puts it there for all.
+        Host values are equal in every call, so tensors are cached.
         """
         key = values, shape, dtype
         if key not in self._host_tensors:
@@ -219,7 +219,7 @@ class Runtime(HostNumbers):
         for places in self.groups(axes):
             row = [self.order[place] for place in places]
             key = tuple(sorted(row))
-            if key not in _groups:  # every rank makes every group, in one order
+            if key not in _groups:  # every rank creates every group, in the same order
                 everyone = len(key) == dist.get_world_size()
                 _groups[key] = dist.group.WORLD if everyone else dist.new_group(
                     list(key), timeout=datetime.timedelta(seconds=timeout_seconds())
@@ -240,7 +240,7 @@ class Runtime(HostNumbers):
             ) from error
 
     def _counted(self, what: str, x: torch.Tensor, axes: Sequence[str]):
-        """`_named` for an exchange that is waited for where it stands."""
+        """`_named` for a blocking collective."""
         self._calls += 1
         return self._named(what, self._calls, x, axes)
 
@@ -258,7 +258,7 @@ class Runtime(HostNumbers):
     # ----------------------------------------------------------------------------------------------------
 
     def all_reduce(self, x: torch.Tensor, axes: tuple[str, ...], kind: str) -> torch.Tensor:
-        """Combines `x` over the group; may overwrite `x`."""
+        """Reduce `x` over the group; may overwrite `x`."""
         group, members = self._members[axes]
         if len(members) == 1:
             return x
@@ -271,7 +271,7 @@ class Runtime(HostNumbers):
         return y.view(x.dtype)
 
     def _gather(self, x: torch.Tensor, d: int, axes: tuple[str, ...], beside: bool) -> InFlight:
-        """Start putting the shards of dimension `d` together; `beside`: on a stream of its own."""
+        """Start gathering the shards of dimension `d`; `beside`: on a separate stream."""
         group, members = self._members[axes]
         y = self._carried(x)
         out = torch.empty((len(members), *y.shape), dtype=y.dtype, device=y.device)
@@ -300,7 +300,7 @@ class Runtime(HostNumbers):
         return x
 
     def start_all_gather(self, x: torch.Tensor, dims: Sequence[tuple[str, ...]]) -> InFlight:
-        """Of one dimension. `x` must stay as it is until the result is waited for."""
+        """Gather one dimension. `x` must not change until the result is waited for."""
         return self._gather(x, *self._one_dim(dims), True)
 
     def reduce_scatter(self, x: torch.Tensor, dims: Sequence[tuple[str, ...]], kind: str) -> torch.Tensor:
@@ -310,7 +310,7 @@ class Runtime(HostNumbers):
         return x
 
     def start_reduce_scatter(self, x: torch.Tensor, dims: Sequence[tuple[str, ...]], kind: str) -> InFlight:
-        """Over one dimension. `x` must stay as it is until the result is waited for."""
+        """Scatter one dimension. `x` must not change until the result is waited for."""
         return self._scatter(x, *self._one_dim(dims), kind, True)
 
     def _scatter(self, x: torch.Tensor, d: int, axes: tuple[str, ...], kind: str, beside: bool) -> InFlight:
@@ -345,7 +345,7 @@ class Runtime(HostNumbers):
         return InFlight(work, lambda: self._named(what, number, x, axes), finish, held)
 
     def all_to_all(self, x: torch.Tensor, axes: tuple[str, ...], source: int, target: int) -> torch.Tensor:
-        """The sharding over `axes` moves from dimension `source` to dimension `target`."""
+        """Move the sharding over `axes` from dimension `source` to dimension `target`."""
         return self._all_to_all(x, axes, source, target, False).wait()
 
     def start_all_to_all(self, x: torch.Tensor, axes: tuple[str, ...], source: int, target: int) -> InFlight:
@@ -374,7 +374,7 @@ class Runtime(HostNumbers):
         return self._start("all_to_all", x, axes, begin, finish, (y, out))
 
     def permute(self, x: torch.Tensor, pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """Sends to the target place, receives from the source place; zeros where nobody sends."""
+        """Send to the target position, receive from the source position; zeros without a sender."""
         return self.start_permute(x, pairs).wait()
 
     def start_permute(self, x: torch.Tensor, pairs: Sequence[tuple[int, int]]) -> InFlight:

@@ -1,6 +1,4 @@
-"""A written program made ready to run on this rank: compiled text, constants on the device, groups and kernels looked
-up.
-"""
+"""Load a written program on this rank: compile the text, place constants, look up groups and kernels."""
 
 from __future__ import annotations
 
@@ -22,13 +20,13 @@ from npu_bridge.runtime.mesh import Runtime
 
 
 def place_constant(array: np.ndarray, dims: list[tuple[str, ...]], runtime: Runtime) -> torch.Tensor:
-    """This rank's shard of a constant, on the device."""
+    """Place this rank's shard of a constant on the device."""
     t = to_torch(np.array(array), array.dtype)
     return shard(t, dims, runtime).to(runtime.device)
 
 
 def shard(x: torch.Tensor, layout: Any, runtime: Runtime) -> torch.Tensor:
-    """This rank's part of a whole array: a view."""
+    """Return this rank's shard of a global array: a view."""
     for d, axes in enumerate(layout):
         if axes:
             n = x.shape[d] // runtime.size(axes)
@@ -56,7 +54,7 @@ class LoadedProgram:
         runtime.kernel.bind(kernels)
         filename = f"<npu_bridge {name} {self.digest[:12]}>"
         self.filename, self.text = filename, text
-        # Known to linecache, so that a traceback shows the program's own lines.
+        # Register with linecache, so that tracebacks show the program's lines.
         linecache.cache[filename] = (len(text), None, text.splitlines(True), filename)
         scope: dict[str, Any] = {}
         exec(builtins.compile(text, filename, "exec"), scope)
@@ -64,7 +62,7 @@ class LoadedProgram:
         self.constants = [place_constant(a, dims, runtime) for a, dims in constants]
 
     def _agree(self, name: str) -> None:
-        """All ranks must hold the same text, or their collectives would wait for each other for ever."""
+        """Check that all ranks hold the same text, or their collectives would deadlock."""
         if self.runtime.mesh.count == 1:
             return
         found: list[Any] = [None] * dist.get_world_size()
@@ -81,9 +79,7 @@ class LoadedProgram:
             )
 
     def __call__(self, args: list[torch.Tensor], host: Mapping[int, torch.Tensor] | None = None) -> list[torch.Tensor]:
-        """`host`: arguments that kernels read on the host, as they were before they went to the device; fetched from it
-        when not given.
-        """
+        """`host`: host copies of arguments that kernels read on the host; fetched from the device if missing."""
         self.runtime.host = {n: args[n].cpu() for n in self.host_arguments} if host is None else host
         try:
             with torch.inference_mode():

@@ -1,14 +1,14 @@
-"""Time by `named_scope`, inside of the programs: which part of the JAX function a step spends its time in.
+"""Time of a step by `named_scope`.
 
     with record_scopes("npu") as times:
         state = step(state, batch)
     times.seconds[("step", "transpose(jvp(mlp))")]
 
 A written program names the scope of its statements in comments (`Lowered.as_text`). While scopes are recorded, programs
-run from a text in which each such place is a mark: it ends the last range and begins the next. Ranges are
+run with a mark at each scope change, which ends the last range and begins the next. Ranges are
 `torch.profiler.record_function`s, so that the trace of torch's or torch_npu's profiler shows them, and they are timed
-here, by the clock on a CPU and by events on the stream of a device. A program that is a captured graph otherwise runs
-operator by operator meanwhile: a graph has no names in it.
+here, by the clock on a CPU and by events on the stream of a device. Captured graphs run eagerly meanwhile, because a
+graph holds no names.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ _EXCHANGE = re.compile(
 
 
 def with_marks(text: str) -> tuple[str, list[str]]:
-    """A written program with calls of `mark(n)` where the scope changes, and the scopes by n.
+    """Insert calls of `mark(n)` where the scope changes; return the text and the scopes by n.
 
-    Exchanges between devices belong to `collectives`, whatever asked for them. Statements outside of every scope are
-    "".
+    Collectives have the scope `collectives`. Statements outside of every scope have "".
     """
     lines, scopes = [], {}
     scope, last, inside = "", None, False
@@ -49,7 +48,7 @@ def with_marks(text: str) -> tuple[str, list[str]]:
             scope = "" if len(said) == 1 and _PLACE.match(code[2:]) else said[0]
         elif inside and "  # " in line and " = " in code:  # a statement says the types of its results
             here = (COLLECTIVES if _EXCHANGE.search(code) else scope, len(pad))
-            # Anew at another depth: a loop's round begins after its end as well as before it.
+            # Mark again at another depth: a loop's rounds start after its end as well as before it.
             if here != last:
                 lines.append(f"{pad}mark({scopes.setdefault(here[0], len(scopes))})")
                 last = here
@@ -71,7 +70,7 @@ class ScopeTimes:
       seconds: by (program's name, scope), summed over all calls; on a device the time of its stream between marks, in
         which it may have waited for the host.
       calls: of each program.
-      preparing: seconds spent on making marked programs, which a step does not cost otherwise.
+      preparing: seconds spent on making marked programs, no part of a normal step.
     """
 
     def __init__(self, device: str):
@@ -135,7 +134,7 @@ class ScopeTimes:
             self._open = key, now, shown
 
     def finish(self) -> None:
-        """Waits for the device and adds up what its events say."""
+        """Wait for the device and sum the times of its events."""
         if self._module is not None:
             self._module.synchronize()
         for key, begun, ended in self._events:
@@ -166,5 +165,5 @@ def record_scopes(device: str) -> Iterator[ScopeTimes]:
 
 
 def program_to_run(compiled: LoadedStep) -> Callable[..., list[torch.Tensor]]:
-    """The program itself, or the one with marks while scopes are recorded."""
+    """Return the program, or its marked version while scopes are recorded."""
     return compiled.program if _recording is None else _recording.program(compiled)

@@ -1,6 +1,4 @@
-"""Torch helpers that written programs call as ``T.<name>``: everything StableHLO means and torch has no single operator
-for.
-"""
+"""Torch helpers that written programs call as ``T.<name>``: StableHLO semantics without a single torch operator."""
 
 from npu_bridge.runtime.arithmetic import (
     bessel_i1e,

@@ -1,4 +1,4 @@
-"""`npu_bridge.use`: a whole script's `jax.jit` calls through the bridge, unchanged."""
+"""`npu_bridge.use`: run the `jax.jit` calls of an unchanged script through the bridge."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from jax.sharding import Mesh, NamedSharding
 from npu_bridge.errors import UnsupportedError
 from npu_bridge.runtime.api import jit
 
-_FOR_XLA = frozenset({"inline", "compiler_options", "abstracted_axes"})  # what has no meaning here when it is given
+_FOR_XLA = frozenset({"inline", "compiler_options", "abstracted_axes"})  # options without a meaning here
 
 
 class use:
-    """From here on, or inside a ``with``, `jax.jit` is `npu_bridge.jit` for a device; functions that were jitted before
-    stay with XLA.
+    """Replace `jax.jit` by `npu_bridge.jit`, from here on or inside a ``with``. Functions jitted earlier stay on XLA.
 
-    Results are `npu_bridge.Array`s, which jax.numpy and Python's operators read as arrays. What is traced within
-    another jitted function, `jax.vmap` or `jax.grad` becomes part of that. Only the name `jax.jit` is exchanged: jax's
-    own functions outside of a jit run on XLA.
+    Results are `npu_bridge.Array`s, which jax.numpy and Python's operators read as arrays. Functions traced inside
+    another jitted function, `jax.vmap` or `jax.grad` are inlined. Only the name `jax.jit` is replaced: jax's own
+    functions outside of a jit run on XLA.
 
     Args:
       device: "npu", "cuda" or "cpu".
@@ -41,7 +40,7 @@ class use:
         jax.jit = jitted
 
     def stop(self) -> None:
-        """Give `jax.jit` back."""
+        """Restore `jax.jit`."""
         jax.jit = self._before
 
     def __enter__(self) -> use:

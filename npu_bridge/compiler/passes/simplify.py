@@ -1,4 +1,4 @@
-"""Equal operations become one, unread ones go. Regions are separate: nothing moves into or out of a loop."""
+"""Common subexpression elimination and dead code elimination, per region."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def _attributes(op: Op) -> str:
 
 
 class _Seen:
-    """The operations of one key. Attributes are written out when a second one comes, which is seldom."""
+    """The operations of one key. Attributes are compared only when a second one occurs, which is rare."""
 
     def __init__(self, first: Op):
         self.first = first
         self.by_attributes: dict[str, Op] = {}
 
     def equal(self, op: Op) -> Op | None:
-        """An equal operation that came before; None makes `op` one that is known."""
+        """Return an equal earlier operation; otherwise record `op` and return None."""
         if not self.by_attributes:
             self.by_attributes[_attributes(self.first)] = self.first
         known = self.by_attributes.setdefault(_attributes(op), op)
@@ -34,7 +34,7 @@ class _Seen:
 
 
 def share_equal_operations(block: Block) -> None:
-    """Within one block. A barrier makes new values, so a recomputation behind one stays a recomputation."""
+    """Common subexpression elimination in one block. Barriers define new values, so remat is preserved."""
     for op in block.ops:
         for region in op.regions:
             share_equal_operations(region)
@@ -57,7 +57,7 @@ def share_equal_operations(block: Block) -> None:
 
 
 def remove_unread(block: Block) -> None:
-    """Drop operations whose results nobody reads, and carried loop values that only feed themselves."""
+    """Dead code elimination: unread operations, and carried loop values that only feed themselves."""
     live = {id(v) for v in block.results}
     kept = []
     for op in reversed(block.ops):

@@ -1,4 +1,4 @@
-// Device memory is host memory with a limit. Pages come into being when touched, so a program whose kernels are not executed may hold
+// Device memory is host memory with a limit. Pages are allocated when touched, so a program whose kernels are not executed may hold
 // tens of gigabytes.
 #include "ascendcl/memory.h"
 

@@ -119,7 +119,7 @@ ACLNN(ForeachLerpList, Tensors x, Tensors y, Tensors weight, Outs out) {
 FOREACH_ADDC(Addcmul, *)
 FOREACH_ADDC(Addcdiv, /)
 
-// Found and scaled in one go, for mixed precision: gradients times inverse scale, and one number that says whether any was not finite.
+// Check and scale in one pass, for mixed precision: gradients times inverse scale, and one number that says whether any was not finite.
 ACLNN(ForeachNonFiniteCheckAndUnscale, Tensors grads, Tensor found, Tensor inverse_scale) {
   return [=] {
     for (const Tensor& g : grads) {

@@ -1,4 +1,4 @@
-// Rows and places: embedding, gather, scatter, index, joining, repeating, padding, numbering. Indices are checked when the work runs;
+// Rows and indices: embedding, gather, scatter, index, concatenation, repetition, padding, ranges. Indices are checked when the work runs;
 // a chip does not check them.
 #include "opapi/operator.h"
 
@@ -121,7 +121,7 @@ ACLNN(Cat, Tensors tensors, int64_t dim, Out out) {
 }
 ACLNN(Stack, Tensors tensors, int64_t dim, Out out) { return [=] { out = at::stack(tensors, dim); }; }
 // What FSDP2 packs gradients with: each tensor is cut into chunks along dim (the last one filled up with zeros), and the chunks of the
-// same number are laid side by side. The output may be of a wider dtype (reduction in float32).
+// same number are concatenated. The output may be of a wider dtype (reduction in float32).
 ACLNN(ChunkCat, Tensors tensors, int64_t dim, int64_t chunks, Out out) {
   require(dim == 0, "dim ", dim, "; expected 0");
   for (const Tensor& t : tensors) {

@@ -13,7 +13,7 @@ static std::pair<Tensor, Tensor> largest(const Tensor& scores, int64_t k) {
   return {values.slice(-1, 0, k), indices.slice(-1, 0, k)};
 }
 
-// row_idx numbers the chosen places column by column: place (t, j) is j * T + t.
+// row_idx numbers the chosen slots column by column: slot (t, j) is j * T + t.
 ACLNN(MoeGatingTopKSoftmax, Tensor x, Tensor finished, int64_t k, Out y, Out expert_idx, Out row_idx) {
   require_dtype(x, "x", {at::kFloat, at::kHalf, at::kBFloat16});
   require(x.dim() == 2 || x.dim() == 3, "x = ", describe(x), "; expected 2 or 3 dimensions");
