@@ -33,6 +33,7 @@ from npu_bridge.compiler.ir import (
     Value,
     body_kind,
 )
+from npu_bridge.compiler.partition import COMBINED_SCATTERS
 from npu_bridge.errors import UnsupportedError
 
 # Operations whose operands and result all have one local shape.
@@ -638,7 +639,7 @@ class Importer:
     def _import_all_reduce(self, op, made, out, env, manual):
         if op.name.startswith("sdy."):
             axes = _axes_of(str(op.attributes["reduction_axes"]))
-            made.attrs = {"axes": axes, "kind": self._partial_kind(made.operands[0], made)}
+            made.attrs = {"axes": axes, "kind": self._partial_kind(made.operands[0], made, axes)}
             out.ops.append(made)
             return made.results
         axes = self.group_axes(self.attributes(op, "all_reduce")["replica_groups"], made)
@@ -651,9 +652,9 @@ class Importer:
             out.ops.append(Op("all_reduce", [operand], [result], {"axes": axes, "kind": kind}, location=made.location))
         return made.results
 
-    def _partial_kind(self, value: Value, made: Op) -> str:
-        """Return the reduction kind of partial values, from their producer: Shardy's all_reduce has none."""
-        op = value.producer
+    def _partial_kind(self, value: Value, made: Op, axes: tuple[str, ...]) -> str:
+        """Return how values partial over `axes` combine, from their producer: Shardy's all_reduce has no kind."""
+        op, known = value.producer, None
         while op is not None and op.name in (
             "reshape",
             "transpose",
@@ -667,11 +668,21 @@ class Importer:
             "relabel",
         ):
             if op.name == "all_reduce":
-                return op.attrs["kind"]
+                known = known or op.attrs["kind"]
             source = op.operands[op.results.index(value)] if op.name == "optimization_barrier" else op.operands[0]
             value, op = source, source.producer
-        if op is None or op.name in ("dot_general", "convolution", "kernel", "scatter"):
+        if known is not None and (op is None or op.name != "scatter"):
+            return known
+        if op is None or op.name in ("dot_general", "convolution", "kernel"):
             return "add"
+        if op.name == "scatter" and (kind := body_kind(op.regions[0])) in COMBINED_SCATTERS:
+            if COMBINED_SCATTERS[kind] is not None:  # what was there before counts on one device alone
+                op.attrs["once"] = (*op.attrs.get("once", ()), *axes)
+            if known is not None:
+                return known
+            kind = {"subtract": "add"}.get(kind, kind)
+            logic = {"add": "or", "maximum": "or", "multiply": "and", "minimum": "and"}
+            return logic[kind] if value.dtype == "i1" else kind
         if op.name == "gather":
             return "or" if value.dtype == "i1" else "add"
         if op.name == "reduce" and len(op.results) == 1:
@@ -687,7 +698,7 @@ class Importer:
     def _import_reduce_scatter(self, op, made, out, env, manual):
         if op.name.startswith("sdy."):
             dims = self._lists(op.attributes["reduce_scatter_axes"])
-            kind = self._partial_kind(made.operands[0], made)
+            kind = self._partial_kind(made.operands[0], made, tuple(a for d in dims for a in d))
         else:
             attrs = self.attributes(op, "reduce_scatter")
             dims = self._one_dim(made, attrs["scatter_dimension"], attrs["replica_groups"])

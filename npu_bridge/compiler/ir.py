@@ -180,6 +180,11 @@ def body_kind(block: Block) -> str | None:
     return None
 
 
+def calls_back(op: Op) -> bool:
+    """Whether an operation, or one in its regions, calls a Python function of the host."""
+    return op.name == "callback" or any(calls_back(o) for r in op.regions for o in r.ops)
+
+
 def has_effect(op: Op) -> bool:
     """Whether an operation has side effects: a Python callback, itself or in a region."""
     return bool(op.name == "callback" and op.attrs["effect"]) or any(has_effect(o) for r in op.regions for o in r.ops)

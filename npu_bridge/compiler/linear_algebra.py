@@ -42,6 +42,8 @@ def _flags(*names: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     return lambda given: {n: bool(given[n]) for n in names}
 
 
+# What jax writes in terms of others for any platform.
+COMPOSED = frozenset({"ormqr", "symmetric_product", "lu_pivots_to_permutation"})
 LOWERINGS = {
     "cholesky": _lower("cholesky"),
     "triangular_solve": _lower(
@@ -49,18 +51,25 @@ LOWERINGS = {
     ),
     "lu": _lower("lu"),
     "qr": _lower("qr", _flags("full_matrices")),
+    "geqrf": _lower("geqrf"),
+    "householder_product": _lower("householder_product"),
     "svd": _lower("svd", _flags("full_matrices", "compute_uv")),
     "eigh": _lower("eigh", _flags("lower")),
+    "tridiagonal_solve": _lower("tridiagonal_solve"),
     "eig": _lower("eig", _flags("compute_right_eigenvectors")),
 }
 
 
 def refused(name: str, params: Mapping[str, Any]) -> str | None:
     """Return the reason why this use of a primitive has no torch form, or None."""
+    if name in COMPOSED:
+        return None
     if name not in LOWERINGS:
         return "torch has no such factorisation"
     if params.get("pivoting") or params.get("compute_left_eigenvectors"):
         return "pivoted QR and left eigenvectors have no torch form"
     if params.get("subset_by_index") is not None:
         return "a part of the eigenvalues or singular values cannot be asked for; slice the whole"
+    if params.get("perturb_singular"):
+        return "torch does not perturb singular systems; add a small number to the diagonal"
     return None

@@ -20,6 +20,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from jaxlib.mlir import ir, passmanager
+from jaxlib.mlir.dialects import sdy
 
 from npu_bridge.errors import UnsupportedError
 from npu_bridge.sharding_rule import ShardingRule
@@ -48,6 +49,46 @@ def _batch_first(module: ir.Module, state: Sequence[bool]) -> None:
                 items["sdy.sharding"] = ir.Attribute.parse(_SHARDED_DIM.sub(r"{\1}p1", str(items["sdy.sharding"])))
             changed.append(ir.DictAttr.get(items))
         main.operation.attributes[kind] = ir.ArrayAttr.get(changed)
+
+
+_DIMS = re.compile(r"\[((?:\{[^{}]*\}(?:p\d+)?(?:, )?)*)\]")
+_AXIS = re.compile(r'"([^"]+)"(?::\((\d+)\)(\d+))?')
+
+
+def _even_constraints(module: ir.Module) -> None:
+    """Leave axes out of a constraint that would split a dimension unevenly.
+
+    XLA pads such dimensions in every operation that follows. A constraint changes no value, so the dimension stays
+    whole over these axes instead.
+    """
+    sizes = {
+        sdy.MeshAxisAttr(a).name: sdy.MeshAxisAttr(a).size
+        for op in module.body.operations
+        if op.operation.name == "sdy.mesh"
+        for a in sdy.MeshAttr(op.operation.attributes["mesh"]).axes
+    }
+
+    def even(dim: str, size: int) -> str:
+        shards, kept = 1, []
+        for found in _AXIS.finditer(dim):
+            shards *= int(found[3] or sizes[found[1]])
+            if size % shards:
+                return "{" + ", ".join(kept) + "}"
+            kept.append(found[0])
+        return dim
+
+    def visit(op: ir.Operation) -> ir.WalkResult:
+        if op.name in ("sdy.sharding_constraint", "sdy.reshard") and sizes:
+            text, shape = str(op.attributes["sharding"]), _shape(op.results[0])
+            if (found := _DIMS.search(text)) is not None:
+                dims = re.findall(r"\{[^{}]*\}(?:p\d+)?", found[1])
+                changed = [even(dim, size) for dim, size in zip(dims, shape)]
+                if changed != dims:
+                    text = f"{text[: found.start()]}[{', '.join(changed)}]{text[found.end() :]}"
+                    op.attributes["sharding"] = ir.Attribute.parse(text)
+        return ir.WalkResult.ADVANCE
+
+    module.operation.walk(visit)
 
 
 def _plain_rules(module: ir.Module) -> None:
@@ -189,6 +230,13 @@ def _rule_fft(op: ir.Operation):
     return [side(x, "x")], [side(y, "y")]
 
 
+COMBINED_SCATTERS = {
+    "add": 0,
+    "subtract": 0,
+    "multiply": 1,
+    "maximum": None,
+    "minimum": None,
+}  # and what changes nothing
 _NEUTRAL = {"add": (0,), "multiply": (1,), "maximum": None, "minimum": None, "or": (0,), "and": None}
 
 
@@ -213,6 +261,37 @@ def _rule_reduce(op: ir.Operation):
     return [x] * count + [[]] * count, [y] * count
 
 
+def _rule_scatter(op: ir.Operation):
+    """Updates may be split over devices only where an all_reduce combines what each of them makes (Shardy's own rule).
+
+    Which of several updates replaces an element, or in which order another body meets them, is known to a device that
+    holds all of them.
+    """
+    from jaxlib.mlir.dialects import stablehlo
+
+    body = [o.operation.name.split(".")[-1] for o in op.regions[0].blocks[0].operations]
+    if len(op.results) == 1 and len(body) == 2 and body[0] in COMBINED_SCATTERS:
+        return None
+    d = stablehlo.ScatterDimensionNumbers(op.attributes["scatter_dimension_numbers"])
+    count = len(op.results)
+    x, indices, updates = (_shape(op.operands[n]) for n in (0, count, count + 1))
+    batching = dict(zip(d.scatter_indices_batching_dims, d.input_batching_dims))
+    index_dims = [n for n in range(len(indices)) if n != d.index_vector_dim]
+    whole_index = [(f"d{batching[n]}" if n in batching else f"whole_i{n}",) for n in range(len(indices))]
+    window_of = [n for n in range(len(x)) if n not in (*d.inserted_window_dims, *d.input_batching_dims)]
+    windows = dict(zip(d.update_window_dims, window_of))
+    rest = iter(index_dims)
+    update = []
+    for n, size in enumerate(updates):
+        if n in windows:
+            full = size == x[windows[n]] and windows[n] not in d.scattered_dims_to_operand_dims
+            update.append((f"d{windows[n]}" if full else f"whole_u{n}",))
+        else:
+            update.append(whole_index[next(rest)])
+    operand = [(f"d{n}",) for n in range(len(x))]
+    return [operand] * count + [whole_index] + [update] * count, [operand] * count
+
+
 _STRICT: dict[str, Callable] = {
     "stablehlo.slice": _rule_slice,
     "stablehlo.pad": _rule_pad,
@@ -224,6 +303,7 @@ _STRICT: dict[str, Callable] = {
     "stablehlo.select_and_scatter": _rule_select_and_scatter,
     "stablehlo.convolution": _rule_convolution,
     "stablehlo.reduce": _rule_reduce,
+    "stablehlo.scatter": _rule_scatter,
     "stablehlo.fft": _rule_fft,
     "stablehlo.rng_bit_generator": _rule_replicated,
 }
@@ -271,6 +351,7 @@ def partition(module: ir.Module, state: Sequence[bool] = ()) -> ir.Module:
         if any(state):
             _batch_first(module, state)
         _run(module, "cse")
+        _even_constraints(module)
         _strict_rules(module)
         _run(module, "sdy-propagation-pipeline")
         _plain_rules(module)

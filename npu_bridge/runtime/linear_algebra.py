@@ -41,6 +41,24 @@ def math_qr(x: torch.Tensor, *, full_matrices: bool) -> tuple[torch.Tensor, torc
     return tuple(torch.linalg.qr(x, mode="complete" if full_matrices else "reduced"))
 
 
+def math_geqrf(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(reflectors below the diagonal of the upper factor, their scales), as LAPACK has them."""
+    return tuple(torch.geqrf(x))
+
+
+def math_householder_product(a: torch.Tensor, taus: torch.Tensor) -> tuple[torch.Tensor]:
+    return (torch.linalg.householder_product(a, taus),)
+
+
+def math_tridiagonal_solve(
+    below: torch.Tensor, diagonal: torch.Tensor, above: torch.Tensor, b: torch.Tensor
+) -> tuple[torch.Tensor]:
+    """By the dense matrix: torch has no solver of bands, and elimination without pivoting may divide by zero."""
+    matrix = torch.diag_embed(diagonal) + torch.diag_embed(below[..., 1:], -1) + torch.diag_embed(above[..., :-1], 1)
+    solution, failed = torch.linalg.solve_ex(matrix, b)
+    return (torch.where((failed != 0)[..., None, None], float("nan"), solution),)
+
+
 def math_svd(x: torch.Tensor, *, full_matrices: bool, compute_uv: bool) -> tuple[torch.Tensor, ...]:
     """(singular values, left vectors, right vectors), or the values alone."""
     if not compute_uv:

@@ -44,10 +44,13 @@ from npu_bridge.runtime.linear_algebra import (
     math_cholesky,
     math_eig,
     math_eigh,
+    math_geqrf,
+    math_householder_product,
     math_lu,
     math_qr,
     math_svd,
     math_triangular_solve,
+    math_tridiagonal_solve,
 )
 from npu_bridge.runtime.masks import math_attention_mask
 from npu_bridge.runtime.random_bits import math_threefry2x32, rng_bit_generator

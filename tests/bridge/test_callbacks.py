@@ -108,6 +108,21 @@ def test_only_the_chosen_branch_calls_back():
     assert called == ["yes" if _x(call)[0, 0] > 0 else "no" for call in range(3)]
 
 
+def test_an_error_raised_in_a_branch_is_raised_only_where_the_branch_is_chosen():
+    def fail(v):
+        raise ValueError("negative")
+
+    def program(x):
+        return lax.cond(x[0] < 0, lambda: jax.pure_callback(fail, _like(x), x), lambda: x) * 2
+
+    jitted = npu_bridge.jit(program)
+    for call in range(3):
+        x = np.abs(_x(call)[0])
+        np.testing.assert_array_equal(np.asarray(jitted(x)), x * 2)
+    with pytest.raises(ValueError, match="negative"):
+        jitted(-x)
+
+
 def test_a_wrong_result_names_the_program_line():
     def program(x):
         return jax.pure_callback(lambda v: v[0], _like(x), x)

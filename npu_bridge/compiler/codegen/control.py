@@ -19,7 +19,7 @@ from npu_bridge.compiler.codegen.branches import branches, host_code
 from npu_bridge.compiler.codegen.emitter import LARGEST_TABLE, Emitter, lowering
 from npu_bridge.compiler.codegen.operands import HostInt, HostTable, Literal, Operand, Tensor
 from npu_bridge.compiler.codegen.program import Assign, Loop
-from npu_bridge.compiler.ir import FLOATS, Block, Op, Type, Value, has_effect
+from npu_bridge.compiler.ir import FLOATS, Block, Op, Type, Value, calls_back
 
 
 @dataclasses.dataclass
@@ -255,8 +255,8 @@ def case(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
         region = regions[chosen if 0 <= chosen < len(regions) else len(regions) - 1]
         e.block(region)
         return [e.env[r] for r in region.results]
-    if isinstance(index, Tensor) and any(has_effect(o) for region in regions for o in region.ops):
-        # A callback runs only in the chosen branch; the host waits for it in any case.
+    if isinstance(index, Tensor) and any(calls_back(o) for region in regions for o in region.ops):
+        # A callback runs only in the chosen branch (it may raise in another); the host waits for it in any case.
         name = e.fresh("h")
         e.emit_many(f"{name} = int({index.name})", [index], [], kind="effect")
         index = HostInt(name, index.type)

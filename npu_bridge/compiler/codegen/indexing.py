@@ -10,6 +10,7 @@ from npu_bridge.compiler.codegen.emitter import Emitter, lowering
 from npu_bridge.compiler.codegen.operands import BIT_UNSIGNED, Literal, Operand
 from npu_bridge.compiler.codegen.shaping import index_code
 from npu_bridge.compiler.ir import Op, body_kind
+from npu_bridge.compiler.partition import COMBINED_SCATTERS
 
 PHILOX = ("DEFAULT", "PHILOX")  # XLA's default is Philox on every back end but the TPU's
 
@@ -70,6 +71,10 @@ def gather(e: Emitter, op: Op, args: list[Operand]) -> Operand:
 _SCATTERS = ("add", "multiply", "maximum", "minimum", "replace")
 
 
+def _is_splat(x: Operand, number: int) -> bool:
+    return isinstance(x, Literal) and x.value == number
+
+
 @lowering("scatter")
 def scatter(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     """Write a scatter of one array, with a known combiner or any body of the program."""
@@ -78,6 +83,11 @@ def scatter(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     mode = body_kind(op.regions[0])
     if mode == "subtract" and op.regions[0].ops[0].operands == op.regions[0].params:
         mode, updates = "add", e.emit(f"-{updates.name}", [updates], updates.type, kind="negate")
+    if a.get("once") and not _is_splat(args[0], COMBINED_SCATTERS[mode]):
+        code = (
+            f"{x.name}.clone() if rt.index({a['once']}) == 0 else torch.full_like({x.name}, {COMBINED_SCATTERS[mode]})"
+        )
+        x = e.emit(code, [x], x.type, kind="scatter")
     numbers = {
         k: a[k]
         for k in (
