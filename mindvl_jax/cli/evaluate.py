@@ -228,7 +228,16 @@ class _Scored:
         self.console.print(
             f"predictions and scores: {self.out}, page: {write_index(self.out, merged)}", soft_wrap=True, markup=False
         )
+        refresh_report(self.out.parent)
         return results
+
+
+def refresh_report(run_dir: Path) -> None:
+    """Write a run's report again, if it has one, so that it links to the pages beside it."""
+    if (run_dir / "report.html").is_file() and (run_dir / "metrics.jsonl").is_file():
+        from mindvl_jax.evaluation.report import write_report
+
+        write_report(run_dir)
 
 
 def merge(path: Path, results: dict[str, dict], weights: str) -> tuple[dict[str, dict], list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from mindvl_jax.cli import common
@@ -33,8 +34,20 @@ def run(args: argparse.Namespace) -> int:
     common.load_slow("mindvl_jax.cli.run_hooks")
     from mindvl_jax.cli.run_hooks import train  # after the configuration is known to be good: this loads jax
 
-    train(config)
+    result = train(config)
+    if result.finished:
+        say_next(result.run_dir)
     return 0
+
+
+def say_next(run_dir: Path) -> None:
+    """Say on standard error what to do with a finished run."""
+    print(
+        f"next: mindvl generate --weights {run_dir} --image FILE --prompt TEXT\n"
+        f"      mindvl evaluate --weights {run_dir} --tasks own=FILE\n"
+        f"      mindvl export --weights {run_dir} --out DIR",
+        file=sys.stderr,
+    )
 
 
 def _config_file(args: argparse.Namespace) -> str:

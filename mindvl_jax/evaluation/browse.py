@@ -55,6 +55,7 @@ def write_task_page(
         title=benchmark.title,
         subtitle=_subtitle(result),
         notes=notes,
+        links=[("index.html", "all tasks"), *_report(out)],
         tasks=[score_line(result)],
         plots=[],
         rows=shown,
@@ -75,9 +76,10 @@ def write_index(
     """Write OUT/NAME.html: the table of all tasks, linked to their pages, and images of a search."""
     page = render(
         "predictions.html.jinja",
-        title="Evaluation",
+        title=f"Evaluation: {out.resolve().parent.name if out.name.startswith('evaluation') else out.resolve().name}",
         subtitle=_subtitle(next(iter(results.values()))),
         notes=list(notes),
+        links=[*([] if name == "index" else [("index.html", "all tasks")]), *_report(out)],
         tasks=[
             score_line(result, f"{task}.html" if (out / f"{task}.html").is_file() else None)
             for task, result in results.items()
@@ -88,6 +90,11 @@ def write_index(
     )
     write_text(out / f"{name}.html", page)
     return out / f"{name}.html"
+
+
+def _report(out: Path) -> list[tuple[str, str]]:
+    """Link to the report of the run that a folder of results lies in."""
+    return [("../report.html", "report of the run")] if (out.parent / "report.html").is_file() else []
 
 
 def score_line(result: dict[str, Any], page: str | None = None) -> dict[str, Any]:

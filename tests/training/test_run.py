@@ -24,8 +24,10 @@ from mindvl_jax.core.errors import UserError
 from mindvl_jax.evaluation.run import evaluate_run
 from mindvl_jax.models.loading import make_loader
 from mindvl_jax.models.outline import outline_of
+from mindvl_jax.training import trainer
 from mindvl_jax.training.devices import chosen_mesh
 from mindvl_jax.training.display import print_startup
+from mindvl_jax.training.hooks import Hooks
 from mindvl_jax.training.trainer import TrainingDiverged
 from mindvl_jax.weights import open_model
 from tests.training.conftest import write_data
@@ -296,6 +298,22 @@ def test_without_a_mesh_a_run_takes_all_devices_and_says_why(run_config, say):
     assert chosen_mesh(run_config(), outline)[0].size == 1
     print_startup(say, config, outline, mesh, None, "cpu", why)
     assert re.search(r"data 8 x fsdp 1 x tensor 1 \(8 of 8.*chosen: .* fit on each device", say.export_text())
+
+
+def test_each_scored_phase_writes_the_report_and_says_where(run_config, say):
+    class Recording(Hooks):
+        written = 0
+
+        def report(self, run_dir):
+            self.written += 1
+            return run_dir / "report.html"
+
+    hooks = Recording()
+    config = run_config({"steps": 1}, {"steps": 1}, evaluation={"after_phases": True})
+    trainer.train(config, console=say, hooks=hooks)
+    said = "".join(say.export_text().split("\n"))
+    assert hooks.written == 2 and f"scores, answers and curves after phase0: {config.run.dir}/report.html" in said
+    assert f"done: 2 steps, {config.run.dir}/report.html" in said
 
 
 def test_a_second_process_is_kept_out_of_a_folder_in_use(run_config):

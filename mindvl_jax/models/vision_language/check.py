@@ -142,7 +142,7 @@ def advice(
         share(found) * sum(found.tokens) for found in kept
     )
     lines.append(
-        f"A token place needs {ratio:.2f} patch places in this {'mixture' if weights else 'data'}. With "
+        f"A token position needs {ratio:.2f} patch positions in this {'mixture' if weights else 'data'}. With "
         "sequence_length T, patches_per_row near "
         f"{ratio * 1.03:.2f} T fills both budgets; for T = 8192 that is {int(8192 * ratio * 1.03) // 4 * 4}."
     )

@@ -72,6 +72,8 @@ def _histogram(values: Sequence[int]) -> str:
     axes.hist(data, bins=bins, color="#4a7aa5")
     if wide:
         axes.set_xscale("log")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["bottom", "left"]].set_color("#8a96a3")  # seen on light and on dark paper
     axes.tick_params(labelsize=7, color="#8a96a3")
