@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -246,7 +247,14 @@ def merge(path: Path, results: dict[str, dict], weights: str) -> tuple[dict[str,
     """
     from mindvl_jax.core.files import read_json
 
-    known = read_json(path, {})
+    try:
+        known = read_json(path, {})
+    except ValueError:
+        known = None
+    if not isinstance(known, dict):  # what was scored now must not be lost with it
+        path.replace(path.with_name(path.name + ".damaged"))
+        print(f"{path} is damaged; it was moved to {path.name}.damaged", file=sys.stderr)
+        known = {}
     same = {
         name: result for name, result in known.items() if isinstance(result, dict) and result.get("weights") == weights
     }

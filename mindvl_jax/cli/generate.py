@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mindvl_jax.cli import common
 from mindvl_jax.cli.backend import add_backend_arguments, chosen_programs
-from mindvl_jax.core.errors import UserError, at_least_one
+from mindvl_jax.core.errors import UserError, at_least_one, for_terminal
 from mindvl_jax.core.progress import LogConsole, counting
 
 EPILOG = common.examples(
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         with common.busy("reading the prompt; programs that are new are compiled"):
             first = next(pieces)
         for piece in itertools.chain([first], pieces):
-            print(piece.text, end="", flush=True)
+            print(for_terminal(piece.text), end="", flush=True)
             if piece.answer:
                 answers.append(piece.answer)
         print()
@@ -143,7 +143,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             for answer in answers:
                 label = (answer.id + (f" [{answer.sample}]" if args.n > 1 else "")).strip()
-                print((f"{label}: " if label else "") + (f"error: {answer.error}" if answer.error else answer.text))
+                said = f"error: {answer.error}" if answer.error else answer.text
+                print(for_terminal((f"{label}: " if label else "") + said))
     if args.logprobs:
         for answer in answers:
             mean = sum(answer.logprobs) / max(1, len(answer.logprobs))

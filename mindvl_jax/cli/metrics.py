@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    rows = read_jsonl(Path(args.run_dir) / "metrics.jsonl")
+    rows = read_jsonl(Path(args.run_dir) / "metrics.jsonl", whole=False)
     if not rows:
         raise UserError(f"{args.run_dir} has no metrics.jsonl with a step in it")
     if args.columns:

@@ -1,5 +1,7 @@
 """Errors that a user can fix. The message says what was found, where, what was expected and what to do next."""
 
+import sys
+
 
 class UserError(ValueError):
     """Raised for bad input; the command line prints the message without a traceback and exits with 2."""
@@ -22,6 +24,11 @@ def printable(text: str) -> str:
         else f"\\x{ord(letter):02x}"
         for letter in text
     )
+
+
+def for_terminal(text: str) -> str:
+    """Return a text as it is for a file or a pipe, and `printable` for a terminal: a model may write anything."""
+    return printable(text) if sys.stdout.isatty() else text
 
 
 def at_least_one(arguments: object, *names: str) -> None:

@@ -55,6 +55,19 @@ def read_text(path: str | Path) -> str:
     return decode_text(Path(path).read_bytes()).replace("\r\n", "\n")
 
 
+def private_folder(folder: Path) -> bool:
+    """Make a folder of the user's own; return whether nobody else can put files into it.
+
+    What is run from a folder (compiled programs) must not come from one that others may write.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError:
+        return False
+    return not hasattr(os, "geteuid") or (found.st_uid == os.geteuid() and not found.st_mode & 0o022)
+
+
 def foreign(name: str) -> bool:
     """Whether a file name is one that another system leaves behind (`.DS_Store`, `._x.json`, `Thumbs.db`) or that is
     hidden.
@@ -78,7 +91,10 @@ def read_json(path: str | Path, default: Any = None) -> Any:
       ValueError: the file is not JSON.
     """
     path = Path(path)
-    return json.loads(read_text(path)) if path.is_file() else default
+    try:
+        return json.loads(read_text(path)) if path.is_file() else default
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
 
 
 def read_jsonl(path: str | Path, *, whole: bool = True) -> list[dict]:

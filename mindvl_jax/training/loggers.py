@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from mindvl_jax.config.schema import Config
-from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.errors import UserError, printable
 from mindvl_jax.core.files import read_jsonl
 
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow", "swanlab": "swanlab"}
@@ -266,7 +266,7 @@ class Csv:
             csv.writer(file).writerows([columns, *rows] if new else rows)
 
     def close(self) -> None:
-        rows = read_jsonl(self._run_dir / "metrics.jsonl")
+        rows = read_jsonl(self._run_dir / "metrics.jsonl", whole=False)
         with open(self._run_dir / CSV, "w", encoding="utf-8", newline="") as file:
             write_csv(rows, file)
 
@@ -318,7 +318,7 @@ def write_csv(rows: Iterable[Mapping[str, Any]], file: Any) -> None:
     rows = list(rows)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.writer(file)
-    writer.writerow(columns)
+    writer.writerow(map(_cell, columns))
     for row in rows:
         writer.writerow(
             [
@@ -326,10 +326,17 @@ def write_csv(rows: Iterable[Mapping[str, Any]], file: Any) -> None:
                 if (value := row.get(name)) is None
                 else json.dumps(value)
                 if isinstance(value, (list, dict))
-                else value
+                else _cell(value)
                 for name in columns
             ]
         )
+
+
+def _cell(value: Any) -> Any:
+    """A cell that a spreadsheet shows and does not run: text that begins like a formula gets a quote before it."""
+    if not isinstance(value, str):
+        return value
+    return printable(f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else value)
 
 
 def scores_of(scores: Mapping[str, Any]) -> dict[str, float]:

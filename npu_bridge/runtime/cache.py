@@ -9,6 +9,8 @@ import json
 import os
 import pathlib
 import tempfile
+import warnings
+import zipfile
 from typing import Any
 
 import jax
@@ -39,6 +41,23 @@ def _own_source() -> str:
     return digest.hexdigest()
 
 
+@functools.cache
+def _private(base: pathlib.Path) -> bool:
+    """Whether nobody else can put programs into the folder: what is loaded from it is run."""
+    try:
+        found = base.stat()
+    except OSError:
+        return True  # not made yet
+    own = not hasattr(os, "geteuid") or (found.st_uid == os.geteuid() and not found.st_mode & 0o022)
+    if not own:
+        warnings.warn(
+            f"{base} is not used as npu_bridge's cache: it belongs to another user, or others may write it; set "
+            "NPU_BRIDGE_CACHE to a folder of your own",
+            stacklevel=2,
+        )
+    return own
+
+
 def key(module_text: str, **options: Any) -> str:
     versions = f"jax {jax.__version__} jaxlib {jaxlib.__version__}"
     text = "\n".join([module_text, versions, _own_source(), json.dumps(options, sort_keys=True, default=str)])
@@ -48,18 +67,18 @@ def key(module_text: str, **options: Any) -> str:
 def load(name: str) -> tuple[Source, dict[str, Any]] | None:
     """Return the cached program and its extra data, or None. A damaged entry counts as missing."""
     base = directory()
-    if base is None:
+    if base is None or not _private(base):
         return None
     try:
         meta = json.loads((base / f"{name}.json").read_text())
-        with np.load(base / f"{name}.npz") as stored:
+        with np.load(base / f"{name}.npz", allow_pickle=False) as stored:
             arrays = [stored[f"c{i}"].view(np.dtype(d)) for i, d in enumerate(meta["constant_dtypes"])]
-    except (OSError, ValueError, KeyError):
+        fields = meta["source"]
+        fields["constants"] = [(a, [tuple(x) for x in dims]) for a, dims in zip(arrays, meta["constant_dims"])]
+        fields["axes_used"] = [tuple(a) for a in fields["axes_used"]]
+        return Source(**fields), meta["extra"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError, zipfile.BadZipFile):
         return None
-    fields = meta["source"]
-    fields["constants"] = [(a, [tuple(x) for x in dims]) for a, dims in zip(arrays, meta["constant_dims"])]
-    fields["axes_used"] = [tuple(a) for a in fields["axes_used"]]
-    return Source(**fields), meta["extra"]
 
 
 def store(name: str, source: Source, extra: dict[str, Any]) -> None:
@@ -75,7 +94,9 @@ def store(name: str, source: Source, extra: dict[str, Any]) -> None:
         "constant_dims": [dims for _, dims in source.constants],
     }
     try:
-        base.mkdir(parents=True, exist_ok=True)
+        base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _private(base):
+            return
         with tempfile.NamedTemporaryFile(dir=base, suffix=".npz", delete=False) as f:
             raw = {
                 f"c{i}": np.ascontiguousarray(a).view(np.uint8) if a.ndim else a.reshape(1).view(np.uint8)
