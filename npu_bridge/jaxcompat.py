@@ -615,6 +615,20 @@ def approximate_top_k_primitive() -> core.Primitive:
     return ann.approx_top_k_p
 
 
+def ragged_dot_primitive() -> core.Primitive:
+    """The primitive behind jax.lax.ragged_dot and its gradients, which jax.lax does not export."""
+    from jax._src.lax import lax
+
+    return lax.ragged_dot_general_p
+
+
+def ragged_dot_reference() -> Callable[..., jax.Array]:
+    """JAX's own form of it for platforms without one: dense products with a mask."""
+    from jax._src.lax import lax
+
+    return lax._ragged_dot_general_impl
+
+
 def key_implementation(dtype: Any) -> str:
     """Return the generator's name for `jax.random.wrap_key_data` from a key array's dtype."""
     return dtype._impl.name

@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
 from npu_bridge import jaxcompat
 from npu_bridge.compiler import callbacks, linear_algebra
+from npu_bridge.ops import moe
 
 
 def _dims(rank: int, changed: Sequence[int] = (), prefix: str = "d") -> str:
@@ -87,6 +89,31 @@ def _approximate_top_k(x: Any, *, k: int, reduction_dimension: int, is_max_k: bo
     return -values, indices
 
 
+def _ragged_dot(lhs: Any, rhs: Any, sizes: Any, **params: Any) -> Any:
+    """Lower `jax.lax.ragged_dot` and its gradients to grouped products; JAX's own form is E dense products with a mask.
+
+    Other layouts (batch dims) keep JAX's form.
+    """
+    numbers = params["ragged_dot_dimension_numbers"]
+    (lhs_contract, rhs_contract), (lhs_batch, _) = numbers.dot_dimension_numbers
+    form = tuple(lhs_contract), tuple(rhs_contract), tuple(numbers.rhs_group_dimensions)
+    product = _GROUPED.get(form) if tuple(numbers.lhs_ragged_dimensions) == (0,) and not lhs_batch else None
+    fits = lhs.ndim == 2 and sizes.ndim == 1 and lhs.dtype == rhs.dtype and jnp.issubdtype(lhs.dtype, jnp.floating)
+    if product is None or not fits or rhs.ndim != 3 - (not form[2]):
+        return [jaxcompat.ragged_dot_reference()(lhs, rhs, sizes, **params)]
+    dtype = jnp.dtype(params.get("preferred_element_type") or lhs.dtype)
+    wide = jnp.promote_types(lhs.dtype, dtype)  # kernels round to the dtype of their operands
+    return [product(lhs.astype(wide), rhs.astype(wide), sizes).astype(dtype)]
+
+
+# By the contracted dims of both operands and the group dims of the second.
+_GROUPED = {
+    ((1,), (1,), (0,)): moe.grouped_product,
+    ((1,), (2,), (0,)): moe.grouped_product_transposed,
+    ((0,), (0,), ()): moe.grouped_weight_product,
+}
+
+
 def _sort(ctx: Any, *operands: ir.Value, dimension: int, is_stable: bool, num_keys: int):
     rule = (
         f"{_along(dimension, operands, len(ctx.avals_in[0].shape))} -> "
@@ -141,6 +168,7 @@ def register() -> None:
     table(lax.sort_p, _sort)
     table(jaxcompat.approximate_top_k_primitive(), jaxcompat.lower_with(_approximate_top_k))
     table(jaxcompat.threefry_primitive(), _threefry)
+    table(jaxcompat.ragged_dot_primitive(), jaxcompat.lower_with(_ragged_dot))
     for primitive, lower in callbacks.lowerings().items():
         table(primitive, lower)
     for name, lower in linear_algebra.LOWERINGS.items():

@@ -115,6 +115,21 @@ _weight_gradient = define_operator(
 )
 
 
+def grouped_product(x, w, group_sizes):
+    """(T, D), (E, D, F) of one dtype -> (T, F), without a gradient."""
+    return _product(x, w, group_sizes)[0]
+
+
+def grouped_product_transposed(x, w, group_sizes):
+    """(T, D), (E, F, D) of one dtype -> (T, F), without a gradient."""
+    return _product_transposed(x, w, group_sizes)[0]
+
+
+def grouped_weight_product(x, g, group_sizes):
+    """(T, D), (T, F) of one dtype -> (E, D, F) float32, without a gradient."""
+    return _weight_gradient(x, g, group_sizes)[0]
+
+
 @jax.custom_vjp
 def _grouped_matmul(x, w, group_sizes):
     return _product(x, w.astype(x.dtype), group_sizes)[0]

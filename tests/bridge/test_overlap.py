@@ -221,7 +221,8 @@ def test_what_is_under_way_is_not_overwritten_and_a_permute_of_a_permute_waits(p
         moved = jax.lax.ppermute(y, "fsdp", RING)
         twice = jax.lax.ppermute(moved.T, "fsdp", RING)
         z = y * 3 + 1  # could be written into y
-        return z @ w + moved + twice.T
+        at_once = jax.lax.ppermute(jax.lax.ppermute(z, "fsdp", RING), "fsdp", RING)
+        return z @ w + moved + twice.T + at_once
 
     x, w = f32(16, 8), f32(8, 8)
     specs = (P("fsdp"), P())
@@ -229,7 +230,7 @@ def test_what_is_under_way_is_not_overwritten_and_a_permute_of_a_permute_waits(p
         x, w
     )
     y = np.tanh(x)
-    want = (y * 3 + 1) @ w + np.roll(y, 4, 0) + np.roll(y, 8, 0)
+    want = (y * 3 + 1) @ w + np.roll(y, 4, 0) + np.roll(y, 8, 0) + np.roll(y * 3 + 1, 8, 0)
     for results in pool.calls(low, [(x, w)] * 3):
         for (got,) in results:
             assert_close([want], [got], 1e-5, 1e-5, "permutes")

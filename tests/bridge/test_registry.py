@@ -21,7 +21,7 @@ from tests.bridge.test_operations import lowered
 # Made by passes from other collectives, or only with more than one device.
 ONLY_SHARDED = {"all_reduce", "all_gather", "all_slice", "all_to_all", "reduce_scatter", "permute", "partition_id",
     "relabel",
-    "start_all_gather", "start_reduce_scatter", "wait"}  # fmt: skip
+    "start_all_gather", "start_reduce_scatter", "start_permute", "start_all_to_all", "wait"}  # fmt: skip
 
 
 def _dialect_operations() -> set[str]:

@@ -251,6 +251,7 @@ def _start_where_the_operand_is(block: Block, program: Program) -> None:
 
     def need(v: Value) -> None:
         if v in waiting:  # could not start early
+            need(waiting[v].operands[0])
             start(v)
         if v in under_way:
             wait = under_way.pop(v)
@@ -267,7 +268,7 @@ def _start_where_the_operand_is(block: Block, program: Program) -> None:
     for v in block.results:
         need(v)
     for v in list(waiting):  # nobody reads them, but the other devices of their group may wait for them
-        start(v)
+        need(v)
     for v in list(under_way):
         need(v)
     block.ops = kept
