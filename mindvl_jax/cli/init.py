@@ -17,7 +17,7 @@ from mindvl_jax.config import families, loader
 from mindvl_jax.config.schema import ModelConfig, SourceConfig, TokenizerConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.files import write_text
-from mindvl_jax.data.questions import ACCEPTED
+from mindvl_jax.data.questions import accepted_lines
 from mindvl_jax.weights.described import described
 
 EPILOG = common.examples(
@@ -171,7 +171,7 @@ def measure(
     if not found.kept:
         raise UserError(
             f"{request.data}: none of {found.records} samples can be used: {reasons}. First: {found.skipped[0][3]}"
-            + ("\nLines that are accepted:\n  " + "\n  ".join(ACCEPTED) if "malformed" in found.reasons else "")
+            + (accepted_lines() if "malformed" in found.reasons else "")
         )
     tokens, patches = np.array(found.tokens), np.array(found.patches)
     longest = int(tokens.max())

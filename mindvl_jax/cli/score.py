@@ -8,7 +8,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from mindvl_jax.cli import common
 from mindvl_jax.core.errors import UserError, at_least_one
@@ -36,22 +35,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     at_least_one(args, "batch", "max_samples", "min_pixels", "max_pixels")
-    if not Path(args.data).expanduser().exists():
-        raise UserError(f"--data {args.data}: no such file")
-    common.load_slow("mindvl_jax.weights.resolve")
     from mindvl_jax.config.schema import SourceConfig
-    from mindvl_jax.data.sources.readers import Source
+    from mindvl_jax.data.sources.readers import Source, find_files
+
+    settings = SourceConfig(path=args.data, format=args.format, max_samples=args.max_samples)
+    find_files(settings, "--data")
+    common.load_slow("mindvl_jax.weights.resolve")
     from mindvl_jax.weights.resolve import open_model
 
     with common.busy(f"reading {args.weights}"):
         opened = open_model(args.weights)
-    source = Source(
-        "data", SourceConfig(path=str(Path(args.data).expanduser()), format=args.format, max_samples=args.max_samples)
-    )
-    failed = 0
+    source = Source("data", settings)
+    failed, nll, tokens = 0, 0.0, 0
     with contextlib.ExitStack() as stack:
         sink = stack.enter_context(open(args.out, "w", encoding="utf-8")) if args.out else sys.stdout
-        show = stack.enter_context(counting(LogConsole(stderr=True, stamp=False)))
+        show = stack.enter_context(
+            counting(LogConsole(stderr=True, stamp=False), first="programs that are new are compiled")
+        )
         show(0, len(source), "samples")
         lines = score(
             opened,
@@ -64,7 +64,12 @@ def run(args: argparse.Namespace) -> int:
         for number, line in enumerate(lines, 1):
             show(number, len(source), "samples")
             failed += "error" in line
+            nll, tokens = nll + line.get("nll", 0.0), tokens + line.get("tokens", 0)
             print(json.dumps(line, ensure_ascii=False), file=sink, flush=True)
+    if tokens:
+        where = f"; a line for each in {args.out}" if args.out else ""
+        said = f"{len(source) - failed} samples, {tokens} answer tokens: {nll / tokens:.4f} nats a token{where}"
+        print(said, file=sys.stderr)
     if failed:
         print(f"{failed} of {len(source)} samples could not be scored; their lines say why", file=sys.stderr)
     return 1 if failed else 0

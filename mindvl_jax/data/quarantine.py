@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.data.questions import accepted_lines
 from mindvl_jax.data.sample import SampleError
 
 # Samples seen before a rate of errors says anything.
@@ -78,13 +79,16 @@ class Quarantine:
             raise UserError(
                 f"{self.count} of {self.seen} samples are bad ({self._summary()}), more than "
                 f"data.max_error_rate {self._max_rate:g} allows{listed}. The last one: {id!r} ({where}): "
-                f"{error}"
+                f"{error}{self._accepted()}"
             )
         if self._in_a_row[stage] >= self._limit_in_a_row:
             raise UserError(
                 f"{self._in_a_row[stage]} bad samples in a row and no good one ({self._summary()}): there is "
-                f"nothing to train on{listed}. The last one: {id!r} ({where}): {error}"
+                f"nothing to train on{listed}. The last one: {id!r} ({where}): {error}{self._accepted()}"
             )
+
+    def _accepted(self) -> str:
+        return accepted_lines() if "malformed" in self.reasons else ""
 
     def _summary(self) -> str:
         return ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common(5))

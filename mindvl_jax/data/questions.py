@@ -29,6 +29,11 @@ ACCEPTED = (
 """A line of each accepted shape, for messages."""
 
 
+def accepted_lines() -> str:
+    """Return the end of a message about records that have none of these shapes."""
+    return "\nLines that are accepted:\n  " + "\n  ".join(ACCEPTED)
+
+
 def with_turns(record: Mapping[str, Any], columns: ColumnMapping) -> dict[str, Any] | None:
     """Return the record with a question and an answer as `messages`, or None when it has no question.
 

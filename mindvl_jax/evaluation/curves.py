@@ -15,7 +15,7 @@ POINTS = 400  # of a line: a screen shows no more
 
 
 def charts(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the charts that the metrics have values for: loss of everything, gradients, rate, speed, packing.
+    """Return the charts that the metrics have values for: loss of everything, gradients, rate, speed, MFU, packing.
 
     Lines are smoothed inside a phase: another phase is other data, and its beginning must not bend the end of the one
     before.
@@ -42,6 +42,7 @@ def charts(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ),
         ("Learning rate", [("rate", "learning_rate", False)], False, False),
         ("Tokens a second", [("tokens", "tokens_per_second", True)], False, False),
+        ("MFU: share of the devices' peak", [("all", "mfu", True), ("language", "mfu_language", True)], False, False),
         (
             "Packing: share of a batch that is no padding",
             [("tokens", "token_efficiency", True), ("patches", "patch_efficiency", True)],

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from data_toys import config, encoded, picture, record, write_mllm
 
+from mindvl_jax.config.schema import SourceConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.data.sources.readers import Source
 from mindvl_jax.models.loading import make_loader
@@ -319,3 +320,19 @@ def test_a_symlink_out_of_the_data_root_is_refused(tmp_path):
     with pytest.raises(SampleError) as caught:
         image_size(sample.images[0])
     assert caught.value.reason == "outside_root"
+
+
+def test_a_file_of_another_shape_is_refused_with_lines_that_are_accepted(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"text": f"{number}"} for number in range(60)]))
+    loader = make_loader(config(tmp_path, path), 0)
+    with pytest.raises(UserError) as refused:
+        next(loader)
+    loader.close()
+    message = str(refused.value)
+    assert "there is nothing to train on" in message and "Lines that are accepted:" in message
+    shown = [json.loads(line) for line in message.splitlines() if line.startswith("  {")]
+    assert len(shown) == 3
+    path.write_text(json.dumps(shown))
+    for sample in Source("s", SourceConfig(path=str(path))):
+        assert sample.messages[-1].content == "A cat.", "what the message shows is read"

@@ -250,3 +250,11 @@ def test_wrong_answers_come_first_and_scores_of_other_samples_are_not_coloured(r
     assert kinds == sorted(kinds, key=["wrong", "partly", ""].index)
     gains = page[page.index("Gain of each phase") :]
     assert not re.search(r'<small class="(up|down)">', gains[: gains.index("</table>")]), "10 samples against 24"
+
+
+def test_charts_show_mfu_only_where_the_devices_peak_is_known():
+    rows = [{"step": step, "phase": "a", "loss": 1.0, "mfu": None, "mfu_language": None} for step in range(1, 4)]
+    assert not [chart for chart in charts(rows) if chart["title"].startswith("MFU")]
+    known = [row | {"mfu": 0.4, "mfu_language": 0.3} for row in rows]
+    (chart,) = (chart for chart in charts(known) if chart["title"].startswith("MFU"))
+    assert {line["name"]: line["values"][-1] for line in chart["lines"]} == {"all": 0.4, "language": 0.3}

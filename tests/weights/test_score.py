@@ -83,7 +83,8 @@ def test_each_line_is_the_likelihood_that_transformers_gives_the_answer(
         )
         == 1
     )
-    assert "1 of 4 samples could not be scored" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "1 of 4 samples could not be scored" in told
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["id"] for line in lines] == ["s0", "s1", "s2", "s3"]
     tokenizer = Tokenizer(tokenizer_file)
@@ -94,6 +95,8 @@ def test_each_line_is_the_likelihood_that_transformers_gives_the_answer(
         # Float32 over about ten tokens of some 6 nats each.
         assert abs(line["nll"] - want) < 1e-4 * want, f"{line['id']}: {line['nll']} against {want}"
     assert "error" in lines[3] and "nll" not in lines[3]
+    nll, tokens = (sum(line[key] for line in lines[:3]) for key in ("nll", "tokens"))
+    assert f"3 samples, {tokens} answer tokens: {nll / tokens:.4f} nats a token; a line for each in {out}" in told
 
 
 def test_a_language_model_alone_scores_text_and_refuses_pictures(speaking, tokenizer_file, data, capsys):
@@ -107,4 +110,4 @@ def test_a_language_model_alone_scores_text_and_refuses_pictures(speaking, token
 
 def test_a_missing_file_is_named(speaking, capsys):
     assert main(["score", "--weights", str(speaking("qwen3")), "--data", "nothing.jsonl"]) == 2
-    assert "no such file" in capsys.readouterr().err
+    assert "--data: nothing to read at 'nothing.jsonl'" in capsys.readouterr().err
