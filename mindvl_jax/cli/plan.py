@@ -42,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="dotted overrides, for example mesh.fsdp=64",
     )
     parser.add_argument(
-        "--devices", type=int, metavar="N", help="devices there will be; fills the axis of the mesh that is -1"
+        "--devices",
+        type=int,
+        metavar="N",
+        help="devices there will be; fills the axis of the mesh that is -1, or all of a mesh that is not set",
     )
     parser.add_argument("--memory", metavar="SIZE", help="memory of one device, such as 64GiB")
     parser.add_argument(

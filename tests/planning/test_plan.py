@@ -170,6 +170,13 @@ def test_phase_that_starts_beside_the_old_moments_is_counted_at_its_hand_over():
     assert Planner(kept, nothing).plan([1])[0].highest == "train_step"
 
 
+def test_without_a_mesh_the_one_that_training_would_choose_is_planned():
+    rows = [f"training.phases[{index}].rows=8" for index in range(4)]
+    meshes = [command.load(SMOKE, rows, 8, memory).mesh for memory in (2**34, 2**23, None)]
+    assert [(mesh.data, mesh.fsdp) for mesh in meshes] == [(8, 1), (1, 8), (1, 8)], "small, too large, unknown"
+    assert command.load(SMOKE, [], None).mesh.filled == command.load(SMOKE, [], 1).mesh
+
+
 def test_mesh_that_takes_what_is_left_asks_for_the_number_of_devices():
     config = load("mesh.fsdp=-1")
     with pytest.raises(UserError, match=r"mesh.fsdp=-1 .* --devices N"):
