@@ -34,7 +34,9 @@ def parent(url: str) -> str:
 
 
 def list_files(url: str, suffixes: Collection[str]) -> list[str]:
-    """URLs of a file, of a glob, or of all files below a folder whose endings are known; in a fixed order.
+    """URLs of a file, of a glob, or of the files in a folder whose endings are known; in a fixed order.
+
+    Folders inside are left alone, as for local paths: they often hold other splits.
 
     Raises:
       UserError: no such file system here, or it cannot be reached.
@@ -49,7 +51,7 @@ def list_files(url: str, suffixes: Collection[str]) -> list[str]:
         elif system.isdir(path):
             names = [
                 name
-                for name in system.find(path)
+                for name in system.ls(path, detail=False)
                 if PurePosixPath(name).suffix.lower() in suffixes and not foreign(PurePosixPath(name).name)
             ]
         else:

@@ -38,6 +38,7 @@ def bucket():
     Image.new("RGB", (28, 28), (9, 8, 7)).save(image, "PNG")
     memory.pipe("/bucket/images/one.png", image.getvalue())
     memory.pipe("/bucket/notes.txt", b"no data")
+    memory.pipe("/bucket/test/b.jsonl", b'{"question": "another split?", "answer": "yes"}')
     yield memory
     memory.rm("/bucket", recursive=True)
 
@@ -47,6 +48,7 @@ def test_a_url_gives_the_samples_of_the_same_local_file(bucket, tmp_path):
     local = Source("s", SourceConfig(path=str(tmp_path / "a.jsonl")))
     for path in ("memory://bucket/a.jsonl", "memory://bucket/*.jsonl", "memory://bucket"):
         found = Source("s", SourceConfig(path=path))
+        assert len(found) == 20
         assert [found[index].messages for index in range(20)] == [local[index].messages for index in range(20)]
         assert found.where(3).startswith("memory://") and found.where(3).endswith("a.jsonl line 4")
 
