@@ -15,7 +15,7 @@ from npu_bridge.compiler.importer import NOT_LOWERED, Importer
 from npu_bridge.runtime import tensor_ops
 from tests.bridge.cases import CASES
 from tests.bridge.harness import lower_sharded
-from tests.bridge.test_collectives import COLLECTIVES, lower_collective
+from tests.bridge.test_collectives import COLLECTIVES, WAITED_FOR, lower_collective
 from tests.bridge.test_operations import lowered
 
 # Made by passes from other collectives, or only with more than one device.
@@ -52,8 +52,8 @@ def written():
             low = lowered(name, mesh_too)
             found |= set(low.source.operations)
             text.append(low.as_text())
-    for name in COLLECTIVES:
-        low = lower_collective(name)
+    for name, overlap in [*((name, True) for name in COLLECTIVES), *WAITED_FOR]:
+        low = lower_collective(name, overlap)
         mesh |= set(low.source.operations)
         text.append(low.as_text())
     return one, mesh, "\n".join(text)
