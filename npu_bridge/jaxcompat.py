@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import inspect
 import io
@@ -21,6 +22,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.export
 from jax._src import (
     callback,
     core,
@@ -33,6 +35,7 @@ from jax._src import (
     xla_bridge,
 )
 from jax._src import util as jax_util
+from jax._src.export import _export
 from jax._src.interpreters import batching, mlir
 from jaxlib.mlir import ir
 
@@ -544,9 +547,26 @@ def module_of(lowered: jax.stages.Lowered) -> ir.Module:
     """
     module = lowered.compiler_ir("stablehlo")
     with module.context, ir.Location.unknown():
+        if lowered._lowering.compile_args["shape_poly_state"].uses_dim_vars:  # exported with symbolic shapes
+            return mlir.refine_polymorphic_shapes(module)
         copy = io.BytesIO()
         module.operation.write_bytecode(copy)  # with locations; five times faster than text and back
         return ir.Module.parse(copy.getvalue())
+
+
+def call_exported_primitive() -> core.Primitive:
+    """Return the primitive that calls a function exported by `jax.export`."""
+    return _export.call_exported_p
+
+
+def lower_exported(ctx: Any, *operands: ir.Value, exported: Any) -> Any:
+    """Lower a call of an exported function, whatever platform it was exported for.
+
+    What is special to that platform is a custom call, which the importer refuses by name.
+    """
+    disabled = (*exported.disabled_safety_checks, jax.export.DisabledSafetyCheck.platform())
+    exported = dataclasses.replace(exported, disabled_safety_checks=disabled)
+    return _export._call_exported_lowering(ctx, *operands, exported=exported)
 
 
 def read_location(location: ir.Location) -> tuple[str, str, int]:

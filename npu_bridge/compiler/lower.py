@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.export
 import numpy as np
 from jaxlib.mlir import ir
 
@@ -68,16 +67,6 @@ def _refused_by_arguments(eqn: Any) -> str | None:
             f"{eqn.invars[0].aval.ndim - 2} spatial dimensions; torch has convolutions over up to "
             f"{MOST_SPATIAL_DIMS}, write the others as a sum"
         )
-    if eqn.primitive.name == "call_exported":
-        exported = eqn.params["exported"]
-        if (
-            jaxcompat.PLATFORM not in exported.platforms
-            and jax.export.DisabledSafetyCheck.platform() not in exported.disabled_safety_checks
-        ):
-            return (
-                f"exported for {exported.platforms}; export it with "
-                "disabled_checks=[jax.export.DisabledSafetyCheck.platform()]"
-            )
     if eqn.primitive.name == "rng_bit_generator":
         algorithm = str(getattr(eqn.params["algorithm"], "name", eqn.params["algorithm"])).removeprefix("RNG_")
         if algorithm not in PHILOX:

@@ -169,6 +169,7 @@ def register() -> None:
     table(jaxcompat.approximate_top_k_primitive(), jaxcompat.lower_with(_approximate_top_k))
     table(jaxcompat.threefry_primitive(), _threefry)
     table(jaxcompat.ragged_dot_primitive(), jaxcompat.lower_with(_ragged_dot))
+    table(jaxcompat.call_exported_primitive(), jaxcompat.lower_exported)
     for primitive, lower in callbacks.lowerings().items():
         table(primitive, lower)
     for name, lower in linear_algebra.LOWERINGS.items():

@@ -138,9 +138,22 @@ def _annotated(x, i):
     return jax.export.export(jax.jit(jnp.tanh), disabled_checks=[jax.export.DisabledSafetyCheck.platform()])(x).call(y)
 
 
-def test_a_function_exported_for_another_platform_says_how_to_export_it():
-    exported = jax.export.export(jax.jit(jnp.tanh))(X)
-    with pytest.raises(UnsupportedError, match=r"exported for \('cpu',\); .*DisabledSafetyCheck.platform"):
+@pytest.mark.parametrize("shape", ["4, 4", "a, b"])
+def test_functions_exported_for_another_platform_are_called(shape):
+    def inner(x):
+        return lax.fori_loop(0, x.shape[0], lambda i, c: c + jnp.sin(x[i]) * i, x.sum(0)), x.reshape(-1) * 2
+
+    argument = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), jnp.float32)
+    exported = jax.export.export(jax.jit(inner), platforms=("cpu", "tpu"))(argument)
+    call_three_times(
+        lambda x: (exported.call(x)[0] + 1, exported.call(x * 2)),
+        np.linspace(-1, 2, 16, dtype=np.float32).reshape(4, 4),
+    )
+
+
+def test_what_an_exported_function_has_of_its_platform_alone_is_refused_by_name():
+    exported = jax.export.export(jax.jit(jnp.linalg.cholesky))(X)
+    with pytest.raises(UnsupportedError, match="custom call 'lapack_"):
         npu_bridge.jit(lambda x: exported.call(x)).lower(X)
 
 
