@@ -154,6 +154,22 @@ def _times(other: float, own: float) -> float:
     return float("inf") if other else 1.0
 
 
+def _sizes(comparison: Comparison) -> dict[str, Any]:
+    first, *others = comparison.sides
+    ratios = [
+        dict(
+            against=other.name,
+            value=_times(other.size, first.size),
+            low=None,
+            high=None,
+            bar=comparison.bars.get(other.name),
+        )
+        for other in others
+    ]
+    sides = [dict(name=side.name, size=side.size, facts=side.facts) for side in comparison.sides]
+    return dict(rounds=1, sides=sides, ratios=ratios)
+
+
 def measure(comparison: Comparison, *, seconds: float, least: int) -> dict[str, Any]:
     """Measure a comparison. Returns its record as plain data, as it is stored."""
     first, *others = comparison.sides
@@ -166,21 +182,7 @@ def measure(comparison: Comparison, *, seconds: float, least: int) -> dict[str, 
         of_sizes=comparison.of_sizes,
     )
     if comparison.of_sizes:
-        ratios = [
-            dict(
-                against=other.name,
-                value=_times(other.size, first.size),
-                low=None,
-                high=None,
-                bar=comparison.bars.get(other.name),
-            )
-            for other in others
-        ]
-        return common | dict(
-            rounds=1,
-            sides=[dict(name=side.name, size=side.size, facts=side.facts) for side in comparison.sides],
-            ratios=ratios,
-        )
+        return common | _sizes(comparison)
     clock = CLOCKS[comparison.clock]
     times = interleave(comparison.sides, seconds=seconds, least=least, clock=clock)
     sides = []

@@ -7,7 +7,7 @@ import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
 from rich.text import Text
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert.add_argument(
         "--media-prefix",
         default="",
-        help="folder put before each media path, such as train2017 for COCO's pictures in LLaVA-Instruct",
+        help="folder put before each media path, such as train2017 for COCO's images in LLaVA-Instruct",
     )
     convert.add_argument("--overwrite", action="store_true")
     index = actions.add_parser(
@@ -135,12 +135,20 @@ def _source_config(args: argparse.Namespace) -> SourceConfig:
     )
 
 
-def _check(args: argparse.Namespace) -> int:
-    from mindvl_jax.data.sources.readers import open_sources
-    from mindvl_jax.models.vision_language.check import advice, check_source
-    from mindvl_jax.models.vision_language.check_page import write_page
-    from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
-    from mindvl_jax.models.vision_language.processor import cached_tokenizer, training_limits
+class _Checked(NamedTuple):
+    """Sources to check, by name, and how a training would read them. weights: of the mixture, if there is one."""
+
+    sources: dict[str, SourceConfig]
+    weights: dict[str, float] | None
+    model: Any
+    limits: Any
+    tokenizer: TokenizerConfig
+
+
+def _to_check(args: argparse.Namespace) -> _Checked:
+    from mindvl_jax.config import families
+    from mindvl_jax.models.vision_language.example import EncodeLimits
+    from mindvl_jax.models.vision_language.processor import training_limits
 
     if (args.config is None) == (args.path is None):
         raise UserError("give either a path or --config FILE")
@@ -153,35 +161,33 @@ def _check(args: argparse.Namespace) -> int:
         mixture = config.training.phases[args.phase].mixture
         names = list(dict.fromkeys(entry.source for entry in mixture))
         weights = {name: sum(entry.weight for entry in mixture if entry.source == name) for name in names}
-        configs, model, limits, tokenizer = (
-            config.data.sources,
-            config.model,
-            training_limits(config, args.phase),
-            config.tokenizer,
-        )
-    else:
-        from mindvl_jax.config import families
+        sources = {name: config.data.sources[name] for name in names}
+        return _Checked(sources, weights, config.model, training_limits(config, args.phase), config.tokenizer)
+    if args.preset not in families.preset_names():
+        raise UserError(f"--preset {args.preset!r} is not known; there are {', '.join(families.preset_names())}")
+    limits = EncodeLimits(min_pixels=args.min_pixels, max_pixels=args.max_pixels, max_tokens=args.max_tokens)
+    model, tokenizer = families.preset(args.preset), TokenizerConfig(path=args.tokenizer)
+    return _Checked({"data": _source_config(args)}, None, model, limits, tokenizer)
 
-        if args.preset not in families.preset_names():
-            raise UserError(f"--preset {args.preset!r} is not known; there are {', '.join(families.preset_names())}")
-        names, configs, model, tokenizer = (
-            ["data"],
-            {"data": _source_config(args)},
-            families.preset(args.preset),
-            TokenizerConfig(path=args.tokenizer),
-        )
-        weights = None
-        limits = EncodeLimits(min_pixels=args.min_pixels, max_pixels=args.max_pixels, max_tokens=args.max_tokens)
+
+def _check(args: argparse.Namespace) -> int:
+    from mindvl_jax.data.sources.readers import open_sources
+    from mindvl_jax.models.vision_language.check import advice, check_source
+    from mindvl_jax.models.vision_language.check_page import write_page
+    from mindvl_jax.models.vision_language.example import ExampleEncoder
+    from mindvl_jax.models.vision_language.processor import cached_tokenizer
+
+    sources, weights, model, limits, tokenizer = _to_check(args)
     encoder = ExampleEncoder(model, cached_tokenizer(tokenizer), limits)
     findings = []
     with counting(LogConsole(stderr=True, stamp=False)) as show:
-        for source in open_sources(configs, names):
+        for source in open_sources(sources, list(sources)):
             done = itertools.count(1)
             advance = functools.partial(_advance, show, done, len(source), source.name)
             findings.append(
                 check_source(
                     source,
-                    configs[source.name].path,
+                    sources[source.name].path,
                     encoder,
                     model.vision,
                     decode=not args.headers_only,

@@ -51,11 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_backend_arguments(parser)
     parser.add_argument("--max-new-tokens", type=int, help="longest answer; default: each benchmark's own")
     parser.add_argument(
-        "--min-pixels", type=int, help="smallest picture area after resizing; default: the model's own setting"
+        "--min-pixels", type=int, help="smallest image area after resizing; default: the model's own setting"
     )
-    parser.add_argument("--max-pixels", type=int, help="largest picture area after resizing")
+    parser.add_argument("--max-pixels", type=int, help="largest image area after resizing")
     parser.add_argument(
-        "--no-language-only", action="store_true", help="leave out the baseline with the pictures taken away"
+        "--no-language-only", action="store_true", help="leave out the baseline with the images taken away"
     )
     _search_arguments(parser)
 

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the question; <image> in it marks an image's place (\\\\<image> is text), otherwise images come first",
     )
     asked.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times"
+        "--image", action="append", default=[], metavar="FILE", help="an image; may be given several times"
     )
     asked.add_argument(
         "--video", action="append", default=[], metavar="FILE", help="a video; may be given several times"
@@ -69,10 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     chosen.add_argument("--n", type=int, default=1, help="answers for each prompt")
     sizes = parser.add_argument_group("sizes")
     sizes.add_argument(
-        "--min-pixels", type=int, help="smallest picture area after resizing; default: the model's own setting"
+        "--min-pixels", type=int, help="smallest image area after resizing; default: the model's own setting"
     )
     sizes.add_argument(
-        "--max-pixels", type=int, help="largest picture area after resizing; default: the model's own setting"
+        "--max-pixels", type=int, help="largest image area after resizing; default: the model's own setting"
     )
     sizes.add_argument("--batch", type=int, default=16, help="answers that decode together")
     sizes.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,tensor=4; default: one")

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", default="parity", metavar="DIR", help="folder for parity.json and parity.png")
     parser.add_argument("--json", action="store_true", help="print parity.json; everything else goes to standard error")
-    parser.add_argument("--samples", type=int, default=4, help="random samples: pictures, a video, text")
+    parser.add_argument("--samples", type=int, default=4, help="random samples: images, a video, text")
     parser.add_argument("--text-tokens", type=int, default=32, help="text tokens of each sample")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""`mindvl evaluate --search`: find the picture sizes that score best on half of each task, judge them on the rest."""
+"""`mindvl evaluate --search`: find the image sizes that score best on half of each task, judge them on the rest."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PixelSearch:
 
     def __init__(self, args: argparse.Namespace, console: LogConsole, model: Any):
         if args.min_pixels or args.max_pixels:
-            raise UserError("--search tries picture sizes itself; leave out --min-pixels and --max-pixels")
+            raise UserError("--search tries image sizes itself; leave out --min-pixels and --max-pixels")
         self.args, self.console, self.model, self.out = args, console, model, model.out
         self.own = search.Pixels(model.opened.min_pixels, model.opened.max_pixels)
         self.grid = search.parse_grid(args.search, self.own)
@@ -47,7 +47,7 @@ class PixelSearch:
             self.out,
             self.results,
             self.figures,
-            [f"Scores of the best picture sizes on the halves that the search did not see. Over all tasks: {chosen}."],
+            [f"Scores of the best image sizes on the halves that the search did not see. Over all tasks: {chosen}."],
             name="search",
         )
         self.console.print(

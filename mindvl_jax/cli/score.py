@@ -8,6 +8,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from mindvl_jax.cli import common
 from mindvl_jax.core.errors import UserError, at_least_one
@@ -84,6 +85,25 @@ def with_answer(sample: Sample) -> Sample:
     return sample
 
 
+def _encoded(opened, samples: Sequence, limits: Any, vision: Any) -> tuple[dict, dict[int, dict]]:
+    """Encode the samples. Returns examples, and records of the samples that cannot be encoded, both by index."""
+    from mindvl_jax.data.sample import SampleError
+    from mindvl_jax.inference.prompts import prompt_config
+    from mindvl_jax.models.vision_language.example import ExampleEncoder
+
+    encoder = ExampleEncoder(prompt_config(opened.model, opened.tokenizer), opened.tokenizer, limits)
+    sees = vision is getattr(opened.model.config, "vision", None)
+    examples, failed = {}, {}
+    for index, sample in enumerate(samples):
+        try:
+            if not sees and (sample.images or sample.videos):
+                raise SampleError("media", "the sample has images or videos, but this model reads text only")
+            examples[index] = encoder.encode(sample)
+        except SampleError as error:
+            failed[index] = {"id": sample.id, "error": str(error)}
+    return examples, failed
+
+
 def score(
     opened,
     samples: Sequence,
@@ -104,9 +124,9 @@ def score(
 
     from mindvl_jax.data.sample import SampleError
     from mindvl_jax.inference.buckets import next_size
-    from mindvl_jax.inference.prompts import prompt_config, vision_of
+    from mindvl_jax.inference.prompts import vision_of
     from mindvl_jax.models.vision_language.collate import collate, shape_for
-    from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
+    from mindvl_jax.models.vision_language.example import EncodeLimits
 
     if opened.tokenizer is None:
         raise UserError(
@@ -116,18 +136,7 @@ def score(
     limits = EncodeLimits(
         min_pixels=min_pixels or opened.min_pixels, max_pixels=max_pixels or opened.max_pixels, train_on=train_on
     )
-    encoder = ExampleEncoder(prompt_config(opened.model, opened.tokenizer), opened.tokenizer, limits)
-    has_eyes = vision is getattr(opened.model.config, "vision", None)
-    results: dict[int, dict] = {}
-    examples = {}
-    for index, sample in enumerate(samples):
-        try:
-            if not has_eyes and (sample.images or sample.videos):
-                raise SampleError("media", "the sample has pictures or videos, but this is a language model alone")
-            examples[index] = encoder.encode(sample)
-        except SampleError as error:
-            results[index] = {"id": sample.id, "error": str(error)}
-
+    examples, results = _encoded(opened, samples, limits, vision)
     graph, state = nnx.split(opened.model)
 
     @jax.jit

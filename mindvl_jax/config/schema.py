@@ -446,7 +446,7 @@ class EvaluationConfig(Section):
         None, description="Samples a task in those in-between evaluations."
     )
     language_only: bool = Field(
-        True, description="Also score with the pictures taken away: what the language alone gives."
+        True, description="Also score with the images taken away: what the language alone gives."
     )
     batch: Annotated[int, bounded(65536)] = 64
     min_pixels: Annotated[int, bounded(2**31)] | None = None

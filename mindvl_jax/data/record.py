@@ -67,6 +67,20 @@ _MEDIA_KEYS = {
 }
 
 
+def _add_system(messages: list[Message], system: str | None) -> None:
+    """Insert the record's system text as the first turn, unless a system turn repeats it."""
+    if not system:
+        return
+    own = [message.content for message in messages if message.role == "system"]
+    if own and own != [literal(system)] and own != [system]:
+        raise SampleError(
+            "malformed",
+            "the record has a system text beside a system turn that says something else; keep one of them",
+        )
+    if not own:
+        messages.insert(0, Message("system", system))
+
+
 def sample_from_record(
     record: Any,
     *,
@@ -121,16 +135,7 @@ def sample_from_record(
             )
             messages.pop()
         messages.append(message)
-    system = _system(record, columns)
-    if system:
-        own = [message.content for message in messages if message.role == "system"]
-        if own and own != [literal(system)] and own != [system]:
-            raise SampleError(
-                "malformed",
-                "the record has a system text beside a system turn that says something else; keep one of them",
-            )
-        if not own:
-            messages.insert(0, Message("system", system))
+    _add_system(messages, _system(record, columns))
     images, videos = media.finish()
     identifier, task = _cell(record, columns.id), _cell(record, "task")
     return Sample(

@@ -69,7 +69,7 @@ def _id(row: Row, number: int, *columns: str) -> str:
 def _item(row: Row, number: int, prompt: str, answers: Sequence[str], *ids: str, category: str = "", **extra) -> Item:
     if not row.images:
         raise UserError(
-            "the row has no picture; files whose pictures lie elsewhere (image_path alone) must carry them inside"
+            "the row has no image; files whose images lie elsewhere (image_path alone) must carry them inside"
         )
     # A benchmark's own <image> in a question would claim an image: images come first, in order.
     prompt = prompt.replace("<image>", "").replace("<video>", "")

@@ -262,7 +262,7 @@ def evaluate_task(
                 settings,
                 predictions,
                 language_only=True,
-                on_progress=report(f"{name} without pictures"),
+                on_progress=report(f"{name} without images"),
             )
             if language_only
             else None

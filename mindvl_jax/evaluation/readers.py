@@ -175,8 +175,8 @@ def _parquet(path: Path, required: Sequence[str]) -> Iterator[Row]:
                 if isinstance(value, dict) and "bytes" in value:
                     if value["bytes"] is None:
                         raise UserError(
-                            f"{path} row {number}: column {column!r} names a picture by path "
-                            f"({value.get('path')!r}); save the pictures' bytes in the file"
+                            f"{path} row {number}: column {column!r} names an image by path "
+                            f"({value.get('path')!r}); save the images' bytes in the file"
                         )
                     pictures.append(value["bytes"])
                 elif value is not None and not (isinstance(value, float) and math.isnan(value)):

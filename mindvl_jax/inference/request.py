@@ -104,8 +104,8 @@ class Request:
         missing = len(images) - marked
         if missing < 0:
             raise UserError(
-                f"The prompt marks {marked} pictures with <image> but {len(images)} were given; give one "
-                "picture for each mark."
+                f"The prompt marks {marked} images with <image> but {len(images)} were given; give one "
+                "image for each mark."
             )
         return cls(messages=[{"role": "user", "content": "<image>" * missing + prompt}], images=tuple(images), **rest)
 

@@ -119,7 +119,7 @@ def _bounded_samples(config: Config, phases: Sequence[int]) -> Iterator[Change]:
             ]
         yield Change(
             tuple(overrides),
-            "longer samples are cut, larger pictures shrunk; attention needs scores of that length only",
+            "longer samples are cut, larger images shrunk; attention needs scores of that length only",
         )
 
 
@@ -137,7 +137,7 @@ def _shorter_rows(config: Config, phases: Sequence[int]) -> Iterator[Change]:
             if phase.max_sample_length is not None and phase.max_sample_length > tokens:
                 overrides.append(f"training.phases[{index}].max_sample_length={tokens}")
             overrides += _bounded_images(config, index, min(patches, phase.max_image_patches or patches))
-        yield Change(tuple(overrides), "longer samples are cut, larger pictures shrunk; fewer tokens a step")
+        yield Change(tuple(overrides), "longer samples are cut, larger images shrunk; fewer tokens a step")
 
 
 def _bounded_images(config: Config, index: int, patches: int) -> list[str]:

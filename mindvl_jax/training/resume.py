@@ -159,10 +159,8 @@ def _set_aside(folder: Path, damaged: Sequence[int], newest: int, run_dir: Path)
     return notes
 
 
-def _require_same_run(
-    config: Config, progress: Progress, plain: dict, parts: Sequence[tuple[list[str], list[str]]], where: Path
-) -> None:
-    """Raise UserError when the checkpoint cannot be continued under this configuration."""
+def _require_same_model(config: Config, plain: dict, where: Path) -> None:
+    """Raise UserError when model, adapters or optimizer differ from the checkpoint's."""
     ours, theirs = config.model.model_dump(mode="json"), {"family": families.DEFAULT, **plain["model"]}
     free = {"remat", "compute_dtype", "preset"}
     other = [line for line in _differences(theirs, ours, "model") if line.split(":")[0].split(".")[1] not in free]
@@ -182,6 +180,31 @@ def _require_same_run(
             f"training.optimizer differs from that of {where} ({stored['name']}): its state cannot be "
             "continued; start a new run with run.init_from"
         )
+
+
+def _require_same_past(config: Config, progress: Progress, plain: dict, where: Path) -> None:
+    """Raise UserError when finished phases changed: it would have no effect, or renumber the steps."""
+    phases = config.training.phases
+    done = [
+        line
+        for index in range(min(progress.phase, len(plain["training"]["phases"])))
+        for line in _differences(
+            plain["training"]["phases"][index], phases[index].model_dump(mode="json"), f"training.phases[{index}]"
+        )
+    ]
+    if done:
+        raise UserError(
+            f"{where} is past phases that the configuration changes:\n  "
+            + "\n  ".join(done[:10])
+            + "\nSet them back, or start a new run with run.init_from"
+        )
+
+
+def _require_same_run(
+    config: Config, progress: Progress, plain: dict, parts: Sequence[tuple[list[str], list[str]]], where: Path
+) -> None:
+    """Raise UserError when the checkpoint cannot be continued under this configuration."""
+    _require_same_model(config, plain, where)
     phases = config.training.phases
     if progress.phase >= len(phases):
         raise UserError(
@@ -199,20 +222,7 @@ def _require_same_run(
             f"{where} is in phase {progress.phase_name!r}, which is {phase.name!r} in the configuration; "
             "phases before it must stay as they were"
         )
-    # What is done is done: a change there would have no effect, or shift which step is which.
-    done = [
-        line
-        for index in range(min(progress.phase, len(plain["training"]["phases"])))
-        for line in _differences(
-            plain["training"]["phases"][index], phases[index].model_dump(mode="json"), f"training.phases[{index}]"
-        )
-    ]
-    if done:
-        raise UserError(
-            f"{where} is past phases that the configuration changes:\n  "
-            + "\n  ".join(done[:10])
-            + "\nSet them back, or start a new run with run.init_from"
-        )
+    _require_same_past(config, progress, plain, where)
     if set(parts[progress.phase][0]) != set(progress.trained):
         changed = sorted(set(parts[progress.phase][0]) ^ set(progress.trained))
         raise UserError(

@@ -95,7 +95,7 @@ def page(cases: list[dict], versions: str, machine: str, date: str, seconds: flo
     return "\n".join(lines)
 
 
-def main(arguments: list[str]) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m npu_bridge.emulator.conformance", description=__doc__.splitlines()[0], allow_abbrev=False
     )
@@ -113,7 +113,11 @@ def main(arguments: list[str]) -> int:
         metavar="N",
         help="processes that share the tests (default %(default)s)",
     )
-    given, selection = parser.parse_known_args(arguments)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    given, selection = _parser().parse_known_args(arguments)
     try:
         toolchain = check()
         start = time.monotonic()

@@ -93,7 +93,7 @@ def test_every_declared_format_opens(kind):
 
 
 def test_what_is_no_image_is_refused_with_the_formats_and_no_inner_error():
-    with pytest.raises(SampleError, match="not a picture of a known format") as error:
+    with pytest.raises(SampleError, match="not an image of a known format") as error:
         load_image(b"<html>404</html>")
     assert "KeyError" not in str(error.value)
 

@@ -193,7 +193,7 @@ def test_a_broken_picture_is_refused_by_name_or_answered_with_its_error(generato
         generator.generate([good, bad])
     answers = generator.generate([good, bad], skip_errors=True)
     assert answers[0].error is None and answers[0].tokens
-    assert answers[1].finish == "error" and "picture" in answers[1].error
+    assert answers[1].finish == "error" and "image" in answers[1].error
 
 
 @pytest.mark.parametrize(

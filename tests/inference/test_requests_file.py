@@ -57,7 +57,7 @@ def test_requests_may_come_by_standard_input(monkeypatch):
     ('{"prompt": "x", "n": 1.5}', "`n`: Input should be a valid integer"),
     ('{"prompt": "x", "top_p": 2}', "top_p is 2.0"), ('{"prompt": "x", "stop": [1]}', "`stop"),
     ('{"prompt": "x", "min_pixels": 0}', "`min_pixels`: Input should be greater than or equal to 1"),
-    ('{"prompt": "<image><image>", "images": ["a.png"]}', "marks 2 pictures"),
+    ('{"prompt": "<image><image>", "images": ["a.png"]}', "marks 2 images"),
 ])  # fmt: skip
 def test_a_line_that_is_no_request_is_named_with_its_reason(tmp_path, line, message):
     with pytest.raises(UserError) as error:

@@ -105,7 +105,7 @@ def test_a_language_model_alone_scores_text_and_refuses_pictures(speaking, token
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     want, count = reference(speaking("qwen3"), Tokenizer(tokenizer_file), "the cat", "a dog")
     assert lines[0]["tokens"] == count and abs(lines[0]["nll"] - want) < 1e-4 * want
-    assert "language model alone" in lines[1]["error"]
+    assert "reads text only" in lines[1]["error"]
 
 
 def test_a_missing_file_is_named(speaking, capsys):

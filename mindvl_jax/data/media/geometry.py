@@ -10,7 +10,7 @@ from mindvl_jax.config.base import Section, bounded
 from mindvl_jax.config.schema import PhaseConfig
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-"""Channel means of CLIP, of values from 0 to 1; also the colour that pictures are padded with."""
+"""Channel means of CLIP, of values from 0 to 1; also the colour that images are padded with."""
 
 
 class PatchGeometry(Section):
@@ -37,11 +37,11 @@ class PatchGeometry(Section):
     )
     fit: Literal["tiles", "crop", "pad"] = Field(
         "tiles",
-        description="How a picture becomes squares. tiles: a grid of its shape; crop: its middle; pad: the whole on a "
+        description="How an image becomes squares. tiles: a grid of its shape; crop: its middle; pad: the whole on a "
         "square of the mean colour.",
     )
     max_tiles: Annotated[int, bounded(4096)] = Field(
-        1, description="Most squares of an image; a picture of several is followed by the whole, made small."
+        1, description="Most squares of an image; an image of several is followed by the whole, made small."
     )
 
     @model_validator(mode="after")

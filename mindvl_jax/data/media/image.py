@@ -56,7 +56,7 @@ def smart_resize(
     """
     if max(height, width) > LARGEST_ASPECT * min(height, width):
         raise SampleError(
-            "aspect_ratio", f"a picture of {width}x{height} has an aspect ratio above {LARGEST_ASPECT}; crop it"
+            "aspect_ratio", f"an image of {width}x{height} has an aspect ratio above {LARGEST_ASPECT}; crop it"
         )
     # Python's round (half to even) is part of the published rule.
     rows, columns = round(height / factor) * factor, round(width / factor) * factor
@@ -77,7 +77,7 @@ def smart_resize(
         if min(rows, columns) < factor:
             raise SampleError(
                 "too_many_patches",
-                f"a picture of {width}x{height} needs more than the {limit_pixels} pixels that a row has "
+                f"an image of {width}x{height} needs more than the {limit_pixels} pixels that a row has "
                 "patches for; raise patches_per_row",
             )
     return rows, columns
@@ -105,7 +105,7 @@ def _open(media: Media) -> tuple[Image.Image, bytes | None]:
         ) as error:  # Pillow's parsers raise many kinds (struct.error, SyntaxError, ...) on damaged files
             raise SampleError(
                 "undecodable",
-                f"{media_files.name(media)} ({len(data)} bytes) is not a picture of a known format "
+                f"{media_files.name(media)} ({len(data)} bytes) is not an image of a known format "
                 f"({', '.join(FORMATS)}): {_first_line(error)}",
             ) from None
     width, height = image.size
@@ -317,7 +317,7 @@ def image_grid(
 ) -> tuple[int, int, int]:
     """Grid (1, height, width) in patches that an image of that many pixels is resized to.
 
-    (squares, height, width) where it is cut into squares, of which `images` pictures of a sample share the most.
+    (squares, height, width) where it is cut into squares, of which `images` images of a sample share the most.
     """
     if vision.image_side is not None:
         side = vision.image_side // vision.patch_size

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -56,6 +56,23 @@ class Conversion:
     media_root: str | None
 
 
+def _require_writable(out: str, to: str, overwrite: bool) -> None:
+    if not out.endswith(ENDINGS[to]):
+        raise UserError(f"--out {out} must end in {ENDINGS[to]} for the format {to}")
+    if os.path.exists(out) and not overwrite:
+        raise UserError(f"{out} exists; choose another name or add --overwrite")
+
+
+def _list_skipped(out: str, skipped: Sequence[Mapping[str, str]]) -> str | None:
+    """Write the skipped samples beside `out`; return the path, or None if there are none."""
+    if not skipped:
+        return None
+    listed = out + ".skipped.jsonl"
+    with open(listed, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
+    return listed
+
+
 def convert(
     source: Source,
     to: str,
@@ -74,10 +91,7 @@ def convert(
       prefix: folder put before each media path, such as `train2017` for COCO's images in LLaVA-Instruct.
     Raises UserError when `out` exists, has the wrong ending, or nothing could be converted.
     """
-    if not out.endswith(ENDINGS[to]):
-        raise UserError(f"--out {out} must end in {ENDINGS[to]} for the format {to}")
-    if os.path.exists(out) and not overwrite:
-        raise UserError(f"{out} exists; choose another name or add --overwrite")
+    _require_writable(out, to, overwrite)
     folder = os.path.dirname(os.path.abspath(out))
     os.makedirs(folder, exist_ok=True)
     media_folder = os.path.splitext(os.path.abspath(out))[0] + "_media"
@@ -114,16 +128,11 @@ def convert(
         if written == 0:
             reasons = sorted({f"{entry['reason']}: {entry['message']}" for entry in skipped})[:3]
             raise UserError(f"none of the {len(source)} samples can be converted; for instance {'; '.join(reasons)}")
-    listed = None
-    if skipped:
-        listed = out + ".skipped.jsonl"
-        with open(listed, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
     root = next(iter(roots)) if roots else None
     return Conversion(
         written,
         len(skipped),
-        listed,
+        _list_skipped(out, skipped),
         None if root is None or os.path.realpath(root) == os.path.realpath(folder) else root,
     )
 

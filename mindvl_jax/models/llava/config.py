@@ -46,7 +46,7 @@ class VisionConfig(PatchGeometry):
     )
     image_side: Annotated[int, bounded(2**14)] = 336
     fit: Literal["crop", "pad"] = Field(
-        "crop", description="crop: the middle of a picture (the -hf folders); pad: all of it (LLaVA's own fine-tuning)."
+        "crop", description="crop: the middle of an image (the -hf folders); pad: all of it (LLaVA's own fine-tuning)."
     )
     max_tiles: Annotated[int, bounded(1)] = 1
     window_size: None = Field(None, description="The tower has no windows.")
@@ -66,7 +66,7 @@ class VisionConfig(PatchGeometry):
 
 
 class LlavaConfig(VisionLanguageConfig):
-    """Vision tower, projector, language model. Pictures have no borders, videos no place."""
+    """Vision tower, projector, language model. Images have no borders, videos no place."""
 
     media_tokens: ClassVar[Mapping[str, str]] = {"image_token_id": "<image>"}
     chat_template: ClassVar[str | None] = CHAT_TEMPLATE

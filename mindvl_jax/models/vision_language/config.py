@@ -46,8 +46,8 @@ class VisionLanguageConfig(ModelConfig):
         if phase.patches_per_row >= needed:
             return []
         return [
-            f"{phase.name}: a picture of {self.vision.max_tiles} tiles has {needed:,} patches, patches_per_row has "
-            f"room for {phase.patches_per_row:,}: such pictures are cut into fewer tiles and counted as `shrunk`"
+            f"{phase.name}: an image of {self.vision.max_tiles} tiles has {needed:,} patches, patches_per_row has "
+            f"room for {phase.patches_per_row:,}: such images are cut into fewer tiles and counted as `shrunk`"
         ]
 
     def phase_problems(self, phase: PhaseConfig) -> dict[str, str]:

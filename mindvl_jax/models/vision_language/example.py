@@ -393,6 +393,11 @@ def _joined(arrays: list[Any], empty: tuple[int, ...]) -> np.ndarray:
     return np.concatenate(arrays) if arrays else np.zeros(empty, np.int32)
 
 
+def encode_sample(sample: Sample, model: ModelConfig, tokenizer: TextTokenizer, limits: EncodeLimits) -> Example:
+    """Encode one sample for training. For many samples keep one `ExampleEncoder`, which builds its tables once."""
+    return ExampleEncoder(model, tokenizer, limits).encode(sample)
+
+
 def encode_prompt(
     messages: Sequence[Message],
     image_media: Sequence[Media] = (),

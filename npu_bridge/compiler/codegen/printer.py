@@ -13,7 +13,7 @@ from npu_bridge.compiler.codegen import contraction, control, elementwise, excha
 from npu_bridge.compiler.codegen.emitter import Emitter
 from npu_bridge.compiler.codegen.program import Assign, Stmt, remove_dead, walk
 from npu_bridge.compiler.ir import Location, Program
-from npu_bridge.compiler.memory import Planner
+from npu_bridge.compiler.memory import Plan, Planner
 from npu_bridge.errors import UnsupportedError
 
 
@@ -54,21 +54,7 @@ def _without_unread_numbers(lines: list[tuple]) -> list[tuple]:
 _HOST_NAME = re.compile(r"\bh\d+\b")
 
 
-def generate(program: Program, *, allow_host_sync: bool = False, device: str = "cpu") -> Source:
-    """Write a program. Raises UnsupportedError with everything that has no torch form."""
-    emitter = Emitter(program, allow_host_sync=allow_host_sync, device=device)
-    params, results = emitter.run()
-    items = remove_dead(emitter.items, set(results))
-    tables = [
-        f"{name} = {tuple(map(bool, values)) if boolean else values}"
-        for (values, boolean), name in emitter.tables.items()
-    ]
-    if hanging := exchange_order.problems(items, program.mesh, tables):
-        raise UnsupportedError(hanging)
-    types = {p: v.type for p, v in zip(params, program.body.params)}
-    donated = {p for p, d in zip(params, program.donated) if d}
-    plan = Planner(types, donated).run(items, results)
-
+def _text(program: Program, params: list[str], tables: list[str], plan: Plan) -> str:
     mesh = " x ".join(f"{name} {size}" for name, size in program.mesh.axes) or "one device"
     lines = [
         f'"""One step of `{program.name}` on one device of {mesh}. Written by npu_bridge; the text is the '
@@ -100,6 +86,23 @@ def generate(program: Program, *, allow_host_sync: bool = False, device: str = "
         else:
             lines.append(pad + code)
     lines.append(f"    return [{', '.join(plan.results)}]")
+    return "\n".join(lines) + "\n"
+
+
+def generate(program: Program, *, allow_host_sync: bool = False, device: str = "cpu") -> Source:
+    """Write a program. Raises UnsupportedError with everything that has no torch form."""
+    emitter = Emitter(program, allow_host_sync=allow_host_sync, device=device)
+    params, results = emitter.run()
+    items = remove_dead(emitter.items, set(results))
+    tables = [
+        f"{name} = {tuple(map(bool, values)) if boolean else values}"
+        for (values, boolean), name in emitter.tables.items()
+    ]
+    if hanging := exchange_order.problems(items, program.mesh, tables):
+        raise UnsupportedError(hanging)
+    types = {p: v.type for p, v in zip(params, program.body.params)}
+    donated = {p for p, d in zip(params, program.donated) if d}
+    plan = Planner(types, donated).run(items, results)
     memory = {
         "argument_bytes": plan.argument_bytes,
         "peak_bytes": plan.peak_bytes,
@@ -107,7 +110,7 @@ def generate(program: Program, *, allow_host_sync: bool = False, device: str = "
         "copies": plan.copies,
     }
     return Source(
-        "\n".join(lines) + "\n",
+        _text(program, params, tables, plan),
         emitter.constants,
         emitter.kernels,
         emitter.collectives,
