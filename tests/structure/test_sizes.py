@@ -32,7 +32,6 @@ LONG_TODAY = {
     "benchmarks/generation.py build": "",
     "benchmarks/generation.py main": "",
     "benchmarks/ours.py __init__": "",
-    "mindvl_jax/cli/data.py _check": "",
     "mindvl_jax/cli/score.py score": "",
     "mindvl_jax/models/vision_language/example.py _build": "",
     "mindvl_jax/parity/samples.py pack": "",

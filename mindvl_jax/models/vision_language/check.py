@@ -54,6 +54,11 @@ class SourceFindings:
     def kept(self) -> int:
         return len(self.tokens)
 
+    @property
+    def patches_per_token(self) -> float:
+        """Patches per token of this data; shown by check_page.html."""
+        return sum(self.patches) / max(sum(self.tokens), 1)
+
 
 def check_source(
     source: Source,
