@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
 from PIL import Image
 
+from mindvl_jax.core.errors import printable
 from mindvl_jax.core.templates import TEMPLATES
 
 
@@ -18,7 +20,14 @@ from mindvl_jax.core.templates import TEMPLATES
 def _environment() -> jinja2.Environment:
     loader = jinja2.FileSystemLoader([Path(__file__).parent / "templates", TEMPLATES])
     # Answers and questions are other people's text: everything is escaped.
-    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_plain
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Spell out control characters: a page with a null byte is no HTML."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, markupsafe.Markup) else value
 
 
 def render(template: str, **values: Any) -> str:

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,12 @@ def write_report(run_dir: str | Path) -> Path:
       UserError: no such folder, or nothing in it to report.
     """
     run_dir = Path(run_dir)
-    metrics = [row for row in read_jsonl(run_dir / "metrics.jsonl", whole=False) if isinstance(row.get("step"), int)]
-    try:
-        scores = read_json(run_dir / "scores.json", {"tasks": {}})
-    except ValueError as error:
-        raise UserError(
-            f"{run_dir / 'scores.json'} is not JSON ({error}); delete it to write the report without scores"
-        ) from None
-    if not isinstance(scores, dict) or not isinstance(scores.get("tasks"), dict):
-        raise UserError(f"{run_dir / 'scores.json'} is no file of scores; delete it to write the report without scores")
+    metrics = [
+        row
+        for row in read_jsonl(run_dir / "metrics.jsonl", whole=False)
+        if isinstance(row.get("step"), int) and isinstance(row.get("phase", ""), str) and _is_number(row.get("loss"))
+    ]
+    scores = _scores(run_dir / "scores.json")
     if not metrics and not scores["tasks"] and "benchmarks" not in scores:
         raise UserError(
             f"{run_dir} has neither metrics.jsonl nor scores.json: it is no run folder, or the run has not taken a step"
@@ -58,7 +56,7 @@ def write_report(run_dir: str | Path) -> Path:
         benchmarks=_benchmarks(
             run_dir / "predictions" / scores.get("phase", "") / "benchmarks", scores.get("benchmarks")
         ),
-        config=config.read_text(encoding="utf-8") if config.is_file() else "",
+        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
         machine=_machine(),
         **_score_table(scores),
     )
@@ -228,17 +226,61 @@ def _benchmarks(folder: Path, found: dict | None) -> dict[str, Any] | None:
     }
 
 
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, (int, float))
+
+
+def _scores(path: Path) -> dict[str, Any]:
+    """Read scores.json.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    try:
+        scores = read_json(path, {"tasks": {}})
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); delete it to write the report without scores") from None
+    tasks = scores.get("tasks") if isinstance(scores, dict) else None
+    if (
+        not isinstance(tasks, dict)
+        or not isinstance(scores.get("phase", ""), str)
+        or not all(isinstance(task, dict) and {"metric", "score", "ci95", "n"} <= set(task) for task in tasks.values())
+    ):
+        raise UserError(f"{path} is no file of scores; delete it to write the report without scores")
+    return scores
+
+
+def _picture(folder: Path, name: Any) -> str | None:
+    """An image that the evaluation wrote; None for anything else that a damaged file may name."""
+    if not isinstance(name, str) or not name.endswith(".png"):
+        return None
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()) or not path.is_file():
+        return None
+    try:
+        return picture_uri(Image.open(path), largest=320)
+    except (OSError, ValueError, SyntaxError):
+        return None
+
+
+def _whole(row: Mapping[str, Any]) -> bool:
+    """Whether a line of a predictions file has all that the page shows."""
+    return (
+        isinstance(row.get("shown"), list)
+        and _is_number(row.get("score", ""))
+        and isinstance(row.get("answers"), list)
+        and {"id", "question", "prediction"} <= set(row)
+    )
+
+
 def _samples(folder: Path, tasks: dict) -> list[dict[str, Any]]:
     groups = []
     for name in tasks:
-        rows = [row for row in read_jsonl(folder / f"{name}.jsonl", whole=False) if "shown" in row]
+        rows = [row for row in read_jsonl(folder / f"{name}.jsonl", whole=False) if _whole(row)]
         shown = []
         for row in rows:
-            pictures = [
-                picture_uri(Image.open(folder / picture), largest=320)
-                for picture in row["shown"]
-                if (folder / picture).is_file()
-            ]
+            found = (_picture(folder, shown_name) for shown_name in row["shown"])
+            pictures = [picture for picture in found if picture is not None]
             shown.append({**row, "error": row.get("error"), "pictures": pictures})
         if shown:
             groups.append({"task": name, "rows": sorted(shown, key=lambda row: row["score"])})
