@@ -63,6 +63,11 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(**options, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self._given: list[str] = []
+
+    def parse_known_args(self, args=None, namespace=None):
+        self._given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         self.print_usage(sys.stderr)
@@ -74,9 +79,14 @@ class _Parser(argparse.ArgumentParser):
         known = []
         for action in self._actions:
             known += action.option_strings or map(str, action.choices or ())
-        for word in message.replace("'", " ").split():
-            near = difflib.get_close_matches(word.split("=")[0].rstrip(","), known, n=1, cutoff=0.6)
-            if near and near[0] != word:
+        # A misspelt required option is reported as missing: the misspelling stands in what was given.
+        missing = "are required" in message
+        words = (
+            [word for word in self._given if word.startswith("--")] if missing else message.replace("'", " ").split()
+        )
+        for word in (word.split("=")[0].rstrip(",") for word in words):
+            near = [] if word in known else difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+            if near:
                 return f"; did you mean {near[0]}?"
         return ""
 

@@ -147,6 +147,10 @@ def test_a_help_text_loads_neither_jax_nor_torch(command):
 def test_unknown_words_are_answered_by_the_commands_own_parser(mindvl):
     code, _, told = mindvl("train", "--confg", "smoke")
     assert code == 2 and "mindvl train" in told and "did you mean --config?" in told
+    code, _, told = mindvl("evaluate", "--wieghts", "a", "--json")
+    assert code == 2 and "required: --weights; did you mean --weights?" in told
+    code, _, told = mindvl("evaluate", "--json", "--batch=3")
+    assert code == 2 and "required: --weights\n" in told
     code, _, told = mindvl("trian")
     assert code == 2 and "did you mean train?" in told
 
