@@ -141,7 +141,7 @@ def run(command: Sequence[str], count: int, port: int | None = None) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m npu_bridge.launch", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--nproc", type=int, required=True, help="processes, one for each place of the mesh")
+    parser.add_argument("--nproc", type=int, required=True, help="processes, one per mesh position")
     parser.add_argument("--port", type=int, default=None, help="rendezvous port (default: a free one)")
     parser.add_argument("-m", dest="module", action="store_true", help="run a module instead of a script")
     parser.add_argument("script", help="Python script (or module with -m)")

@@ -429,8 +429,7 @@ class CheckpointReader:
 
 def _ignore_late_reads() -> None:
     """Silence errors of Orbax's event loop: when one array cannot be read, the loop closes while others are in flight,
-    and each of those
-    complains with a traceback of its own. The one error that is raised says it all.
+    and each prints a traceback. The one raised error suffices.
     """
     before = sys.unraisablehook
     if getattr(before, "ignores_late_reads", False):

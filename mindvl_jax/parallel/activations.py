@@ -85,7 +85,7 @@ def constrain_rows(x: jax.Array) -> jax.Array:
 def exchange_rows(x: jax.Array) -> jax.Array:
     """(rows, tokens, embed) that was read from a table whose columns are split over fsdp, as the residual stream.
 
-    Rows and columns change places in one all_to_all, and back in another for the gradient: the table is never gathered,
+    Rows and columns swap sharding in one all_to_all, and back in another for the gradient: the table is never gathered,
     nor its gradient whole on a device.
     """
     return constrain_rows(constrain(x, "outer_rows", None, "columns"))

@@ -24,7 +24,8 @@ from mindvl_jax.weights.mapping import read_config
 
 @dataclasses.dataclass(frozen=True)
 class LogitsOutcome:
-    """difference and scale as `Part`; kl: mean over places, in nats; top1, top5: share of places with the same best
+    """difference and scale as `Part`; kl: mean over positions, in nats; top1, top5: share of positions with the same
+    best
     token, and mean overlap of the five best.
     """
 
@@ -125,7 +126,7 @@ def compare_logits(model, reference, samples: Sequence[ParitySample]) -> LogitsO
 
 
 def mean_kl(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Mean KL(theirs || ours) over places, float64."""
+    """Mean KL(theirs || ours) over positions, float64."""
 
     def log_softmax(x):
         x = x.astype(np.float64)

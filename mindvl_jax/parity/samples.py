@@ -34,7 +34,7 @@ class Visual:
 
 @dataclasses.dataclass(frozen=True)
 class ParitySample:
-    """Token ids with placeholders, visuals in order, and which places are learned.
+    """Token ids with placeholders, visuals in order, and the mask of learned positions.
 
     Attributes:
       tokens: (T,) int. learned: (T,) bool, whether a place's own token counts as a target.
@@ -149,7 +149,7 @@ def pack(
     """Rows of samples as a batch, laid out with transformers' own window index and rotary positions.
 
     Args:
-      tokens, patches: places of a row; what is left over is padding. samples: most samples of a row.
+      tokens, patches: positions of a row; the rest is padding. samples: most samples of a row.
     """
     vision = getattr(config, "vision", None)
     merge, patch_dim = (vision.merge_unit, vision.patch_dim) if vision else (4, 4)

@@ -136,7 +136,7 @@ class Program:
 
 def _convolution_products(rest: str, left: tuple, right: tuple, result: tuple) -> int:
     """Numbers that are multiplied. A TPU writes every product as a convolution, and a batch dim of a product as a
-    window that slides over padding: places outside of the array count for nothing.
+    window that slides over padding: positions outside of the array do not count.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest)
     window = dict(re.findall(r"(\w+)=([\w-]+)", (re.search(r"window=\{([^}]*)\}", rest) or ["", ""])[1]))

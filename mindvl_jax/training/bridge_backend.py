@@ -74,9 +74,9 @@ class Bridge:
         if mesh.devices.size != self._processes:
             shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
             raise UserError(
-                f"mesh {shape} has {mesh.devices.size} places, but {self._processes} "
+                f"mesh {shape} has {mesh.devices.size} positions, but {self._processes} "
                 f"process{'es run' if self._processes > 1 else ' runs'}: "
-                "backend npu_bridge wants one process a place (python -m npu_bridge.launch --nproc N train.py ...)"
+                "backend npu_bridge wants one process per position (python -m npu_bridge.launch --nproc N train.py ...)"
             )
         return _with_clear_errors(
             program_of(

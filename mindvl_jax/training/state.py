@@ -120,7 +120,7 @@ def abstract_state(
 
 
 def initial_params(outline: Outline, mesh: Mesh, seed: int) -> Params:
-    """Fresh parameters, created in their places; the values do not depend on the mesh."""
+    """Initialise parameters with their shardings; the values do not depend on the mesh."""
     shardings = parameter_shardings(outline.axis_names, {path: s.shape for path, s in outline.shapes.items()}, mesh)
     return jax.jit(outline.initial, out_shardings=shardings)(jax.random.key(seed))
 

@@ -1,6 +1,6 @@
 """Decoder of Qwen2.5 and Qwen3 (references: transformers' Qwen2, Qwen2.5-VL text and Qwen3).
 
-B rows, T tokens, S cache places, N query heads, K key/value heads, H head dim, D width, F feed-forward width, V
+B rows, T tokens, S cache slots, N query heads, K key/value heads, H head dim, D width, F feed-forward width, V
 vocabulary, L layers. The families differ in the attention only: qwen2 has q/k/v biases, qwen3 norms each query and
 key head, llama does neither.
 """

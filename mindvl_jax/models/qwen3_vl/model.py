@@ -124,7 +124,7 @@ class Qwen3VL(VisionLanguageModel):
         self.projector = DeepStackProjector(vision, config.text.hidden_size, rngs=rngs, dtype=dtype)
 
     def decoder_inputs(self, batch: Batch, *, max_image_patches: int | None = None):
-        """Embeddings with visual tokens in their places, and what the decoder adds after its first layers."""
+        """Return embeddings with visual tokens inserted, and what the decoder adds after its first layers."""
         features_BPD, taps_KBPD = self.tower_features(batch, max_image_patches=max_image_patches)
         with jax.named_scope("projector"):
             visual_BGD, added_KBGD = self.projector(features_BPD), self.projector.project_taps(taps_KBPD)

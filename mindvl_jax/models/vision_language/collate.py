@@ -164,7 +164,7 @@ def _write_patches(place: np.ndarray, row: Sequence[Example], vision: PatchGeome
 
 
 def write_pixels(place: np.ndarray, pixels: np.ndarray, vision: PatchGeometry) -> None:
-    """Write a medium's patches to their places, (P_i, patch_dim).
+    """Write a medium's patches to their positions, (P_i, patch_dim).
 
     An image's one frame fills both frames of a patch, its one channel all channels when it has no colour.
     """

@@ -1,7 +1,7 @@
 """Floating-point operations of a training step, from what the batch really held, for MFU.
 
 Counted is what the mathematics needs: real tokens and patches (no padding), attention inside segments and windows, the
-output head at labelled places only, gradients only where something learns. What is recomputed by remat is not counted.
+output head at labelled positions only, gradients of trained parts only. Remat's recomputation is not counted.
 """
 
 from __future__ import annotations

@@ -43,6 +43,6 @@ class VisionLanguageModel(LanguageModel):
             return self.projector(features)
 
     def embed(self, batch: Batch, *, max_image_patches: int | None = None) -> jax.Array:
-        """(B, T, D): token embeddings with visual tokens in their places. Text-only batches run the same program."""
+        """(B, T, D): token embeddings with visual tokens inserted. Text-only batches run the same program."""
         visual_BGD = self.visual_features(batch, max_image_patches=max_image_patches)
         return place_visual(super().embed(batch), visual_BGD, batch.visual_index)
