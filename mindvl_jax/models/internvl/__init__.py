@@ -2,18 +2,13 @@
 
 from mindvl_jax.models.internvl.config import InternVLConfig
 from mindvl_jax.models.internvl.presets import MODELS
-from mindvl_jax.models.spec import ModelSpec, Named
+from mindvl_jax.models.vision_language.spec import vision_language_spec
 
-SPEC = ModelSpec(
-    name="internvl",
-    config=InternVLConfig,
-    presets=MODELS,
-    build=Named("mindvl_jax.models.internvl.model:InternVL"),
-    processor=Named("mindvl_jax.models.vision_language.processor:VisionLanguageProcessor"),
-    counts=Named("mindvl_jax.models.vision_language.counts:COUNTS"),
-    objective="sft",
-    hf=Named("mindvl_jax.models.internvl.hf:MAPPING"),
-    parts={"vision": "vision/**", "projector": "projector/**", "language": "language/**"},
-    flops=Named("mindvl_jax.models.vision_language.flops:FlopCounter"),
+SPEC = vision_language_spec(
+    "internvl",
+    InternVLConfig,
+    MODELS,
+    build="mindvl_jax.models.internvl.model:InternVL",
+    hf="mindvl_jax.models.internvl.hf:MAPPING",
     adapters=True,
 )

@@ -2,18 +2,13 @@
 
 from mindvl_jax.models.llava.config import LlavaConfig
 from mindvl_jax.models.llava.presets import MODELS
-from mindvl_jax.models.spec import ModelSpec, Named
+from mindvl_jax.models.vision_language.spec import vision_language_spec
 
-SPEC = ModelSpec(
-    name="llava",
-    config=LlavaConfig,
-    presets=MODELS,
-    build=Named("mindvl_jax.models.llava.model:Llava"),
-    processor=Named("mindvl_jax.models.vision_language.processor:VisionLanguageProcessor"),
-    counts=Named("mindvl_jax.models.vision_language.counts:COUNTS"),
-    objective="sft",
-    hf=Named("mindvl_jax.models.llava.hf:MAPPING"),
-    parts={"vision": "vision/**", "projector": "projector/**", "language": "language/**"},
-    flops=Named("mindvl_jax.models.vision_language.flops:FlopCounter"),
+SPEC = vision_language_spec(
+    "llava",
+    LlavaConfig,
+    MODELS,
+    build="mindvl_jax.models.llava.model:Llava",
+    hf="mindvl_jax.models.llava.hf:MAPPING",
     adapters=True,
 )

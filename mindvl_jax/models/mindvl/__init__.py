@@ -2,18 +2,13 @@
 
 from mindvl_jax.models.mindvl.config import MindVLConfig
 from mindvl_jax.models.mindvl.presets import MODELS
-from mindvl_jax.models.spec import ModelSpec, Named
+from mindvl_jax.models.vision_language.spec import vision_language_spec
 
-SPEC = ModelSpec(
-    name="mindvl",
-    config=MindVLConfig,
-    presets=MODELS,
-    build=Named("mindvl_jax.models.mindvl.model:MindVL"),
-    processor=Named("mindvl_jax.models.vision_language.processor:VisionLanguageProcessor"),
-    counts=Named("mindvl_jax.models.vision_language.counts:COUNTS"),
-    objective="sft",
-    hf=Named("mindvl_jax.models.mindvl.hf:MAPPING"),
-    parts={"vision": "vision/**", "projector": "projector/**", "language": "language/**"},
-    flops=Named("mindvl_jax.models.vision_language.flops:FlopCounter"),
+SPEC = vision_language_spec(
+    "mindvl",
+    MindVLConfig,
+    MODELS,
+    build="mindvl_jax.models.mindvl.model:MindVL",
+    hf="mindvl_jax.models.mindvl.hf:MAPPING",
     adapters=True,
 )

@@ -1,21 +1,15 @@
 """MindVL on DeepSeek-V3: the native-resolution tower and projector of MindVL with a routed decoder."""
 
+from mindvl_jax.models.layers.spec import ROUTED
 from mindvl_jax.models.mindvl_moe.config import MindVLMoEConfig
 from mindvl_jax.models.mindvl_moe.presets import MODELS
-from mindvl_jax.models.spec import ModelSpec, Named
+from mindvl_jax.models.vision_language.spec import PARTS, vision_language_spec
 
-SPEC = ModelSpec(
-    name="mindvl_moe",
-    config=MindVLMoEConfig,
-    presets=MODELS,
-    build=Named("mindvl_jax.models.mindvl.model:MindVL"),
-    processor=Named("mindvl_jax.models.vision_language.processor:VisionLanguageProcessor"),
-    counts=Named("mindvl_jax.models.vision_language.counts:COUNTS"),
-    objective="sft",
+SPEC = vision_language_spec(
+    "mindvl_moe",
+    MindVLMoEConfig,
+    MODELS,
+    build="mindvl_jax.models.mindvl.model:MindVL",
     hf=None,
-    parts={
-        "vision": "vision/**", "projector": "projector/**", "language": "language/**",
-        "experts": "language/layers/moe/experts/**", "router": "language/layers/moe/router/**",
-    },
-    flops=Named("mindvl_jax.models.vision_language.flops:FlopCounter"),
-)  # fmt: skip
+    parts={**PARTS, **ROUTED},
+)

@@ -4,17 +4,12 @@ seconds.
 
 from mindvl_jax.models.qwen2_vl.config import Qwen2VLConfig
 from mindvl_jax.models.qwen2_vl.presets import MODELS
-from mindvl_jax.models.spec import ModelSpec, Named
+from mindvl_jax.models.vision_language.spec import vision_language_spec
 
-SPEC = ModelSpec(
-    name="qwen2_vl",
-    config=Qwen2VLConfig,
-    presets=MODELS,
-    build=Named("mindvl_jax.models.qwen2_vl.model:Qwen2VL"),
-    processor=Named("mindvl_jax.models.vision_language.processor:VisionLanguageProcessor"),
-    counts=Named("mindvl_jax.models.vision_language.counts:COUNTS"),
-    objective="sft",
-    hf=Named("mindvl_jax.models.qwen2_vl.hf:MAPPING"),
-    parts={"vision": "vision/**", "projector": "projector/**", "language": "language/**"},
-    flops=Named("mindvl_jax.models.vision_language.flops:FlopCounter"),
+SPEC = vision_language_spec(
+    "qwen2_vl",
+    Qwen2VLConfig,
+    MODELS,
+    build="mindvl_jax.models.qwen2_vl.model:Qwen2VL",
+    hf="mindvl_jax.models.qwen2_vl.hf:MAPPING",
 )

@@ -1,22 +1,13 @@
 """Qwen3-MoE language model: the decoder alone."""
 
+from mindvl_jax.models.layers.spec import LANGUAGE, ROUTED, language_spec
 from mindvl_jax.models.qwen3_moe.config import Qwen3MoEConfig
 from mindvl_jax.models.qwen3_moe.presets import MODELS
-from mindvl_jax.models.spec import ModelSpec, Named
 
-SPEC = ModelSpec(
-    name="qwen3_moe",
-    config=Qwen3MoEConfig,
-    presets=MODELS,
-    build=Named("mindvl_jax.models.layers.language_model:LanguageModel"),
-    processor=None,
-    counts=None,
-    objective="sft",
-    hf=Named("mindvl_jax.models.qwen3_moe.hf:MAPPING"),
-    parts={
-        "language": "language/**",
-        "experts": "language/layers/moe/experts/**",
-        "router": "language/layers/moe/router/**",
-    },
-    flops=None,
+SPEC = language_spec(
+    "qwen3_moe",
+    Qwen3MoEConfig,
+    MODELS,
+    hf="mindvl_jax.models.qwen3_moe.hf:MAPPING",
+    parts={**LANGUAGE, **ROUTED},
 )
