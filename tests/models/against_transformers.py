@@ -57,12 +57,13 @@ def opened(folder: Path) -> types.SimpleNamespace:
 
 @dataclasses.dataclass
 class Compared:
-    """Reference logits of each sample alone, ours at its place in the packed rows, our gradients, how to run again."""
+    """Reference logits of each sample alone, ours at its place in the packed rows, our gradients, the program of both."""
 
     theirs: list[np.ndarray]
     ours: list[np.ndarray]
     grads: dict[str, np.ndarray]
     run: Callable
+    compiled: Callable
     batch: object
 
     def check_logits(self) -> None:
@@ -103,16 +104,13 @@ class Compared:
     def check_bridge(self, made, steps: int = 3, rate: float = 0.02) -> None:
         """A few steps of gradient descent, by npu_bridge and by XLA."""
 
-        def step(params, batch):
-            (loss, _), grads = self.run(params, batch)
-            return jax.tree.map(lambda value, grad: value - rate * grad, params, grads), loss
-
         losses = []
         with jax.default_matmul_precision("highest"):
-            for compiled in (jax.jit(step), npu_bridge.jit(step, device="cpu")):
-                params, row = made.parameters, []
+            for compiled in (self.compiled, npu_bridge.jit(self.run, device="cpu")):
+                params, row = {path: np.asarray(value) for path, value in made.parameters.items()}, []
                 for _ in range(steps):
-                    params, loss = compiled(params, self.batch)
+                    (loss, _), grads = compiled(params, self.batch)
+                    params = {path: value - rate * np.asarray(grads[path]) for path, value in params.items()}
                     row.append(float(np.asarray(loss)))
                 losses.append(row)
         assert losses[0][0] > 1.01 * losses[0][-1], f"nothing was learned: {losses[0]}"
@@ -143,9 +141,8 @@ def compare(made, shapes, rows, *, tokens: int, patches: int, longest: int = 80,
         return jax.value_and_grad(total, has_aux=True)(params)
 
     with jax.default_matmul_precision("highest"):
-        (_, logits), grads = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})(
-            made.parameters, batch
-        )
+        compiled = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+        (_, logits), grads = compiled(made.parameters, batch)
     ours = [None] * len(samples)
     for b, row in enumerate(rows):
         start = 0
@@ -153,7 +150,7 @@ def compare(made, shapes, rows, *, tokens: int, patches: int, longest: int = 80,
             length = len(samples[number].tokens)
             ours[number] = np.asarray(logits[b, start : start + length])
             start += length
-    return Compared(theirs, ours, jax.device_get(grads), run, batch)
+    return Compared(theirs, ours, jax.device_get(grads), run, compiled, batch)
 
 
 def check_adapter(made, folder: Path, shape: tuple, targets: list[str]) -> None:

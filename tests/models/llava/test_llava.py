@@ -22,7 +22,7 @@ from mindvl_jax.models.hf import ConfigReader
 from mindvl_jax.models.layers.config import CLIP_MEAN, CLIP_STD
 from mindvl_jax.models.llava.config import SYSTEM
 from mindvl_jax.models.llava.hf import read_config as read
-from mindvl_jax.models.vision_language.example import EncodeLimits, encode_prompt, encode_sample
+from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
 from mindvl_jax.weights import open_model
 from tests.models import against_transformers as against
 
@@ -133,7 +133,7 @@ def test_mindvl_parity_finds_the_same_mathematics_part_by_part(made, tmp_path, c
         "--out",
         str(tmp_path),
         "--samples",
-        "3",
+        "1",
         "--text-tokens",
         "6",
     ]
@@ -213,15 +213,15 @@ def test_a_conversation_is_written_in_the_published_format(talking):
         Message("user", "and?"),
         Message("assistant", "that"),
     )
-    example = encode_sample(Sample("a", turns, (png(),)), config, tokenizer, LIMITS)
+    example = ExampleEncoder(config, tokenizer, LIMITS).encode(Sample("a", turns, (png(),)))
     text = f"<s>{SYSTEM} USER: {'<image>' * 16}\nwhat? ASSISTANT: this</s>USER: and? ASSISTANT: that</s>"
     assert example.tokens.tolist() == tokenizer.encode(text, allow_special=True)
     learned = [token for token, weight in zip(example.targets, example.loss_weights, strict=True) if weight]
     assert tokenizer.decode(learned, skip_special=False) == " this</s> that</s>"
-    prompt = encode_prompt(turns[:3], (png(),), model=config, tokenizer=tokenizer, limits=LIMITS)
+    prompt = ExampleEncoder(config, tokenizer, LIMITS).encode_prompt(turns[:3], (png(),))
     assert prompt.tokens.tolist() == tokenizer.encode(text.removesuffix(" that</s>"), allow_special=True)
     with pytest.raises(SampleError, match="llava has no place for videos"):
-        encode_prompt([Message("user", "<video>")], (), [png()], model=config, tokenizer=tokenizer, limits=LIMITS)
+        ExampleEncoder(config, tokenizer, LIMITS).encode_prompt([Message("user", "<video>")], (), [png()])
 
 
 def test_pieces_of_a_conversation_have_the_tokens_of_the_whole_where_every_text_gets_a_space(made, tmp_path):
@@ -245,10 +245,10 @@ def test_pieces_of_a_conversation_have_the_tokens_of_the_whole_where_every_text_
         Message("user", "and that?"),
         Message("assistant", "that"),
     )
-    example = encode_sample(Sample("a", turns), config, tokenizer, LIMITS)
+    example = ExampleEncoder(config, tokenizer, LIMITS).encode(Sample("a", turns))
     text = f"<s>{SYSTEM} USER: what? ASSISTANT: this</s>USER: and that? ASSISTANT: that</s>"
     assert example.tokens.tolist() == tokenizer.encode(text, allow_special=True)
-    prompt = encode_prompt(turns[:1], model=config, tokenizer=tokenizer, limits=LIMITS)
+    prompt = ExampleEncoder(config, tokenizer, LIMITS).encode_prompt(turns[:1])
     assert prompt.tokens.tolist() == tokenizer.encode(f"<s>{SYSTEM} USER: what? ASSISTANT:", allow_special=True)
 
 

@@ -20,7 +20,7 @@ from mindvl_jax.inference import Generator, Request, Sampling
 from mindvl_jax.models.hf import ConfigReader
 from mindvl_jax.models.qwen3_vl.hf import read_config as read
 from mindvl_jax.models.qwen3_vl.model import MEAN, STD
-from mindvl_jax.models.vision_language.example import EncodeLimits, encode_prompt
+from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
 from mindvl_jax.weights import open_model
 from tests.models import against_transformers as against
 
@@ -123,7 +123,7 @@ def test_mindvl_parity_finds_the_same_mathematics_part_by_part(made, tmp_path, c
         "--out",
         str(tmp_path),
         "--samples",
-        "3",
+        "1",
         "--text-tokens",
         "6",
     ]
