@@ -57,7 +57,7 @@ def opened(folder: Path) -> types.SimpleNamespace:
 
 @dataclasses.dataclass
 class Compared:
-    """Reference logits of each sample alone, ours at its place in the packed rows, our gradients, the program of both."""
+    """Logits of each sample alone in the reference and at its place in our packed rows, our gradients, our program."""
 
     theirs: list[np.ndarray]
     ours: list[np.ndarray]

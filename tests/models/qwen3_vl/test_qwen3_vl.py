@@ -195,13 +195,8 @@ def test_each_frame_pair_of_a_video_stands_behind_its_time_as_in_transformers(ta
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
     limits = EncodeLimits(min_pixels=256, max_pixels=32 * 48, video_fps=1.5, video_max_frames=6)
-    example = encode_prompt(
-        [Message("user", "see: <video>?")],
-        (),
-        [Media(data=(tmp_path / "clip.mp4").read_bytes())],
-        model=model,
-        tokenizer=tokenizer,
-        limits=limits,
+    example = ExampleEncoder(model, tokenizer, limits).encode_prompt(
+        [Message("user", "see: <video>?")], (), [Media(data=(tmp_path / "clip.mp4").read_bytes())]
     )
     (item,) = example.visuals
     assert item.layout.grid == (3, 4, 6) and len(item.frames) == 6
