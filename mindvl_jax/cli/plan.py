@@ -149,7 +149,7 @@ def _alternatives(
     watched: LogConsole,
     topology: str | None,
 ) -> list[Tried]:
-    """What was tried to make the run fit; with a topology its own compiler has the last word."""
+    """Show the changes tried to make the run fit; with a topology its own compiler decides."""
     from mindvl_jax.planning import aot
     from mindvl_jax.planning.alternatives import confirm, search
     from mindvl_jax.planning.peak import measure

@@ -378,7 +378,7 @@ class ProfileConfig(Section):
 METRIC_NAMES = (
     "exact_match", "exact_match_any_case", "contains", "anls", "relaxed_accuracy", "vqa_accuracy", "yes_no",
 )  # fmt: skip
-"""What `evaluation.tasks[].metric` and `mindvl evaluate --tasks` can name; `mindvl_jax.evaluation.metrics` computes
+"""Names for `evaluation.tasks[].metric` and `mindvl evaluate --tasks`; `mindvl_jax.evaluation.metrics` computes
 them."""
 
 

@@ -1,4 +1,4 @@
-"""How a published folder's generation_config.json wants tokens to be chosen: used when asked, said otherwise."""
+"""Sampling settings of a published folder's generation_config.json: used on request, otherwise reported."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOT_BUILT: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class FolderSampling:
-    """What a folder asks for.
+    """Sampling settings of a folder.
 
     Attributes:
       settings: of `Sampling`, those that differ from greedy decoding. not_built: names of settings that are not built.

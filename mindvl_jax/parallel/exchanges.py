@@ -62,7 +62,7 @@ def exchanges(text: str) -> list[Exchange]:
 
 
 def per_layer(found: list[Exchange]) -> dict[str, Counter[str]]:
-    """How many arrays of floats one layer of the decoder exchanges, by kind, in `forward` and `back`: those in the body
+    """Count the float arrays that one decoder layer communicates, by kind, in `forward` and `back`: those in the body
     of the loop over its layers.
     """
     counts: dict[str, Counter[str]] = {"forward": Counter(), "back": Counter()}

@@ -144,7 +144,7 @@ def compile_case(case: Case, keep: Path | None = None) -> list[Compiled]:
 
 
 def measure(config: Config, indexes: Sequence[int], topology: str) -> list[Measured]:
-    """What the programs of these phases need on one device of a topology, by its own compiler; for
+    """Measure the memory of these phases' programs on one device of a topology, by its own compiler; for
     `planning.phase.Planner`.
 
     Raises:
@@ -193,7 +193,7 @@ def faults_of(text: str, config: Config, phase: int, mesh: Mesh | AbstractMesh) 
 
 
 def layer_faults(text: str, case: Case) -> list[str]:
-    """Where one decoder layer exchanges more than the case allows."""
+    """List decoder layers whose communication exceeds the case's limits."""
     if case.layer is None:
         return []
     return [

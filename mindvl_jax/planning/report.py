@@ -69,7 +69,7 @@ def show(
 def show_difference(
     console: Console, topology: str, estimated: Sequence[PhasePlan], compiled: Sequence[PhasePlan]
 ) -> None:
-    """How far the estimate by XLA for CPU devices is off what the device's own compiler says."""
+    """Compare the estimate by XLA for CPU devices with the device compiler's plan."""
     for guess, real in zip(estimated, compiled, strict=True):
         off = guess.total / real.total - 1
         console.print(

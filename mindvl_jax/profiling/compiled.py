@@ -1,4 +1,4 @@
-"""What a compiled program does in one step on one device, by block of the model: products, memory, predicted time,
+"""Cost of a compiled program's step on one device, by block of the model: products, memory, predicted time,
 exchanges that run beside nothing. Read from the text of XLA's program; no device runs.
 
 Loops count as often as they turn, which the compiler's own totals (`cost_analysis`) leave out.

@@ -73,7 +73,7 @@ class Program:
                 yield computation, one, times
 
     def rounds(self, loop: Instruction) -> int:
-        """How often a loop turns: what the compiler says, or the bound that its counter is compared with; else 1."""
+        """Trip count of a loop: the compiler's, or the bound that its counter is compared with; else 1."""
         if said := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
             return int(said[1])
         condition = self.computations.get(loop.attribute("condition"), [])
@@ -156,7 +156,7 @@ def _convolution_products(rest: str, left: tuple, right: tuple, result: tuple) -
 
 
 def _closing(text: str) -> int:
-    """Where the bracket that is open at the start of `text` closes."""
+    """Return the index at which the bracket open at the start of `text` closes."""
     depth = 1
     for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")

@@ -1,4 +1,4 @@
-"""What an exported run keeps of the folder it started from, and the README.md that says what it is."""
+"""Files that an export keeps of its base folder, and its README.md."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class _Meeting:
 
 
 def problems(items: Sequence[Item], mesh: MeshShape, tables: Iterable[str] = ()) -> list[str]:
-    """Where places of the mesh would wait for each other for ever; at most one line, that of the first such exchange.
+    """Find ranks that would deadlock; return at most one line, that of the first such collective.
 
     tables: lines that define the constant tables of the host.
     """
@@ -81,7 +81,7 @@ def _written(items: Sequence[Item], depth: int, statements: list[Stmt], counters
 
 
 class _Members:
-    """Who takes part in an exchange, for each place."""
+    """Return the ranks that take part in a collective, for each mesh position."""
 
     def __init__(self, mesh: MeshShape):
         self.host, self.known = HostNumbers(mesh, 0), {}

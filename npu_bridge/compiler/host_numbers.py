@@ -57,7 +57,7 @@ class HostNumbers:
 
     @staticmethod
     def wrap(x: int, bits: int, unsigned: bool) -> int:
-        """What is left of `x` in an integer of `bits`."""
+        """Wrap `x` to an integer of `bits`."""
         x &= (1 << bits) - 1
         return x if unsigned or x < 1 << (bits - 1) else x - (1 << bits)
 

@@ -57,8 +57,8 @@ class _DeviceGraph:
         self.graph = torch.cuda.CUDAGraph() if kind == "cuda" else torch.npu.NPUGraph()
 
     def capture(self, function: Callable[[], Any]) -> tuple[Any, list[tuple[torch.Tensor, int]]]:
-        """What the function returns, and what its calls that can be told new lengths read: (run lengths, places of a
-        row) each.
+        """Capture; return the function's results and, for each call with updatable lengths, (run lengths, positions of
+        a row).
         """
         self.module.synchronize()
         if self.module is torch.cuda:

@@ -242,7 +242,7 @@ SQUARE = f32(4, 4, 4) + 2 * np.eye(4, dtype=np.float32)
 
 
 def _parts_of_factors(a):
-    """What LAPACK gives besides factors: reflectors and what they make, systems of three bands."""
+    """Register cases of LAPACK besides factors: reflectors and their products, tridiagonal systems."""
     reflectors, scales = _linalg.geqrf(a)
     product = lax.linalg.householder_product(reflectors, scales)
     below, diagonal, above = a[:, 0].at[:, 0].set(0), a[:, 1], a[:, 2].at[:, -1].set(0)

@@ -1,4 +1,4 @@
-"""What other users of the machine, and hostile names and answers, cannot do to the person who runs a command."""
+"""Protection against other users of the machine, hostile names and hostile answers."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_cache_entry_that_holds_a_pickle_is_not_unpickled(monkeypatch, tmp_pat
 # --- the sources themselves ------------------------------------------------------------------------------------------
 
 DANGEROUS = {"eval", "exec"}
-"""Where code is made at run time: the bridge's own programs."""
+"""Files that make code at run time: the bridge's own programs."""
 MAKES_CODE = {"npu_bridge/runtime/scopes.py", "npu_bridge/runtime/program.py", "npu_bridge/compiler/exchange_order.py"}
 
 

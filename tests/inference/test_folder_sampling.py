@@ -1,4 +1,4 @@
-"""What generation_config.json of a published folder asks for is used when wanted, and said otherwise."""
+"""Settings of a published generation_config.json are used on request and reported otherwise."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What the tests of a family share: a model of transformers whose parameters are all random, and ours on its files.
+"""Shared by the tests of families: a model of transformers whose parameters are all random, and ours on its files.
 
 Norms are away from one and biases away from zero, so that none can be forgotten unseen.
 """
@@ -235,7 +235,7 @@ def check_greedy(generator, requests, reference, inputs_of: Callable, stop: list
 
 
 def parameters_in(kind: type, config: transformers.PretrainedConfig) -> int:
-    """How many parameters transformers' class has, without memory for them."""
+    """Count the parameters of transformers' class without allocating them."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in kind(config).parameters())
 

@@ -1,4 +1,4 @@
-"""What is read from the text of a compiled program, against sums by hand. The texts are of XLA:TPU, shortened."""
+"""Parsing the text of a compiled program, against sums by hand. The texts are of XLA:TPU, shortened."""
 
 import pytest
 

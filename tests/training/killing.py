@@ -58,7 +58,7 @@ def require_success(child: int, log: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a finished run left: (loss, gradient norm, tokens, samples, samples so far) of each step, and a digest of
+    """Read a finished run: (loss, gradient norm, tokens, samples, samples so far) of each step, and a digest of
     its last state.
     """
 

@@ -1,4 +1,4 @@
-"""What an export keeps of its base, and the README.md that it writes."""
+"""Files that an export keeps of its base, and its README.md."""
 
 import json
 

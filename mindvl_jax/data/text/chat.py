@@ -33,7 +33,7 @@ class TextTokenizer(Protocol):
 
 
 MediumParts = Sequence[tuple[str, int]]
-"""What stands for one medium: (text before, placeholders) of each part. One part for an image; for a video one too, or
+"""Placeholders of one medium: (text before, placeholders) of each part. One part for an image; for a video one too, or
 a part for each frame pair with its time before it."""
 
 

@@ -272,7 +272,7 @@ class OwnTemplate:
         return [*pieces, Piece(None, tuple(held))]
 
     def _cut(self, text: str, header: str, opened: bool) -> tuple[int, int] | None:
-        """Where the next answer opens, or the open one closes."""
+        """Return the index at which the next answer opens, or the open one closes."""
         ends = self._ends if opened else (header,)
         return min(((at, at + len(end)) for end in ends if (at := text.find(end)) >= 0), default=None)
 

@@ -44,7 +44,7 @@ class LanguageModel(nnx.Module):
         return self.language.embed(batch.tokens).astype(self.compute_dtype)
 
     def decoder_inputs(self, batch: Batch, *, max_image_patches: int | None = None) -> tuple[jax.Array, dict[str, Any]]:
-        """What the decoder reads: embeddings (B, T, D), and arguments of its call that a family has beside them."""
+        """Return the decoder's inputs: embeddings (B, T, D), and further arguments of a family."""
         return self.embed(batch, max_image_patches=max_image_patches), {}
 
     def __call__(

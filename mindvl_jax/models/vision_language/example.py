@@ -58,7 +58,7 @@ class VisualItem:
 
     @property
     def parts(self) -> list[tuple[str, int]]:
-        """What stands for it in the text: (text before, placeholders) of each part."""
+        """Return its placeholders in the text: (text before, placeholders) of each part."""
         if not self.labels:
             return [("", self.layout.tokens)]
         return [(label, self.layout.tokens // len(self.labels)) for label in self.labels]

@@ -23,7 +23,7 @@ class VisionLanguageModel(LanguageModel):
     projector: nnx.Module
 
     def tower_features(self, batch: Batch, *, max_image_patches: int | None = None):
-        """What the tower makes of a batch's patches."""
+        """Run the vision tower on a batch's patches."""
         with jax.named_scope("vision"):
             return self.vision(
                 batch.patches,

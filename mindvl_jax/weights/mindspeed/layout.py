@@ -20,7 +20,7 @@ from mindvl_jax.core.errors import UserError
 Split = Literal["whole", "rows", "columns", "gated"]
 Place = Literal["first", "last", "layer"]
 VIT_ROWS, VIT_HEADS = "rows", "heads"
-"""How a canonical file with tensor parallelism splits the tower's qkv: row blocks of [Q; K; V], or whole heads."""
+"""Split of the tower's qkv in a canonical file with tensor parallelism: row blocks of [Q; K; V], or whole heads."""
 
 
 @dataclasses.dataclass(frozen=True)
