@@ -64,7 +64,7 @@ conformance: $(NPU_VENV)/.npu
 	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(NPU_BIN)/python -m npu_bridge.emulator.conformance --page $(CONFORMANCE_PAGE) --processes $(WORKERS)
 
 # The training steps of the recipes by the real XLA:TPU, which needs no device; writes docs/aot.md (AOT_PAGE). By hand, at full depth:
-# AOT_ARGS="--recipes v5p" (or v6e), and `make aot-gpu` for H100.
+# AOT_ARGS="--recipes v5p" (or v6e, mesh), and `make aot-gpu` for H100.
 AOT_PAGE ?= docs/aot.md
 AOT_ARGS ?=
 aot: export JAX_PLATFORMS = cpu

@@ -16,10 +16,11 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from mindvl_jax.parallel.mesh import AXES, ROW_AXES
-from mindvl_jax.parallel.rules import activation_spec
+from mindvl_jax.parallel.mesh import AXES, FSDP, ROW_AXES
+from mindvl_jax.parallel.rules import activation_spec, partition_spec
 from npu_bridge import ops
 
 
@@ -91,18 +92,59 @@ def exchange_rows(x: jax.Array) -> jax.Array:
     return constrain_rows(constrain(x, "outer_rows", None, "columns"))
 
 
-def within_rows(function: Callable[..., jax.Array], rows: Sequence[jax.Array], whole: Sequence[jax.Array]) -> jax.Array:
+def within_rows(
+    function: Callable[..., jax.Array],
+    rows: Sequence[jax.Array],
+    whole: Sequence[jax.Array],
+    names: Sequence[Sequence[str | None]],
+) -> jax.Array:
     """`function(*rows, *whole)` where devices of different rows work apart: what is summed over rows in the gradient of
     `whole` is summed on each device first and exchanged once, however many rounds a loop inside takes.
 
     Args:
-      rows: arrays whose leading dim is rows; the result lies as the last of them. whole: parameters, gathered before.
+      rows: arrays whose leading dim is rows; the result lies as the last of them. whole: parameters, which the function
+        reads in the dtype of the first of `rows`: without tensor parallelism they are gathered in it, and their
+        gradients scattered in their own.
+      names: dims of each of `whole`, as parameters name them.
     """
     placement = _PLACEMENT.get()
     if placement is None or placement.mesh.size == 1 or not placement.manual:
         return function(*rows, *whole)
-    names = [("rows", *[None] * (x.ndim - 1)) for x in rows] + [(None,) * x.ndim for x in whole]
-    return _manual(function, [*rows, *whole], names, len(rows) - 1, placement, axes=ROW_AXES)
+    own = tuple(axis for axis in ROW_AXES if placement.mesh.shape[axis] > 1)
+    if not own:  # devices share the rows
+        return function(*rows, *whole)
+    split = [_fsdp_dim(name, x.shape, placement.mesh) for x, name in zip(whole, names, strict=True)]
+
+    def gathering(*arrays):
+        held, parts = arrays[: len(rows)], arrays[len(rows) :]
+        gathered = (x if dim is None else _gathered(x, dim, rows[0].dtype) for x, dim in zip(parts, split, strict=True))
+        return function(*held, *gathered)
+
+    placed = [("rows", *[None] * (x.ndim - 1)) for x in rows]
+    placed += [["columns" if d == dim else None for d in range(x.ndim)] for x, dim in zip(whole, split, strict=True)]
+    return _manual(gathering, [*rows, *whole], placed, len(rows) - 1, placement, axes=own)
+
+
+def _fsdp_dim(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> int | None:
+    """The dim of a parameter that lies on fsdp and is gathered inside of a shard_map over rows; None: it is gathered
+    before. With tensor parallelism always before: an explicit gather would take what lies on tensor too.
+    """
+    spec = partition_spec(names, shape, mesh)
+    return spec.index(FSDP) if FSDP in spec and mesh.shape[FSDP] > 1 and mesh.shape["tensor"] == 1 else None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(shard: jax.Array, dim: int, dtype: jnp.dtype) -> jax.Array:
+    """The whole of a parameter whose dim is split over fsdp, rounded to `dtype` before it moves and in its own dtype
+    after: its gradient keeps the precision that the function sums it in, and each device gets its part of the sum.
+    """
+    return jax.lax.all_gather(shard.astype(dtype), FSDP, axis=dim, tiled=True).astype(shard.dtype)
+
+
+_gathered.defvjp(
+    lambda shard, dim, dtype: (_gathered(shard, dim, dtype), None),
+    lambda dim, dtype, _, gradient: (jax.lax.psum_scatter(gradient, FSDP, scatter_dimension=dim, tiled=True),),
+)
 
 
 def attention(

@@ -17,6 +17,7 @@ from mindvl_jax.core.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 ROW_AXES = ("data", "fsdp")
+FSDP = "fsdp"
 
 
 def mesh_shape(config: MeshConfig, device_count: int) -> tuple[int, int, int]:

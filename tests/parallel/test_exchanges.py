@@ -100,12 +100,16 @@ def test_fsdp_sums_each_gradient_of_a_layer_once():
     assert matrices(step_exchanges(1, 8, 1), "all-reduce", 1) == layer_matrices(1)
 
 
-def test_the_head_is_gathered_once_and_its_gradient_summed_once_however_many_chunks_the_loss_has():
+def test_the_head_is_gathered_once_and_its_gradient_exchanged_once_however_many_chunks_the_loss_has():
     for sizes in ((1, 8, 1), (2, 2, 2)):
         found = step_exchanges(*sizes)
         vocabulary = loader.load("configs/smoke.yaml", SETTINGS).model.text.vocab_size // sizes[2]
-        of_head = Counter(e.kind for e in found if sorted(e.shape) == [WIDTH, vocabulary])
-        assert of_head == {"all-gather": 1, "all-reduce": 1}
+        of_whole = Counter(e.kind for e in found if sorted(e.shape) == [WIDTH, vocabulary])
+        of_shard = Counter(e.kind for e in found if sorted(e.shape) == [WIDTH // sizes[1], vocabulary])
+        if sizes[2] == 1:
+            assert (of_whole, of_shard) == ({"all-gather": 1}, {"reduce-scatter": 1})
+        else:
+            assert of_whole == {"all-gather": 1, "all-reduce": 1}
         inside = [e for e in found if "loss" in e.scope and "/while/" in e.scope and vocabulary in e.shape]
         assert not inside, "\n".join(map(str, inside))
 

@@ -111,4 +111,6 @@ class LanguageModel(nnx.Module):
             def loss(hidden, targets, weights, head):
                 return ops.cross_entropy(hidden, head, targets, weights, chunk=chunk)
 
-            return within_rows(loss, (hidden_BTD, batch.targets, batch.loss_weights), (self.head_kernel(),))
+            return within_rows(
+                loss, (hidden_BTD, batch.targets, batch.loss_weights), (self.head_kernel(),), [("embed", "vocab")]
+            )
