@@ -38,12 +38,16 @@ REFUSED_IN_RECORD = (
     "rejected", "chosen", "rejected_response", "rejected_messages", "rejected_images", "rejected_conversations",
     "kto_tag", "audio", "audios", "sound", "sounds",
     "objects", "loss", "loss_mask", "loss_weight", "loss_scale", "weight", "sample_weight", "history", "bbox", "masks",
+    "documents", "chat_template_kwargs", "enable_thinking", "response_format", "reasoning", "reasoning_content",
+    "input_ids", "labels", "attention_mask", "assistant_masks", "completion", "tool_choice",
     )  # fmt: skip
 REFUSED_IN_TURN = (
     "audio", "audios", "refusal", "prefix", "partial", "loss_mask", "loss_scale", "token_weights", "train_detail",
     "mask", "masked", "rejected", "chosen", "thinking_blocks",
-    "reasoning_details", "images", "image", "videos", "video",
+    "reasoning_details", "images", "image", "videos", "video", "tools", "functions", "documents", "attachments",
+    "files", "bbox", "objects", "enable_thinking",
     )  # fmt: skip
+FALSE_MATTERS = ("loss", "weight", "enable_thinking", "label")  # of other fields `false` says nothing
 WEIGHTS = (
     "weight",
     "loss",
@@ -114,6 +118,8 @@ def sample_from_record(
             "column in columns.messages, or in columns.question and columns.answer",
         )
     _refuse(record, REFUSED_IN_RECORD, "the record", keep=_used(columns))
+    if isinstance(record.get("label"), bool):  # of a preference (KTO); other labels are classes
+        _refuse(record, ("label",), "the record", keep=_used(columns))
     media = _Media(
         {
             "image": _listed(_either(record, columns.images, "image")),
@@ -199,7 +205,7 @@ def _either(record: Mapping[str, Any], *names: str) -> Any:
 def _refuse(holder: Mapping[str, Any], names: Sequence[str], what: str, keep: Sequence[str] = ()) -> None:
     for name in names:
         value = holder.get(name)
-        if name in holder and name not in keep and not _empty(value) and value is not False:
+        if name in holder and name not in keep and not _empty(value) and (value is not False or name in FALSE_MATTERS):
             raise SampleError(
                 "unsupported_field",
                 f"{what} has {name!r} ({shortened(repr(value), 80)}), which changes what is learned and is "
@@ -258,8 +264,9 @@ def _message(turn: Any, index: int, columns: ColumnMapping, media: _Media) -> tu
             f"{where} has role {shortened(repr(role))}; known are "
             f"{', '.join(sorted({*own, *ROLE_ALIASES, *CALL_ROLES}))} (name others in columns)",
         )
-    _refuse(turn, REFUSED_IN_TURN, where, keep=_used(columns))
-    weight, reasoning = _weight(turn, where, known, keep=_used(columns)), _reasoning(turn, where, known)
+    keep = (columns.role, columns.content)  # names of the record's own columns mean nothing in a turn
+    _refuse(turn, REFUSED_IN_TURN, where, keep=keep)
+    weight, reasoning = _weight(turn, where, known, keep=keep), _reasoning(turn, where, known)
     calls = _calls(turn.get("tool_calls"), where, known) + _calls(turn.get("function_call"), where, known)
     if name in CALL_ROLES and name not in own:
         return Message("assistant", "", weight, reasoning, calls + _calls(content, where, known)), True
