@@ -156,7 +156,7 @@ def _alternatives(
     from mindvl_jax.planning.phase import Planner
 
     # Overrides of a change come last; the mesh is then whole numbers, which --devices must not fill again.
-    fixed = [*args.set, *(f"mesh.{axis}={size}" for axis, size in config.mesh.model_dump().items())]
+    fixed = [*args.set, *(f"mesh.{axis}={size}" for axis, size in config.mesh if size is not None)]
 
     def planner_of(overrides, measure=measure):
         return Planner(load(args.config, [*fixed, *overrides], None), measure)

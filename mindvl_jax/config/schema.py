@@ -61,6 +61,9 @@ class BridgeConfig(Section):
     reduce_gradients_in_float32: bool = True
 
 
+_Places = Annotated[int, bounded(10**6, least=-1)] | None
+
+
 class MeshConfig(Section):
     """Devices along each axis; -1 on at most one axis takes what is left.
 
@@ -68,18 +71,19 @@ class MeshConfig(Section):
     `data: 1` is a single device.
     """
 
-    data: Annotated[int, bounded(10**6, least=-1)] | None = Field(None, description="Copies of the parameters.")
-    fsdp: Annotated[int, bounded(10**6, least=-1)] | None = Field(
-        None, description="Devices that parameters and optimizer are spread over."
+    data: _Places = Field(None, description="Copies of the parameters, each with rows of its own.")
+    fsdp: _Places = Field(None, description="Devices that parameters, optimizer and rows are spread over.")
+    tensor: _Places = Field(None, description="Devices that each matrix product is spread over.")
+    context: _Places = Field(
+        None, description="Devices that the token and patch places of each row are spread over (see `parallel`)."
     )
-    tensor: Annotated[int, bounded(10**6, least=-1)] | None = Field(
-        None, description="Devices that each matrix product is spread over."
-    )
+    expert: _Places = Field(None, description="Devices that experts of routed layers, and rows, are spread over.")
+    stage: _Places = Field(None, description="Pipeline stages; not built, so anything but 1 is refused.")
 
     @property
     def is_open(self) -> bool:
         """Whether no axis is set."""
-        return self.data is None and self.fsdp is None and self.tensor is None
+        return all(size is None for _, size in self)
 
     @property
     def filled(self) -> MeshConfig:
@@ -94,6 +98,22 @@ class MeshConfig(Section):
         if sum(size == -1 for size in sizes.values()) > 1:
             raise ValueError("-1 on more than one axis; only one can take what is left")
         return self
+
+
+class ParallelConfig(Section):
+    """How programs use the axes of the mesh."""
+
+    context_attention: Literal["ulysses", "all_gather", "ring"] = Field(
+        "ulysses",
+        description="With mesh.context > 1. ulysses: heads change places with tokens, so the axis must divide the "
+        "heads; all_gather: each device gathers keys and values, whatever the heads; ring: keys and values travel from "
+        "device to device, for rows too long to gather.",
+    )
+    sequence_norms: bool = Field(
+        False,
+        description="With mesh.tensor > 1: norms and the residual stream are spread over the tensor axis by places; a "
+        "gather before and a scatter after each block replace its sums (sequence parallelism of Megatron).",
+    )
 
 
 class DistributedConfig(Section):
@@ -293,6 +313,20 @@ class OptimizerConfig(Section):
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
     clip_norm: NonNegativeFloat = Field(1.0, description="Largest global gradient norm; 0 does not clip.")
     no_decay: tuple[str, ...] = Field(("**/scale", "**/bias"), description="Parameter globs without weight decay.")
+    shard_over_data: bool = Field(
+        False,
+        description="Split the optimizer's arrays and the gradients over mesh.data too (ZeRO, stage 1): gradients are "
+        "scattered instead of summed, and updated parameters gathered. AdamW only.",
+    )
+
+    @model_validator(mode="after")
+    def _whole_matrices(self):
+        if self.shard_over_data and self.name == "muon":
+            raise ValueError(
+                "shard_over_data splits matrices that muon orthogonalises whole; use name: adamw, or mesh.fsdp in "
+                "place of mesh.data to spread optimizer state"
+            )
+        return self
 
 
 class FlowMatchingConfig(Section):
@@ -471,6 +505,7 @@ class Config(Section):
     backend: Literal["xla", "npu_bridge"] = "xla"
     bridge: BridgeConfig = BridgeConfig()
     mesh: MeshConfig = MeshConfig()
+    parallel: ParallelConfig = ParallelConfig()
     distributed: DistributedConfig = DistributedConfig()
     compiler_flags: dict[str, str | bool | int | float] = Field(
         {}, description="Options of XLA for the programs of a step, over those that we set for the platform."

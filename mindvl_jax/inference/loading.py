@@ -44,16 +44,20 @@ def open_for_inference(folder: str | Path, *, mesh: str | None = None, adapter: 
     return dataclasses.replace(opened, **pixels)
 
 
+MESH_AXES = ("data", "fsdp", "tensor")
+"""Axes that generation spreads over; places of a row (context) and experts are spread in training alone."""
+
+
 def parse_mesh(text: str):
     """Parse `data=2,tensor=4` to a mesh. Raises UserError."""
-    from mindvl_jax.parallel.mesh import AXES, make_mesh
+    from mindvl_jax.parallel.mesh import make_mesh
 
     sizes = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")
-        if axis.strip() not in AXES or not size.strip().lstrip("-").isdigit():
+        if axis.strip() not in MESH_AXES or not size.strip().lstrip("-").isdigit():
             raise UserError(
-                f"--mesh {text!r}: expected AXIS=SIZE pairs such as data=2,tensor=4; axes are {', '.join(AXES)}"
+                f"--mesh {text!r}: expected AXIS=SIZE pairs such as data=2,tensor=4; axes are {', '.join(MESH_AXES)}"
             )
         sizes[axis.strip()] = int(size)
     return make_mesh(MeshConfig(**sizes))

@@ -22,7 +22,7 @@ def mesh_of(model) -> Mesh | None:
 
 def row_groups(mesh: Mesh | None) -> int:
     """Number of device groups that rows are spread over."""
-    return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in ROW_AXES]))
+    return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in ROW_AXES if axis in mesh.shape]))
 
 
 def place_rows(mesh, tree, rows: int):

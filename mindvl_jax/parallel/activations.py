@@ -3,8 +3,6 @@
 XLA decides by itself which operand of a product to exchange. Told nothing, it gathers the batch over fsdp and keeps the
 weights split (Qwen2.5-VL-7B on 8 x H100: activations summed in every layer, 49.6 GiB of temporaries in place of 30.0).
 With rows constrained it gathers weights and scatters their gradients, which is what fsdp means.
-
-B rows, T tokens, N query heads, K key/value heads, H head dim.
 """
 
 from __future__ import annotations
@@ -14,14 +12,17 @@ import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
+from mindvl_jax.config.schema import ParallelConfig
 from mindvl_jax.parallel.mesh import AXES, FSDP, ROW_AXES
 from mindvl_jax.parallel.rules import activation_spec, partition_spec
-from npu_bridge import ops
+
+DEFAULT = ParallelConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +31,14 @@ class Placement:
 
     Attributes:
       mesh: devices behind it are not needed.
+      parallel: how its axes are used.
       attention: form of attention on XLA, see `npu_bridge.ops.attention`.
       manual: compute attention and the loss inside a shard_map: XLA cannot partition kernels, and sums the gradient of
         the head over all rows in each chunk of the loss. The bridge partitions its own operators.
     """
 
     mesh: Mesh | AbstractMesh
+    parallel: ParallelConfig = DEFAULT
     attention: str = "auto"
     manual: bool = True
 
@@ -53,6 +56,12 @@ def placed(placement: Placement) -> Iterator[None]:
         _PLACEMENT.reset(token)
 
 
+def current() -> Placement | None:
+    """What is being traced for; None where nothing has to be placed: no placement, or a mesh of one device."""
+    placement = _PLACEMENT.get()
+    return None if placement is None or placement.mesh.size == 1 else placement
+
+
 def tracing(function: Callable, placement: Placement) -> Callable:
     """`function`, traced for this placement wherever that happens."""
 
@@ -64,23 +73,49 @@ def tracing(function: Callable, placement: Placement) -> Callable:
     return traced
 
 
+def places_are_spread() -> bool:
+    """Whether the places of a row lie on several devices."""
+    placement = current()
+    return placement is not None and placement.mesh.shape["context"] > 1
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """`x` with its dims on the mesh axes that the rules give to `names`; `x` itself where no mesh of several devices is
     installed.
 
     A dim whose name has no rule is whole on every device, so every dim is said. Gradients get the same constraint.
     """
-    placement = _PLACEMENT.get()
-    if placement is None or placement.mesh.size == 1:
+    placement = current()
+    if placement is None:
         return x
     ambient = jax.sharding.get_abstract_mesh()
+    if not placement.parallel.sequence_norms:
+        names = ["places" if name == "norm_places" else name for name in names]
     spec = activation_spec(names, x.shape, placement.mesh, ambient.manual_axes)
     return jax.lax.with_sharding_constraint(x, NamedSharding(placement.mesh, spec) if ambient.empty else spec)
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:
-    """`constrain` for (rows, ..) with all else whole: the residual stream."""
-    return constrain(x, "rows", *[None] * (x.ndim - 1))
+    """`constrain` for (rows, places, width): the residual stream."""
+    return constrain(x, *_names(x, "norm_places"))
+
+
+def constrain_whole(x: jax.Array) -> jax.Array:
+    """The residual stream, or a norm of it, as the blocks read it: gathered over the tensor axis where norms are spread
+    over it, else as it lies.
+    """
+    placement = current()
+    return x if placement is None or not placement.parallel.sequence_norms else constrain(x, *_names(x, "places"))
+
+
+def constrain_features(y: jax.Array, features: str | None) -> jax.Array:
+    """The result of a product, (.., F): what adds to the residual stream lies like it."""
+    return constrain(y, *_names(y, "norm_places" if features == "embed" else "places", features)) if y.ndim > 1 else y
+
+
+def _names(x: jax.Array, places: str, features: str | None = None) -> list[str | None]:
+    """Dims of (rows, places, .., features), or of (rows, features)."""
+    return ["rows", features] if x.ndim == 2 else ["rows", places, *[None] * (x.ndim - 3), features]
 
 
 def exchange_rows(x: jax.Array) -> jax.Array:
@@ -89,7 +124,7 @@ def exchange_rows(x: jax.Array) -> jax.Array:
     Rows and columns swap sharding in one all_to_all, and back in another for the gradient: the table is never gathered,
     nor its gradient whole on a device.
     """
-    return constrain_rows(constrain(x, "outer_rows", None, "columns"))
+    return constrain_rows(constrain(x, "outer_rows", "places", "columns"))
 
 
 def within_rows(
@@ -102,16 +137,16 @@ def within_rows(
     `whole` is summed on each device first and exchanged once, however many rounds a loop inside takes.
 
     Args:
-      rows: arrays whose leading dim is rows; the result lies as the last of them. whole: parameters, which the function
+      rows: arrays (rows, places, ..); the result lies as the last of them. whole: parameters, which the function
         reads in the dtype of the first of `rows`: without tensor parallelism they are gathered in it, and their
         gradients scattered in their own.
       names: dims of each of `whole`, as parameters name them.
     """
-    placement = _PLACEMENT.get()
-    if placement is None or placement.mesh.size == 1 or not placement.manual:
+    placement = current()
+    if placement is None or not placement.manual:
         return function(*rows, *whole)
-    own = tuple(axis for axis in ROW_AXES if placement.mesh.shape[axis] > 1)
-    if not own:  # devices share the rows
+    own = tuple(axis for axis in (*ROW_AXES, "context") if placement.mesh.shape[axis] > 1)
+    if not own:  # devices share the rows; XLA cannot sum over groups of one device
         return function(*rows, *whole)
     split = [_fsdp_dim(name, x.shape, placement.mesh) for x, name in zip(whole, names, strict=True)]
 
@@ -120,9 +155,9 @@ def within_rows(
         gathered = (x if dim is None else _gathered(x, dim, rows[0].dtype) for x, dim in zip(parts, split, strict=True))
         return function(*held, *gathered)
 
-    placed = [("rows", *[None] * (x.ndim - 1)) for x in rows]
+    placed = [("rows", "places", *[None] * (x.ndim - 2)) for x in rows]
     placed += [["columns" if d == dim else None for d in range(x.ndim)] for x, dim in zip(whole, split, strict=True)]
-    return _manual(gathering, [*rows, *whole], placed, len(rows) - 1, placement, axes=own)
+    return manually(gathering, [*rows, *whole], placed, len(rows) - 1, placement, axes=own)
 
 
 def _fsdp_dim(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> int | None:
@@ -147,58 +182,32 @@ _gathered.defvjp(
 )
 
 
-def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: jax.Array, lengths: jax.Array | None = None, **static
-) -> jax.Array:
-    """`npu_bridge.ops.attention` among the positions of packed rows, on the devices that hold the rows and heads.
-
-    Args:
-      q: (B, T, N, H). k, v: (B, T, K, H). segment_ids: (B, T). lengths: (B, M) or None.
-      static: as for the operator, arrays excepted.
-    """
-    placement = _PLACEMENT.get()
-    implementation = None if placement is None else placement.attention
-
-    def attend(q, k, v, segment_ids, *lengths):
-        return ops.attention(
-            q,
-            k,
-            v,
-            segment_ids_q=segment_ids,
-            segment_ids_kv=segment_ids,
-            lengths=lengths[0] if lengths else None,
-            implementation=implementation,
-            **static,
-        )
-
-    arrays = (q, k, v, segment_ids) if lengths is None else (q, k, v, segment_ids, lengths)
-    if placement is None or placement.mesh.size == 1 or not placement.manual:
-        return attend(*arrays)
-    # Query heads read the key head of their group: both are split or neither is.
-    tensor = "heads" if not k.shape[2] % placement.mesh.shape["tensor"] else None
-    heads, rows = ("rows", None, tensor, None), ("rows", None)
-    return _manual(attend, arrays, [heads, heads, heads, rows, *[rows] * (len(arrays) - 4)], 0, placement)
-
-
-def _manual(
+def manually(
     function: Callable,
     arrays: Sequence[jax.Array],
     names: Sequence[Sequence[str | None]],
-    like: int,
+    like: int | Sequence[tuple[Sequence[str | None], tuple[int, ...]]],
     placement: Placement,
     axes: Sequence[str] = AXES,
-) -> jax.Array:
-    """`function` of each device's own part of the arrays over these axes of the mesh; the result lies as array number
-    `like`.
+) -> Any:
+    """`function` of each device's own part of the arrays over these axes of the mesh.
+
+    Args:
+      names: dims of each array, as for `constrain`.
+      like: number of the array that the result lies as; or of each of several results the names and sizes of its dims.
     """
     ambient = jax.sharding.get_abstract_mesh()
     others = {*placement.mesh.axis_names} - {*axes} | {*ambient.manual_axes}
-    specs = tuple(activation_spec(name, x.shape, placement.mesh, others) for x, name in zip(arrays, names, strict=True))
+
+    def spec(names, shape):
+        return activation_spec(names, shape, placement.mesh, others)
+
+    specs = tuple(spec(name, x.shape) for x, name in zip(arrays, names, strict=True))
     mapped = jax.shard_map(
         function,
         mesh=placement.mesh if ambient.empty else ambient,
         in_specs=specs,
-        out_specs=specs[like],
+        out_specs=specs[like] if isinstance(like, int) else tuple(spec(*result) for result in like),
         axis_names={*axes} - {*ambient.manual_axes},
         check_vma=False,
     )

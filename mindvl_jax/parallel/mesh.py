@@ -1,12 +1,10 @@
-"""The device mesh: axes `data`, `fsdp`, `tensor`.
-
-Rows of the batch are spread over (data, fsdp); parameters over fsdp and tensor; data replicates parameters.
-"""
+"""The device mesh. Its axes are data: `AXIS_TABLE` says what each splits; nothing else knows their number or order."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -15,21 +13,49 @@ from jax.sharding import AxisType, Mesh
 from mindvl_jax.config.schema import MeshConfig
 from mindvl_jax.core.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
-ROW_AXES = ("data", "fsdp")
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One axis of the mesh.
+
+    Attributes:
+      rows: whether rows of the batch are spread over it. always_shown: named in messages even where it has one device.
+    """
+
+    name: str
+    rows: bool = False
+    always_shown: bool = False
+
+
+AXIS_TABLE = (
+    Axis("data", rows=True, always_shown=True),  # copies of the parameters
+    Axis("expert", rows=True),  # experts of a routed layer; all else is copied
+    Axis("fsdp", rows=True, always_shown=True),  # parameters, gathered layer by layer
+    Axis("context"),  # token and patch places of a row
+    Axis("tensor", always_shown=True),  # heads, feed-forward columns, vocabulary
+)
+"""From the outermost to the fastest. The fastest exchanges most often, so its devices are neighbours of one host."""
+AXES = tuple(axis.name for axis in AXIS_TABLE)
+ROW_AXES = tuple(axis.name for axis in AXIS_TABLE if axis.rows)
 FSDP = "fsdp"
+UNBUILT = {"stage": "pipeline stages are not built"}
+"""Axes that the configuration names and no program has yet, with the reason."""
 
 
-def mesh_shape(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
-    """Sizes of (data, fsdp, tensor) with -1 filled in from `device_count`; an axis that is not set is 1.
+def mesh_shape(config: MeshConfig, device_count: int) -> dict[str, int]:
+    """Size of each axis with -1 filled in from `device_count`; an axis that is not set is 1.
 
     Raises:
-      UserError: two axes are -1, an axis is 0 or below -1, or the product does not fit the devices.
+      UserError: two axes are -1, an axis is 0 or below -1, is not built, or the product does not fit the devices.
     """
     sizes = {axis: getattr(config.filled, axis) for axis in AXES}
     wrong = [f"mesh.{axis}={size}" for axis, size in sizes.items() if size == 0 or size < -1]
     if wrong:
         raise UserError(f"{', '.join(wrong)}: an axis has at least one device, or -1 to take what is left")
+    for axis, reason in UNBUILT.items():
+        if (size := getattr(config.filled, axis)) != 1:
+            instead = f"mesh.fsdp={sizes['fsdp'] * size}" if size > 1 and sizes["fsdp"] > 0 else "mesh.fsdp=-1"
+            raise UserError(f"mesh.{axis}={size}: {reason}; the same devices work with mesh.{axis}=1 {instead}")
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
         raise UserError(f"mesh.{' and mesh.'.join(open_axes)} are both -1; at most one axis can take what is left")
@@ -42,12 +68,11 @@ def mesh_shape(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
             )
         sizes[open_axes[0]] = device_count // fixed
     elif fixed > device_count:
-        shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
         raise UserError(
-            f"mesh {shape} needs {fixed} devices, found {device_count}; lower an axis, set one to -1, or "
-            "start more processes (distributed.*)"
+            f"mesh {describe_sizes(sizes)} needs {fixed} devices, found {device_count}; lower an axis, set one to -1, "
+            "or start more processes (distributed.*)"
         )
-    return sizes["data"], sizes["fsdp"], sizes["tensor"]
+    return sizes
 
 
 def default_mesh(
@@ -83,27 +108,36 @@ def default_mesh(
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh over the first data * fsdp * tensor devices.
-
-    `tensor` is the fastest axis, so that its exchanges, the most frequent ones, stay between neighbours of one host.
+    """Mesh over as many of the devices as the product of its axes, in the order of `AXIS_TABLE`.
 
     Raises:
       UserError: as `mesh_shape`; or several processes run and the mesh leaves some of their devices out.
     """
     devices = list(jax.devices() if devices is None else devices)
-    shape = mesh_shape(config, len(devices))
-    used = devices[: math.prod(shape)]
+    sizes = mesh_shape(config, len(devices))
+    used = devices[: math.prod(sizes.values())]
     if jax.process_count() > 1 and len(used) < len(devices):
         raise UserError(
-            f"mesh {dict(zip(AXES, shape, strict=True))} uses {len(used)} of the {len(devices)} devices of "
+            f"mesh {describe_sizes(sizes)} uses {len(used)} of the {len(devices)} devices of "
             f"{jax.process_count()} processes; "
             "every process takes part with all its devices: set one axis to -1"
         )
-    return Mesh(np.asarray(used).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return mesh_of(used, sizes)
+
+
+def mesh_of(devices: Sequence[jax.Device], sizes: Mapping[str, int]) -> Mesh:
+    """Mesh of these devices; axes that `sizes` leaves out have one device."""
+    shape = [sizes.get(axis, 1) for axis in AXES]
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def describe_sizes(sizes: Mapping[str, int]) -> str:
+    """`data 2 x fsdp 2 x context 2 x tensor 1`: the axes that are always shown, and those with several devices."""
+    shown = [axis.name for axis in AXIS_TABLE if axis.always_shown or sizes.get(axis.name, 1) > 1]
+    return " x ".join(f"{axis} {sizes.get(axis, 1)}" for axis in shown)
 
 
 def describe_mesh(mesh: Mesh) -> str:
     """`data 2 x fsdp 2 x tensor 2 (8 of 8 devices, cpu)`."""
-    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     device = mesh.devices.flat[0]
-    return f"{shape} ({mesh.devices.size} of {len(jax.devices())} devices, {device.device_kind})"
+    return f"{describe_sizes(mesh.shape)} ({mesh.devices.size} of {len(jax.devices())} devices, {device.device_kind})"

@@ -11,7 +11,6 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 
 import jax
-import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mindvl_jax.core.errors import UserError
@@ -24,17 +23,20 @@ RULES: tuple[tuple[str, str], ...] = (
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
     ("embed", "fsdp"),
+    ("experts", "expert"),
 )
 # Dims of a batch's arrays. Names that stand in no rule stay whole on every device.
 BATCH_RULES: dict[str, tuple[str, ...]] = {"rows": ROW_AXES}
 # Of activations. `embed` is whole here: parameters are gathered over fsdp for each layer, activations never.
 ACTIVATION_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("rows", ROW_AXES),
-    (
-        "outer_rows",
-        ("data",),
-    ),  # with `columns`: what a table that is split over fsdp yields for all rows of a data group
+    # With `columns`: what a table that is split over fsdp yields for all rows of one group of fsdp devices.
+    ("outer_rows", tuple(axis for axis in ROW_AXES if axis != "fsdp")),
     ("columns", ("fsdp",)),
+    ("places", ("context",)),  # of tokens or patches in a row
+    ("norm_places", ("context", "tensor")),  # of the residual stream, where norms are spread over the tensor axis too
+    ("experts", ("expert",)),
+    ("context_heads", ("tensor", "context")),  # of attention that every device computes over whole rows
     ("vocab", ("tensor",)),
     ("heads", ("tensor",)),
     ("kv_heads", ("tensor",)),
@@ -88,6 +90,23 @@ def activation_spec(
     return PartitionSpec(*(axes_of(name, size) for name, size in zip(names, shape, strict=True)))
 
 
+def over_data(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """`spec` with the data axis added, for what no copy of the model needs whole: optimizer state (ZeRO, stage 1).
+
+    It goes to the dim of which a device holds most and that it divides; an array without such a dim stays as it is.
+    """
+    held = [*spec, *[None] * (len(shape) - len(spec))]
+    taken = [() if axes is None else (axes,) if isinstance(axes, str) else tuple(axes) for axes in held]
+    own = [size // math.prod(mesh.shape[axis] for axis in axes) for size, axes in zip(shape, taken, strict=True)]
+    data = mesh.shape["data"]
+    possible = [index for index, size in enumerate(own) if size % data == 0]
+    if data == 1 or not possible:
+        return spec
+    chosen = max(possible, key=lambda index: own[index])
+    held[chosen] = (*taken[chosen], "data")
+    return PartitionSpec(*held)
+
+
 def parameter_shardings(
     names: Mapping[str, Sequence[str | None] | None], shapes: Mapping[str, Sequence[int]], mesh: Mesh
 ) -> dict[str, NamedSharding]:
@@ -129,6 +148,22 @@ class RowShare:
     rows: int
 
 
+def row_groups(mesh: Mesh | AbstractMesh) -> int:
+    """Groups of devices with rows of their own."""
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
+def require_rows(rows: int, mesh: Mesh | AbstractMesh, where: str) -> None:
+    """Raise UserError unless `rows` can be spread evenly; `where` names the config key."""
+    groups = row_groups(mesh)
+    if rows % groups:
+        axes = " x ".join(f"mesh.{axis}" for axis in ROW_AXES if axis != "expert" or mesh.shape[axis] > 1)
+        raise UserError(
+            f"{where}={rows} rows cannot be spread over {axes} = {groups}: use a multiple of {groups}, or a smaller "
+            "mesh"
+        )
+
+
 def row_share(mesh: Mesh, rows: int, where: str) -> RowShare:
     """The rows that this process's devices hold.
 
@@ -137,12 +172,7 @@ def row_share(mesh: Mesh, rows: int, where: str) -> RowShare:
     Raises:
       UserError: `rows` cannot be spread evenly; `where` names the config key.
     """
-    groups = int(np.prod([mesh.shape[axis] for axis in ROW_AXES]))
-    if rows % groups:
-        raise UserError(
-            f"{where}={rows} rows cannot be spread over mesh.data x mesh.fsdp = {groups}: use a multiple of "
-            f"{groups}, or a smaller mesh"
-        )
+    require_rows(rows, mesh, where)
     held = {
         (index[0].start or 0, index[0].stop or rows)
         for device, index in row_sharding(mesh).devices_indices_map((rows,)).items()

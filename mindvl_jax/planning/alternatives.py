@@ -56,7 +56,7 @@ def families(config: Config, phases: Sequence[int]) -> dict[str, list[Change]]:
             Change((f"model.remat={policy}",), "recomputes more in the backward pass", free=True)
             for policy in REMAT[config.model.remat]
         ],
-        "micro-steps": list(_smaller_micro_steps(config, phases, mesh.data * mesh.fsdp)),
+        "micro-steps": list(_smaller_micro_steps(config, phases, mesh.data * mesh.expert * mesh.fsdp)),
         "loss chunk": [Change(("training.loss_chunk=256",), "smaller products in the loss", free=True)]
         if config.training.loss_chunk > 256
         else [],
@@ -154,7 +154,7 @@ def _bounded_images(config: Config, index: int, patches: int) -> list[str]:
 def _more_devices(config: Config, factor: int) -> Change:
     """Spread fsdp over more devices. Below one row a device, use fewer micro-steps; only then more rows."""
     mesh = config.mesh.filled
-    groups = mesh.data * mesh.fsdp * factor
+    groups = mesh.data * mesh.expert * mesh.fsdp * factor
     overrides, grown = [f"mesh.fsdp={mesh.fsdp * factor}"], []
     for index, phase in enumerate(config.training.phases):
         if _divides(phase.rows, groups):
@@ -167,7 +167,8 @@ def _more_devices(config: Config, factor: int) -> Change:
             grown.append(f"{phase.name} {whole} to {rows * max(1, whole // rows)}")
     return Change(
         tuple(overrides),
-        f"{groups * mesh.tensor} devices" + (f"; rows a step become others ({', '.join(grown)})" if grown else ""),
+        f"{groups * mesh.context * mesh.tensor} devices"
+        + (f"; rows a step become others ({', '.join(grown)})" if grown else ""),
     )
 
 

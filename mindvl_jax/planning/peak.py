@@ -29,7 +29,7 @@ from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.mesh import AXES, make_mesh
 from mindvl_jax.planning.phase import Measured, ProgramBytes, abstract_mesh, lowerings
 from mindvl_jax.training.bridge_backend import program_of
-from mindvl_jax.training.xla_backend import Xla, compile_xla, compiler_options
+from mindvl_jax.training.xla_backend import Xla, compile_xla, compiler_options, placement_options
 
 # Each communicator of HCCL holds two buffers of HCCL_BUFFSIZE MB (default 200) outside torch's allocator (CANN's
 # documentation of that variable).
@@ -56,7 +56,9 @@ def measure_bridge(config: Config, index: int) -> Measured:
     mesh = abstract_mesh(config.mesh)
     programs, groups = {}, set()
     try:
-        for name, lowered in lowerings(config, index, mesh, functools.partial(program_of, config.bridge, mesh=mesh)):
+        for name, lowered in lowerings(
+            config, index, mesh, functools.partial(program_of, config.bridge, mesh=mesh, parallel=config.parallel)
+        ):
             memory = lowered.memory()
             programs[name] = ProgramBytes(memory["argument_bytes"], memory["peak_bytes"])
             groups |= set(map(tuple, lowered.source.axes_used))
@@ -80,7 +82,7 @@ def measure_xla(config: Config, index: int) -> Measured:
             functools.partial(
                 compile_xla,
                 options=compiler_options(config.model, mesh, config.compiler_flags),
-                attention=config.model.attention,
+                **placement_options(config),
             ),
         ):
             # LLVM's work does not move a buffer: they are assigned before it.

@@ -23,8 +23,9 @@ from mindvl_jax.models.loading import batch_spec
 from mindvl_jax.models.outline import outline_of
 from mindvl_jax.objectives.base import Objective
 from mindvl_jax.objectives.registry import make_objective
-from mindvl_jax.parallel.mesh import AXES, ROW_AXES, mesh_shape
-from mindvl_jax.parallel.rules import batch_sharding
+from mindvl_jax.parallel.mesh import AXES, mesh_shape
+from mindvl_jax.parallel.possible import require_possible
+from mindvl_jax.parallel.rules import batch_sharding, require_rows
 from mindvl_jax.training import ema
 from mindvl_jax.training import state as states
 from mindvl_jax.training.muon import optimizer_init, require_matrices
@@ -109,7 +110,7 @@ def planned_mesh(config: MeshConfig, devices: int | None) -> MeshConfig:
                 f"N, or --set mesh.{axis}=N"
             )
         devices = math.prod(sizes)
-    return MeshConfig(**dict(zip(AXES, mesh_shape(config, devices), strict=True)))
+    return MeshConfig(**mesh_shape(config, devices))
 
 
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:
@@ -160,6 +161,7 @@ class Planner:
         self.config, self._measure = config, measure
         ema.require_possible(config)
         self.mesh = abstract_mesh(config.mesh)
+        require_possible(config, self.mesh.shape)
         self.outline = outline_of(config.model, config.adapters)
         self.parts = [parts_of(config, index, self.mesh) for index in range(len(config.training.phases))]
         self._measured: dict[tuple, Measured] = {}
@@ -168,8 +170,11 @@ class Planner:
         """Bytes held through the whole phase, and gradients: arithmetic, no compiler."""
         parts, phase = self.parts[index], self.config.training.phases[index]
         state = parts.state
+        places = {path: value.sharding for path, value in state.trained.items()}
+        if self.config.training.optimizer.shard_over_data:
+            places = states.spread_shardings(places, state.trained)
         gradients = local_bytes(
-            {p: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) for p, x in state.trained.items()}
+            {p: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=places[p]) for p, x in state.trained.items()}
         )
         rows = {
             PARAMETERS: local_bytes(state.trained),
@@ -254,19 +259,21 @@ def parts_of(config: Config, index: int, mesh: AnyMesh) -> Parts:
     learning_rates(phase, where)
     parameter_rules(trained, phase, config.training.optimizer, where)
     require_matrices({path: model.shapes[path] for path in trained}, config.training.optimizer, f"{where}.train")
-    groups = math.prod(mesh.shape[axis] for axis in ROW_AXES)
-    if phase.rows % groups:
-        raise UserError(
-            f"{where}.rows={phase.rows} rows cannot be spread over mesh.data x mesh.fsdp = {groups}: use a "
-            f"multiple of {groups}, or a smaller mesh"
-        )
+    require_rows(phase.rows, mesh, f"{where}.rows")
     spec, objective = (
         batch_spec(config, phase),
         make_objective(config.model, phase, loss_chunk=config.training.loss_chunk, flow=config.training.flow_matching),
     )
     key = (*program_key(phase, objective, spec, trained), phase.gradient_accumulation > 1)
     return Parts(
-        states.abstract_state(model, trained, frozen, mesh, init=optimizer_init(config.training.optimizer)),
+        states.abstract_state(
+            model,
+            trained,
+            frozen,
+            mesh,
+            init=optimizer_init(config.training.optimizer),
+            spread=config.training.optimizer.shard_over_data,
+        ),
         abstract_batch(spec, mesh),
         spec,
         objective,

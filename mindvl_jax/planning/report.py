@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.devices import GIB, Limit
-from mindvl_jax.parallel.mesh import AXES
+from mindvl_jax.parallel.mesh import AXES, describe_sizes
 from mindvl_jax.planning.alternatives import Tried
 from mindvl_jax.planning.phase import PhasePlan
 from mindvl_jax.training.display import human
@@ -31,7 +31,7 @@ def show(
     console: Console, config: Config, plans: Sequence[PhasePlan], limit: Limit | None, topology: str | None = None
 ) -> None:
     """The plan as a table; `topology`: whose own compiler measured it."""
-    mesh = " x ".join(f"{axis} {getattr(config.mesh.filled, axis)}" for axis in AXES)
+    mesh = describe_sizes({axis: getattr(config.mesh.filled, axis) for axis in AXES})
     devices = math.prod(getattr(config.mesh.filled, axis) for axis in AXES)
     console.print(
         f"{devices} device{'s' if devices > 1 else ''} ({mesh}), backend "

@@ -13,15 +13,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.parallel.mesh import AXES
+from mindvl_jax.parallel.mesh import AXES, mesh_of
 from mindvl_jax.planning.phase import lowerings, planned_mesh
-from mindvl_jax.training.xla_backend import compile_xla, compiler_options
+from mindvl_jax.training.xla_backend import compile_xla, compiler_options, placement_options
 
 # Sizes as CUDA reports them for an H100 SXM of 80 GB: XLA:GPU compiles to machine code by them. Without a device
 # nothing is tuned by measuring.
@@ -113,11 +112,7 @@ def topology_mesh(config: Config, topology: str) -> Mesh:
     """The mesh of the configuration over all devices of a topology."""
     devices = topology_devices(topology)
     sizes = planned_mesh(config.mesh, len(devices))
-    return Mesh(
-        np.array(devices).reshape([getattr(sizes, axis) for axis in AXES]),
-        AXES,
-        axis_types=(AxisType.Auto,) * len(AXES),
-    )
+    return mesh_of(devices, {axis: getattr(sizes, axis) for axis in AXES})
 
 
 def compiled_programs(config: Config, index: int, topology: str) -> Iterator[tuple[str, Any, float]]:
@@ -128,7 +123,7 @@ def compiled_programs(config: Config, index: int, topology: str) -> Iterator[tup
     """
     mesh = topology_mesh(config, topology)
     options = compiler_options(config.model, mesh, config.compiler_flags)
-    compile = functools.partial(compile_xla, attention=config.model.attention, options=options)
+    compile = functools.partial(compile_xla, options=options, **placement_options(config))
     for name, lowered in lowerings(config, index, mesh, compile):
         begin = time.monotonic()
         try:

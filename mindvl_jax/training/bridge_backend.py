@@ -10,10 +10,11 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 import npu_bridge
-from mindvl_jax.config.schema import BridgeConfig, Config
+from mindvl_jax.config.schema import BridgeConfig, Config, ParallelConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel import distributed
-from mindvl_jax.parallel.activations import Placement, tracing
+from mindvl_jax.parallel.activations import DEFAULT, Placement, tracing
+from mindvl_jax.parallel.mesh import describe_sizes
 from mindvl_jax.training.xla_backend import matmul_precision
 from npu_bridge.errors import BridgeError
 
@@ -72,9 +73,8 @@ class Bridge:
         donate_argnums: tuple[int, ...] = (),
     ) -> Callable:
         if mesh.devices.size != self._processes:
-            shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
             raise UserError(
-                f"mesh {shape} has {mesh.devices.size} positions, but {self._processes} "
+                f"mesh {describe_sizes(mesh.shape)} has {mesh.devices.size} positions, but {self._processes} "
                 f"process{'es run' if self._processes > 1 else ' runs'}: "
                 "backend npu_bridge wants one process per position (python -m npu_bridge.launch --nproc N train.py ...)"
             )
@@ -83,6 +83,7 @@ class Bridge:
                 self._bridge,
                 function,
                 mesh=mesh,
+                parallel=self._config.parallel,
                 in_shardings=in_shardings,
                 out_shardings=out_shardings,
                 donate_argnums=donate_argnums,
@@ -128,13 +129,14 @@ def program_of(
     in_shardings: Any,
     out_shardings: Any,
     donate_argnums: tuple[int, ...] = (),
+    parallel: ParallelConfig = DEFAULT,
 ) -> Callable:
     """`function` as the bridge's program for one place of `mesh`.
 
     Its `lower` needs neither devices nor other processes, so that a mesh may be abstract.
     """
     alone = mesh.size == 1  # then no sharding says anything
-    function = tracing(function, Placement(mesh, manual=False))
+    function = tracing(function, Placement(mesh, parallel=parallel, manual=False))
     return npu_bridge.jit(
         function,
         mesh=None if alone else mesh,

@@ -104,7 +104,11 @@ def _restore(
                 progress, prints, plain = reader.progress(step)
                 _require_same_run(config, progress, plain, parts, folder / str(step))
                 target = abstract_state(
-                    outline, *parts[progress.phase], mesh, init=optimizer_init(config.training.optimizer)
+                    outline,
+                    *parts[progress.phase],
+                    mesh,
+                    init=optimizer_init(config.training.optimizer),
+                    spread=config.training.optimizer.shard_over_data,
                 )
                 state = state_of(target, *reader.state(step, target.params, optimizer_arrays(target), prints))
                 ema = (

@@ -12,11 +12,10 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh
 
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.params import Outline, Params
-from mindvl_jax.parallel.mesh import AXES
+from mindvl_jax.parallel.mesh import mesh_of
 from mindvl_jax.parallel.rules import parameter_shardings
 
 _SECONDS = 1.0  # between two signs of life
@@ -32,7 +31,7 @@ def for_scoring(params: Params, outline: Outline) -> Params | None:
     if jax.process_count() == 1:
         return params
     own = jax.local_devices()
-    mesh = Mesh(np.asarray(own).reshape(1, len(own), 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    mesh = mesh_of(own, {"fsdp": len(own)})
     shardings = parameter_shardings(outline.axis_names, {path: value.shape for path, value in params.items()}, mesh)
     gathered: Params = {}
     for path, value in params.items():

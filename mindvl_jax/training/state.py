@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.params import Outline, Params, matches_any, require_matches
-from mindvl_jax.parallel.rules import parameter_shardings, replicated
+from mindvl_jax.parallel.rules import over_data, parameter_shardings, replicated
 from mindvl_jax.training.optimizer import adam_state
 
 Init = Callable[[Params], Any]  # trained parameters -> fresh optimizer state
@@ -88,23 +88,54 @@ def _optimizer_like(
 
 
 def state_shardings(
-    outline: Outline, trained: Sequence[str], frozen: Sequence[str], mesh: Mesh, *, init: Init = adam_state
+    outline: Outline,
+    trained: Sequence[str],
+    frozen: Sequence[str],
+    mesh: Mesh,
+    *,
+    init: Init = adam_state,
+    spread: bool = False,
 ) -> TrainState:
-    """The sharding of every array of the state; optimizer arrays lie where their parameters lie."""
+    """The sharding of every array of the state; optimizer arrays lie where their parameters lie.
+
+    Args:
+      spread: split optimizer arrays over the data axis too (see `rules.over_data`).
+    """
     shardings = parameter_shardings(outline.axis_names, {path: s.shape for path, s in outline.shapes.items()}, mesh)
     return TrainState(
         trained={path: shardings[path] for path in trained},
         frozen={path: shardings[path] for path in frozen},
-        opt_state=_optimizer_like(init, {path: outline.shapes[path] for path in trained}, shardings, replicated(mesh)),
+        opt_state=_optimizer_like(
+            init,
+            {path: outline.shapes[path] for path in trained},
+            spread_shardings(shardings, outline.shapes) if spread else shardings,
+            replicated(mesh),
+        ),
         **dict.fromkeys(COUNTERS, replicated(mesh)),
     )
 
 
+def spread_shardings(
+    shardings: Mapping[str, NamedSharding], shapes: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, NamedSharding]:
+    """Where the optimizer arrays of parameters with these shardings lie when they are split over the data axis too."""
+    return {
+        path: NamedSharding(own.mesh, over_data(own.spec, shapes[path].shape, own.mesh))
+        for path, own in shardings.items()
+    }
+
+
 def abstract_state(
-    outline: Outline, trained: Sequence[str], frozen: Sequence[str], mesh: Mesh, *, init: Init = adam_state
+    outline: Outline,
+    trained: Sequence[str],
+    frozen: Sequence[str],
+    mesh: Mesh,
+    *,
+    init: Init = adam_state,
+    spread: bool = False,
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state, as a checkpoint is restored into."""
-    shardings = state_shardings(outline, trained, frozen, mesh, init=init)
+    """Shapes, dtypes and shardings of the state, as a checkpoint is restored into. `spread`: as `state_shardings`."""
+    shardings = state_shardings(outline, trained, frozen, mesh, init=init, spread=spread)
 
     def place(like: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
@@ -134,6 +165,7 @@ def start_phase(
     before: TrainState | None = None,
     keep_optimizer: bool = False,
     init: Init = adam_state,
+    spread: bool = False,
 ) -> TrainState:
     """The state at the first step of a phase: counters of the run go on, those of the phase start at 0, the optimizer
     too unless kept.
@@ -141,7 +173,7 @@ def start_phase(
     Args:
       before: state at the end of the phase before; its counters are read (a host synchronisation).
       keep_optimizer: carry the optimizer state; the trained parts must be those of `before`.
-      init: fresh optimizer state of the trained parameters.
+      init: fresh optimizer state of the trained parameters. spread: as `state_shardings`.
 
     Raises:
       UserError: the optimizer state shall be kept, but the trained parts differ.
@@ -161,6 +193,10 @@ def start_phase(
                 "give both phases the same `train` globs, or leave keep_optimizer out"
             )
         opt_state = before.opt_state
+    elif spread:
+        shapes = {path: jax.ShapeDtypeStruct(value.shape, value.dtype) for path, value in own.items()}
+        places = spread_shardings({path: value.sharding for path, value in own.items()}, shapes)
+        opt_state = jax.jit(init, out_shardings=_optimizer_like(init, shapes, places, replicated(mesh)))(own)
     else:
         # What stands beside no parameter (a counter) has no sharding yet. Through the host: JAX cannot move an array of
         # one device onto devices of several processes.

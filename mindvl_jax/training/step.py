@@ -27,7 +27,7 @@ from mindvl_jax.objectives.base import Objective
 from mindvl_jax.parallel.rules import batch_sharding, replicated
 from mindvl_jax.training.muon import optimizer_init, optimizer_of
 from mindvl_jax.training.optimizer import apply_update, parameter_rules
-from mindvl_jax.training.state import TrainState, state_shardings
+from mindvl_jax.training.state import TrainState, spread_shardings, state_shardings
 from mindvl_jax.training.xla_backend import compile_xla
 from npu_bridge import ops
 
@@ -116,6 +116,14 @@ def make_programs(
     """
     transformation = optimizer_of(optimizer, parameter_rules(trained, phase, optimizer, where))
 
+    def spread(arrays: Params) -> Params:
+        """Arrays beside parameters where the optimizer's lie; as they are where these lie with the parameters."""
+        if not optimizer.shard_over_data:
+            return arrays
+        # Twice: told the last layout alone, the partitioner spreads the work of the loss by it.
+        settled = {path: jax.lax.with_sharding_constraint(x, states.trained[path]) for path, x in arrays.items()}
+        return {path: jax.lax.with_sharding_constraint(x, of_gradients[path]) for path, x in settled.items()}
+
     def loss_numerator(trained_params: Params, frozen_params: Params, batch: Any, key: jax.Array | None):
         terms = objective.loss(outline.merge({**trained_params, **frozen_params}), batch, key)
         return terms.numerator, terms
@@ -128,7 +136,7 @@ def make_programs(
         (_, terms), gradients = jax.value_and_grad(loss_numerator, has_aux=True)(
             state.trained, state.frozen, batch, key
         )
-        gradients = {path: gradient.astype(jnp.float32) for path, gradient in gradients.items()}
+        gradients = spread({path: gradient.astype(jnp.float32) for path, gradient in gradients.items()})
         return Totals(gradients, terms.numerator, terms.denominator, terms.metrics, terms.aux)
 
     def zeros() -> Totals:
@@ -157,8 +165,14 @@ def make_programs(
                 scale = scale * jnp.where(norm > optimizer.clip_norm, optimizer.clip_norm / norm, 1.0)
             gradients = {path: gradient * scale for path, gradient in totals.gradients.items()}
             new_trained, opt_state = apply_update(
-                transformation, gradients, state.opt_state, state.trained, learning_rate=learning_rate, keep=keep
+                transformation,
+                gradients,
+                state.opt_state,
+                spread(state.trained),
+                learning_rate=learning_rate,
+                keep=keep,
             )
+            new_trained = spread(new_trained)  # each device updates its share; the results are gathered, not the update
             if totals.aux is not None:
                 changed = objective.after_update(new_trained, totals.aux)
                 new_trained = {
@@ -191,10 +205,16 @@ def make_programs(
     def train_step(state: TrainState, batch: Any, learning_rate: jax.Array) -> tuple[TrainState, Metrics]:
         return update(state, micro_step(state, batch), learning_rate)
 
-    states, scalar = state_shardings(outline, trained, frozen, mesh, init=optimizer_init(optimizer)), replicated(mesh)
+    states, scalar = (
+        state_shardings(
+            outline, trained, frozen, mesh, init=optimizer_init(optimizer), spread=optimizer.shard_over_data
+        ),
+        replicated(mesh),
+    )
+    of_gradients = spread_shardings(states.trained, outline.shapes) if optimizer.shard_over_data else states.trained
     batches = spec.map(lambda field: batch_sharding(field.dims, field.shape, mesh))
     totals = Totals(
-        gradients=states.trained,
+        gradients=of_gradients,
         numerator=scalar,
         denominator=scalar,
         metrics=dict.fromkeys(objective.metric_shapes, scalar),

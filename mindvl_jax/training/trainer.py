@@ -24,6 +24,7 @@ from mindvl_jax.core.progress import LogConsole, working
 from mindvl_jax.data.sources.readers import find_files
 from mindvl_jax.models.loading import resolve_epochs
 from mindvl_jax.models.outline import outline_of
+from mindvl_jax.parallel.possible import require_possible
 from mindvl_jax.parallel.rules import row_share
 from mindvl_jax.training import ema, loggers, replay, resume, scoring
 from mindvl_jax.training import state as states
@@ -129,8 +130,10 @@ class Trainer:
         self.run_dir = Path(config.run.dir)
         self.is_main = jax.process_index() == 0
         self.init = optimizer_init(config.training.optimizer)
+        self.spread = config.training.optimizer.shard_over_data
         self.outline: Outline = outline_of(config.model, config.adapters)
         self.mesh, self.mesh_choice = chosen_mesh(config, self.outline, backend.devices())
+        require_possible(config, self.mesh.shape)
         self.device_kind = backend.device_kind(self.mesh)
         self.peak = config.logging.peak_flops or known_peak(self.device_kind)
         self.total_steps = sum(phase.steps for phase in config.training.phases)
@@ -177,6 +180,7 @@ class Trainer:
                         before=state,
                         keep_optimizer=phase.keep_optimizer,
                         init=self.init,
+                        spread=self.spread,
                     )
                 params = None  # the state owns them from here on: its buffers are donated
                 begin = plan.phase_step if here else 0
@@ -340,7 +344,9 @@ class Trainer:
             return None
         return self.backend.as_jax(
             state,
-            states.state_shardings(self.outline, list(state.trained), list(state.frozen), self.mesh, init=self.init),
+            states.state_shardings(
+                self.outline, list(state.trained), list(state.frozen), self.mesh, init=self.init, spread=self.spread
+            ),
         )
 
     def _average(self) -> dict[str, jax.Array]:

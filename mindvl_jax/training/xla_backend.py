@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from mindvl_jax.config.schema import Config, ModelConfig
+from mindvl_jax.config.schema import Config, ModelConfig, ParallelConfig
 from mindvl_jax.core import processor
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel import distributed
-from mindvl_jax.parallel.activations import Placement, tracing
+from mindvl_jax.parallel.activations import DEFAULT, Placement, tracing
 
 Tree = TypeVar("Tree")
 Flag = str | bool | int | float
@@ -50,7 +50,7 @@ class Xla:
             out_shardings=out_shardings,
             donate_argnums=donate_argnums,
             options=options,
-            attention=self._config.model.attention,
+            **placement_options(self._config),
         )
 
     def as_jax(self, tree: Tree, shardings: Any) -> Tree:
@@ -72,16 +72,17 @@ def compile_xla(
     donate_argnums: tuple[int, ...] = (),
     options: Mapping[str, Flag] | None = None,
     attention: str = "auto",
+    parallel: ParallelConfig = DEFAULT,
 ) -> Callable:
     """jax.jit of a function whose activations are placed on the mesh of its shardings.
 
     Args:
       options: of XLA, for this program alone (see `compiler_options`).
-      attention: its form (`model.attention`).
+      attention: its form (`model.attention`). parallel: how the axes of the mesh are used.
     """
     mesh = getattr(jax.tree.leaves(out_shardings)[0], "mesh", None)
     if mesh is not None:  # arrays of a single device have nothing to place
-        function = tracing(function, Placement(mesh, attention=attention))
+        function = tracing(function, Placement(mesh, attention=attention, parallel=parallel))
     return jax.jit(
         function,
         in_shardings=in_shardings,
@@ -89,6 +90,11 @@ def compile_xla(
         donate_argnums=donate_argnums,
         compiler_options=dict(options or {}) or None,
     )
+
+
+def placement_options(config: Config) -> dict[str, Any]:
+    """What of the configuration says how `compile_xla` places activations."""
+    return {"attention": config.model.attention, "parallel": config.parallel}
 
 
 def matmul_precision(model: ModelConfig) -> str:

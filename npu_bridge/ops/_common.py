@@ -48,7 +48,7 @@ def settle(product):
     return lax.optimization_barrier(product)
 
 
-def sum_over_rows(x, y, batch=0):
+def sum_over_rows(x, y, batch=0, *, apart=False):
     """(batch.., rows.., X), (batch.., rows.., Y) -> (batch.., X, Y): the product of a weight gradient, in
     `accumulator(dtype)`.
 
@@ -57,10 +57,16 @@ def sum_over_rows(x, y, batch=0):
     one dim needs no transposition at all. Under `batch`, give the smaller operand as x: it is the one that is
     transposed; without, the float32 product is turned around where y is the smaller, a third faster for 512 and 192
     columns.
+
+    Args:
+      apart: leave the row dims as they are, for programs over several devices: merged, a dim that is spread and not the
+        first has no layout, and both operands would be gathered.
     """
     x, y = product_operands(x, y)
     rows = [size for size in x.shape[batch:-1] if size > 1]
-    if x.dtype == jnp.float32:
+    if apart:
+        pass
+    elif x.dtype == jnp.float32:
         x, y = (a.reshape(*a.shape[:batch], -1, a.shape[-1]) for a in (x, y))
         if not batch and x.shape[-1] > y.shape[-1]:
             return _turned(x, y)

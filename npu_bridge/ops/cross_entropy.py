@@ -111,7 +111,7 @@ def cross_entropy_backward(g, hidden, head, targets, weights, lse, *, chunk):
         dlogits = (jnp.exp(logits - lse[..., None]) - hit(targets, head.shape[1])) * slope[..., None]
         dlogits = dlogits.astype(hidden.dtype)
         dhidden = einsum("bcv,dv->bcd", dlogits, narrow_head).astype(hidden.dtype)
-        return dhead + sum_over_rows(hidden, dlogits), dhidden
+        return dhead + sum_over_rows(hidden, dlogits, apart=True), dhidden
 
     parts = tuple(split_chunks(x, chunk) for x in (hidden, targets, weights, lse, slope))
     dhead, dhidden = lax.scan(one, jnp.zeros(head.shape, accumulator(hidden.dtype)), parts)

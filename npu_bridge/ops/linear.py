@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from npu_bridge.jaxcompat import chosen_function
 from npu_bridge.ops._common import accumulator, dot, require, require_float, sum_over_rows
 from npu_bridge.ops._platform import platform_function
 
@@ -59,10 +60,26 @@ def _linear(x, w):
     return _rounded_product(x, w.astype(x.dtype), contract=((x.ndim - 1,), (0,)))
 
 
+def _rows_apart(x, g):
+    return (sum_over_rows(x, g, apart=True),)
+
+
+def _rows_together(x, g):
+    return (sum_over_rows(x, g),)
+
+
+_weight_product = chosen_function(
+    "npu_bridge.linear_weight_gradient",
+    _rows_apart,
+    lambda platform, local, *avals: _rows_together if local else _rows_apart,
+    results=lambda x, g: [jax.ShapeDtypeStruct((x.shape[-1], g.shape[-1]), accumulator(x.dtype))],
+)
+
+
 def _gradients(x, w, g):
     g = g.astype(x.dtype)
     dx = _rounded_product(g, w.astype(x.dtype), contract=((g.ndim - 1,), (1,)))
-    return dx, sum_over_rows(x, g).astype(w.dtype)
+    return dx, _weight_product(x, g)[0].astype(w.dtype)
 
 
 _linear.defvjp(lambda x, w: (_linear(x, w), (x, w)), lambda res, g: _gradients(*res, g))

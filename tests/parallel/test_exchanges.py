@@ -15,7 +15,7 @@ import pytest
 from mindvl_jax.config import loader
 from mindvl_jax.config.schema import MeshConfig
 from mindvl_jax.parallel.exchanges import Exchange, exchanges
-from mindvl_jax.parallel.mesh import AXES, make_mesh
+from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.planning.phase import lowerings, parts_of
 from mindvl_jax.training.xla_backend import compile_xla
 
@@ -48,7 +48,9 @@ QUICK = {
 def compiled_step(*sizes: int):
     """-> the compiled step of the first phase, and its arguments as shapes with shardings."""
     config = loader.load("configs/smoke.yaml", SETTINGS)
-    mesh = make_mesh(MeshConfig(**dict(zip(AXES, sizes, strict=True))), jax.devices()[: int(np.prod(sizes))])
+    mesh = make_mesh(
+        MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))), jax.devices()[: int(np.prod(sizes))]
+    )
     ((_, lowered),) = lowerings(config, 0, mesh, compile_xla)
     parts = parts_of(config, 0, mesh)
     return lowered.compile(QUICK), parts.state, parts.batch

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from mindvl_jax.config.schema import DistributedConfig, MeshConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel import distributed
-from mindvl_jax.parallel.mesh import default_mesh, describe_mesh, make_mesh, mesh_shape
+from mindvl_jax.parallel.mesh import AXES, default_mesh, describe_mesh, make_mesh, mesh_shape
 from mindvl_jax.parallel.rules import parameter_shardings, partition_spec, row_sharding, row_share
 
 
@@ -19,9 +19,13 @@ def mesh():
     return make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
 
 
+def sizes(**axes):
+    return dict.fromkeys(AXES, 1) | axes
+
+
 def test_one_open_axis_takes_the_devices_that_are_left():
-    assert mesh_shape(MeshConfig(data=-1, fsdp=2, tensor=2), 8) == (2, 2, 2)
-    assert mesh_shape(MeshConfig(data=1, fsdp=-1, tensor=1), 8) == (1, 8, 1)
+    assert mesh_shape(MeshConfig(data=-1, fsdp=2, tensor=2), 8) == sizes(data=2, fsdp=2, tensor=2)
+    assert mesh_shape(MeshConfig(data=1, fsdp=-1, tensor=1), 8) == sizes(fsdp=8)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +66,8 @@ def test_several_processes_leave_no_device_out():
 
 def test_one_axis_that_is_set_makes_the_mesh_explicit():
     assert MeshConfig().is_open and not MeshConfig(data=1).is_open
-    assert mesh_shape(MeshConfig(data=1), 8) == (1, 1, 1) and mesh_shape(MeshConfig(tensor=2), 8) == (1, 1, 2)
+    assert mesh_shape(MeshConfig(data=1), 8) == sizes()
+    assert mesh_shape(MeshConfig(tensor=2), 8) == sizes(tensor=2)
     assert MeshConfig.model_validate(MeshConfig().model_dump()).is_open, "a run's config.yaml keeps the choice open"
 
 

@@ -114,6 +114,7 @@ def equal_runs_trace_and_compile_once():
             options["mesh"],
             options["seed"] if options["objective"].uses_key else None,
             options["optimizer"].model_dump_json(),
+            backend._config.parallel.model_dump_json(),
         )
         if key not in programs:
             programs[key] = make(outline, compile=compile, **options)

@@ -20,7 +20,8 @@ from mindvl_jax.models.layers.linear import GatedMLP, Linear, RMSNorm, parameter
 from mindvl_jax.models.layers.rope import text_tables
 from mindvl_jax.models.layers.stack import UNROLLED_LAYERS, keep, rematerialise_attention, scan_layers
 from mindvl_jax.models.layers.visual_tokens import LayerAdditions, adding
-from mindvl_jax.parallel.activations import attention, exchange_rows
+from mindvl_jax.parallel.activations import exchange_rows
+from mindvl_jax.parallel.attention import attention
 from npu_bridge import ops
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mindvl_jax.models.batch import Batch
@@ -17,6 +18,7 @@ from mindvl_jax.models.layers.decoder import Decoder
 from mindvl_jax.models.layers.moe import Routing
 from mindvl_jax.models.layers.routed import DeepSeekV3Decoder, Qwen3MoEDecoder
 from mindvl_jax.parallel.activations import within_rows
+from mindvl_jax.parallel.attention import order_of_places
 from npu_bridge import ops
 
 DECODERS = {TextConfig: Decoder, Qwen3MoETextConfig: Qwen3MoEDecoder, DeepSeekV3TextConfig: DeepSeekV3Decoder}
@@ -86,13 +88,15 @@ class LanguageModel(nnx.Module):
         Args:
           chunk: static number of tokens whose logits exist at one time.
         """
+        batch, order = _as_attention_wants(batch)
         hidden_BTD = self(batch, max_sample_length=max_sample_length, max_image_patches=max_image_patches)
-        return self._losses(hidden_BTD, batch, chunk)
+        return _in_order(self._losses(hidden_BTD, batch, chunk), order)
 
     def routed_losses(
         self, batch: Batch, *, chunk: int, max_sample_length: int | None = None, max_image_patches: int | None = None
     ) -> tuple[jax.Array, Routing]:
         """As `token_losses`, and what the routers of a routed decoder did, stacked over its layers."""
+        batch, order = _as_attention_wants(batch)
         inputs_BTD, options = self.decoder_inputs(batch, max_image_patches=max_image_patches)
         with jax.named_scope("language"):
             hidden_BTD, routing = self.language.routed(
@@ -103,7 +107,7 @@ class LanguageModel(nnx.Module):
                 max_sample_length=max_sample_length,
                 **options,
             )
-        return self._losses(hidden_BTD, batch, chunk), routing
+        return _in_order(self._losses(hidden_BTD, batch, chunk), order), routing
 
     def _losses(self, hidden_BTD, batch: Batch, chunk: int) -> jax.Array:
         with jax.named_scope("loss"):
@@ -114,3 +118,21 @@ class LanguageModel(nnx.Module):
             return within_rows(
                 loss, (hidden_BTD, batch.targets, batch.loss_weights), (self.head_kernel(),), [("embed", "vocab")]
             )
+
+
+def _as_attention_wants(batch: Batch) -> tuple[Batch, np.ndarray | None]:
+    """The batch with its token places in the order that attention over the mesh wants, and that order.
+
+    Every field goes along, positions and the visual tokens' places too, so that nothing else changes; counts of
+    neighbouring places (`segment_lengths`) mean nothing then, and the form of attention that reorders reads none.
+    """
+    order = order_of_places(batch.tokens.shape[-1])
+    if order is None:
+        return batch, None
+    fields = ("tokens", "targets", "loss_weights", "segment_ids", "positions", "visual_index")
+    return batch.replace(**{name: jnp.take(getattr(batch, name), order, axis=-1) for name in fields}), order
+
+
+def _in_order(values_BT: jax.Array, order: np.ndarray | None) -> jax.Array:
+    """Values of places as they lay in the batch."""
+    return values_BT if order is None else jnp.take(values_BT, np.argsort(order), axis=-1)

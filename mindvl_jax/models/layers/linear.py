@@ -16,7 +16,7 @@ from flax import nnx
 from flax.core import spmd
 
 from mindvl_jax.models.layers.lora import adapted_linear
-from mindvl_jax.parallel.activations import constrain
+from mindvl_jax.parallel.activations import constrain_features, constrain_whole
 from npu_bridge import ops
 
 LOGICAL_AXES = ("layers", "patch", "embed", "heads", "kv_heads", "head_dim", "mlp", "merged", "vocab", "experts")
@@ -80,7 +80,7 @@ class Linear(nnx.Module):
         else:
             magnitude = None if self.lora_magnitude is None else self.lora_magnitude[...]
             y = adapted_linear(x, kernel, bias, self.lora_a[...], self.lora_b[...], self.lora_scale, magnitude)
-        return constrain(y, "rows", *[None] * (y.ndim - 2), self.output_dim) if y.ndim > 1 else y
+        return constrain_features(y, self.output_dim)
 
 
 class RMSNorm(nnx.Module):
@@ -88,11 +88,12 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, width: int, *, eps: float, dtype, name: str | None = "embed", layers: int | None = None):
         lead, lead_names = ((), ()) if layers is None else ((layers,), ("layers",))
-        self.eps = eps
+        self.eps, self.of_residual = eps, name == "embed"
         self.scale = parameter(jnp.ones((*lead, width), dtype), (*lead_names, name))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return ops.rms_norm(x, self.scale[...], eps=self.eps)
+        y = ops.rms_norm(x, self.scale[...], eps=self.eps)
+        return constrain_whole(y) if self.of_residual else y
 
 
 class GatedMLP(nnx.Module):
@@ -115,12 +116,13 @@ class LayerNorm(nnx.Module):
 
     def __init__(self, width: int, *, eps: float, dtype, name: str | None = "embed", layers: int | None = None):
         lead, lead_names = ((), ()) if layers is None else ((layers,), ("layers",))
-        self.eps = eps
+        self.eps, self.of_residual = eps, name == "embed"
         self.scale = parameter(jnp.ones((*lead, width), dtype), (*lead_names, name))
         self.bias = parameter(jnp.zeros((*lead, width), dtype), (*lead_names, name))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return ops.layer_norm(x, self.scale[...], self.bias[...], eps=self.eps)
+        y = ops.layer_norm(x, self.scale[...], self.bias[...], eps=self.eps)
+        return constrain_whole(y) if self.of_residual else y
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from flax import nnx
 
 from mindvl_jax.models.layers.config import MoEConfig
 from mindvl_jax.models.layers.linear import GatedMLP, initial_std, parameter
+from mindvl_jax.parallel.experts import routed
 from npu_bridge import ops
 
 
@@ -27,7 +28,7 @@ class Routing:
     float32.
 
     Attributes:
-      load: (E,) tokens that each expert got; the sum is k times the tokens.
+      load: (E,) tokens that each expert got, counted where it computed them; the sum is k times the tokens.
       probability: (E,) sum of each expert's normalised score.
       sequence_balance: scalar, sum over segments of DeepSeek-V3's sequence-wise loss (report section 2.1.2), without
         its factor.
@@ -57,10 +58,8 @@ class Router(nnx.Module):
             else None
         )
 
-    def __call__(self, x_ND: jax.Array) -> jax.Array:
-        return jnp.dot(
-            x_ND.astype(jnp.float32), self.kernel[...].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-        )
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.dot(x.astype(jnp.float32), self.kernel[...].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
 class Experts(nnx.Module):
@@ -79,12 +78,15 @@ class Experts(nnx.Module):
         self.up = stacked(width, F, ("embed", "mlp"))
         self.down = stacked(F, width, ("mlp", "embed"), residual_scale)
 
-    def __call__(self, x_MD: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    @property
+    def kernels(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self.gate[...], self.up[...], self.down[...]
+
+    @staticmethod
+    def products(x_MD: jax.Array, sizes_E: jax.Array, gate_EDF, up_EDF, down_EFD) -> jax.Array:
         """Rows sorted by expert -> rows."""
-        hidden_MF = ops.swiglu(
-            ops.grouped_matmul(x_MD, self.gate[...], sizes_E), ops.grouped_matmul(x_MD, self.up[...], sizes_E)
-        )
-        return ops.grouped_matmul(hidden_MF, self.down[...], sizes_E)
+        hidden_MF = ops.swiglu(ops.grouped_matmul(x_MD, gate_EDF, sizes_E), ops.grouped_matmul(x_MD, up_EDF, sizes_E))
+        return ops.grouped_matmul(hidden_MF, down_EFD, sizes_E)
 
 
 class MoE(nnx.Module):
@@ -109,32 +111,37 @@ class MoE(nnx.Module):
         Args:
           segment_ids_BT: samples of packed rows, 0 is padding; None: one sample a row, no padding.
         """
-        config, (B, T, D) = self.config, x_BTD.shape
-        x_ND = x_BTD.reshape(B * T, D)
-        with jax.named_scope("router"):
-            logits_NE = self.router(x_ND)
-            weights_Nk, experts_Nk = ops.moe_gating(
+        config = self.config
+
+        def route(logits_NE, bias_E):
+            return ops.moe_gating(
                 logits_NE,
                 k=config.experts_per_token,
                 scoring=config.scoring,
-                bias=None if self.router.bias is None else self.router.bias[...],
+                bias=bias_E,
                 groups=config.groups,
                 groups_kept=config.groups_kept,
                 renormalize=config.renormalize,
                 scale=config.scale,
             )
-            routing = _describe(logits_NE.reshape(B, T, -1), experts_Nk.reshape(B, T, -1), segment_ids_BT, config)
+
+        real_BT = jnp.ones(x_BTD.shape[:2], bool) if segment_ids_BT is None else segment_ids_BT > 0
+        bias_E = None if self.router.bias is None else self.router.bias[...]
+        with jax.named_scope("router"):
+            logits_BTE = self.router(x_BTD)
         with jax.named_scope("experts"):
-            rows_MD, sizes_E, places_Nk = ops.moe_permute(x_ND, experts_Nk, num_experts=config.experts)
-            out_ND = ops.moe_unpermute(self.experts(rows_MD, sizes_E), places_Nk, weights_Nk)
-        out_BTD = out_ND.reshape(B, T, D).astype(x_BTD.dtype)
+            out_BTD, experts_BTk, load_E = routed(
+                route, self.experts.products, x_BTD, logits_BTE, real_BT, self.experts.kernels, bias_E
+            )
+        with jax.named_scope("router"):
+            routing = _describe(logits_BTE, experts_BTk, load_E, segment_ids_BT, config)
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
                 out_BTD = out_BTD + self.shared(x_BTD)
         return out_BTD, routing
 
 
-def _describe(logits_BTE, experts_BTk, segment_ids_BT, config: MoEConfig) -> Routing:
+def _describe(logits_BTE, experts_BTk, load_E, segment_ids_BT, config: MoEConfig) -> Routing:
     real_BT = (
         jnp.ones(logits_BTE.shape[:2], jnp.float32)
         if segment_ids_BT is None
@@ -145,7 +152,7 @@ def _describe(logits_BTE, experts_BTk, segment_ids_BT, config: MoEConfig) -> Rou
     chosen_BTE = jnp.sum(jax.nn.one_hot(experts_BTk, config.experts, dtype=jnp.float32), 2) * real_BT[..., None]
     chosen_BTE = jax.lax.stop_gradient(chosen_BTE)
     return Routing(
-        load=jnp.sum(chosen_BTE, (0, 1)),
+        load=load_E,
         probability=jnp.sum(share_BTE, (0, 1)),
         sequence_balance=_sequence_balance(chosen_BTE, share_BTE, segment_ids_BT, config),
         z=jnp.sum(jnp.square(jax.nn.logsumexp(logits_BTE, -1)) * real_BT),

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mindvl_jax.parallel.activations import constrain_rows
+from mindvl_jax.parallel.activations import constrain_rows, places_are_spread
 
 SAVED_PRODUCT = "matrix_product"
 """Name of the activations that remat policy `dots` keeps: the results of the attention and feed-forward products."""
@@ -82,8 +83,12 @@ def in_pieces(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.A
     B, P, *rest = x.shape
     if P % PIECES:
         return jax.checkpoint(function)(x)
-    pieces = x.reshape(B, PIECES, P // PIECES, *rest).swapaxes(0, 1)
-    out = jax.lax.map(jax.checkpoint(function, prevent_cse=False), pieces).swapaxes(0, 1)
+    piecewise = jax.checkpoint(function, prevent_cse=False)
+    if places_are_spread():  # every eighth place, so that each device has its part of each piece
+        pieces = jnp.moveaxis(x.reshape(B, P // PIECES, PIECES, *rest), 2, 0)
+        out = jnp.moveaxis(jax.lax.map(piecewise, pieces), 0, 2)
+    else:
+        out = jax.lax.map(piecewise, x.reshape(B, PIECES, P // PIECES, *rest).swapaxes(0, 1)).swapaxes(0, 1)
     return out.reshape(B, P, *out.shape[3:])
 
 

@@ -18,7 +18,7 @@ from mindvl_jax.data.media.geometry import PatchGeometry
 from mindvl_jax.models.layers.config import CLIP_MEAN, CLIP_STD
 from mindvl_jax.models.layers.linear import MLP, LayerNorm, Linear, RMSNorm, parameter
 from mindvl_jax.models.layers.stack import in_pieces, keep, rematerialise_attention, scan_layers
-from mindvl_jax.parallel.activations import attention
+from mindvl_jax.parallel.attention import attention
 from npu_bridge import ops
 
 
