@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mindvl_jax.config.schema import ParallelConfig
 from mindvl_jax.parallel.mesh import AXES, FSDP, ROW_AXES
@@ -199,8 +199,17 @@ def manually(
     ambient = jax.sharding.get_abstract_mesh()
     others = {*placement.mesh.axis_names} - {*axes} | {*ambient.manual_axes}
 
+    idle = [axis for axis in axes if placement.mesh.shape[axis] == 1 and axis not in others]
+
     def spec(names, shape):
-        return activation_spec(names, shape, placement.mesh, others)
+        """Idle axes are named with the first dim: over an axis that is not named the gradient would be summed, which
+        XLA keeps as a sum over groups of one device.
+        """
+        found = activation_spec(names, shape, placement.mesh, others)
+        dims = [(dim,) if isinstance(dim, str) else tuple(dim or ()) for dim in found]
+        if dims:
+            dims[0] += tuple(axis for axis in idle if not any(axis in dim for dim in dims))
+        return PartitionSpec(*(dim or None for dim in dims))
 
     specs = tuple(spec(name, x.shape) for x, name in zip(arrays, names, strict=True))
     mapped = jax.shard_map(

@@ -76,7 +76,8 @@ def routed(
         arrived = (here[..., None] == jnp.arange(E // groups)) & real_N[:, None, None]
         arrived = jnp.sum(arrived, (0, 1), dtype=jnp.float32)
         if placement is not None:
-            arrived = jax.lax.psum(arrived, tuple(axis for axis in (*ROW_AXES, "context") if axis != "expert"))
+            apart = [axis for axis in (*ROW_AXES, "context") if axis != "expert" and sizes[axis] > 1]
+            arrived = jax.lax.psum(arrived, tuple(apart)) if apart else arrived
         return out.reshape(b, t, D).astype(x.dtype), chosen.reshape(b, t, -1), jax.lax.stop_gradient(arrived)
 
     biases = () if bias_E is None else (bias_E,)

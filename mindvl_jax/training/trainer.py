@@ -130,7 +130,7 @@ class Trainer:
         self.run_dir = Path(config.run.dir)
         self.is_main = jax.process_index() == 0
         self.init = optimizer_init(config.training.optimizer)
-        self.spread = config.training.optimizer.shard_over_data
+        self.optimizer_arrays = {"init": self.init, "spread": config.training.optimizer.shard_over_data}
         self.outline: Outline = outline_of(config.model, config.adapters)
         self.mesh, self.mesh_choice = chosen_mesh(config, self.outline, backend.devices())
         require_possible(config, self.mesh.shape)
@@ -179,8 +179,7 @@ class Trainer:
                         self.mesh,
                         before=state,
                         keep_optimizer=phase.keep_optimizer,
-                        init=self.init,
-                        spread=self.spread,
+                        **self.optimizer_arrays,
                     )
                 params = None  # the state owns them from here on: its buffers are donated
                 begin = plan.phase_step if here else 0
@@ -345,7 +344,7 @@ class Trainer:
         return self.backend.as_jax(
             state,
             states.state_shardings(
-                self.outline, list(state.trained), list(state.frozen), self.mesh, init=self.init, spread=self.spread
+                self.outline, list(state.trained), list(state.frozen), self.mesh, **self.optimizer_arrays
             ),
         )
 

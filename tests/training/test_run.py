@@ -141,12 +141,26 @@ def test_eight_devices_give_the_losses_of_one(whole, run_config, read_metrics):
     assert worst < 1e-5, f"largest relative difference of the loss {worst:.2e}"
 
 
-def test_a_run_saved_on_one_device_goes_on_over_eight_and_back(whole, tmp_path, read_metrics):
+def spread_over_context(config):
+    """Places, parameters and, over the copies, the optimizer; attention by rings."""
+    return config.model_copy(
+        update={
+            "mesh": config.mesh.model_copy(update={"data": 2, "fsdp": 2, "context": 2}),
+            "parallel": config.parallel.model_copy(update={"context_attention": "ring"}),
+            "training": config.training.model_copy(
+                update={"optimizer": config.training.optimizer.model_copy(update={"shard_over_data": True})}
+            ),
+        }
+    )
+
+
+@pytest.mark.parametrize("spread", [spread_over_eight, spread_over_context])
+def test_a_run_saved_on_one_device_goes_on_over_eight_and_back(whole, tmp_path, read_metrics, spread):
     config = cut_to(copy_of(whole, tmp_path / "spread"), 5)
-    train(spread_over_eight(config), stop_after=8)
+    train(spread(config), stop_after=8)
     train(config)
-    spread, once = ([line["loss"] for line in read_metrics(c)] for c in (config, whole))
-    worst = max(abs(a - b) / abs(b) for a, b in zip(spread, once, strict=True))
+    found, once = ([line["loss"] for line in read_metrics(c)] for c in (config, whole))
+    worst = max(abs(a - b) / abs(b) for a, b in zip(found, once, strict=True))
     assert worst < 1e-5, f"largest relative difference of the loss {worst:.2e}"
 
 
