@@ -126,18 +126,36 @@ def _leaves(op: Op, count: dict[Value, int], inside: set[int]) -> list[Value]:
 
 def _join_padded(block: Block) -> None:
     count, inside = uses(block), {id(op) for op in block.ops}
+    filled: dict[Value, tuple[int, int]] = {}
     kept: list[Op] = []
     for op in block.ops:
-        joined = _concatenation(op, count, inside) if op.name == "add" else None
+        joined = None
+        if op.name == "add" and (found := _filled(op, count, inside, filled)) is not None:
+            filled[op.result] = found
+            if found[1] == op.result.shape[found[0]]:
+                joined = _concatenation(op, count, inside)
         kept.append(joined or op)
     block.ops = kept
 
 
+def _filled(op: Op, count: dict[Value, int], inside: set[int], filled: dict[Value, tuple[int, int]]):
+    """Dimension and total size of the pieces that a sum of padded pieces adds up; None for any other sum.
+
+    Kept for each partial sum (`filled`): the leaves of a long sum are gathered once, not again for each part of it.
+    """
+    parts = []
+    for v in op.operands:
+        if (dim := _padded_dim(v)) is not None:
+            parts.append((dim, v.producer.operands[0].shape[dim]))
+        elif v in filled and count.get(v) == 1 and id(v.producer) in inside:
+            parts.append(filled[v])
+        else:
+            return None
+    (dim, size), (other, more) = parts
+    return (dim, size + more) if dim == other else None
+
+
 def _concatenation(op: Op, count: dict[Value, int], inside: set[int]) -> Op | None:
-    if all(
-        _padded_dim(v) is None for v in op.operands
-    ):  # a chain of sums begins or ends with a piece; most sums are none
-        return None
     terms = _leaves(op, count, inside)
     dims = {_padded_dim(t) for t in terms}
     if len(dims) != 1 or None in dims:
