@@ -306,6 +306,14 @@ def test_factorisations_of_empty_matrices():
         )
 
 
+def test_numbered_elements_of_every_dtype():
+    for dtype in (np.complex64, ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16, np.uint32, np.int8):
+        compare(
+            {str(dtype): lambda x: (lax.iota(dtype, 5) * x, lax.broadcasted_iota(dtype, (3, 5), 1))},
+            np.arange(5).astype(dtype),
+        )
+
+
 def test_8_bit_floats_compute_like_xla():
     for dtype in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2):
         x = np.array([0.0, 1, -1, 0.5, 3.5, 100, -7, 0.1, 240], dtype)

@@ -55,7 +55,10 @@ def iota(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     n = shape[dim]
     start = f"rt.index({axes}) * {n}" if axes else "0"
     stop = f"{start} + {n}" if axes else f"{n}"
-    code = f"torch.arange({start}, {stop}, dtype={torch_dtype(op.result.dtype)}, device=rt.device)"
+    dtype, final = torch_dtype(op.result.dtype), ""
+    if op.result.dtype in COMPLEX or dtype.startswith("torch.float8"):  # which torch.arange does not make
+        final, dtype = f".to({dtype})", "torch.float64" if op.result.dtype == "complex<f64>" else "torch.float32"
+    code = f"torch.arange({start}, {stop}, dtype={dtype}, device=rt.device){final}"
     line = e.emit(code, [], Type((n,), op.result.dtype), kind="iota")
     if len(shape) == 1:
         return line
