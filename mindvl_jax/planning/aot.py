@@ -28,6 +28,7 @@ from mindvl_jax.config import loader
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.devices import GIB, limit_of
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.models.outline import outline_of
 from mindvl_jax.parallel.exchanges import Exchange, exchanges, per_layer
 from mindvl_jax.parallel.mesh import ROW_AXES
 from mindvl_jax.planning.phase import Measured, ProgramBytes
@@ -191,11 +192,13 @@ def faults_of(text: str, config: Config, phase: int, mesh: Mesh | AbstractMesh) 
     """List forbidden arrays and collectives of a phase's compiled program.
 
     Of activations a mesh without tensor parallelism exchanges the embedding's columns for rows; with it, sums of a
-    device's own rows.
+    device's own rows, and of the embedding's columns.
     """
     where = config.training.phases[phase]
     tokens, patches = where.sequence_length, where.patches_per_row
-    long = {tokens, patches} - {None}
+    # A size that a parameter has too (8,192 patches in a model of that width) tells nothing.
+    shapes = outline_of(config.model, config.adapters).shapes.values()
+    long = {tokens, patches} - {None, *(size for x in shapes for size in x.shape)}
     faults = []
     squares = {
         shape
@@ -207,7 +210,9 @@ def faults_of(text: str, config: Config, phase: int, mesh: Mesh | AbstractMesh) 
     for one in exchanges(text):
         if not one.is_float or len(one.shape) < 3 or not long & set(one.shape) or one.kind == "all-to-all":
             continue
-        own = one.kind == "all-reduce" and one.shape[0] == rows
+        # The table of tokens is split by vocabulary too: its columns are summed over tensor before they become rows.
+        columns = one.shape[-1] * mesh.shape["fsdp"] == config.model.text.hidden_size
+        own = one.kind == "all-reduce" and (one.shape[0] == rows or columns)
         if mesh.shape["tensor"] == 1 or not own:
             faults.append(f"activations are exchanged: {one}")
     return faults

@@ -71,9 +71,18 @@ def test_tensor_parallelism_may_sum_a_devices_own_rows_and_nothing_else():
     config = loader.load("configs/smoke.yaml", [*SETTINGS, "training.phases.0.rows=8"])
     mesh = AbstractMesh((1, 2, 2), ("data", "fsdp", "tensor"))
     own = "  %x = bf16[4,96,64]{2,1,0} all-reduce(%a), channel_id=1"
-    assert aot.faults_of(own, config, 0, mesh) == []
+    columns = "  %x = bf16[8,96,32]{2,1,0} all-reduce(%a), channel_id=1"
+    assert aot.faults_of(own, config, 0, mesh) == aot.faults_of(columns, config, 0, mesh) == []
     for other in (own.replace("[4,", "[8,"), own.replace("all-reduce", "all-gather")):
         assert len(aot.faults_of(other, config, 0, mesh)) == 1, other
+
+
+def test_a_size_that_a_parameter_has_too_is_no_array_of_scores():
+    width = loader.load("configs/smoke.yaml", SETTINGS).model.text.hidden_size
+    config = loader.load("configs/smoke.yaml", [*SETTINGS, f"training.phases.0.patches_per_row={width}"])
+    mesh = AbstractMesh((1, 4, 1), ("data", "fsdp", "tensor"))
+    assert aot.faults_of(f"  %x = bf16[{width},{width}]{{1,0}} fusion(%a)", config, 0, mesh) == []
+    assert aot.faults_of("  %x = bf16[96,96]{1,0} fusion(%a)", config, 0, mesh) != []
 
 
 LAYER = """
