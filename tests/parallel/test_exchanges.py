@@ -11,13 +11,16 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mindvl_jax.config import loader
 from mindvl_jax.config.schema import MeshConfig
+from mindvl_jax.parallel.activations import Placement, tracing, within_rows
 from mindvl_jax.parallel.exchanges import Exchange, exchanges
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.planning.phase import lowerings, parts_of
 from mindvl_jax.training.xla_backend import compile_xla
+from npu_bridge import ops
 
 # Sizes that tell what an array is: no parameter has a dim of 104, 26 or 112, no other part has the decoder's matrices.
 TOKENS, CHUNK, PATCHES, WIDTH = 104, 26, 112, 64
@@ -114,6 +117,28 @@ def test_the_head_is_gathered_once_and_its_gradient_exchanged_once_however_many_
             assert of_whole == {"all-gather": 1, "all-reduce": 1}
         inside = [e for e in found if "loss" in e.scope and "/while/" in e.scope and vocabulary in e.shape]
         assert not inside, "\n".join(map(str, inside))
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 4, 1), (8, 1, 1)], ids=str)
+def test_a_head_that_is_gathered_inside_gives_the_losses_and_gradients_of_one_device(sizes):
+    rng = np.random.default_rng(0)
+    hidden, head = (rng.standard_normal(shape).astype(np.float32) for shape in ((8, 16, WIDTH), (WIDTH, 128)))
+    targets, weights = rng.integers(0, 128, (8, 16)), rng.random((8, 16)).astype(np.float32)
+    names = ("data", "fsdp", "tensor")
+    mesh = make_mesh(MeshConfig(**dict(zip(names, sizes, strict=True))), jax.devices()[:8])
+
+    def loss(hidden, targets, weights, head):
+        return ops.cross_entropy(hidden, head, targets, weights, chunk=4)
+
+    def total(hidden, head):
+        return within_rows(loss, (hidden, targets, weights), (head,), [("embed", "vocab")]).sum()
+
+    step = jax.value_and_grad(total, (0, 1))
+    alone = jax.jit(step)(hidden, head)
+    place = NamedSharding(mesh, PartitionSpec("fsdp"))
+    apart = jax.jit(tracing(step, Placement(mesh)))(hidden, jax.device_put(head, place))
+    for ours, theirs in zip(jax.tree.leaves(apart), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_data_parallelism_exchanges_gradients_and_scalars_alone():
