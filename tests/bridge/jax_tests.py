@@ -84,6 +84,9 @@ class Record:
             lines.append(f"| {module} | {found.total()} | " + " | ".join(str(found[o]) for o in OUTCOMES) + " |")
         shares = [f"{total[o]} ({100 * total[o] / max(total.total(), 1):.1f} %)" for o in OUTCOMES]
         lines.append(f"| **all** | {total.total()} | " + " | ".join(shares) + " |")
+        absent = [m for m in MODULES if m not in self.count]
+        if absent:
+            lines += ["", f"Without a comparison here: {', '.join(absent)}."]
         faults = {f"{outcome}: {test}: {note}" for test, outcome, note in self.found if outcome in ("wrong", "crashed")}
         lines += ["", "Refused:", "", *[f"* {n}: {reason}" for reason, n in self.reasons.most_common()]]
         lines += ["", "Wrong and crashed:", "", *(f"* {fault}" for fault in sorted(faults) or ["none"])]
@@ -303,6 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--each", type=int, default=40, help="tests drawn of each module, the same ones every time; 0 takes all"
     )
+    parser.add_argument("--note", default="", help="what the page should say about how the record came about")
     parser.add_argument("--page", type=pathlib.Path, help="where the table is written")
     parser.add_argument(
         "--record",
