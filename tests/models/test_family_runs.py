@@ -82,5 +82,5 @@ def test_a_run_reads_packs_and_learns(tmp_path, family):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 5 and np.isfinite(losses).all() and losses[-1] < 0.95 * losses[0], losses
-    assert all(line["patches"] > 0 for line in lines if "patches" in line)
+    assert sum(line["patches"] for line in lines if "patches" in line) > 0  # a step may have texts alone
     assert not (tmp_path / "run" / "quarantine.jsonl").exists()
