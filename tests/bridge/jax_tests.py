@@ -350,7 +350,7 @@ def main(arguments: list[str] | None = None) -> int:
     share = f"up to {given.each} tests drawn of each module" if given.each else "every test"
     tests = len({test for test, _, _ in record.found})
     page = record.page(
-        f"jax {jax.__version__}, torch {torch.__version__}", f"{share}, {tests} of which compare something"
+        f"jax {jax.__version__}, torch {torch.__version__}", f"{share}, {tests} of which compare something{given.note}"
     )
     print(page)
     if given.page:
