@@ -4,13 +4,14 @@ import dataclasses
 
 import jax
 import pytest
-from jax.sharding import AbstractMesh
 
 from mindvl_jax.config import loader
+from mindvl_jax.config.schema import MeshConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.parallel.exchanges import exchanges, per_layer
 from mindvl_jax.planning import aot, topologies
 from mindvl_jax.planning.alternatives import Change, Tried, confirm
+from mindvl_jax.planning.phase import abstract_mesh
 
 TEXT = """
 %all-reduce-scatter.8 (input.8: f32[512,2304]) -> f32[128,2304] {
@@ -53,7 +54,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("line", FAULTS)
 def test_a_score_matrix_and_an_exchanged_batch_are_faults_of_a_program_for_fsdp(line):
-    config, mesh = loader.load("configs/smoke.yaml", SETTINGS), AbstractMesh((1, 4, 1), ("data", "fsdp", "tensor"))
+    config, mesh = loader.load("configs/smoke.yaml", SETTINGS), abstract_mesh(MeshConfig(data=1, fsdp=4, tensor=1))
     assert [fault.removesuffix(" in ") for fault in aot.faults_of(line, config, 0, mesh)] == [FAULTS[line]]
 
 
@@ -63,13 +64,13 @@ def test_a_score_matrix_and_an_exchanged_batch_are_faults_of_a_program_for_fsdp(
     "  %x = f32[1,96,8]{2,1,0} all-to-all(%a), channel_id=1",  # the embedding's columns
 ])  # fmt: skip
 def test_weights_ids_and_the_embeddings_columns_are_none(line):
-    config, mesh = loader.load("configs/smoke.yaml", SETTINGS), AbstractMesh((1, 4, 1), ("data", "fsdp", "tensor"))
+    config, mesh = loader.load("configs/smoke.yaml", SETTINGS), abstract_mesh(MeshConfig(data=1, fsdp=4, tensor=1))
     assert aot.faults_of(line, config, 0, mesh) == []
 
 
 def test_tensor_parallelism_may_sum_a_devices_own_rows_and_nothing_else():
     config = loader.load("configs/smoke.yaml", [*SETTINGS, "training.phases.0.rows=8"])
-    mesh = AbstractMesh((1, 2, 2), ("data", "fsdp", "tensor"))
+    mesh = abstract_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
     own = "  %x = bf16[4,96,64]{2,1,0} all-reduce(%a), channel_id=1"
     columns = "  %x = bf16[8,96,32]{2,1,0} all-reduce(%a), channel_id=1"
     assert aot.faults_of(own, config, 0, mesh) == aot.faults_of(columns, config, 0, mesh) == []
@@ -80,7 +81,7 @@ def test_tensor_parallelism_may_sum_a_devices_own_rows_and_nothing_else():
 def test_a_size_that_a_parameter_has_too_is_no_array_of_scores():
     width = loader.load("configs/smoke.yaml", SETTINGS).model.text.hidden_size
     config = loader.load("configs/smoke.yaml", [*SETTINGS, f"training.phases.0.patches_per_row={width}"])
-    mesh = AbstractMesh((1, 4, 1), ("data", "fsdp", "tensor"))
+    mesh = abstract_mesh(MeshConfig(data=1, fsdp=4, tensor=1))
     assert aot.faults_of(f"  %x = bf16[{width},{width}]{{1,0}} fusion(%a)", config, 0, mesh) == []
     assert aot.faults_of("  %x = bf16[96,96]{1,0} fusion(%a)", config, 0, mesh) != []
 
