@@ -20,6 +20,7 @@ LAYERS = 4  # two of the decoder, two of the tower
         pytest.param((("fsdp", 2), ("context", 2), ("tensor", 2)), (), marks=pytest.mark.slow),
         pytest.param((("context", 4),), (), marks=pytest.mark.slow),
         pytest.param(CONTEXT, (GATHER,), marks=pytest.mark.slow),
+        pytest.param((("tensor", 2),), ("parallel.sequence_norms=true",), marks=pytest.mark.slow),
     ],
     ids=str,
 )
