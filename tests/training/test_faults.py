@@ -20,6 +20,7 @@ from mindvl_jax.data import workers
 from mindvl_jax.models.loading import make_loader
 from mindvl_jax.profiling.profiler import REQUEST, StepProfiler
 from mindvl_jax.training import metrics
+from mindvl_jax.training.stopping import StopRequest
 from mindvl_jax.training.trainer import train
 
 
@@ -48,7 +49,7 @@ def test_a_run_folder_that_cannot_be_made_is_refused_before_any_work(run_config,
         (errno.EIO, "cannot be read or written"),
     ],
 )
-@pytest.mark.parametrize("place", ["metrics", "config", "report"])
+@pytest.mark.parametrize("place", ["metrics", "config", "report", "scores"])
 def test_a_disk_that_fails_ends_the_run_with_what_is_safe(run_config, monkeypatch, place, code, says):
     def fail(*arguments, **options):
         raise OSError(code, os.strerror(code), "a file")
@@ -57,8 +58,11 @@ def test_a_disk_that_fails_ends_the_run_with_what_is_safe(run_config, monkeypatc
         monkeypatch.setattr(metrics.MetricsLog, "write", fail)
     elif place == "config":
         monkeypatch.setattr(config_loader, "dump", fail)
-    else:
+    elif place == "report":
         monkeypatch.setattr("mindvl_jax.training.hooks.Hooks.report", fail)
+    else:
+        monkeypatch.setattr("mindvl_jax.training.hooks.Hooks.evaluates", True)
+        monkeypatch.setattr("mindvl_jax.training.hooks.Hooks.evaluate", fail)
     with pytest.raises(UserError, match=f"(?s){says}.*start the same command again"):
         train(run_config({"steps": 1}, checkpoint={"asynchronous": False}))
 
@@ -186,3 +190,12 @@ def test_a_run_scores_its_tasks_though_earlier_scores_are_damaged(tmp_path):
         assert (
             _earlier_scores(path) == {"tasks": {}} and (tmp_path / "scores.json.damaged").exists() and not path.exists()
         )
+
+
+def test_a_second_interrupt_does_not_wait_and_the_handlers_come_back():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested(1) and stop.reason == "SIGINT"
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
