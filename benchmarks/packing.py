@@ -17,7 +17,7 @@ import time
 
 import numpy as np
 
-from mindvl_jax.data.media.image import smart_resize
+from mindvl_jax.data.media.resize import smart_resize
 from mindvl_jax.data.packing.planner import AHEAD
 from mindvl_jax.data.packing.rows import Budgets, plan_rows
 from mindvl_jax.models.vision_language.collate import visual_budgets

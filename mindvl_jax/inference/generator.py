@@ -12,7 +12,7 @@ from mindvl_jax.inference.engine import Delivery, Engine, Watcher
 from mindvl_jax.inference.placement import mesh_of
 from mindvl_jax.inference.prompts import Prompt, PromptEncoder
 from mindvl_jax.inference.request import Answer, Request
-from mindvl_jax.inference.text import TextStream
+from mindvl_jax.inference.text_stream import TextStream
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from mindvl_jax.data.media import image as images
+from mindvl_jax.data.media.resize import smart_resize
 from mindvl_jax.data.sample import Media, SampleError
 from mindvl_jax.models.vision_language.collate import write_pixels
 from mindvl_jax.models.vision_language.example import VisualItem, read_pixels
@@ -31,7 +32,7 @@ def test_smart_resize_gives_the_published_sizes(limits):
         if max(height, width) / min(height, width) > 200:
             continue
         expected = published_resize(height, width, 28, *limits)
-        assert images.smart_resize(height, width, min_pixels=limits[0], max_pixels=limits[1]) == expected, (
+        assert smart_resize(height, width, min_pixels=limits[0], max_pixels=limits[1]) == expected, (
             height,
             width,
         )
@@ -41,9 +42,9 @@ def test_a_hard_limit_shortens_the_longer_side_only_where_the_published_rule_pas
     for height, width in SIZES:
         if max(height, width) > 200 * min(height, width):
             continue
-        rows, columns = images.smart_resize(height, width, min_pixels=784, max_pixels=12544, limit_pixels=12544)
+        rows, columns = smart_resize(height, width, min_pixels=784, max_pixels=12544, limit_pixels=12544)
         assert rows * columns <= 12544 and rows % 28 == columns % 28 == 0
-        published = images.smart_resize(height, width, min_pixels=784, max_pixels=12544)
+        published = smart_resize(height, width, min_pixels=784, max_pixels=12544)
         if published[0] * published[1] <= 12544:
             assert (rows, columns) == published
 
@@ -90,7 +91,7 @@ def test_nearest_resampling_is_an_option_and_differs_from_bicubic():
     source = picture(1, 100, 100)
     bicubic = images.patchify(source, VISION, 784, 3136).patches
     nearest = images.patchify(source, VISION, 784, 3136, resample="nearest").patches
-    size = images.smart_resize(100, 100, min_pixels=784, max_pixels=3136)
+    size = smart_resize(100, 100, min_pixels=784, max_pixels=3136)
     expected = np.asarray(source.resize(size[::-1], Image.Resampling.NEAREST))
     assert (nearest != bicubic).any()
     assert sorted(nearest[:, :196].ravel()) == sorted(expected[:, :, 0].ravel())

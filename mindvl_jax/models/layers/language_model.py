@@ -16,7 +16,7 @@ from mindvl_jax.models.batch import Batch
 from mindvl_jax.models.layers.config import DeepSeekV3TextConfig, Qwen3MoETextConfig, TextConfig
 from mindvl_jax.models.layers.decoder import Decoder
 from mindvl_jax.models.layers.moe import Routing
-from mindvl_jax.models.layers.routed import DeepSeekV3Decoder, Qwen3MoEDecoder
+from mindvl_jax.models.layers.routed_decoders import DeepSeekV3Decoder, Qwen3MoEDecoder
 from mindvl_jax.parallel.activations import within_rows
 from mindvl_jax.parallel.attention import order_of_places
 from npu_bridge import ops

@@ -5,7 +5,15 @@ import dataclasses
 import pytest
 
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.parallel.schedules import bubble, gpipe, interleaved, one_f_one_b, picture, simulate, zero_bubble
+from mindvl_jax.parallel.pipeline_schedules import (
+    bubble,
+    gpipe,
+    interleaved,
+    one_f_one_b,
+    picture,
+    simulate,
+    zero_bubble,
+)
 
 TIMES = {"F": 3.0, "B": 6.0}
 EQUAL = {"F": 1.0, "B": 1.0, "W": 1.0}
