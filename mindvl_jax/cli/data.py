@@ -147,6 +147,7 @@ class _Checked(NamedTuple):
 
 def _to_check(args: argparse.Namespace) -> _Checked:
     from mindvl_jax.config import families
+    from mindvl_jax.models.layers.text_processor import text_limits
     from mindvl_jax.models.vision_language.example import EncodeLimits
     from mindvl_jax.models.vision_language.processor import training_limits
 
@@ -162,7 +163,8 @@ def _to_check(args: argparse.Namespace) -> _Checked:
         names = list(dict.fromkeys(entry.source for entry in mixture))
         weights = {name: sum(entry.weight for entry in mixture if entry.source == name) for name in names}
         sources = {name: config.data.sources[name] for name in names}
-        return _Checked(sources, weights, config.model, training_limits(config, args.phase), config.tokenizer)
+        limits = (training_limits if hasattr(config.model, "vision") else text_limits)(config, args.phase)
+        return _Checked(sources, weights, config.model, limits, config.tokenizer)
     if args.preset not in families.preset_names():
         raise UserError(f"--preset {args.preset!r} is not known; there are {', '.join(families.preset_names())}")
     limits = EncodeLimits(min_pixels=args.min_pixels, max_pixels=args.max_pixels, max_tokens=args.max_tokens)
@@ -172,13 +174,15 @@ def _to_check(args: argparse.Namespace) -> _Checked:
 
 def _check(args: argparse.Namespace) -> int:
     from mindvl_jax.data.sources.readers import open_sources
+    from mindvl_jax.models.layers.text_processor import TextEncoder
     from mindvl_jax.models.vision_language.check import advice, check_source
     from mindvl_jax.models.vision_language.check_page import write_page
     from mindvl_jax.models.vision_language.example import ExampleEncoder
     from mindvl_jax.models.vision_language.processor import cached_tokenizer
 
     sources, weights, model, limits, tokenizer = _to_check(args)
-    encoder = ExampleEncoder(model, cached_tokenizer(tokenizer), limits)
+    sees = hasattr(model, "vision")
+    encoder = (ExampleEncoder if sees else TextEncoder)(model, cached_tokenizer(tokenizer), limits)
     findings = []
     with counting(LogConsole(stderr=True, stamp=False)) as show:
         for source in open_sources(sources, list(sources)):
@@ -189,8 +193,8 @@ def _check(args: argparse.Namespace) -> int:
                     source,
                     sources[source.name].path,
                     encoder,
-                    model.vision,
-                    decode=not args.headers_only,
+                    model.vision if sees else None,
+                    decode=sees and not args.headers_only,
                     resample=limits.resample,
                     progress=advance,
                 )

@@ -6,26 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from mindvl_jax.config.schema import Config, PhaseConfig
-from mindvl_jax.core.errors import UserError
 from mindvl_jax.data import epochs, loader
 from mindvl_jax.data.processor import BatchSpec
-from mindvl_jax.models.registry import SPECS, spec_of
+from mindvl_jax.models.registry import spec_of
 from mindvl_jax.models.spec import Named
 
 
 def processor_of(config: Config) -> Named:
-    """Processor class of the model's family.
-
-    Raises:
-      UserError: the family has none, so it cannot be trained.
-    """
-    spec = spec_of(config.model)
-    if spec.processor is None:
-        raise UserError(
-            f"model.family={spec.name} cannot be trained: nothing makes batches for it; families that can: "
-            + ", ".join(name for name, other in SPECS.items() if other.processor)
-        )
-    return spec.processor
+    """Processor class of the model's family."""
+    return spec_of(config.model).processor
 
 
 def batch_spec(config: Config, phase: PhaseConfig) -> BatchSpec:

@@ -52,7 +52,7 @@ class ModelSpec:
     config: type[ModelConfig]
     presets: Mapping[str, Callable[[], ModelConfig]]
     build: Callable[..., Any]
-    processor: Named | None
+    processor: Named
     counts: Named | None
     objective: str
     hf: Named | None

@@ -124,7 +124,8 @@ def _bounded_samples(config: Config, phases: Sequence[int]) -> Iterator[Change]:
 
 
 def _shorter_rows(config: Config, phases: Sequence[int]) -> Iterator[Change]:
-    unit = config.model.vision.merge_unit
+    vision = getattr(config.model, "vision", None)
+    unit = 1 if vision is None else vision.merge_unit
     for divisor in (2, 4, 8):
         overrides = []
         for index in phases:
@@ -142,7 +143,9 @@ def _shorter_rows(config: Config, phases: Sequence[int]) -> Iterator[Change]:
 
 def _bounded_images(config: Config, index: int, patches: int) -> list[str]:
     """Overrides that limit images to `patches`."""
-    phase, vision = config.training.phases[index], config.model.vision
+    phase, vision = config.training.phases[index], getattr(config.model, "vision", None)
+    if vision is None:
+        return []
     patches = patches // vision.merge_unit * vision.merge_unit
     pixels = patches * vision.patch_size**2
     overrides = [f"training.phases[{index}].max_image_patches={patches}"]
@@ -181,7 +184,9 @@ def _splits(config: Config, tensor: int) -> bool:
 
     Dims that do not divide are replicated, which saves nothing.
     """
-    return config.model.text.num_kv_heads % tensor == 0 and config.model.vision.num_heads % tensor == 0
+    text, vision = config.model.text, getattr(config.model, "vision", None)
+    heads = [getattr(text, "num_kv_heads", text.num_heads), *([] if vision is None else [vision.num_heads])]
+    return all(count % tensor == 0 for count in heads)
 
 
 def search(

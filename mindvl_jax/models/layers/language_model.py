@@ -129,8 +129,10 @@ def _as_attention_wants(batch: Batch) -> tuple[Batch, np.ndarray | None]:
     order = order_of_places(batch.tokens.shape[-1])
     if order is None:
         return batch, None
-    fields = ("tokens", "targets", "loss_weights", "segment_ids", "positions", "visual_index")
-    return batch.replace(**{name: jnp.take(getattr(batch, name), order, axis=-1) for name in fields}), order
+    names = ("tokens", "targets", "loss_weights", "segment_ids", "positions", "visual_index")
+    fields = {name: getattr(batch, name) for name in names}
+    moved = {name: jnp.take(value, order, axis=-1) for name, value in fields.items() if value is not None}
+    return batch.replace(**moved), order
 
 
 def _in_order(values_BT: jax.Array, order: np.ndarray | None) -> jax.Array:

@@ -64,7 +64,7 @@ def check_source(
     source: Source,
     path: str,
     encoder: ExampleEncoder,
-    vision: PatchGeometry,
+    vision: PatchGeometry | None,
     *,
     decode: bool,
     resample: str = "bicubic",

@@ -128,10 +128,10 @@ def collate(
     return PackedBatch(batch, tuple(tuple(example.id for example in row) for row in rows))
 
 
-def _write_row(batch: Batch, index: int, row: Sequence[Example], vision: PatchGeometry) -> None:
+def write_text(batch: Batch, index: int, row: Sequence[Example]) -> np.ndarray:
+    """Write the fields of a row that text fills, one example after another; return the examples' lengths."""
     lengths = np.array([example.length for example in row])
-    groups = np.array([example.patches for example in row]) // vision.merge_unit
-    T, P = int(lengths.sum()), int(groups.sum()) * vision.merge_unit
+    T = int(lengths.sum())
     batch.tokens[index, :T] = np.concatenate([example.tokens for example in row])
     batch.targets[index, :T] = np.concatenate([example.targets for example in row])
     batch.loss_weights[index, :T] = np.concatenate([example.loss_weights for example in row])
@@ -139,6 +139,13 @@ def _write_row(batch: Batch, index: int, row: Sequence[Example], vision: PatchGe
     batch.source_ids[index, :T] = np.repeat([example.source for example in row], lengths)
     batch.positions[index, :, :T] = np.concatenate([example.positions for example in row], axis=1)
     batch.segment_lengths[index, : len(row)] = lengths
+    return lengths
+
+
+def _write_row(batch: Batch, index: int, row: Sequence[Example], vision: PatchGeometry) -> None:
+    lengths = write_text(batch, index, row)
+    groups = np.array([example.patches for example in row]) // vision.merge_unit
+    T, P = int(lengths.sum()), int(groups.sum()) * vision.merge_unit
     if P == 0:
         return
     visual = np.concatenate([example.visual_index for example in row])

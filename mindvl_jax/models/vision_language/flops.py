@@ -56,10 +56,12 @@ class FlopCounter:
 
     def __call__(self, counts: Mapping[str, float]) -> StepFlops:
         """A multiply-add is two operations."""
-        text, vision = self._model.text, self._model.vision
+        text, vision = self._model.text, getattr(self._model, "vision", None)
         language = 2 * (self._language_kernels * counts["tokens"] + self._head * counts["label_tokens"])
         # Scores and weighted values: two products; causal attention needs half of the square.
         language += self._language_attention * 2 * text.pair_products * counts["segment_squares"]
+        if vision is None:
+            return StepFlops(language=language, vision=0.0)
         tower = 2 * (
             self._vision_kernels * counts["patches"] + self._projector_kernels * counts["patches"] / vision.merge_unit
         )

@@ -24,7 +24,7 @@ class WorkModel:
     @classmethod
     def of(cls, model: Any) -> WorkModel:
         """Count matrix products of a decoder layer and a vision block (window attention is linear in patches)."""
-        text, vision = model.text, model.vision
+        text, vision = model.text, getattr(model, "vision", None)
         if not hasattr(vision, "depth"):  # a language model alone: no tower, no work for patches
             return cls(
                 token=text.token_products + text.hidden_size * text.vocab_size,
