@@ -70,7 +70,7 @@ class Progress:
 def _fingerprints(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     def one(x: jax.Array) -> jax.Array:
         width = jnp.dtype(x.dtype).itemsize
-        bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[width]).astype(jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]).astype(jnp.uint32)
         # An odd weight for each element: swapped values change the sum too. Integer sums wrap and do not depend on the
         # mesh.
         place = jnp.zeros(bits.shape, jnp.uint32)

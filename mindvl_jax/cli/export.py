@@ -65,6 +65,10 @@ def _export_adapter(out: Path, opened, layout, parameters) -> int:
         )
     write_adapter(out, opened.model_config, layout, parameters, base=opened.config.run.init_from)
     count = sum(value.size for path, value in parameters.items() if is_adapter(path))
+    if opened.config.adapters.base == "nf4":
+        print(
+            "trained on a base in NF4: on the weights that it was made of answers differ a little; `--merge` keeps it"
+        )
     print(
         f"{out}: {count:,} adapter parameters on {len(layout)} stacked layers (opened by PEFT and `mindvl "
         "generate --adapter`)"
@@ -85,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out).expanduser()
     _require_possible(args, out)
     common.load_slow("mindvl_jax.weights.resolve")
-    from mindvl_jax.models.adapters import merge
+    from mindvl_jax.models.adapters import dequantized, merge
     from mindvl_jax.weights.adapter_layout import layout_of
     from mindvl_jax.weights.card import base_dtype, base_of, keep_generation_settings, write_card
     from mindvl_jax.weights.companions import write_companions
@@ -107,6 +111,12 @@ def run(args: argparse.Namespace) -> int:
             layout = layout_of(adapters, config)
             if not args.merge:
                 return _export_adapter(out, opened, layout, parameters)
+            if adapters.base == "nf4":
+                print(
+                    f"merging onto the base as {args.source} holds it, dequantised from NF4; "
+                    "not onto the weights that it was made of"
+                )
+                parameters = dequantized(parameters, config.param_dtype)
             parameters = merge(parameters, layout)
         tokenizer, pixels = opened.tokenizer, (opened.min_pixels, opened.max_pixels)
     else:

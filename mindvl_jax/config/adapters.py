@@ -29,6 +29,11 @@ class AdaptersConfig(Section):
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) in place of alpha / rank.")
     dora: bool = Field(False, description="Learn the norm of each output apart from its direction.")
     dropout: Literal[0, 0.0] = Field(0, description="Only 0: dropout on the adapters' input is not built.")  # type: ignore[valid-type]
+    base: Literal["nf4"] | None = Field(
+        None,
+        description="nf4: hold the matrices of the layers in four bits (QLoRA) and dequantise them layer by layer; "
+        "none: as model.param_dtype says.",
+    )
     init_from: str | None = Field(
         None, description="PEFT folder to start from; its targets, rank and alpha must be those given here."
     )

@@ -20,6 +20,19 @@ from mindvl_jax.core.errors import UserError
 
 Params = dict[str, jax.Array]
 
+NF4_LEAVES = ("nf4_codes", "nf4_absmax")
+"""Names that stand in place of `kernel` where a matrix is held in NF4: two weights a byte, and the blocks' absmax."""
+
+
+def in_nf4(path: str) -> bool:
+    """Whether a parameter path belongs to a matrix in NF4."""
+    return path.rsplit("/", 1)[-1] in NF4_LEAVES
+
+
+def count_weights(path: str, like: Any) -> int:
+    """Weights that an array of a model stands for: its size, but two of each byte in NF4 and none of its absmax."""
+    return like.size * {"nf4_codes": 2, "nf4_absmax": 0}.get(path.rsplit("/", 1)[-1], 1)
+
 
 @functools.lru_cache(maxsize=1024)
 def _glob_pattern(glob: str) -> re.Pattern[str]:

@@ -14,15 +14,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.params import in_nf4
 from mindvl_jax.models.layers.linear import Linear, parameter
 from mindvl_jax.models.layers.lora import adapter_scale, initial_lora_a
+from mindvl_jax.models.layers.nf4 import BLOCK, Nf4, can_hold, dequantized_kernel, quantize
 from mindvl_jax.parallel.rules import partition_spec
 
 LEAVES = ("lora_a", "lora_b", "lora_magnitude")
@@ -106,6 +109,44 @@ def attach(model: nnx.Module, layout: Layout, rngs: nnx.Rngs) -> nnx.Module:
             linear.lora_magnitude = parameter(base_magnitude(kernel), (*lead_names, out_name))
         linear.lora_scale = adapter.scale
     return model
+
+
+def hold_in_nf4(model: nnx.Module, paths: Iterable[str]) -> nnx.Module:
+    """Put the kernels of stacked linear layers into NF4, in place; layers outside stacks stay as they are.
+
+    Raises:
+      UserError: a matrix that is not a whole number of blocks.
+    """
+    for path in sorted(paths):
+        linear = _module(model, path)
+        kernel, names = linear.kernel[...], linear.kernel.get_metadata()["out_sharding"]
+        if kernel.ndim != 3:
+            continue
+        inputs, outputs = kernel.shape[1:]
+        if not can_hold(inputs, outputs):
+            raise UserError(
+                f"adapters.base: nf4 cannot hold {path}: {inputs} x {outputs} weights are not a whole number of blocks "
+                f"of {BLOCK}"
+            )
+        # A block that reaches into the next row cannot be split: such matrices are whole on every device.
+        whole_rows = inputs % BLOCK == 0
+        of_codes = (names[2], names[1]) if whole_rows else (None, None)
+        matrix = quantize(kernel)
+        linear.kernel = None
+        linear.nf4_codes = parameter(matrix.codes, (names[0], *of_codes))
+        linear.nf4_absmax = parameter(matrix.absmax, (names[0], *(of_codes if whole_rows else (None,))))
+    return model
+
+
+def dequantized(params: Mapping[str, jax.Array], dtype) -> dict[str, jax.Array]:
+    """Parameters by path, with a `kernel` in `dtype` for every matrix in NF4; the others as they are."""
+    plain = {path: value for path, value in params.items() if not in_nf4(path)}
+    expand = jax.jit(dequantized_kernel, static_argnums=1)
+    for path, codes in params.items():
+        module, _, leaf = path.rpartition("/")
+        if leaf == "nf4_codes":
+            plain[f"{module}/kernel"] = expand(Nf4(codes, params[f"{module}/nf4_absmax"]), jnp.dtype(dtype))
+    return dict(sorted(plain.items()))
 
 
 def base_magnitude(kernel: jax.Array) -> jax.Array:

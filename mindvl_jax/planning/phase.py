@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from mindvl_jax.config.schema import Config, MeshConfig
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.params import count_weights
 from mindvl_jax.data.processor import BatchSpec
 from mindvl_jax.models.loading import batch_spec
 from mindvl_jax.models.outline import outline_of
@@ -26,7 +27,7 @@ from mindvl_jax.objectives.registry import make_objective
 from mindvl_jax.parallel.mesh import AXES, mesh_shape
 from mindvl_jax.parallel.possible import require_possible
 from mindvl_jax.parallel.rules import batch_sharding, require_rows
-from mindvl_jax.training import ema
+from mindvl_jax.training import ema, nf4_base
 from mindvl_jax.training import state as states
 from mindvl_jax.training.muon import optimizer_init, require_matrices
 from mindvl_jax.training.optimizer import learning_rates, parameter_rules
@@ -163,6 +164,7 @@ class Planner:
         self.mesh = abstract_mesh(config.mesh)
         require_possible(config, self.mesh.shape)
         self.outline = outline_of(config.model, config.adapters)
+        nf4_base.require_possible(config, self.outline, self.mesh)
         self.parts = [parts_of(config, index, self.mesh) for index in range(len(config.training.phases))]
         self._measured: dict[tuple, Measured] = {}
 
@@ -218,7 +220,7 @@ class Planner:
         rows = rows | measured.extra
 
         def numbers(paths):
-            return sum(self.outline.shapes[path].size for path in paths)
+            return sum(count_weights(path, self.outline.shapes[path]) for path in paths)
 
         return PhasePlan(
             phase.name,

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from mindvl_jax.config.schema import Config, PhaseConfig
 from mindvl_jax.core import processor
-from mindvl_jax.core.params import Outline, matches_any
+from mindvl_jax.core.params import Outline, count_weights, matches_any
 from mindvl_jax.core.progress import LogConsole, duration, heartbeat
 from mindvl_jax.data.processor import BatchSpec
 from mindvl_jax.parallel.mesh import describe_mesh
@@ -136,7 +136,7 @@ def parameter_table(config: Config, outline: Outline) -> Table:
         parts[path.split("/")[0]].append(path)
 
     def size(paths):
-        return sum(math.prod(outline.shapes[path].shape) for path in paths)
+        return sum(count_weights(path, outline.shapes[path]) for path in paths)
 
     for part, paths in parts.items():
         cells = []

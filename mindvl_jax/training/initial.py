@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,9 +14,11 @@ from rich.console import Console
 from mindvl_jax.checkpoints.checkpoint import abstract_params
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.core.params import Outline, Params, flatten
-from mindvl_jax.models.adapters import base_magnitude, is_adapter
+from mindvl_jax.core.params import NF4_LEAVES, Outline, Params, flatten
+from mindvl_jax.models.adapters import base_magnitude, dequantized, is_adapter
 from mindvl_jax.models.layers.lora import initial_lora_a
+from mindvl_jax.models.outline import outline_of
+from mindvl_jax.training import nf4_base
 from mindvl_jax.training.state import initial_params
 from mindvl_jax.weights.adapter_layout import layout_of
 from mindvl_jax.weights.adapters import read_adapter, require_layout
@@ -34,14 +35,13 @@ def starting_params(config: Config, outline: Outline, mesh: Mesh, console: Conso
     if source is None and config.adapters is None:
         return initial_params(outline, mesh, config.run.seed)
     if config.adapters is not None:
-        base = dataclasses.replace(
-            outline, shapes={path: shape for path, shape in outline.shapes.items() if not is_adapter(path)}
-        )
-        params = (
-            starting_params(config.model_copy(update=dict(adapters=None)), base, mesh, console)
-            if source
-            else initial_params(outline, mesh, config.run.seed)
-        )
+        if source is None:
+            params = initial_params(outline, mesh, config.run.seed)
+        else:
+            base = outline_of(config.model)
+            params = starting_params(config.model_copy(update=dict(adapters=None)), base, mesh, console)
+            if config.adapters.base == "nf4":
+                params = nf4_base.hold(params, outline, mesh)
         return {**params, **starting_adapters(config, outline, params, mesh, console)}
     console.print(f"starting from the weights of {source}")
     given = flatten(nnx.state(open_model(source, mesh=mesh).model, nnx.Param))
@@ -87,20 +87,23 @@ def starting_adapters(
         }
 
     def fresh(key: jax.Array, kernels: Mapping[str, jax.Array]) -> Params:
-        made = {}
+        made, plain = {}, dequantized(kernels, jnp.float32)
         for number, (path, want) in enumerate(sorted(target.items())):
             module, _, leaf = path.rpartition("/")
             if leaf == "lora_a":
                 made[path] = initial_lora_a(jax.random.fold_in(key, number), want.shape)
             else:
-                made[path] = jnp.zeros(want.shape, want.dtype) if leaf == "lora_b" else base_magnitude(kernels[module])
+                made[path] = (
+                    jnp.zeros(want.shape, want.dtype) if leaf == "lora_b" else base_magnitude(plain[f"{module}/kernel"])
+                )
         return made
 
     # Only DoRA reads the kernels: they may be most of the model.
+    with_magnitude = {path.rpartition("/")[0] for path in target if path.endswith("/lora_magnitude")}
     kernels = {
-        path.rpartition("/")[0]: base[path.rpartition("/")[0] + "/kernel"]
-        for path in target
-        if path.endswith("/lora_magnitude")
+        path: value
+        for path, value in base.items()
+        if path.rpartition("/")[0] in with_magnitude and path.endswith(("/kernel", *NF4_LEAVES))
     }
     make = jax.jit(fresh, out_shardings={path: want.sharding for path, want in target.items()})
     return make(jax.random.fold_in(jax.random.key(config.run.seed), 1), kernels)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.core.params import Outline, Params, matches_any, require_matches
+from mindvl_jax.core.params import Outline, Params, in_nf4, matches_any, require_matches
 from mindvl_jax.parallel.rules import over_data, parameter_shardings, replicated
 from mindvl_jax.training.optimizer import adam_state
 
@@ -54,10 +54,17 @@ def split_trained(paths: Sequence[str], globs: Sequence[str], where: str) -> tup
     """(trained, frozen) paths.
 
     Raises:
-      UserError: a glob matches nothing, nothing at all is trained, or base weights would learn beside their adapters.
+      UserError: a glob matches nothing, nothing at all is trained, or base weights would learn beside their adapters
+        or in four bits.
     """
     require_matches(paths, globs, where)
     trained = [path for path in paths if matches_any(path, globs)]
+    if four_bits := [path for path in trained if in_nf4(path)]:
+        raise UserError(
+            f"{where} selects {four_bits[0]}, a matrix that adapters.base: nf4 holds in four bits, which cannot learn. "
+            "Leave `train` out to train the adapters alone, name **/lora_* and parts outside the layers, or leave "
+            "adapters.base out"
+        )
     adapted = {path.removesuffix("/lora_b") for path in paths if path.endswith("/lora_b")}
     bases = [path for path in trained if path.removesuffix("/kernel") in adapted]
     if bases:

@@ -26,7 +26,7 @@ from mindvl_jax.models.loading import resolve_epochs
 from mindvl_jax.models.outline import outline_of
 from mindvl_jax.parallel.possible import require_possible
 from mindvl_jax.parallel.rules import row_share
-from mindvl_jax.training import ema, loggers, replay, resume, scoring
+from mindvl_jax.training import ema, loggers, nf4_base, replay, resume, scoring
 from mindvl_jax.training import state as states
 from mindvl_jax.training.backend import Backend, make_backend, use_compilation_cache
 from mindvl_jax.training.devices import chosen_mesh
@@ -138,6 +138,7 @@ class Trainer:
         self.peak = config.logging.peak_flops or known_peak(self.device_kind)
         self.total_steps = sum(phase.steps for phase in config.training.phases)
         ema.require_possible(config)
+        nf4_base.require_possible(config, self.outline, self.mesh)
         self.ema: ema.MovingAverage | None = None
         # By what stands in them: phases with equal keys share what was compiled.
         self.programs: dict[tuple, StepPrograms] = {}

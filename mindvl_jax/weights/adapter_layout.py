@@ -86,6 +86,11 @@ def published_linears(config: Any) -> tuple[PublishedLinear, ...]:
     return _tables(config)[0]
 
 
+def linear_modules(config: Any) -> tuple[str, ...]:
+    """Module paths of the linear layers that can take an adapter."""
+    return tuple(path for linear in published_linears(config) for path in linear.modules)
+
+
 def names_that_cannot_adapt(config: Any) -> tuple[str, ...]:
     """Published modules with a weight that take no adapter here: embeddings, norms, the patch convolution, the output
     matrix.

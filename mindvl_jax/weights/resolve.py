@@ -16,7 +16,7 @@ from mindvl_jax.checkpoints import id_table as vocabulary
 from mindvl_jax.checkpoints.checkpoint import load_params, locate
 from mindvl_jax.checkpoints.names import EMA, ID_TABLE, is_run, named_folder
 from mindvl_jax.config.schema import Config, ModelConfig, TokenizerConfig
-from mindvl_jax.core.params import flatten
+from mindvl_jax.core.params import flatten, in_nf4
 from mindvl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from mindvl_jax.models.adapters import attach_values
 from mindvl_jax.models.hf import Pixels
@@ -96,7 +96,7 @@ def _open_run(folder: Path, mesh: Mesh | None, dtype, ema: bool) -> OpenedModel:
         )
     require_finite(values, folder)
     if dtype is not None:
-        values = {path: value.astype(dtype) for path, value in values.items()}
+        values = {path: value if in_nf4(path) else value.astype(dtype) for path, value in values.items()}
     last = config.training.phases[-1]
     pixels = (config.evaluation.min_pixels or last.min_pixels, config.evaluation.max_pixels or last.max_pixels)
     return OpenedModel(

@@ -4,13 +4,17 @@ dequantize_4bit on random matrices).
 
 import json
 from pathlib import Path
+from statistics import NormalDist
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from mindvl_jax.cli.main import main
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.models.layers.nf4 import TABLE, quantize
+from mindvl_jax.models.layers.nf4 import dequantize as on_device
 from mindvl_jax.weights.nf4 import INDEX, SIBLINGS, STATE, dequantize, dequantize_folder
 
 RECORDED = load_file(Path(__file__).parent / "recorded" / "nf4_bitsandbytes_0_50_2.safetensors")
@@ -24,6 +28,38 @@ def test_values_have_the_bits_of_bitsandbytes(name):
     )
     expected = RECORDED[f"expected.{name}"]
     assert (found.dtype, found.shape, found.tobytes()) == (expected.dtype, expected.shape, expected.tobytes())
+
+
+def test_the_table_is_the_normal_distributions_of_the_paper():
+    """arXiv 2305.14314, appendix E: 8 quantiles above zero, 7 below, zero itself, over the largest."""
+    ends, normal = 0.9677083, NormalDist()
+    above = [normal.inv_cdf(p) for p in np.linspace(ends, 0.5, 9)[:-1]]
+    below = [-normal.inv_cdf(p) for p in np.linspace(ends, 0.5, 8)[:-1]]
+    np.testing.assert_allclose(TABLE, np.sort([*above, 0, *below]) / max(above), atol=2e-7)
+    assert all(np.array_equal(RECORDED[f"{name}.quant_map"], TABLE) for name in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quantising_on_the_device_gives_the_bytes_of_bitsandbytes(name):
+    expected = jnp.asarray(RECORDED[f"expected.{name}"])
+    matrix = quantize(expected.T)
+    assert np.asarray(matrix.codes).tobytes() == RECORDED[name].tobytes()
+    if f"{name}.nested_absmax" not in RECORDED:
+        assert np.asarray(matrix.absmax).tobytes() == RECORDED[f"{name}.absmax"].tobytes()
+        assert np.asarray(on_device(matrix, expected.dtype)).tobytes() == RECORDED[f"expected.{name}"].tobytes()
+
+
+def test_each_weight_gets_the_nearest_value_of_the_table_in_its_block_of_the_published_order():
+    published = np.random.default_rng(0).normal(size=(8, 24)).astype(np.float32)  # blocks reach into the next row
+    published.reshape(-1)[64:128] = 0
+    matrix = quantize(jnp.asarray(published.T))
+    blocks = published.reshape(-1, 64)
+    absmax = np.abs(blocks).max(1)
+    nearest = np.abs(blocks[..., None] / np.where(absmax == 0, 1, absmax)[:, None, None] - TABLE).argmin(-1)
+    codes = nearest.reshape(8, 12, 2)
+    assert np.array_equal(np.asarray(matrix.codes), codes[..., 0] * 16 + codes[..., 1])
+    values = (TABLE[nearest] * absmax[:, None]).reshape(8, 24)
+    assert np.array_equal(np.asarray(on_device(matrix, jnp.float32)), values)
 
 
 @pytest.fixture

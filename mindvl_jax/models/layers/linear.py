@@ -16,6 +16,7 @@ from flax import nnx
 from flax.core import spmd
 
 from mindvl_jax.models.layers.lora import adapted_linear
+from mindvl_jax.models.layers.nf4 import Nf4, product
 from mindvl_jax.parallel.activations import constrain_features, constrain_whole
 from npu_bridge import ops
 
@@ -44,12 +45,15 @@ class Linear(nnx.Module):
     """`x @ kernel (+ bias)`.
 
     Attributes:
-      kernel: (D, F), or (L, D, F) stacked.
+      kernel: (D, F), or (L, D, F) stacked; None where the matrix is held in NF4.
+      nf4_codes, nf4_absmax: of such a matrix, set by `models.adapters.hold_in_nf4`; see `layers.nf4`.
       bias: (F,), or (L, F) stacked; None without.
       lora_a, lora_b, lora_magnitude, lora_scale: of a low-rank adapter, set by `models.adapters.attach`; see
         `layers.lora`.
     """
 
+    nf4_codes: nnx.Param | None = None
+    nf4_absmax: nnx.Param | None = None
     lora_a: nnx.Param | None = None
     lora_b: nnx.Param | None = None
     lora_magnitude: nnx.Param | None = None
@@ -74,9 +78,10 @@ class Linear(nnx.Module):
         self.bias = parameter(jnp.zeros((*lead, outputs), dtype), (*lead_names, names[1])) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
+        bias = None if self.bias is None else self.bias[...]
+        kernel = self.kernel[...] if self.nf4_codes is None else Nf4(self.nf4_codes[...], self.nf4_absmax[...])
         if self.lora_a is None:
-            y = ops.linear(x, kernel, bias)
+            y = product(x, kernel, bias)
         else:
             magnitude = None if self.lora_magnitude is None else self.lora_magnitude[...]
             y = adapted_linear(x, kernel, bias, self.lora_a[...], self.lora_b[...], self.lora_scale, magnitude)

@@ -13,6 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from mindvl_jax.models.layers.nf4 import Nf4, dequantized_kernel, product
 from npu_bridge import ops
 
 
@@ -41,7 +42,7 @@ def merged_column_norm(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: flo
 
 def adapted_linear(
     x: jax.Array,
-    kernel: jax.Array,
+    kernel: jax.Array | Nf4,
     bias: jax.Array | None,
     a: jax.Array,
     b: jax.Array,
@@ -51,15 +52,16 @@ def adapted_linear(
     """`x W + s (x A) B (+ bias)`; with a magnitude `(m / n) (x W + s (x A) B) (+ bias)`, n the merged column norm.
 
     Args:
-      x: (.., D). kernel: (D, F). bias: (F,) or None. a: (D, r). b: (r, F). magnitude: (F,) for DoRA.
+      x: (.., D). kernel: (D, F), or in NF4. bias: (F,) or None. a: (D, r). b: (r, F). magnitude: (F,) for DoRA.
 
     n has no gradient (section 4.3 of the DoRA paper), as in PEFT.
     """
     with jax.named_scope("lora"):
         update = ops.linear(ops.linear(x, a), b) * jnp.asarray(scale, x.dtype)
     if magnitude is None:
-        return ops.linear(x, kernel, bias) + update
+        return product(x, kernel, bias) + update
     with jax.named_scope("dora"):
-        norm = merged_column_norm(*(jax.lax.stop_gradient(value) for value in (kernel, a, b)), scale)
-        y = (magnitude / norm).astype(x.dtype) * (ops.linear(x, kernel) + update)
+        whole = dequantized_kernel(kernel, x.dtype) if isinstance(kernel, Nf4) else kernel
+        norm = merged_column_norm(*(jax.lax.stop_gradient(value) for value in (whole, a, b)), scale)
+        y = (magnitude / norm).astype(x.dtype) * (product(x, kernel) + update)
     return y if bias is None else y + bias.astype(x.dtype)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from mindvl_jax.core.params import count_weights
 from mindvl_jax.models.counts import StepFlops
 
 
@@ -27,7 +28,7 @@ class FlopCounter:
             """Multiply-adds of a token in a parameter's matrix product; of all experts a token passes k."""
             if moe is not None and "/experts/" in path:
                 return math.prod(shapes[path].shape) * moe.experts_per_token / moe.experts
-            return float(math.prod(shapes[path].shape)) if path.endswith("/kernel") else 0.0
+            return float(count_weights(path, shapes[path])) if path.endswith(("/kernel", "/nf4_codes")) else 0.0
 
         def kernels(*prefixes: str) -> float:
             return float(sum(products(path) for path in shapes if path.startswith(prefixes)))
