@@ -76,6 +76,19 @@ def _export_adapter(out: Path, opened, layout, parameters) -> int:
     return 0
 
 
+def _merged(opened, layout, parameters):
+    """Parameters of a run with its adapters folded in; says so where the base was in four bits."""
+    from mindvl_jax.models.adapters import dequantized, merge
+
+    if opened.config.adapters.base == "nf4":
+        print(
+            f"merging onto the base as {opened.folder} holds it, dequantised from NF4; not onto the weights that it "
+            "was made of"
+        )
+        parameters = dequantized(parameters, opened.model_config.param_dtype)
+    return merge(parameters, layout)
+
+
 def _require_possible(args: argparse.Namespace, out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} exists and is not an empty folder; nothing is overwritten, name another")
@@ -89,7 +102,6 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out).expanduser()
     _require_possible(args, out)
     common.load_slow("mindvl_jax.weights.resolve")
-    from mindvl_jax.models.adapters import dequantized, merge
     from mindvl_jax.weights.adapter_layout import layout_of
     from mindvl_jax.weights.card import base_dtype, base_of, keep_generation_settings, write_card
     from mindvl_jax.weights.companions import write_companions
@@ -111,13 +123,7 @@ def run(args: argparse.Namespace) -> int:
             layout = layout_of(adapters, config)
             if not args.merge:
                 return _export_adapter(out, opened, layout, parameters)
-            if adapters.base == "nf4":
-                print(
-                    f"merging onto the base as {args.source} holds it, dequantised from NF4; "
-                    "not onto the weights that it was made of"
-                )
-                parameters = dequantized(parameters, config.param_dtype)
-            parameters = merge(parameters, layout)
+            parameters = _merged(opened, layout, parameters)
         tokenizer, pixels = opened.tokenizer, (opened.min_pixels, opened.max_pixels)
     else:
         from mindvl_jax.weights.assemble import assemble
