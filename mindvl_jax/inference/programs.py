@@ -105,8 +105,8 @@ def empty_slots(cache: Cache, slots: int, vocabulary: int) -> Slots:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefilled:
-    """Result of prefilling R rows: keys and values (L, R, T, K, H), hidden states after the final norm (R, T, D),
-    tokens (R, T).
+    """Result of prefilling R rows: keys and values (L, R, T, K, H), or what else the decoder's cache keeps
+    (L, R, T, ..); hidden states after the final norm (R, T, D), tokens (R, T).
     """
 
     keys: jax.Array
@@ -162,14 +162,16 @@ def unstack_layers(graphdef, params) -> DecodeParams | None:
 @partial(jax.jit, static_argnames=("graphdef",))
 def _unstack_layers(graphdef, params) -> DecodeParams:
     model = nnx.merge(graphdef, params)
-    stack = nnx.state(model.language.layers)
-    return DecodeParams(
-        tuple(
-            jax.tree.map(lambda leaf, number=number: leaf[number], stack)
-            for number in range(model.language.config.num_layers)
-        ),
-        model.head_kernel(),
+    layers = (
+        jax.tree.map(lambda leaf, number=number: leaf[number], stack)
+        for stack in map(nnx.state, model.language.stacks)
+        for number in range(_depth(stack))
     )
+    return DecodeParams(tuple(layers), model.head_kernel())
+
+
+def _depth(stack: nnx.State) -> int:
+    return jax.tree.leaves(stack)[0].shape[0]
 
 
 @partial(jax.jit, static_argnames=("graphdef", "has_pictures"))
@@ -248,7 +250,7 @@ def admit(slots: Slots, keys, values, places: Places, seen_NV, slot_N, token_N, 
     """Put N answers with their first tokens into slots.
 
     Args:
-      keys, values: (L, R, T, K, H) of the prefilled rows. places: of each answer's prompt in them; several answers may
+      keys, values: (L, R, T, ..) of the prefilled rows. places: of each answer's prompt in them; several answers may
         share one (n samples).
       slot_N: slot of each answer; a number past the last slot drops the entry (padding).
     """
@@ -297,12 +299,11 @@ def decode(
       (CHUNK, B, A); active (B,).
     """
     model = nnx.merge(graphdef, params)
-    layer = nnx.graphdef(model.language.layers)
-    layers, head = (
-        (None, None)
-        if decode_params is None
-        else ([nnx.merge(layer, state) for state in decode_params.layers], decode_params.head)
-    )
+    layers, head = None, None
+    if decode_params is not None:
+        kinds = [nnx.graphdef(stack) for stack in model.language.stacks for _ in range(_depth(nnx.state(stack)))]
+        layers = [nnx.merge(kind, state) for kind, state in zip(kinds, decode_params.layers, strict=True)]
+        head = decode_params.head
     B = slots.token.shape[0]
     at_start = jnp.sum(slots.active)
     # Rarely asked for, and a (B, V) table costs a small model a fifth of its step.

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.data.marks import literal, plain
+from mindvl_jax.data.marks import MEDIA_TOKENS, literal, plain
 from mindvl_jax.data.media.files import named_file
 from mindvl_jax.data.media.geometry import PatchGeometry
 from mindvl_jax.data.media.image import load_image
 from mindvl_jax.data.record import conversation
 from mindvl_jax.data.sample import Media, Message
+from mindvl_jax.data.text.tokenizer import TokenizerError
 from mindvl_jax.inference.buckets import Bucket, bucket_of
 from mindvl_jax.inference.request import Request
 from mindvl_jax.models.vision_language.batch import Batch, BatchShape
@@ -138,10 +139,11 @@ class _TextModel:
 
     vision: PatchGeometry
     text: Any
-    image_token_id: int
-    video_token_id: int
-    vision_start_token_id: int
-    vision_end_token_id: int
+    image_token_id: int | None
+    video_token_id: int | None
+    vision_start_token_id: int | None
+    vision_end_token_id: int | None
+    media_tokens: Mapping[str, str]
 
 
 def vision_of(model) -> PatchGeometry:
@@ -150,18 +152,17 @@ def vision_of(model) -> PatchGeometry:
 
 
 def prompt_config(model, tokenizer) -> Any:
-    """Configuration for the chat encoder. A language model alone takes its unused media tokens from the tokenizer."""
+    """Configuration for the chat encoder. A language model alone takes its unused media tokens from the tokenizer
+    where that has them.
+    """
     if hasattr(model.config, "vision"):
         return model.config
-    names = dict(
-        image_token_id="<|image_pad|>",
-        video_token_id="<|video_pad|>",
-        vision_start_token_id="<|vision_start|>",
-        vision_end_token_id="<|vision_end|>",
-    )
-    return _TextModel(
-        vision=_NO_VISION, text=model.config.text, **{key: tokenizer.token_id(name) for key, name in names.items()}
-    )
+    try:
+        ids = {key: tokenizer.token_id(name) for key, name in MEDIA_TOKENS.items()}
+        names = MEDIA_TOKENS
+    except TokenizerError:  # a vocabulary without them, such as DeepSeek's
+        ids, names = dict.fromkeys(MEDIA_TOKENS), {}
+    return _TextModel(vision=_NO_VISION, text=model.config.text, media_tokens=names, **ids)
 
 
 def without_media(request: Request) -> Request:

@@ -187,6 +187,11 @@ class Decoder(nnx.Module):
         x, (keys, values) = jax.lax.scan(step, inputs_BTD, stack, unroll=self.config.num_layers <= UNROLLED_LAYERS)
         return self.norm(x), keys, values
 
+    @property
+    def stacks(self) -> tuple[nnx.Module, ...]:
+        """The layers as stacks, in order: one stack for each kind of layer that follows another."""
+        return (self.layers,)
+
     def empty_cache(self, rows: int, places: int, dtype, *, unrolled: bool) -> Cache:
         """A cache of `places` slots a row for `read` and `extend`."""
         return KVCache.empty(self.config, rows, places, dtype, unrolled=unrolled)

@@ -1,13 +1,18 @@
 """Decoders with routed feed-forward layers: Qwen3-MoE and DeepSeek-V3 (references: transformers' Qwen3Moe, DeepseekV3).
 
-B rows, T tokens, D width, E experts, L routed layers.
+B rows, T tokens, D width, E experts, L layers; R width of a latent, P of a shared rotary key.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from mindvl_jax.models.layers.cache import LatentCache
 from mindvl_jax.models.layers.config import DeepSeekV3TextConfig, Qwen3MoETextConfig
 from mindvl_jax.models.layers.decoder import Attention, Decoder, Embedding, self_attention, transposed
 from mindvl_jax.models.layers.linear import GatedMLP, Linear, RMSNorm
@@ -92,6 +97,28 @@ class LatentLayer(nnx.Module):
                 D, config.intermediate_size, bias=False, rngs=rngs, dtype=dtype, layers=layers, residual_scale=scale
             )
 
+    def attend(self, x_BTD, tables, segment_ids_BT, segment_lengths, max_sample_length) -> tuple[jax.Array, ...]:
+        """Un-absorbed -> what the layer adds (B, T, D), and what a cache keeps: latents (B, T, R), shared keys
+        (B, T, P).
+        """
+        attention = self.attention
+        inputs = self.norm1(x_BTD)
+        nope, rotary = attention.queries(inputs, *tables)
+        latents, shared = attention.latents(inputs, *tables)
+        k, v = attention.keys_and_values(latents, shared)
+        q, scale = jnp.concatenate([nope, rotary], -1), softmax_scale(attention.config)
+        out = self_attention(q, k, v, segment_ids_BT, segment_lengths, max_sample_length, scale=scale)
+        return attention.finish(out), latents, shared
+
+    def feed_forward(self, x_BTD) -> jax.Array:
+        """For decoding, where nobody balances."""
+        inputs = self.norm2(x_BTD)
+        if hasattr(self, "moe"):
+            with jax.named_scope("moe"):
+                return x_BTD + self.moe(inputs, None)[0]
+        with jax.named_scope("mlp"):
+            return x_BTD + self.mlp(inputs)
+
 
 class DeepSeekV3Decoder(nnx.Module):
     """Token table, dense layers, routed layers, final norm, output matrix."""
@@ -115,21 +142,20 @@ class DeepSeekV3Decoder(nnx.Module):
         """(D, V): the output matrix, which is the token table when tied."""
         return transposed(self.embed.embedding[...]) if self.head is None else self.head.kernel[...]
 
+    @property
+    def stacks(self) -> tuple[LatentLayer, ...]:
+        """The layers as stacks, in order: dense ones where there are any, then routed ones."""
+        return (self.layers,) if self.dense is None else (self.dense, self.layers)
+
     def routed(
         self, inputs_BTD, positions_B3T, segment_ids_BT, *, segment_lengths=None, max_sample_length: int | None = None
     ) -> tuple[jax.Array, Routing]:
         """Hidden states (B, T, D) after the final norm, and what each routed layer's router did, stacked (L, ..)."""
-        tables, scale = rotary_tables(positions_B3T, self.config), softmax_scale(self.config)
+        tables = rotary_tables(positions_B3T, self.config)
 
         def attend(layer, x):
             def attention(layer, x):
-                inputs = layer.norm1(x)
-                nope, rotary = layer.attention.queries(inputs, *tables)
-                k, v = layer.attention.keys_and_values(*layer.attention.latents(inputs, *tables))
-                q = jax.numpy.concatenate([nope, rotary], -1)
-                return layer.attention.finish(
-                    self_attention(q, k, v, segment_ids_BT, segment_lengths, max_sample_length, scale=scale)
-                )
+                return layer.attend(x, tables, segment_ids_BT, segment_lengths, max_sample_length)[0]
 
             with jax.named_scope("attention"):
                 return x + rematerialise_attention(attention, self.remat)(layer, x)
@@ -152,3 +178,61 @@ class DeepSeekV3Decoder(nnx.Module):
 
     def __call__(self, inputs_BTD, positions_B3T, segment_ids_BT, **options) -> jax.Array:
         return self.routed(inputs_BTD, positions_B3T, segment_ids_BT, **options)[0]
+
+    def read(
+        self, inputs_BTD, positions_B3T, segment_ids_BT, *, segment_lengths=None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """As a call, and what a cache is filled with.
+
+        Returns:
+          hidden states (B, T, D) after the final norm, latents (L, B, T, R), shared keys (L, B, T, P).
+        """
+        tables = rotary_tables(positions_B3T, self.config)
+
+        def layer_step(x, layer):
+            out, *kept = layer.attend(x, tables, segment_ids_BT, segment_lengths, None)
+            return layer.feed_forward(x + out), kept
+
+        x, kept = inputs_BTD, []
+        for stack in self.stacks:
+            x, of_stack = scan_layers_with_aux(layer_step, x, stack)
+            kept.append(of_stack)
+        latents, shared = (jnp.concatenate(parts) for parts in zip(*kept, strict=True))
+        return self.norm(x), latents, shared
+
+    def empty_cache(self, rows: int, places: int, dtype, *, unrolled: bool) -> LatentCache:
+        """A cache of `places` slots a row for `read` and `extend`."""
+        return LatentCache.empty(self.config, rows, places, dtype, unrolled=unrolled)
+
+    def extend(
+        self, inputs_B1D, positions_B31, cache: LatentCache, place, lengths_B, *, layers: Sequence | None = None
+    ) -> tuple[jax.Array, LatentCache]:
+        """One more token of every row by absorbed attention over the cache; arguments as `Decoder.extend`'s."""
+        tables = rotary_tables(positions_B31, self.config)
+        seen_BS = cache.holds(place, lengths_B)
+
+        def layer_step(carry, layer_and_number):
+            (x, cache), (layer, number) = carry, layer_and_number
+            inputs = layer.norm1(x)
+            nope, rotary = layer.attention.queries(inputs, *tables)
+            latents, shared = layer.attention.latents(inputs, *tables)
+            cache = cache.write(number, latents[:, 0], shared[:, 0], place)
+            query = functools.partial(layer.attention.attend_absorbed, nope[:, 0], rotary[:, 0])
+            out = cache.attend(number, query, seen_BS)
+            return layer.feed_forward(x + layer.attention.finish(out[:, None])), cache
+
+        carry, first = (inputs_B1D, cache), 0
+        for stack in self.stacks:
+            depth = jax.tree.leaves(stack)[0].shape[0]
+            if cache.unrolled:
+                for number in range(depth):
+                    layer = (
+                        layers[first + number]
+                        if layers
+                        else jax.tree.map(lambda leaf, number=number: leaf[number], stack)
+                    )
+                    carry = layer_step(carry, (layer, first + number))
+            else:
+                carry = scan_layers(layer_step, carry, (stack, first + jnp.arange(depth)))
+            first += depth
+        return self.norm(carry[0]), carry[1]

@@ -1,10 +1,14 @@
 """Qwen3-VL with a routed decoder against transformers: what differs from the dense sizes."""
 
 import pytest
+import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
 from mindvl_jax.config import families
+from mindvl_jax.data.marks import MEDIA_TOKENS
+from mindvl_jax.inference import Generator, Request, Sampling
+from mindvl_jax.weights import open_model
 from tests.models import against_transformers as against
 
 VISION = dict(
@@ -18,11 +22,12 @@ VISION = dict(
     out_hidden_size=48,
 )
 
+TOKENS = dict(image_token_id=92, video_token_id=93, vision_start_token_id=90, vision_end_token_id=91)
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
+
+def published(folder, tokens=TOKENS, vocabulary=96):
     text = dict(
-        vocab_size=96,
+        vocab_size=vocabulary,
         hidden_size=48,
         intermediate_size=64,
         num_hidden_layers=3,
@@ -33,13 +38,14 @@ def made(tmp_path_factory):
         num_experts=6,
         num_experts_per_tok=2,
         max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
         tie_word_embeddings=False,
         rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2], mrope_interleaved=True),
     )
-    tokens = dict(image_token_id=92, video_token_id=93, vision_start_token_id=90, vision_end_token_id=91)
     config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=VISION, tie_word_embeddings=False, **tokens)
-    model = transformers.Qwen3VLMoeForConditionalGeneration(config)
-    folder = against.publish(model, tmp_path_factory.mktemp("qwen3-vl-moe"))
+    against.publish(transformers.Qwen3VLMoeForConditionalGeneration(config), folder)
     # transformers 5 writes experts outputs first and reads both orders; the released files hold inputs first.
     file = folder / "model.safetensors"
     tensors = {
@@ -47,7 +53,12 @@ def made(tmp_path_factory):
         for name, tensor in load_file(file).items()
     }
     save_file(tensors, file, metadata={"format": "pt"})
-    return against.opened(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return against.opened(published(tmp_path_factory.mktemp("qwen3-vl-moe")))
 
 
 def test_logits_and_gradients_of_packed_images_and_videos_equal_those_of_transformers(made):
@@ -59,6 +70,43 @@ def test_logits_and_gradients_of_packed_images_and_videos_equal_those_of_transfo
 
 def test_a_folder_comes_back_with_the_same_bytes_and_opens_in_transformers(made, tmp_path):
     against.check_round_trip(made.folder, tmp_path / "out", "qwen3_vl_moe")
+
+
+def test_greedy_answers_about_images_are_those_of_transformers(tmp_path):
+    """Prompts without, with one and with two images, answered together; there one by one."""
+    tokenizer = against.fixtures().byte_tokenizer(tmp_path)
+    tokens = {key: tokenizer.token_id(name) for key, name in MEDIA_TOKENS.items()}
+    folder = published(tmp_path / "model", tokens, tokenizer.vocab_size)
+    (folder / "tokenizer.json").write_bytes((tmp_path / "tokenizer.json").read_bytes())
+    reference, generator = against.load_reference(folder), Generator(open_model(folder), slots=3, context=128)
+    drawn, low, high = iter(against.fixtures().pictures(6, seed=9, largest=48)), 8 * 8, 8 * 8 * 12
+    images = {str(number): [next(drawn) for _ in range(number % 3)] for number in range(5)}
+    requests = [
+        Request.from_prompt(
+            "what is this? " * (1 + int(number) % 2),
+            shown,
+            id=number,
+            sampling=Sampling(max_new_tokens=4 + int(number)),
+            min_pixels=low,
+            max_pixels=high,
+        )
+        for number, shown in images.items()
+    ]
+    half = [0.5] * 3
+    processor = transformers.models.qwen2_vl.Qwen2VLImageProcessorPil(
+        size={"shortest_edge": low, "longest_edge": high}, patch_size=4, image_mean=half, image_std=half
+    )
+
+    def inputs_of(request, ids):
+        inputs = dict(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=(ids == tokens["image_token_id"]).int(),
+        )
+        shown = images[request.id]
+        return inputs | (dict(processor(images=shown, return_tensors="pt")) if shown else {})
+
+    against.check_greedy(generator, requests, reference, inputs_of, list(generator.eos_ids))
 
 
 @pytest.mark.parametrize(
