@@ -162,7 +162,7 @@ def test_stacked_layers_decode_as_unrolled_ones(dense):
         experts=4, experts_per_token=2, intermediate_size=8, shared_experts=1, scoring="sigmoid", renormalize=True
     )
     sizes = dict(q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=6)
-    text = dict(vocab_size=8, hidden_size=16, intermediate_size=8, num_layers=3, num_heads=2, dense_layers=dense)
+    text = dict(vocab_size=8, hidden_size=16, intermediate_size=8, num_layers=2, num_heads=2, dense_layers=dense)
     decoder = DeepSeekV3Decoder(DeepSeekV3TextConfig(**text, **sizes, moe=moe), rngs=nnx.Rngs(0), dtype=jnp.float32)
     assert len(decoder.stacks) == (2 if dense else 1)
     inputs = jnp.asarray(np.random.default_rng(0).normal(0, 1, (3, 2, 1, 16)), jnp.float32)
