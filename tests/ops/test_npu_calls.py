@@ -154,7 +154,7 @@ def test_attention_hands_its_statistics_on_as_the_kernel_made_them(form, padding
 def test_lengths_become_cumulative_ends_over_all_rows_with_padding_as_its_own_segment():
     lengths = torch.tensor([[3, 2, -1], [4, -1, -1], [2, 3, 1]])
     assert cumulative_lengths(lengths, 6) == [3, 5, 6, 10, 12, 14, 17, 18]
-    with pytest.raises(ValueError, match=r"\[3, 2, -1\] add up to 5, but a row has 4 places"):
+    with pytest.raises(ValueError, match=r"\[3, 2, -1\] add up to 5, but a row has 4 positions"):
         cumulative_lengths(lengths, 4)
 
 

@@ -174,7 +174,7 @@ def test_without_a_mesh_the_one_that_training_would_choose_is_planned():
     rows = [f"training.phases[{index}].rows=8" for index in range(4)]
     meshes = [command.load(SMOKE, rows, 8, memory).mesh for memory in (2**34, 2**23, None)]
     assert [(mesh.data, mesh.fsdp) for mesh in meshes] == [(8, 1), (1, 8), (1, 8)], "small, too large, unknown"
-    assert command.load(SMOKE, [], None).mesh.filled == command.load(SMOKE, [], 1).mesh
+    assert command.load(SMOKE, [], None).mesh.filled == command.load(SMOKE, [], 1).mesh.filled
 
 
 def test_mesh_that_takes_what_is_left_asks_for_the_number_of_devices():
