@@ -267,6 +267,10 @@ struct Result {
 // A row that attends nothing has no softmax. The kernel gives zeros where it knows of such rows (mode 3 with more queries than keys, or
 // inner_precise 2); elsewhere its result is undefined, and NaN here.
 Result forward(const Piece& p, const Inputs& in, const Options& o) {
+  if (!p.k.size(2)) {  // queries of a sequence without keys (equal ends in actual_seq_kvlen) attend nothing either
+    Tensor undefined = p.q.new_full({p.q.size(0), p.q.size(1), p.q.size(2), 1}, NAN);
+    return {undefined.expand({-1, -1, -1, p.v.size(3)}), undefined, undefined};
+  }
   Tensor peak = p.logits.amax(-1, true);
   Tensor sink = in.sink.defined() ? in.sink.reshape({1, -1, 1, 1}) : Tensor();
   if (sink.defined()) peak = at::maximum(peak, sink);
