@@ -101,7 +101,7 @@ class MeshConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How programs use the axes of the mesh."""
+    """Use of the mesh's axes by compiled programs."""
 
     context_attention: Literal["ulysses", "all_gather", "ring"] = Field(
         "ulysses",

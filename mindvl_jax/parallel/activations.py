@@ -57,7 +57,7 @@ def placed(placement: Placement) -> Iterator[None]:
 
 
 def current() -> Placement | None:
-    """What is being traced for; None where nothing has to be placed: no placement, or a mesh of one device."""
+    """Return the placement being traced for, or None where nothing has to be placed (none given, or one device)."""
     placement = _PLACEMENT.get()
     return None if placement is None or placement.mesh.size == 1 else placement
 

@@ -65,7 +65,7 @@ def order_of_places(places: int) -> np.ndarray | None:
 
 
 def key_head_copies(query_heads: int, key_heads: int, places: int) -> int:
-    """How often each key head is repeated so that `places` devices get equal shares of whole groups.
+    """Return how often to repeat each key head, so that `places` devices get equal shares of whole groups.
 
     Raises:
       ValueError: the query heads themselves have no equal shares.

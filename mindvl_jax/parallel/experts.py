@@ -62,7 +62,7 @@ def routed(
             )
             here = here - jax.lax.axis_index("expert") * (E // groups)
             mine = (here >= 0) & (here < E // groups)
-            # What is for others sorts behind all own experts, where the products yield zeros.
+            # Sort tokens of other devices behind all own experts, where the products yield zeros.
             here, share = jnp.where(mine, here, E // groups), jnp.where(mine, share, 0)
         rows, counts, places = ops.moe_permute(tokens, here, num_experts=E // groups + (groups > 1))
         counts = counts[: E // groups]

@@ -126,6 +126,68 @@ PROGRAMS = {
 }
 
 
+# Exchanges of each program on the mesh of four, by kind: gathers, all-to-alls, reductions. Where rows change places
+# with columns (sorts, cumulative sums) that is the least; windows, padding, slices, scans and FFT gather their operand
+# whole, where neighbours' rows would do.
+EXCHANGES = {
+    "cumulative": (0, 6, 0),
+    "associative scan": (1, 0, 0),
+    "sort": (0, 7, 0),
+    "top-k": (2, 0, 0),
+    "argmax, extremes": (2, 0, 4),
+    "median, quantile, unique": (5, 2, 6),
+    "search": (3, 0, 3),
+    "concatenate, stack": (3, 1, 0),
+    "pad": (1, 0, 0),
+    "slices, reversal, roll": (1, 2, 0),
+    "dynamic slices": (1, 0, 0),
+    "updates": (1, 0, 0),
+    "lookups": (1, 3, 2),
+    "segments": (0, 0, 2),
+    "scatters of sharded updates": (4, 0, 5),
+    "windows": (1, 0, 0),
+    "convolution": (3, 0, 0),
+    "random": (0, 0, 1),
+    "linear algebra": (3, 1, 2),
+    "fft": (2, 0, 0),
+    "reshape, transpose": (2, 0, 0),
+    "scan over a sharded dimension": (2, 0, 0),
+    "uneven constraints": (2, 0, 0),
+    "gradients": (3, 7, 0),
+}
+ACROSS = [("all_to_all", (2, 8)), ("all_to_all", (8, 2))]  # rows for columns and back
+BY_HAND = {
+    "cumsum across": (lambda x: jnp.cumsum(x, 0), ACROSS),
+    "cumsum along": (lambda x: jnp.cumsum(x, 1), []),
+    "sort across": (lambda x: jnp.sort(x, 0), ACROSS),
+    "sort along": (lambda x: jnp.sort(x, 1), []),
+    "top-k along": (lambda x: lax.top_k(x, 3)[0], []),
+    "max across": (lambda x: x.max(0), [("all_reduce", (8,))]),
+    "segment sum": (lambda x: jax.ops.segment_sum(x, jnp.arange(8) % 3, 3), [("all_reduce", (3, 8))]),
+    "product with its transpose": (lambda x: x.T @ x, [("all_reduce", (8, 8))]),
+    "normal numbers": (lambda x: jax.random.normal(jax.random.key(0), x.shape) + x, []),
+    "row-wise update": (lambda x: x.at[:, 3].set(0.0), []),
+}
+
+
+def _exchanged(fn, *args):
+    options = dict(mesh={"a": 4}, in_shardings=(P("a"), P())[: len(args)])
+    return npu_bridge.jit(fn, **options).lower(*args).collectives()
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_sharded_program_exchanges_no_more_than_written_down(name):
+    found = [e["kind"] for e in _exchanged(PROGRAMS[name], X, *((KEY,) if name == "random" else ()))]
+    assert set(found) <= {"all_gather", "all_to_all", "all_reduce"}
+    assert tuple(found.count(kind) for kind in ("all_gather", "all_to_all", "all_reduce")) == EXCHANGES[name]
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_one_operation_exchanges_what_is_counted_by_hand(name):
+    fn, wanted = BY_HAND[name]
+    assert [(e["kind"], e["shape"]) for e in _exchanged(fn, X)] == wanted
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_sharded_program_gives_what_one_device_gives(pool, name, mesh):

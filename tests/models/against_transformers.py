@@ -6,6 +6,7 @@ Norms are away from one and biases away from zero, so that none can be forgotten
 import dataclasses
 import functools
 import importlib.util
+import json
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ from flax import nnx
 from safetensors.torch import load_file
 
 import npu_bridge
+from mindvl_jax.cli.main import main
+from mindvl_jax.models.hf import ConfigReader
 from mindvl_jax.models.outline import outline_of
 from mindvl_jax.models.registry import spec_of
 from mindvl_jax.parity.check import mean_kl
@@ -185,6 +188,23 @@ def check_adapter(made, folder: Path, shape: tuple, targets: list[str]) -> None:
     with jax.default_matmul_precision("highest"):
         ours = np.asarray(logits(state, jax.tree.map(jnp.asarray, batch)))
     assert np.abs(ours - want).max() < 1e-4 * np.abs(want).max()
+
+
+def check_refused(made, change: tuple, read: Callable, problem: str) -> None:
+    """A config.json with one value changed, (part or None, key, value), is refused with this problem alone."""
+    content = json.loads((made.folder / "config.json").read_text())
+    part, key, value = change
+    (content if part is None else content[part])[key] = value
+    reader = ConfigReader()
+    read(content, reader)
+    assert reader.problems == [problem]
+
+
+def check_parity_command(folder: Path, out: Path, capsys, *parts: str) -> None:
+    """`mindvl parity` finds the same mathematics, and compares these parts by name."""
+    assert main(["parity", "--weights", str(folder), "--out", str(out), "--samples", "1", "--text-tokens", "6"]) == 0
+    said = capsys.readouterr().out
+    assert all(part in said for part in ("same mathematics", *parts)), said
 
 
 def check_round_trip(folder: Path, out: Path, family: str, *, low: int = 3136, high: int = 100352) -> None:

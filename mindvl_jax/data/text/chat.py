@@ -218,7 +218,7 @@ class ChatEncoder:
         answer = message.role == "assistant"
         closing = frame.after.rstrip("\n")
         if answer:
-            # What is learned begins where generation does, and a space between belongs to the first word.
+            # Learn from where generation begins; a space between belongs to the first word.
             space = " " if frame.before.endswith(" ") and not self._template.header_ends_with_space else ""
             turn.add(self.encode_template(frame.before.removesuffix(" ") if space else frame.before))
             turn.content(self._continued(space + frame.content), learn=True)

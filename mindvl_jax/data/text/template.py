@@ -88,7 +88,7 @@ QWEN_TEMPLATE = """\
 # Private-use characters: no text of a data set is looked for in the rendering, only these.
 _MARK = "\ue000{}\ue001"
 _MARKS = re.compile("\ue000(\\d+)\ue001")
-# What published templates do to the texts they are given: nothing, or white space taken from their ends.
+# Changes that published templates make to the texts they are given: none, or white space taken from their ends.
 _TRIMS = (str, str.strip, lambda text: text.strip("\n"), lambda text: text.lstrip("\n"))
 
 

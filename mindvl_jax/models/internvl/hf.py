@@ -74,7 +74,7 @@ def rules(config: InternVLConfig) -> list[Rule]:
         *norm("multi_modal_projector.layer_norm", "projector/norm", bias=True),
         *linear("multi_modal_projector.linear_1", "projector/linear1", bias=True),
         *linear("multi_modal_projector.linear_2", "projector/linear2", bias=True),
-        *(dataclasses.replace(rule, published=nested(rule.published)) for rule in text),
+        *decoder_hf.spelled(text, nested),
     ]
     if vision.qk_norm:
         found += norm(f"{_BLOCK}.attention.q_norm", f"{ours}/attention/query_norm")
@@ -202,11 +202,6 @@ def companions(config: InternVLConfig, pixels: Pixels) -> dict[str, Any]:
     }
 
 
-def tied(config: InternVLConfig) -> tuple[str, str] | None:
-    pair = decoder_hf.tied(config)
-    return None if pair is None else (nested(pair[0]), nested(pair[1]))
-
-
 MAPPING = HFMapping(
     model_types={"internvl": ModelType("InternVL", "InternVLForConditionalGeneration")},
     rules=rules,
@@ -216,6 +211,6 @@ MAPPING = HFMapping(
     chat_template=_TEMPLATE,
     aliases=_ALIASES,
     in_memory=in_memory,
-    tied=tied,
+    tied=decoder_hf.tied_as(nested),
     reference_parts=_PARTS,
 )

@@ -129,7 +129,7 @@ class KVCache(Cache):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LatentCache(Cache):
-    """What latent attention keeps of a token: one latent and one rotated key, which all heads share.
+    """Cache of latent attention. A token keeps one latent and one rotated key, which all heads share.
 
     R + P values a token and layer (512 + 64 in DeepSeek-V3) instead of keys and values of every head; places as in
     `KVCache`.

@@ -8,7 +8,7 @@ key head, llama does neither.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -150,23 +150,28 @@ class Decoder(nnx.Module):
           max_sample_length: static promise that no sample is longer; lets attention compute a band.
           added: what is added after the first layers.
         """
-        rotary = self.rotary(positions_B3T)
+        attend = self.attended(self.rotary(positions_B3T), segment_ids_BT, segment_lengths, max_sample_length)
 
         def layer_step(x, layer):
-            def attend(layer, x):
-                q, k, v = layer.attention.project(layer.norm1(x), *rotary)
-                return layer.attention.finish(
-                    self_attention(q, k, v, segment_ids_BT, segment_lengths, max_sample_length)
-                )
-
-            with jax.named_scope("attention"):
-                x = x + rematerialise_attention(attend, self.remat)(layer, x)
-            return layer.feed_forward(x)
+            return layer.feed_forward(attend(x, layer))
 
         with jax.named_scope("layers"):
             step, stack = adding(layer_step, self.layers, added)
             x = scan_layers(step, inputs_BTD, stack, remat=self.remat)
         return self.norm(x)
+
+    def attended(self, rotary, segment_ids_BT, segment_lengths, max_sample_length: int | None) -> Callable:
+        """Return (x, layer) -> x with the layer's attention added, rematerialised as `remat` says."""
+
+        def attention_of(layer, x):
+            q, k, v = layer.attention.project(layer.norm1(x), *rotary)
+            return layer.attention.finish(self_attention(q, k, v, segment_ids_BT, segment_lengths, max_sample_length))
+
+        def attend(x, layer):
+            with jax.named_scope("attention"):
+                return x + rematerialise_attention(attention_of, self.remat)(layer, x)
+
+        return attend
 
     def read(
         self, inputs_BTD, positions_B3T, segment_ids_BT, *, segment_lengths=None, added: LayerAdditions | None = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from mindvl_jax.data.text.template import QWEN_TEMPLATE
@@ -71,6 +72,16 @@ def text_rules(config: TextConfig) -> list[Rule]:
 def tied(config: Any) -> tuple[str, str] | None:
     """The output matrix may be left out of the files of a model that ties it to its token table."""
     return (HEAD, EMBEDDING) if config.text.tie_word_embeddings else None
+
+
+def tied_as(spell: Callable[[str], str]) -> Callable[[Any], tuple[str, str] | None]:
+    """Return `tied` for files that spell the decoder's tensors in another way; `spell` gives the published name."""
+    return lambda config: (spell(HEAD), spell(EMBEDDING)) if tied(config) else None
+
+
+def spelled(rules: Iterable[Rule], spell: Callable[[str], str]) -> list[Rule]:
+    """Return `rules` with published names respelled."""
+    return [dataclasses.replace(rule, published=spell(rule.published)) for rule in rules]
 
 
 def read_text(

@@ -58,18 +58,10 @@ class Qwen3MoEDecoder(Decoder):
         added: LayerAdditions | None = None,
     ) -> tuple[jax.Array, Routing]:
         """Hidden states (B, T, D) after the final norm, and what each layer's router did, stacked (L, ..)."""
-        rotary = self.rotary(positions_B3T)
+        attend = self.attended(self.rotary(positions_B3T), segment_ids_BT, segment_lengths, max_sample_length)
 
         def layer_step(x, layer):
-            def attend(layer, x):
-                q, k, v = layer.attention.project(layer.norm1(x), *rotary)
-                return layer.attention.finish(
-                    self_attention(q, k, v, segment_ids_BT, segment_lengths, max_sample_length)
-                )
-
-            with jax.named_scope("attention"):
-                x = x + rematerialise_attention(attend, self.remat)(layer, x)
-            return layer.routed(x, segment_ids_BT)
+            return layer.routed(attend(x, layer), segment_ids_BT)
 
         with jax.named_scope("layers"):
             step, stack = adding(layer_step, self.layers, added)

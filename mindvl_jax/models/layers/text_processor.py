@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mindvl_jax.config.schema import Config, ModelConfig, PhaseConfig
-from mindvl_jax.core.errors import UserError
 from mindvl_jax.data.media.geometry import PatchGeometry
 from mindvl_jax.data.packing.rows import Budgets
 from mindvl_jax.data.processor import BatchSpec, Cost, Field, PackedBatch
@@ -22,7 +21,7 @@ from mindvl_jax.data.text.tokenizer import Tokenizer
 from mindvl_jax.models.vision_language.batch import Batch
 from mindvl_jax.models.vision_language.collate import write_text
 from mindvl_jax.models.vision_language.example import EncodeLimits, Example, ExampleEncoder
-from mindvl_jax.models.vision_language.processor import cached_tokenizer
+from mindvl_jax.models.vision_language.processor import fitting_tokenizer, lengths_key
 from mindvl_jax.models.vision_language.work import WorkModel
 
 
@@ -38,12 +37,7 @@ class TextProcessor:
 
     def __init__(self, config: Config, phase_index: int):
         phase, model = config.training.phases[phase_index], config.model
-        self.tokenizer = cached_tokenizer(config.tokenizer)
-        if self.tokenizer.vocab_size > model.text.vocab_size:
-            raise UserError(
-                f"the tokenizer has {self.tokenizer.vocab_size} ids, model.text.vocab_size is "
-                f"{model.text.vocab_size}; the model must not be smaller"
-            )
+        self.tokenizer = fitting_tokenizer(config)
         self.limits = text_limits(config, phase_index)
         self.encoder = TextEncoder(model, self.tokenizer, self.limits)
         self._work = WorkModel.of(model)
@@ -52,12 +46,7 @@ class TextProcessor:
             ("tokens", "samples"), (phase.sequence_length, phase.max_samples_per_row), filled=("token",)
         )
         self.encoding = (model.model_dump_json(), config.tokenizer.model_dump_json(), self.limits)
-        self.lengths: dict[str, Any] = {
-            "model": model.model_dump(mode="json", exclude={"compute_dtype", "param_dtype", "remat"}),
-            "tokenizer": config.tokenizer.model_dump(mode="json"),
-            "limits": dataclasses.asdict(self.limits),
-            "budgets": dict(zip(self.budgets.names, self.budgets.capacities, strict=True)),
-        }
+        self.lengths = lengths_key(config, self.limits, self.budgets)
 
     @staticmethod
     def batch_spec(config: Config, phase: PhaseConfig) -> BatchSpec:
@@ -99,7 +88,7 @@ class TextProcessor:
 
 @dataclasses.dataclass(frozen=True)
 class _ChatModel:
-    """What the chat encoder reads of a model. No media tokens, so the tokenizer needs none either."""
+    """Stand in for a model before the chat encoder. Without media tokens, so the tokenizer needs none either."""
 
     media_tokens: ClassVar[dict[str, str]] = {}
 

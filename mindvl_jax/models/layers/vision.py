@@ -17,6 +17,7 @@ from flax import nnx
 from mindvl_jax.data.media.geometry import PatchGeometry
 from mindvl_jax.models.layers.config import CLIP_MEAN, CLIP_STD
 from mindvl_jax.models.layers.linear import MLP, LayerNorm, Linear, RMSNorm, parameter
+from mindvl_jax.models.layers.rope import vision_tables
 from mindvl_jax.models.layers.stack import in_pieces, keep, rematerialise_attention, scan_layers
 from mindvl_jax.parallel.attention import attention
 from npu_bridge import ops
@@ -41,6 +42,19 @@ def normalize_patches(
     repeat = config.patch_dim // config.in_channels
     shift, spread = (np.repeat(np.asarray(values, np.float64) * 255, repeat) for values in (mean, std))
     return ((patches.astype(jnp.float32) - shift.astype(np.float32)) * (1 / spread).astype(np.float32)).astype(dtype)
+
+
+def embed_patches(embedding: Linear, patches: jax.Array, config: PatchGeometry, dtype, remat: str, *statistics):
+    """Return (B, P, D) embedded patches; `statistics` are those of `normalize_patches`.
+
+    A convolution whose kernel equals its stride is a matrix product over the flattened patch. Its gradient wants its
+    input: bytes as they came, or four times as much in float32 for the whole step.
+    """
+
+    def embed(patches):
+        return embedding(normalize_patches(patches, config, dtype, *statistics))
+
+    return in_pieces(embed, patches) if remat == "full" else embed(patches)
 
 
 class VisionAttention(nnx.Module):
@@ -145,6 +159,19 @@ class VisionBlock(nnx.Module):
             return x_BPD + (out if self.scale2 is None else out * self.scale2[...].astype(out.dtype))
 
 
+class WholeImageTower(nnx.Module):
+    """Base of towers whose blocks attend whole images with two-dimensional rotary positions; has `config`, `blocks`."""
+
+    def tables(self, positions_BP2: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return cosines and sines of the patches' positions."""
+        return vision_tables(positions_BP2, self.config.hidden_size // self.config.num_heads, self.config.rope_theta)
+
+    def run_block(self, number: int, x_BPD: jax.Array, batch: Any) -> jax.Array:
+        """One block on any input, for comparisons part by part."""
+        block = jax.tree.map(lambda leaf: leaf[number], self.blocks)
+        return block(x_BPD, *self.tables(batch.patch_positions), batch.patch_segment_ids, None, None, "none")
+
+
 class SquareTower(nnx.Module):
     """Tower over squares of one size: class token, learned positions, blocks that attend within a square (CLIP,
     InternViT).
@@ -201,11 +228,7 @@ class SquareTower(nnx.Module):
         (B, P, _), N = patches.shape, self.config.view_patches
         squares = -(-P // N)
         with jax.named_scope("patch_embed"):
-
-            def embed(patches):
-                return self.patch_embed(normalize_patches(patches, self.config, dtype, *self.statistics))
-
-            x_BPD = in_pieces(embed, patches) if self.remat == "full" else embed(patches)
+            x_BPD = embed_patches(self.patch_embed, patches, self.config, dtype, self.remat, *self.statistics)
             x_BPD = jnp.pad(x_BPD, ((0, 0), (0, squares * N - P), (0, 0))).reshape(B * squares, N, -1)
             first = jnp.broadcast_to(self.class_token[...].astype(dtype), (B * squares, 1, x_BPD.shape[-1]))
             x_BPD = jnp.concatenate([first, x_BPD], 1) + self.positions[...][self._order()].astype(dtype)

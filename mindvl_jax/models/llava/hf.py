@@ -5,7 +5,6 @@ Folders of the original layout, whose tower lies elsewhere, are not read.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,7 +84,7 @@ def rules(config: LlavaConfig) -> list[Rule]:
         *linear(f"{_BLOCK}.mlp.fc2", f"{ours}/mlp/down", bias=True),
         *linear("multi_modal_projector.linear_1", "projector/linear1", bias=True),
         *linear("multi_modal_projector.linear_2", "projector/linear2", bias=True),
-        *(dataclasses.replace(rule, published=nested(rule.published)) for rule in decoder_hf.text_rules(config.text)),
+        *decoder_hf.spelled(decoder_hf.text_rules(config.text), nested),
     ]
 
 
@@ -196,11 +195,6 @@ def companions(config: LlavaConfig, pixels: Pixels) -> dict[str, Any]:
     }
 
 
-def tied(config: LlavaConfig) -> tuple[str, str] | None:
-    pair = decoder_hf.tied(config)
-    return None if pair is None else (nested(pair[0]), nested(pair[1]))
-
-
 MAPPING = HFMapping(
     model_types={"llava": ModelType("LLaVA-1.5", "LlavaForConditionalGeneration")},
     rules=rules,
@@ -211,6 +205,6 @@ MAPPING = HFMapping(
     aliases=_ALIASES,
     in_memory=in_memory,
     ignored=("rotary_emb.inv_freq", "embeddings.position_ids"),
-    tied=tied,
+    tied=decoder_hf.tied_as(nested),
     reference_parts=_PARTS,
 )

@@ -15,8 +15,8 @@ from mindvl_jax.models.batch import Batch
 from mindvl_jax.models.layers.config import CLIP_MEAN, CLIP_STD
 from mindvl_jax.models.layers.linear import GatedMLP, Linear, RMSNorm
 from mindvl_jax.models.layers.rope import vision_tables
-from mindvl_jax.models.layers.stack import in_pieces, rematerialise_attention, scan_alternating
-from mindvl_jax.models.layers.vision import VisionAttention, normalize_patches
+from mindvl_jax.models.layers.stack import rematerialise_attention, scan_alternating
+from mindvl_jax.models.layers.vision import VisionAttention, embed_patches
 from mindvl_jax.models.mindvl.config import VisionConfig
 
 IMAGE_MEAN, IMAGE_STD = CLIP_MEAN, CLIP_STD
@@ -67,7 +67,6 @@ class VisionTower(nnx.Module):
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype, remat: str = "none"):
         self.config = config
         self.remat = remat
-        # A convolution whose kernel equals its stride is a matrix product over the flattened patch.
         self.patch_embed = Linear(
             config.patch_dim, config.hidden_size, ("patch", "embed"), bias=False, rngs=rngs, dtype=dtype
         )
@@ -101,13 +100,7 @@ class VisionTower(nnx.Module):
         """
         config = self.config
         with jax.named_scope("patch_embed"):
-
-            def embed(patches):
-                return self.patch_embed(normalize_patches(patches, config, dtype))
-
-            # The product's gradient wants its input: bytes as they came, or four times as much in float32 for the whole
-            # step.
-            x_BPD = in_pieces(embed, patches) if self.remat == "full" else embed(patches)
+            x_BPD = embed_patches(self.patch_embed, patches, config, dtype, self.remat)
         cos, sin = vision_tables(positions_BP2, config.hidden_size // config.num_heads, config.rope_theta)
 
         def run(ids, lengths, longest):

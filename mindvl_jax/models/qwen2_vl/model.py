@@ -11,15 +11,13 @@ from flax import nnx
 
 from mindvl_jax.models.layers.linear import LayerNorm, Linear, quick_gelu
 from mindvl_jax.models.layers.projector import Projector
-from mindvl_jax.models.layers.rope import vision_tables
-from mindvl_jax.models.layers.stack import in_pieces, scan_layers
-from mindvl_jax.models.layers.vision import VisionBlock, normalize_patches
+from mindvl_jax.models.layers.stack import scan_layers
+from mindvl_jax.models.layers.vision import VisionBlock, WholeImageTower, embed_patches
 from mindvl_jax.models.qwen2_vl.config import Qwen2VLConfig, VisionConfig
-from mindvl_jax.models.vision_language.batch import Batch
 from mindvl_jax.models.vision_language.model import VisionLanguageModel
 
 
-class VisionTower(nnx.Module):
+class VisionTower(WholeImageTower):
     """Patch embedding and blocks. The norm and the merging of four patches belong to the projector."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype, remat: str = "none"):
@@ -54,26 +52,14 @@ class VisionTower(nnx.Module):
           max_image_patches: static promise that no image is larger; lets attention compute a band.
         """
         with jax.named_scope("patch_embed"):
-
-            def embed(patches):
-                return self.patch_embed(normalize_patches(patches, self.config, dtype))
-
-            x_BPD = in_pieces(embed, patches) if self.remat == "full" else embed(patches)
-        tables = self._tables(positions_BP2)
+            x_BPD = embed_patches(self.patch_embed, patches, self.config, dtype, self.remat)
+        tables = self.tables(positions_BP2)
 
         def block_step(x, block):
             return block(x, *tables, segment_ids_BP, image_lengths, max_image_patches, self.remat)
 
         with jax.named_scope("blocks"):
             return scan_layers(block_step, x_BPD, self.blocks, remat=self.remat)
-
-    def run_block(self, number: int, x_BPD: jax.Array, batch: Batch) -> jax.Array:
-        """One block on any input, for comparisons part by part."""
-        block = jax.tree.map(lambda leaf: leaf[number], self.blocks)
-        return block(x_BPD, *self._tables(batch.patch_positions), batch.patch_segment_ids, None, None, "none")
-
-    def _tables(self, positions_BP2):
-        return vision_tables(positions_BP2, self.config.hidden_size // self.config.num_heads, self.config.rope_theta)
 
 
 class Qwen2VL(VisionLanguageModel):

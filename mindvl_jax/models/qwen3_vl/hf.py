@@ -63,7 +63,7 @@ def vision_rules(vision: VisionConfig) -> list[Rule]:
 
 def with_vision(vision: VisionConfig, text: Sequence[Rule]) -> list[Rule]:
     """Rules of the whole model, from those of a language model alone."""
-    return [*vision_rules(vision), *(dataclasses.replace(rule, published=nested(rule.published)) for rule in text)]
+    return [*vision_rules(vision), *decoder_hf.spelled(text, nested)]
 
 
 def read_vision(content: Mapping[str, Any], reader: ConfigReader, out: int | None) -> VisionConfig | None:
@@ -143,11 +143,6 @@ def companions(config: Qwen3VLConfig, pixels: Pixels) -> dict[str, Any]:
     )
 
 
-def tied(config: Qwen3VLConfig) -> tuple[str, str] | None:
-    pair = decoder_hf.tied(config)
-    return None if pair is None else (nested(pair[0]), nested(pair[1]))
-
-
 MAPPING = HFMapping(
     model_types={"qwen3_vl": ModelType("Qwen3-VL", "Qwen3VLForConditionalGeneration")},
     rules=lambda config: with_vision(config.vision, decoder_hf.text_rules(config.text)),
@@ -156,6 +151,6 @@ MAPPING = HFMapping(
     companions=companions,
     chat_template=decoder_hf.CHAT_TEMPLATE,
     aliases=ALIASES,
-    tied=tied,
+    tied=decoder_hf.tied_as(nested),
     reference_parts=PARTS,
 )

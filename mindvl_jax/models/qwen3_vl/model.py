@@ -14,9 +14,8 @@ from flax import nnx
 
 from mindvl_jax.models.layers.linear import LayerNorm, Linear
 from mindvl_jax.models.layers.projector import Projector
-from mindvl_jax.models.layers.rope import vision_tables
-from mindvl_jax.models.layers.stack import in_pieces, scan_layers
-from mindvl_jax.models.layers.vision import PositionTable, VisionBlock, normalize_patches
+from mindvl_jax.models.layers.stack import scan_layers
+from mindvl_jax.models.layers.vision import PositionTable, VisionBlock, WholeImageTower, embed_patches
 from mindvl_jax.models.layers.visual_tokens import LayerAdditions, place_visual
 from mindvl_jax.models.qwen3_vl.config import Qwen3VLConfig, VisionConfig
 from mindvl_jax.models.vision_language.batch import Batch
@@ -27,7 +26,7 @@ MEAN = STD = (0.5, 0.5, 0.5)
 """Channel statistics of the published preprocessing."""
 
 
-class VisionTower(nnx.Module):
+class VisionTower(WholeImageTower):
     """Patch embedding, learned positions and blocks; the outputs of some blocks are given out beside the last."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype, remat: str = "none"):
@@ -63,13 +62,9 @@ class VisionTower(nnx.Module):
           max_image_patches: static promise that no image is larger; lets attention compute a band.
         """
         with jax.named_scope("patch_embed"):
-
-            def embed(patches):
-                return self.patch_embed(normalize_patches(patches, self.config, dtype, MEAN, STD))
-
-            x_BPD = in_pieces(embed, patches) if self.remat == "full" else embed(patches)
+            x_BPD = embed_patches(self.patch_embed, patches, self.config, dtype, self.remat, MEAN, STD)
             x_BPD = x_BPD + self.position_table(positions_BP2, segment_ids_BP, image_lengths).astype(dtype)
-        tables = self._tables(positions_BP2)
+        tables = self.tables(positions_BP2)
 
         def block_step(x, block):
             return block(x, *tables, segment_ids_BP, image_lengths, max_image_patches, self.remat)
@@ -83,14 +78,6 @@ class VisionTower(nnx.Module):
                 taps.append(x_BPD)
                 start = end
         return x_BPD, jnp.stack(taps[:-1])
-
-    def run_block(self, number: int, x_BPD: jax.Array, batch: Batch) -> jax.Array:
-        """One block on any input, for comparisons part by part."""
-        block = jax.tree.map(lambda leaf: leaf[number], self.blocks)
-        return block(x_BPD, *self._tables(batch.patch_positions), batch.patch_segment_ids, None, None, "none")
-
-    def _tables(self, positions_BP2):
-        return vision_tables(positions_BP2, self.config.hidden_size // self.config.num_heads, self.config.rope_theta)
 
 
 class DeepStackProjector(Projector):

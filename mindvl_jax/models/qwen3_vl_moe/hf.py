@@ -39,6 +39,6 @@ MAPPING = HFMapping(
     companions=hf.companions,
     chat_template=decoder_hf.CHAT_TEMPLATE,
     aliases=hf.ALIASES,
-    tied=hf.tied,
+    tied=hf.decoder_hf.tied_as(hf.nested),
     reference_parts=hf.PARTS,
 )

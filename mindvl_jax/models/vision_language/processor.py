@@ -11,6 +11,7 @@ import numpy as np
 
 from mindvl_jax.config.schema import Config, PhaseConfig, TokenizerConfig
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.data.packing.rows import Budgets
 from mindvl_jax.data.processor import BatchSpec, Cost, MediaArea, PackedBatch
 from mindvl_jax.data.sample import Sample, SampleError
 from mindvl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
@@ -30,12 +31,7 @@ class VisionLanguageProcessor:
 
     def __init__(self, config: Config, phase_index: int):
         phase, model = config.training.phases[phase_index], config.model
-        self.tokenizer = cached_tokenizer(config.tokenizer)
-        if self.tokenizer.vocab_size > model.text.vocab_size:
-            raise UserError(
-                f"the tokenizer has {self.tokenizer.vocab_size} ids, model.text.vocab_size is "
-                f"{model.text.vocab_size}; the model must not be smaller"
-            )
+        self.tokenizer = fitting_tokenizer(config)
         self.limits = training_limits(config, phase_index)
         self.encoder = ExampleEncoder(model, self.tokenizer, self.limits)
         self._vision, self._work = model.vision, WorkModel.of(model)
@@ -43,12 +39,7 @@ class VisionLanguageProcessor:
         self.budgets = budgets_of(self._shape)
         self.media = MediaArea((self._shape.patches, self._shape.patch_dim), "uint8")
         self.encoding = (model.model_dump_json(), config.tokenizer.model_dump_json(), self.limits)
-        self.lengths: dict[str, Any] = {
-            "model": model.model_dump(mode="json", exclude={"compute_dtype", "param_dtype", "remat"}),
-            "tokenizer": config.tokenizer.model_dump(mode="json"),
-            "limits": dataclasses.asdict(self.limits),
-            "budgets": dict(zip(self.budgets.names, self.budgets.capacities, strict=True)),
-        }
+        self.lengths = lengths_key(config, self.limits, self.budgets)
 
     @staticmethod
     def batch_spec(config: Config, phase: PhaseConfig) -> BatchSpec:
@@ -95,6 +86,27 @@ class VisionLanguageProcessor:
 def cached_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """Load a tokenizer once: reading 151,000 entries takes a second, and every phase asks for the same ones."""
     return load_tokenizer(config)
+
+
+def fitting_tokenizer(config: Config) -> Tokenizer:
+    """Return the configuration's tokenizer; UserError when it has more ids than the model."""
+    tokenizer, size = cached_tokenizer(config.tokenizer), config.model.text.vocab_size
+    if tokenizer.vocab_size > size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, model.text.vocab_size is {size}; the model must not be "
+            "smaller"
+        )
+    return tokenizer
+
+
+def lengths_key(config: Config, limits: EncodeLimits, budgets: Budgets) -> dict[str, Any]:
+    """Return all that the lengths of examples depend on, for `Processor.lengths`."""
+    return {
+        "model": config.model.model_dump(mode="json", exclude={"compute_dtype", "param_dtype", "remat"}),
+        "tokenizer": config.tokenizer.model_dump(mode="json"),
+        "limits": dataclasses.asdict(limits),
+        "budgets": dict(zip(budgets.names, budgets.capacities, strict=True)),
+    }
 
 
 def training_limits(config: Config, phase_index: int) -> EncodeLimits:

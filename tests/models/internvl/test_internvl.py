@@ -1,7 +1,6 @@
 """InternVL against transformers on tiny models, every parameter random: logits, gradients, tiles, answers, files."""
 
 import io
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +9,12 @@ import torch
 import transformers
 from PIL import Image
 
-from mindvl_jax.cli.main import main
 from mindvl_jax.config import families, loader
 from mindvl_jax.config.schema import TokenizerConfig
 from mindvl_jax.data.media.image import patchify
 from mindvl_jax.data.sample import Media, Message, Sample
 from mindvl_jax.data.text.tokenizer import load_tokenizer
 from mindvl_jax.inference import Generator, Request, Sampling
-from mindvl_jax.models.hf import ConfigReader
 from mindvl_jax.models.internvl.hf import read_config as read
 from mindvl_jax.models.layers.config import IMAGENET_MEAN, IMAGENET_STD
 from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
@@ -120,29 +117,11 @@ def test_an_adapter_of_peft_in_every_part_works_as_there(made, tmp_path):
     ((None, "downsample_ratio", 0.25), "downsample_ratio is 0.25; supported: 0.5"),
 ])  # fmt: skip
 def test_what_would_change_the_mathematics_is_refused(made, change, problem):
-    content = json.loads((made.folder / "config.json").read_text())
-    part, key, value = change
-    (content if part is None else content[part])[key] = value
-    reader = ConfigReader()
-    read(content, reader)
-    assert reader.problems == [problem]
+    against.check_refused(made, change, read, problem)
 
 
 def test_mindvl_parity_finds_the_same_mathematics_part_by_part(made, tmp_path, capsys):
-    arguments = [
-        "parity",
-        "--weights",
-        str(made.folder),
-        "--out",
-        str(tmp_path),
-        "--samples",
-        "1",
-        "--text-tokens",
-        "6",
-    ]
-    assert main(arguments) == 0
-    out = capsys.readouterr().out
-    assert "same mathematics" in out and "vision block" in out and "projector" in out and "mlp" in out
+    against.check_parity_command(made.folder, tmp_path, capsys, "vision block", "projector", "mlp")
 
 
 def processor(**options):

@@ -1,7 +1,6 @@
 """LLaVA-1.5 against transformers, every parameter random: logits, gradients, pixels, words, answers, files."""
 
 import io
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +10,12 @@ import torch
 import transformers
 from PIL import Image
 
-from mindvl_jax.cli.main import main
 from mindvl_jax.config import families, loader
 from mindvl_jax.config.schema import TokenizerConfig
 from mindvl_jax.data.media.image import patchify
 from mindvl_jax.data.sample import Media, Message, Sample, SampleError
 from mindvl_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from mindvl_jax.inference import Generator, Request, Sampling
-from mindvl_jax.models.hf import ConfigReader
 from mindvl_jax.models.layers.config import CLIP_MEAN, CLIP_STD
 from mindvl_jax.models.llava.config import SYSTEM
 from mindvl_jax.models.llava.hf import read_config as read
@@ -117,29 +114,11 @@ def test_an_adapter_of_peft_in_every_part_works_as_there(made, tmp_path):
     ((None, "projector_hidden_act", "relu"), "projector_hidden_act is 'relu'; supported: 'gelu'"),
 ])  # fmt: skip
 def test_what_would_change_the_mathematics_is_refused(made, change, problem):
-    content = json.loads((made.folder / "config.json").read_text())
-    part, key, value = change
-    (content if part is None else content[part])[key] = value
-    reader = ConfigReader()
-    read(content, reader)
-    assert reader.problems == [problem]
+    against.check_refused(made, change, read, problem)
 
 
 def test_mindvl_parity_finds_the_same_mathematics_part_by_part(made, tmp_path, capsys):
-    arguments = [
-        "parity",
-        "--weights",
-        str(made.folder),
-        "--out",
-        str(tmp_path),
-        "--samples",
-        "1",
-        "--text-tokens",
-        "6",
-    ]
-    assert main(arguments) == 0
-    out = capsys.readouterr().out
-    assert "same mathematics" in out and "vision block" in out and "projector" in out and "mlp" in out
+    against.check_parity_command(made.folder, tmp_path, capsys, "vision block", "projector", "mlp")
 
 
 def processor(**options):

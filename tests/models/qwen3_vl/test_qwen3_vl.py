@@ -2,22 +2,20 @@
 of a video, pixels, answers, files.
 """
 
-import json
 import types
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 import transformers
 from PIL import Image
 
-from mindvl_jax.cli.main import main
 from mindvl_jax.config import families, loader
 from mindvl_jax.data.media.image import patchify
 from mindvl_jax.data.sample import Media, Message
 from mindvl_jax.inference import Generator, Request, Sampling
-from mindvl_jax.models.hf import ConfigReader
 from mindvl_jax.models.qwen3_vl.hf import read_config as read
 from mindvl_jax.models.qwen3_vl.model import MEAN, STD
 from mindvl_jax.models.vision_language.example import EncodeLimits, ExampleEncoder
@@ -107,29 +105,11 @@ def test_an_adapter_of_peft_in_every_part_works_as_there(made, tmp_path):
      "vision_config.: Value error, deepstack_blocks (2, 9) go beyond a tower of 4 blocks"),
 ])  # fmt: skip
 def test_what_would_change_the_mathematics_is_refused(made, change, problem):
-    content = json.loads((made.folder / "config.json").read_text())
-    part, key, value = change
-    content[part][key] = value
-    reader = ConfigReader()
-    read(content, reader)
-    assert reader.problems == [problem]
+    against.check_refused(made, change, read, problem)
 
 
 def test_mindvl_parity_finds_the_same_mathematics_part_by_part(made, tmp_path, capsys):
-    arguments = [
-        "parity",
-        "--weights",
-        str(made.folder),
-        "--out",
-        str(tmp_path),
-        "--samples",
-        "1",
-        "--text-tokens",
-        "6",
-    ]
-    assert main(arguments) == 0
-    out = capsys.readouterr().out
-    assert "same mathematics" in out and "vision block" in out and "deepstack" in out and "mlp" in out
+    against.check_parity_command(made.folder, tmp_path, capsys, "vision block", "deepstack", "mlp")
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +166,6 @@ def test_each_frame_pair_of_a_video_stands_behind_its_time_as_in_transformers(ta
     """Words and positions: the time is encoded together with the text before it."""
     _, folder, reference, tokenizer = talking
     model = open_model(folder).model.config
-    av = pytest.importorskip("av")
     with av.open(str(tmp_path / "clip.mp4"), "w") as container:
         stream = container.add_stream("mpeg4", rate=5)
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
