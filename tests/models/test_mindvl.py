@@ -10,9 +10,10 @@ from mindvl_jax.config.schema import MeshConfig
 from mindvl_jax.models.layers.cache import KVCache
 from mindvl_jax.models.layers.decoder import Decoder
 from mindvl_jax.models.layers.linear import LOGICAL_AXES, Linear
+from mindvl_jax.models.layers.vision import normalize_patches
 from mindvl_jax.models.layers.visual_tokens import place_visual
 from mindvl_jax.models.mindvl.model import MindVL
-from mindvl_jax.models.mindvl.vision import IMAGE_MEAN, IMAGE_STD, normalize_patches, window_patches
+from mindvl_jax.models.mindvl.vision import IMAGE_MEAN, IMAGE_STD, window_patches
 from mindvl_jax.parallel.mesh import make_mesh
 
 QUICK = {"xla_backend_optimization_level": 0}  # compilation is most of these tests' time
