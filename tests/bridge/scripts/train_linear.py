@@ -50,6 +50,7 @@ for i in range(5):
     w, loss = train(w, x, y, scale)
 if rank == 1 and fault == "late":
     time.sleep(3)
+    print(f"rank 1 woke at {time.time():.3f}")
 if rank == 0:
     want = np.zeros(4, np.float64)
     for _ in range(5):
