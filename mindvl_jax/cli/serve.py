@@ -35,6 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--port", type=int, default=8000, help="(default %(default)s)")
     parser.add_argument(
+        "--sampling",
+        choices=("folder", "openai"),
+        default="folder",
+        help="settings of requests that do not give them: of the folder's generation_config.json, or the interface's "
+        "own, temperature 1 and no limits (default %(default)s)",
+    )
+    parser.add_argument(
         "--api-key",
         action="append",
         default=[],
@@ -59,6 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sizes.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,tensor=4; default: one")
     add_backend_arguments(sizes)
+    _add_limits(parser)
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--queue",
@@ -140,6 +151,7 @@ def make_runner(args: argparse.Namespace, programs=None):
         hosts=tuple(args.allow_host),
         private_addresses=args.allow_private_addresses,
         chunk=args.chunk,
+        sampling=_default_sampling(args),
     )
     generator = Generator(opened, slots=args.slots, context=args.context, programs=programs)
     patches = args.context * vision.merge_unit if sees else 0
@@ -147,6 +159,21 @@ def make_runner(args: argparse.Namespace, programs=None):
         context=args.context, patches=patches, images=args.max_images, rows=row_groups(mesh_of(opened.model))
     )
     return Runner(generator, Metrics(), sizes, limit=args.queue, chunk=args.chunk), settings
+
+
+def _default_sampling(args: argparse.Namespace) -> dict[str, float]:
+    """Sampling settings of requests that give none; told on the terminal where they are the folder's."""
+    from mindvl_jax.inference.folder_sampling import folder_sampling
+
+    if args.sampling != "folder":
+        return {}
+    found = folder_sampling(args.weights)
+    if found.settings:
+        told = ", ".join(f"{name} {value:g}" for name, value in found.settings.items())
+        print(f"sampling unless a request says otherwise: {told} ({found.path.name})", flush=True)
+    if found.not_built:
+        print(f"note: {found.path.name} also asks for {', '.join(found.not_built)}, which is not built", flush=True)
+    return found.settings
 
 
 def _warm_up(runner, console: Console) -> None:

@@ -18,6 +18,7 @@ from flax import nnx
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.inference import programs
 from mindvl_jax.inference.buckets import Bucket, row_counts, rows_for
+from mindvl_jax.inference.grammar import Matcher
 from mindvl_jax.inference.placement import place_rows, row_groups
 from mindvl_jax.inference.prefill import RowPlanner
 from mindvl_jax.inference.programs import CHUNK, empty_slots
@@ -31,7 +32,7 @@ class Delivery:
 
     Attributes:
       tokens, logprobs: equally long. alternatives: as `request.Answer.alternatives`, or empty.
-      ended: `stop` or `length` once the answer is complete.
+      ended: `stop` or `length` once the answer is complete; `error` when its grammar outgrew the limits.
     """
 
     tokens: list[int]
@@ -52,6 +53,7 @@ class _Running:
     sampling: Sampling
     seed: int
     watcher: Watcher
+    matcher: Matcher | None = None
     produced: int = 0
 
 
@@ -125,7 +127,7 @@ class Engine:
         """
         self.fix(sizes)
         counts = row_counts(self.slots)
-        total = len(sizes) * len(counts) + 2
+        total = len(sizes) * len(counts) + 3
         done = 0
         for bucket, rows in sizes:
             for count in counts:
@@ -135,22 +137,31 @@ class Engine:
                 self._read_rows(
                     [prompt], [[0]], [0] * count, bucket, rows, [self.slots] * count, self._settings([], count)
                 )
-        for alternatives in (False, True):
-            yield done, total, "decoding" + (" with alternatives" if alternatives else "")
+        V = self._state.seen.shape[-1]
+        for alternatives, allowed in ((False, None), (True, None), (True, np.ones((self.slots, V), bool))):
+            what = " by a grammar" if allowed is not None else " with alternatives" if alternatives else ""
+            yield done, total, "decoding" + what
             done += 1
-            self._decode(1, 1, alternatives)
+            self._decode(1, 1, alternatives, allowed)
         self._state = self._programs.release(self._state, np.ones((self.slots,), bool))
         jax.block_until_ready(self._state.token)
 
-    def submit(self, prompt: Prompt, sampling: Sampling, seeds: Sequence[int], watchers: Sequence[Watcher]) -> None:
-        """Queue a prompt for `sampling.n` answers, each with its seed and its watcher.
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        watchers: Sequence[Watcher],
+        matchers: Sequence[Matcher] = (),
+    ) -> None:
+        """Queue a prompt for `sampling.n` answers, each with its seed, its watcher and, if given, its matcher.
 
         Raises:
           UserError: the prompt does not fit the context.
         """
         self.check(prompt)
-        for seed, watcher in zip(seeds, watchers, strict=True):
-            self._waiting.append(_Running(prompt, sampling, seed, watcher))
+        for seed, watcher, matcher in zip(seeds, watchers, matchers or [None] * len(seeds), strict=True):
+            self._waiting.append(_Running(prompt, sampling, seed, watcher, matcher))
 
     def check(self, prompt: Prompt) -> None:
         """Refuse a prompt that can never be prefilled.
@@ -219,7 +230,16 @@ class Engine:
         if self._waiting:
             wanted = 1 if eager else max(1, min(wanted, self.slots // 4))
         alternatives = any(running is not None and running.sampling.top_logprobs for running in self._running)
-        tokens_CB, logprobs_CB, others_CBA, active_B = self._decode(chunk, wanted, alternatives)
+        allowed_BV = None
+        if any(running is not None and running.matcher for running in self._running):
+            # What may come next depends on the token before, which only the host's matchers know how to read: one token
+            # at a time, also for the slots beside.
+            chunk, alternatives = 1, True
+            for slots, tokens, *_ in admitted:
+                for slot, token in zip(slots, np.asarray(tokens)):
+                    self._accept(slot, [token])
+            allowed_BV = self._allowed(self._running)
+        tokens_CB, logprobs_CB, others_CBA, active_B = self._decode(chunk, wanted, alternatives, allowed_BV)
         # Fetch the first tokens only now: admission and decoding are dispatched without a synchronisation between them.
         firsts = {}
         for slots, tokens, logprobs, others in admitted:
@@ -236,7 +256,20 @@ class Engine:
             np.asarray(active_B),
         )
 
-    def _decode(self, chunk: int, wanted: int, alternatives: bool):
+    def _accept(self, slot: int, tokens: Sequence[int]) -> None:
+        running = self._running[slot]
+        if running is not None and running.matcher is not None:
+            running.matcher.accept(tokens)
+
+    def _allowed(self, answers: Sequence[_Running | None], pad: int = 0) -> np.ndarray:
+        """(B, V) bool: the tokens that each answer may go on with."""
+        allowed = np.ones((len(answers) + pad, self._state.seen.shape[-1]), bool)
+        for row, running in enumerate(answers):
+            if running is not None and running.matcher is not None and not running.matcher.failed:
+                allowed[row] = running.matcher.allowed()
+        return allowed
+
+    def _decode(self, chunk: int, wanted: int, alternatives: bool, allowed_BV: np.ndarray | None = None):
         self._state, *results = self._programs.decode(
             self._graphdef,
             self._params,
@@ -246,6 +279,7 @@ class Engine:
             np.int32(min(chunk, CHUNK)),
             np.int32(wanted),
             alternatives,
+            allowed_BV,
         )
         return results
 
@@ -261,6 +295,7 @@ class Engine:
             gained = gained_CB[:, slot]
             tokens = tokens_CB[gained, slot].tolist()
             logprobs = logprobs_CB[gained, slot].tolist()
+            self._accept(slot, tokens)
             most = running.sampling.top_logprobs
             others = (
                 [_pairs(ids, values) for ids, values in zip(*(store[gained, slot] for store in others_CBA))]
@@ -278,6 +313,9 @@ class Engine:
                 ended = (
                     "stop" if tokens and tokens[-1] in self._eos_set and not running.sampling.ignore_eos else "length"
                 )
+            if ended is None and running.matcher is not None and running.matcher.failed:
+                ended = "error"
+                stopped.append(slot)
             if running.watcher(Delivery(tokens, logprobs, others, ended)) and ended is None:
                 stopped.append(slot)
             if ended:
@@ -318,10 +356,19 @@ class Engine:
             prompt_of.append(len(prompts) - 1)
         bucket, count, rows = self._planner(prompts)
         pad = rows_for(len(group), self.slots) - len(group)
-        alternatives = any(running.sampling.top_logprobs for running in group)
+        constrained = any(running.matcher for running in group)
+        alternatives = constrained or any(running.sampling.top_logprobs for running in group)
         slot_N = slots + [self.slots] * pad
         first = self._read_rows(
-            prompts, rows, prompt_of + [0] * pad, bucket, count, slot_N, self._settings(group, pad), alternatives
+            prompts,
+            rows,
+            prompt_of + [0] * pad,
+            bucket,
+            count,
+            slot_N,
+            self._settings(group, pad),
+            alternatives,
+            self._allowed(group, pad) if constrained else None,
         )
         for running, slot in zip(group, slots):
             self._running[slot] = running
@@ -337,12 +384,13 @@ class Engine:
         slots: Sequence[int],
         settings,
         alternatives: bool | None = None,
+        allowed_NV: np.ndarray | None = None,
     ):
         """Prefill rows of prompts and put their answers into slots; returns the first tokens.
 
         Args:
-          rows: indexes of the prompts of each row. prompt_of, slots: of each answer. alternatives: None compiles both
-            programs.
+          rows: indexes of the prompts of each row. prompt_of, slots: of each answer. alternatives: None compiles all
+            programs. allowed_NV: first tokens that each answer may have; None: any.
         """
         batch = pack_bucket([[prompts[index] for index in row] for row in rows], bucket, count, self._vision)
         batch = place_rows(self._mesh, batch, batch.tokens.shape[0])
@@ -351,7 +399,8 @@ class Engine:
         logits, seen = self._programs.last_logits(self._graphdef, self._params, prefilled, places)
         if alternatives is None:
             self._programs.first_tokens(logits, seen, settings, True)
-        first = self._programs.first_tokens(logits, seen, settings, bool(alternatives))
+            self._programs.first_tokens(logits, seen, settings, True, np.ones(logits.shape, bool))
+        first = self._programs.first_tokens(logits, seen, settings, bool(alternatives), allowed_NV)
         self._state = self._programs.admit(
             self._state,
             prefilled.keys,

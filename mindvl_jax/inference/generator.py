@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.inference.buckets import next_size
 from mindvl_jax.inference.engine import Delivery, Engine, Watcher
+from mindvl_jax.inference.grammar import GrammarReader, Matcher
 from mindvl_jax.inference.placement import mesh_of
 from mindvl_jax.inference.prompts import Prompt, PromptEncoder
 from mindvl_jax.inference.request import Answer, Request
 from mindvl_jax.inference.text_stream import TextStream
+
+GRAMMAR_FAILED = "the answer's grammar grew beyond what the reader of grammars can hold; use a simpler one"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Generator:
         self._engine: Engine | None = None
         self._programs = {} if programs is None else {"programs": programs}
         self.eos_ids = self.tokenizer.stop_ids
+        self.grammars = GrammarReader(self.tokenizer, self.model.language.config.vocab_size, self.eos_ids)
 
     def generate(
         self,
@@ -171,22 +175,49 @@ class Generator:
         )
 
     def submit(
-        self, engine: Engine, number: int, request: Request, prompt: Prompt, emit: Callable[[Piece], None]
+        self,
+        engine: Engine,
+        number: int,
+        request: Request,
+        prompt: Prompt,
+        emit: Callable[[Piece], None],
+        matchers: Sequence[Matcher] | None = None,
     ) -> list[Watcher]:
         """Queue a request; `emit` gets its pieces on the thread that steps the engine.
 
         Returns what `Engine.abort` takes.
 
+        Args:
+          matchers: of the request's grammar, where the caller made them (`matchers`).
+
         Raises:
-          UserError: the prompt does not fit the context.
+          UserError: the prompt does not fit the context; the grammar is not valid.
         """
         sampling = request.sampling
+        if matchers is None:
+            matchers = self.matchers(request)
         base = number if sampling.seed is None else sampling.seed
         watchers = [self._watcher(number, sample, request, prompt, emit) for sample in range(sampling.n)]
         engine.submit(
-            prompt, sampling, seeds=[base + (sample << 32) for sample in range(sampling.n)], watchers=watchers
+            prompt,
+            sampling,
+            seeds=[base + (sample << 32) for sample in range(sampling.n)],
+            watchers=watchers,
+            matchers=matchers,
         )
         return watchers
+
+    def matchers(self, request: Request) -> list[Matcher]:
+        """One for each answer of a request with a grammar, else none. Takes time, and is safe on any thread.
+
+        Raises:
+          UserError: the grammar is not valid, or the answers could not end (`ignore_eos`).
+        """
+        if request.grammar is None:
+            return []
+        if request.sampling.ignore_eos:
+            raise UserError("an answer that matches a grammar ends with it, so ignore_eos must be false")
+        return [self.grammars.matcher(request.grammar) for _ in range(request.sampling.n)]
 
     def _watcher(
         self, number: int, sample: int, request: Request, prompt: Prompt, emit: Callable[[Piece], None]
@@ -222,6 +253,7 @@ class Generator:
                 tokens=tuple(stream.tokens),
                 logprobs=tuple(logprobs[:count]),
                 finish="stop" if stream.stopped else ended,
+                error=GRAMMAR_FAILED if ended == "error" and not stream.stopped else None,
                 prompt_tokens=prompt.tokens,
                 alternatives=tuple(alternatives[:count]),
             )

@@ -225,7 +225,7 @@ def alternatives_of(logits_BV, wanted: bool) -> Alternatives:
 
 @partial(jax.jit, static_argnames=("alternatives",))
 def first_tokens(
-    logits_NV, seen_NV, settings: Settings, alternatives: bool = False
+    logits_NV, seen_NV, settings: Settings, alternatives: bool = False, allowed_NV=None
 ) -> tuple[jax.Array, jax.Array, Alternatives]:
     """First token (N,) int32 of each answer, its log-probability (N,) float32 and, if wanted, the alternatives to it.
 
@@ -233,6 +233,7 @@ def first_tokens(
     slowly.
     """
     penalised_NV = sampling.apply_repetition_penalty(logits_NV, seen_NV, settings.penalty)
+    penalised_NV = sampling.allow(penalised_NV, allowed_NV)
     token_N = sampling.choose(
         penalised_NV,
         keys_B2=settings.key,
@@ -284,7 +285,15 @@ def admit(slots: Slots, keys, values, places: Places, seen_NV, slot_N, token_N, 
 
 @partial(jax.jit, static_argnames=("graphdef", "alternatives"), donate_argnames=("slots",))
 def decode(
-    graphdef, params, decode_params: DecodeParams | None, slots: Slots, eos_E, steps, wanted, alternatives: bool = False
+    graphdef,
+    params,
+    decode_params: DecodeParams | None,
+    slots: Slots,
+    eos_E,
+    steps,
+    wanted,
+    alternatives: bool = False,
+    allowed_BV=None,
 ) -> tuple[Slots, jax.Array, jax.Array, Alternatives, jax.Array]:
     """Decode until each slot has `steps` new tokens, `wanted` of the active slots have finished, or none is active.
 
@@ -293,6 +302,7 @@ def decode(
       eos_E: (E,) int32, tokens that end an answer. steps: int32 scalar, at most CHUNK. wanted: int32 scalar, at least
         1.
       alternatives: static; also return the likeliest tokens of each step.
+      allowed_BV: (B, V) bool, tokens that each slot may go on with; holds for one step. None: any.
 
     Returns:
       slots; tokens (CHUNK, B) int32, -1 where a slot gained none; log-probabilities (CHUNK, B) float32; alternatives
@@ -338,7 +348,9 @@ def decode(
         logits_BV = model.logits(hidden_B1D[:, 0], head)
         settings = slots.settings
         token_B = sampling.choose(
-            jax.lax.cond(penalises, penalise, lambda logits_BV, _: logits_BV, logits_BV, slots),
+            sampling.allow(
+                jax.lax.cond(penalises, penalise, lambda logits_BV, _: logits_BV, logits_BV, slots), allowed_BV
+            ),
             keys_B2=settings.key,
             counts_B=slots.count,
             temperature_B=settings.temperature,

@@ -90,7 +90,7 @@ class PromptEncoder:
                     "the model is a language model alone and cannot see images; use the weights of a "
                     "vision-language model"
                 )
-            example = self._encoder(request).encode_prompt(messages, images, videos, id=request.id)
+            example = self._encoder(request).encode_prompt(messages, images, videos, tools=request.tools, id=request.id)
             example = example.with_pixels(self._model.vision, self._resample)
         except UserError as error:
             raise UserError(f"request {request.id}: {error}" if request.id else str(error)) from error

@@ -8,6 +8,7 @@ from typing import Any
 
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.data.marks import IMAGE, marks
+from mindvl_jax.inference.grammar import Grammar
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,8 @@ class Request:
       images: bytes, paths, PIL images, or objects whose `read()` returns bytes; in the order of their marks.
       id: comes back with the answer.
       min_pixels, max_pixels: image area after resizing; None is the model's own setting.
+      tools: descriptions of tools that the answer may call, each a JSON object, written by the chat template.
+      grammar: what the answer must match, whole; None: anything.
     """
 
     messages: Sequence[dict[str, Any]]
@@ -96,6 +99,8 @@ class Request:
     min_pixels: int | None = None
     max_pixels: int | None = None
     media_root: str | None = None
+    tools: Sequence[str] = ()
+    grammar: Grammar | None = None
 
     @classmethod
     def from_prompt(cls, prompt: str, images: Sequence[Any] = (), **rest) -> Request:

@@ -31,6 +31,11 @@ def apply_count_penalties(
     return logits_BV - presence_B[:, None] * (counts_BV > 0) - frequency_B[:, None] * counts_BV
 
 
+def allow(logits_BV: jax.Array, allowed_BV: jax.Array | None) -> jax.Array:
+    """Exclude the tokens that a grammar does not allow; None allows all."""
+    return logits_BV if allowed_BV is None else jnp.where(allowed_BV, logits_BV, NEGATIVE)
+
+
 def restrict(
     logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array, min_p_B: jax.Array | None = None
 ) -> jax.Array:

@@ -31,9 +31,9 @@ CONTEXT, SLOTS = 256, 4
 class Running:
     """A server in a thread of this process."""
 
-    def __init__(self, opened, **settings):
-        generator = Generator(opened, slots=SLOTS, context=CONTEXT)
-        sizes = prompt_sizes(context=CONTEXT, patches=256, images=4, rows=1)
+    def __init__(self, opened, *, context=CONTEXT, sizes=None, **settings):
+        generator = Generator(opened, slots=SLOTS, context=context)
+        sizes = sizes or prompt_sizes(context=context, patches=256, images=4, rows=1)
         self.settings = ServerSettings(model="tiny", images=4, **settings)
         self.runner = Runner(generator, Metrics(), sizes, limit=self.settings.queue, chunk=self.settings.chunk)
         for _ in self.runner.warm_up():

@@ -32,8 +32,40 @@ BAD = {
     "no tokens": (_chat(max_tokens=0), "`max_tokens`"),
     "top_p above one": (_chat(top_p=1.5), "`top_p`"),
     "an unknown field": (_chat(temprature=1), "`temprature` is not supported"),
-    "tools": (_chat(tools=[{"type": "function", "function": {"name": "f"}}]), "`tools` is not supported"),
-    "json format": (_chat(response_format={"type": "json_object"}), "`response_format.type`"),
+    "a tool without a name": (_chat(tools=[{"type": "function", "function": {}}]), "`tools[0].function.name`"),
+    "a choice without tools": (_chat(tool_choice="required"), "needs tools"),
+    "a choice of another tool": (
+        _chat(
+            tools=[{"type": "function", "function": {"name": "f"}}],
+            tool_choice={"type": "function", "function": {"name": "g"}},
+        ),
+        "names 'g'",
+    ),
+    "an unknown format": (_chat(response_format={"type": "xml"}), "`response_format`"),
+    "a schema that is none": (
+        _chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "objct"}}}),
+        "JSON schema cannot be used",
+    ),
+    "a schema with what is not built": (
+        _chat(structured_outputs={"json": {"not": {"type": "string"}}}),
+        "JSON schema cannot be used",
+    ),
+    "an open bracket": (_chat(response_format={"type": "regex", "regex": "[ab"}), "regular expression cannot be used"),
+    "two formats": (_chat(structured_outputs={"regex": "a"}, response_format={"type": "json_object"}), "exclude"),
+    "a format that cannot end": (_chat(structured_outputs={"regex": "a"}, ignore_eos=True), "ignore_eos"),
+    "a user that calls": (
+        _chat(
+            messages=[
+                {
+                    "role": "user",
+                    "content": "x",
+                    "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}],
+                }
+            ]
+        ),
+        "only the assistant's",
+    ),
+    "no content": (_chat(messages=[{"role": "user"}]), "content is missing"),
     "top_logprobs alone": (_chat(top_logprobs=3), "needs logprobs"),
     "options without a stream": (_chat(stream_options={"include_usage": True}), "needs stream"),
     "an empty stop": (_chat(stop=[""]), "`stop`"),

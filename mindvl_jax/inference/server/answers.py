@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from mindvl_jax.inference.generator import Piece
 from mindvl_jax.inference.request import Answer
+from mindvl_jax.inference.server.tools import ToolCallReader
 
 
 def token_text(tokenizer, token: int) -> tuple[str, list[int]]:
@@ -56,19 +57,40 @@ def envelope(identifier: str, kind: str, model: str, choices: list[dict], **rest
     return {"id": identifier, "object": kind, "created": int(time.time()), "model": model, "choices": choices, **rest}
 
 
-def chat_choice(tokenizer, answer: Answer, *, logprobs: bool) -> dict:
+def chat_choice(tokenizer, answer: Answer, *, logprobs: bool, tools: bool = False) -> dict:
+    """A choice of a whole answer. With `tools`, calls in its text are told apart from it."""
+    text: str | None = answer.text
+    called: dict = {}
+    if tools:
+        reader = ToolCallReader()
+        reader.push(answer.text, last=True)
+        text = reader.text
+        if reader.calls:
+            text, called = text or None, {"tool_calls": [call.whole() for call in reader.calls]}
     return {
         "index": answer.sample,
-        "message": {"role": "assistant", "content": answer.text, "refusal": None},
+        "message": {"role": "assistant", "content": text, "refusal": None, **called},
         "logprobs": chat_logprobs(tokenizer, answer) if logprobs else None,
-        "finish_reason": answer.finish,
+        "finish_reason": finish_reason(answer, bool(called)),
     }
 
 
+def finish_reason(answer: Answer, called: bool) -> str:
+    return "tool_calls" if called and answer.finish == "stop" else answer.finish
+
+
 def chat_delta(
-    sample: int, text: str, *, first: bool = False, finish: str | None = None, logprobs: dict | None = None
+    sample: int,
+    text: str,
+    *,
+    first: bool = False,
+    finish: str | None = None,
+    logprobs: dict | None = None,
+    calls: Sequence[dict] = (),
 ) -> dict:
     delta: dict = {"role": "assistant"} if first else {}
     if text or first:
         delta["content"] = text
+    if calls:
+        delta["tool_calls"] = list(calls)
     return {"index": sample, "delta": delta, "logprobs": logprobs, "finish_reason": finish}

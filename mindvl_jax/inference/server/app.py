@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.inference.generator import Piece
+from mindvl_jax.inference.grammar import Matcher
 from mindvl_jax.inference.request import Answer, Request
 from mindvl_jax.inference.server import answers
 from mindvl_jax.inference.server.errors import HTTPError
@@ -25,6 +26,7 @@ from mindvl_jax.inference.server.media import read_media
 from mindvl_jax.inference.server.protocol import ChatBody, CompletionBody, parse
 from mindvl_jax.inference.server.runner import Runner, Ticket
 from mindvl_jax.inference.server.settings import ServerSettings
+from mindvl_jax.inference.server.tools import ToolCallReader
 
 PAGE = Path(__file__).with_name("page.html")
 
@@ -170,12 +172,15 @@ class Server:
         self._check_model(body.model)
         self.runner.check_room()
         identifier = f"chatcmpl-{uuid.uuid4().hex}"
-        asked, prompt = await self.runner.run_blocking(self._encode_chat, body, identifier)
-        ticket = await self.runner.submit(asked, prompt)
+        asked, prompt, matchers = await self.runner.run_blocking(self._encode_chat, body, identifier)
+        ticket = await self.runner.submit(asked, prompt, matchers)
         if body.stream:
             return self._stream(self._chat_events(ticket, body, identifier, prompt.tokens))
         done = await self._collect(request, ticket)
-        choices = [answers.chat_choice(self._tokenizer, answer, logprobs=bool(body.logprobs)) for answer in done]
+        choices = [
+            answers.chat_choice(self._tokenizer, answer, logprobs=bool(body.logprobs), tools=body.calls_tools)
+            for answer in done
+        ]
         return JSONResponse(
             answers.envelope(
                 identifier, "chat.completion", body.model, choices, usage=answers.usage(prompt.tokens, done)
@@ -186,7 +191,13 @@ class Server:
         asked = body.request(
             identifier, self.settings, self._context, lambda url, param: read_media(url, self.settings, param)
         )
-        return asked, self._encode(self.runner.generator.encode, asked)
+        return asked, self._encode(self.runner.generator.encode, asked), self._matchers(asked)
+
+    def _matchers(self, asked: Request) -> list[Matcher]:
+        try:
+            return self.runner.generator.matchers(asked)
+        except UserError as error:
+            raise HTTPError(400, str(error), param="response_format") from None
 
     def _encode(self, encode: Callable[[Request], Any], asked: Request):
         try:
@@ -223,6 +234,7 @@ class Server:
         self, ticket: Ticket, body: ChatBody, identifier: str, prompt_tokens: int
     ) -> AsyncIterator[dict]:
         started: set[int] = set()
+        readers: dict[int, ToolCallReader] = {}
         done: list[Answer] = []
         null_usage = {"usage": None} if body.include_usage else {}
 
@@ -236,11 +248,18 @@ class Server:
             logprobs = None
             if body.logprobs and piece.tokens:
                 logprobs = answers.chat_logprobs(self._tokenizer, piece)
-            if piece.text or logprobs:
-                yield chunk(answers.chat_delta(piece.sample, piece.text, logprobs=logprobs), **null_usage)
+            text, calls = piece.text, []
+            if body.calls_tools:
+                reader = readers.setdefault(piece.sample, ToolCallReader())
+                text, calls = reader.push(piece.text, last=piece.answer is not None)
+            if text or calls or logprobs:
+                delta = answers.chat_delta(piece.sample, text, logprobs=logprobs, calls=calls)
+                yield chunk(delta, **null_usage)
             if piece.answer is not None:
                 done.append(piece.answer)
-                yield chunk(answers.chat_delta(piece.sample, "", finish=piece.answer.finish), **null_usage)
+                called = piece.sample in readers and bool(readers[piece.sample].calls)
+                finish = answers.finish_reason(piece.answer, called)
+                yield chunk(answers.chat_delta(piece.sample, "", finish=finish), **null_usage)
         if body.include_usage:
             yield chunk(None, usage=answers.usage(prompt_tokens, done))
 
@@ -267,15 +286,18 @@ class Server:
         self._check_model(body.model)
         self.runner.check_room()
         identifier = f"cmpl-{uuid.uuid4().hex}"
-        sampling = body.sampling(self._context)
+        sampling = body.sampling(self._context, self.settings.sampling)
+        grammar = body.structured_outputs.said() if body.structured_outputs is not None else None
         if body.stream and len(body.prompts) > 1:
             raise HTTPError(400, "`prompt` can hold one text when stream is true", param="prompt")
         tickets, prompt_tokens = [], 0
         for text in body.prompts:
-            asked = Request(messages=[{"role": "user", "content": text}], sampling=sampling, id=identifier)
+            messages = [{"role": "user", "content": text}]
+            asked = Request(messages=messages, sampling=sampling, grammar=grammar, id=identifier)
+            matchers = await self.runner.run_blocking(self._matchers, asked)
             prompt = await self.runner.run_blocking(self._encode, self.runner.generator.encode.text, asked)
             prompt_tokens += prompt.tokens
-            tickets.append(await self.runner.submit(asked, prompt))
+            tickets.append(await self.runner.submit(asked, prompt, matchers))
         if body.stream:
             return self._stream(self._completion_events(tickets[0], body, identifier, prompt_tokens))
         choices, done = [], []

@@ -18,6 +18,7 @@ from mindvl_jax.core.errors import UserError
 from mindvl_jax.inference.buckets import Bucket
 from mindvl_jax.inference.engine import Engine, Watcher
 from mindvl_jax.inference.generator import Generator, Piece
+from mindvl_jax.inference.grammar import Matcher
 from mindvl_jax.inference.prompts import Prompt
 from mindvl_jax.inference.request import Request
 from mindvl_jax.inference.server.errors import HTTPError
@@ -111,7 +112,7 @@ class Runner:
         """Run something slow (decoding, fetching) on the encoders' threads."""
         return await asyncio.get_running_loop().run_in_executor(self._encoders, function, *arguments)
 
-    async def submit(self, request: Request, prompt: Prompt) -> Ticket:
+    async def submit(self, request: Request, prompt: Prompt, matchers: Sequence[Matcher] = ()) -> Ticket:
         """Queue an encoded request.
 
         Raises:
@@ -124,7 +125,7 @@ class Runner:
             raise HTTPError(400, str(error), code="context_length_exceeded", param="messages") from None
         ticket = Ticket(request, asyncio.get_running_loop(), asyncio.Queue(), request.sampling.n, time.monotonic())
         self._tickets.add(ticket)
-        self._commands.put(lambda: self._begin(ticket, prompt))
+        self._commands.put(lambda: self._begin(ticket, prompt, matchers))
         return ticket
 
     def check_room(self) -> None:
@@ -212,7 +213,7 @@ class Runner:
 
     # --- on the engine's thread ---
 
-    def _begin(self, ticket: Ticket, prompt: Prompt) -> None:
+    def _begin(self, ticket: Ticket, prompt: Prompt, matchers: Sequence[Matcher]) -> None:
         if ticket not in self._tickets:  # its client has left already
             return
 
@@ -220,6 +221,9 @@ class Runner:
             if ticket.first is None:
                 ticket.first = time.monotonic()
                 self.metrics.first_token.observe(ticket.first - ticket.arrived)
+            if piece.answer is not None and piece.answer.error:
+                ticket.put(HTTPError(400, piece.answer.error, param="response_format"))
+                return
             if piece.answer is not None:
                 ticket.tokens += len(piece.answer.tokens)
                 self.metrics.answer_tokens.inc(len(piece.answer.tokens))
@@ -228,7 +232,7 @@ class Runner:
             ticket.put(piece)
 
         try:
-            ticket.watchers = self.generator.submit(self._engine, 0, ticket.request, prompt, emit)
+            ticket.watchers = self.generator.submit(self._engine, 0, ticket.request, prompt, emit, matchers)
         except UserError as error:
             ticket.put(HTTPError(400, str(error)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,7 @@ class ServerSettings:
       hosts: host names from which `https` media may be fetched; empty: none.
       private_addresses: also fetch from addresses that are not public (for a store in the same network).
       fetch_seconds: time limit of one fetch. request_seconds: time limit of one answer.
+      sampling: of `Sampling`, used where a request does not say otherwise (the folder's generation_config.json).
       chunk: tokens decoded between two looks at the queue. Small is smooth, large is fast.
     """
 
@@ -33,4 +35,5 @@ class ServerSettings:
     private_addresses: bool = False
     fetch_seconds: float = 10.0
     request_seconds: float = 600.0
+    sampling: Mapping[str, float] = dataclasses.field(default_factory=dict)
     chunk: int = 4
