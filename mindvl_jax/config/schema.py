@@ -78,7 +78,11 @@ class MeshConfig(Section):
         None, description="Devices that the token and patch places of each row are spread over (see `parallel`)."
     )
     expert: _Places = Field(None, description="Devices that experts of routed layers, and rows, are spread over.")
-    stage: _Places = Field(None, description="Pipeline stages; not built, so anything but 1 is refused.")
+    stage: _Places = Field(
+        None,
+        description="Pipeline stages that the decoder's layers are divided over; rows of the vision tower are spread "
+        "over it (see `parallel`).",
+    )
 
     @property
     def is_open(self) -> bool:
@@ -113,6 +117,17 @@ class ParallelConfig(Section):
         False,
         description="With mesh.tensor > 1: norms and the residual stream are spread over the tensor axis by places; a "
         "gather before and a scatter after each block replace its sums (sequence parallelism of Megatron).",
+    )
+    pipeline_schedule: Literal["gpipe", "1f1b", "zero_bubble"] = Field(
+        "1f1b",
+        description="With mesh.stage > 1. gpipe: all forward passes first, so a stage keeps the inputs of all "
+        "micro-batches; 1f1b: forward and backward in turn, as many inputs as stages lie ahead; zero_bubble (ZB-H1): "
+        "weight gradients apart, in the gaps of 1f1b, for one more recomputation of each chunk.",
+    )
+    micro_batches: Annotated[int, bounded(10**6)] | None = Field(
+        None,
+        description="With mesh.stage > 1: micro-batches that the rows of a group of stages are cut into; empty: one "
+        "for each row.",
     )
 
 

@@ -26,7 +26,7 @@ from mindvl_jax.core.params import in_nf4
 from mindvl_jax.models.layers.linear import Linear, parameter
 from mindvl_jax.models.layers.lora import adapter_scale, initial_lora_a
 from mindvl_jax.models.layers.nf4 import BLOCK, Nf4, can_hold, dequantized_kernel, quantize
-from mindvl_jax.parallel.rules import partition_spec
+from mindvl_jax.parallel.rules import STAGED, partition_spec
 
 LEAVES = ("lora_a", "lora_b", "lora_magnitude")
 
@@ -72,7 +72,9 @@ def attach_values(model: nnx.Module, layout: Layout, values: Mapping[str, jax.Ar
         def put(leaf, *names, path=path, place=place, lead=lead):
             value = jnp.asarray(values[f"{path}/{leaf}"])
             where = (
-                NamedSharding(place.mesh, partition_spec((*lead, *names), value.shape, place.mesh))
+                NamedSharding(
+                    place.mesh, partition_spec((*lead, *names), value.shape, place.mesh, staged=path.startswith(STAGED))
+                )
                 if isinstance(place, NamedSharding)
                 else place
             )

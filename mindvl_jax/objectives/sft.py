@@ -10,6 +10,7 @@ learn.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from flax import nnx
 from mindvl_jax.config.schema import PhaseConfig
 from mindvl_jax.models.counts import Counts
 from mindvl_jax.objectives.base import LossTerms, Params
+from mindvl_jax.parallel import pipeline
 
 Reduction = Literal["token", "sample", "micro_batch"]
 SOURCES = "sources"
@@ -54,15 +56,25 @@ class Sft:
         return {**dict.fromkeys(self.counts.names, ()), SOURCES: (self.sources, 2)}
 
     def loss(self, model: nnx.Module, batch: Any, key: None = None) -> LossTerms:
-        token_losses_BT = model.token_losses(batch, chunk=self.chunk, **dict(self.bounds))
+        reduce = functools.partial(
+            loss_terms,
+            weights_BT=batch.loss_weights,
+            segment_ids_BT=batch.segment_ids,
+            samples=self.samples,
+            reduction=self.gradients_by,
+        )
+        options = {"chunk": self.chunk, **dict(self.bounds)}
+        if pipeline.is_installed():
+            # Every reduction is linear in the losses, so its gradient is known before them.
+            nothing = jnp.zeros(batch.loss_weights.shape, jnp.float32)
+            coefficients_BT = jax.grad(lambda losses_BT: reduce(losses_BT)[0])(nothing)
+            numerator, token_losses_BT = model.pipelined_losses(batch, coefficients_BT, **options)
+            _, denominator = reduce(token_losses_BT)
+        else:
+            token_losses_BT = model.token_losses(batch, **options)
         with jax.named_scope("reduce_loss"):
-            numerator, denominator = loss_terms(
-                token_losses_BT,
-                batch.loss_weights,
-                batch.segment_ids,
-                samples=self.samples,
-                reduction=self.gradients_by,
-            )
+            if not pipeline.is_installed():
+                numerator, denominator = reduce(token_losses_BT)
             sums = by_source(token_losses_BT, batch.loss_weights, batch.source_ids, self.sources)
         return LossTerms(numerator, denominator, {**self.counts.function(batch), SOURCES: sums})
 

@@ -145,7 +145,8 @@ def within_rows(
     placement = current()
     if placement is None or not placement.manual:
         return function(*rows, *whole)
-    own = tuple(axis for axis in (*ROW_AXES, "context") if placement.mesh.shape[axis] > 1)
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    own = tuple(axis for axis in (*ROW_AXES, "context") if placement.mesh.shape[axis] > 1 and axis not in manual)
     if not own:  # devices share the rows; XLA cannot sum over groups of one device
         return function(*rows, *whole)
     split = [_fsdp_dim(name, x.shape, placement.mesh) for x, name in zip(whole, names, strict=True)]

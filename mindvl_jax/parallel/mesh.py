@@ -28,6 +28,7 @@ class Axis:
 
 
 AXIS_TABLE = (
+    Axis("stage", rows=True),  # layers of the decoder; rows wherever no pipeline runs
     Axis("data", rows=True, always_shown=True),  # copies of the parameters
     Axis("expert", rows=True),  # experts of a routed layer; all else is copied
     Axis("fsdp", rows=True, always_shown=True),  # parameters, gathered layer by layer
@@ -38,24 +39,18 @@ AXIS_TABLE = (
 AXES = tuple(axis.name for axis in AXIS_TABLE)
 ROW_AXES = tuple(axis.name for axis in AXIS_TABLE if axis.rows)
 FSDP = "fsdp"
-UNBUILT = {"stage": "pipeline stages are not built"}
-"""Axes that the configuration names and no program has yet, with the reason."""
 
 
 def mesh_shape(config: MeshConfig, device_count: int) -> dict[str, int]:
     """Size of each axis with -1 filled in from `device_count`; an axis that is not set is 1.
 
     Raises:
-      UserError: two axes are -1, an axis is 0 or below -1, is not built, or the product does not fit the devices.
+      UserError: two axes are -1, an axis is 0 or below -1, or the product does not fit the devices.
     """
     sizes = {axis: getattr(config.filled, axis) for axis in AXES}
     wrong = [f"mesh.{axis}={size}" for axis, size in sizes.items() if size == 0 or size < -1]
     if wrong:
         raise UserError(f"{', '.join(wrong)}: an axis has at least one device, or -1 to take what is left")
-    for axis, reason in UNBUILT.items():
-        if (size := getattr(config.filled, axis)) != 1:
-            instead = f"mesh.fsdp={sizes['fsdp'] * size}" if size > 1 and sizes["fsdp"] > 0 else "mesh.fsdp=-1"
-            raise UserError(f"mesh.{axis}={size}: {reason}; the same devices work with mesh.{axis}=1 {instead}")
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
         raise UserError(f"mesh.{' and mesh.'.join(open_axes)} are both -1; at most one axis can take what is left")

@@ -5,7 +5,7 @@ micro-batches. A device carries out its list in order and waits where an input i
 one chunk, B its backward pass, W the weight gradients alone where a schedule splits them off; B is then the input
 gradient alone.
 
-Nothing runs these tables yet: they are what the executor will read, and what a plan can be drawn from.
+`parallel.pipeline` runs those of one chunk a device; interleaved ones are simulated alone.
 """
 
 from __future__ import annotations
@@ -59,6 +59,11 @@ def gpipe(stages: int, micro_batches: int) -> Schedule:
     """All forward passes, then all backward passes: what differentiating a pipelined loop gives."""
     everything = [Op(kind, m) for kind in "FB" for m in range(micro_batches)]
     return Schedule("gpipe", stages, 1, micro_batches, (tuple(everything),) * stages)
+
+
+def forward_alone(stages: int, micro_batches: int) -> Schedule:
+    """No backward pass: losses of held-out samples."""
+    return Schedule("forward", stages, 1, micro_batches, (tuple(Op("F", m) for m in range(micro_batches)),) * stages)
 
 
 def one_f_one_b(stages: int, micro_batches: int) -> Schedule:
@@ -213,7 +218,7 @@ def _most_held(order: tuple[Op, ...], splits_weights: bool) -> int:
 
 
 def _require_complete(schedule: Schedule) -> None:
-    kinds = "FBW" if schedule.splits_weights else "FB"
+    kinds = "F" if schedule.name == "forward" else "FBW" if schedule.splits_weights else "FB"
     wanted = {
         Op(kind, m, chunk) for kind in kinds for m in range(schedule.micro_batches) for chunk in range(schedule.chunks)
     }

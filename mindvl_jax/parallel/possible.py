@@ -50,6 +50,8 @@ def problems(config: Config, sizes: Mapping[str, int]) -> list[str]:
             found.append(f"mesh.expert={expert}: the model has no routed experts to spread; use mesh.fsdp or mesh.data")
         elif experts % expert:
             found.append(f"mesh.expert={expert} does not divide model.text.moe.experts={experts}")
+    if sizes["stage"] > 1:
+        found += _stages(config, text, sizes)
     unit = _merged(vision)
     groups = math.prod(sizes[axis] for axis in ROW_AXES)
     for index, phase in enumerate(config.training.phases):
@@ -84,6 +86,38 @@ def nearest(config: Config, sizes: Mapping[str, int]) -> dict[str, int] | None:
         return not any(count % groups for count in rows) and not problems(config, other)
 
     return min(filter(possible, _meshes(math.prod(sizes.values()), AXES)), key=change, default=None)
+
+
+def _stages(config: Config, text, sizes: Mapping[str, int]) -> list[str]:
+    stages = sizes["stage"]
+    where = f"mesh.stage={stages}"
+    if text is None:
+        return [f"{where}: model family {config.model.family!r} has no decoder whose layers could be divided"]
+    found = []
+    if getattr(text, "moe", None) is not None:
+        found.append(f"{where}: pipelines of routed decoders are not built; use mesh.expert or mesh.fsdp")
+    if getattr(getattr(config.model, "vision", None), "deepstack_blocks", None):
+        found.append(
+            f"{where}: the tower of family {config.model.family!r} adds features behind several layers of the decoder, "
+            "which a pipeline does not carry; use mesh.fsdp"
+        )
+    if text.num_layers % stages:
+        found.append(f"{where} does not divide model.text.num_layers={text.num_layers}")
+    if sizes["context"] > 1:
+        found.append(f"{where} with mesh.context={sizes['context']}: not built; use mesh.tensor or mesh.fsdp beside it")
+    groups = math.prod(sizes[axis] for axis in ROW_AXES)
+    cut = config.parallel.micro_batches
+    for index, phase in enumerate(config.training.phases):
+        if phase.rows % groups:
+            found.append(
+                f"training.phases[{index}].rows={phase.rows} cannot be spread over {groups} devices (stages among them)"
+            )
+        elif cut and (phase.rows * stages // groups) % cut:
+            found.append(
+                f"parallel.micro_batches={cut} does not divide the {phase.rows * stages // groups} rows that a group "
+                f"of stages takes of training.phases[{index}].rows={phase.rows}"
+            )
+    return found
 
 
 def _heads(heads: int, name: str, sizes: Mapping[str, int]) -> list[str]:

@@ -42,20 +42,27 @@ ACTIVATION_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("kv_heads", ("tensor",)),
     ("mlp", ("tensor",)),
 )
-STACK = "layers"  # the scanned dim: every device walks through all layers
+STACK = "layers"  # the scanned dim: every device walks through all layers, but for those of pipeline stages
+STAGED = "language/layers/"
+"""Prefix of the parameters whose layers pipeline stages divide. Towers run before the pipeline, on all its devices."""
 
 
-def partition_spec(names: Sequence[str | None] | None, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def partition_spec(
+    names: Sequence[str | None] | None, shape: Sequence[int], mesh: Mesh | AbstractMesh, *, staged: bool = False
+) -> PartitionSpec:
     """Mesh axis of each dim of one parameter.
 
     A dim stays whole when its size is not a multiple of the axis, or when the axis is taken by an earlier dim. Vectors
     (norm scales, biases over `embed`) are not spread over fsdp: gathering them costs more than keeping them.
+
+    Args:
+      staged: the layers are divided over pipeline stages.
     """
     if not names:
         return PartitionSpec()
     if len(names) != len(shape):
         raise ValueError(f"a parameter of shape {tuple(shape)} carries {len(names)} axis names {tuple(names)}")
-    rules = dict(RULES)
+    rules = dict(RULES) | ({STACK: "stage"} if staged else {})
     is_vector = sum(name != STACK for name in names) < 2
     taken: set[str] = set()
     spec: list[str | None] = []
@@ -111,7 +118,10 @@ def parameter_shardings(
     names: Mapping[str, Sequence[str | None] | None], shapes: Mapping[str, Sequence[int]], mesh: Mesh
 ) -> dict[str, NamedSharding]:
     """Sharding of every parameter, by path."""
-    return {path: NamedSharding(mesh, partition_spec(names.get(path), shape, mesh)) for path, shape in shapes.items()}
+    return {
+        path: NamedSharding(mesh, partition_spec(names.get(path), shape, mesh, staged=path.startswith(STAGED)))
+        for path, shape in shapes.items()
+    }
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -150,15 +150,29 @@ class Decoder(nnx.Module):
           max_sample_length: static promise that no sample is longer; lets attention compute a band.
           added: what is added after the first layers.
         """
+        x = self.through(
+            self.layers,
+            inputs_BTD,
+            positions_B3T,
+            segment_ids_BT,
+            segment_lengths=segment_lengths,
+            max_sample_length=max_sample_length,
+            added=added,
+        )
+        return self.norm(x)
+
+    def through(
+        self, layers, x_BTD, positions_B3T, segment_ids_BT, *, segment_lengths, max_sample_length, added=None
+    ) -> jax.Array:
+        """`x_BTD` behind some of the layers, a stack of their own; arguments as of a call."""
         attend = self.attended(self.rotary(positions_B3T), segment_ids_BT, segment_lengths, max_sample_length)
 
         def layer_step(x, layer):
             return layer.feed_forward(attend(x, layer))
 
         with jax.named_scope("layers"):
-            step, stack = adding(layer_step, self.layers, added)
-            x = scan_layers(step, inputs_BTD, stack, remat=self.remat)
-        return self.norm(x)
+            step, stack = adding(layer_step, layers, added)
+            return scan_layers(step, x_BTD, stack, remat=self.remat)
 
     def attended(self, rotary, segment_ids_BT, segment_lengths, max_sample_length: int | None) -> Callable:
         """Return (x, layer) -> x with the layer's attention added, rematerialised as `remat` says."""

@@ -19,6 +19,7 @@ from mindvl_jax.models.layers.moe import Routing
 from mindvl_jax.models.layers.routed_decoders import DeepSeekV3Decoder, Qwen3MoEDecoder
 from mindvl_jax.parallel.activations import within_rows
 from mindvl_jax.parallel.attention import order_of_places
+from mindvl_jax.parallel.pipeline import Part, pipelined_loss
 from npu_bridge import ops
 
 DECODERS = {TextConfig: Decoder, Qwen3MoETextConfig: Qwen3MoEDecoder, DeepSeekV3TextConfig: DeepSeekV3Decoder}
@@ -92,6 +93,45 @@ class LanguageModel(nnx.Module):
         hidden_BTD = self(batch, max_sample_length=max_sample_length, max_image_patches=max_image_patches)
         return _in_order(self._losses(hidden_BTD, batch, chunk), order)
 
+    def pipelined_losses(
+        self,
+        batch: Batch,
+        coefficients_BT: jax.Array,
+        *,
+        chunk: int,
+        max_sample_length: int | None = None,
+        max_image_patches: int | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """On a mesh with pipeline stages: the sum of coefficients times token losses, differentiable, and the losses as
+        of `token_losses`, which are not.
+        """
+        inputs_BTD = self.embed(batch, max_image_patches=max_image_patches)
+        decoder, structure = self.language, jax.tree.structure(self.language.layers)
+        norm = jax.tree.structure(decoder.norm)
+
+        def stage(leaves, x, fields):
+            with jax.named_scope("language"):
+                return decoder.through(
+                    jax.tree.unflatten(structure, leaves),
+                    x,
+                    fields["positions"],
+                    fields["segment_ids"],
+                    segment_lengths=fields.get("segment_lengths"),
+                    max_sample_length=max_sample_length,
+                )
+
+        def last(leaves, x, fields):
+            *of_norm, head = leaves
+            with jax.named_scope("loss"):
+                hidden = jax.tree.unflatten(norm, of_norm)(x)
+                return ops.cross_entropy(hidden, head, fields["targets"], fields["loss_weights"], chunk=chunk)
+
+        names = ("positions", "segment_ids", "segment_lengths", "targets", "loss_weights")
+        fields = {name: value for name in names if (value := getattr(batch, name)) is not None}
+        of_norm = _part(decoder.norm)
+        ending = Part([*of_norm.leaves, self.head_kernel()], [*of_norm.names, ("embed", "vocab")])
+        return pipelined_loss(stage, last, _part(decoder.layers), ending, inputs_BTD, fields, coefficients_BT)
+
     def routed_losses(
         self, batch: Batch, *, chunk: int, max_sample_length: int | None = None, max_image_patches: int | None = None
     ) -> tuple[jax.Array, Routing]:
@@ -118,6 +158,12 @@ class LanguageModel(nnx.Module):
             return within_rows(
                 loss, (hidden_BTD, batch.targets, batch.loss_weights), (self.head_kernel(),), [("embed", "vocab")]
             )
+
+
+def _part(module: nnx.Module) -> Part:
+    """A module's parameters with the names of their dims, in the order of its pytree."""
+    variables = jax.tree.leaves(module, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return Part(jax.tree.leaves(module), [variable.get_metadata().get("out_sharding") for variable in variables])
 
 
 def _as_attention_wants(batch: Batch) -> tuple[Batch, np.ndarray | None]:
