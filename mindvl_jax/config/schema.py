@@ -118,17 +118,31 @@ class ParallelConfig(Section):
         description="With mesh.tensor > 1: norms and the residual stream are spread over the tensor axis by places; a "
         "gather before and a scatter after each block replace its sums (sequence parallelism of Megatron).",
     )
-    pipeline_schedule: Literal["gpipe", "1f1b", "zero_bubble"] = Field(
+    pipeline_schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = Field(
         "1f1b",
         description="With mesh.stage > 1. gpipe: all forward passes first, so a stage keeps the inputs of all "
-        "micro-batches; 1f1b: forward and backward in turn, as many inputs as stages lie ahead; zero_bubble (ZB-H1): "
-        "weight gradients apart, in the gaps of 1f1b, for one more recomputation of each chunk.",
+        "micro-batches; 1f1b: forward and backward in turn, as many inputs as stages lie ahead; interleaved: 1f1b of "
+        "several chunks of layers a stage, for a shorter bubble and more exchanges; zero_bubble (ZB-H1): weight "
+        "gradients apart, in the gaps of 1f1b, for one more recomputation of each chunk.",
+    )
+    pipeline_chunks: Annotated[int, bounded(10**3)] = Field(
+        1,
+        description="With pipeline_schedule interleaved: chunks of layers of each stage (virtual stages), at least 2.",
     )
     micro_batches: Annotated[int, bounded(10**6)] | None = Field(
         None,
         description="With mesh.stage > 1: micro-batches that the rows of a group of stages are cut into; empty: one "
         "for each row.",
     )
+
+    @model_validator(mode="after")
+    def _chunks(self):
+        if (self.pipeline_chunks > 1) != (self.pipeline_schedule == "interleaved"):
+            raise ValueError(
+                f"pipeline_chunks {self.pipeline_chunks} with pipeline_schedule {self.pipeline_schedule}; expected 2 "
+                "or more with interleaved, and 1 with the others"
+            )
+        return self
 
 
 class DistributedConfig(Section):

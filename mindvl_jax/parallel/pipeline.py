@@ -2,7 +2,9 @@
 
 Each device of the axis holds the same number of a decoder's layers. The rows of its group are cut into micro-batches,
 which walk through the stages: activations go up, gradients come down, one permute of each kind a tick at most. The
-table says what a device does in a tick; a device runs its own branch alone.
+table says what a device does in a tick; a device runs its own branch alone. With several chunks a device (the
+interleaved schedule) chunk c of device d holds layers that lie elsewhere in the natural order, which parameters and
+checkpoints keep: they change places once before the first tick, and their gradients once after the last.
 
 Loss and gradients are made in one pass, because a schedule such as 1F1B runs backward passes between forward passes.
 That works where the loss is linear in the losses of the tokens with weights that are known beforehand, as every
@@ -25,6 +27,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from mindvl_jax.config.schema import ParallelConfig
 from mindvl_jax.parallel import pipeline_schedules as schedules
 from mindvl_jax.parallel.activations import Placement, current
 from mindvl_jax.parallel.mesh import FSDP, ROW_AXES
@@ -32,8 +35,9 @@ from mindvl_jax.parallel.pipeline_schedules import Op, Schedule
 from mindvl_jax.parallel.rules import partition_spec
 
 AXIS = "stage"
-IDLE, FORWARD, LOSSES, BACKWARD, WEIGHTS = range(5)
-"""What a device does in a tick; LOSSES is the last stage's forward pass where no backward pass follows."""
+IDLE, FORWARD, LOSSES, BACKWARD, BACKWARD_LAST, WEIGHTS, WEIGHTS_LAST = range(7)
+"""What a device does in a tick. LAST: of the last chunk, which makes the losses too. LOSSES is its forward pass where
+no backward pass follows; else that has nothing to do."""
 
 Fields = Mapping[str, jax.Array]
 
@@ -57,8 +61,9 @@ class Table:
     All arrays are (ticks, stages) int32 but `up` and `down`, which are (ticks,) bool: whether anything moves.
 
     Attributes:
-      kind: IDLE, FORWARD, LOSSES, BACKWARD or WEIGHTS. micro_batch: of that work.
+      kind: IDLE, FORWARD, .. micro_batch, chunk: of that work.
       reads, pulls: slot of its input, slot of the gradient of its output.
+      first: 1 where the input is that of the pipeline.
       takes, gets: slot into which the input or gradient is written that arrives at the end of the tick; the one behind
         the last where none does.
       slots, gradient_slots: how many a device needs.
@@ -66,6 +71,8 @@ class Table:
 
     kind: np.ndarray
     micro_batch: np.ndarray
+    chunk: np.ndarray
+    first: np.ndarray
     reads: np.ndarray
     pulls: np.ndarray
     takes: np.ndarray
@@ -82,45 +89,53 @@ def is_installed() -> bool:
     return placement is not None and placement.mesh.shape[AXIS] > 1
 
 
-def schedule_of(name: str, stages: int, micro_batches: int) -> Schedule:
-    """The schedule of a configuration's name (`parallel.pipeline_schedule`)."""
-    return {"gpipe": schedules.gpipe, "1f1b": schedules.one_f_one_b, "zero_bubble": schedules.zero_bubble}[name](
-        stages, micro_batches
-    )
+def schedule_of(parallel: ParallelConfig, stages: int, micro_batches: int) -> Schedule:
+    """The schedule that a configuration names.
+
+    Raises:
+      UserError: the micro-batches do not suit it.
+    """
+    if parallel.pipeline_schedule == "interleaved":
+        return schedules.interleaved(stages, parallel.pipeline_chunks, micro_batches)
+    make = {"gpipe": schedules.gpipe, "1f1b": schedules.one_f_one_b, "zero_bubble": schedules.zero_bubble}
+    return make[parallel.pipeline_schedule](stages, micro_batches)
 
 
 def table_of(schedule: Schedule) -> Table:
-    """Cut a schedule of one chunk a device into ticks, and give every input and gradient a slot while it is needed."""
-    if schedule.chunks != 1:
-        raise ValueError(f"{schedule.name}: the executor runs one chunk a device, not {schedule.chunks}")
-    S, spans = schedule.stages, schedules.simulate(schedule, {"F": 1.0, "B": 1.0, "W": 1.0}).spans
+    """Cut a schedule into ticks, and give every input and gradient a slot while it is needed."""
+    S, v = schedule.stages, schedule.chunks
+    times = dict.fromkeys("FBW", float(v))  # of all chunks of a device: a chunk takes one tick
+    spans = schedules.simulate(schedule, times).spans
     ticks = round(max(end for own in spans for _, _, end in own))
-    trains = any(op.kind == "B" for op in schedule.orders[0])
     when = [{op: round(begin) for op, begin, _ in own} for own in spans]
-    arrays = {name: np.zeros((ticks, S), np.int32) for name in ("kind", "micro_batch", "reads", "pulls")}
+    trains = any(op.kind == "B" for op in when[0])
+    reader = "W" if schedule.splits_weights else "B" if trains else "F"  # the work that reads what is kept last
+    names = ("kind", "micro_batch", "chunk", "first", "reads", "pulls")
+    arrays = {name: np.zeros((ticks, S), np.int32) for name in names}
+    inputs: list[dict[Op, tuple[int, int]]] = [{} for _ in range(S)]  # ticks of arrival and of the last read
+    gradients: list[dict[Op, tuple[int, int]]] = [{} for _ in range(S)]
     for device in range(S):
         for op, tick in when[device].items():
-            arrays["micro_batch"][tick, device] = op.micro_batch
-            arrays["kind"][tick, device] = _kind(op, last=device == S - 1, trains=trains)
-    used_last = [op.kind for op in schedule.orders[0]][-1]  # F, B or W: the work that reads a kept array last
-
-    def life(device: int, m: int, source: Op, sender: int) -> tuple[int, int]:
-        """Ticks at the end of which an array arrives and in which it is read last."""
-        return when[sender][source], when[device][Op(used_last, m)]
-
-    M = range(schedule.micro_batches)
-    inputs = [{m: life(d, m, Op("F", m), d - 1) for m in M} if d else {} for d in range(S)]
-    gradients = [{m: life(d, m, Op("B", m), d + 1) for m in M} if trains and d < S - 1 else {} for d in range(S)]
+            number = op.chunk * S + device
+            last = number == S * v - 1
+            arrays["micro_batch"][tick, device], arrays["chunk"][tick, device] = op.micro_batch, op.chunk
+            arrays["kind"][tick, device] = _kind(op.kind, last=last, trains=trains)
+            arrays["first"][tick, device] = number == 0
+            until = when[device][dataclasses.replace(op, kind=reader)]
+            if op.kind == "F" and number > 0:
+                inputs[device][op] = _made(when, "F", op, number - 1, S), until
+            if op.kind == "B" and not last:
+                gradients[device][op] = _made(when, "B", op, number + 1, S), until
     found = {}
     for kept, read, written in (inputs, "reads", "takes"), (gradients, "pulls", "gets"):
         slots = [_slots(one) for one in kept]
         count = found[written] = max((1 + slot for one in slots for slot in one.values()), default=0)
         arrays[written] = np.full((ticks, S), count, np.int32)
         for device in range(S):
-            for m, slot in slots[device].items():
-                arrays[written][kept[device][m][0], device] = slot
+            for source, slot in slots[device].items():
+                arrays[written][kept[device][source][0], device] = slot
                 for op, tick in when[device].items():
-                    if op.micro_batch == m:
+                    if (op.micro_batch, op.chunk) == (source.micro_batch, source.chunk):
                         arrays[read][tick, device] = slot
     return Table(
         **arrays,
@@ -131,21 +146,61 @@ def table_of(schedule: Schedule) -> Table:
     )
 
 
-def _kind(op: Op, *, last: bool, trains: bool) -> int:
-    if op.kind == "F":  # the last stage's backward pass makes the loss too
+def _kind(kind: str, *, last: bool, trains: bool) -> int:
+    if kind == "F":  # the backward pass of the last chunk makes its losses too
         return FORWARD if not last else IDLE if trains else LOSSES
-    return {"B": BACKWARD, "W": WEIGHTS}[op.kind]
+    return {"B": (BACKWARD, BACKWARD_LAST), "W": (WEIGHTS, WEIGHTS_LAST)}[kind][last]
 
 
-def _slots(lives: Mapping[int, tuple[int, int]]) -> dict[int, int]:
-    """A slot for each micro-batch such that no two are kept in one at a time; a slot is free again in the tick of its
-    last read, at whose end the next array arrives.
+def _made(when: Sequence[Mapping[Op, int]], kind: str, op: Op, number: int, stages: int) -> int:
+    """The tick in which global chunk `number` makes its part of the micro-batch."""
+    return when[number % stages][Op(kind, op.micro_batch, number // stages)]
+
+
+def _slots(lives: Mapping[Op, tuple[int, int]]) -> dict[Op, int]:
+    """A slot for each array such that no two are kept in one at a time; a slot is free again in the tick of its last
+    read, at whose end the next array arrives.
     """
-    slots: dict[int, int] = {}
-    for m, (arrives, _) in sorted(lives.items(), key=lambda item: item[1]):
+    slots: dict[Op, int] = {}
+    for op, (arrives, _) in sorted(lives.items(), key=lambda item: item[1]):
         taken = {slots[other] for other in slots if lives[other][1] > arrives}
-        slots[m] = next(slot for slot in range(len(lives)) if slot not in taken)
+        slots[op] = next(slot for slot in range(len(lives)) if slot not in taken)
     return slots
+
+
+def chunk_rounds(stages: int, chunks: int) -> list[list[tuple[int, int, int]]]:
+    """How chunks of layers change from the natural order to that of a schedule, in rounds of one permute.
+
+    Device e holds chunks e * v .. e * v + v - 1 of all S * v; as its chunk c device d runs number c * S + d.
+
+    Returns:
+      for each round, by the sending device: (index of the chunk that it sends, receiving device, its chunk there).
+      Each device sends and receives once a round: a v-regular bipartite graph falls into v perfect matchings.
+    """
+    number_of = {number: (number % stages, number // stages) for number in range(stages * chunks)}
+    left = {e: {e * chunks + j for j in range(chunks)} for e in range(stages)}
+    rounds = []
+    for _ in range(chunks):
+        sender_of: dict[int, tuple[int, int]] = {}  # by receiving device: who sends which chunk
+
+        def place(e: int, tried: set[int], sender_of=sender_of) -> bool:
+            for number in sorted(left[e]):
+                d = number_of[number][0]
+                if d in tried:
+                    continue
+                tried.add(d)
+                if d not in sender_of or place(sender_of[d][0], tried):
+                    sender_of[d] = e, number
+                    return True
+            return False
+
+        for e in range(stages):
+            assert place(e, set()), "a regular bipartite graph has a perfect matching"
+        by_sender = {e: (number % chunks, d, number_of[number][1]) for d, (e, number) in sender_of.items()}
+        for e, number in sender_of.values():
+            left[e].remove(number)
+        rounds.append([by_sender[e] for e in range(stages)])
+    return rounds
 
 
 # ---- the function with its gradient
@@ -253,9 +308,8 @@ def _on_mesh(program: _Program, stack, ending, inputs, fields, coefficients, lea
 def _on_device(program: _Program, specs, learns, stack, ending, inputs, fields, coefficients):
     """One device: gather, run the table, reduce."""
     mesh, parallel = program.placement.mesh, program.placement.parallel
-    S = mesh.shape[AXIS]
-    own_rows = inputs.shape[0]
-    M = parallel.micro_batches or own_rows * S
+    S, v = mesh.shape[AXIS], parallel.pipeline_chunks if learns is not None else 1
+    M = parallel.micro_batches or inputs.shape[0] * S
 
     def whole(x):
         """The rows of this group of stages, as micro-batches."""
@@ -273,9 +327,9 @@ def _on_device(program: _Program, specs, learns, stack, ending, inputs, fields, 
         for leaves, part in zip((stack, ending), specs, strict=True)
     ]
     given = jax.tree.map(whole, {**fields, "coefficients": coefficients})
-    x_MbTD = whole(inputs)
-    schedule = schedules.forward_alone(S, M) if learns is None else schedule_of(parallel.pipeline_schedule, S, M)
-    done = _Run(program, schedule, parts, learns, x_MbTD, given).result()
+    schedule = schedules.forward_alone(S, M) if learns is None else schedule_of(parallel, S, M)
+    parts[0] = [_scheduled(leaf.reshape(v, -1, *leaf.shape[1:]), S) for leaf in parts[0]]
+    done = _Run(program, schedule, parts, learns, whole(inputs), given).result()
 
     def own(x):
         """Each device's rows of a sum over stages."""
@@ -293,9 +347,12 @@ def _on_device(program: _Program, specs, learns, stack, ending, inputs, fields, 
         others = [axis for axis in others if axis != AXIS or over_stages]
         return (lax.psum(gradient, tuple(others)) if others else gradient).astype(like.dtype)
 
+    of_stack, of_ending = done["gradients"]
+    of_stack = [_scheduled(g, S, back=True) for g in of_stack]
+    of_stack = [g.reshape(-1, *g.shape[2:]) for g in of_stack]
     found = []
     for number, (leaves, part) in enumerate(zip((stack, ending), specs, strict=True)):
-        gradients = iter(done["gradients"][number])
+        gradients = iter((of_stack, of_ending)[number])
         found.append(
             tuple(
                 reduced(next(gradients), leaf, spec, over_stages=number == 1) if learn else None
@@ -305,12 +362,34 @@ def _on_device(program: _Program, specs, learns, stack, ending, inputs, fields, 
     return numerator, own(done["losses"]), *found, own(done["dx"])
 
 
+def _scheduled(leaf: jax.Array, stages: int, *, back: bool = False) -> jax.Array:
+    """Chunks (v, layers, ..) of this device from the natural order to the schedule's, or back."""
+    chunks = leaf.shape[0]
+    if chunks == 1:
+        return leaf
+    stage = lax.axis_index(AXIS)
+    out = jnp.zeros_like(leaf)
+    for of_round in chunk_rounds(stages, chunks):
+        moves = [(e, index, d, there) for e, (index, d, there) in enumerate(of_round)]
+        if back:
+            moves = [(d, there, e, index) for e, index, d, there in moves]
+        sends, takes = np.zeros(stages, np.int32), np.zeros(stages, np.int32)
+        for e, index, d, there in moves:
+            sends[e], takes[d] = index, there
+        moved = lax.ppermute(leaf[jnp.asarray(sends)[stage]], AXIS, [(e, d) for e, _, d, _ in moves])
+        out = out.at[jnp.asarray(takes)[stage]].set(moved)
+    return out
+
+
 class _Run:
-    """The loop over ticks on one device. Carried: what moves, what is kept, and the sums."""
+    """The loop over ticks on one device. Carried: what moves, what is kept, and the sums.
+
+    Leaves of the layers are (chunks, layers of a chunk, ..).
+    """
 
     def __init__(self, program: _Program, schedule: Schedule, parts, learns, x_MbTD, fields: Fields):
         self.program, self.table, self.parts, self.x, self.fields = program, table_of(schedule), parts, x_MbTD, fields
-        self.S, self.M = schedule.stages, schedule.micro_batches
+        self.S, self.M, self.wraps = schedule.stages, schedule.micro_batches, schedule.chunks > 1
         self.stage = lax.axis_index(AXIS)
         self.trains, self.splits_weights = learns is not None, schedule.splits_weights
         self.learning = [[i for i, learn in enumerate(own) if learn] for own in learns or ((), ())]
@@ -341,33 +420,19 @@ class _Run:
         }
 
     def tick(self, carry, t):
-        here = {
-            name: jnp.asarray(getattr(self.table, name))[t, self.stage]
-            for name in ("kind", "micro_batch", "reads", "pulls", "takes", "gets")
-        }
-        is_last = self.stage == self.S - 1
-
-        def idle(carry):
-            return carry
-
-        def on_last(of_last: Callable, of_others: Callable) -> Callable:
-            return lambda carry: lax.cond(is_last, partial(of_last, here), partial(of_others, here), carry)
-
-        def backward(x: bool, weights: bool) -> Callable:
-            return on_last(
-                partial(self.backward, last=True, x=x, weights=weights),
-                partial(self.backward, last=False, x=x, weights=weights),
-            )
-
-        branches = [idle, partial(self.forward, here), idle if self.trains else partial(self.losses, here)]
+        names = ("kind", "micro_batch", "chunk", "first", "reads", "pulls", "takes", "gets")
+        here = {name: jnp.asarray(getattr(self.table, name))[t, self.stage] for name in names}
+        branches = [lambda carry: carry, partial(self.forward, here), partial(self.losses, here)]
+        both = {"x": True, "weights": not self.splits_weights}
         if self.trains:
-            branches.append(backward(x=True, weights=not self.splits_weights))
-        if self.splits_weights and self.trains:
-            branches.append(backward(x=False, weights=True))
+            branches += [partial(self.backward, here, last=last, **both) for last in (False, True)]
+        if self.trains and self.splits_weights:
+            branches += [partial(self.backward, here, last=last, x=False, weights=True) for last in (False, True)]
         carry = lax.switch(here["kind"], branches, carry)
-        carry = self.move(carry, t, here, "up", "inputs", "takes", [(s, s + 1) for s in range(self.S - 1)])
+        up = [(s, s + 1) for s in range(self.S - 1)] + [(self.S - 1, 0)] * self.wraps
+        carry = self.move(carry, t, here, "up", "inputs", "takes", up)
         if self.trains:
-            carry = self.move(carry, t, here, "down", "pulls", "gets", [(s + 1, s) for s in range(self.S - 1)])
+            carry = self.move(carry, t, here, "down", "pulls", "gets", [(b, a) for a, b in up])
         return carry, None
 
     def move(self, carry, t, here, what: str, kept: str, slot: str, pairs):
@@ -380,16 +445,21 @@ class _Run:
     def given(self, carry, here) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Input and fields of the tick's micro-batch."""
         m = here["micro_batch"]
-        x = lax.cond(self.stage == 0, lambda: self.x[m], lambda: carry["inputs"][here["reads"]])
+        x = lax.cond(here["first"] > 0, lambda: self.x[m], lambda: carry["inputs"][here["reads"]])
         return x, {name: value[m] for name, value in self.fields.items()}
+
+    def layers(self, here) -> list[jax.Array]:
+        return [leaf[here["chunk"]] if self.wraps else leaf[0] for leaf in self.parts[0]]
 
     def forward(self, here, carry):
         x, fields = self.given(carry, here)
-        return carry | {"up": self.program.stage(self.parts[0], x, fields)}
+        return carry | {"up": self.program.stage(self.layers(here), x, fields)}
 
     def losses(self, here, carry):
+        if self.trains:  # no tick is of this kind
+            return carry
         x, fields = self.given(carry, here)
-        losses = self.program.last(self.parts[1], self.program.stage(self.parts[0], x, fields), fields)
+        losses = self.program.last(self.parts[1], self.program.stage(self.layers(here), x, fields), fields)
         return self.count(carry, here, jnp.sum(losses * fields["coefficients"]), losses)
 
     def count(self, carry, here, numerator, losses):
@@ -401,11 +471,13 @@ class _Run:
     def backward(self, here, carry, *, last: bool, x: bool, weights: bool):
         """Recompute the chunk and pull its gradient back: of the input, of the weights, or of both."""
         given, fields = self.given(carry, here)
-        learning = self.learning if weights else ((), ())
+        parts = (self.layers(here), self.parts[1])
+        # Of the ending only the last chunk has a gradient.
+        learning = [own if weights and (last or number == 0) else [] for number, own in enumerate(self.learning)]
 
         def chunk(own, given):
             stack, ending = (
-                [own[number].get(i, leaf) for i, leaf in enumerate(part)] for number, part in enumerate(self.parts)
+                [own[number].get(i, leaf) for i, leaf in enumerate(part)] for number, part in enumerate(parts)
             )
             y = self.program.stage(stack, given, fields)
             if not last:
@@ -413,28 +485,32 @@ class _Run:
             losses = self.program.last(ending, y, fields)
             return jnp.sum(losses * fields["coefficients"]), losses
 
-        own = tuple({i: part[i] for i in indexes} for part, indexes in zip(self.parts, learning, strict=True))
-        if not last:
-            own = (own[0], {})
-        value, pull, losses = jax.vjp(
-            chunk if x else partial(_second_fixed, chunk, given), own, *([given] * x), has_aux=True
-        )
+        own = [{i: part[i] for i in indexes} for part, indexes in zip(parts, learning, strict=True)]
+        if x:
+            value, pull, losses = jax.vjp(chunk, own, given, has_aux=True)
+        else:
+            value, pull, losses = jax.vjp(lambda own: chunk(own, given), own, has_aux=True)
         found = pull(jnp.ones((), jnp.float32) if last else carry["pulls"][here["pulls"]])
         if last and x:
             carry = self.count(carry, here, value, losses)
         if weights:
-            sums = zip(carry["gradients"], found[0], learning, strict=True)
-            carry = carry | {
-                "gradients": tuple(
-                    tuple(s + of[i].astype(jnp.float32) if i in of else s for s, i in zip(total, indexes, strict=True))
-                    for total, of, indexes in sums
-                )
-            }
+            carry = carry | {"gradients": self.added(carry["gradients"], found[0], here)}
         if x:
-            to_first = jnp.where(self.stage == 0, here["micro_batch"], self.M)
+            to_first = jnp.where(here["first"] > 0, here["micro_batch"], self.M)
             carry = carry | {"down": found[-1], "dx": carry["dx"].at[to_first].set(found[-1])}
         return carry
 
+    def added(self, sums, found, here):
+        """Gradients of a micro-batch added to the sums, in float32."""
+        chunk = here["chunk"] if self.wraps else 0
 
-def _second_fixed(function: Callable, second, first):
-    return function(first, second)
+        def add(number: int, total, i: int):
+            if i not in found[number]:
+                return total
+            gradient = found[number][i].astype(jnp.float32)
+            return total.at[chunk].add(gradient) if number == 0 else total + gradient
+
+        return tuple(
+            tuple(add(number, total, i) for total, i in zip(own, self.learning[number], strict=True))
+            for number, own in enumerate(sums)
+        )

@@ -5,7 +5,7 @@ micro-batches. A device carries out its list in order and waits where an input i
 one chunk, B its backward pass, W the weight gradients alone where a schedule splits them off; B is then the input
 gradient alone.
 
-`parallel.pipeline` runs those of one chunk a device; interleaved ones are simulated alone.
+`parallel.pipeline` runs them.
 """
 
 from __future__ import annotations

@@ -101,20 +101,31 @@ def _stages(config: Config, text, sizes: Mapping[str, int]) -> list[str]:
             f"{where}: the tower of family {config.model.family!r} adds features behind several layers of the decoder, "
             "which a pipeline does not carry; use mesh.fsdp"
         )
-    if text.num_layers % stages:
-        found.append(f"{where} does not divide model.text.num_layers={text.num_layers}")
-    if sizes["context"] > 1:
-        found.append(f"{where} with mesh.context={sizes['context']}: not built; use mesh.tensor or mesh.fsdp beside it")
+    chunks = config.parallel.pipeline_chunks
+    if text.num_layers % (stages * chunks):
+        said = where if chunks == 1 else f"{where} x parallel.pipeline_chunks={chunks}"
+        found.append(f"{said} does not divide model.text.num_layers={text.num_layers}")
+    if sizes["context"] > 1 and config.parallel.context_attention == "ring":
+        found.append(
+            f"{where} with parallel.context_attention=ring: the permutes of rings wait for all stages, which run "
+            "different branches; use ulysses or all_gather"
+        )
     groups = math.prod(sizes[axis] for axis in ROW_AXES)
     cut = config.parallel.micro_batches
     for index, phase in enumerate(config.training.phases):
+        rows = phase.rows * stages // groups
         if phase.rows % groups:
             found.append(
                 f"training.phases[{index}].rows={phase.rows} cannot be spread over {groups} devices (stages among them)"
             )
-        elif cut and (phase.rows * stages // groups) % cut:
+        elif chunks > 1 and (cut or rows) % stages:
             found.append(
-                f"parallel.micro_batches={cut} does not divide the {phase.rows * stages // groups} rows that a group "
+                f"parallel.pipeline_schedule=interleaved takes micro-batches in groups of one a stage: {cut or rows} "
+                f"of training.phases[{index}] are no multiple of {stages}"
+            )
+        elif cut and rows % cut:
+            found.append(
+                f"parallel.micro_batches={cut} does not divide the {rows} rows that a group "
                 f"of stages takes of training.phases[{index}].rows={phase.rows}"
             )
     return found

@@ -196,9 +196,9 @@ def faults_of(text: str, config: Config, phase: int, mesh: Mesh | AbstractMesh) 
     """
     where = config.training.phases[phase]
     tokens, patches = where.sequence_length, where.patches_per_row
-    # A size that a parameter has too (8,192 patches in a model of that width) tells nothing.
-    shapes = outline_of(config.model, config.adapters).shapes.values()
-    long = {tokens, patches} - {None, *(size for x in shapes for size in x.shape)}
+    # A size that a parameter or a device's part of it has too (8,192 patches in a model of that width) tells nothing.
+    sizes = {size for x in outline_of(config.model, config.adapters).shapes.values() for size in x.shape}
+    long = {tokens, patches} - {None, *(size // parts for size in sizes for parts in mesh.shape.values())}
     faults = []
     squares = {
         shape

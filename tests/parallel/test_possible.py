@@ -2,9 +2,8 @@
 
 import pytest
 
-from mindvl_jax.config.schema import MeshConfig
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.parallel.mesh import AXES, describe_sizes, mesh_shape
+from mindvl_jax.parallel.mesh import AXES, describe_sizes
 from mindvl_jax.parallel.possible import nearest, problems, require_possible
 from tests.parallel.meshes import configuration
 
@@ -37,8 +36,3 @@ def test_the_nearest_mesh_has_as_many_devices_and_works():
     assert not problems(config, near)
     with pytest.raises(UserError, match="the nearest mesh that can: data 1 x fsdp 2 x context 4 x tensor 1"):
         require_possible(config, sizes(context=8))
-
-
-def test_stages_are_refused_by_name_with_a_mesh_of_the_same_devices():
-    with pytest.raises(UserError, match=r"mesh.stage=2: pipeline stages are not built; .* mesh.stage=1 mesh.fsdp=4"):
-        mesh_shape(MeshConfig(stage=2, fsdp=2), 8)

@@ -154,7 +154,16 @@ def spread_over_context(config):
     )
 
 
-@pytest.mark.parametrize("spread", [spread_over_eight, spread_over_context])
+def spread_over_stages(config):
+    return config.model_copy(
+        update={
+            "mesh": config.mesh.model_copy(update={"stage": 2, "fsdp": 2}),
+            "parallel": config.parallel.model_copy(update={"pipeline_schedule": "zero_bubble"}),
+        }
+    )
+
+
+@pytest.mark.parametrize("spread", [spread_over_eight, spread_over_context, spread_over_stages])
 def test_a_run_saved_on_one_device_goes_on_over_eight_and_back(whole, tmp_path, read_metrics, spread):
     config = cut_to(copy_of(whole, tmp_path / "spread"), 5)
     train(spread(config), stop_after=8)

@@ -105,6 +105,9 @@ class LanguageModel(nnx.Module):
         """On a mesh with pipeline stages: the sum of coefficients times token losses, differentiable, and the losses as
         of `token_losses`, which are not.
         """
+        batch, order = _as_attention_wants(batch)
+        if order is not None:
+            coefficients_BT = jnp.take(coefficients_BT, order, axis=-1)
         inputs_BTD = self.embed(batch, max_image_patches=max_image_patches)
         decoder, structure = self.language, jax.tree.structure(self.language.layers)
         norm = jax.tree.structure(decoder.norm)
@@ -130,7 +133,9 @@ class LanguageModel(nnx.Module):
         fields = {name: value for name in names if (value := getattr(batch, name)) is not None}
         of_norm = _part(decoder.norm)
         ending = Part([*of_norm.leaves, self.head_kernel()], [*of_norm.names, ("embed", "vocab")])
-        return pipelined_loss(stage, last, _part(decoder.layers), ending, inputs_BTD, fields, coefficients_BT)
+        stack = _part(decoder.layers)
+        numerator, losses_BT = pipelined_loss(stage, last, stack, ending, inputs_BTD, fields, coefficients_BT)
+        return numerator, _in_order(losses_BT, order)
 
     def routed_losses(
         self, batch: Batch, *, chunk: int, max_sample_length: int | None = None, max_image_patches: int | None = None
