@@ -14,7 +14,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mindvl_jax.core.errors import UserError
-from mindvl_jax.parallel.mesh import ROW_AXES
+from mindvl_jax.parallel.mesh import AXIS_TABLE, ROW_AXES
 
 # Mesh axis of each logical dim; each name has one rule. Dims without a rule are replicated.
 RULES: tuple[tuple[str, str], ...] = (
@@ -167,7 +167,8 @@ def require_rows(rows: int, mesh: Mesh | AbstractMesh, where: str) -> None:
     """Raise UserError unless `rows` can be spread evenly; `where` names the config key."""
     groups = row_groups(mesh)
     if rows % groups:
-        axes = " x ".join(f"mesh.{axis}" for axis in ROW_AXES if axis != "expert" or mesh.shape[axis] > 1)
+        shown = [axis.name for axis in AXIS_TABLE if axis.rows and (axis.always_shown or mesh.shape[axis.name] > 1)]
+        axes = " x ".join(f"mesh.{axis}" for axis in shown)
         raise UserError(
             f"{where}={rows} rows cannot be spread over {axes} = {groups}: use a multiple of {groups}, or a smaller "
             "mesh"
