@@ -14,7 +14,8 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mindvl_jax.cli import common
 from mindvl_jax.config.schema import Config
@@ -68,6 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of the memory left to allocator, driver and kernels (default: %(default)s)",
     )
     parser.add_argument("--no-alternatives", action="store_true", help="do not look for what would fit")
+    parser.add_argument(
+        "--timeline", metavar="PNG", help="with mesh.stage > 1: draw the first phase's pipeline schedule into this file"
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
@@ -102,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
     fits = limit is None or all(plan.total <= limit.usable for plan in plans)
     if not args.json:
         report.show(console, config, plans, limit, topology)
+    _timeline(args, config, console)
     tried = []
     if not fits and not args.no_alternatives:
         tried = _alternatives(args, config, plans, limit.usable, watched, topology)
@@ -114,6 +119,28 @@ def run(args: argparse.Namespace) -> int:
             "No verdict: say how much memory a device has by --memory 64GiB or --device-kind NAME.", highlight=False
         )
     return 0 if fits else 1
+
+
+def _timeline(args: argparse.Namespace, config: Config, console: Any) -> None:
+    """Say how long stages are idle in each phase, and draw the first phase's schedule."""
+    from mindvl_jax.planning import timeline
+
+    if config.mesh.filled.stage == 1:
+        if args.timeline:
+            raise UserError("--timeline draws a pipeline's schedule, but mesh.stage is 1")
+        return
+    said = {}
+    for phase in config.training.phases:
+        drawn = timeline.timeline_of(config, phase.rows)
+        said.setdefault(timeline.describe(*drawn), []).append(phase.name)
+    if not args.json:
+        for line, phases in said.items():
+            console.print(f"{', '.join(phases)}: {line}", highlight=False)
+    if args.timeline:
+        path = Path(args.timeline)
+        if path.suffix != ".png":
+            raise UserError(f"--timeline {path}: expected a name that ends in .png")
+        timeline.draw(*timeline.timeline_of(config, config.training.phases[0].rows), path)
 
 
 def _require_possible(args: argparse.Namespace) -> None:
