@@ -31,11 +31,14 @@ def timeline_of(config: Config, rows: int) -> tuple[Schedule, Timeline]:
 
 
 def describe(schedule: Schedule, timeline: Timeline) -> str:
-    """One line: idle share of the stages, by simulation and by formula. That of ZB-H1 holds for equal times alone, which
-    recomputation rules out, so it is not said.
+    """One line: idle share of the stages, by simulation and by formula.
+
+    The formula of ZB-H1 holds for equal times alone, which recomputation rules out, so it is not said.
     """
-    idle, formula = max(timeline.idle), bubble(schedule, WHOLE)
-    said = "" if schedule.splits_weights else f" (by formula {formula / (timeline.length - idle + formula):.0%})"
+    idle, said = max(timeline.idle), ""
+    if not schedule.splits_weights:
+        formula = bubble(schedule, WHOLE)
+        said = f" (by formula {formula / (timeline.length - idle + formula):.0%})"
     return (
         f"{schedule.name} over {schedule.stages} stages, {schedule.micro_batches} micro-batches: "
         f"{idle / timeline.length:.0%} of a stage's time is idle{said}, a stage keeps {max(timeline.in_flight)} inputs"
