@@ -1,11 +1,12 @@
 """`mindvl convert`: weights of Qwen2.5-VL to and from MindSpeed-MM's layouts; four-bit weights of bitsandbytes to plain
-ones.
+ones; FP8 weights of DeepSeek-V3 to bfloat16 and back.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from mindvl_jax.cli import common
@@ -66,18 +67,80 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     nf4.add_argument("--from", dest="source", required=True, metavar="DIR", help="Hugging Face folder with NF4 weights")
     nf4.add_argument("--to", required=True, metavar="DIR", help="folder to write; must be empty or absent")
+    fp8 = formats.add_parser(
+        "fp8",
+        help="FP8 weights in blocks of 128 x 128, as DeepSeek-V3 is published, to a bfloat16 folder; with --like back",
+    )
+    fp8.add_argument("--from", dest="source", required=True, metavar="DIR", help="Hugging Face folder")
+    fp8.add_argument("--to", required=True, metavar="DIR", help="folder to write; must be empty or absent")
+    fp8.add_argument(
+        "--like",
+        metavar="DIR",
+        help="quantise: the FP8 folder whose matrices are written in FP8, with its scales where they still hold",
+    )
+    fp8.add_argument(
+        "--without-mtp",
+        action="store_true",
+        help="leave out the layers behind num_hidden_layers (multi-token prediction), which no model here has",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    return _nf4(args) if args.format == "nf4" else _mindspeed(args)
+    return {"nf4": _nf4, "fp8": _fp8, "mindspeed": _mindspeed}[args.format](args)
+
+
+def _empty(to: str) -> Path:
+    out = Path(to).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--to {out} exists and is not an empty folder; nothing is overwritten, name another")
+    return out
+
+
+def _fp8(args: argparse.Namespace) -> int:
+    from mindvl_jax.weights import fp8
+
+    source, out = Path(args.source).expanduser(), _empty(args.to)
+    if args.like:
+        if args.without_mtp:
+            raise UserError("--without-mtp leaves tensors of an FP8 folder out; with --like the source is a plain one")
+        done = fp8.quantize_folder(source, out, Path(args.like).expanduser())
+        print(
+            f"{out}: {done.matrices} matrices in FP8, {done.new_scales} of {done.blocks} blocks with a new scale, "
+            f"largest error {done.largest:.1e} of the block's largest value"
+        )
+        return 0
+    beyond = _layers_behind(source) if args.without_mtp else None
+    left: list[str] = []
+
+    def left_out(name: str) -> bool:
+        if beyond is None or not beyond(name):
+            return False
+        left.append(name)
+        return True
+
+    count = fp8.dequantize_folder(source, out, left_out=left_out)
+    print(f"{out}: {count} matrices dequantised" + (f", {len(left)} tensors of MTP layers left out" if left else ""))
+    return 0
+
+
+def _layers_behind(source: Path) -> Callable[[str], bool]:
+    """Whether a tensor belongs to a layer that config.json does not count."""
+    path = source / "config.json"
+    layers = json.loads(path.read_text(encoding="utf-8")).get("num_hidden_layers") if path.is_file() else None
+    if not isinstance(layers, int):
+        raise UserError(f"{path}: num_hidden_layers is missing, which tells which layers are behind the last")
+
+    def behind(name: str) -> bool:
+        number = name.removeprefix("model.layers.").split(".")[0]
+        return name.startswith("model.layers.") and number.isdigit() and int(number) >= layers
+
+    return behind
 
 
 def _nf4(args: argparse.Namespace) -> int:
     from mindvl_jax.weights.nf4 import dequantize_folder
 
-    out = Path(args.to).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--to {out} exists and is not an empty folder; nothing is overwritten, name another")
+    out = _empty(args.to)
     print(f"{out}: {dequantize_folder(Path(args.source).expanduser(), out)} matrices dequantised")
     return 0
 

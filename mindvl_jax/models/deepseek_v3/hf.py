@@ -48,7 +48,7 @@ def read_config(content: Mapping[str, Any], reader: ConfigReader) -> DeepSeekV3C
     reader.expect(content, "moe_layer_freq", (1,), 1)
     if content.get("quantization_config"):
         reader.problems.append(
-            "quantization_config: the weights are quantised (block-scaled FP8); dequantise them to bfloat16 first"
+            "quantization_config: the weights are quantised (block-scaled FP8); `mindvl convert fp8` makes plain ones"
         )
     rope = rope_of(content)
     yarn = None
