@@ -23,6 +23,7 @@ RULES: tuple[tuple[str, str], ...] = (
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
     ("embed", "fsdp"),
+    ("latent", "fsdp"),
     ("experts", "expert"),
 )
 # Dims of a batch's arrays. Names that stand in no rule stay whole on every device.

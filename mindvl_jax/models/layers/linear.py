@@ -20,7 +20,9 @@ from mindvl_jax.models.layers.nf4 import Nf4, product
 from mindvl_jax.parallel.activations import constrain_features, constrain_whole
 from npu_bridge import ops
 
-LOGICAL_AXES = ("layers", "patch", "embed", "heads", "kv_heads", "head_dim", "mlp", "merged", "vocab", "experts")
+LOGICAL_AXES = (
+    "layers", "patch", "embed", "latent", "heads", "kv_heads", "head_dim", "mlp", "merged", "vocab", "experts",
+)  # fmt: skip
 """Every axis name that a parameter of this package carries; `mindvl_jax.parallel` maps each to mesh axes."""
 
 

@@ -88,7 +88,7 @@ class LatentAttention(nnx.Module):
         self.latent_down = Linear(D, config.cache_width, ("embed", None), **common)
         self.latent_norm = RMSNorm(config.kv_lora_rank, eps=config.rms_norm_eps, dtype=dtype, name=None, layers=layers)
         self.latent_up = Linear(
-            config.kv_lora_rank, N * (config.qk_nope_head_dim + config.v_head_dim), (None, "heads"), **common
+            config.kv_lora_rank, N * (config.qk_nope_head_dim + config.v_head_dim), ("latent", "heads"), **common
         )
         self.output = Linear(
             N * config.v_head_dim, D, ("heads", "embed"), scale=1 / math.sqrt(2 * config.num_layers), **common
