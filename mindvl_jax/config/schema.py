@@ -370,6 +370,33 @@ class FlowMatchingConfig(Section):
     condition_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="Share of the samples whose class is withheld, for guidance."
     )
+    target: Literal["velocity", "epsilon", "v"] = Field(
+        "velocity",
+        description="Prediction: velocity on the straight path of flow matching; epsilon (the noise) or v on the "
+        "variance-preserving path of 1,000 betas.",
+    )
+    betas: Literal["linear", "scaled_linear"] = Field(
+        "scaled_linear",
+        description="Schedule of epsilon and v: linear from 0.0001 to 0.02 (DDPM), or linear in the square root from "
+        "0.00085 to 0.012 (latent diffusion).",
+    )
+    zero_terminal_snr: bool = Field(
+        False, description="Rescale the betas so that the last step is noise alone; of target v."
+    )
+    weighting: Literal["none", "min_snr", "bell"] = Field(
+        "none",
+        description="Weight of a sample's error by its noise level: min_snr for epsilon and v, bell for velocity.",
+    )
+    snr_gamma: PositiveFloat = Field(5.0, description="Cap of the signal-to-noise ratio in weighting min_snr.")
+
+    @model_validator(mode="after")
+    def _path_exists(self):
+        if self.zero_terminal_snr and self.target != "v":
+            raise ValueError(f"zero_terminal_snr needs target v, not {self.target}: at noise alone only v predicts")
+        needed = {"min_snr": ("epsilon", "v"), "bell": ("velocity",)}.get(self.weighting)
+        if needed and self.target not in needed:
+            raise ValueError(f"weighting {self.weighting} is of target {' or '.join(needed)}, not {self.target}")
+        return self
 
 
 def _repeated(names: Iterable[str]) -> list[str]:

@@ -9,20 +9,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mindvl_jax.inference.diffusion.solvers import euler, guided, noise_levels
+from mindvl_jax.inference.diffusion.solvers import (
+    Solver,
+    Table,
+    guided,
+    noise_levels,
+    solve,
+    table,
+    trailing_times,
+)
 from mindvl_jax.models.dit.model import DiT
 from mindvl_jax.models.dit.processor import from_patches
+from mindvl_jax.objectives.paths import STRAIGHT, Path
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "guidance", "shift"))
+@functools.lru_cache(maxsize=8)
+def _program(solver: Solver, path: Path, steps: int, shift: float, guidance: float):
+    times = noise_levels(steps, shift) if path.straight else trailing_times(steps)
+    rows = table(solver, path, times)
+    return jax.jit(functools.partial(_generate, rows=rows, guidance=guidance))
+
+
 def _generate(
-    model: DiT, labels_B: jax.Array, numbers_B: jax.Array, key: jax.Array, *, steps: int, guidance: float, shift: float
+    model: DiT, labels_B: jax.Array, numbers_B: jax.Array, key: jax.Array, *, rows: Table, guidance: float
 ) -> jax.Array:
     config = model.config
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers_B)
     noise = jax.vmap(lambda one: jax.random.normal(one, (config.tokens, config.patch_dim), jnp.float32))(key_B)
-    velocity = guided(model.velocity, labels_B, jnp.full_like(labels_B, model.no_class), guidance)
-    return euler(velocity, noise, noise_levels(steps, shift))
+    predict = guided(model.velocity, labels_B, jnp.full_like(labels_B, model.no_class), guidance)
+    return solve(predict, noise, rows, key_B=key_B)
 
 
 def generate(
@@ -34,14 +49,21 @@ def generate(
     guidance: float = 2.0,
     shift: float = 1.0,
     batch: int = 250,
+    path: Path = STRAIGHT,
+    solver: Solver | None = None,
 ) -> np.ndarray:
     """(n, height, width, channels) uint8 images of the classes given.
 
     Image k follows from the seed, k and its class alone: `batch`, how many are made at a time, changes nothing.
 
+    Args:
+      path: that the model was trained on. shift: of straight paths.
+      solver: see `solvers.table`; default: euler on a straight path, ddim on another.
+
     Raises:
-      ValueError: a label that is no class of the model.
+      ValueError: a label that is no class of the model; a solver that does not follow the path.
     """
+    program = _program(solver or ("euler" if path.straight else "ddim"), path, steps, shift, guidance)
     classes = len(model.config.classes)
     if wrong := sorted({label for label in labels if not 0 <= label < classes}):
         raise ValueError(f"labels {wrong} are not in 0 .. {classes - 1}")
@@ -49,15 +71,8 @@ def generate(
     for start in range(0, len(labels), batch):
         # The last batch is filled up, so that one program serves all.
         part = np.resize(np.asarray(labels[start : start + batch], np.int32), batch)
-        patches = _generate(
-            model,
-            part,
-            np.arange(start, start + batch, dtype=np.int32),
-            jax.random.key(seed),
-            steps=steps,
-            guidance=guidance,
-            shift=shift,
-        )
+        numbers = np.arange(start, start + batch, dtype=np.int32)
+        patches = program(model, part, numbers, jax.random.key(seed))
         made.append(np.asarray(patches)[: len(labels) - start])
     pixels = np.clip(np.rint((np.concatenate(made) + 1.0) * 127.5), 0, 255).astype(np.uint8)
     return from_patches(pixels, model.config)
