@@ -81,6 +81,8 @@ RECIPES = {
             1,
             (*_CUT, _QUICK, "training.phases.1.rows=2", "mesh.fsdp=2", "mesh.tensor=2"),
             f"{_CUT_SAID}, 1 row a group",
+            # Sums over tensor: of the outputs of two blocks; back those recomputed, of input gradients, and of scales.
+            _FSDP | {("forward", "all-reduce"): 2, ("back", "all-reduce"): 10},
         ),
         Case(
             _MINDVL,
@@ -88,10 +90,13 @@ RECIPES = {
             1,
             (*_CUT, _QUICK, "training.phases.1.rows=4", "mesh.data=2", "mesh.fsdp=2"),
             f"{_CUT_SAID}, 1 row a chip",
+            # Each scattered gradient is summed over data once.
+            _FSDP | {("back", "all-reduce"): 4 + 7},
         ),
     ),
     "v5p": (
         *(Case(_MINDVL, "v5p:4x4x4", phase) for phase in range(3)),
+        Case(_MINDVL, "v5p:4x4x4", 1, ("mesh.data=2", "mesh.fsdp=32")),
         Case(
             _MINDVL,
             "v5p:4x4x4",
