@@ -8,6 +8,7 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mindvl_jax.cli import common
 from mindvl_jax.core.errors import UserError
@@ -62,6 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_argument(
         "--canonical", action="store_true", help="keep q, k, v, gate and up apart (their canonical_model)"
     )
+    _add_quantised(formats)
+
+
+def _add_quantised(formats: Any) -> None:
     nf4 = formats.add_parser(
         "nf4", help="four-bit weights of bitsandbytes, as QLoRA's bases are published, to a plain folder"
     )

@@ -48,10 +48,11 @@ class Key:
 
 @dataclasses.dataclass
 class ImportedRun:
-    """config: our configuration as plain data. keys: every key of theirs."""
+    """config: our configuration as plain data. keys: every key of theirs. trainer: its name at `mindvl import`."""
 
     config: dict[str, Any]
     keys: list[Key]
+    trainer: str = "mindspeed"
 
     def lost(self) -> list[Key]:
         return [key for key in self.keys if key.fate == "lost"]
@@ -59,8 +60,8 @@ class ImportedRun:
     def yaml(self) -> str:
         """The configuration, with what has no counterpart as comments on top."""
         lines = [
-            "# Written by `mindvl import mindspeed`. One sample a row, as there; raise sequence_length and "
-            "max_samples_per_row to pack.",
+            f"# Written by `mindvl import {self.trainer}`. One sample a row, unless it packs there; raise sequence_length "
+            "and max_samples_per_row to pack.",
             "# Without a counterpart:",
         ]
         lines += [f"#   {key.file} {key.name} = {json.dumps(key.value)}: {key.text}" for key in self.lost()] or [
@@ -75,23 +76,23 @@ def import_run(data: Path, model: Path, script: Path) -> ImportedRun:
     Raises:
       UserError: files that cannot be read, a script without a training command, options that make no run.
     """
-    reader = _Run(_flat(_json(data)), _flat(_json(model)), options_of(_text(script), script))
+    reader = _Run(_flat(read_json(data)), _flat(read_json(model)), options_of(read_text(script), script))
     return ImportedRun(reader.translate(), reader.keys)
 
 
 # --- reading their files ---------------------------------------------------------------------------------------------
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
 
 
-def _json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     try:
-        content = json.loads(_text(path))
+        content = json.loads(read_text(path))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
@@ -128,13 +129,16 @@ def _number(text: str) -> int:
     return value(ast.parse(text.strip(), mode="eval").body)
 
 
-def options_of(text: str, where: Path) -> dict[str, Any]:
+def options_of(text: str, where: Path, *, command: str = r"\bpretrain_\w+\.py\b") -> dict[str, Any]:
     """Options of a script's training command: flag without dashes -> text, a list of texts, or True.
 
     Variables, `${NAME:-default}` and arithmetic are expanded; no command is run.
 
+    Args:
+      command: pattern of what starts the training.
+
     Raises:
-      UserError: no line that starts a pretrain_*.py, or a variable in it that the script does not set.
+      UserError: no line that matches, or a variable in it that the script does not set.
     """
     text = re.sub(r"(?m)^\s*#.*$", "", text).replace("\\\n", " ")
     values: dict[str, str] = {}
@@ -159,10 +163,11 @@ def options_of(text: str, where: Path) -> dict[str, Any]:
             r"""(?m)^[ \t]*(?:export[ \t]+)?([A-Za-z_]\w*)=("(?:[^"\\]|\\.)*"|'[^']*'|\$\(\(.*?\)\)|[^\s;]*)""", text
         ):
             values[found.group(1)] = expand(found.group(2).strip("\"'"))
-        command = next((line for line in text.split("\n") if re.search(r"\bpretrain_\w+\.py\b", line)), None)
-        if command is None:
-            raise UserError(f"{where}: no line starts a pretrain_*.py")
-        words = shlex.split(re.split(r"\s(?:2>&1|\||>)", expand(command.split(".py", 1)[1]).replace("\n", " "))[0])
+        started = next((found for line in text.split("\n") if (found := re.search(rf"(?:{command})(.*)", line))), None)
+        if started is None:
+            what = "pretrain_*.py" if "pretrain" in command else "swift sft"
+            raise UserError(f"{where}: no line starts a {what}")
+        words = shlex.split(re.split(r"\s(?:2>&1|\||>)", expand(started[1]).replace("\n", " "))[0])
     except (ValueError, SyntaxError, ZeroDivisionError) as error:
         raise UserError(f"{where}: cannot be read as a training script ({error})") from error
     if unset := [word for word in words if "$" in word]:
