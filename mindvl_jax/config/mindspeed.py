@@ -163,7 +163,8 @@ def options_of(text: str, where: Path, *, command: str = r"\bpretrain_\w+\.py\b"
             r"""(?m)^[ \t]*(?:export[ \t]+)?([A-Za-z_]\w*)=("(?:[^"\\]|\\.)*"|'[^']*'|\$\(\(.*?\)\)|[^\s;]*)""", text
         ):
             values[found.group(1)] = expand(found.group(2).strip("\"'"))
-        started = next((found for line in text.split("\n") if (found := re.search(rf"(?:{command})(.*)", line))), None)
+        starts = (re.search(rf"(?:{command})(.*)", line) for line in text.split("\n"))
+        started = next((start for start in starts if start), None)
         if started is None:
             what = "pretrain_*.py" if "pretrain" in command else "swift sft"
             raise UserError(f"{where}: no line starts a {what}")

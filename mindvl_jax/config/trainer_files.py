@@ -54,9 +54,9 @@ _SAME = {
 _LOST = {
     r"lora_dropout": "dropout on the adapters' input",
     r"(additional_target|modules_to_save)": "further modules that learn whole beside the adapters",
-    r"(use_galore|use_apollo|use_badam|pissa_.*|init_weights|loraplus_.*|neftune_noise_alpha)": "another kind of training",
+    r"(use_galore|use_apollo|use_badam|pissa_.*|init_weights|loraplus_.*|neftune_.*)": "another kind of training",
     r"(double_quantization|bnb_4bit_use_double_quant)": "scales of the base are quantised again there",
-    r"(val_size|split_dataset_ratio)": "a part cut from the training file; write it to a file of its own and name it in "
+    r"(val_size|split_dataset_ratio)": "a part cut from the training file; write a file of it and name it in "
     "`validation`",
     r"(eval_.*|metric_for_best_model|load_best_model_at_end)": "checks of a held-out part; see `validation`",
     r"template": "their chat template; here the published format of the model, without a default system turn",
