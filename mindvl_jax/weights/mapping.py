@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,12 @@ def slots(config: ModelConfig, shapes: Mapping[str, Shape]) -> Iterator[Slot]:
     Raises:
       KeyError: a rule names a parameter that `shapes` lacks.
     """
-    for rule in mapping_of(config).rules(config):
+    return slots_of(mapping_of(config).rules(config), shapes)
+
+
+def slots_of(rules: Iterable[Rule], shapes: Mapping[str, Shape]) -> Iterator[Slot]:
+    """Every published tensor of these rules; see `slots`."""
+    for rule in rules:
         axes = rule.stack_axes
         own = tuple(tuple(shapes[path][axes:]) for path in rule.ours)
         published = tuple(rule.form.published_shape(own))

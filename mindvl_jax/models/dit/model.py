@@ -10,7 +10,6 @@ from them. The modulation and the output are zero at the start, so each layer be
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import jax
@@ -20,10 +19,10 @@ from flax import nnx
 
 from mindvl_jax.models.dit.config import DiTConfig
 from mindvl_jax.models.layers.linear import Linear, parameter
+from mindvl_jax.models.layers.modulated import TIME_FREQUENCIES, modulate, plain_norm, sinusoids
 from mindvl_jax.models.layers.stack import keep, rematerialise_attention, scan_layers
 from npu_bridge import ops
 
-TIME_FREQUENCIES = 256  # width of the sinusoids that embed the noise level
 TIME_SCALE = 1000.0  # noise levels 0 .. 1 are embedded as 0 .. 1000, like the steps of the published models
 
 
@@ -32,24 +31,6 @@ def zero_linear(
 ) -> Linear:
     """A `Linear` with bias whose parameters start at 0."""
     return Linear(inputs, outputs, names, bias=True, rngs=nnx.Rngs(0), dtype=dtype, layers=layers, scale=0.0)
-
-
-def plain_norm(x_BPD: jax.Array, eps: float) -> jax.Array:
-    """Layer norm without parameters."""
-    D = x_BPD.shape[-1]
-    return ops.layer_norm(x_BPD, jnp.ones((D,), x_BPD.dtype), jnp.zeros((D,), x_BPD.dtype), eps=eps)
-
-
-def modulate(x_BPD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.Array:
-    return x_BPD * (1 + scale_BD[:, None]) + shift_BD[:, None]
-
-
-def sinusoids(positions: jax.Array | np.ndarray, width: int, xp=jnp):
-    """(..) -> (.., width) float32: cosines, then sines, of frequencies from 1 down to nearly 1 / 10000."""
-    # Rounded once, from float64: at noise level 1000 an error of one frequency counts a thousandfold.
-    frequencies = np.exp(-math.log(10000.0) * np.arange(width // 2) / (width // 2)).astype(np.float32)
-    angles = positions[..., None].astype(xp.float32) * frequencies
-    return xp.concatenate([xp.cos(angles), xp.sin(angles)], -1)
 
 
 def position_table(side: int, width: int) -> np.ndarray:
