@@ -20,6 +20,7 @@ COMMANDS = {
     "config": ("mindvl_jax.cli.config", "check a configuration, print it resolved, or print its JSON schema"),
     "data": ("mindvl_jax.cli.data", "check or convert training data"),
     "generate": ("mindvl_jax.cli.generate", "answer prompts about images"),
+    "imagine": ("mindvl_jax.cli.imagine", "draw pictures from prompts"),
     "evaluate": ("mindvl_jax.cli.evaluate", "score a model on tasks"),
     "average": ("mindvl_jax.cli.average", "average the weights of checkpoints"),
     "merge": ("mindvl_jax.cli.merge", "fold a LoRA or DoRA adapter into its base and check the logits"),
@@ -44,6 +45,7 @@ COMMANDS = {
 COMPUTING = (
     "train",
     "generate",
+    "imagine",
     "evaluate",
     "serve",
     "score",

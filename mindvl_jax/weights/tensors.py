@@ -82,9 +82,9 @@ def to_published(params: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, 
     }
 
 
-def as_arrays(tensors: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Tensors as float32 arrays of the device; ids stay integers."""
+def as_arrays(tensors: Mapping[str, np.ndarray], dtype: str) -> dict[str, jax.Array]:
+    """Tensors on the device; floats in `dtype`."""
     return {
-        name: jnp.asarray(value, jnp.float32 if jnp.issubdtype(value.dtype, jnp.floating) else None)
+        name: jnp.asarray(value, dtype if jnp.issubdtype(value.dtype, jnp.floating) else None)
         for name, value in tensors.items()
     }

@@ -15,8 +15,8 @@ only UniPC corrects.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +169,44 @@ def _unipc_corrector(alpha, sigma, step: int) -> list[float]:
     return [0.0, last, factor * current, factor * (1 - earlier / ratio - current), factor * earlier / ratio]
 
 
+class Carry(NamedTuple):
+    """What one step hands to the next, each (B, *X) float32: the sample, and what multistep solvers remember."""
+
+    x: jax.Array
+    last: jax.Array
+    clean_1: jax.Array
+    clean_2: jax.Array
+
+
+def begin(noise: jax.Array) -> Carry:
+    start = noise.astype(jnp.float32)
+    zero = jnp.zeros_like(start)
+    return Carry(start, zero, zero, zero)
+
+
+def columns(rows: Table) -> list[jax.Array]:
+    """The table in float32 and the number of each step, for `advance`."""
+    parts = [rows.times, rows.keep, rows.of_prediction, rows.correct, rows.predict, rows.noise]
+    return [jnp.asarray(part, jnp.float32) for part in parts] + [jnp.arange(len(rows.times))]
+
+
+def advance(model: Model, carry: Carry, row: Sequence[jax.Array], key_B: jax.Array | None = None) -> Carry:
+    """One step, by one row of `columns`.
+
+    Args:
+      key_B: a key of each sample, of solvers that add noise; None adds none.
+    """
+    x, last, clean_1, clean_2 = carry
+    time, keep, of_prediction, correct, predict, level, number = row
+    clean = keep * x + of_prediction * model(x, jnp.broadcast_to(time, (len(x),)))
+    x = correct[0] * x + correct[1] * last + correct[2] * clean + correct[3] * clean_1 + correct[4] * clean_2
+    following = predict[0] * x + predict[1] * clean + predict[2] * clean_1
+    if key_B is not None:
+        draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), x.shape[1:], jnp.float32))
+        following = following + level * draw(key_B)
+    return Carry(following, x, clean, clean_1)
+
+
 def solve(model: Model, noise: jax.Array, rows: Table, *, key_B: jax.Array | None = None) -> jax.Array:
     """Data (B, *X) float32 from noise, by one scan over the table.
 
@@ -179,26 +217,14 @@ def solve(model: Model, noise: jax.Array, rows: Table, *, key_B: jax.Array | Non
     Raises:
       ValueError: a table with noise without keys.
     """
-    if np.any(rows.noise) and key_B is None:
-        raise ValueError("this solver adds noise: give the key of each sample")
     noisy = bool(np.any(rows.noise))
-    columns = [rows.times, rows.keep, rows.of_prediction, rows.correct, rows.predict, rows.noise]
-    scanned = [jnp.asarray(column, jnp.float32) for column in columns] + [jnp.arange(len(rows.times))]
+    if noisy and key_B is None:
+        raise ValueError("this solver adds noise: give the key of each sample")
 
-    def step(carry, row):
-        x, last, clean_1, clean_2 = carry
-        time, keep, of_prediction, correct, predict, level, number = row
-        clean = keep * x + of_prediction * model(x, jnp.broadcast_to(time, (len(x),)))
-        x = correct[0] * x + correct[1] * last + correct[2] * clean + correct[3] * clean_1 + correct[4] * clean_2
-        following = predict[0] * x + predict[1] * clean + predict[2] * clean_1
-        if noisy:
-            draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), x.shape[1:], jnp.float32))
-            following = following + level * draw(key_B)
-        return (following, x, clean, clean_1), None
+    def step(carry: Carry, row: Sequence[jax.Array]) -> tuple[Carry, None]:
+        return advance(model, carry, row, key_B if noisy else None), None
 
-    start = noise.astype(jnp.float32)
-    zero = jnp.zeros_like(start)
-    return jax.lax.scan(step, (start, zero, zero, zero), scanned)[0][0]
+    return jax.lax.scan(step, begin(noise), columns(rows))[0].x
 
 
 def euler(velocity: Model, noise: jax.Array, levels: np.ndarray) -> jax.Array:
@@ -214,9 +240,9 @@ def euler(velocity: Model, noise: jax.Array, levels: np.ndarray) -> jax.Array:
 
 
 def guided(
-    conditional: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    condition: jax.Array,
-    nothing: jax.Array,
+    conditional: Callable[[jax.Array, jax.Array, Any], jax.Array],
+    condition: Any,
+    nothing: Any,
     scale: float,
 ) -> Model:
     """Classifier-free guidance: nothing + scale * (condition - nothing), both in one batch of twice the size; scale 1
@@ -224,11 +250,12 @@ def guided(
 
     Args:
       conditional: (x, levels, conditions) -> prediction.
+      condition: array, or pytree of arrays, with a row for each sample.
       nothing: the condition that stands for none, shaped like `condition`.
     """
     if scale == 1.0:
         return lambda x, levels: conditional(x, levels, condition)
-    both = jnp.concatenate([condition, nothing])
+    both = jax.tree.map(lambda *pair: jnp.concatenate(pair), condition, nothing)
 
     def prediction(x: jax.Array, levels: jax.Array) -> jax.Array:
         with_condition, without = jnp.split(
