@@ -12,7 +12,7 @@ from mindvl_jax.core.errors import UserError
 EPILOG = common.examples(
     'mindvl imagine --weights FLUX.1-dev --prompt "a red fox in snow" --out fox',
     'mindvl imagine --weights FLUX.1-schnell --prompt "fox" --steps 4 --text-length 256 --size 512x768 --out fox',
-    'mindvl imagine --weights FLUX.1-dev --prompt "a harbour" --negative "blur" --cfg 3 --images 4 --seed 7 --out boats',
+    'mindvl imagine --weights FLUX.1-dev --prompt "a harbour" --negative blur --cfg 3 --images 4 --seed 7 --out boats',
 )
 
 
