@@ -19,6 +19,7 @@ ONE = (("data", 1),)
 LAYERS_4 = "model.text.num_layers=4"
 INTERLEAVED = ("parallel.pipeline_schedule=interleaved", "parallel.pipeline_chunks=2")
 ZERO_BUBBLE = ("parallel.pipeline_schedule=zero_bubble",)
+LORA = "adapters={targets: [language/layers/attention/*], rank: 4}"
 TIED = ("model.text.tie_word_embeddings=true", "model.remat=full")
 
 
@@ -102,6 +103,10 @@ def test_chunks_change_places_in_as_many_permutes_as_a_device_has_chunks(stages,
         pytest.param((("stage", 2), ("data", 2)), ("parallel.micro_batches=1",), marks=pytest.mark.slow),
         pytest.param((("stage", 2), ("context", 2)), (), marks=pytest.mark.slow),
         pytest.param((("stage", 4),), (LAYERS_4, *ZERO_BUBBLE), marks=pytest.mark.slow),
+        pytest.param((("stage", 2), ("fsdp", 2)), (LORA,), marks=pytest.mark.slow),
+        pytest.param((("stage", 2),), (LORA.replace("4}", "4, dora: true}"),), marks=pytest.mark.slow),
+        pytest.param((("stage", 2),), (LORA.replace("4}", "4, base: nf4}"),), marks=pytest.mark.slow),
+        pytest.param((("stage", 2),), ("training.phases.0.train=[projector/**]",), marks=pytest.mark.slow),
         pytest.param(
             (("stage", 2), ("fsdp", 2), ("tensor", 2)), ("parallel.sequence_norms=true",), marks=pytest.mark.slow
         ),
