@@ -74,3 +74,29 @@ def test_a_compressed_checkpoint_is_opened_too(trained, tmp_path):
         ))  # fmt: skip
         manager.wait_until_finished()
     assert_same(restored(tmp_path, target)[1], state)
+
+
+def test_a_checkpoint_of_stages_context_and_fsdp_is_restored_in_equal_bits_on_tensor_and_on_one_device(
+    run_config, tmp_path
+):
+    config = run_config()
+    outline = outline_of(config.model)
+    paths = list(outline.shapes)
+
+    def mesh(**axes):
+        return make_mesh(MeshConfig(**axes), jax.devices()[: int(np.prod([*axes.values()]))])
+
+    spread = start_phase(initial_params(outline, mesh(stage=2, context=2, fsdp=2), seed=0), paths, [], mesh(data=1))
+    spread = dataclasses.replace(spread, opt_state=jax.tree.map(lambda x: x + x.dtype.type(0.5), spread.opt_state))
+    stacked = spread.trained["language/layers/mlp/gate/kernel"]
+    assert stacked.sharding.spec[0] == "stage" and len(stacked.sharding.device_set) == 8
+    progress = checkpoint.Progress(
+        step=3, phase=0, phase_name="phase0", phase_step=3, trained=tuple(paths), loader=None, totals={}
+    )
+    with checkpoint.CheckpointWriter(tmp_path, CheckpointConfig(asynchronous=True)) as writer:
+        assert writer.save(spread.params, optimizer_arrays(spread), progress, config)
+    for axes in {"tensor": 4}, {"data": 1}:
+        target = abstract_state(outline, paths, [], mesh(**axes))
+        got = restored(tmp_path, target)[1]
+        assert_same(got, spread)
+        assert got.trained["language/layers/mlp/gate/kernel"].sharding.device_set == set(mesh(**axes).devices.flat)
