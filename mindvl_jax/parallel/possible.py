@@ -110,6 +110,13 @@ def _stages(config: Config, text, sizes: Mapping[str, int]) -> list[str]:
             f"{where} with parallel.context_attention=ring: the permutes of rings wait for all stages, which run "
             "different branches; use ulysses or all_gather"
         )
+    # XLA would move parts of a dim that does not divide by permutes, which wait for all devices, inside of branches.
+    dims = ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size")
+    uneven = [name for name in dims if getattr(text, name, 0) % sizes["tensor"]]
+    found += [
+        f"{where} with mesh.tensor={sizes['tensor']}, which does not divide model.text.{name}={getattr(text, name)}"
+        for name in uneven
+    ]
     groups = math.prod(sizes[axis] for axis in ROW_AXES)
     cut = config.parallel.micro_batches
     for index, phase in enumerate(config.training.phases):

@@ -143,6 +143,7 @@ def test_parameters_are_gathered_and_gradients_scattered_once_however_many_micro
         ((), {"stage": 4}, "mesh.stage=4 does not divide model.text.num_layers=2"),
         (INTERLEAVED, {"stage": 2}, "mesh.stage=2 x parallel.pipeline_chunks=2 does not divide model.text.num_layers"),
         (("parallel.context_attention=ring",), {"stage": 2, "context": 2}, "rings wait for all stages"),
+        ((), {"stage": 2, "tensor": 4}, "mesh.tensor=4, which does not divide model.text.num_kv_heads=2"),
         ((), {"stage": 2, "fsdp": 4}, "rows=4 cannot be spread over 8 devices"),
         (("parallel.micro_batches=3",), {"stage": 2}, "parallel.micro_batches=3 does not divide the 4 rows"),
         ((LAYERS_4, *INTERLEAVED, "parallel.micro_batches=1"), {"stage": 2}, "1 of training.phases.* no multiple of 2"),
