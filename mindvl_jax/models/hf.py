@@ -217,6 +217,14 @@ def norm(published: str, ours: str, *, bias: bool = False, **options: Any) -> li
     return rules + ([Rule(f"{published}.bias", (f"{ours}/bias",), **options)] if bias else [])
 
 
+def fused(published: str, ours: tuple[str, ...]) -> list[Rule]:
+    """Rules of one published linear layer that holds several of ours, one after another."""
+    return [
+        Rule(f"{published}.weight", tuple(f"{path}/kernel" for path in ours), TRANSPOSE),
+        Rule(f"{published}.bias", tuple(f"{path}/bias" for path in ours), SAME),
+    ]
+
+
 # --- configuration ---------------------------------------------------------------------------------------------------
 
 

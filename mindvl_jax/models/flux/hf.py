@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mindvl_jax.models.flux.config import FluxConfig
-from mindvl_jax.models.hf import SAME, TRANSPOSE, ConfigReader, Rule, linear, norm
+from mindvl_jax.models.hf import ConfigReader, Rule, fused, linear, norm
 
 CLASS = "FluxTransformer2DModel"
 
@@ -29,14 +29,6 @@ def read_config(content: Mapping[str, Any], reader: ConfigReader) -> FluxConfig 
         rope_axes=content.get("axes_dims_rope", (16, 56, 56)),
     )
     return reader.build(FluxConfig, values)
-
-
-def fused(published: str, ours: tuple[str, ...]) -> list[Rule]:
-    """Rules of one published linear layer that holds several of ours, one after another."""
-    return [
-        Rule(f"{published}.weight", tuple(f"{path}/kernel" for path in ours), TRANSPOSE),
-        Rule(f"{published}.bias", tuple(f"{path}/bias" for path in ours), SAME),
-    ]
 
 
 def _vector(published: str, ours: str, names: tuple[str, str]) -> list[Rule]:

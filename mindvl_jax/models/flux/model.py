@@ -9,16 +9,16 @@ the text is attended, as in training.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from mindvl_jax.models.flux.config import FluxConfig
-from mindvl_jax.models.layers.linear import Linear, RMSNorm
+from mindvl_jax.models.layers.joint import Projections, Rotary, Stream, attend, chunks
+from mindvl_jax.models.layers.linear import Linear
 from mindvl_jax.models.layers.modulated import (
+    EPS,
     TIME_FREQUENCIES,
     VectorEmbedding,
     modulate,
@@ -29,73 +29,16 @@ from mindvl_jax.models.layers.modulated import (
 from mindvl_jax.models.layers.stack import keep, rematerialise_attention, scan_layers
 from npu_bridge import ops
 
-EPS = 1e-6
 SCALE = 1000.0  # noise levels 0 .. 1 and guidance are embedded as 1000 times themselves
-
-
-class Rotary(NamedTuple):
-    """Tables (B, T, H) float32 of the joint sequence."""
-
-    cos: jax.Array
-    sin: jax.Array
-
-
-class Projections(nnx.Module):
-    """Queries, keys and values of one stream, the first two normalised per head."""
-
-    def __init__(self, config: FluxConfig, layers: int, *, rngs: nnx.Rngs, dtype):
-        D = config.hidden_size
-        common = dict(bias=True, rngs=rngs, dtype=dtype, layers=layers)
-        self.head_dim = config.head_dim
-        self.query = Linear(D, D, ("embed", "heads"), **common)
-        self.key = Linear(D, D, ("embed", "heads"), **common)
-        self.value = Linear(D, D, ("embed", "heads"), **common)
-        norm = dict(eps=EPS, dtype=dtype, name=None, layers=layers)
-        self.query_norm = RMSNorm(config.head_dim, **norm)
-        self.key_norm = RMSNorm(config.head_dim, **norm)
-
-    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        def heads(layer: Linear) -> jax.Array:
-            return keep(layer(x_BTD)).reshape(*x_BTD.shape[:2], -1, self.head_dim)
-
-        return self.query_norm(heads(self.query)), self.key_norm(heads(self.key)), heads(self.value)
-
-
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, rotary: Rotary) -> jax.Array:
-    """(B, T, N, H) each -> (B, T, N * H)."""
-    query, key = (ops.rotary(x, rotary.cos, rotary.sin, mode="interleaved") for x in (query, key))
-    out_BTNH = ops.attention(query, key, value, causal=False)
-    return keep(out_BTNH.reshape(*out_BTNH.shape[:2], -1))
-
-
-def chunks(x_BK: jax.Array, count: int) -> list[jax.Array]:
-    return jnp.split(x_BK, count, -1)
-
-
-class Stream(nnx.Module):
-    """One stream's weights of a joint block."""
-
-    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype):
-        D, F, L = config.hidden_size, config.intermediate_size, config.joint_layers
-        common = dict(bias=True, rngs=rngs, dtype=dtype, layers=L)
-        self.modulation = Linear(D, 6 * D, ("embed", None), **common)
-        self.projections = Projections(config, L, rngs=rngs, dtype=dtype)
-        self.output = Linear(D, D, ("heads", "embed"), **common)
-        self.up = Linear(D, F, ("embed", "mlp"), **common)
-        self.down = Linear(F, D, ("mlp", "embed"), **common)
-
-    def finish(self, x: jax.Array, attended: jax.Array, gate1, shift2, scale2, gate2) -> jax.Array:
-        x = x + gate1[:, None] * self.output(attended)
-        hidden = ops.gelu(keep(self.up(modulate(plain_norm(x, EPS), shift2, scale2))), approximate=True)
-        return x + gate2[:, None] * self.down(keep(hidden))
 
 
 class JointBlock(nnx.Module):
     """Attention over text and image together; every other weight belongs to one of the two."""
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype):
-        self.image = Stream(config, rngs=rngs, dtype=dtype)
-        self.text = Stream(config, rngs=rngs, dtype=dtype)
+        sizes = dict(heads=config.num_heads, qk_norm=True, layers=config.joint_layers, rngs=rngs, dtype=dtype)
+        self.image = Stream(config.hidden_size, **sizes)
+        self.text = Stream(config.hidden_size, **sizes)
 
     def __call__(self, x_BTD: jax.Array, condition_BD: jax.Array, rotary: Rotary, *, text: int, remat: str):
         active = jax.nn.silu(condition_BD)
@@ -122,7 +65,7 @@ class ParallelBlock(nnx.Module):
         D, F, L = config.hidden_size, config.intermediate_size, config.parallel_layers
         common = dict(bias=True, rngs=rngs, dtype=dtype, layers=L)
         self.modulation = Linear(D, 3 * D, ("embed", None), **common)
-        self.projections = Projections(config, L, rngs=rngs, dtype=dtype)
+        self.projections = Projections(D, heads=config.num_heads, qk_norm=True, layers=L, rngs=rngs, dtype=dtype)
         self.up = Linear(D, F, ("embed", "mlp"), **common)
         self.output = Linear(D + F, D, ("mlp", "embed"), **common)
 

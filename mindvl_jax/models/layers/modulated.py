@@ -16,6 +16,7 @@ from flax import nnx
 from mindvl_jax.models.layers.linear import Linear
 from npu_bridge import ops
 
+EPS = 1e-6  # of the norms of Flux and SD3
 TIME_FREQUENCIES = 256  # width of the sinusoids that embed a number
 
 
