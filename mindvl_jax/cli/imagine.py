@@ -18,7 +18,7 @@ EPILOG = common.examples(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--weights", required=True, metavar="DIR", help="pipeline folder in the layout of diffusers (FluxPipeline)"
+        "--weights", required=True, metavar="DIR", help="pipeline folder in the layout of diffusers (Flux.1, SD3)"
     )
     parser.add_argument(
         "--prompt", action="append", required=True, metavar="TEXT", help="what to draw; may be repeated"
@@ -31,16 +31,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cfg",
         type=float,
-        default=1.0,
         metavar="X",
-        help="scale of classifier-free guidance against --negative, or the empty prompt; doubles the time; 1 is off",
+        help="scale of classifier-free guidance against --negative, or the empty prompt; doubles the time; 1 is off "
+        "(default: 1 for Flux, 7 for SD3)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="image k follows from the seed and k alone")
     parser.add_argument("--images", type=int, default=1, metavar="N", help="of each prompt")
     parser.add_argument("--size", metavar="HxW", help="pixels, such as 768x1024; default: the pipeline's own")
     parser.add_argument("--batch", type=int, default=4, metavar="N", help="images at one time")
     parser.add_argument(
-        "--text-length", type=int, default=512, metavar="N", help="tokens of T5, padding included; 256 for schnell"
+        "--text-length",
+        type=int,
+        metavar="N",
+        help="tokens of T5, padding included (default: 512 for Flux, 256 for SD3; schnell was trained with 256)",
     )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of the weights; default: float32 on a CPU, else bfloat16"
@@ -62,21 +65,22 @@ def run(args: argparse.Namespace) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} exists and is not an empty folder; nothing is overwritten, name another")
     for option in ("steps", "images", "batch", "text_length"):
-        if getattr(args, option) < 1:
+        if getattr(args, option) is not None and getattr(args, option) < 1:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: expected at least 1")
-    if args.negative is not None and not args.cfg > 1:
-        raise UserError("--negative needs --cfg above 1: without classifier-free guidance nothing is kept away from")
     height, width = _size(args.size)
-    common.load_slow("mindvl_jax.inference.diffusion.pipeline")
+    common.load_slow("mindvl_jax.inference.diffusion.systems")
     import jax
     import numpy as np
     from PIL import Image
 
     from mindvl_jax.core.progress import LogConsole, counting
-    from mindvl_jax.inference.diffusion.pipeline import FluxFolder, Wish
+    from mindvl_jax.inference.diffusion.pipeline import Wish
+    from mindvl_jax.inference.diffusion.systems import open_folder
 
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    pipeline = FluxFolder(Path(args.weights).expanduser(), dtype)
+    pipeline = open_folder(Path(args.weights).expanduser(), dtype)
+    if args.negative is not None and not (pipeline.cfg if args.cfg is None else args.cfg) > 1:
+        raise UserError("--negative needs --cfg above 1: without classifier-free guidance nothing is kept away from")
     wish = Wish(
         prompts=tuple(args.prompt),
         images=args.images,

@@ -6,15 +6,31 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from mindvl_jax.cli.main import main
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.data.text.prompt_tokenizer import PromptTokenizer
 from mindvl_jax.inference.diffusion.flow_schedule import FlowSchedule
-from mindvl_jax.inference.diffusion.pipeline import FluxFolder, Wish
+from mindvl_jax.inference.diffusion.pipeline import Wish
+from mindvl_jax.inference.diffusion.systems import open_folder
 from mindvl_jax.models.flux.model import to_tokens
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -119,7 +135,7 @@ def folder(theirs, tmp_path_factory):
 
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 def test_pictures_equal_those_of_diffusers(theirs, folder, cfg):
-    pipeline, batch = FluxFolder(folder), 2
+    pipeline, batch = open_folder(folder), 2
     wish = Wish(PROMPTS, steps=3, guidance=1.5, cfg=cfg, negative="a grey sea", text_length=20, batch=batch, **SIZE)
     noise = pipeline.noise(wish)
     ours = pipeline.draw(wish, noise=noise)
@@ -138,7 +154,7 @@ def test_pictures_equal_those_of_diffusers(theirs, folder, cfg):
     assert expected.std() > 0.01, "the reference draws nothing"
     difference = np.abs(ours - expected).max()
     assert difference <= 1e-4, f"pictures differ by {difference:.1e}"
-    assert pipeline.warnings[0].startswith("prompt 2 is longer than CLIP reads")
+    assert pipeline.warnings == ["prompt 2 is longer than 14 tokens and was cut (tokenizer)", *pipeline.warnings[1:]]
 
 
 def test_the_command_writes_pictures_that_depend_on_seed_and_number_alone(folder, tmp_path, capsys):
@@ -169,6 +185,56 @@ def test_clip_tokenizers_of_two_files_read_as_in_transformers(folder, tmp_path):
         assert 4 in cut and 0 not in cut
 
 
+def test_sd3_pictures_equal_those_of_diffusers(theirs, tmp_path):
+    torch.manual_seed(1)
+    encoders = []
+    for act in ("quick_gelu", "gelu"):
+        sizes = dict(theirs.text_encoder.config.to_dict(), hidden_act=act, projection_dim=10)
+        encoders.append(randomised(CLIPTextModelWithProjection(CLIPTextConfig(**sizes))))
+    wide = T5Config(**dict(theirs.text_encoder_2.config.to_dict(), d_model=40))
+    sd3 = StableDiffusion3Pipeline(
+        transformer=randomised(
+            SD3Transformer2DModel(
+                sample_size=8,
+                in_channels=3,
+                out_channels=3,
+                num_layers=2,
+                attention_head_dim=8,
+                num_attention_heads=2,
+                joint_attention_dim=40,
+                caption_projection_dim=16,
+                pooled_projection_dim=20,
+                pos_embed_max_size=6,
+            )
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=theirs.vae,
+        text_encoder=encoders[0],
+        tokenizer=theirs.tokenizer,
+        text_encoder_2=encoders[1],
+        tokenizer_2=theirs.tokenizer,
+        text_encoder_3=randomised(T5EncoderModel(wide)),
+        tokenizer_3=theirs.tokenizer_2,
+    )
+    sd3.save_pretrained(tmp_path)
+    sd3.set_progress_bar_config(disable=True)
+    pipeline = open_folder(tmp_path)
+    wish = Wish(PROMPTS, steps=3, negative="a grey sea", text_length=20, **SIZE)
+    noise = pipeline.noise(wish)
+    expected = sd3(
+        list(PROMPTS),
+        negative_prompt=["a grey sea"] * 2,
+        num_inference_steps=3,
+        latents=torch.tensor(noise),
+        max_sequence_length=20,
+        output_type="np",
+        **SIZE,
+    ).images
+    assert expected.std() > 0.01, "the reference draws nothing"
+    difference = np.abs(pipeline.draw(wish, noise=noise) - expected).max()
+    assert difference <= 1e-4, f"pictures differ by {difference:.1e}"
+
+
 def test_noise_levels_equal_the_scheduler_of_the_folder(theirs, folder):
     schedule = FlowSchedule.read(json.loads((folder / "scheduler" / "scheduler_config.json").read_text()))
     for tokens, steps in ((12, 4), (1024, 28)):
@@ -196,4 +262,4 @@ def test_what_a_folder_asks_for_and_is_not_built_is_refused_by_name(folder, tmp_
     path = tmp_path / "copy" / file
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=message):
-        FluxFolder(tmp_path / "copy")
+        open_folder(tmp_path / "copy")

@@ -65,10 +65,28 @@ class FlowSchedule:
         Raises:
           ValueError: fewer than one step.
         """
+        return self._shift(self._spaced(steps, 1.0 / max(steps, 1)), tokens)
+
+    def published_levels(self, steps: int, tokens: int) -> np.ndarray:
+        """(S + 1,) float64: the scheduler's own spacing, where a pipeline gives it no levels (SD3).
+
+        It ends at the last of 1,000 training levels, which a constant shift has moved already, and shifts again:
+        pictures of the published pipelines are made so.
+
+        Raises:
+          ValueError: fewer than one step.
+        """
+        last = 1e-3 if self.dynamic else float(shifted(1e-3, self.shift))
+        return self._shift(self._spaced(steps, last), tokens)
+
+    def _spaced(self, steps: int, last: float) -> np.ndarray:
         if steps < 1:
             raise ValueError(f"{steps} steps: expected at least one")
+        return np.linspace(1.0, last, steps)
+
+    def _shift(self, levels: np.ndarray, tokens: int) -> np.ndarray:
         shift = self.shift
         if self.dynamic:
             slope = (self.mu[1] - self.mu[0]) / (self.tokens[1] - self.tokens[0])
             shift = math.exp(self.mu[0] + slope * (tokens - self.tokens[0]))
-        return np.append(shifted(np.linspace(1.0, 1.0 / steps, steps), shift), 0.0)
+        return np.append(shifted(levels, shift), 0.0)

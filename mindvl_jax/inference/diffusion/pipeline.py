@@ -16,23 +16,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from mindvl_jax.config.schema import ModelConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.params import Outline
 from mindvl_jax.data.text.prompt_tokenizer import PromptTokenizer
 from mindvl_jax.inference.diffusion.flow_schedule import FlowSchedule
 from mindvl_jax.inference.diffusion.solvers import advance, begin, columns, guided, table
-from mindvl_jax.models.flux.hf import diffusers_rules, read_config
-from mindvl_jax.models.flux.model import Flux, from_tokens, to_tokens
-from mindvl_jax.models.frozen import clip_text, kl_vae, t5
+from mindvl_jax.models.frozen import kl_vae
 from mindvl_jax.models.frozen.tensors import Tensors, check
-from mindvl_jax.models.hf import ConfigReader
+from mindvl_jax.models.hf import ConfigReader, Rule
 from mindvl_jax.objectives.paths import STRAIGHT
 from mindvl_jax.weights.errors import WeightsError, read_json
 from mindvl_jax.weights.tensors import as_arrays, read_tensors, to_parameters
 
-PIPELINE = "FluxPipeline"
-PARTS = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")
 DEFAULT_SIDE = 128  # latents along a side where no size is given
 
 Show = Callable[[int, int, str], None]
@@ -60,20 +58,27 @@ class Wish:
     negative: str = ""
     steps: int = 28
     guidance: float = 3.5
-    cfg: float = 1.0
+    cfg: float | None = None
     seed: int = 0
     height: int | None = None
     width: int | None = None
-    text_length: int = 512
+    text_length: int | None = None
     batch: int = 4
 
 
-class FluxFolder:
+class PipelineFolder:
     """A pipeline folder whose settings have been read and found supported; weights are read when they are used.
 
+    Subclasses (`systems.py`) say what a system adds to the way from prompts to pictures.
+
     Attributes:
+      parts: folders that the system needs. text_length, cfg: the system's own, where a wish names none.
       warnings: of the last `draw`, such as prompts that were cut.
     """
+
+    parts: tuple[str, ...]
+    text_length: int
+    cfg: float
 
     def __init__(self, folder: FilePath, dtype: str = "float32"):
         """Read every configuration of the folder.
@@ -83,35 +88,26 @@ class FluxFolder:
         """
         self.folder, self.dtype = folder, dtype
         self.warnings: list[str] = []
-        index = folder / "model_index.json"
-        if not index.is_file():
-            raise UserError(f"{folder}: no model_index.json; expected a pipeline folder in the layout of diffusers")
-        content = read_json(index)
-        if content.get("_class_name") != PIPELINE:
-            raise UserError(f"{index}: pipeline {content.get('_class_name')!r} is not supported; supported: {PIPELINE}")
+        content = read_json(folder / "model_index.json")
         named = {key for key, value in content.items() if isinstance(value, list) and any(value)}
-        if extra := sorted(named - set(PARTS)):
-            raise UserError(f"{index}: parts that are not supported: {', '.join(extra)}")
-        if missing := [part for part in PARTS if not (folder / part).is_dir()]:
+        if extra := sorted(named - set(self.parts)):
+            raise UserError(f"{folder}: parts that are not supported: {', '.join(extra)}")
+        if missing := [part for part in self.parts if not (folder / part).is_dir()]:
             raise UserError(f"{folder}: folders that are missing: {', '.join(missing)}")
         self.schedule = FlowSchedule.read(read_json(folder / "scheduler" / "scheduler_config.json"))
-        self.vae = kl_vae.KlVae.read(self._config("vae"))
-        self.clip = clip_text.ClipText.read(self._config("text_encoder"))
-        self.t5 = t5.T5Encoder.read(self._config("text_encoder_2"))
+        self.vae = kl_vae.KlVae.read(self.settings("vae"))
         reader = ConfigReader()
-        config = read_config(self._config("transformer"), reader)
+        config = self.read(reader)
         if reader.problems:
-            raise WeightsError(
-                "\n".join([f"{folder / 'transformer'}: {len(reader.problems)} problems", *reader.problems])
-            )
+            count = len(reader.problems)
+            raise WeightsError("\n".join([f"{folder / 'transformer'}: {count} problems", *reader.problems]))
         self.config = config.model_copy(update={"compute_dtype": dtype, "param_dtype": dtype})
-        if self.config.channels != 4 * self.vae.latent_channels:
-            raise UserError(
-                f"{folder}: the transformer reads {self.config.channels} channels a token, the autoencoder makes "
-                f"{self.vae.latent_channels} a latent; expected 4 times as many"
-            )
 
-    def _config(self, part: str) -> dict[str, Any]:
+    def read(self, reader: ConfigReader) -> ModelConfig | None:
+        """Read the text encoders' settings, and the transformer's, which are returned."""
+        raise NotImplementedError
+
+    def settings(self, part: str) -> dict[str, Any]:
         return read_json(self.folder / part / "config.json")
 
     def size(self, wish: Wish) -> tuple[int, int]:
@@ -134,19 +130,38 @@ class FluxFolder:
         return np.stack([np.asarray(jax.random.normal(jax.random.fold_in(key, k), shape)) for k in numbers])
 
     def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """(n, S, E) states of T5 with its padding, and (n, E) pooled ones of CLIP."""
-        short, wide = PromptTokenizer(self.folder / "tokenizer"), PromptTokenizer(self.folder / "tokenizer_2")
-        ids, cut = short(texts, short.longest or 77)
-        self.warnings += [f"prompt {number + 1} is longer than CLIP reads; T5 sees more of it" for number in cut]
-        pooled = self._run("text_encoder", lambda tensors, ids: clip_text.encode(self.clip, tensors, ids).pooled, ids)
-        ids, cut = wide(texts, length)
-        self.warnings += [f"prompt {number + 1} is longer than {length} tokens and was cut" for number in cut]
-        return self._run("text_encoder_2", lambda tensors, ids: t5.encode(self.t5, tensors, ids), ids), pooled
+        """(n, S, E) text states with their padding, and (n, E) pooled ones."""
+        raise NotImplementedError
 
-    def _run(self, part: str, network: Callable[[Tensors, jax.Array], jax.Array], *inputs: np.ndarray) -> np.ndarray:
+    def rules(self) -> Sequence[Rule]:
+        """Published tensors of the transformer."""
+        raise NotImplementedError
+
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The transformer."""
+        raise NotImplementedError
+
+    def velocity(self, model: Any, x: jax.Array, times: jax.Array, condition: Any, wish: Wish) -> jax.Array:
+        """The transformer's prediction for latents (B, C, height, width)."""
+        raise NotImplementedError
+
+    def levels(self, steps: int, tokens: int) -> np.ndarray:
+        """(steps + 1,) noise levels of a picture of so many tokens."""
+        return self.schedule.levels(steps, tokens)
+
+    def tokens(self, part: str, texts: Sequence[str], length: int | None) -> np.ndarray:
+        """Ids (n, length); notes the prompts that were cut. None: the folder's own length."""
+        tokenizer = PromptTokenizer(self.folder / part)
+        ids, cut = tokenizer(texts, length or tokenizer.longest or 77)
+        self.warnings += [f"prompt {k + 1} is longer than {ids.shape[1]} tokens and was cut ({part})" for k in cut]
+        return ids
+
+    def run(self, part: str, network: Callable[[Tensors, jax.Array], Any], *inputs: np.ndarray) -> Any:
+        """What a frozen part makes of its inputs, as numpy; its weights are dropped afterwards."""
         values = as_arrays(read_tensors(self.folder / part), self.dtype)
         check(lambda tensors: network(tensors, *map(jnp.asarray, inputs)), values, str(self.folder / part))
-        return np.asarray(jax.jit(lambda values, *inputs: network(Tensors(values), *inputs))(values, *inputs))
+        out = jax.jit(lambda values, *inputs: network(Tensors(values), *inputs))(values, *inputs)
+        return jax.tree.map(np.asarray, out)
 
     def draw(self, wish: Wish, *, noise: np.ndarray | None = None, show: Show = silent) -> np.ndarray:
         """(images, height, width, 3) float32 in 0 .. 1, all images of the first prompt first.
@@ -159,8 +174,12 @@ class FluxFolder:
         """
         self.warnings = []
         self.size(wish)
-        guided_by = wish.cfg > 1
-        texts = [*wish.prompts, wish.negative] if guided_by else list(wish.prompts)
+        wish = dataclasses.replace(
+            wish,
+            cfg=self.cfg if wish.cfg is None else wish.cfg,
+            text_length=wish.text_length or self.text_length,
+        )
+        texts = [*wish.prompts, wish.negative] if wish.cfg > 1 else list(wish.prompts)
         show(0, 1, "reading prompts")
         encoded = self.encode(texts, wish.text_length)
         noise = self.noise(wish) if noise is None else noise
@@ -169,21 +188,20 @@ class FluxFolder:
         return self._decode(latents, wish.batch, show)
 
     def _denoise(self, wish: Wish, noise: np.ndarray, conditions: list, nothing: list, show: Show) -> np.ndarray:
-        outline = Outline.of(lambda rngs: Flux(self.config, rngs=rngs))
+        outline = Outline.of(self.build)
         where = self.folder / "transformer"
         show(0, 1, "reading the transformer")
-        params = to_parameters(read_tensors(where), diffusers_rules(self.config), outline.shapes, str(where))
+        params = to_parameters(read_tensors(where), self.rules(), outline.shapes, str(where))
         params = jax.device_put(params)
         grid = (noise.shape[2] // 2, noise.shape[3] // 2)
-        rows = columns(table("euler", STRAIGHT, self.schedule.levels(wish.steps, grid[0] * grid[1])))
+        rows = columns(table("euler", STRAIGHT, self.levels(wish.steps, grid[0] * grid[1])))
 
         @jax.jit
         def step(params, carry, row, condition, without):
             model = outline.merge(params)
 
             def velocity(x, times, condition):
-                scale = jnp.full((len(x),), wish.guidance, jnp.float32) if self.config.guidance_embedding else None
-                return model.velocity(x, times, *condition, grid=grid, guidance_B=scale)
+                return self.velocity(model, x, times, condition, wish)
 
             return advance(guided(velocity, condition, without, wish.cfg if wish.cfg > 1 else 1.0), carry, row)
 
@@ -194,12 +212,12 @@ class FluxFolder:
             chosen = np.resize(np.arange(start, min(start + size, len(noise))), size)
             condition = [part[chosen] for part in conditions]
             without = [np.broadcast_to(part, (size, *part.shape)) for part in nothing]
-            carry = begin(to_tokens(jnp.asarray(noise[chosen])))
+            carry = begin(jnp.asarray(noise[chosen]))
             for number in range(wish.steps):
                 show(start // size * wish.steps + number, total, "denoising")
                 carry = step(params, carry, [column[number] for column in rows], condition, without)
                 carry.x.block_until_ready()
-            made.append(np.asarray(from_tokens(carry.x, *grid))[: len(noise) - start])
+            made.append(np.asarray(carry.x)[: len(noise) - start])
         show(total, total, "denoising")
         return np.concatenate(made)
 
