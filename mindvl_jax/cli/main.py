@@ -28,6 +28,7 @@ COMMANDS = {
     "import": ("mindvl_jax.cli.import_run", "a training recipe of MindSpeed-MM as our configuration"),
     "export": ("mindvl_jax.cli.export", "write a run as a Hugging Face folder"),
     "serve": ("mindvl_jax.cli.serve", "answer over HTTP with the OpenAI interface, and a page to try it"),
+    "bench": ("mindvl_jax.cli.bench", "load on a server: time to first token, between tokens, throughput"),
     "score": ("mindvl_jax.cli.score", "negative log-likelihood of answers, sample by sample"),
     "metrics": ("mindvl_jax.cli.metrics", "the numbers of a run as CSV or JSON"),
     "replay": ("mindvl_jax.cli.replay", "run a step again that was not finite, and name the layer"),

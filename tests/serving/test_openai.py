@@ -106,6 +106,12 @@ def test_completions_continue_text_without_a_template(client, batch, tokenizer):
     assert len(answer.choices[0].logprobs.tokens) == len(answer.choices[0].logprobs.token_logprobs)
     streamed = "".join(chunk.choices[0].text for chunk in client.completions.create(prompt=text, stream=True, **SHORT))
     assert streamed == answer.choices[0].text
+    parts = [
+        chunk.choices[0].logprobs for chunk in client.completions.create(prompt=text, stream=True, logprobs=2, **SHORT)
+    ]
+    whole = answer.choices[0].logprobs
+    for name in ("tokens", "text_offset"):
+        assert [item for part in parts if part for item in getattr(part, name)] == getattr(whole, name)
 
 
 def test_stop_strings_end_an_answer_before_them(client):

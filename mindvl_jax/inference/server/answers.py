@@ -32,10 +32,10 @@ def chat_logprobs(tokenizer, part: Answer | Piece) -> dict:
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(tokenizer, answer: Answer) -> dict:
-    """The `logprobs` of a choice of `/v1/completions`."""
+def completion_logprobs(tokenizer, answer: Answer | Piece, start: int = 0) -> dict:
+    """The `logprobs` of a choice of `/v1/completions`; `start`: characters of the tokens before a piece."""
     texts = [token_text(tokenizer, token)[0] for token in answer.tokens]
-    offsets, position = [], 0
+    offsets, position = [], start
     for text in texts:
         offsets.append(position)
         position += len(text)

@@ -319,10 +319,15 @@ class Server:
         self, ticket: Ticket, body: CompletionBody, identifier: str, prompt_tokens: int
     ) -> AsyncIterator[dict]:
         done: list[Answer] = []
+        read: dict[int, int] = {}  # characters of each answer's tokens so far
 
         def event(piece: Piece) -> dict:
             finish = None if piece.answer is None else piece.answer.finish
-            choice = {"index": piece.sample, "text": piece.text, "logprobs": None, "finish_reason": finish}
+            logprobs = None
+            if body.logprobs is not None and piece.tokens:
+                logprobs = answers.completion_logprobs(self._tokenizer, piece, read.get(piece.sample, 0))
+                read[piece.sample] = logprobs["text_offset"][-1] + len(logprobs["tokens"][-1])
+            choice = {"index": piece.sample, "text": piece.text, "logprobs": logprobs, "finish_reason": finish}
             return answers.envelope(identifier, "text_completion", body.model, [choice])
 
         async for piece in self.runner.read(ticket, self.settings.request_seconds):
