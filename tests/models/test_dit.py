@@ -17,10 +17,11 @@ from PIL import Image
 import npu_bridge
 from mindvl_jax.config.schema import FlowMatchingConfig, MeshConfig, OptimizerConfig, PhaseConfig
 from mindvl_jax.inference.diffusion.images import generate, grid
-from mindvl_jax.inference.diffusion.solvers import euler, guided, noise_levels
+from mindvl_jax.inference.diffusion.solvers import guided, noise_levels, solve, table
 from mindvl_jax.models.dit.config import DiTConfig
 from mindvl_jax.models.dit.processor import batch_spec, from_patches, to_patches
 from mindvl_jax.models.outline import outline_of
+from mindvl_jax.objectives.paths import STRAIGHT
 from mindvl_jax.objectives.registry import make_objective
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.parallel.rules import batch_sharding, parameter_shardings
@@ -237,9 +238,10 @@ def test_euler_follows_the_formula_in_float64_and_reaches_the_data_of_a_straight
     wanted = [3 * (1 - k / 7) / (1 + 2 * (1 - k / 7)) for k in range(8)]
     np.testing.assert_allclose(levels, wanted, atol=1e-15)
     noise, data = np.float32([[1.0, -2.0]]), np.float32([[0.25, 3.0]])
-    straight = euler(lambda x, level: jnp.asarray(noise - data), noise, levels)
+    rows = table("euler", STRAIGHT, levels)
+    straight = solve(lambda x, level: jnp.asarray(noise - data), jnp.asarray(noise), rows)
     np.testing.assert_allclose(straight, data, atol=1e-6)
-    decay = euler(lambda x, level: x * level[:, None], noise, levels)
+    decay = solve(lambda x, level: x * level[:, None], jnp.asarray(noise), rows)
     expected = noise.astype(np.float64)
     for now, then in itertools.pairwise(wanted):
         expected = expected + (then - now) * expected * now

@@ -227,18 +227,6 @@ def solve(model: Model, noise: jax.Array, rows: Table, *, key_B: jax.Array | Non
     return jax.lax.scan(step, begin(noise), columns(rows))[0].x
 
 
-def euler(velocity: Model, noise: jax.Array, levels: np.ndarray) -> jax.Array:
-    """Data (B, *X) float32 from noise at level `levels[0]`: x += (next level - level) * velocity(x, level)."""
-    levels = np.asarray(levels, np.float64)
-    rows = (jnp.asarray(levels[:-1], jnp.float32), jnp.asarray(np.diff(levels), jnp.float32))
-
-    def step(x: jax.Array, row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        level, change = row
-        return x + change * velocity(x, jnp.broadcast_to(level, (len(x),))), None
-
-    return jax.lax.scan(step, noise.astype(jnp.float32), rows)[0]
-
-
 def guided(
     conditional: Callable[[jax.Array, jax.Array, Any], jax.Array],
     condition: Any,

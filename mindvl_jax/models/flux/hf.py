@@ -112,6 +112,3 @@ def _original_norms(published: str, ours: str) -> list[Rule]:
     return [
         Rule(f"{published}.{name}_norm.scale", (f"{ours}/projections/{name}_norm/scale",)) for name in ("query", "key")
     ]
-
-
-LAYOUTS = {"diffusers": diffusers_rules, "original": original_rules}

@@ -125,6 +125,3 @@ def _original_projections(config: Sd3Config, published: str, ours: str) -> list[
             f"{published}.attn.ln_k", f"{ours}/key_norm"
         )
     return rules
-
-
-LAYOUTS = {"diffusers": diffusers_rules, "original": original_rules}
