@@ -44,7 +44,12 @@ class Running:
             self.port = probe.getsockname()[1]
         self.server = uvicorn.Server(
             uvicorn.Config(
-                self.app, port=self.port, log_level="warning", http="h11", h11_max_incomplete_event_size=64 << 10
+                self.app,
+                port=self.port,
+                log_level="warning",
+                http="h11",
+                timeout_keep_alive=30,
+                h11_max_incomplete_event_size=64 << 10,
             )
         )
         self.thread = threading.Thread(target=self.server.run, daemon=True)
