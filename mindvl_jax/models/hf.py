@@ -287,6 +287,7 @@ class HFMapping:
       aliases: (prefix, published prefix): other spellings of the same tensors.
       in_memory: published name of a module -> its name in transformers' model, which adapters are saved under.
       ignored: ends of names of tensors that follow from the configuration.
+      unread: beginnings of names of tensors of parts that are not built; they are left out of what is written.
       tied: configuration -> (tensor that may be left out, tensor that it then equals), or None.
       assemble: (configuration whose tower is taken, configuration whose decoder is taken, mrope=bool) -> configuration
         of both together;
@@ -306,6 +307,7 @@ class HFMapping:
     aliases: tuple[tuple[str, str], ...] = ()
     in_memory: Callable[[str], str] = lambda name: name
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
+    unread: tuple[str, ...] = ()
     tied: Callable[[Any], tuple[str, str] | None] = lambda config: None
     assemble: Callable[..., ModelConfig] | None = None
     reference: Named | None = None
@@ -320,4 +322,4 @@ class HFMapping:
 
     def ignorable(self, name: str) -> bool:
         """Whether a tensor of this name follows from the configuration."""
-        return name.endswith(self.ignored)
+        return name.endswith(self.ignored) or name.startswith(self.unread)

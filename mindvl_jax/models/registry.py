@@ -19,6 +19,7 @@ _FAMILIES = (
     "qwen3_vl_moe",
     "internvl",
     "llava",
+    "janus",
     "dit",
 )  # fmt: skip
 

@@ -40,6 +40,17 @@ FAMILIES = {
         {"<|im_start|>": "<s>", "<|im_end|>": "</s>", "<|image_pad|>": "<image>"},
         64,
     ),
+    "janus": (
+        dict(vision=dict(VISION, image_side=28, patch_size=7), text=dict(TEXT, family="llama", rope="1d")),
+        {
+            "<|im_start|>": "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
+            "<|im_end|>": "<\uff5cend\u2581of\u2581sentence\uff5c>",
+            "<|vision_start|>": "<begin_of_image>",
+            "<|vision_end|>": "<end_of_image>",
+            "<|image_pad|>": "<image_placeholder>",
+        },
+        64,
+    ),
 }
 
 
@@ -55,18 +66,21 @@ def test_a_run_reads_packs_and_learns(tmp_path, family):
     file.write_text(text)
     names = [renamed.get(name, name) for name in SPECIAL]
     token = {name: 256 + number for number, name in enumerate(names)}
-    if "</s>" in token:
-        (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "pad_token": "<|endoftext|>"}')
+    if family in ("llava", "janus"):
+        special = {"eos_token": renamed["<|im_end|>"], "pad_token": "<|endoftext|>"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(special))
     ids = dict(image_token_id=token[renamed.get("<|image_pad|>", "<|image_pad|>")])
     if family != "llava":
         borders = (renamed.get(f"<|vision_{end}|>", f"<|vision_{end}|>") for end in ("start", "end"))
         ids |= dict(
             zip(("vision_start_token_id", "vision_end_token_id"), (token[name] for name in borders), strict=True)
         )
+    if family in ("qwen3_vl", "internvl"):
         ids["video_token_id"] = token["<|video_pad|>"] if family == "qwen3_vl" else ids["image_token_id"]
     model = dict(model, text=dict(model["text"], vocab_size=256 + len(SPECIAL)))
-    # LLaVA's system text takes 137 bytes of each sample.
-    phase = dict(PHASE, name="all", steps=5, patches_per_row=patches, sequence_length=256, rows=2)
+    # LLaVA's system text takes 137 bytes of each sample, Janus' 218.
+    length = 512 if family == "janus" else 256
+    phase = dict(PHASE, name="all", steps=5, patches_per_row=patches, sequence_length=length, rows=2)
     config = loader.from_mapping(
         {
             "run": {"dir": str(tmp_path / "run"), "seed": 1},

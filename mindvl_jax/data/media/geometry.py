@@ -35,10 +35,10 @@ class PatchGeometry(Section):
     image_side: Annotated[int, bounded(2**14)] | None = Field(
         None, description="Side in pixels of the squares that images are cut into; null: images keep their shape."
     )
-    fit: Literal["tiles", "crop", "pad"] = Field(
+    fit: Literal["tiles", "crop", "pad", "inside"] = Field(
         "tiles",
         description="How an image becomes squares. tiles: a grid of its shape; crop: its middle; pad: the whole on a "
-        "square of the mean colour.",
+        "square of CLIP's mean colour, made small together; inside: the whole made small, then put on a grey square.",
     )
     max_tiles: Annotated[int, bounded(4096)] = Field(
         1, description="Most squares of an image; an image of several is followed by the whole, made small."

@@ -1,4 +1,6 @@
-"""Pictures as equal squares for towers of one size: tiles in a grid (InternVL), the middle or padded whole (LLaVA)."""
+"""Pictures as equal squares for towers of one size: tiles in a grid (InternVL), the middle or padded whole (LLaVA,
+Janus).
+"""
 
 from __future__ import annotations
 
@@ -61,8 +63,22 @@ def _one_square(image: Image.Image, vision: PatchGeometry, resample: int) -> np.
     return pixels[top : top + side, left : left + side]
 
 
+def _inside(image: Image.Image, side: int, resample: int) -> np.ndarray:
+    """(side, side, 3) uint8: the longer edge made `side`, the shorter with it (14 at least), grey around.
+
+    Sizes are rounded, as transformers does; Janus' own code cuts off the fraction, which may be a line less.
+    """
+    share = side / max(image.size)
+    width, height = (max(round(edge * share), min(14, side)) for edge in image.size)
+    ground = Image.new("RGB", (side, side), (127, 127, 127))
+    ground.paste(image.convert("RGB").resize((width, height), resample), ((side - width) // 2, (side - height) // 2))
+    return np.asarray(ground)
+
+
 def cut(image: Image.Image, views: int, vision: PatchGeometry, resample: int) -> np.ndarray:
     """(views, side, side, channels) uint8: tiles row by row, then the whole if they are several."""
+    if vision.fit == "inside":
+        return _inside(image, vision.image_side, resample)[None]
     if vision.fit != "tiles":
         return _one_square(image, vision, resample)[None]
     side, tiles = vision.image_side, max(1, views - 1)

@@ -12,6 +12,8 @@ from mindvl_jax.data.media.geometry import CLIP_MEAN  # noqa: F401 - the models'
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Channel statistics of CLIP, which the published preprocessing of the Qwen-VL line uses."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
+"""Mean and deviation of SigLIP's channels."""
 
 
 class TextConfig(Section):

@@ -173,8 +173,8 @@ class WholeImageTower(nnx.Module):
 
 
 class SquareTower(nnx.Module):
-    """Tower over squares of one size: class token, learned positions, blocks that attend within a square (CLIP,
-    InternViT).
+    """Tower over squares of one size: learned positions, blocks that attend within a square, a class token or none
+    (CLIP, InternViT, SigLIP).
 
     Squares lie one after another from the first patch on, each with all of its patches, so that they need no ids: the
     places of a row are cut into squares, and what is left over is computed and never read.
@@ -183,6 +183,7 @@ class SquareTower(nnx.Module):
       config: has also `image_side` and the geometry of patches.
       blocks: the stack; the first `used` of them are run.
       patch_bias: of the patch embedding. before: norm of what enters the first block; None is none.
+      class_token: one more place in each square, before its patches; the table's first row is its position.
     """
 
     def __init__(
@@ -197,12 +198,18 @@ class SquareTower(nnx.Module):
         rngs: nnx.Rngs,
         dtype,
         remat: str = "none",
+        class_token: bool = True,
     ):
         D = config.hidden_size
         self.config, self.used, self.remat, self.statistics = config, used, remat, statistics
         self.patch_embed = Linear(config.patch_dim, D, ("patch", "embed"), bias=patch_bias, rngs=rngs, dtype=dtype)
-        self.class_token = parameter(jax.random.normal(rngs.params(), (D,), dtype) * 0.02, ("embed",))
-        table = jax.random.normal(rngs.params(), (config.view_patches + 1, D), dtype) * 0.02
+        self.extra = int(class_token)
+
+        def token():
+            return parameter(jax.random.normal(rngs.params(), (D,), dtype) * 0.02, ("embed",))
+
+        self.class_token = token() if class_token else None
+        table = jax.random.normal(rngs.params(), (config.view_patches + self.extra, D), dtype) * 0.02
         self.positions = parameter(table, (None, None))
         self.before = before
         self.blocks = blocks
@@ -230,14 +237,16 @@ class SquareTower(nnx.Module):
         with jax.named_scope("patch_embed"):
             x_BPD = embed_patches(self.patch_embed, patches, self.config, dtype, self.remat, *self.statistics)
             x_BPD = jnp.pad(x_BPD, ((0, 0), (0, squares * N - P), (0, 0))).reshape(B * squares, N, -1)
-            first = jnp.broadcast_to(self.class_token[...].astype(dtype), (B * squares, 1, x_BPD.shape[-1]))
-            x_BPD = jnp.concatenate([first, x_BPD], 1) + self.positions[...][self._order()].astype(dtype)
+            if self.class_token is not None:
+                first = jnp.broadcast_to(self.class_token[...].astype(dtype), (B * squares, 1, x_BPD.shape[-1]))
+                x_BPD = jnp.concatenate([first, x_BPD], 1)
+            x_BPD = x_BPD + self.positions[...][self._order()].astype(dtype)
             if self.before is not None:
                 x_BPD = self.before(x_BPD)
         used = jax.tree.map(lambda leaf: leaf[: self.used], self.blocks)
         with jax.named_scope("blocks"):
             x_BPD = scan_layers(self._block_step(x_BPD, self.remat), x_BPD, used, remat=self.remat)
-        return x_BPD[:, 1:].reshape(B, squares * N, -1)[:, :P]
+        return x_BPD[:, self.extra :].reshape(B, squares * N, -1)[:, :P]
 
     def run_block(self, number: int, x: jax.Array, batch: Any) -> jax.Array:
         """One block on any squares with their class tokens, for comparisons part by part."""
@@ -249,10 +258,10 @@ class SquareTower(nnx.Module):
         return lambda x, block: block(x, None, None, ids_BP, None, None, remat)
 
     def _order(self) -> np.ndarray:
-        """Row of the position table for the class token and each patch: patches of a visual token lie together."""
+        """Row of the position table for a class token and each patch: patches of a visual token lie together."""
         side, merge = self.config.image_side // self.config.patch_size, self.config.spatial_merge_size
         raster = np.arange(side * side).reshape(side // merge, merge, side // merge, merge)
-        return np.concatenate([[0], 1 + raster.swapaxes(1, 2).ravel()])
+        return np.concatenate([np.arange(self.extra), self.extra + raster.swapaxes(1, 2).ravel()])
 
 
 class PositionTable(nnx.Module):
