@@ -64,16 +64,26 @@ _LOST = {
     r"loss_scale": "another weight of the tokens",
 }
 
+_NAMES = {
+    "rank": "lora_rank",
+    "alpha": "lora_alpha",
+    "rslora": "use_rslora",
+    "dora": "use_dora",
+    "max_samples": "max_samples",
+    "packing": "packing",
+    "save_steps": "save_steps",
+    "keep": "save_total_limit",
+    "train_on_prompt": "train_on_prompt",
+    "last_answer": "mask_history",
+}
+
 LLAMA_FACTORY = Dialect(
     "llamafactory",
     {
+        **_NAMES,
         "weights": "model_name_or_path",
         "kind": "finetuning_type",
-        "rank": "lora_rank",
-        "alpha": "lora_alpha",
         "targets": "lora_target",
-        "rslora": "use_rslora",
-        "dora": "use_dora",
         "bits": "quantization_bit",
         "freeze_vision": "freeze_vision_tower",
         "freeze_projector": "freeze_multi_modal_projector",
@@ -81,12 +91,6 @@ LLAMA_FACTORY = Dialect(
         "length": "cutoff_len",
         "min_pixels": "image_min_pixels",
         "max_pixels": "image_max_pixels",
-        "max_samples": "max_samples",
-        "packing": "packing",
-        "save_steps": "save_steps",
-        "keep": "save_total_limit",
-        "train_on_prompt": "train_on_prompt",
-        "last_answer": "mask_history",
     },
     {
         "finetuning_type": "lora", "lora_rank": 8, "lora_target": "all", "freeze_vision_tower": True,
@@ -101,13 +105,10 @@ LLAMA_FACTORY = Dialect(
 SWIFT = Dialect(
     "swift",
     {
+        **_NAMES,
         "weights": "model",
         "kind": "train_type",
-        "rank": "lora_rank",
-        "alpha": "lora_alpha",
         "targets": "target_modules",
-        "rslora": "use_rslora",
-        "dora": "use_dora",
         "bits": "quant_bits",
         "freeze_vision": "freeze_vit",
         "freeze_projector": "freeze_aligner",
@@ -115,12 +116,6 @@ SWIFT = Dialect(
         "length": "max_length",
         "min_pixels": "min_pixels",
         "max_pixels": "max_pixels",
-        "max_samples": "max_samples",
-        "packing": "packing",
-        "save_steps": "save_steps",
-        "keep": "save_total_limit",
-        "train_on_prompt": "train_on_prompt",
-        "last_answer": "mask_history",
     },
     {
         "train_type": "lora", "lora_rank": 8, "lora_alpha": 32, "target_modules": "all-linear", "freeze_vit": True,
