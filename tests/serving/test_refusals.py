@@ -112,6 +112,14 @@ def test_a_bad_request_is_refused_in_the_openai_form(http, name):
     assert len(error["message"]) < 600
 
 
+def test_a_later_prompt_that_does_not_fit_leaves_no_place_of_the_queue_taken(http, running):
+    body = {"model": "tiny", "prompt": ["go", "x" * 5000], "max_tokens": 2}
+    for _ in range(3):
+        answer = http.post("/v1/completions", json=body)
+        assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
+    assert not running.runner._tickets
+
+
 def test_a_mark_that_a_client_spells_is_text(http):
     tokens = {}
     for text in ("<image> what?", "<imago> what?"):

@@ -290,14 +290,27 @@ class Server:
         grammar = body.structured_outputs.said() if body.structured_outputs is not None else None
         if body.stream and len(body.prompts) > 1:
             raise HTTPError(400, "`prompt` can hold one text when stream is true", param="prompt")
-        tickets, prompt_tokens = [], 0
+        encoded = []
         for text in body.prompts:
             messages = [{"role": "user", "content": text}]
             asked = Request(messages=messages, sampling=sampling, grammar=grammar, id=identifier)
             matchers = await self.runner.run_blocking(self._matchers, asked)
-            prompt = await self.runner.run_blocking(self._encode, self.runner.generator.encode.text, asked)
-            prompt_tokens += prompt.tokens
-            tickets.append(await self.runner.submit(asked, prompt, matchers))
+            encoded.append(
+                (
+                    asked,
+                    await self.runner.run_blocking(self._encode, self.runner.generator.encode.text, asked),
+                    matchers,
+                )
+            )
+        prompt_tokens = sum(prompt.tokens for _, prompt, _ in encoded)
+        tickets: list[Ticket] = []
+        try:
+            for each in encoded:
+                tickets.append(await self.runner.submit(*each))
+        except HTTPError:  # nobody would read the answers of the prompts before
+            for ticket in tickets:
+                self.runner.drop(ticket)
+            raise
         if body.stream:
             return self._stream(self._completion_events(tickets[0], body, identifier, prompt_tokens))
         choices, done = [], []

@@ -170,6 +170,10 @@ class Runner:
         finally:
             self._finish(ticket, outcome)
 
+    def drop(self, ticket: Ticket) -> None:
+        """Abort a ticket that nobody reads."""
+        self._finish(ticket, "aborted")
+
     async def load_parameters(self, params) -> None:
         """Replace the weights between two steps.
 
