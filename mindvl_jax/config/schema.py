@@ -329,8 +329,10 @@ class PhaseConfig(Section):
 
 
 class OptimizerConfig(Section):
-    name: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: Muon for the matrices that `muon` names, AdamW for the rest."
+    name: Literal["adamw", "adamw8bit", "muon"] = Field(
+        "adamw",
+        description="adamw8bit: AdamW with the moments of matrices in 8 bits, 2 bytes a parameter in place of 8. muon: "
+        "Muon for the matrices that `muon` names, AdamW for the rest.",
     )
     muon: tuple[str, ...] = Field(
         ("**/layers/**/kernel", "**/blocks/**/kernel", "projector/*/kernel"),

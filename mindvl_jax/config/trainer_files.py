@@ -210,7 +210,10 @@ class _Run:
             "clip_norm": self.take("max_grad_norm", "training.optimizer.clip_norm", float, 1.0),
         }
         optim = self._left.pop("optim", "adamw_torch")
-        if not str(optim).startswith("adamw_torch"):
+        if optim in ("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit"):
+            optimizer["name"] = "adamw8bit"
+            self.say("optim", optim, "same", "training.optimizer.name: adamw8bit")
+        elif not str(optim).startswith("adamw_torch"):
             self.say("optim", optim, "lost", "another optimizer; AdamW here")
         data: dict[str, Any] = {"sources": sources, "train_on": "answers"}
         if self.take("train_on_prompt", "data.train_on: all", _flag, False):

@@ -101,6 +101,11 @@ def _stages(config: Config, text, sizes: Mapping[str, int]) -> list[str]:
             f"{where}: the tower of family {config.model.family!r} adds features behind several layers of the decoder, "
             "which a pipeline does not carry; use mesh.fsdp"
         )
+    if config.training.optimizer.name == "adamw8bit":
+        found.append(
+            f"{where} with training.optimizer.name=adamw8bit, which updates a stack layer by layer: the layers of "
+            "other stages would be gathered; use adamw, or mesh.fsdp in place of stages"
+        )
     chunks = config.parallel.pipeline_chunks
     if text.num_layers % (stages * chunks):
         said = where if chunks == 1 else f"{where} x parallel.pipeline_chunks={chunks}"

@@ -85,7 +85,7 @@ class PhasePlan:
 PARAMETERS, FROZEN, MOMENTS, GRADIENTS = (
     "parameters, trained",
     "parameters, frozen",
-    "AdamW moments (float32)",
+    "optimizer moments",
     "gradients (float32)",
 )
 EMA, BATCH, ACTIVATIONS, OLD_MOMENTS = (

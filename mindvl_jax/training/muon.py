@@ -19,6 +19,7 @@ import optax
 from mindvl_jax.config.schema import OptimizerConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.params import Params, matches_any
+from mindvl_jax.training.adamw8bit import Adam8bitState, adam8bit_state, adamw8bit
 from mindvl_jax.training.optimizer import AdamState, NewValue, ParameterRule, adam_state, fused_adamw
 
 RMS = 0.2
@@ -53,9 +54,10 @@ def require_matrices(shapes: Mapping[str, Any], config: OptimizerConfig, where: 
         )
 
 
-def optimizer_init(config: OptimizerConfig) -> Callable[[Params], AdamState]:
+def optimizer_init(config: OptimizerConfig) -> Callable[[Params], AdamState | Adam8bitState]:
     """Fresh optimizer state of the trained parameters."""
-    return adam_state if config.name == "adamw" else functools.partial(_muon_state, config)
+    others = {"muon": _muon_state, "adamw8bit": adam8bit_state}
+    return adam_state if config.name == "adamw" else functools.partial(others[config.name], config)
 
 
 def _muon_state(config: OptimizerConfig, trained: Params) -> AdamState:
@@ -66,7 +68,7 @@ def _muon_state(config: OptimizerConfig, trained: Params) -> AdamState:
 
 def optimizer_of(config: OptimizerConfig, rules: Mapping[str, ParameterRule]) -> optax.GradientTransformationExtraArgs:
     """The configured optimizer."""
-    return fused_adamw(config, rules) if config.name == "adamw" else muon(config, rules)
+    return {"adamw": fused_adamw, "adamw8bit": adamw8bit, "muon": muon}[config.name](config, rules)
 
 
 def muon(config: OptimizerConfig, rules: Mapping[str, ParameterRule]) -> optax.GradientTransformationExtraArgs:

@@ -104,13 +104,14 @@ def adam_state(trained: Params) -> AdamState:
     """Zero moments beside the trained parameters."""
 
     def zeros() -> Params:
-        return {path: jnp.zeros(value.shape, jnp.float32, device=_sharding(value)) for path, value in trained.items()}
+        return {path: jnp.zeros(value.shape, jnp.float32, device=sharding_of(value)) for path, value in trained.items()}
 
     # Two calls: mu and nu must not share buffers, both are donated.
     return AdamState(zeros(), zeros(), jnp.zeros((), jnp.int32))
 
 
-def _sharding(value: jax.Array) -> jax.sharding.Sharding | None:
+def sharding_of(value: jax.Array) -> jax.sharding.Sharding | None:
+    """Where an array lies; None while a program is traced."""
     return None if isinstance(value, jax.core.Tracer) else getattr(value, "sharding", None)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.params import Outline, Params, in_nf4, matches_any, require_matches
@@ -81,17 +82,32 @@ def split_trained(paths: Sequence[str], globs: Sequence[str], where: str) -> tup
 
 
 def _optimizer_like(
-    init: Init, trained: Mapping[str, jax.ShapeDtypeStruct], of_parameter: Mapping[str, Any], other: Any
+    init: Init, trained: Mapping[str, jax.ShapeDtypeStruct], of_parameter: Mapping[str, NamedSharding], other: Any
 ) -> Any:
     """A pytree shaped like the optimizer state: `of_parameter[path]` for arrays kept beside a parameter, `other` for
-    the rest.
+    the rest. What has fewer columns (one value for each block of a row) lies along the same axes where these divide it.
     """
 
     def choose(keys: tuple, leaf: jax.ShapeDtypeStruct) -> Any:
         path = getattr(keys[-1], "key", None)
-        return of_parameter[path] if path in trained and leaf.shape == trained[path].shape else other
+        if path not in trained or len(leaf.shape) != len(trained[path].shape):
+            return other
+        own = of_parameter[path]
+        return own if leaf.shape == trained[path].shape else NamedSharding(own.mesh, dividing(own, leaf.shape))
 
     return jax.tree_util.tree_map_with_path(choose, jax.eval_shape(init, dict(trained)))
+
+
+def dividing(own: NamedSharding, shape: Sequence[int]) -> PartitionSpec:
+    """The spec of `own` without the axes that do not divide their dim of `shape`."""
+    sizes = [math.prod(own.mesh.shape[axis] for axis in _axes(axes)) for axes in own.spec]
+    return PartitionSpec(
+        *(axes if not size % n else None for axes, size, n in zip(own.spec, shape, sizes, strict=False))
+    )
+
+
+def _axes(entry: str | Sequence[str] | None) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def state_shardings(

@@ -57,7 +57,7 @@ swift sft \
     --dataset data/train.jsonl#500 \
     --train_type full --freeze_vit true --freeze_aligner false \
     --torch_dtype bfloat16 --num_train_epochs 1 --per_device_train_batch_size 2 \
-    --learning_rate 1e-5 --max_length 4096 --packing true --deepspeed zero2 \
+    --learning_rate 1e-5 --max_length 4096 --packing true --deepspeed zero2 --optim adamw_8bit \
     --weight_decay 0.1 --output_dir output 2>&1 | tee log
 """
 
@@ -111,6 +111,7 @@ def test_a_full_run_of_swift_from_its_script(tmp_path):
     assert (phase.max_pixels, phase.sequence_length, phase.max_samples_per_row) == (1003520, 4096, 64)
     assert (phase.weight_decay, phase.schedule, config.training.optimizer.b2) == (0.1, "cosine", 0.95)
     assert config.data.sources["train"].max_samples == 500
+    assert config.training.optimizer.name == "adamw8bit"
     assert not run.lost(), run.lost()
 
 
