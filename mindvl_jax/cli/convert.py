@@ -1,5 +1,5 @@
 """`mindvl convert`: weights of Qwen2.5-VL to and from MindSpeed-MM's layouts; four-bit weights of bitsandbytes to plain
-ones; FP8 weights of DeepSeek-V3 to bfloat16 and back.
+ones; FP8 weights of DeepSeek-V3 to bfloat16 and back; folders of torch.distributed.checkpoint to Hugging Face ones.
 """
 
 from __future__ import annotations
@@ -67,6 +67,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_quantised(formats: Any) -> None:
+    dcp = formats.add_parser(
+        "dcp", help="folders of torch.distributed.checkpoint, as FSDP2 runs write them, to a Hugging Face folder"
+    )
+    dcp.add_argument("--from", dest="source", required=True, metavar="DIR", help="folder with .metadata and *.distcp")
+    dcp.add_argument("--to", required=True, metavar="DIR", help="folder to write; must be empty or absent")
+    dcp.add_argument(
+        "--like",
+        required=True,
+        metavar="DIR",
+        help="Hugging Face folder of the same model: config.json, and what the written folder looks like",
+    )
+    dcp.add_argument(
+        "--prefix",
+        help="of the model's keys, as `model.`; needed only where a folder holds the model more than once",
+    )
     nf4 = formats.add_parser(
         "nf4", help="four-bit weights of bitsandbytes, as QLoRA's bases are published, to a plain folder"
     )
@@ -91,7 +106,7 @@ def _add_quantised(formats: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"nf4": _nf4, "fp8": _fp8, "mindspeed": _mindspeed}[args.format](args)
+    return {"nf4": _nf4, "fp8": _fp8, "dcp": _dcp, "mindspeed": _mindspeed}[args.format](args)
 
 
 def _empty(to: str) -> Path:
@@ -150,6 +165,23 @@ def _nf4(args: argparse.Namespace) -> int:
     return 0
 
 
+def _dcp(args: argparse.Namespace) -> int:
+    from mindvl_jax.weights.mapping import mapping_of, read_config
+    from mindvl_jax.weights.mindspeed import convert
+    from mindvl_jax.weights.mindspeed.dcp import Dcp
+
+    source, out, like = Path(args.source).expanduser(), _empty(args.to), Path(args.like).expanduser()
+    config = read_config(like)
+    shapes = convert.published_shapes(config)
+    opened = Dcp(source, shapes, mapping_of(config), prefix=args.prefix)
+    print(
+        f"{source}: {len(shapes)} tensors under {opened.prefix!r}; {len(opened.left_out)} other keys are not converted"
+        + (f", such as {opened.left_out[0]}" if opened.left_out else "")
+    )
+    convert.write_huggingface(out, opened, shapes, like, print)
+    return 0
+
+
 def _mindspeed(args: argparse.Namespace) -> int:
     from mindvl_jax.weights.mindspeed import convert
 
@@ -178,7 +210,7 @@ def _mindspeed(args: argparse.Namespace) -> int:
         f"llm_pp_layers {json.dumps(found.text_layers)}, vit_pp_layers {json.dumps(found.vision_layers)}"
     )
     if layout is None:
-        convert.write_huggingface(out, opened, sizes, like, print)
+        convert.write_huggingface(out, opened, sizes.shapes, like, print)
     else:
         convert.write_megatron(out, opened, sizes, layout, print)
     return 0

@@ -100,7 +100,7 @@ def test_a_folder_comes_back_from_every_layout_in_equal_bytes(folders, tmp_path,
     export(base, tmp_path / "mm", layout)
     source = Megatron(tmp_path / "mm", sizes, vit_qkv=VIT_ROWS if canonical else None)
     assert source.layout == layout
-    write_huggingface(tmp_path / "hf", source, sizes, base)
+    write_huggingface(tmp_path / "hf", source, sizes.shapes, base)
     for path in sorted(base.iterdir()):
         assert (tmp_path / "hf" / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -114,7 +114,7 @@ def test_their_published_virtual_stages_and_a_resplit_without_hugging_face(folde
     sizes = export(base, tmp_path / "one", first)
     second = MegatronLayout(4, ((4, 0),), ((5, 7),), canonical=True, vit_qkv=VIT_HEADS)
     write_megatron(tmp_path / "two", Megatron(tmp_path / "one", sizes), sizes, second)
-    write_huggingface(tmp_path / "hf", Megatron(tmp_path / "two", sizes, vit_qkv=VIT_HEADS), sizes, base)
+    write_huggingface(tmp_path / "hf", Megatron(tmp_path / "two", sizes, vit_qkv=VIT_HEADS), sizes.shapes, base)
     for path in base.glob("*.safetensors"):
         assert (tmp_path / "hf" / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -188,7 +188,7 @@ def test_a_checkpoint_of_their_training_is_read_with_its_arguments_and_extra_sta
         },
         place / FILE,
     )
-    write_huggingface(tmp_path / "hf", Megatron(tmp_path / "trained", sizes), sizes, base)
+    write_huggingface(tmp_path / "hf", Megatron(tmp_path / "trained", sizes), sizes.shapes, base)
     for path in base.glob("*.safetensors"):
         assert (tmp_path / "hf" / path.name).read_bytes() == path.read_bytes(), path.name
     with pytest.raises(UserError, match="no iter_0000007/mp_rank_.*there are iter_0000123"):

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from mindvl_jax.config.schema import ModelConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.models.outline import outline_of
 from mindvl_jax.weights.folder import WeightsFolder
@@ -42,6 +43,7 @@ from mindvl_jax.weights.mindspeed.layout import (
 )
 
 TRACKER, FILE = "latest_checkpointed_iteration.txt", "model_optim_rng.pt"
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -74,6 +76,12 @@ class Sizes:
         }
 
 
+def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every published tensor of a model, with its shape."""
+    shapes = {path: like.shape for path, like in outline_of(config).shapes.items()}
+    return {slot.name: slot.shape for slot in slots(config, shapes)}
+
+
 def sizes_of(folder: Path) -> Sizes:
     """Read config.json.
 
@@ -83,14 +91,9 @@ def sizes_of(folder: Path) -> Sizes:
     config = read_config(folder)
     if config.family != "mindvl" or config.text.family != "qwen2":
         raise UserError(f"{folder}: MindSpeed-MM's layout is known for Qwen2.5-VL only")
-    shapes = {
-        slot.name: slot.shape
-        for slot in slots(config, {path: like.shape for path, like in outline_of(config).shapes.items()})
-    }
     heads = Heads(config.text.num_heads, config.text.num_kv_heads, config.vision.num_heads)
-    return Sizes(
-        shapes, {"vision": config.vision.depth, "text": config.text.num_layers}, heads, config.text.tie_word_embeddings
-    )
+    depth = {"vision": config.vision.depth, "text": config.text.num_layers}
+    return Sizes(published_shapes(config), depth, heads, config.text.tie_word_embeddings)
 
 
 class HuggingFace:
@@ -118,7 +121,7 @@ class HuggingFace:
             for name, shape in sizes.shapes.items()
             if known.get(name, shape) != shape
         ]
-        _refuse(f"{self._files.folder}: weights and config.json do not fit", problems)
+        refuse(f"{self._files.folder}: weights and config.json do not fit", problems)
 
     def dtype(self, name: str) -> np.dtype:
         return np.dtype(jnp.dtype(self._files.entries[name].dtype))
@@ -141,7 +144,7 @@ class Megatron:
         self.folder, self._sizes = iteration_folder(folder, iteration), sizes
         ranks = _rank_directories(self.folder)
         tp, pp = 1 + max(rank for rank, _ in ranks), 1 + max(stage for _, stage in ranks)
-        _refuse(
+        refuse(
             f"{self.folder}: directories make no grid of {tp} tensor and {pp} pipeline ranks",
             [
                 f"missing mp_rank_{rank:02d}" + (f"_{stage:03d}" if pp > 1 else "")
@@ -153,7 +156,7 @@ class Megatron:
         # [chunk][tensor rank] -> tensors by name
         models = {key: _models(path / FILE) for key, path in ranks.items()}
         vpp = max(len(found) for found in models.values())
-        _refuse(
+        refuse(
             f"{self.folder}: virtual stages",
             [
                 f"{ranks[key].name} has {len(found)}, another has {vpp}"
@@ -225,7 +228,7 @@ class Megatron:
                 for rank, names in enumerate(left)
                 for name in sorted(names)
             ]
-        _refuse(f"{self.folder}: does not hold the model of config.json", problems)
+        refuse(f"{self.folder}: does not hold the model of config.json", problems)
         self._check_copies(every)
         for item, number in tied_heads:
             head = join(item, [rank[item.name].array() for rank in self._chunks[number]])
@@ -244,7 +247,7 @@ class Megatron:
                     not _same_bits(chunk[0][name].array(), rank[name].array()) for rank in chunk[1:]
                 ):
                     problems.append(f"{name} in chunk {number} is not split, yet differs between tensor ranks")
-        _refuse(f"{self.folder}: copies that are not equal", problems)
+        refuse(f"{self.folder}: copies that are not equal", problems)
 
     def dtype(self, name: str) -> np.dtype:
         _, chunk, theirs, _ = self._where[name]
@@ -268,7 +271,8 @@ def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
     )
 
 
-def _refuse(what: str, problems: list[str]) -> None:
+def refuse(what: str, problems: list[str]) -> None:
+    """Raise UserError with the problems, if there are any."""
     if problems:
         more = [f"  and {len(problems) - 10} more"] if len(problems) > 10 else []
         raise UserError(
@@ -424,7 +428,11 @@ def write_megatron(
 
 
 def write_huggingface(
-    out: Path, source: Source, sizes: Sizes, like: Path, say: Callable[[str], None] = lambda line: None
+    out: Path,
+    source: Source,
+    shapes: Mapping[str, tuple[int, ...]],
+    like: Path,
+    say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Write a Hugging Face folder with the files, names, dtypes and companions of `like`, a folder of the same model.
 
@@ -432,12 +440,13 @@ def write_huggingface(
     """
     plan = _files_like(like)
     if plan is None:
-        plan = _files_anew(source, sizes)
+        plan = _files_anew(source, shapes)
     published_name = mapping_of(read_config(like)).canonical
+    embedding = next(name for name in shapes if name.endswith(EMBEDDING))
     wanted = {published_name(name) for names, _ in plan.values() for name in names}
-    _refuse(
+    refuse(
         f"{like}: its weight files do not hold this model",
-        [f"unknown {name}" for name in sorted(wanted - set(sizes.shapes) - {"lm_head.weight"})],
+        [f"unknown {name}" for name in sorted(wanted - set(shapes) - {HEAD})],
     )
     with _whole_folder(out) as folder:
         for path in sorted(like.iterdir()):
@@ -446,9 +455,8 @@ def write_huggingface(
         for file, (names, metadata) in plan.items():
 
             def value(name):
-                return np.ascontiguousarray(
-                    source.tensor("model.embed_tokens.weight" if sizes.tied and name == "lm_head.weight" else name)
-                )
+                # A tied head that `like` holds all the same.
+                return np.ascontiguousarray(source.tensor(name if name in shapes else embedding))
 
             save_file({name: value(published_name(name)) for name in names}, folder / file, metadata=metadata)
             say(f"{file}: {len(names)} tensors")
@@ -467,11 +475,11 @@ def _files_like(like: Path) -> dict[str, tuple[list[str], dict[str, str] | None]
 
 
 def _files_anew(
-    source: Source, sizes: Sizes, limit: int = 5 * 10**9
+    source: Source, shapes: Mapping[str, tuple[int, ...]], limit: int = 5 * 10**9
 ) -> dict[str, tuple[list[str], dict[str, str] | None]]:
     groups: list[list[str]] = [[]]
     filled = 0
-    for name, shape in sizes.shapes.items():
+    for name, shape in shapes.items():
         size = int(np.prod(shape, dtype=np.int64)) * source.dtype(name).itemsize
         if groups[-1] and filled + size > limit:
             groups.append([])

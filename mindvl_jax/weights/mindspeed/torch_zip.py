@@ -17,7 +17,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -33,6 +33,16 @@ _STORAGES = {
 _DTYPES = {np.dtype(kind): name for name, kind in _STORAGES.items()}
 _ALIGNMENT = 64
 _CHUNK = 1 << 24
+
+
+class _Outside(OSError):
+    """A seek before the first byte of a `_Window`."""
+
+
+_DAMAGED = (
+    pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, KeyError, IndexError, struct.error,
+    _Outside,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +76,15 @@ class Inert:
     attributes.
     """
 
+    state: dict[str, Any]
+
+    def __new__(cls, *arguments: Any, **options: Any):
+        made = super().__new__(cls)  # pickles may make an object without calling its __init__
+        made.state = {}
+        return made
+
     def __init__(self, *arguments: Any, **options: Any):
-        self.state: dict[str, Any] = {}
+        pass
 
     def __setstate__(self, state: Any) -> None:
         self.state = state if isinstance(state, dict) else {}
@@ -87,6 +104,34 @@ class _Storage:
     key: str
     dtype: np.dtype | None
     count: int
+
+
+class _Window(io.RawIOBase):
+    """Bytes `start` to `start + length` of an open file, as a file of their own."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int | None):
+        self._file, self._start, self._place = file, start, 0
+        self._length = file.seek(0, io.SEEK_END) - start if length is None else length
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise _Outside("refers to a place before its first byte")  # an OSError: what zipfile expects
+        self._place = base + offset
+        return self._place
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._length - self._place)
+        self._file.seek(self._start + self._place)
+        data = self._file.read(left if size is None or size < 0 else min(size, left))
+        self._place += len(data)
+        return data
 
 
 class _Unpickler(pickle.Unpickler):
@@ -134,15 +179,18 @@ class _Unpickler(pickle.Unpickler):
         return LazyTensor(self._file, storage.dtype, begin + offset * size, shape, strides)
 
 
-def read(path: Path) -> Any:
+def read(path: Path, start: int = 0, length: int | None = None) -> Any:
     """The object of a torch file, with a `LazyTensor` in place of each tensor and an `Inert` for every class that is
     not data.
+
+    Args:
+      start, length: bytes of the file that hold it; a distributed checkpoint has many in one file.
 
     Raises:
       UserError: not a zip of torch's, compressed records, a damaged pickle, tensors outside their storage.
     """
     try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as raw:
+        with path.open("rb") as file, _Window(file, start, length) as raw, zipfile.ZipFile(raw) as archive:
             infos = {info.filename: info for info in archive.infolist()}
             top = next(
                 (name.removesuffix("data.pkl") for name in infos if name.endswith("data.pkl") and name.count("/") <= 1),
@@ -160,7 +208,7 @@ def read(path: Path) -> Any:
                     raw.seek(info.header_offset + 26)
                     name_length, extra_length = struct.unpack("<HH", raw.read(4))
                     records[name.removeprefix(f"{top}data/")] = (
-                        info.header_offset + 30 + name_length + extra_length,
+                        start + info.header_offset + 30 + name_length + extra_length,
                         info.file_size,
                     )
             return _Unpickler(archive.read(f"{top}data.pkl"), path, records).load()
@@ -169,16 +217,19 @@ def read(path: Path) -> Any:
             f"{path}: not a zip file ({error}). Files of torch older than 1.6 are pickles, which are "
             "refused: load and save them with a newer torch"
         ) from error
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        KeyError,
-        IndexError,
-        struct.error,
-    ) as error:
+    except _DAMAGED as error:
+        raise UserError(f"{path}: damaged or hostile: {error}") from error
+
+
+def read_pickle(path: Path) -> Any:
+    """The object of a plain pickle without tensors, with an `Inert` for every class that is not data.
+
+    Raises:
+      UserError: damaged, or refers to storages.
+    """
+    try:
+        return _Unpickler(path.read_bytes(), path, {}).load()
+    except _DAMAGED as error:
         raise UserError(f"{path}: damaged or hostile: {error}") from error
 
 
