@@ -335,7 +335,7 @@ class OptimizerConfig(Section):
         "Muon for the matrices that `muon` names, AdamW for the rest.",
     )
     muon: tuple[str, ...] = Field(
-        ("**/layers/**/kernel", "**/blocks/**/kernel", "projector/*/kernel"),
+        ("**/layers/**/kernel", "**/blocks/**/kernel", "**/experts/*", "projector/*/kernel"),
         description="Parameter globs of the matrices that Muon updates.",
     )
     muon_momentum: Decay = 0.95

@@ -3,7 +3,8 @@
 A layout maps module paths such as `language/layers/attention/query` to an `Adapter`. It comes from the `adapters`
 section of a configuration (`weights.adapter_layout`) or from a PEFT folder (`weights.adapters`). The parameters
 `lora_a`, `lora_b` and `lora_magnitude` stand beside the base `kernel`, stacked over layers like it, so freezing,
-sharding, moments and checkpoints need no special case.
+sharding, moments and checkpoints need no special case. The matrices of routed experts (`.../experts/gate`, no module
+but an array (layers, experts, D, F)) have theirs under `.../experts/gate_adapter`.
 
 Published linear layers that we keep apart (`attn.qkv` of the vision tower is query, key and value here) have one A in
 PEFT. Named by their published name they share one `lora_a` here too, which stands under the first of them in sorted
@@ -15,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,7 @@ from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.params import in_nf4
 from mindvl_jax.models.layers.linear import Linear, parameter
 from mindvl_jax.models.layers.lora import adapter_scale, initial_lora_a
+from mindvl_jax.models.layers.moe import ExpertAdapter, Experts
 from mindvl_jax.models.layers.nf4 import BLOCK, Nf4, can_hold, dequantized_kernel, quantize
 from mindvl_jax.parallel.rules import STAGED, partition_spec
 
@@ -59,18 +62,52 @@ def is_adapter(path: str) -> bool:
     return path.rsplit("/", 1)[-1] in LEAVES
 
 
+def of_experts(module: str) -> bool:
+    """Whether a path of a layout is a matrix of routed experts."""
+    return module.split("/")[-2:-1] == ["experts"]
+
+
+def kernel_path(module: str) -> str:
+    """Path of the base matrix that an adapter of `module` changes."""
+    return module if of_experts(module) else f"{module}/kernel"
+
+
+def leaf_path(module: str, leaf: str) -> str:
+    """Path of one of an adapter's parameters."""
+    return f"{module}_adapter/{leaf}" if of_experts(module) else f"{module}/{leaf}"
+
+
+def _kernel(model: nnx.Module, module: str) -> nnx.Param:
+    return _at(model, module) if of_experts(module) else _module(model, module).kernel
+
+
+def _set(model: nnx.Module, module: str, adapter: Adapter, **leaves: nnx.Param | None) -> None:
+    """Put an adapter's parameters into the model."""
+    if of_experts(module):
+        experts, name = _at(model, module.rpartition("/")[0]), module.rpartition("/")[2]
+        if not isinstance(experts, Experts):
+            raise TypeError(f"{module} is no matrix of experts")
+        setattr(experts, f"{name}_adapter", ExpertAdapter(leaves["lora_a"], leaves["lora_b"], adapter.scale))
+        return
+    linear = _module(model, module)
+    for leaf, value in leaves.items():
+        if value is not None:
+            setattr(linear, leaf, value)
+    linear.lora_scale = adapter.scale
+
+
 def attach_values(model: nnx.Module, layout: Layout, values: Mapping[str, jax.Array]) -> nnx.Module:
     """Add adapters with given values, by path, to a model with values, in place.
 
     Each lies on the devices of its base kernel.
     """
     for path, adapter in sorted(layout.items(), key=lambda item: (item[1].shares is not None, item[0])):
-        linear = _module(model, path)
-        *lead, in_name, out_name = linear.kernel.get_metadata()["out_sharding"]
-        place = linear.kernel[...].sharding
+        kernel = _kernel(model, path)
+        *lead, in_name, out_name = kernel.get_metadata()["out_sharding"]
+        place = kernel[...].sharding
 
         def put(leaf, *names, path=path, place=place, lead=lead):
-            value = jnp.asarray(values[f"{path}/{leaf}"])
+            value = jnp.asarray(values[leaf_path(path, leaf)])
             where = (
                 NamedSharding(
                     place.mesh, partition_spec((*lead, *names), value.shape, place.mesh, staged=path.startswith(STAGED))
@@ -80,13 +117,9 @@ def attach_values(model: nnx.Module, layout: Layout, values: Mapping[str, jax.Ar
             )
             return parameter(jax.device_put(value, where), (*lead, *names))
 
-        linear.lora_a = (
-            put("lora_a", in_name, None) if adapter.shares is None else _module(model, adapter.shares).lora_a
-        )
-        linear.lora_b = put("lora_b", None, out_name)
-        if adapter.dora:
-            linear.lora_magnitude = put("lora_magnitude", out_name)
-        linear.lora_scale = adapter.scale
+        own = put("lora_a", in_name, None) if adapter.shares is None else _module(model, adapter.shares).lora_a
+        magnitude = put("lora_magnitude", out_name) if adapter.dora else None
+        _set(model, path, adapter, lora_a=own, lora_b=put("lora_b", None, out_name), lora_magnitude=magnitude)
     return model
 
 
@@ -96,20 +129,17 @@ def attach(model: nnx.Module, layout: Layout, rngs: nnx.Rngs) -> nnx.Module:
     The base parameters must exist already, so that their random values do not depend on the adapters.
     """
     for path, adapter in sorted(layout.items(), key=lambda item: (item[1].shares is not None, item[0])):
-        linear = _module(model, path)
-        kernel, names = linear.kernel[...], linear.kernel.get_metadata()["out_sharding"]
+        kernel, names = (param := _kernel(model, path))[...], param.get_metadata()["out_sharding"]
         *lead, inputs, outputs = kernel.shape
         *lead_names, in_name, out_name = names
         if adapter.shares is None:
-            linear.lora_a = parameter(
-                initial_lora_a(rngs.params(), (*lead, inputs, adapter.rank)), (*lead_names, in_name, None)
-            )
+            drawn = initial_lora_a(rngs.params(), (*lead, inputs, adapter.rank))
+            own = parameter(drawn, (*lead_names, in_name, None))
         else:
-            linear.lora_a = _module(model, adapter.shares).lora_a
-        linear.lora_b = parameter(jnp.zeros((*lead, adapter.rank, outputs), jnp.float32), (*lead_names, None, out_name))
-        if adapter.dora:
-            linear.lora_magnitude = parameter(base_magnitude(kernel), (*lead_names, out_name))
-        linear.lora_scale = adapter.scale
+            own = _module(model, adapter.shares).lora_a
+        zeros = parameter(jnp.zeros((*lead, adapter.rank, outputs), jnp.float32), (*lead_names, None, out_name))
+        magnitude = parameter(base_magnitude(kernel), (*lead_names, out_name)) if adapter.dora else None
+        _set(model, path, adapter, lora_a=own, lora_b=zeros, lora_magnitude=magnitude)
     return model
 
 
@@ -173,15 +203,18 @@ def merge(params: Mapping[str, jax.Array], layout: Layout) -> dict[str, jax.Arra
     merged = {path: value for path, value in params.items() if not is_adapter(path)}
     fold = jax.jit(merge_kernel, static_argnames=("scale",))
     for path, adapter in layout.items():
-        a = params[f"{adapter.shares or path}/lora_a"]
-        merged[f"{path}/kernel"] = fold(
-            params[f"{path}/kernel"], a, params[f"{path}/lora_b"], adapter.scale, params.get(f"{path}/lora_magnitude")
-        )
+        a, b = params[leaf_path(adapter.shares or path, "lora_a")], params[leaf_path(path, "lora_b")]
+        kernel, magnitude = params[kernel_path(path)], params.get(leaf_path(path, "lora_magnitude"))
+        merged[kernel_path(path)] = fold(kernel, a, b, adapter.scale, magnitude)
     return merged
 
 
+def _at(model: nnx.Module, path: str) -> Any:
+    return functools.reduce(getattr, path.split("/"), model)
+
+
 def _module(model: nnx.Module, path: str) -> Linear:
-    module = functools.reduce(getattr, path.split("/"), model)
+    module = _at(model, path)
     if not isinstance(module, Linear):
         raise TypeError(f"{path} is a {type(module).__name__}; adapters go on linear layers")
     return module

@@ -30,16 +30,18 @@ def routed(
     x_BTD: jax.Array,
     logits_BTE: jax.Array,
     real_BT: jax.Array,
-    kernels: Sequence[jax.Array],
+    arrays: Sequence[jax.Array],
+    dims: Sequence[tuple[str | None, ...]],
     bias_E: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The weighted sum of what each token's experts make of it.
 
     Args:
       route: (logits (n, E), bias or None) -> weights (n, k), experts (n, k).
-      products: (rows (M, D) sorted by expert, sizes (e,), *kernels) -> (M, D).
+      products: (rows (M, D) sorted by expert, sizes (e,), *arrays) -> (M, D).
       real_BT: bool, False at padding, which is computed as any token and counted nowhere.
-      kernels: (E, D, F), (E, D, F), (E, F, D): the last sums over F, which the tensor axis may split.
+      arrays: of the experts, (E, ..). dims: their names: `experts`, and `mlp` where the tensor axis may split; the
+        products sum over it.
 
     Returns:
       sums (B, T, D) in x's dtype; experts (B, T, k); tokens that arrived at each expert (E,) float32, counted where it
@@ -48,11 +50,12 @@ def routed(
     placement = current()
     sizes = {} if placement is None else placement.mesh.shape
     groups = sizes.get("expert", 1)
-    split = kernels[-1].shape[1] % sizes.get("tensor", 1) == 0 and sizes.get("tensor", 1) > 1
+    hidden = next(array.shape[own.index("mlp")] for array, own in zip(arrays, dims, strict=True) if "mlp" in own)
+    split = hidden % sizes.get("tensor", 1) == 0 and sizes.get("tensor", 1) > 1
     E = logits_BTE.shape[-1]
 
     def on_device(x, logits, real, *rest):
-        kernels, bias = rest[: len(rest) - (bias_E is not None)], rest[-1] if bias_E is not None else None
+        own, bias = rest[: len(arrays)], rest[-1] if bias_E is not None else None
         b, t, D = x.shape
         weights, chosen = route(logits.reshape(b * t, E), bias)
         tokens, here, share, real_N = x.reshape(b * t, D), chosen, weights, real.reshape(-1)
@@ -66,7 +69,7 @@ def routed(
             here, share = jnp.where(mine, here, E // groups), jnp.where(mine, share, 0)
         rows, counts, places = ops.moe_permute(tokens, here, num_experts=E // groups + (groups > 1))
         counts = counts[: E // groups]
-        out = ops.moe_unpermute(products(rows, counts, *kernels), places, share)
+        out = ops.moe_unpermute(products(rows, counts, *own), places, share)
         if groups > 1 or split:
             out = out.astype(jnp.float32)
         if groups > 1:
@@ -81,18 +84,11 @@ def routed(
         return out.reshape(b, t, D).astype(x.dtype), chosen.reshape(b, t, -1), jax.lax.stop_gradient(arrived)
 
     biases = () if bias_E is None else (bias_E,)
-    arrays = (x_BTD, logits_BTE, real_BT, *kernels, *biases)
+    everything = (x_BTD, logits_BTE, real_BT, *arrays, *biases)
     if placement is None:
-        return on_device(*arrays)
+        return on_device(*everything)
     row = ("rows", "places")
-    hidden = "mlp" if split else None
-    names = [
-        (*row, None),
-        (*row, None),
-        row,
-        *[("experts", None, hidden)] * (len(kernels) - 1),
-        ("experts", hidden, None),
-    ]
-    names += [(None,)] * len(biases)
+    of_arrays = [tuple(None if name == "mlp" and not split else name for name in own) for own in dims]
+    names = [(*row, None), (*row, None), row, *of_arrays, *[(None,)] * len(biases)]
     results = [((*row, None), x_BTD.shape), ((*row, None), logits_BTE.shape), (("experts",), (E,))]
-    return manually(on_device, arrays, names, results, placement)
+    return manually(on_device, everything, names, results, placement)

@@ -66,7 +66,7 @@ def split_trained(paths: Sequence[str], globs: Sequence[str], where: str) -> tup
             "Leave `train` out to train the adapters alone, name **/lora_* and parts outside the layers, or leave "
             "adapters.base out"
         )
-    adapted = {path.removesuffix("/lora_b") for path in paths if path.endswith("/lora_b")}
+    adapted = {path.removesuffix("/lora_b").removesuffix("_adapter") for path in paths if path.endswith("/lora_b")}
     bases = [path for path in trained if path.removesuffix("/kernel") in adapted]
     if bases:
         raise UserError(

@@ -10,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from mindvl_jax.config.adapters import AdaptersConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.params import matches
-from mindvl_jax.models.adapters import Adapter, Layout
-from mindvl_jax.models.hf import TRANSPOSE
+from mindvl_jax.models.adapters import Adapter, Layout, kernel_path, of_experts
+from mindvl_jax.models.hf import TRANSPOSE, Rule
 from mindvl_jax.models.outline import outline_of
 from mindvl_jax.models.registry import SPECS, spec_of
 from mindvl_jax.weights.mapping import mapping_of
@@ -34,9 +35,11 @@ def require_checked_family(config: Any) -> None:
 
 
 class LinearShapes(NamedTuple):
-    """layers: None outside stacks. inputs: width. outputs: rows of the published matrix in each of our modules."""
+    """lead: sizes of the stacks (layers, experts). inputs: width. outputs: rows of the published matrix in each of our
+    modules.
+    """
 
-    layers: int | None
+    lead: tuple[int, ...]
     inputs: int
     outputs: tuple[int, ...]
 
@@ -46,12 +49,21 @@ class PublishedLinear:
     """A published linear layer that can take an adapter.
 
     Attributes:
-      name: published module name, with `{layer}` where layers are numbered. modules: our module paths, in the order of
-        its rows.
+      rule: of its weight. modules: our module paths, in the order of its rows.
     """
 
-    name: str
+    rule: Rule
     modules: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Published module name, with `{layer}` and `{expert}` where they are numbered."""
+        return self.rule.published.removesuffix(".weight")
+
+    def cells(self, config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(published name, index into our stacks) of each layer and expert."""
+        for index in itertools.product(*map(range, self.shapes(config).lead)):
+            yield self.rule.name(index).removesuffix(".weight"), index
 
     def shares(self, path: str) -> str | None:
         """Module whose A `path` uses when all are adapted as one layer. nnx keeps a shared variable under the first
@@ -61,10 +73,8 @@ class PublishedLinear:
         return None if path == owner else owner
 
     def shapes(self, config: Any) -> LinearShapes:
-        kernels = [_kernel_shapes(config)[f"{path}/kernel"] for path in self.modules]
-        return LinearShapes(
-            kernels[0][0] if "{layer}" in self.name else None, kernels[0][-2], tuple(shape[-1] for shape in kernels)
-        )
+        kernels = [_kernel_shapes(config)[kernel_path(path)] for path in self.modules]
+        return LinearShapes(kernels[0][: self.rule.stack_axes], kernels[0][-2], tuple(shape[-1] for shape in kernels))
 
 
 @functools.lru_cache(maxsize=16)
@@ -74,15 +84,17 @@ def _tables(config: Any) -> tuple[tuple[PublishedLinear, ...], tuple[str, ...]]:
         name, _, leaf = rule.published.rpartition(".")
         if leaf != "weight":
             continue
-        if rule.form == TRANSPOSE and rule.ours != ("language/head/kernel",):
-            linears.append(PublishedLinear(name, tuple(path.removesuffix("/kernel") for path in rule.ours)))
+        # The loss reads the output matrix by itself, and a router is no linear layer in transformers either.
+        apart = rule.ours[0] == "language/head/kernel" or rule.ours[0].endswith("/router/kernel")
+        if rule.form == TRANSPOSE and not apart:
+            linears.append(PublishedLinear(rule, tuple(path.removesuffix("/kernel") for path in rule.ours)))
         else:
             others.append(name)
     return tuple(linears), tuple(others)
 
 
 def published_linears(config: Any) -> tuple[PublishedLinear, ...]:
-    """Linear layers that can take an adapter: all but the output matrix, which the loss reads by itself."""
+    """Linear layers and matrices of experts that can take an adapter: all but the output matrix and routers."""
     return _tables(config)[0]
 
 
@@ -115,13 +127,17 @@ def _select(target: str, config: Any) -> dict[str, str | None]:
       UserError: a PEFT name that also selects modules which cannot take an adapter.
     """
     linears, others = _tables(config)
-    if target == "all-linear":
-        return {path: linear.shares(path) for linear in linears for path in linear.modules}
+    if target == "all-linear":  # as PEFT selects: experts are no linear layers there
+        plain = [linear for linear in linears if not of_experts(linear.modules[0])]
+        return {path: linear.shares(path) for linear in plain for path in linear.modules}
     if "/" in target or "*" in target:
         return {path: None for linear in linears for path in linear.modules if matches(path, target)}
     refused = [name for name in others if _ends_with(name, target)]
     if refused:
-        why = "PEFT would adapt it too, we cannot: it is an embedding, a norm, a convolution or the output matrix"
+        why = (
+            "PEFT would adapt it too, we cannot: it is an embedding, a norm, a convolution, a router or the output "
+            "matrix"
+        )
         longer = [linear.name.split("{layer}.")[-1] for linear in linears if _ends_with(linear.name, target)]
         raise UserError(
             f"adapters.targets: {target!r} selects {refused[0]} ({why})"
@@ -172,6 +188,11 @@ def layout_of(settings: AdaptersConfig, config: Any) -> Layout:
                 f"adapters.ranks or adapters.alphas: {path} and {adapter.shares} share one A, so their rank "
                 "and alpha must be equal"
             )
+    experts = [path for path in layout if of_experts(path)]
+    if experts and settings.dora:
+        problems.append(f"adapters.dora: not built for experts ({experts[0]}); use lora or rslora there")
+    if settings.base == "nf4" and any(of_experts(path) for path in linear_modules(config)):
+        problems.append("adapters.base: nf4 does not hold experts, most of this model; leave it out")
     if problems:
         raise UserError("\n".join(problems))
     return layout

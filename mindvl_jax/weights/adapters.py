@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from mindvl_jax.core.errors import UserError, shortened
-from mindvl_jax.models.adapters import LEAVES, Adapter, Layout
+from mindvl_jax.models.adapters import LEAVES, Adapter, Layout, leaf_path
 from mindvl_jax.weights.adapter_layout import (
     PublishedLinear,
     names_that_cannot_adapt,
@@ -29,7 +30,7 @@ from mindvl_jax.weights.adapter_layout import (
     require_checked_family,
 )
 from mindvl_jax.weights.errors import finite
-from mindvl_jax.weights.mapping import mapping_of
+from mindvl_jax.weights.mapping import mapping_of, model_type
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -62,13 +63,6 @@ class PeftAdapter:
 def module_name(name: str, config: Any, *, modern: bool = True) -> str:
     """Published module name as it is called in PEFT's files of this model."""
     return mapping_of(config).in_memory(name) if modern else name
-
-
-def _cells(linear: PublishedLinear, layers: int | None) -> Iterator[tuple[str, int | None]]:
-    if layers is None:
-        yield linear.name, None
-    else:
-        yield from ((linear.name.format(layer=layer), layer) for layer in range(layers))
 
 
 def read_adapter(folder: Path, config: Any) -> PeftAdapter:
@@ -131,7 +125,7 @@ def read_adapter(folder: Path, config: Any) -> PeftAdapter:
                 ]
             )
         )
-    return PeftAdapter(layout, parameters, settings, modern or config.family == "qwen")
+    return PeftAdapter(layout, parameters, settings, modern or not hasattr(config, "vision"))
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
@@ -203,9 +197,7 @@ def _take_linear(
     """Move one published linear layer's tensors from `found` into `layout` and `parameters`, or say why not."""
     shapes = linear.shapes(config)
     cells = [
-        (name, layer)
-        for name, layer in _cells(linear, shapes.layers)
-        if (name, "lora_A") in found or (name, "lora_B") in found
+        (name, layer) for name, layer in linear.cells(config) if (name, "lora_A") in found or (name, "lora_B") in found
     ]
     if not cells:
         return
@@ -214,10 +206,13 @@ def _take_linear(
     def named(name):
         return module_name(name, config, modern=modern)
 
-    if shapes.layers is not None and len(cells) != shapes.layers:
+    if len(cells) != math.prod(shapes.lead):
+        kind = "experts" if len(shapes.lead) > 1 else "layers"
         problems.append(
-            f"{linear.name}: adapters on {len(cells)} of {shapes.layers} layers; all layers of a stack or none"
+            f"{linear.name}: adapters on {len(cells)} of {math.prod(shapes.lead)} {kind}; all of a stack or none"
         )
+    if len(shapes.lead) > 1 and settings.get("use_dora"):
+        problems.append(f"{linear.name}: DoRA on experts is not built")
     got = {leaf: [found.pop((name, leaf), None) for name, _ in cells] for leaf in leaves}
     for leaf in leaves:
         lacking = [name for (name, _), value in zip(cells, got[leaf], strict=True) if value is None]
@@ -248,7 +243,10 @@ def _take_linear(
                 f"{rank} of {CONFIG}"
             )
             return
-    stack = (lambda values: np.stack(values)) if shapes.layers is not None else (lambda values: values[0])
+
+    def stack(values):
+        return np.stack(values).reshape(*shapes.lead, *values[0].shape)
+
     start = 0
     for path, outputs in zip(linear.modules, shapes.outputs, strict=True):
         rows = slice(start, start + outputs)
@@ -256,10 +254,12 @@ def _take_linear(
             rank, alpha, bool(settings.get("use_rslora")), bool(settings.get("use_dora")), linear.shares(path)
         )
         if linear.shares(path) is None:
-            parameters[f"{path}/lora_a"] = stack([value.T for value in got["lora_A"]])
-        parameters[f"{path}/lora_b"] = stack([value[rows].T for value in got["lora_B"]])
+            parameters[leaf_path(path, "lora_a")] = stack([value.T for value in got["lora_A"]])
+        parameters[leaf_path(path, "lora_b")] = stack([value[rows].T for value in got["lora_B"]])
         if settings.get("use_dora"):
-            parameters[f"{path}/lora_magnitude"] = stack([value[rows] for value in got["lora_magnitude_vector"]])
+            parameters[leaf_path(path, "lora_magnitude")] = stack(
+                [value[rows] for value in got["lora_magnitude_vector"]]
+            )
         start += outputs
 
 
@@ -309,16 +309,21 @@ def write_adapter(
     """
     modern = like.modern if like is not None else True
     tensors: dict[str, np.ndarray] = {}
-    ranks, alphas = {}, {}
+    ranks, alphas, chosen = {}, {}, []
     for linear in published_linears(config):
         if not any(path in layout for path in linear.modules):
             continue
         rank, alpha, pieces = _published(linear, layout, parameters, config)
-        ranks[linear.name], alphas[linear.name] = rank, alpha
-        for name, layer in _cells(linear, linear.shapes(config).layers):
+        if (ranks.setdefault(linear.name, rank), alphas.setdefault(linear.name, alpha)) != (rank, alpha):
+            raise UserError(
+                f"{linear.name}: rank {ranks[linear.name]} and {rank}, alpha {alphas[linear.name]:g} and {alpha:g} in "
+                "two stacks of layers that have one name in PEFT; merge it instead"
+            )
+        chosen.append(linear)
+        for name, layer in linear.cells(config):
             for leaf, value in pieces(layer).items():
                 tensors[f"{PREFIX}{module_name(name, config, modern=modern)}.{leaf}"] = np.ascontiguousarray(value)
-    settings = dict(like.config) if like is not None else _settings(config, layout, ranks, alphas, base, modern)
+    settings = dict(like.config) if like is not None else _settings(config, layout, ranks, alphas, chosen, base, modern)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
     (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
@@ -332,11 +337,11 @@ def _published(linear: PublishedLinear, layout: Layout, parameters: Mapping[str,
         path: np.asarray(jax.device_get(parameters[path]))
         for module in present
         for leaf in LEAVES
-        if (path := f"{module}/{leaf}") in parameters
+        if (path := leaf_path(module, leaf)) in parameters
     }
 
-    def at(path, layer):
-        return values[path] if layer is None else values[path][layer]
+    def at(module, leaf, index):
+        return values[leaf_path(module, leaf)][index]
 
     outputs = dict(zip(linear.modules, linear.shapes(config).outputs, strict=True))
     dora = adapters[0].dora
@@ -345,13 +350,13 @@ def _published(linear: PublishedLinear, layout: Layout, parameters: Mapping[str,
 
         def one(layer):
             found = {
-                "lora_A.weight": at(f"{owner}/lora_a", layer).T,
-                "lora_B.weight": np.concatenate([at(f"{path}/lora_b", layer).T for path in linear.modules]),
+                "lora_A.weight": at(owner, "lora_a", layer).T,
+                "lora_B.weight": np.concatenate([at(path, "lora_b", layer).T for path in linear.modules]),
             }
             return found | (
                 {
                     "lora_magnitude_vector": np.concatenate(
-                        [at(f"{path}/lora_magnitude", layer) for path in linear.modules]
+                        [at(path, "lora_magnitude", layer) for path in linear.modules]
                     )
                 }
                 if dora
@@ -373,19 +378,19 @@ def _published(linear: PublishedLinear, layout: Layout, parameters: Mapping[str,
     alpha = adapters[0].scale * (rank**0.5 if adapters[0].rslora else rank)
 
     def blocks(layer):
-        b = np.zeros((sum(outputs.values()), rank), values[f"{present[0]}/lora_b"].dtype)
+        b = np.zeros((sum(outputs.values()), rank), values[leaf_path(present[0], "lora_b")].dtype)
         row, column = 0, 0
         for path in linear.modules:
             if path in present:
-                b[row : row + outputs[path], column : column + layout[path].rank] = at(f"{path}/lora_b", layer).T
+                b[row : row + outputs[path], column : column + layout[path].rank] = at(path, "lora_b", layer).T
                 column += layout[path].rank
             row += outputs[path]
         found = {
-            "lora_A.weight": np.concatenate([at(f"{path}/lora_a", layer).T for path in present]),
+            "lora_A.weight": np.concatenate([at(path, "lora_a", layer).T for path in present]),
             "lora_B.weight": b,
         }
         return found | (
-            {"lora_magnitude_vector": np.concatenate([at(f"{path}/lora_magnitude", layer) for path in present])}
+            {"lora_magnitude_vector": np.concatenate([at(path, "lora_magnitude", layer) for path in present])}
             if dora
             else {}
         )
@@ -394,7 +399,13 @@ def _published(linear: PublishedLinear, layout: Layout, parameters: Mapping[str,
 
 
 def _settings(
-    config, layout: Layout, ranks: Mapping[str, int], alphas: Mapping[str, float], base: str | None, modern: bool
+    config,
+    layout: Layout,
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    chosen: Sequence[PublishedLinear],
+    base: str | None,
+    modern: bool,
 ) -> dict[str, Any]:
     """`adapter_config.json` of adapters that were trained here."""
     common = (
@@ -406,16 +417,21 @@ def _settings(
         return int(value) if float(value).is_integer() else value
 
     def pattern(name):
-        return re.escape(module_name(name, config, modern=modern)).replace(r"\{layer\}", r"\d+")
+        return (
+            re.escape(module_name(name, config, modern=modern))
+            .replace(r"\{layer\}", r"\d+")
+            .replace(r"\{expert\}", r"\d+")
+        )
 
     any_adapter = next(iter(layout.values()))
+    kind, published = model_type(config)
+    text_only = not hasattr(config, "vision")
     classes = dict(
-        base_model_class="Qwen2_5_VLForConditionalGeneration",
-        parent_library="transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+        base_model_class=published.architecture, parent_library=f"transformers.models.{kind}.modeling_{kind}"
     )
     return {
         "alpha_pattern": {pattern(name): whole(value) for name, value in alphas.items() if value != common[1]},
-        "auto_mapping": None if config.family == "qwen" else classes,
+        "auto_mapping": None if text_only else classes,
         "base_model_name_or_path": base,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -430,31 +446,27 @@ def _settings(
         "r": common[0],
         "rank_pattern": {pattern(name): value for name, value in ranks.items() if value != common[0]},
         "revision": None,
-        "target_modules": target_modules(list(ranks), config, modern=modern),
-        "task_type": "CAUSAL_LM" if config.family == "qwen" else None,
+        "target_modules": target_modules(chosen, config, modern=modern),
+        "task_type": "CAUSAL_LM" if text_only else None,
         "use_dora": any_adapter.dora,
         "use_rslora": any_adapter.rslora,
     }
 
 
-def target_modules(names: Sequence[str], config, *, modern: bool = True) -> list[str]:
+def target_modules(chosen: Sequence[PublishedLinear], config, *, modern: bool = True) -> list[str]:
     """The shortest ends of module names that select these published layers and no others."""
-    everything = [linear.name for linear in published_linears(config)] + list(names_that_cannot_adapt(config))
-    chosen: set[str] = set()
-    for name in names:
-        tail = name.rsplit("{layer}.", 1)[-1].split(".")
+    others = {linear.name for linear in published_linears(config) if linear not in chosen}
+    others |= set(names_that_cannot_adapt(config))
+    found: set[str] = set()
+    for linear in chosen:
+        tail = re.split(r"\{(?:layer|expert)\}\.", linear.name)[-1].split(".")
         ends = [".".join(tail[start:]) for start in range(len(tail) - 1, -1, -1) if not tail[start].isdigit()]
-        safe = [
-            end
-            for end in ends
-            if all(other in names for other in everything if other == end or other.endswith("." + end))
-        ]
-        if safe:
-            chosen.add(safe[0])
+        safe = [end for end in ends if not any(other == end or other.endswith("." + end) for other in others)]
+        if safe and linear.name not in others:
+            found.add(safe[0])
         else:
-            layers = next(linear for linear in published_linears(config) if linear.name == name).shapes(config).layers
-            chosen |= {module_name(name.format(layer=layer), config, modern=modern) for layer in range(layers or 1)}
-    return sorted(chosen)
+            found |= {module_name(name, config, modern=modern) for name, _ in linear.cells(config)}
+    return sorted(found)
 
 
 # --- merging ---------------------------------------------------------------------------------------------------------
@@ -489,7 +501,7 @@ def published_updates(adapter: PeftAdapter, config: Any) -> dict[str, Update]:
             continue
         _, _, tensors_of = _published(linear, adapter.layout, adapter.parameters, config)
         scale = next(adapter.layout[path].scale for path in linear.modules if path in adapter.layout)
-        for name, layer in _cells(linear, linear.shapes(config).layers):
+        for name, layer in linear.cells(config):
             tensors = tensors_of(layer)
             updates[name] = Update(
                 tensors["lora_A.weight"], tensors["lora_B.weight"], scale, tensors.get("lora_magnitude_vector")

@@ -6,18 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import npu_bridge
 from mindvl_jax.config.schema import MeshConfig
-from mindvl_jax.models.layers.moe import Experts
+from mindvl_jax.models.layers.config import MoEConfig
+from mindvl_jax.models.layers.moe import ExpertAdapter, Experts
 from mindvl_jax.parallel.activations import Placement, tracing
 from mindvl_jax.parallel.experts import routed
 from mindvl_jax.parallel.mesh import ROW_AXES, make_mesh
 from npu_bridge import ops
 
-B, T, D, E, F, CHOSEN, REAL = 4, 16, 8, 8, 12, 3, 13
+B, T, D, E, F, CHOSEN, REAL, RANK = 4, 16, 8, 8, 12, 3, 13, 2
 RNG = np.random.default_rng(0)
 
 
@@ -25,12 +27,13 @@ def normal(*shape):
     return RNG.standard_normal(shape).astype(np.float32)
 
 
-ROUTER, KERNELS, WEIGHTS, INPUTS = (
-    normal(D, E),
-    (normal(E, D, F), normal(E, D, F), normal(E, F, D)),
-    abs(normal(B, T, D)),
-    normal(B, T, D),
-)
+ROUTER, WEIGHTS, INPUTS = normal(D, E), abs(normal(B, T, D)), normal(B, T, D)
+KERNELS = {"gate": normal(E, D, F), "up": normal(E, D, F), "down": normal(E, F, D)}
+ADAPTERS = {
+    "gate_adapter": (normal(E, D, RANK), normal(E, RANK, F)),
+    "down_adapter": (normal(E, F, RANK), normal(E, RANK, D)),
+}
+CONFIG = MoEConfig(experts=E, experts_per_token=CHOSEN, intermediate_size=F, scoring="sigmoid", renormalize=True)
 NO_TOKEN_TOGETHER = np.zeros(E, np.float32)
 # Every token chooses among the experts of the first devices, and the others have nothing to do.
 ALL_TOGETHER = np.where(np.arange(E) < 4, 100, 0).astype(np.float32) + normal(E)
@@ -43,9 +46,13 @@ def program(bias):
             logits, k=CHOSEN, scoring="sigmoid", bias=bias, groups=4, groups_kept=2, renormalize=True, scale=2.5
         )
 
-    def loss(x, router, kernels):
+    def loss(x, router, weights):
         logits = jnp.einsum("btd,de->bte", x, router)
-        out, _, load = routed(route, Experts.products, x, logits, REAL_BT, kernels, bias)
+        experts = Experts(CONFIG, D, rngs=nnx.Rngs(0), dtype=jnp.float32, layers=1, residual_scale=1.0)
+        for name, value in weights.items():
+            adapter = isinstance(value, tuple)
+            setattr(experts, name, ExpertAdapter(*map(nnx.Param, value), 1.5) if adapter else nnx.Param(value))
+        out, _, load = routed(route, experts.products, x, logits, REAL_BT, *experts.arrays(), bias)
         return jnp.sum(jnp.square(out) * WEIGHTS), load
 
     return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
@@ -61,8 +68,10 @@ def mesh_of(axes):
     ids=["all on half of four devices", "with context and tensor"],
 )
 def test_experts_on_several_devices_give_numbers_and_counts_of_one(axes, bias):
-    got = jax.jit(tracing(program(bias), Placement(mesh_of(axes))))(INPUTS, ROUTER, KERNELS)
-    want = jax.jit(program(bias))(INPUTS, ROUTER, KERNELS)
+    got = jax.jit(tracing(program(bias), Placement(mesh_of(axes))))(INPUTS, ROUTER, KERNELS | ADAPTERS)
+    want = jax.jit(program(bias))(INPUTS, ROUTER, KERNELS | ADAPTERS)
+    without = jax.jit(program(bias))(INPUTS, ROUTER, KERNELS)
+    assert abs(without[0][0] - want[0][0]) > 0.1 * want[0][0], "the adapters do nothing"
     load = np.asarray(got[0][1])
     assert np.array_equal(load, want[0][1]) and load.sum() == CHOSEN * REAL * B, "a token was lost or counted twice"
     assert abs(got[0][0] - want[0][0]) <= 1e-6 * want[0][0]
@@ -76,7 +85,7 @@ def test_the_bridge_gathers_tokens_and_scatters_sums_and_nothing_else_among_expe
     def place(*axes):
         return NamedSharding(mesh, P(*axes))
 
-    arguments = (place(ROW_AXES), place(), (place("expert"),) * 3)
+    arguments = (place(ROW_AXES), place(), dict.fromkeys(KERNELS, place("expert")))
     lowered = npu_bridge.jit(
         tracing(program(NO_TOKEN_TOGETHER), Placement(mesh, manual=False)), mesh=mesh, in_shardings=arguments,
         out_shardings=((place(), place("expert")), arguments), device="cpu",

@@ -280,6 +280,18 @@ def test_targets_that_select_nothing_or_too_much_are_refused(published, section,
 
 
 def test_families_whose_layers_were_not_checked_are_refused():
-    config = families.preset("qwen3-vl-30b-a3b")
-    with pytest.raises(UserError, match="not built for model.family qwen3_vl_moe; they work on mindvl, "):
+    config = families.preset("mindvl-671b-a37b")
+    with pytest.raises(UserError, match="not built for model.family mindvl_moe; they work on mindvl, "):
         layout_of(AdaptersConfig(targets=("q_proj",)), config)
+
+
+def test_experts_take_neither_dora_nor_four_bits_and_all_linear_leaves_them_out():
+    config = families.preset("qwen3-30b-a3b")
+    assert not any("experts" in path for path in layout_of(AdaptersConfig(targets=("all-linear",)), config))
+    for section, message in (
+        (dict(targets=("down_proj",), dora=True), "adapters.dora: not built for experts"),
+        (dict(targets=("q_proj",), base="nf4"), "nf4 does not hold experts, most of this model"),
+        (dict(targets=("gate",)), "a convolution, a router or the output"),
+    ):
+        with pytest.raises(UserError, match=message):
+            layout_of(AdaptersConfig(**section), config)

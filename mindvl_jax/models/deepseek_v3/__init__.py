@@ -9,5 +9,6 @@ SPEC = language_spec(
     DeepSeekV3Config,
     MODELS,
     hf="mindvl_jax.models.deepseek_v3.hf:MAPPING",
+    adapters=True,
     parts={**LANGUAGE, **ROUTED},
 )

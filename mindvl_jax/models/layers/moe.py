@@ -20,6 +20,9 @@ from mindvl_jax.models.layers.linear import GatedMLP, initial_std, parameter
 from mindvl_jax.parallel.experts import routed
 from npu_bridge import ops
 
+# Named dims of each expert matrix (E, inputs, outputs): what the expert and tensor axes may split.
+MATRICES = {"gate": ("experts", None, "mlp"), "up": ("experts", None, "mlp"), "down": ("experts", "mlp", None)}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +65,28 @@ class Router(nnx.Module):
         return jnp.dot(x.astype(jnp.float32), self.kernel[...].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
+class ExpertAdapter(nnx.Module):
+    """A low-rank adapter of each expert's matrix; see `layers.lora`.
+
+    Attributes:
+      lora_a: (E, D, r), or (L, E, D, r) stacked. lora_b: (E, r, F). lora_scale: alpha over rank.
+    """
+
+    def __init__(self, lora_a: nnx.Param, lora_b: nnx.Param, scale: float):
+        self.lora_a, self.lora_b, self.lora_scale = lora_a, lora_b, scale
+
+
 class Experts(nnx.Module):
-    """E gated feed-forward networks as three stacked matrices."""
+    """E gated feed-forward networks as three stacked matrices.
+
+    Attributes:
+      gate, up: (L, E, D, F). down: (L, E, F, D). gate_adapter, up_adapter, down_adapter: set by
+        `models.adapters.attach`.
+    """
+
+    gate_adapter: ExpertAdapter | None = None
+    up_adapter: ExpertAdapter | None = None
+    down_adapter: ExpertAdapter | None = None
 
     def __init__(self, config: MoEConfig, width: int, *, rngs: nnx.Rngs, dtype, layers: int, residual_scale: float):
         E, F = config.experts, config.intermediate_size
@@ -78,15 +101,32 @@ class Experts(nnx.Module):
         self.up = stacked(width, F, ("embed", "mlp"))
         self.down = stacked(F, width, ("mlp", "embed"), residual_scale)
 
-    @property
-    def kernels(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return self.gate[...], self.up[...], self.down[...]
+    def arrays(self) -> tuple[list[jax.Array], list[tuple[str | None, ...]]]:
+        """Arrays of one layer as `products` takes them, and the named dims of each."""
+        arrays, dims = [], []
+        for name, of_kernel in MATRICES.items():
+            arrays.append(getattr(self, name)[...])
+            dims.append(of_kernel)
+            if (adapter := getattr(self, f"{name}_adapter")) is not None:
+                arrays += [adapter.lora_a[...], adapter.lora_b[...]]
+                dims += [("experts", of_kernel[1], None), ("experts", None, of_kernel[2])]
+        return arrays, dims
 
-    @staticmethod
-    def products(x_MD: jax.Array, sizes_E: jax.Array, gate_EDF, up_EDF, down_EFD) -> jax.Array:
+    def products(self, x_MD: jax.Array, sizes_E: jax.Array, *arrays: jax.Array) -> jax.Array:
         """Rows sorted by expert -> rows."""
-        hidden_MF = ops.swiglu(ops.grouped_matmul(x_MD, gate_EDF, sizes_E), ops.grouped_matmul(x_MD, up_EDF, sizes_E))
-        return ops.grouped_matmul(hidden_MF, down_EFD, sizes_E)
+        left = iter(arrays)
+
+        def product(x, name):
+            y = ops.grouped_matmul(x, next(left), sizes_E)
+            if (adapter := getattr(self, f"{name}_adapter")) is None:
+                return y
+            with jax.named_scope("lora"):
+                low = ops.grouped_matmul(x, next(left).astype(x.dtype), sizes_E)
+                return y + ops.grouped_matmul(low, next(left).astype(x.dtype), sizes_E) * jnp.asarray(
+                    adapter.lora_scale, x.dtype
+                )
+
+        return product(ops.swiglu(product(x_MD, "gate"), product(x_MD, "up")), "down")
 
 
 class MoE(nnx.Module):
@@ -130,8 +170,9 @@ class MoE(nnx.Module):
         with jax.named_scope("router"):
             logits_BTE = self.router(x_BTD)
         with jax.named_scope("experts"):
+            arrays, dims = self.experts.arrays()
             out_BTD, experts_BTk, load_E = routed(
-                route, self.experts.products, x_BTD, logits_BTE, real_BT, self.experts.kernels, bias_E
+                route, self.experts.products, x_BTD, logits_BTE, real_BT, arrays, dims, bias_E
             )
         with jax.named_scope("router"):
             routing = _describe(logits_BTE, experts_BTk, load_E, segment_ids_BT, config)

@@ -12,4 +12,5 @@ SPEC = vision_language_spec(
     MODELS,
     build="mindvl_jax.models.qwen2_vl.model:Qwen2VL",
     hf="mindvl_jax.models.qwen2_vl.hf:MAPPING",
+    adapters=True,
 )

@@ -9,5 +9,6 @@ SPEC = language_spec(
     Qwen3MoEConfig,
     MODELS,
     hf="mindvl_jax.models.qwen3_moe.hf:MAPPING",
+    adapters=True,
     parts={**LANGUAGE, **ROUTED},
 )

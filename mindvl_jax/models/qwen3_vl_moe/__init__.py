@@ -11,5 +11,6 @@ SPEC = vision_language_spec(
     MODELS,
     build="mindvl_jax.models.qwen3_vl.model:Qwen3VL",
     hf="mindvl_jax.models.qwen3_vl_moe.hf:MAPPING",
+    adapters=True,
     parts={**PARTS, **ROUTED},
 )

@@ -30,6 +30,7 @@ from mindvl_jax.weights.companions import write_companions
 from mindvl_jax.weights.errors import WeightsError
 from mindvl_jax.weights.mapping import read_config, slots
 from npu_bridge import ops
+from tests.models import against_transformers as against
 
 ROOT = Path(__file__).parents[3]
 WIDTHS = dict(
@@ -175,6 +176,10 @@ def test_positions_of_images_and_videos_are_those_of_transformers(made):
         mrope=True,
     )
     np.testing.assert_array_equal(ours, want.numpy())
+
+
+def test_an_adapter_of_peft_in_every_part_works_as_there(made, tmp_path):
+    against.check_adapter(made, tmp_path, (2, ("image", (1, 4, 6)), 3), ["qkv", "fc2", "mlp.0", "q_proj", "down_proj"])
 
 
 @pytest.mark.parametrize("tied", [False, True])

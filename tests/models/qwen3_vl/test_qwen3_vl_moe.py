@@ -72,6 +72,10 @@ def test_a_folder_comes_back_with_the_same_bytes_and_opens_in_transformers(made,
     against.check_round_trip(made.folder, tmp_path / "out", "qwen3_vl_moe")
 
 
+def test_an_adapter_of_peft_in_the_tower_and_the_attention_works_as_there(made, tmp_path):
+    against.check_adapter(made, tmp_path, (2, ("image", (1, 4, 6)), 3), ["qkv", "linear_fc2", "q_proj", "o_proj"])
+
+
 def test_greedy_answers_about_images_are_those_of_transformers(tmp_path):
     """Prompts without, with one and with two images, answered together; there one by one."""
     tokenizer = against.fixtures().byte_tokenizer(tmp_path)
