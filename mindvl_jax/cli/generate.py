@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import sys
@@ -26,7 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", required=True, metavar="DIR", help="one of our runs or checkpoints, or a Hugging Face folder"
     )
-    parser.add_argument("--adapter", metavar="DIR", help="PEFT folder (LoRA, DoRA) to use on top of the weights")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="PEFT folder (LoRA, DoRA) to use on top of the weights. With names it may be given several times: "
+        "--prompt is answered by the weights alone and by each, lines of --requests choose by `adapter`",
+    )
     asked = parser.add_argument_group("what to answer")
     asked.add_argument(
         "--prompt",
@@ -99,24 +107,25 @@ def _output_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     common.load_slow("mindvl_jax.inference.generator", "mindvl_jax.inference.loading")
     from mindvl_jax.inference.generator import Generator
-    from mindvl_jax.inference.loading import open_for_inference
+    from mindvl_jax.inference.loading import named_adapters, open_for_inference, with_adapters
 
     at_least_one(args, "batch", "context", "min_pixels", "max_pixels")
     if args.words:
         return _words(args.weights)
-    requests = _requests(args)
+    alone, folders = named_adapters(args.adapter)
+    requests = _for_adapters(_requests(args), folders, all_of_them=args.prompt is not None)
     programs = chosen_programs(args)
     with common.busy(f"reading {args.weights}"):
-        opened = open_for_inference(args.weights, mesh=args.mesh, adapter=args.adapter)
-    generator = Generator(
-        opened,
-        slots=min(args.batch, sum(request.sampling.n for request in requests)),
-        context=args.context,
-        programs=programs,
-    )
+        opened = open_for_inference(args.weights, mesh=args.mesh, adapter=alone)
+        models = {None: opened, **with_adapters(opened, folders)}
+
+    def generator(adapter: str | None) -> Generator:
+        slots = sum(request.sampling.n for request in requests if request.adapter == adapter)
+        return Generator(models[adapter], slots=min(args.batch, slots), context=args.context, programs=programs)
+
     single = args.prompt is not None and args.n == 1
-    if single and not args.no_stream and not args.out and not args.json:
-        answers, pieces = [], generator.stream(requests)
+    if single and not folders and not args.no_stream and not args.out and not args.json:
+        answers, pieces = [], generator(None).stream(requests)
         with common.busy("reading the prompt; programs that are new are compiled"):
             first = next(pieces)
         for piece in itertools.chain([first], pieces):
@@ -129,8 +138,8 @@ def run(args: argparse.Namespace) -> int:
         total, done = sum(request.sampling.n for request in requests), itertools.count(1)
         with counting(LogConsole(stderr=True, stamp=False)) as show:
             show(0, total, "answers")
-            answers = generator.generate(
-                requests, skip_errors=not single, on_answer=lambda index, answer: show(next(done), total, "answers")
+            answers = _by_adapter(
+                generator, requests, skip_errors=not single, on_answer=lambda *_: show(next(done), total, "answers")
             )
         seconds = time.perf_counter() - started
         if args.out:
@@ -154,6 +163,30 @@ def run(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
     return 1 if any(answer.error for answer in answers) else 0
+
+
+def _for_adapters(requests, folders, *, all_of_them: bool):
+    """Requests with the adapters that answer them: every one and none, or what each request says."""
+    if all_of_them and folders:
+        names = [None, *folders]
+        return [
+            dataclasses.replace(request, adapter=name, id=name or "weights") for request in requests for name in names
+        ]
+    if lost := {request.adapter for request in requests} - {None, *folders}:
+        known = ", ".join(map(repr, folders)) or "none"
+        raise UserError(f"a request names the adapter {min(lost)!r}; given by --adapter NAME=DIR: {known}")
+    return requests
+
+
+def _by_adapter(generator, requests, **options):
+    """Answers in the order of the requests; those of one adapter are generated together."""
+    found = {}
+    for adapter in dict.fromkeys(request.adapter for request in requests):
+        numbers = [number for number, request in enumerate(requests) if request.adapter == adapter]
+        answers = iter(generator(adapter).generate([requests[number] for number in numbers], **options))
+        for number in numbers:
+            found[number] = [next(answers) for _ in range(requests[number].sampling.n)]
+    return [answer for number in sorted(found) for answer in found[number]]
 
 
 def _requests(args: argparse.Namespace):

@@ -15,6 +15,7 @@ from mindvl_jax.core.errors import UserError, at_least_one
 KEY_VARIABLE = "MINDVL_API_KEYS"
 EPILOG = """examples:
   mindvl serve --weights runs/quickstart
+  mindvl serve --weights Qwen2.5-VL-7B-Instruct --adapter charts=runs/charts/adapter --adapter forms=runs/forms/adapter
   mindvl serve --weights Qwen2.5-VL-7B-Instruct --host 0.0.0.0 --port 8000 --slots 32 --context 8192
   curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{"model": "quickstart", "messages": [{"role": "user", "content": "Hello"}]}'
@@ -28,6 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument(
         "--weights", required=True, metavar="DIR", help="one of our runs or checkpoints, or a Hugging Face folder"
+    )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="PEFT folder that answers requests for the model NAME, beside the weights; may be given several times, "
+        "each with slots and a cache of its own",
     )
     parser.add_argument("--name", help="model name that requests give; default: the folder's name")
     parser.add_argument(
@@ -126,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
 def make_runner(args: argparse.Namespace, programs=None):
     """The runner and the settings that the arguments ask for; nothing is compiled yet."""
     from mindvl_jax.inference.generator import Generator
-    from mindvl_jax.inference.loading import open_for_inference
+    from mindvl_jax.inference.loading import named_adapters, open_for_inference, with_adapters
     from mindvl_jax.inference.placement import mesh_of, row_groups
     from mindvl_jax.inference.prompts import vision_of
     from mindvl_jax.inference.server.metrics import Metrics
@@ -134,7 +143,9 @@ def make_runner(args: argparse.Namespace, programs=None):
     from mindvl_jax.inference.server.settings import ServerSettings
     from mindvl_jax.inference.server.sizes import prompt_sizes
 
-    opened = open_for_inference(args.weights, mesh=args.mesh)
+    alone, folders = named_adapters(args.adapter)
+    opened = open_for_inference(args.weights, mesh=args.mesh, adapter=alone)
+    adapted = with_adapters(opened, folders)
     vision = vision_of(opened.model)
     sees = hasattr(opened.model.config, "vision")
     # An image must leave room for its question and an answer.
@@ -153,12 +164,18 @@ def make_runner(args: argparse.Namespace, programs=None):
         chunk=args.chunk,
         sampling=_default_sampling(args),
     )
-    generator = Generator(opened, slots=args.slots, context=args.context, programs=programs)
+    if settings.model in adapted:
+        raise UserError(f"--adapter {settings.model}=...: that is the model's own name; choose another, or --name")
+    generator, *others = (
+        Generator(each, slots=args.slots, context=args.context, programs=programs)
+        for each in (opened, *adapted.values())
+    )
     patches = args.context * vision.merge_unit if sees else 0
     sizes = prompt_sizes(
         context=args.context, patches=patches, images=args.max_images, rows=row_groups(mesh_of(opened.model))
     )
-    return Runner(generator, Metrics(), sizes, limit=args.queue, chunk=args.chunk), settings
+    adapters = dict(zip(adapted, others, strict=True))
+    return Runner(generator, Metrics(), sizes, limit=args.queue, chunk=args.chunk, adapters=adapters), settings
 
 
 def _default_sampling(args: argparse.Namespace) -> dict[str, float]:

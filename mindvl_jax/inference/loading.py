@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flax import nnx
 
 from mindvl_jax.checkpoints.names import run_folder
 from mindvl_jax.config.schema import MeshConfig
 from mindvl_jax.core.errors import UserError
+
+if TYPE_CHECKING:
+    from mindvl_jax.weights.resolve import OpenedModel
 
 SETTINGS = "inference.json"
 """In a model's folder: `{"min_pixels": ..., "max_pixels": ...}`, written by a resolution search."""
@@ -42,6 +49,40 @@ def open_for_inference(folder: str | Path, *, mesh: str | None = None, adapter: 
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{path} must be a JSON object with min_pixels and max_pixels: {error}") from None
     return dataclasses.replace(opened, **pixels)
+
+
+def named_adapters(values: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """(folder of the one adapter that answers everything or None, folders by name) of `--adapter` options.
+
+    Raises:
+      UserError: a plain folder beside others, or a name twice.
+    """
+    named: dict[str, str] = {}
+    plain = [value for value in values if "=" not in value or Path(value).is_dir()]
+    for value in values:
+        if value in plain:
+            continue
+        name, _, folder = value.partition("=")
+        if not name or name in named:
+            raise UserError(f"--adapter {value}: {'the name is there twice' if name else 'no name before ='}")
+        named[name] = folder
+    if plain and len(values) > 1:
+        raise UserError(f"--adapter {plain[0]} has no name; of several adapters each wants one: --adapter NAME=DIR")
+    return (plain[0] if plain else None), named
+
+
+def with_adapters(opened: OpenedModel, folders: Mapping[str, str]) -> dict[str, OpenedModel]:
+    """Models by name, each the opened one with another PEFT folder on top; all share the arrays of the base.
+
+    Raises:
+      UserError: a folder does not fit the model.
+    """
+    from mindvl_jax.weights.resolve import add_adapter
+
+    return {
+        name: add_adapter(dataclasses.replace(opened, model=nnx.clone(opened.model)), folder)
+        for name, folder in folders.items()
+    }
 
 
 MESH_AXES = ("data", "fsdp", "tensor")

@@ -89,6 +89,7 @@ class Request:
       min_pixels, max_pixels: image area after resizing; None is the model's own setting.
       tools: descriptions of tools that the answer may call, each a JSON object, written by the chat template.
       grammar: what the answer must match, whole; None: anything.
+      adapter: name of the adapter that answers, for who drives several models; None: the model itself.
     """
 
     messages: Sequence[dict[str, Any]]
@@ -101,6 +102,7 @@ class Request:
     media_root: str | None = None
     tools: Sequence[str] = ()
     grammar: Grammar | None = None
+    adapter: str | None = None
 
     @classmethod
     def from_prompt(cls, prompt: str, images: Sequence[Any] = (), **rest) -> Request:

@@ -38,6 +38,7 @@ class _Question(_Form):
     videos: list[str] = []
     min_pixels: Annotated[int, Field(ge=1)] | None = None
     max_pixels: Annotated[int, Field(ge=1)] | None = None
+    adapter: str | None = None
 
     @model_validator(mode="after")
     def _asks_once(self) -> _Question:
@@ -54,6 +55,7 @@ class _Question(_Form):
             media_root=str(root),
             id=str(number if self.id is None else self.id),
             videos=videos,
+            adapter=self.adapter,
             **{key: given.get(key, value) for key, value in pixels.items()},
         )
         if self.prompt is not None:

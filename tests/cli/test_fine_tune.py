@@ -70,6 +70,13 @@ def test_scores_rise_and_merged_folders_are_opened_by_transformers_and_peft(run,
     assert scores["before"] == 0 and scores["after"] > 0.3, scores
     assert mindvl("export", "--run", run, "--out", tmp_path / "adapter")[0] == 0
     assert mindvl("export", "--run", run, "--merge", "--out", tmp_path / "merged")[0] == 0
+    asked = ("--prompt", "What colour?", "--max-new-tokens", "6", "--json")
+    code, out, told = mindvl("generate", "--weights", published, "--adapter", f"mine={tmp_path / 'adapter'}", *asked)
+    assert code == 0, told
+    rows = [json.loads(line) for line in out.splitlines()]
+    alone = [json.loads(mindvl("generate", "--weights", weights, *asked)[1]) for weights in (published, run)]
+    assert [row["id"] for row in rows] == ["weights", "mine"]
+    assert [row["tokens"] for row in rows] == [row["tokens"] for row in alone]
     assert (
         mindvl("merge", "--base", published, "--adapter", tmp_path / "adapter", "--out", tmp_path / "merged2")[0] == 0
     )

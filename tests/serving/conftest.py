@@ -31,11 +31,14 @@ CONTEXT, SLOTS = 256, 4
 class Running:
     """A server in a thread of this process."""
 
-    def __init__(self, opened, *, context=CONTEXT, sizes=None, **settings):
+    def __init__(self, opened, *, context=CONTEXT, sizes=None, adapters=None, **settings):
         generator = Generator(opened, slots=SLOTS, context=context)
+        others = {name: Generator(each, slots=SLOTS, context=context) for name, each in (adapters or {}).items()}
         sizes = sizes or prompt_sizes(context=context, patches=256, images=4, rows=1)
         self.settings = ServerSettings(model="tiny", images=4, **settings)
-        self.runner = Runner(generator, Metrics(), sizes, limit=self.settings.queue, chunk=self.settings.chunk)
+        self.runner = Runner(
+            generator, Metrics(), sizes, limit=self.settings.queue, chunk=self.settings.chunk, adapters=others
+        )
         for _ in self.runner.warm_up():
             pass
         self.app = Server(self.runner, self.settings).app()
@@ -71,7 +74,7 @@ class Running:
     def idle(self) -> bool:
         """Wait until nothing is under way; False after ten seconds."""
         for _ in range(1000):
-            if not self.runner.load and not self.runner.engine.busy:
+            if not self.runner.load and not self.runner.busy:
                 return True
             time.sleep(0.01)
         return False

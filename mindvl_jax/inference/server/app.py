@@ -112,14 +112,19 @@ class Server:
     async def _wrong_method(self, request: HTTPRequest, error: Exception) -> Response:
         return JSONResponse(HTTPError(405, f"{request.url.path[:200]} does not take {request.method}").body(), 405)
 
-    def _check_model(self, name: str) -> None:
-        if name != self.settings.model:
-            raise HTTPError(
-                404,
-                f"there is no model {name[:200]!r}; this server has {self.settings.model!r}",
-                code="model_not_found",
-                param="model",
-            )
+    def _adapter(self, name: str) -> str | None:
+        """The adapter that a request's model name means; None for the model itself."""
+        if name == self.settings.model:
+            return None
+        if name in self.runner.generators:
+            return name
+        known = [self.settings.model, *filter(None, self.runner.generators)]
+        raise HTTPError(
+            404,
+            f"there is no model {name[:200]!r}; this server has {', '.join(map(repr, known))}",
+            code="model_not_found",
+            param="model",
+        )
 
     # --- small answers ---
 
@@ -136,21 +141,15 @@ class Server:
     async def _metrics(self, request: HTTPRequest) -> Response:
         return Response(self.runner.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    def _card(self) -> dict:
-        return {
-            "id": self.settings.model,
-            "object": "model",
-            "created": 0,
-            "owned_by": "mindvl",
-            "max_model_len": self._context,
-        }
+    def _card(self, adapter: str | None = None) -> dict:
+        card = {"id": adapter or self.settings.model, "object": "model", "created": 0, "owned_by": "mindvl"}
+        return card | {"max_model_len": self._context} | ({"parent": self.settings.model} if adapter else {})
 
     async def _models(self, request: HTTPRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [self._card()]})
+        return JSONResponse({"object": "list", "data": [self._card(name) for name in self.runner.generators]})
 
     async def _model(self, request: HTTPRequest) -> Response:
-        self._check_model(request.path_params["name"])
-        return JSONResponse(self._card())
+        return JSONResponse(self._card(self._adapter(request.path_params["name"])))
 
     async def _reload_weights(self, request: HTTPRequest) -> Response:
         content = await self._json(request)
@@ -169,11 +168,11 @@ class Server:
 
     async def _chat(self, request: HTTPRequest) -> Response:
         body: ChatBody = parse(ChatBody, await self._json(request))
-        self._check_model(body.model)
+        adapter = self._adapter(body.model)
         self.runner.check_room()
         identifier = f"chatcmpl-{uuid.uuid4().hex}"
         asked, prompt, matchers = await self.runner.run_blocking(self._encode_chat, body, identifier)
-        ticket = await self.runner.submit(asked, prompt, matchers)
+        ticket = await self.runner.submit(asked, prompt, matchers, adapter)
         if body.stream:
             return self._stream(self._chat_events(ticket, body, identifier, prompt.tokens))
         done = await self._collect(request, ticket)
@@ -283,7 +282,7 @@ class Server:
 
     async def _completions(self, request: HTTPRequest) -> Response:
         body: CompletionBody = parse(CompletionBody, await self._json(request))
-        self._check_model(body.model)
+        adapter = self._adapter(body.model)
         self.runner.check_room()
         identifier = f"cmpl-{uuid.uuid4().hex}"
         sampling = body.sampling(self._context, self.settings.sampling)
@@ -306,7 +305,7 @@ class Server:
         tickets: list[Ticket] = []
         try:
             for each in encoded:
-                tickets.append(await self.runner.submit(*each))
+                tickets.append(await self.runner.submit(*each, adapter))
         except HTTPError:  # nobody would read the answers of the prompts before
             for ticket in tickets:
                 self.runner.drop(ticket)

@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mindvl_jax.core.errors import UserError
@@ -42,6 +42,7 @@ class Ticket:
     pieces: asyncio.Queue[Piece | Exception]
     open: int
     arrived: float
+    adapter: str | None = None
     first: float | None = None
     tokens: int = 0
     watchers: list[Watcher] = dataclasses.field(default_factory=list)
@@ -53,33 +54,49 @@ class Ticket:
 
 
 class Runner:
-    """Run one engine for many coroutines.
+    """Run one engine for many coroutines, and one more for each adapter beside the model.
 
     Args:
-      generator: with a fixed context. sizes: at which prompts are read (see `sizes.prompt_sizes`).
+      generator: with a fixed context. adapters: generators of the same model with an adapter each, by the names that
+        requests give; every one has slots and a cache of its own.
+      sizes: at which prompts are read (see `sizes.prompt_sizes`).
       limit: most requests that wait or decode. chunk: tokens decoded between two looks at the queue.
     """
 
     def __init__(
-        self, generator: Generator, metrics: Metrics, sizes: Sequence[tuple[Bucket, int]], *, limit: int, chunk: int
+        self,
+        generator: Generator,
+        metrics: Metrics,
+        sizes: Sequence[tuple[Bucket, int]],
+        *,
+        limit: int,
+        chunk: int,
+        adapters: Mapping[str, Generator] | None = None,
     ):
+        self.generators: dict[str | None, Generator] = {None: generator, **(adapters or {})}
         self.generator, self.metrics, self._sizes = generator, metrics, sizes
         self._limit, self._chunk = limit, chunk
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets: set[Ticket] = set()
-        self._engine: Engine = generator.new_engine()
+        self._engines: dict[str | None, Engine] = {
+            name: generator.new_engine() for name, generator in self.generators.items()
+        }
         self._encoders = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="mindvl-encode")
         self._thread = threading.Thread(target=self._run, name="mindvl-engine", daemon=True)
         self._ending = False
         self._accepting = True
         self._pace = collections.deque(maxlen=64)  # seconds of the newest requests, for Retry-After
-        metrics.slots.set(generator.slots)
+        metrics.slots.set(generator.slots * len(self.generators))
 
     # --- for the operator ---
 
     def warm_up(self) -> Iterator[tuple[int, int, str]]:
         """Compile every program that requests can need. Yields (done, total, what) before each."""
-        yield from self._engine.warm_up(self.generator.encode(Request.from_prompt("hello")), self._sizes)
+        prompt = self.generator.encode(Request.from_prompt("hello"))
+        for number, (name, engine) in enumerate(self._engines.items()):
+            for done, total, what in engine.warm_up(prompt, self._sizes):
+                all_done, everything = number * total + done, len(self._engines) * total
+                yield all_done, everything, what if name is None else f"{name}: {what}"
 
     def start(self) -> None:
         self._thread.start()
@@ -104,7 +121,12 @@ class Runner:
 
     @property
     def engine(self) -> Engine:
-        return self._engine
+        """The engine of the model without adapters."""
+        return self._engines[None]
+
+    @property
+    def busy(self) -> bool:
+        return any(engine.busy for engine in self._engines.values())
 
     # --- for coroutines ---
 
@@ -112,18 +134,22 @@ class Runner:
         """Run something slow (decoding, fetching) on the encoders' threads."""
         return await asyncio.get_running_loop().run_in_executor(self._encoders, function, *arguments)
 
-    async def submit(self, request: Request, prompt: Prompt, matchers: Sequence[Matcher] = ()) -> Ticket:
-        """Queue an encoded request.
+    async def submit(
+        self, request: Request, prompt: Prompt, matchers: Sequence[Matcher] = (), adapter: str | None = None
+    ) -> Ticket:
+        """Queue an encoded request for the model, or for the model with an adapter.
 
         Raises:
           HTTPError: 429 when too many wait, 503 when the server is shutting down, 400 when the prompt does not fit.
         """
         self.check_room()
         try:
-            self._engine.check(prompt)
+            self._engines[adapter].check(prompt)
         except UserError as error:
             raise HTTPError(400, str(error), code="context_length_exceeded", param="messages") from None
-        ticket = Ticket(request, asyncio.get_running_loop(), asyncio.Queue(), request.sampling.n, time.monotonic())
+        ticket = Ticket(
+            request, asyncio.get_running_loop(), asyncio.Queue(), request.sampling.n, time.monotonic(), adapter
+        )
         self._tickets.add(ticket)
         self._commands.put(lambda: self._begin(ticket, prompt, matchers))
         return ticket
@@ -178,14 +204,16 @@ class Runner:
         """Replace the weights between two steps.
 
         Raises:
-          ValueError: another structure than the model's.
+          ValueError: another structure than the model's, or adapters stand beside it.
         """
+        if len(self._engines) > 1:
+            raise ValueError("weights with adapters beside them are not replaced; start the server again")
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
 
         def replace() -> None:
             try:
-                self._engine.load(params)
+                self.engine.load(params)
             except Exception as error:  # told to whoever asked; the old weights stay
                 loop.call_soon_threadsafe(done.set_exception, error)
             else:
@@ -202,7 +230,7 @@ class Runner:
         self._tickets.discard(ticket)
         self.metrics.requests.labels(outcome).inc()
         if outcome != "done":
-            self._commands.put(lambda: self._engine.abort(ticket.watchers))
+            self._commands.put(lambda: self._engines[ticket.adapter].abort(ticket.watchers))
             return
         seconds = time.monotonic() - ticket.arrived
         self._pace.append(seconds)
@@ -236,7 +264,9 @@ class Runner:
             ticket.put(piece)
 
         try:
-            ticket.watchers = self.generator.submit(self._engine, 0, ticket.request, prompt, emit, matchers)
+            ticket.watchers = self.generators[ticket.adapter].submit(
+                self._engines[ticket.adapter], 0, ticket.request, prompt, emit, matchers
+            )
         except UserError as error:
             ticket.put(HTTPError(400, str(error)))
 
@@ -247,26 +277,26 @@ class Runner:
             except Exception:
                 log.exception("the engine failed; its requests get an error and it is made anew")
                 self.metrics.restarts.inc()
-                params = self._engine.parameters
-                self._engine = self.generator.new_engine()
-                self._engine.fix(self._sizes)
-                self._engine.load(params)
+                for name, generator in self.generators.items():
+                    params = self._engines[name].parameters
+                    self._engines[name] = generator.new_engine()
+                    self._engines[name].fix(self._sizes)
+                    self._engines[name].load(params)
                 self._fail_all(HTTPError(500, "the engine failed while it answered; ask again", code="engine_failed"))
 
     def _step(self) -> None:
         try:  # everything that has been asked for; an idle thread waits for the next
-            command = self._commands.get(
-                timeout=None if self._engine.busy else IDLE_SECONDS, block=not self._engine.busy
-            )
+            command = self._commands.get(timeout=None if self.busy else IDLE_SECONDS, block=not self.busy)
             while True:
                 command()
                 command = self._commands.get_nowait()
         except queue.Empty:
             pass
-        if self._engine.busy:
-            self._engine.step(chunk=self._chunk, eager=True)
-        self.metrics.waiting.set(self._engine.waiting)
-        self.metrics.running.set(self._engine.running)
+        for engine in self._engines.values():
+            if engine.busy:
+                engine.step(chunk=self._chunk, eager=True)
+        self.metrics.waiting.set(sum(engine.waiting for engine in self._engines.values()))
+        self.metrics.running.set(sum(engine.running for engine in self._engines.values()))
 
     def _fail_all(self, error: HTTPError) -> None:
         for ticket in list(self._tickets):
