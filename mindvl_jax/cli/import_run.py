@@ -11,6 +11,7 @@ from mindvl_jax.core.errors import UserError
 EPILOG = common.examples(
     "mindvl import mindspeed --data data_3b.json --model model_3b.json --script finetune_qwen2_5_vl_3b.sh "
     "--out mine.yaml",
+    "mindvl import mindspeed --yaml qwen3vl_8b.yaml --devices 16 --out mine.yaml",
     "mindvl import llamafactory --yaml examples/train_lora/qwen2_5vl_lora_sft.yaml --devices 8 --out mine.yaml",
     "mindvl import swift --run train.sh --devices 4 --out mine.yaml",
 )
@@ -19,11 +20,12 @@ EPILOG = common.examples(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
     mindspeed = formats.add_parser(
-        "mindspeed", help="data.json, model.json and the shell script of MindSpeed-MM", epilog=EPILOG
+        "mindspeed", help="data.json, model.json and the shell script of MindSpeed-MM, or its FSDP2 YAML", epilog=EPILOG
     )
-    mindspeed.add_argument("--data", required=True, metavar="JSON", help="their data.json")
-    mindspeed.add_argument("--model", required=True, metavar="JSON", help="their model.json")
-    mindspeed.add_argument("--script", required=True, metavar="SH", help="their shell script; it is read, not run")
+    mindspeed.add_argument("--data", metavar="JSON", help="their data.json")
+    mindspeed.add_argument("--model", metavar="JSON", help="their model.json")
+    mindspeed.add_argument("--script", metavar="SH", help="their shell script; it is read, not run")
+    mindspeed.add_argument("--yaml", metavar="YAML", help="in place of the three: the file of a native FSDP2 run")
     factory = formats.add_parser("llamafactory", help="the YAML of a run of LLaMA-Factory (stage sft)", epilog=EPILOG)
     factory.add_argument("--yaml", dest="recipe", required=True, metavar="YAML", help="their configuration")
     factory.add_argument(
@@ -33,9 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     swift.add_argument(
         "--run", dest="recipe", required=True, metavar="FILE", help="their script, which is read and not run, or YAML"
     )
-    for parser in (factory, swift):
+    for parser in (mindspeed, factory, swift):
         parser.add_argument(
-            "--devices", type=int, default=1, metavar="N", help="devices it ran on there (default: %(default)s)"
+            "--devices",
+            type=int,
+            default=1,
+            metavar="N",
+            help="devices it ran on there, where no file tells (%(default)s)",
         )
     for parser in (mindspeed, factory, swift):
         parser.add_argument("--out", required=True, metavar="YAML", help="configuration to write")
@@ -63,12 +69,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _imported(args: argparse.Namespace):
-    from mindvl_jax.config import mindspeed, trainer_files
+    from mindvl_jax.config import mindspeed, mindspeed_yaml, trainer_files
 
-    if args.format == "mindspeed":
-        return mindspeed.import_run(Path(args.data), Path(args.model), Path(args.script))
     if args.devices < 1:
         raise UserError(f"--devices {args.devices}: expected at least 1")
+    if args.format == "mindspeed":
+        files = (args.data, args.model, args.script)
+        if args.yaml and not any(files):
+            return mindspeed_yaml.import_yaml(Path(args.yaml), devices=args.devices)
+        if args.yaml or not all(files):
+            raise UserError("give --data, --model and --script of a Megatron run, or --yaml of a native FSDP2 run")
+        return mindspeed.import_run(*map(Path, files))
     dialect = trainer_files.SWIFT if args.format == "swift" else trainer_files.LLAMA_FACTORY
     info = getattr(args, "dataset_info", None)
     return trainer_files.import_trainer_file(

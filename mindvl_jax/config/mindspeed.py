@@ -37,7 +37,7 @@ LORA_TARGETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """Translation of one MindSpeed-MM key. file: data, model or script."""
+    """Translation of one MindSpeed-MM key. file: data, model or script; yaml."""
 
     file: str
     name: str
@@ -76,7 +76,7 @@ def import_run(data: Path, model: Path, script: Path) -> ImportedRun:
     Raises:
       UserError: files that cannot be read, a script without a training command, options that make no run.
     """
-    reader = _Run(_flat(read_json(data)), _flat(read_json(model)), options_of(read_text(script), script))
+    reader = Run(flat(read_json(data)), flat(read_json(model)), options_of(read_text(script), script))
     return ImportedRun(reader.translate(), reader.keys)
 
 
@@ -100,11 +100,12 @@ def read_json(path: Path) -> Any:
     return content
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested mappings by their dotted path."""
+    found: dict[str, Any] = {}
     for key, value in content.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 _OPERATORS: dict[type, Callable] = {
@@ -232,7 +233,7 @@ _NEUTRAL = {  # pattern -> (value that changes nothing, what another value would
 }
 
 
-class _Run:
+class Run:
     """Take keys one by one; what is left at the end is looked up above or lost."""
 
     def __init__(self, data: dict[str, Any], model: dict[str, Any], options: dict[str, Any]):
@@ -361,6 +362,9 @@ class _Run:
             )
         self.lose("script", "lr-decay-iters", "a schedule that ends before or after the run; ours ends with the phase")
         fraction = self.take("script", "lr-warmup-fraction", "training.phases[0].warmup_steps", 0.0, float)
+        if abs(fraction * steps - round(fraction * steps)) > 1e-6:
+            note = f"a warm-up of {fraction * steps:g} steps; here of {round(fraction * steps)}"
+            self.keys.append(Key("script", "lr-warmup-fraction", fraction, "lost", note))
         most = self.take("data", "image_max_pixels", "training.phases[0].max_pixels", 768 * 768, int)
         patches = 4 * -(-most // 784)  # an image at the limit, in patches of 14 pixels and whole groups of 2 x 2
         return {
@@ -380,6 +384,7 @@ class _Run:
             "warmup_steps": self.take(
                 "script", "lr-warmup-iters", "training.phases[0].warmup_steps", round(fraction * steps), int
             ),
+            "warmup_from_zero": True,
             "final_learning_rate_fraction": self.take(
                 "script",
                 "min-lr",

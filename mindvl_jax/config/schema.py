@@ -289,6 +289,11 @@ class PhaseConfig(Section):
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="Share of the phase's steps that warm up, in place of warmup_steps."
     )
+    warmup_from_zero: bool = Field(
+        False,
+        description="The first step of the warm-up has rate 0 and the full rate comes one step later, as in Megatron "
+        "and transformers; false: the first step has one part of it.",
+    )
     final_learning_rate_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     weight_decay: NonNegativeFloat = 0.0
     loss_reduction: Literal["token", "sample", "micro_batch"] = Field(

@@ -281,6 +281,8 @@ class _Run:
         warmup = self.take("warmup_steps", "training.phases[0].warmup_steps", int, 0)
         ratio = self.take("warmup_ratio", "training.phases[0].warmup_ratio", float, 0.0)
         phase |= {"warmup_steps": warmup} if warmup else {"warmup_ratio": ratio} if ratio else {}
+        if warmup or ratio:
+            phase["warmup_from_zero"] = True
         packed = self.take("packing", "training.phases[0].max_samples_per_row", _flag, False)
         if self._left.pop("neat_packing", None) is not None or packed:
             phase["max_samples_per_row"] = 64

@@ -24,8 +24,9 @@ from npu_bridge import ops
 def learning_rates(phase: PhaseConfig, where: str) -> np.ndarray:
     """(phase.steps,) float32: the rate of every optimizer step of a phase, computed once, so that no step waits for it.
 
-    Warm-up rises in equal parts to the full rate, which step `warmup_steps - 1` has (no step is wasted at rate 0); then
-    the named schedule falls to `final_learning_rate_fraction` over the rest.
+    Warm-up rises in equal parts to the full rate, which step `warmup_steps - 1` has, so that no step is wasted at rate
+    0; with `warmup_from_zero` the first step has rate 0 and step `warmup_steps` the full one. Then the named schedule
+    falls to `final_learning_rate_fraction` over the rest.
 
     Raises:
       UserError: the warm-up is longer than the phase; `where` names the phase's place in the config.
@@ -41,7 +42,7 @@ def learning_rates(phase: PhaseConfig, where: str) -> np.ndarray:
     else:
         main = optax.schedules.constant_schedule(peak)
     steps = np.arange(phase.steps)
-    rising = peak * (steps[:warmup] + 1) / max(1, warmup)
+    rising = peak * (steps[:warmup] + (not phase.warmup_from_zero)) / max(1, warmup)
     falling = np.broadcast_to(np.asarray(main(steps[warmup:] - warmup)), phase.steps - warmup)
     return np.concatenate([rising, falling]).astype(np.float32)
 

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
+import transformers
 
 from mindvl_jax.config.schema import OptimizerConfig, PhaseConfig
 from mindvl_jax.core.errors import UserError
@@ -48,6 +50,21 @@ def test_rates_rise_in_equal_parts_and_then_follow_the_named_schedule(schedule, 
         want.append(0.5 * (step + 1) / warmup if step < warmup else 0.5 * fall)
     worst = np.abs(got - np.array(want)).max()
     assert got.dtype == np.float32 and worst < 1e-7, f"largest difference {worst:.2e}"
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_a_warm_up_from_zero_is_that_of_transformers(name):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = transformers.get_scheduler(
+        "constant_with_warmup" if name == "constant" else name, optimizer, num_warmup_steps=4, num_training_steps=20
+    )
+    expected = []
+    for _ in range(20):
+        expected.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    own = phase(schedule=name, warmup_steps=4, steps=20, learning_rate=1.0, warmup_from_zero=True)
+    np.testing.assert_allclose(learning_rates(own, "p"), expected, atol=1e-6)
 
 
 def test_a_warm_up_longer_than_its_phase_is_refused():
