@@ -27,14 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", required=True, metavar="DIR", help="one of our runs or checkpoints, or a Hugging Face folder"
     )
-    parser.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="[NAME=]DIR",
-        help="PEFT folder (LoRA, DoRA) to use on top of the weights. With names it may be given several times: "
-        "--prompt is answered by the weights alone and by each, lines of --requests choose by `adapter`",
-    )
+    _adapter_argument(parser)
     asked = parser.add_argument_group("what to answer")
     asked.add_argument(
         "--prompt",
@@ -87,6 +80,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_backend_arguments(sizes)
     sizes.add_argument("--context", type=int, help="longest prompt plus answer; default: what the requests need")
     _output_arguments(parser)
+
+
+def _adapter_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="PEFT folder (LoRA, DoRA) to use on top of the weights. With names it may be given several times: "
+        "--prompt is answered by the weights alone and by each, lines of --requests choose by `adapter`",
+    )
 
 
 def _output_arguments(parser: argparse.ArgumentParser) -> None:

@@ -284,6 +284,11 @@ class PhaseConfig(Section):
     learning_rate_multipliers: dict[str, NonNegativeFloat] = Field(
         {}, description="Factor by parameter glob, first match wins."
     )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="Layer-wise rates: in each stack of L layers, layer l (from 0) learns at the rate times "
+        "layer_decay ** (L - 1 - l); weight decay goes with it.",
+    )
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Annotated[int, bounded(10**8, least=0)] = 0
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = Field(

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flax import nnx
-
 from mindvl_jax.checkpoints.names import run_folder
 from mindvl_jax.config.schema import MeshConfig
 from mindvl_jax.core.errors import UserError
@@ -77,6 +75,8 @@ def with_adapters(opened: OpenedModel, folders: Mapping[str, str]) -> dict[str, 
     Raises:
       UserError: a folder does not fit the model.
     """
+    from flax import nnx
+
     from mindvl_jax.weights.resolve import add_adapter
 
     return {

@@ -7,7 +7,7 @@ a fused kernel uses it; schedules come from optax.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ import optax
 from mindvl_jax.config.schema import OptimizerConfig, PhaseConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.core.params import Params, matches, matches_any, require_matches
+from mindvl_jax.parallel.rules import STACK
 from npu_bridge import ops
 
 
@@ -176,3 +177,23 @@ def apply_update(
         return jnp.where(keep, new, old)
 
     return jax.tree.map(choose, moved, params), jax.tree.map(choose, new_state, state)
+
+
+def with_layer_decay(
+    new: Params, old: Params, axis_names: Mapping[str, Sequence[str | None] | None], decay: float
+) -> Params:
+    """Shorten the updates of early layers: layer l of a stack of L moves by decay ** (L - 1 - l) of its update.
+
+    Every optimizer here moves a parameter by the rate times something that does not depend on it, so this is a rate of
+    its own for each layer, but for one more rounding.
+    """
+
+    def shortened(path: str, value: jax.Array) -> jax.Array:
+        if (axis_names.get(path) or (None,))[0] != STACK:
+            return value
+        factors = decay ** np.arange(len(value) - 1, -1, -1, dtype=np.float32)
+        before = old[path].astype(jnp.float32)
+        moved = before + factors.reshape(-1, *[1] * (value.ndim - 1)) * (value.astype(jnp.float32) - before)
+        return moved.astype(value.dtype)
+
+    return new if decay == 1 else {path: shortened(path, value) for path, value in new.items()}

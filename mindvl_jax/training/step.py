@@ -26,7 +26,7 @@ from mindvl_jax.data.processor import BatchSpec
 from mindvl_jax.objectives.base import Objective
 from mindvl_jax.parallel.rules import batch_sharding, replicated
 from mindvl_jax.training.muon import optimizer_init, optimizer_of
-from mindvl_jax.training.optimizer import apply_update, parameter_rules
+from mindvl_jax.training.optimizer import apply_update, parameter_rules, with_layer_decay
 from mindvl_jax.training.state import TrainState, spread_shardings, state_shardings
 from mindvl_jax.training.xla_backend import compile_xla
 from npu_bridge import ops
@@ -86,7 +86,8 @@ def by_part(params: Params) -> dict[str, Params]:
 
 def program_key(phase: PhaseConfig, objective: Objective, spec: BatchSpec, trained: Sequence[str]) -> tuple:
     """Key of a phase's programs: phases with equal keys share compiled code."""
-    return spec, objective, tuple(trained), phase.weight_decay, tuple(phase.learning_rate_multipliers.items())
+    rates = tuple(phase.learning_rate_multipliers.items()), phase.layer_decay
+    return spec, objective, tuple(trained), phase.weight_decay, *rates
 
 
 def make_programs(
@@ -172,6 +173,7 @@ def make_programs(
                 learning_rate=learning_rate,
                 keep=keep,
             )
+            new_trained = with_layer_decay(new_trained, state.trained, outline.axis_names, phase.layer_decay)
             new_trained = spread(new_trained)  # each device updates its share; the results are gathered, not the update
             if totals.aux is not None:
                 changed = objective.after_update(new_trained, totals.aux)

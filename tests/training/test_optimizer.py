@@ -19,6 +19,7 @@ from mindvl_jax.training.optimizer import (
     fused_adamw,
     learning_rates,
     parameter_rules,
+    with_layer_decay,
 )
 
 SGD = optax.chain(optax.trace(0.9), optax.scale(-1.0))  # an optimizer that is not ours
@@ -118,6 +119,22 @@ def test_updates_agree_with_optax_over_several_steps():
     worst = max(float(jnp.abs(params[path] - theirs[path]).max()) for path in shapes)
     # float32, values of order 1, five updates in another order of operations.
     assert worst < 2e-6, f"largest difference {worst:.2e}"
+
+
+def test_layer_decay_is_a_rate_of_its_own_for_each_layer():
+    """Against optax on each layer by itself, weight decay included."""
+    rng = np.random.default_rng(0)
+    value, gradient = (jnp.asarray(rng.normal(size=(3, 5, 4)), jnp.float32) for _ in range(2))
+    names = {"s/kernel": ("layers", "embed", "mlp"), "head": ("embed", None, None)}
+    old = {"s/kernel": value, "head": value}
+    updates, _ = (adamw := optax.adamw(0.1, weight_decay=0.3)).update(gradient, adamw.init(value), value)
+    new = dict.fromkeys(old, value + updates)
+    found = with_layer_decay(new, old, names, 0.5)
+    for layer, factor in enumerate((0.25, 0.5, 1.0)):
+        own = optax.adamw(0.1 * factor, weight_decay=0.3)
+        step, _ = own.update(gradient[layer], own.init(value[layer]), value[layer])
+        np.testing.assert_allclose(found["s/kernel"][layer], value[layer] + step, rtol=1e-6, atol=1e-7)
+    assert found["head"] is new["head"] and with_layer_decay(new, old, names, 1.0) is new
 
 
 def test_an_update_that_is_not_kept_leaves_every_bit():

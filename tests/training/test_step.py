@@ -296,8 +296,9 @@ def test_phases_of_one_shape_share_their_programs_whatever_their_mixture_and_sch
         key(weight_decay=0.1),
         key(loss_reduction="sample"),
         key(learning_rate_multipliers={"w": 0.5}),
+        key(layer_decay=0.9),
     ]
-    assert len({key(), *different}) == 5
+    assert len({key(), *different}) == 6
 
 
 def test_moments_start_anew_with_a_phase_unless_they_are_kept(outline, mesh):
