@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -289,6 +289,9 @@ class HFMapping:
       ignored: ends of names of tensors that follow from the configuration.
       unread: beginnings of names of tensors of parts that are not built; they are left out of what is written.
       tied: configuration -> (tensor that may be left out, tensor that it then equals), or None.
+      copies: configuration -> {tensor that repeats another one: that one}; written with it, read only to compare.
+      settle: (configuration, names of a folder's tensors) -> configuration, for parts that config.json may count and
+        the folder not hold; None: there are none.
       assemble: (configuration whose tower is taken, configuration whose decoder is taken, mrope=bool) -> configuration
         of both together;
         None: towers of this family serve no other decoder.
@@ -309,6 +312,8 @@ class HFMapping:
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
     unread: tuple[str, ...] = ()
     tied: Callable[[Any], tuple[str, str] | None] = lambda config: None
+    copies: Callable[[Any], Mapping[str, str]] = lambda config: {}
+    settle: Callable[[Any, Collection[str]], ModelConfig] | None = None
     assemble: Callable[..., ModelConfig] | None = None
     reference: Named | None = None
     reference_parts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)

@@ -29,4 +29,6 @@ def make_objective(
     moe = getattr(model.text, "moe", None)
     if moe is None:
         return sft.for_phase(phase, **common)
-    return routed_sft.for_phase(phase, moe, layers=model.text.num_layers - model.text.dense_layers, **common)
+    text = model.text
+    heads = dict(mtp_heads=getattr(text, "mtp_layers", 0), mtp_loss=getattr(text, "mtp_loss", 0.0))
+    return routed_sft.for_phase(phase, moe, layers=text.num_layers - text.dense_layers, **common, **heads)

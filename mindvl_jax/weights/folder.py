@@ -47,6 +47,19 @@ class Entry:
         return math.prod(self.shape[1:]) * jnp.dtype(self.dtype).itemsize
 
 
+def stored_names(folder: Path) -> set[str] | None:
+    """Names of a folder's tensors by its index or the header of its single file; None where they cannot be read, for
+    whoever opens the weights then says why.
+    """
+    try:
+        if (folder / INDEX).is_file():
+            return set(read_json(folder / INDEX)["weight_map"])
+        with safe_open(folder / SINGLE, framework="numpy") as file:
+            return set(file.keys())
+    except (OSError, KeyError, TypeError, SafetensorError, WeightsError):
+        return None
+
+
 class WeightsFolder:
     """The tensors of a folder, by published name.
 

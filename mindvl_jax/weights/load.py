@@ -74,7 +74,8 @@ def load_parameters(
     shapes = {path: like.shape for path, like in outline.shapes.items()}
     wanted = {path for path in shapes if parts is None or path.startswith(parts)}
     all_slots = [slot for slot in slots(config, shapes) if wanted.intersection(slot.rule.ours)]
-    _check(files, tied, all_slots, whole=parts is None)
+    copies = mapping.copies(config)
+    _check(files, {*copies, *(tied or ())[:1]}, all_slots, whole=parts is None)
 
     by_path: dict[str, list[tuple[Slot, int]]] = {}
     for slot in all_slots:
@@ -90,6 +91,12 @@ def load_parameters(
                 f"{folder}: config.json ties the word embeddings, but {tied[0]} differs from {tied[1]}; "
                 f"set tie_word_embeddings to false, or remove {tied[0]}"
             )
+        for copy, original in copies.items():
+            if copy in files.entries and original in files.entries and not _equal(reader, files, copy, original):
+                raise WeightsError(
+                    f"{folder}: {copy} differs from {original}, which it repeats in published files; models with two "
+                    "of them are not built"
+                )
         parameters = {}
         for path in sorted(wanted):
             kind = jnp.dtype(dtype) if dtype is not None else _stored_dtype(files, by_path[path])
@@ -115,8 +122,8 @@ def require_finite(values: dict[str, jax.Array], folder: Path) -> None:
         )
 
 
-def _check(files: WeightsFolder, tied: tuple[str, str] | None, expected: list[Slot], *, whole: bool) -> None:
-    """Raise one error with every missing, misshapen and unexpected tensor."""
+def _check(files: WeightsFolder, optional: set[str], expected: list[Slot], *, whole: bool) -> None:
+    """Raise one error with every missing, misshapen and unexpected tensor; `optional` names may be there or not."""
     problems = []
     for slot in expected:
         entry = files.entries.get(slot.name)
@@ -128,7 +135,7 @@ def _check(files: WeightsFolder, tied: tuple[str, str] | None, expected: list[Sl
                 f"asks for {list(slot.shape)}"
             )
     if whole:
-        known = {slot.name for slot in expected} | set(tied[:1] if tied else ())
+        known = {slot.name for slot in expected} | optional
         problems += [
             f"unexpected  {entry.stored} in {entry.file.name}: no parameter of this model"
             for name, entry in files.entries.items()

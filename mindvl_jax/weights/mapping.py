@@ -14,6 +14,7 @@ from mindvl_jax.config.schema import ModelConfig
 from mindvl_jax.models.hf import ConfigReader, HFMapping, ModelType, Rule, Shape
 from mindvl_jax.models.registry import SPECS, spec_of
 from mindvl_jax.weights.errors import WeightsError, read_json
+from mindvl_jax.weights.folder import stored_names
 
 
 def mapping_of(config: ModelConfig) -> HFMapping:
@@ -80,7 +81,9 @@ def read_config(folder: Path) -> ModelConfig:
                 ]
             )
         )
-    return config
+    if mapping.settle is None or (names := stored_names(folder)) is None:
+        return config
+    return mapping.settle(config, names)
 
 
 def config_content(

@@ -5,6 +5,7 @@ Host memory holds one shard file. A parameter that is spread over devices comes 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.numpy import save_file
 from mindvl_jax.config.schema import ModelConfig
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.weights.folder import INDEX, SINGLE
-from mindvl_jax.weights.mapping import Slot, config_content, slots
+from mindvl_jax.weights.mapping import Slot, config_content, mapping_of, slots
 
 SHARD_BYTES = 5 * 10**9
 """Largest weight file, as transformers chooses it."""
@@ -50,6 +51,11 @@ def save_parameters(
         all_slots = list(slots(config, shapes))
     except KeyError as error:
         raise UserError(f"the parameters lack {error.args[0]}, which the configuration asks for") from error
+    by_name = {slot.name: slot for slot in all_slots}
+    all_slots += [
+        dataclasses.replace(by_name[original], name=copy)
+        for copy, original in mapping_of(config).copies(config).items()
+    ]
     unknown = set(shapes) - {path for slot in all_slots for path in slot.rule.ours}
     if unknown:
         raise UserError(f"parameters that have no published name: {', '.join(sorted(unknown))}")

@@ -8,7 +8,7 @@ from mindvl_jax.config import loader as config_loader
 from mindvl_jax.models.outline import outline_of
 from mindvl_jax.models.vision_language.flops import FlopCounter
 from mindvl_jax.objectives.registry import make_objective
-from mindvl_jax.objectives.routed_sft import BIAS
+from mindvl_jax.objectives.routed_sft import BIAS, MTP_BIAS
 from mindvl_jax.training.trainer import train
 from mindvl_jax.weights import open_model
 
@@ -25,6 +25,7 @@ TEXT = {
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 8,
     "v_head_dim": 8,
+    "mtp_layers": 1,
     "moe": {
         "experts": 8,
         "experts_per_token": 2,
@@ -63,8 +64,10 @@ def test_every_token_reaches_its_experts_and_the_bias_moves_once_a_step_by_the_g
     rows = read_metrics(config)
     assert all(row["dropped_tokens"] == 0 for row in rows)
     assert all(row["expert_load_worst"] >= row["expert_load_mean"] >= 1 for row in rows)
-    assert rows[-1]["loss"] < rows[0]["loss"]
-    bias = _parameters(config)[BIAS]
+    assert rows[-1]["loss"] < rows[0]["loss"] and rows[-1]["mtp_loss"] < rows[0]["mtp_loss"]
+    assert all(set(row) >= {"balance", "router_z"} for row in rows)
+    parameters = _parameters(config)
+    bias = np.concatenate([parameters[BIAS], parameters[MTP_BIAS]])
     # Four moves of one hundredth, up, down or (at exactly the mean) not at all; Adam adds nothing, as the bias has no
     # gradient.
     moves = bias / 0.01
@@ -81,9 +84,10 @@ def test_accumulation_and_eight_devices_train_as_one_large_batch_on_one(routed_c
     for config in (whole, parts, spread):
         train(config)
     expected, spread_found, parts_found = map(_parameters, (whole, spread, parts))
-    assert np.any(expected[BIAS])
-    for found in (spread_found, parts_found):
-        np.testing.assert_array_equal(found[BIAS], expected[BIAS])
+    for bias in (BIAS, MTP_BIAS):
+        assert np.any(expected[bias])
+        for found in (spread_found, parts_found):
+            np.testing.assert_array_equal(found[bias], expected[bias])
     for path, value in spread_found.items():
         # Adam's first step is the sign of the gradient times the rate (3e-3): only gradients near 0 may differ.
         assert np.mean(np.abs(value - expected[path]) > 1e-4) < 0.01, path
@@ -116,7 +120,7 @@ def test_flops_count_the_experts_that_a_token_passes(routed_config):
     D, heads = 32, 4
     attention = D * 16 + 16 * heads * 16 + D * (16 + 8) + 16 * heads * 16 + heads * 8 * D
     routed = D * 8 + (2 + 1) * 3 * D * 16
-    expected = 2 * (3 * attention + 3 * D * 64 + 2 * routed)
+    expected = 2 * (3 * attention + 3 * D * 64 + 2 * routed + (attention + routed + 2 * D * D))  # the last: MTP
     assert counter(counts).language == expected
     assert model.text.token_products * 2 == expected
 
@@ -125,5 +129,6 @@ def test_validation_scores_without_the_balancing_terms(routed_config):
     config = routed_config()
     objective = make_objective(config.model, config.training.phases[0], loss_chunk=64)
     held = objective.for_validation()
-    assert objective.aux_shapes.shape == (2, 8) and held.aux_shapes is None and held.moe.balance_loss == 0
+    assert objective.aux_shapes.shape == (3, 8) and held.aux_shapes is None and held.moe.balance_loss == 0
+    assert objective.mtp_heads == 1 and held.mtp_heads == 0
     assert hash(held) != hash(objective) and jax.tree.leaves(objective.aux_shapes)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from mindvl_jax.models.deepseek_v3.config import DeepSeekV3Config
 from mindvl_jax.models.hf import ConfigReader, HFMapping, ModelType
 from mindvl_jax.models.layers import decoder_hf
 from mindvl_jax.models.layers.config import DeepSeekV3TextConfig, MoEConfig, YarnConfig
-from mindvl_jax.models.layers.routed_hf import deepseek_v3_rules, rope_of
+from mindvl_jax.models.layers.routed_hf import deepseek_v3_rules, mtp_copies, rope_of
 
 # Ours -> theirs, where the value is the same.
 _TEXT = dict(
@@ -38,9 +38,7 @@ _MOE = dict(
 
 
 def read_config(content: Mapping[str, Any], reader: ConfigReader) -> DeepSeekV3Config | None:
-    """Read a decoder without its MTP layer. transformers writes `num_nextn_predict_layers` for models that have none,
-    so it is not asked: a folder that holds the layer is refused by its tensors, which no parameter takes.
-    """
+    """Read a decoder with the MTP layers that the file counts; see `settle` for files that count absent ones."""
     reader.expect(content, "hidden_act", ("silu",), "silu")
     reader.expect(content, "attention_bias", (False, None), False)
     reader.expect(content, "scoring_func", ("sigmoid",), "sigmoid")
@@ -76,6 +74,7 @@ def read_config(content: Mapping[str, Any], reader: ConfigReader) -> DeepSeekV3C
             rms_norm_eps=content.get("rms_norm_eps", 1e-6),
             tie_word_embeddings=bool(content.get("tie_word_embeddings", False)),
             max_position_embeddings=content.get("max_position_embeddings", 4096),
+            mtp_layers=content.get("num_nextn_predict_layers") or 0,
         ),
     )
     return None if text is None else DeepSeekV3Config(text=text)
@@ -95,7 +94,7 @@ def write_config(config: DeepSeekV3Config, common: Mapping[str, Any]) -> dict[st
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
         "moe_layer_freq": 1,
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": text.mtp_layers,
         "aux_loss_alpha": moe.balance_loss,
         "rms_norm_eps": text.rms_norm_eps,
         "tie_word_embeddings": text.tie_word_embeddings,
@@ -103,6 +102,14 @@ def write_config(config: DeepSeekV3Config, common: Mapping[str, Any]) -> dict[st
         "rope_interleave": True,
         "rope_parameters": rope | ({} if yarn is None else yarn.model_dump()),
     }
+
+
+def settle(config: DeepSeekV3Config, names: Collection[str]) -> DeepSeekV3Config:
+    """Without MTP layers where the folder has no tensor of one: transformers drops them and keeps their number."""
+    first = f"model.layers.{config.text.num_layers}."
+    if not config.text.mtp_layers or any(name.startswith(first) for name in names):
+        return config
+    return config.model_copy(update=dict(text=config.text.model_copy(update=dict(mtp_layers=0))))
 
 
 _ATTENTION = {
@@ -116,6 +123,8 @@ MAPPING = HFMapping(
     read_config=read_config,
     write_config=write_config,
     tied=decoder_hf.tied,
+    copies=lambda config: mtp_copies(config.text),
+    settle=settle,
     aliases=decoder_hf.ALIASES,
     reference_parts={"embed": ("model.embed_tokens",), "norm": ("model.norm",), "head": ("lm_head",), **_ATTENTION},
 )

@@ -182,6 +182,14 @@ class DeepSeekV3TextConfig(Section):
     rms_norm_eps: PositiveFloat = 1e-6
     tie_word_embeddings: bool = False
     max_position_embeddings: PositiveInt = 163840
+    mtp_layers: NonNegativeInt = Field(
+        0, description="Heads that predict the tokens after the next one (multi-token prediction); DeepSeek-V3 has 1."
+    )
+    mtp_loss: NonNegativeFloat = Field(
+        0.1,
+        description="Factor of the mean loss of the MTP heads in training. DeepSeek-V3: 0.3 for the first 10T tokens, "
+        "then 0.1.",
+    )
     rope: Literal["1d"] = "1d"
     mrope_section: None = None
 
@@ -193,14 +201,17 @@ class DeepSeekV3TextConfig(Section):
         latent = D * self.cache_width + self.kv_lora_rank * N * (self.qk_nope_head_dim + self.v_head_dim)
         attention = query + latent + N * self.v_head_dim * D
         dense = self.dense_layers * 3 * D * self.intermediate_size
-        return self.num_layers * attention + dense + (self.num_layers - self.dense_layers) * self.moe.token_products(D)
+        heads = self.mtp_layers * (attention + self.moe.token_products(D) + 2 * D * D)
+        routed = (self.num_layers - self.dense_layers) * self.moe.token_products(D)
+        return self.num_layers * attention + dense + routed + heads
 
     @property
     def pair_products(self) -> int:
         """Return multiply-adds per token pair in the attention of all layers: two products, half of each masked by
         causality.
         """
-        return self.num_layers * self.num_heads * (self.qk_head_dim + self.v_head_dim) // 2
+        layers = self.num_layers + self.mtp_layers
+        return layers * self.num_heads * (self.qk_head_dim + self.v_head_dim) // 2
 
     @property
     def qk_head_dim(self) -> int:

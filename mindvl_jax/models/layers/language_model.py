@@ -5,7 +5,7 @@ B rows, T tokens, D language width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from mindvl_jax.models.batch import Batch
 from mindvl_jax.models.layers.config import DeepSeekV3TextConfig, Qwen3MoETextConfig, TextConfig
 from mindvl_jax.models.layers.decoder import Decoder
 from mindvl_jax.models.layers.moe import Routing
+from mindvl_jax.models.layers.mtp import following
 from mindvl_jax.models.layers.routed_decoders import DeepSeekV3Decoder, Qwen3MoEDecoder
 from mindvl_jax.parallel.activations import within_rows
 from mindvl_jax.parallel.attention import order_of_places
@@ -24,6 +25,32 @@ from npu_bridge import ops
 
 DECODERS = {TextConfig: Decoder, Qwen3MoETextConfig: Qwen3MoEDecoder, DeepSeekV3TextConfig: DeepSeekV3Decoder}
 """The decoder of each kind of text configuration."""
+
+
+class MTPLosses(NamedTuple):
+    """What M MTP heads say of a micro-batch.
+
+    Attributes:
+      losses_MBT: weights times negative log-likelihoods, at the position that predicts. weights_MBT: these weights, 0
+        where a sample has no token that far ahead. tokens_M: positions that each head's router counts.
+    """
+
+    losses_MBT: jax.Array
+    weights_MBT: jax.Array
+    tokens_M: jax.Array
+
+
+class RoutedLosses(NamedTuple):
+    """Of a routed decoder.
+
+    Attributes:
+      losses_BT: as of `LanguageModel.token_losses`. routing: stacked over the routed layers, MTP heads last.
+      mtp: None where the heads did not run.
+    """
+
+    losses_BT: jax.Array
+    routing: Routing
+    mtp: MTPLosses | None = None
 
 
 class LanguageModel(nnx.Module):
@@ -138,21 +165,51 @@ class LanguageModel(nnx.Module):
         return numerator, _in_order(losses_BT, order)
 
     def routed_losses(
-        self, batch: Batch, *, chunk: int, max_sample_length: int | None = None, max_image_patches: int | None = None
-    ) -> tuple[jax.Array, Routing]:
-        """As `token_losses`, and what the routers of a routed decoder did, stacked over its layers."""
+        self,
+        batch: Batch,
+        *,
+        chunk: int,
+        max_sample_length: int | None = None,
+        max_image_patches: int | None = None,
+        mtp: bool = False,
+    ) -> RoutedLosses:
+        """As `token_losses`, and what the routers of a routed decoder did.
+
+        Args:
+          mtp: also run the model's MTP heads.
+        """
         batch, order = _as_attention_wants(batch)
         inputs_BTD, options = self.decoder_inputs(batch, max_image_patches=max_image_patches)
+        bounds = dict(segment_lengths=batch.segment_lengths, max_sample_length=max_sample_length)
         with jax.named_scope("language"):
             hidden_BTD, routing = self.language.routed(
-                inputs_BTD,
-                batch.positions,
-                batch.segment_ids,
-                segment_lengths=batch.segment_lengths,
-                max_sample_length=max_sample_length,
-                **options,
+                inputs_BTD, batch.positions, batch.segment_ids, **bounds, **options
             )
-        return _in_order(self._losses(hidden_BTD, batch, chunk), order), routing
+        losses_BT = _in_order(self._losses(hidden_BTD, batch, chunk), order)
+        if not mtp:
+            return RoutedLosses(losses_BT, routing)
+
+        def ahead(values, steps):
+            """Values of the token `steps` on in its own sample; 0 past the end of the row."""
+            moved = following(_in_order(values, order, axis=1), steps)
+            return moved if order is None else jnp.take(moved, order, axis=1)
+
+        steps = range(1, self.language.config.mtp_layers + 1)
+        ids = [jnp.where(ahead(batch.segment_ids, k) == batch.segment_ids, batch.segment_ids, 0) for k in steps]
+        with jax.named_scope("language"):
+            hidden, of_heads = self.language.predict_ahead(
+                hidden_BTD, [ahead(inputs_BTD, k) for k in steps], batch.positions, batch.segment_ids, ids, **bounds
+            )
+        losses, weights = [], []
+        for k, own_BT, hidden_BTD in zip(steps, ids, hidden, strict=True):
+            # A label belongs to a token: head k is taught it k positions before the main model is, in the same sample.
+            weights_BT = jnp.where(own_BT > 0, ahead(batch.loss_weights, k), 0)
+            moved = batch.replace(targets=ahead(batch.targets, k), loss_weights=weights_BT)
+            losses.append(_in_order(self._losses(hidden_BTD, moved, chunk), order))
+            weights.append(_in_order(weights_BT, order))
+        tokens_M = jnp.stack([jnp.sum((own_BT > 0).astype(jnp.float32)) for own_BT in ids])
+        routing = jax.tree.map(lambda *parts: jnp.concatenate(parts), routing, of_heads)
+        return RoutedLosses(losses_BT, routing, MTPLosses(jnp.stack(losses), jnp.stack(weights), tokens_M))
 
     def _losses(self, hidden_BTD, batch: Batch, chunk: int) -> jax.Array:
         with jax.named_scope("loss"):
@@ -186,6 +243,6 @@ def _as_attention_wants(batch: Batch) -> tuple[Batch, np.ndarray | None]:
     return batch.replace(**moved), order
 
 
-def _in_order(values_BT: jax.Array, order: np.ndarray | None) -> jax.Array:
+def _in_order(values: jax.Array, order: np.ndarray | None, axis: int = -1) -> jax.Array:
     """Values of places as they lay in the batch."""
-    return values_BT if order is None else jnp.take(values_BT, np.argsort(order), axis=-1)
+    return values if order is None else jnp.take(values, np.argsort(order), axis=axis)

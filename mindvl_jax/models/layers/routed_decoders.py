@@ -14,10 +14,12 @@ from flax import nnx
 
 from mindvl_jax.models.layers.cache import LatentCache
 from mindvl_jax.models.layers.config import DeepSeekV3TextConfig, Qwen3MoETextConfig
-from mindvl_jax.models.layers.decoder import Attention, Decoder, Embedding, self_attention, transposed
-from mindvl_jax.models.layers.linear import GatedMLP, Linear, RMSNorm
-from mindvl_jax.models.layers.mla import LatentAttention, rotary_tables, softmax_scale
+from mindvl_jax.models.layers.decoder import Attention, Decoder, Embedding, transposed
+from mindvl_jax.models.layers.latent_layer import LatentLayer
+from mindvl_jax.models.layers.linear import Linear, RMSNorm
+from mindvl_jax.models.layers.mla import rotary_tables
 from mindvl_jax.models.layers.moe import MoE, Routing
+from mindvl_jax.models.layers.mtp import MTPHeads
 from mindvl_jax.models.layers.stack import rematerialise_attention, scan_layers, scan_layers_with_aux
 from mindvl_jax.models.layers.visual_tokens import LayerAdditions, adding
 
@@ -72,48 +74,8 @@ class Qwen3MoEDecoder(Decoder):
         return self.routed(inputs_BTD, positions_B3T, segment_ids_BT, **options)[0]
 
 
-class LatentLayer(nnx.Module):
-    """Pre-norm latent attention and a dense or routed feed-forward."""
-
-    def __init__(self, config: DeepSeekV3TextConfig, *, routed: bool, layers: int, rngs: nnx.Rngs, dtype):
-        D = config.hidden_size
-        norm = dict(eps=config.rms_norm_eps, dtype=dtype, layers=layers)
-        self.norm1 = RMSNorm(D, **norm)
-        self.attention = LatentAttention(config, rngs=rngs, dtype=dtype, layers=layers)
-        self.norm2 = RMSNorm(D, **norm)
-        if routed:
-            self.moe = MoE(config.moe, D, rngs=rngs, dtype=dtype, layers=layers, depth=config.num_layers)
-        else:
-            scale = (2 * config.num_layers) ** -0.5
-            self.mlp = GatedMLP(
-                D, config.intermediate_size, bias=False, rngs=rngs, dtype=dtype, layers=layers, residual_scale=scale
-            )
-
-    def attend(self, x_BTD, tables, segment_ids_BT, segment_lengths, max_sample_length) -> tuple[jax.Array, ...]:
-        """Un-absorbed -> what the layer adds (B, T, D), and what a cache keeps: latents (B, T, R), shared keys
-        (B, T, P).
-        """
-        attention = self.attention
-        inputs = self.norm1(x_BTD)
-        nope, rotary = attention.queries(inputs, *tables)
-        latents, shared = attention.latents(inputs, *tables)
-        k, v = attention.keys_and_values(latents, shared)
-        q, scale = jnp.concatenate([nope, rotary], -1), softmax_scale(attention.config)
-        out = self_attention(q, k, v, segment_ids_BT, segment_lengths, max_sample_length, scale=scale)
-        return attention.finish(out), latents, shared
-
-    def feed_forward(self, x_BTD) -> jax.Array:
-        """For decoding, where nobody balances."""
-        inputs = self.norm2(x_BTD)
-        if hasattr(self, "moe"):
-            with jax.named_scope("moe"):
-                return x_BTD + self.moe(inputs, None)[0]
-        with jax.named_scope("mlp"):
-            return x_BTD + self.mlp(inputs)
-
-
 class DeepSeekV3Decoder(nnx.Module):
-    """Token table, dense layers, routed layers, final norm, output matrix."""
+    """Token table, dense layers, routed layers, final norm, output matrix, and MTP heads where the model has them."""
 
     def __init__(self, config: DeepSeekV3TextConfig, *, rngs: nnx.Rngs, dtype, remat: str = "none"):
         self.config, self.remat = config, remat
@@ -129,6 +91,7 @@ class DeepSeekV3Decoder(nnx.Module):
             if config.tie_word_embeddings
             else Linear(config.hidden_size, config.vocab_size, ("embed", "vocab"), bias=False, **layer)
         )
+        self.mtp = MTPHeads(config, **layer) if config.mtp_layers else None
 
     def head_kernel(self) -> jax.Array:
         """(D, V): the output matrix, which is the token table when tied."""
@@ -170,6 +133,13 @@ class DeepSeekV3Decoder(nnx.Module):
 
     def __call__(self, inputs_BTD, positions_B3T, segment_ids_BT, **options) -> jax.Array:
         return self.routed(inputs_BTD, positions_B3T, segment_ids_BT, **options)[0]
+
+    def predict_ahead(
+        self, hidden_BTD, following_BTD, positions_B3T, segment_ids_BT, following_ids_BT, **options
+    ) -> tuple[list[jax.Array], Routing]:
+        """See `MTPHeads.__call__`, with this decoder's rotary tables and remat."""
+        tables = rotary_tables(positions_B3T, self.config)
+        return self.mtp(hidden_BTD, following_BTD, tables, segment_ids_BT, following_ids_BT, self.remat, **options)
 
     def read(
         self, inputs_BTD, positions_B3T, segment_ids_BT, *, segment_lengths=None

@@ -114,9 +114,8 @@ def write_qwen3_moe(text: Qwen3MoETextConfig) -> dict[str, Any]:
 
 
 def deepseek_v3_rules(config: DeepSeekV3TextConfig) -> list[Rule]:
-    """Latent attention, dense layers under `language/dense`, routed ones under `language/layers`.
-
-    The MTP layer is not part of it.
+    """Latent attention, dense layers under `language/dense`, routed ones under `language/layers`, MTP heads behind them
+    under `language/mtp`. The heads' token table and output matrix are copies: see `mtp_copies`.
     """
     rules = [Rule(EMBEDDING, ("language/embed/embedding",)), *norm("model.norm", "language/norm")]
     if not config.tie_word_embeddings:
@@ -129,17 +128,38 @@ def deepseek_v3_rules(config: DeepSeekV3TextConfig) -> list[Rule]:
             for rule in linear(f"{LAYER}.mlp.{part}_proj", f"language/dense/mlp/{part}", bias=False)
         ]
     first = config.dense_layers
-    rules += [*_latent_rules(config, "language/layers", first), *expert_rules("language/layers", first=first)]
+    rules += _routed_rules(config, "language/layers", first)
+    if config.mtp_layers:
+        first = config.num_layers
+        rules += _routed_rules(config, "language/mtp/layer", first)
+        rules += linear(f"{LAYER}.eh_proj", "language/mtp/joint", bias=False, first=first)
+        names = {"enorm": "token_norm", "hnorm": "hidden_norm", "shared_head.norm": "norm"}
+        rules += [
+            rule
+            for name, ours in names.items()
+            for rule in norm(f"{LAYER}.{name}", f"language/mtp/{ours}", first=first)
+        ]
+    return rules
+
+
+def mtp_copies(config: DeepSeekV3TextConfig) -> dict[str, str]:
+    """Tensors of the published MTP layers that repeat the main model's token table and output matrix."""
+    layers = range(config.num_layers, config.num_layers + config.mtp_layers)
+    table, matrix = "model.layers.{}.embed_tokens.weight", "model.layers.{}.shared_head.head.weight"
+    head = EMBEDDING if config.tie_word_embeddings else HEAD
+    return {table.format(n): EMBEDDING for n in layers} | {matrix.format(n): head for n in layers}
+
+
+def _routed_rules(config: DeepSeekV3TextConfig, ours: str, first: int) -> list[Rule]:
+    rules = [*_latent_rules(config, ours, first), *expert_rules(ours, first=first)]
     if config.moe.selection_bias:
-        rules.append(
-            Rule(f"{LAYER}.mlp.gate.e_score_correction_bias", ("language/layers/moe/router/bias",), first=first)
-        )
+        rules.append(Rule(f"{LAYER}.mlp.gate.e_score_correction_bias", (f"{ours}/moe/router/bias",), first=first))
     if config.moe.shared_experts:
         rules += [
             rule
             for part in ("gate", "up", "down")
             for rule in linear(
-                f"{LAYER}.mlp.shared_experts.{part}_proj", f"language/layers/moe/shared/{part}", bias=False, first=first
+                f"{LAYER}.mlp.shared_experts.{part}_proj", f"{ours}/moe/shared/{part}", bias=False, first=first
             )
         ]
     return rules

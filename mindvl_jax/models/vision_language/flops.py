@@ -46,12 +46,13 @@ class FlopCounter:
         # upstream learns.
         self._vision_kernels = kernels("vision/") * (1 + share("vision/") + learns("vision/"))
         self._projector_kernels = kernels("projector/") * (1 + share("projector/") + learns("vision/", "projector/"))
-        decoder = ("language/layers/", "language/dense/")
+        decoder = ("language/layers/", "language/dense/", "language/mtp/")
         upstream = learns("vision/", "projector/", "language/")
         self._language_kernels = kernels(*decoder) * (1 + share(*decoder) + upstream)
         text = model.text
         head_learns = learns("language/embed/" if text.tie_word_embeddings else "language/head/")
-        self._head = text.hidden_size * text.vocab_size * (1.0 + head_learns + upstream)
+        heads = 1 + getattr(text, "mtp_layers", 0)
+        self._head = heads * text.hidden_size * text.vocab_size * (1.0 + head_learns + upstream)
         self._language_attention = 3.0 if upstream else 1.0
         self._vision_attention = 3.0 if learns("vision/") else 1.0
 
