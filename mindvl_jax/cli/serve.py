@@ -73,6 +73,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=4,
         help="tokens decoded between two looks at the queue: small is smooth, large is fast (default %(default)s)",
     )
+    sizes.add_argument(
+        "--prefix-cache-mb",
+        type=int,
+        default=512,
+        metavar="MB",
+        help="memory for prompts that were read, so that one which begins alike is read from there on; 0: none "
+        "(default %(default)s)",
+    )
     sizes.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,tensor=4; default: one")
     add_backend_arguments(sizes)
     _add_limits(parser)
@@ -109,6 +117,8 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise UserError(f"serving needs the package {error.name!r}: pip install 'mindvl-jax[serve]'") from None
 
+    if args.prefix_cache_mb < 0:
+        raise UserError(f"--prefix-cache-mb {args.prefix_cache_mb}: expected 0 or more")
     programs = chosen_programs(args)
     runner, settings = make_runner(args, programs)
     _warm_up(runner, Console(stderr=True))
@@ -167,7 +177,13 @@ def make_runner(args: argparse.Namespace, programs=None):
     if settings.model in adapted:
         raise UserError(f"--adapter {settings.model}=...: that is the model's own name; choose another, or --name")
     generator, *others = (
-        Generator(each, slots=args.slots, context=args.context, programs=programs)
+        Generator(
+            each,
+            slots=args.slots,
+            context=args.context,
+            programs=programs,
+            prefix_bytes=args.prefix_cache_mb << 20,
+        )
         for each in (opened, *adapted.values())
     )
     patches = args.context * vision.merge_unit if sees else 0

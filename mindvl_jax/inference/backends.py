@@ -44,6 +44,8 @@ class BridgePrograms:
             return programs.prefill.__wrapped__(graphdef, params, batch, has_pictures=False)
 
         self._read = {True: compiled(read_pictures, static_argnums=0), False: compiled(read_text, static_argnums=0)}
+        self.cut = compiled(programs.cut.__wrapped__, static_argnums=5)
+        self.prefill_after = compiled(programs.prefill_after.__wrapped__, static_argnums=0)
         self.last_logits = compiled(programs.last_logits.__wrapped__, static_argnums=0)
         self.first_tokens = compiled(programs.first_tokens.__wrapped__, static_argnums=3)
         self.admit = compiled(programs.admit.__wrapped__, donate_argnums=0)

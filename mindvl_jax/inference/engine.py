@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -17,10 +18,11 @@ from flax import nnx
 
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.inference import programs
-from mindvl_jax.inference.buckets import Bucket, row_counts, rows_for
+from mindvl_jax.inference.buckets import Bucket, next_size, row_counts, rows_for
 from mindvl_jax.inference.grammar import Matcher
 from mindvl_jax.inference.placement import place_rows, row_groups
 from mindvl_jax.inference.prefill import RowPlanner
+from mindvl_jax.inference.prefix_cache import Entry, PrefixCache
 from mindvl_jax.inference.programs import CHUNK, empty_slots
 from mindvl_jax.inference.prompts import Prompt, pack_bucket, vision_of
 from mindvl_jax.inference.request import Sampling
@@ -68,9 +70,13 @@ class Engine:
       mesh: spreads the slots over its rows axes (data, fsdp) when their number divides; None: wherever the parameters
         are.
       programs: the module `programs` (XLA) or a `backends.BridgePrograms`.
+      prefix_bytes: keys and values of prompts that are kept for prompts which begin in the same way; 0 keeps none. On
+        one device, for decoders that can go on after known keys (`read_after`); others keep none.
     """
 
-    def __init__(self, model, *, eos_ids: Sequence[int], slots: int, context: int, mesh=None, programs=programs):
+    def __init__(
+        self, model, *, eos_ids: Sequence[int], slots: int, context: int, mesh=None, programs=programs, prefix_bytes=0
+    ):
         self._programs = programs
         self.slots, self.context = slots, context
         self._graphdef, self._params = nnx.split(model)
@@ -86,7 +92,11 @@ class Engine:
         self._state = self._place(empty_slots(cache, slots, model.language.config.vocab_size))
         self._waiting: collections.deque[_Running] = collections.deque()
         self._running: list[_Running | None] = [None] * slots
+        can_go_on = mesh is None and hasattr(model.language, "read_after")
+        self.prefixes = PrefixCache(prefix_bytes) if prefix_bytes and can_go_on else None
+        self._rests: tuple[int, ...] = ()
         self.decoded_tokens = 0
+        self.reused_tokens = 0
         self.decode_steps = 0
 
     def _place(self, state: programs.Slots) -> programs.Slots:
@@ -116,6 +126,9 @@ class Engine:
     def fix(self, sizes: Sequence[tuple[Bucket, int]]) -> None:
         """Restrict prefill to these sizes (bucket, rows), so that nothing is compiled later; see `warm_up`."""
         self._planner.fix(sizes)
+        # A rest of more than half a prompt is not worth a program of its own.
+        texts = {bucket.tokens for bucket, _ in sizes if not bucket.patches}
+        self._rests = tuple(sorted(tokens for tokens in texts if 2 * tokens <= self.context))
 
     def warm_up(self, prompt: Prompt, sizes: Sequence[tuple[Bucket, int]]) -> Iterator[tuple[int, int, str]]:
         """Compile all programs of these prompt sizes and of decoding, and `fix` the sizes.
@@ -127,7 +140,8 @@ class Engine:
         """
         self.fix(sizes)
         counts = row_counts(self.slots)
-        total = len(sizes) * len(counts) + 3
+        rests = self._rests if self.prefixes is not None else ()
+        total = len(sizes) * len(counts) + len(rests) + 3
         done = 0
         for bucket, rows in sizes:
             for count in counts:
@@ -137,6 +151,10 @@ class Engine:
                 self._read_rows(
                     [prompt], [[0]], [0] * count, bucket, rows, [self.slots] * count, self._settings([], count)
                 )
+        for tokens in rests:
+            yield done, total, f"{tokens} tokens after a known beginning"
+            done += 1
+            self._compile_rest(prompt, tokens)
         V = self._state.seen.shape[-1]
         for alternatives, allowed in ((False, None), (True, None), (True, np.ones((self.slots, V), bool))):
             what = " by a grammar" if allowed is not None else " with alternatives" if alternatives else ""
@@ -205,6 +223,8 @@ class Engine:
             raise ValueError("the new parameters have another structure, shapes or dtypes than the model's")
         self._params = params
         self._decode_params = self._programs.unstack_layers(self._graphdef, params)
+        if self.prefixes is not None:
+            self.prefixes.clear()
 
     def _release(self, slots: Sequence[int]) -> None:
         if not slots:
@@ -329,6 +349,15 @@ class Engine:
         if len(free) < min(least_free, len(self._waiting)):
             return admitted
         while free and self._waiting:
+            # Of those alone whose turn it is now: nobody is passed by.
+            soon = itertools.islice(self._waiting, len(free))
+            known = ((running, found) for running in soon if (found := self._known(running.prompt)) is not None)
+            if (next_known := next(known, None)) is not None:
+                running, found = next_known
+                self._waiting.remove(running)
+                admitted.append((free[:1], *self._read_after(running, free[0], *found)))
+                free = free[1:]
+                continue
             group = self._next_group(len(free))
             slots, free = free[: len(group)], free[len(group) :]
             admitted.append((slots, *self._read(group, slots)))
@@ -396,6 +425,12 @@ class Engine:
         batch = place_rows(self._mesh, batch, batch.tokens.shape[0])
         prefilled = self._programs.prefill(self._graphdef, self._params, batch, has_pictures=bool(bucket.patches))
         places = _places(prompts, rows, prompt_of)
+        first = self._start(prefilled, places, slots, settings, alternatives, allowed_NV)
+        self._keep(prefilled, prompts, _places(prompts, rows, range(len(prompts))), compile=alternatives is None)
+        return first
+
+    def _start(self, prefilled: programs.Prefilled, places, slots, settings, alternatives, allowed_NV):
+        """Put answers to prefilled prompts into slots; arguments and result as of `_read_rows`."""
         logits, seen = self._programs.last_logits(self._graphdef, self._params, prefilled, places)
         if alternatives is None:
             self._programs.first_tokens(logits, seen, settings, True)
@@ -413,6 +448,78 @@ class Engine:
             self._eos,
         )
         return first
+
+    # --- prompts that begin as one before ---
+
+    def _known(self, prompt: Prompt) -> tuple[Entry, int, int] | None:
+        """(entry, tokens in common, size for the rest) where going on after a known beginning is worth it."""
+        if self.prefixes is None or (found := self.prefixes.longest(prompt.identity)) is None:
+            return None
+        entry, length = found
+        rest = prompt.tokens - length
+        size = next((size for size in self._rests if size >= rest), None if self._rests else next_size(rest, 32))
+        # Images of the rest would want the tower.
+        if size is None or 2 * size > prompt.tokens or (prompt.example.visual_index[length:] >= 0).any():
+            return None
+        return entry, length, size
+
+    def _read_after(self, running: _Running, slot: int, entry: Entry, length: int, size: int):
+        """Read the rest of a prompt and put its answer into a slot; returns as `_read`."""
+        prompt, pad = running.prompt, rows_for(1, self.slots) - 1
+        S = entry.keys.shape[2]
+        known = self._programs.cut(
+            entry.keys, entry.values, np.int32(0), np.int32(S - entry.tokens + length), np.int32(length), self.context
+        )
+        constrained = running.matcher is not None
+        first = self._go_on(
+            prompt,
+            length,
+            size,
+            known,
+            [slot] + [self.slots] * pad,
+            self._settings([running], pad),
+            constrained or bool(running.sampling.top_logprobs),
+            self._allowed([running], pad) if constrained else None,
+        )
+        self._running[slot] = running
+        self.reused_tokens += length
+        return first
+
+    def _go_on(self, prompt: Prompt, length: int, size: int, known, slots, settings, alternatives, allowed_NV):
+        P, example = self.context, prompt.example
+        rest = prompt.tokens - length
+        tokens, ids = np.zeros((1, P + size), np.int32), np.zeros((1, P + size), np.int32)
+        positions = np.zeros((1, 3, size), np.int32)
+        tokens[0, P - length : P + rest], ids[0, P - length : P + rest] = example.tokens, 1
+        positions[0, :, :rest] = example.positions[:, length:]
+        prefilled = self._programs.prefill_after(self._graphdef, self._params, tokens, positions, ids, *known)
+        place = _places([prompt], [[0]], [0] * len(slots))
+        place = dataclasses.replace(place, start=place.start + np.int32(P - length))
+        first = self._start(prefilled, place, slots, settings, alternatives, allowed_NV)
+        self._keep(prefilled, [prompt], place, compile=alternatives is None)
+        return first
+
+    def _keep(self, prefilled: programs.Prefilled, prompts: Sequence[Prompt], places, *, compile: bool) -> None:
+        """Keep keys and values of prompts that may be the beginning of others."""
+        if self.prefixes is None:
+            return
+        for prompt, row, start, length in zip(prompts, places.row, places.start, places.length):
+            if compile or self.prefixes.wants(prompt.identity):
+                end = np.int32(start + length)
+                kept = self._programs.cut(prefilled.keys, prefilled.values, row, end, length, self.context)
+                if not compile:
+                    self.prefixes.add(Entry(prompt.identity, *kept))
+
+    def _compile_rest(self, prompt: Prompt, size: int) -> None:
+        """Compile what `_read_after` runs for a rest of this size."""
+        bucket, count, _ = self._planner([prompt])
+        batch = pack_bucket([[prompt]], bucket, count, self._vision)
+        read = self._programs.prefill(self._graphdef, self._params, batch, has_pictures=bool(bucket.patches))
+        one, pad = np.int32(1), rows_for(1, self.slots)
+        known = self._programs.cut(read.keys, read.values, np.int32(0), one, one, self.context)
+        known = self._programs.cut(*known, np.int32(0), np.int32(self.context), one, self.context)
+        # Slot numbers past the last are dropped.
+        self._go_on(prompt, prompt.tokens - 1, size, known, [self.slots] * pad, self._settings([], pad), None, None)
 
     def _settings(self, group: list[_Running], pad: int) -> programs.Settings:
         def column(value: Callable[[_Running], object], kind, rest):

@@ -46,6 +46,7 @@ class Generator:
       context: longest prompt plus answer in tokens; None sizes it by the requests, and grows for longer ones.
       mesh: devices to spread the slots over; None: the devices of the model's parameters.
       programs: back end; None is XLA, `backends.BridgePrograms(device)` is npu_bridge.
+      prefix_bytes: see `Engine`.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Generator:
         context: int | None = None,
         mesh=None,
         programs=None,
+        prefix_bytes: int = 0,
         resample: str = "bicubic",
         video_fps: float = 2.0,
         video_max_frames: int = 64,
@@ -72,7 +74,7 @@ class Generator:
             video_max_frames=video_max_frames,
         )
         self._engine: Engine | None = None
-        self._programs = {} if programs is None else {"programs": programs}
+        self._options = {"prefix_bytes": prefix_bytes} | ({} if programs is None else {"programs": programs})
         self.eos_ids = self.tokenizer.stop_ids
         self.grammars = GrammarReader(self.tokenizer, self.model.language.config.vocab_size, self.eos_ids)
 
@@ -171,7 +173,7 @@ class Generator:
         """
         size = context or self._fixed_context
         return Engine(
-            self.model, eos_ids=self.eos_ids, slots=self.slots, context=size, mesh=self._mesh, **self._programs
+            self.model, eos_ids=self.eos_ids, slots=self.slots, context=size, mesh=self._mesh, **self._options
         )
 
     def submit(

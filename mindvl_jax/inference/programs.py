@@ -192,6 +192,41 @@ def prefill(graphdef, params, batch: Batch, *, has_pictures: bool) -> Prefilled:
     return Prefilled(keys=keys, values=values, hidden=hidden_RTD, tokens=batch.tokens)
 
 
+@partial(jax.jit, static_argnames=("places",))
+def cut(keys, values, row, end, length, places: int) -> tuple[jax.Array, jax.Array]:
+    """Keys and values (L, 1, places, ..) of the `length` tokens before place `end` of a row, at the last places; the
+    places before them hold what nobody reads.
+    """
+    place_P = jnp.clip(end - places + jnp.arange(places), 0, keys.shape[2] - 1)
+    own_P = jnp.arange(places) >= places - length
+
+    def of(store):
+        taken = jax.lax.dynamic_index_in_dim(store, row, 1)[:, :, place_P]
+        return jnp.where(own_P.reshape(-1, *[1] * (store.ndim - 3)), taken, 0)
+
+    return of(keys), of(values)
+
+
+@partial(jax.jit, static_argnames=("graphdef",))
+def prefill_after(graphdef, params, tokens_1S, positions_13T, segment_ids_1S, keys, values) -> Prefilled:
+    """Prefill one prompt whose beginning was read before.
+
+    Args:
+      tokens_1S, segment_ids_1S: of P known places (padding, then the beginning) and T new ones (tokens, then padding);
+        0 is padding.
+      positions_13T: of the new ones. keys, values: (L, 1, P, ..) as `cut` gives them.
+    """
+    model = nnx.merge(graphdef, params)
+    P = keys.shape[2]
+    inputs_1TD = model.language.embed(tokens_1S[:, P:]).astype(model.compute_dtype)
+    hidden_1TD, *new = model.language.read_after(
+        inputs_1TD, positions_13T, segment_ids_1S[:, P:], keys, values, segment_ids_1S[:, :P]
+    )
+    joined = (jnp.concatenate([old.astype(own.dtype), own], 2) for old, own in zip((keys, values), new, strict=True))
+    hidden_1SD = jnp.pad(hidden_1TD, ((0, 0), (P, 0), (0, 0)))
+    return Prefilled(*joined, hidden=hidden_1SD, tokens=tokens_1S)
+
+
 @partial(jax.jit, static_argnames=("graphdef",))
 def last_logits(graphdef, params, prefilled: Prefilled, places: Places) -> tuple[jax.Array, jax.Array]:
     """Logits (N, V) float32 after the last token of each answer's prompt, and the tokens that occur in the prompt, (N,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +23,7 @@ from mindvl_jax.inference.buckets import Bucket, bucket_of
 from mindvl_jax.inference.request import Request
 from mindvl_jax.models.vision_language.batch import Batch, BatchShape
 from mindvl_jax.models.vision_language.collate import collate
-from mindvl_jax.models.vision_language.example import EncodeLimits, Example, ExampleEncoder
+from mindvl_jax.models.vision_language.example import EncodeLimits, Example, ExampleEncoder, VisualItem
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,6 +45,31 @@ class Prompt:
     @property
     def patches(self) -> int:
         return self.example.patches
+
+    @functools.cached_property
+    def identity(self) -> np.ndarray:
+        """(tokens,) int64: what each token is. Text is its number; a token of an image or video is a negative hash of
+        the medium's pixels and of its place in it, so that two pictures of one size differ, whatever the text.
+        """
+        example = self.example
+        visual = np.asarray(example.visual_index)
+        if not (visual >= 0).any():
+            return np.asarray(example.tokens, np.int64)
+        starts = np.cumsum([0, *(item.layout.tokens for item in example.visuals)])
+        seeds = np.array([_digest(*medium) for medium in zip(example.visuals, example.pixels, strict=True)], np.uint64)
+        if starts[-1] != visual.max() + 1:  # tokens that are not laid out medium by medium: share all media or none
+            starts, seeds = np.array([0, visual.max() + 1]), np.array([hash(tuple(seeds.tolist()))]).astype(np.uint64)
+        owner = np.clip(np.searchsorted(starts, visual, side="right") - 1, 0, len(seeds) - 1)
+        place = (visual - starts[owner]).astype(np.uint64)
+        hashed = seeds[owner] + place * np.uint64(0x9E3779B97F4A7C15)  # wraps; an odd factor keeps places apart
+        return np.where(visual >= 0, (hashed | np.uint64(1 << 63)).view(np.int64), example.tokens)
+
+
+def _digest(item: VisualItem, pixels: np.ndarray) -> int:
+    told = repr((item.kind, item.layout.grid, pixels.shape, str(pixels.dtype))).encode()
+    return int.from_bytes(
+        hashlib.blake2b(told + np.ascontiguousarray(pixels).tobytes(), digest_size=8).digest(), "little"
+    )
 
 
 class PromptEncoder:

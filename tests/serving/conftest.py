@@ -31,8 +31,8 @@ CONTEXT, SLOTS = 256, 4
 class Running:
     """A server in a thread of this process."""
 
-    def __init__(self, opened, *, context=CONTEXT, sizes=None, adapters=None, **settings):
-        generator = Generator(opened, slots=SLOTS, context=context)
+    def __init__(self, opened, *, context=CONTEXT, sizes=None, adapters=None, prefix_bytes=0, **settings):
+        generator = Generator(opened, slots=SLOTS, context=context, prefix_bytes=prefix_bytes)
         others = {name: Generator(each, slots=SLOTS, context=context) for name, each in (adapters or {}).items()}
         sizes = sizes or prompt_sizes(context=context, patches=256, images=4, rows=1)
         self.settings = ServerSettings(model="tiny", images=4, **settings)
@@ -87,7 +87,7 @@ def start():
 
 @pytest.fixture(scope="session")
 def running(opened):
-    with Running(opened, body_bytes=1 << 20, image_bytes=1 << 19, queue=32) as server:
+    with Running(opened, body_bytes=1 << 20, image_bytes=1 << 19, queue=32, prefix_bytes=1 << 26) as server:
         yield server
 
 

@@ -21,6 +21,9 @@ class Metrics:
         self.requests = make(Counter, "requests_total", "Requests by outcome.", ["outcome"])
         self.prompt_tokens = make(Counter, "prompt_tokens_total", "Tokens of prompts that were answered.")
         self.answer_tokens = make(Counter, "answer_tokens_total", "Tokens of answers.")
+        self.reused_tokens = make(
+            Gauge, "reused_prompt_tokens", "Tokens of prompts that were not read again, since the engine was made."
+        )
         self.waiting = make(Gauge, "waiting_requests", "Requests that wait for a slot.")
         self.running = make(Gauge, "running_answers", "Answers that decode.")
         self.slots = make(Gauge, "slots", "Answers that can decode together.")

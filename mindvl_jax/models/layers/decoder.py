@@ -206,6 +206,33 @@ class Decoder(nnx.Module):
         x, (keys, values) = jax.lax.scan(step, inputs_BTD, stack, unroll=self.config.num_layers <= UNROLLED_LAYERS)
         return self.norm(x), keys, values
 
+    def read_after(
+        self, inputs_BTD, positions_B3T, segment_ids_BT, keys_LBPKH, values_LBPKH, segment_ids_BP
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """As `read`, for tokens that follow others whose keys and values are known.
+
+        Args:
+          segment_ids_BT: 1 for tokens, 0 for padding behind them. segment_ids_BP: 1 for the known tokens, 0 for padding
+            before them: the last known one stands directly before the first new one.
+
+        Returns:
+          hidden states, keys and values of the new tokens alone.
+        """
+        rotary = self.rotary(positions_B3T)
+        ids = dict(segment_ids_q=segment_ids_BT, segment_ids_kv=jnp.concatenate([segment_ids_BP, segment_ids_BT], 1))
+
+        def layer_step(x, layer_and_before):
+            layer, before = layer_and_before
+            q, *own = layer.attention.project(layer.norm1(x), *rotary)
+            k, v = (jnp.concatenate([old.astype(new.dtype), new], 1) for old, new in zip(before, own, strict=True))
+            out = ops.attention(q, k, v, causal=True, padding="unread", **ids)
+            return layer.feed_forward(x + layer.attention.finish(out)), tuple(own)
+
+        stack = self.layers, (keys_LBPKH, values_LBPKH)
+        unroll = self.config.num_layers <= UNROLLED_LAYERS
+        x, (keys, values) = jax.lax.scan(layer_step, inputs_BTD, stack, unroll=unroll)
+        return self.norm(x), keys, values
+
     @property
     def stacks(self) -> tuple[nnx.Module, ...]:
         """The layers as stacks, in order: one stack for each kind of layer that follows another."""
