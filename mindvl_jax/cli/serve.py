@@ -81,6 +81,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="memory for prompts that were read, so that one which begins alike is read from there on; 0: none "
         "(default %(default)s)",
     )
+    sizes.add_argument(
+        "--prefill-chunk",
+        type=int,
+        default=512,
+        metavar="TOKENS",
+        help="prompts of more than twice as many tokens are read in such pieces, between which running answers go on; "
+        "0: whole (default %(default)s)",
+    )
     sizes.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,tensor=4; default: one")
     add_backend_arguments(sizes)
     _add_limits(parser)
@@ -117,8 +125,9 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise UserError(f"serving needs the package {error.name!r}: pip install 'mindvl-jax[serve]'") from None
 
-    if args.prefix_cache_mb < 0:
-        raise UserError(f"--prefix-cache-mb {args.prefix_cache_mb}: expected 0 or more")
+    for name in ("prefix_cache_mb", "prefill_chunk"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 0 or more")
     programs = chosen_programs(args)
     runner, settings = make_runner(args, programs)
     _warm_up(runner, Console(stderr=True))
@@ -183,6 +192,7 @@ def make_runner(args: argparse.Namespace, programs=None):
             context=args.context,
             programs=programs,
             prefix_bytes=args.prefix_cache_mb << 20,
+            prefill_chunk=args.prefill_chunk,
         )
         for each in (opened, *adapted.values())
     )

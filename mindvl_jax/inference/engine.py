@@ -18,7 +18,7 @@ from flax import nnx
 
 from mindvl_jax.core.errors import UserError
 from mindvl_jax.inference import programs
-from mindvl_jax.inference.buckets import Bucket, next_size, row_counts, rows_for
+from mindvl_jax.inference.buckets import Bucket, bucket_of, next_size, row_counts, rows_for
 from mindvl_jax.inference.grammar import Matcher
 from mindvl_jax.inference.placement import place_rows, row_groups
 from mindvl_jax.inference.prefill import RowPlanner
@@ -59,6 +59,20 @@ class _Running:
     produced: int = 0
 
 
+@dataclasses.dataclass(eq=False)
+class _Reading:
+    """A long prompt that is read piece by piece.
+
+    Attributes:
+      slot: kept free for it. length: tokens that were read. known: their keys and values, as `programs.cut` gives them.
+    """
+
+    running: _Running
+    slot: int
+    length: int
+    known: tuple[jax.Array, jax.Array]
+
+
 class Engine:
     """Slots of fixed size over one model.
 
@@ -72,10 +86,21 @@ class Engine:
       programs: the module `programs` (XLA) or a `backends.BridgePrograms`.
       prefix_bytes: keys and values of prompts that are kept for prompts which begin in the same way; 0 keeps none. On
         one device, for decoders that can go on after known keys (`read_after`); others keep none.
+      prefill_chunk: prompts of more than twice as many tokens are read in pieces of so many, one a step, so that
+        running answers go on in between; 0 reads them whole. Where `prefix_bytes` holds.
     """
 
     def __init__(
-        self, model, *, eos_ids: Sequence[int], slots: int, context: int, mesh=None, programs=programs, prefix_bytes=0
+        self,
+        model,
+        *,
+        eos_ids: Sequence[int],
+        slots: int,
+        context: int,
+        mesh=None,
+        programs=programs,
+        prefix_bytes: int = 0,
+        prefill_chunk: int = 0,
     ):
         self._programs = programs
         self.slots, self.context = slots, context
@@ -94,6 +119,8 @@ class Engine:
         self._running: list[_Running | None] = [None] * slots
         can_go_on = mesh is None and hasattr(model.language, "read_after")
         self.prefixes = PrefixCache(prefix_bytes) if prefix_bytes and can_go_on else None
+        self._piece = prefill_chunk if can_go_on else 0
+        self._reading: _Reading | None = None
         self._rests: tuple[int, ...] = ()
         self.decoded_tokens = 0
         self.reused_tokens = 0
@@ -108,11 +135,11 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting) or any(self._running)
+        return bool(self._waiting) or any(self._running) or self._reading is not None
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + (self._reading is not None)
 
     @property
     def running(self) -> int:
@@ -129,6 +156,7 @@ class Engine:
         # A rest of more than half a prompt is not worth a program of its own.
         texts = {bucket.tokens for bucket, _ in sizes if not bucket.patches}
         self._rests = tuple(sorted(tokens for tokens in texts if 2 * tokens <= self.context))
+        self._piece = max((tokens for tokens in self._rests if tokens <= self._piece), default=0)
 
     def warm_up(self, prompt: Prompt, sizes: Sequence[tuple[Bucket, int]]) -> Iterator[tuple[int, int, str]]:
         """Compile all programs of these prompt sizes and of decoding, and `fix` the sizes.
@@ -140,7 +168,7 @@ class Engine:
         """
         self.fix(sizes)
         counts = row_counts(self.slots)
-        rests = self._rests if self.prefixes is not None else ()
+        rests = self._rests if self.prefixes is not None or self._piece else ()
         total = len(sizes) * len(counts) + len(rests) + 3
         done = 0
         for bucket, rows in sizes:
@@ -205,6 +233,8 @@ class Engine:
         """
         gone = set(map(id, watchers))
         self._waiting = collections.deque(running for running in self._waiting if id(running.watcher) not in gone)
+        if self._reading is not None and id(self._reading.running.watcher) in gone:
+            self._reading = None
         self._release(
             [slot for slot, running in enumerate(self._running) if running is not None and id(running.watcher) in gone]
         )
@@ -225,6 +255,9 @@ class Engine:
         self._decode_params = self._programs.unstack_layers(self._graphdef, params)
         if self.prefixes is not None:
             self.prefixes.clear()
+        if self._reading is not None:  # not half by the old weights
+            self._waiting.appendleft(self._reading.running)
+            self._reading = None
 
     def _release(self, slots: Sequence[int]) -> None:
         if not slots:
@@ -346,21 +379,37 @@ class Engine:
         """Prefill waiting prompts into free slots, one bucket after another."""
         admitted = []
         free = [slot for slot, running in enumerate(self._running) if running is None]
+        if self._reading is not None:
+            free.remove(slot := self._reading.slot)
+            if (first := self._read_piece()) is not None:
+                admitted.append(([slot], *first))
         if len(free) < min(least_free, len(self._waiting)):
             return admitted
+        aside: list[_Running] = []  # long prompts, of which one is read at a time
         while free and self._waiting:
+            if self._reading is not None and self._is_long(self._waiting[0].prompt):
+                aside.append(self._waiting.popleft())
+                continue
             # Of those alone whose turn it is now: nobody is passed by.
             soon = itertools.islice(self._waiting, len(free))
             known = ((running, found) for running in soon if (found := self._known(running.prompt)) is not None)
-            if (next_known := next(known, None)) is not None:
-                running, found = next_known
-                self._waiting.remove(running)
-                admitted.append((free[:1], *self._read_after(running, free[0], *found)))
-                free = free[1:]
+            running, found = next(known, (self._waiting[0], None))
+            if found is None and not self._is_long(running.prompt):
+                group = self._next_group(len(free))
+                slots, free = free[: len(group)], free[len(group) :]
+                admitted.append((slots, *self._read(group, slots)))
                 continue
-            group = self._next_group(len(free))
-            slots, free = free[: len(group)], free[len(group) :]
-            admitted.append((slots, *self._read(group, slots)))
+            self._waiting.remove(running)
+            slot, *free = free
+            if found is None:
+                self._begin(running, slot)
+            elif self._reading is None and self._piece and running.prompt.tokens - found[1] > 2 * self._piece:
+                entry, length, _ = found
+                self._reading = _Reading(running, slot, length, self._cut(entry, length))
+                self.reused_tokens += length
+            else:
+                admitted.append(([slot], *self._read_after(running, slot, *found)))
+        self._waiting.extendleft(reversed(aside))
         return admitted
 
     def _next_group(self, most: int) -> list[_Running]:
@@ -369,7 +418,8 @@ class Engine:
         group, passed = [], []
         while self._waiting and len(group) < most and len(passed) < 4 * self.slots:
             running = self._waiting.popleft()
-            (group if bucket.holds(running.prompt.bucket) else passed).append(running)
+            fits = bucket.holds(running.prompt.bucket) and not self._is_long(running.prompt)
+            (group if fits else passed).append(running)
         if not self._planner.free:  # sizes are fixed: prompts that do not fit together wait for the next call
             while len(group) > 1 and not self._planner.holds([running.prompt for running in group]):
                 passed.insert(0, group.pop())
@@ -465,14 +515,20 @@ class Engine:
 
     def _read_after(self, running: _Running, slot: int, entry: Entry, length: int, size: int):
         """Read the rest of a prompt and put its answer into a slot; returns as `_read`."""
-        prompt, pad = running.prompt, rows_for(1, self.slots) - 1
-        S = entry.keys.shape[2]
-        known = self._programs.cut(
-            entry.keys, entry.values, np.int32(0), np.int32(S - entry.tokens + length), np.int32(length), self.context
-        )
-        constrained = running.matcher is not None
+        first = self._start_after(running, slot, length, size, self._cut(entry, length))
+        self.reused_tokens += length
+        return first
+
+    def _cut(self, entry: Entry, length: int) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of an entry's first tokens."""
+        end = np.int32(entry.keys.shape[2] - entry.tokens + length)
+        return self._programs.cut(entry.keys, entry.values, np.int32(0), end, np.int32(length), self.context)
+
+    def _start_after(self, running: _Running, slot: int, length: int, size: int, known):
+        """Read the last `size` places of a prompt and start its answer in a slot."""
+        pad, constrained = rows_for(1, self.slots) - 1, running.matcher is not None
         first = self._go_on(
-            prompt,
+            running.prompt,
             length,
             size,
             known,
@@ -482,22 +538,65 @@ class Engine:
             self._allowed([running], pad) if constrained else None,
         )
         self._running[slot] = running
-        self.reused_tokens += length
         return first
 
     def _go_on(self, prompt: Prompt, length: int, size: int, known, slots, settings, alternatives, allowed_NV):
-        P, example = self.context, prompt.example
-        rest = prompt.tokens - length
-        tokens, ids = np.zeros((1, P + size), np.int32), np.zeros((1, P + size), np.int32)
-        positions = np.zeros((1, 3, size), np.int32)
-        tokens[0, P - length : P + rest], ids[0, P - length : P + rest] = example.tokens, 1
-        positions[0, :, :rest] = example.positions[:, length:]
-        prefilled = self._programs.prefill_after(self._graphdef, self._params, tokens, positions, ids, *known)
+        prefilled = self._prefill_after(prompt, length, prompt.tokens - length, size, known)
         place = _places([prompt], [[0]], [0] * len(slots))
-        place = dataclasses.replace(place, start=place.start + np.int32(P - length))
+        place = dataclasses.replace(place, start=place.start + np.int32(self.context - length))
         first = self._start(prefilled, place, slots, settings, alternatives, allowed_NV)
         self._keep(prefilled, [prompt], place, compile=alternatives is None)
         return first
+
+    def _prefill_after(self, prompt: Prompt, length: int, rest: int, size: int, known) -> programs.Prefilled:
+        """Read `rest` tokens of a prompt, in `size` places, behind the `length` known ones."""
+        P, example = self.context, prompt.example
+        tokens, ids = np.zeros((1, P + size), np.int32), np.zeros((1, P + size), np.int32)
+        positions = np.zeros((1, 3, size), np.int32)
+        tokens[0, P - length : P + rest], ids[0, P - length : P + rest] = example.tokens[: length + rest], 1
+        positions[0, :, :rest] = example.positions[:, length : length + rest]
+        return self._programs.prefill_after(self._graphdef, self._params, tokens, positions, ids, *known)
+
+    # --- long prompts, piece by piece ---
+
+    def _is_long(self, prompt: Prompt) -> bool:
+        return bool(self._piece) and prompt.tokens - self._first_piece(prompt) > self._piece
+
+    def _first_piece(self, prompt: Prompt) -> int:
+        """Tokens of the piece that is read first: all images are in it, as it alone runs the tower."""
+        visual = np.flatnonzero(prompt.example.visual_index >= 0)
+        return max(self._piece, int(visual[-1]) + 1 if len(visual) else 0)
+
+    def _begin(self, running: _Running, slot: int) -> None:
+        """Read the first piece of a long prompt."""
+        length, example = self._first_piece(running.prompt), running.prompt.example
+        cut = {
+            name: getattr(example, name)[..., :length] for name in ("tokens", "targets", "loss_weights", "positions")
+        }
+        part = dataclasses.replace(example, **cut, visual_index=example.visual_index[:length])
+        prompt = Prompt(running.prompt.id, part, bucket_of(length, part.patches, len(part.image_lengths)))
+        bucket, count, _ = self._planner([prompt])
+        batch = pack_bucket([[prompt]], bucket, count, self._vision)
+        read = self._programs.prefill(self._graphdef, self._params, batch, has_pictures=bool(bucket.patches))
+        end = np.int32(length)
+        known = self._programs.cut(read.keys, read.values, np.int32(0), end, end, self.context)
+        self._reading = _Reading(running, slot, length, known)
+
+    def _read_piece(self):
+        """Read one more piece of the long prompt; with the last one its answer starts, and the result is that of
+        `_read`, else None.
+        """
+        reading = self._reading
+        rest = reading.running.prompt.tokens - reading.length
+        if rest <= self._piece:
+            size = next((size for size in self._rests if size >= rest), self._piece)
+            self._reading = None
+            return self._start_after(reading.running, reading.slot, reading.length, size, reading.known)
+        read = self._prefill_after(reading.running.prompt, reading.length, self._piece, self._piece, reading.known)
+        reading.length += self._piece
+        end, length = np.int32(self.context + self._piece), np.int32(reading.length)
+        reading.known = self._programs.cut(read.keys, read.values, np.int32(0), end, length, self.context)
+        return None
 
     def _keep(self, prefilled: programs.Prefilled, prompts: Sequence[Prompt], places, *, compile: bool) -> None:
         """Keep keys and values of prompts that may be the beginning of others."""

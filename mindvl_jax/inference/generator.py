@@ -46,7 +46,7 @@ class Generator:
       context: longest prompt plus answer in tokens; None sizes it by the requests, and grows for longer ones.
       mesh: devices to spread the slots over; None: the devices of the model's parameters.
       programs: back end; None is XLA, `backends.BridgePrograms(device)` is npu_bridge.
-      prefix_bytes: see `Engine`.
+      prefix_bytes, prefill_chunk: see `Engine`.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Generator:
         mesh=None,
         programs=None,
         prefix_bytes: int = 0,
+        prefill_chunk: int = 0,
         resample: str = "bicubic",
         video_fps: float = 2.0,
         video_max_frames: int = 64,
@@ -74,7 +75,9 @@ class Generator:
             video_max_frames=video_max_frames,
         )
         self._engine: Engine | None = None
-        self._options = {"prefix_bytes": prefix_bytes} | ({} if programs is None else {"programs": programs})
+        self._options = {"prefix_bytes": prefix_bytes, "prefill_chunk": prefill_chunk} | (
+            {} if programs is None else {"programs": programs}
+        )
         self.eos_ids = self.tokenizer.stop_ids
         self.grammars = GrammarReader(self.tokenizer, self.model.language.config.vocab_size, self.eos_ids)
 

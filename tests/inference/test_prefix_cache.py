@@ -132,3 +132,51 @@ def test_entries_leave_when_the_limit_is_reached_and_short_prompts_wait_for_a_se
     assert len(cache) == 2, "an entry beyond the limit is not kept"
     assert cache.wants(identity(5000)) and not cache.wants(identity(6000, 100)) and cache.wants(identity(6000, 90))
     assert not cache.wants(identity(2000, 200)), "the beginning of an entry adds nothing"
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 26], ids=["alone", "with known beginnings"])
+def test_long_prompts_read_in_pieces_answer_alike_and_are_not_overtaken(opened, plain, draw_pictures, kept):
+    first, second = draw_pictures(2, seed=5)
+    pieces = Generator(opened, slots=4, context=512, prefill_chunk=64, prefix_bytes=kept)
+    several = dataclasses.replace(SETTINGS, n=2, temperature=0.8, seed=4)
+    asked = [
+        request("one?" * 20),
+        request("What is it?" * 9, first),
+        Request.from_prompt("short", sampling=SETTINGS),
+        request("two?" * 30, second, several),
+        request("one?" * 20),
+        Request.from_prompt("also short", sampling=SETTINGS),
+    ]
+    for _ in range(2):
+        got, want = pieces.generate(asked), plain.generate(asked)
+        assert [answer.tokens for answer in got] == [answer.tokens for answer in want]
+    assert not pieces._engine.busy
+    streamed = [piece.answer.tokens for piece in pieces.stream(asked, chunk=2) if piece.answer is not None]
+    assert sorted(streamed) == sorted(answer.tokens for answer in plain.generate(asked))
+
+
+def test_running_answers_go_on_between_the_pieces_of_a_long_prompt_and_an_abort_drops_it(opened):
+    generator = Generator(opened, slots=2, context=512, prefill_chunk=64)
+    engine, told = generator.new_engine(), {"short": [], "long": []}
+
+    def submit(name, text, tokens):
+        asked = Request.from_prompt(text, sampling=Sampling(max_new_tokens=tokens, ignore_eos=True))
+        return generator.submit(engine, 0, asked, generator.encode(asked), told[name].append)
+
+    submit("short", "a", 200)
+    engine.step(chunk=1)
+    watchers = submit("long", "word " * 80, 4)
+    steps = 0
+    while engine.waiting:
+        before = engine.decoded_tokens
+        engine.step(chunk=1)
+        steps += 1
+        gained = engine.decoded_tokens - before
+        assert gained == (1 if engine.waiting else 3), "the running answer stood still"  # 3: two of the new one
+    assert steps == -(-len(generator.encode(Request.from_prompt("word " * 80)).example.tokens) // 64)
+    engine.abort(watchers)
+    watchers = submit("long", "other " * 60, 4)
+    engine.step(chunk=1)
+    assert engine._reading is not None and engine.waiting == 1
+    engine.abort(watchers)
+    assert engine._reading is None and engine.waiting == 0 and engine.running == 1
