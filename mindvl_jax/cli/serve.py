@@ -57,6 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="accept this key; may be given several times (default: no key needed)",
     )
+    _add_sizes(parser)
+    _add_limits(parser)
+
+
+def _add_sizes(parser: argparse.ArgumentParser) -> None:
     sizes = parser.add_argument_group("sizes")
     sizes.add_argument("--slots", type=int, default=16, help="answers that decode together (default %(default)s)")
     sizes.add_argument(
@@ -91,7 +96,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sizes.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,tensor=4; default: one")
     add_backend_arguments(sizes)
-    _add_limits(parser)
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
