@@ -47,27 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="many requests: lines with prompt or messages, and id, images, videos and sampling settings as "
         "wanted ('-': standard input)",
     )
-    chosen = parser.add_argument_group("how tokens are chosen")
-    chosen.add_argument("--max-new-tokens", type=int, default=128)
-    chosen.add_argument(
-        "--sampling",
-        choices=("greedy", "folder"),
-        default="greedy",
-        help="what holds where no option below is given: greedy decoding, or the folder's generation_config.json",
-    )
-    chosen.add_argument("--temperature", type=float, help="0 is greedy")
-    chosen.add_argument("--top-k", type=int, help="0: no limit")
-    chosen.add_argument("--top-p", type=float)
-    chosen.add_argument("--repetition-penalty", type=float, help="1 changes nothing")
-    chosen.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end the answer before this text; may be given several times",
-    )
-    chosen.add_argument("--seed", type=int, default=None, help="the same seed gives the same answers")
-    chosen.add_argument("--n", type=int, default=1, help="answers for each prompt")
+    _choice_arguments(parser)
     sizes = parser.add_argument_group("sizes")
     sizes.add_argument(
         "--min-pixels", type=int, help="smallest image area after resizing; default: the model's own setting"
@@ -90,6 +70,35 @@ def _adapter_argument(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]DIR",
         help="PEFT folder (LoRA, DoRA) to use on top of the weights. With names it may be given several times: "
         "--prompt is answered by the weights alone and by each, lines of --requests choose by `adapter`",
+    )
+
+
+def _choice_arguments(parser: argparse.ArgumentParser) -> None:
+    chosen = parser.add_argument_group("how tokens are chosen")
+    chosen.add_argument("--max-new-tokens", type=int, default=128)
+    chosen.add_argument(
+        "--sampling",
+        choices=("greedy", "folder"),
+        default="greedy",
+        help="what holds where no option below is given: greedy decoding, or the folder's generation_config.json",
+    )
+    chosen.add_argument("--temperature", type=float, help="0 is greedy")
+    chosen.add_argument("--top-k", type=int, help="0: no limit")
+    chosen.add_argument("--top-p", type=float)
+    chosen.add_argument("--repetition-penalty", type=float, help="1 changes nothing")
+    chosen.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end the answer before this text; may be given several times",
+    )
+    chosen.add_argument("--seed", type=int, default=None, help="the same seed gives the same answers")
+    chosen.add_argument("--n", type=int, default=1, help="answers for each prompt")
+    chosen.add_argument(
+        "--speculative",
+        action="store_true",
+        help="draft tokens ahead with the model's MTP head (DeepSeek-V3): the same greedy tokens in fewer passes",
     )
 
 
@@ -118,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
         return _words(args.weights)
     alone, folders = named_adapters(args.adapter)
     requests = _for_adapters(_requests(args), folders, all_of_them=args.prompt is not None)
-    programs = chosen_programs(args)
+    programs = _programs(args)
     with common.busy(f"reading {args.weights}"):
         opened = open_for_inference(args.weights, mesh=args.mesh, adapter=alone)
         models = {None: opened, **with_adapters(opened, folders)}
@@ -158,6 +167,8 @@ def run(args: argparse.Namespace) -> int:
                 label = (answer.id + (f" [{answer.sample}]" if args.n > 1 else "")).strip()
                 said = f"error: {answer.error}" if answer.error else answer.text
                 print(for_terminal((f"{label}: " if label else "") + said))
+    if args.speculative:
+        print("{1} of {0} drafted tokens accepted".format(*generator.drafts), file=sys.stderr)
     if args.logprobs:
         for answer in answers:
             mean = sum(answer.logprobs) / max(1, len(answer.logprobs))
@@ -191,6 +202,18 @@ def _by_adapter(generator, requests, **options):
         for number in numbers:
             found[number] = [next(answers) for _ in range(requests[number].sampling.n)]
     return [answer for number in sorted(found) for answer in found[number]]
+
+
+def _programs(args: argparse.Namespace):
+    """What `Generator(programs=...)` takes."""
+    programs = chosen_programs(args)
+    if not args.speculative:
+        return programs
+    if programs is not None or args.mesh:
+        raise UserError("--speculative runs on one device by XLA; leave --mesh and --backend npu_bridge out")
+    from mindvl_jax.inference import speculative
+
+    return speculative
 
 
 def _requests(args: argparse.Namespace):

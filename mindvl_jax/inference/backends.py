@@ -51,6 +51,7 @@ class BridgePrograms:
         self.admit = compiled(programs.admit.__wrapped__, donate_argnums=0)
         self.decode = compiled(programs.decode.__wrapped__, static_argnums=(0, 7), donate_argnums=3)
         self.unstack_layers = lambda graphdef, params: None  # a slice is a view there, and costs nothing
+        self.new_slots, self.check, self.drafts = programs.new_slots, programs.check, programs.drafts
         self.release = compiled(programs.release.__wrapped__, donate_argnums=0)
 
     def prefill(self, graphdef, params, batch, *, has_pictures: bool) -> Any:

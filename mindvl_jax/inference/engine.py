@@ -23,7 +23,7 @@ from mindvl_jax.inference.grammar import Matcher
 from mindvl_jax.inference.placement import place_rows, row_groups
 from mindvl_jax.inference.prefill import RowPlanner
 from mindvl_jax.inference.prefix_cache import Entry, PrefixCache
-from mindvl_jax.inference.programs import CHUNK, empty_slots
+from mindvl_jax.inference.programs import CHUNK
 from mindvl_jax.inference.prompts import Prompt, pack_bucket, vision_of
 from mindvl_jax.inference.request import Sampling
 
@@ -83,7 +83,7 @@ class Engine:
       context: cache positions of a slot, for the longest prompt plus answer.
       mesh: spreads the slots over its rows axes (data, fsdp) when their number divides; None: wherever the parameters
         are.
-      programs: the module `programs` (XLA) or a `backends.BridgePrograms`.
+      programs: the module `programs` (XLA), the module `speculative`, or a `backends.BridgePrograms`.
       prefix_bytes: keys and values of prompts that are kept for prompts which begin in the same way; 0 keeps none. On
         one device, for decoders that can go on after known keys (`read_after`); others keep none.
       prefill_chunk: prompts of more than twice as many tokens are read in pieces of so many, one a step, so that
@@ -111,10 +111,7 @@ class Engine:
         self._eos_set = frozenset(int(token) for token in eos_ids)
         self._mesh = mesh
         self._planner = RowPlanner(model, slots, row_groups(mesh))
-        cache = model.language.empty_cache(
-            slots, context, model.compute_dtype, unrolled=self._decode_params is not None
-        )
-        self._state = self._place(empty_slots(cache, slots, model.language.config.vocab_size))
+        self._state = self._place(programs.new_slots(model, slots, context, unrolled=self._decode_params is not None))
         self._waiting: collections.deque[_Running] = collections.deque()
         self._running: list[_Running | None] = [None] * slots
         can_go_on = mesh is None and hasattr(model.language, "read_after")
@@ -149,6 +146,11 @@ class Engine:
     @property
     def parameters(self) -> nnx.State:
         return self._params
+
+    @property
+    def drafts(self) -> tuple[int, int]:
+        """Tokens that were drafted ahead, and how many of them were accepted."""
+        return self._programs.drafts(self._state)
 
     def fix(self, sizes: Sequence[tuple[Bucket, int]]) -> None:
         """Restrict prefill to these sizes (bucket, rows), so that nothing is compiled later; see `warm_up`."""
@@ -203,9 +205,10 @@ class Engine:
         """Queue a prompt for `sampling.n` answers, each with its seed, its watcher and, if given, its matcher.
 
         Raises:
-          UserError: the prompt does not fit the context.
+          UserError: the prompt does not fit the context; the programs cannot do what is asked for.
         """
         self.check(prompt)
+        self._programs.check(sampling, constrained=bool(matchers))
         for seed, watcher, matcher in zip(seeds, watchers, matchers or [None] * len(seeds), strict=True):
             self._waiting.append(_Running(prompt, sampling, seed, watcher, matcher))
 

@@ -45,7 +45,8 @@ class Generator:
       slots: answers that decode together.
       context: longest prompt plus answer in tokens; None sizes it by the requests, and grows for longer ones.
       mesh: devices to spread the slots over; None: the devices of the model's parameters.
-      programs: back end; None is XLA, `backends.BridgePrograms(device)` is npu_bridge.
+      programs: back end; None is XLA, `backends.BridgePrograms(device)` is npu_bridge, the module `speculative` is
+        XLA with tokens drafted ahead.
       prefix_bytes, prefill_chunk: see `Engine`.
     """
 
@@ -111,6 +112,11 @@ class Generator:
         whole.
         """
         return self._run(requests, chunk=chunk)
+
+    @property
+    def drafts(self) -> tuple[int, int]:
+        """Tokens that speculative decoding drafted ahead since the engine was made, and how many were accepted."""
+        return (0, 0) if self._engine is None else self._engine.drafts
 
     def _run(self, requests: Sequence[Request], chunk: int | None, skip_errors: bool = False) -> Iterator[Piece]:
         requests = list(requests)

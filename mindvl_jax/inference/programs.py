@@ -71,6 +71,21 @@ class Slots:
     settings: Settings
 
 
+def new_slots(model, slots: int, context: int, *, unrolled: bool) -> Slots:
+    """Free slots for the programs of this module over an empty cache of `context` positions."""
+    cache = model.language.empty_cache(slots, context, model.compute_dtype, unrolled=unrolled)
+    return empty_slots(cache, slots, model.language.config.vocab_size)
+
+
+def check(settings: object, *, constrained: bool) -> None:
+    """Refuse `request.Sampling` that these programs cannot do: none."""
+
+
+def drafts(slots: Slots) -> tuple[int, int]:
+    """Tokens that were drafted ahead, and how many of them were accepted: none here."""
+    return 0, 0
+
+
 def empty_slots(cache: Cache, slots: int, vocabulary: int) -> Slots:
     """Return free slots over an empty cache. `decode` with `DecodeParams` needs an unrolled one."""
 
@@ -172,6 +187,14 @@ def _unstack_layers(graphdef, params) -> DecodeParams:
 
 def _depth(stack: nnx.State) -> int:
     return jax.tree.leaves(stack)[0].shape[0]
+
+
+def layers_and_head(model, decode_params: DecodeParams | None) -> tuple[list[nnx.Module] | None, jax.Array | None]:
+    """Return the decoder's layers one by one and the LM head; None where they were not unstacked."""
+    if decode_params is None:
+        return None, None
+    kinds = [nnx.graphdef(stack) for stack in model.language.stacks for _ in range(_depth(nnx.state(stack)))]
+    return [nnx.merge(kind, state) for kind, state in zip(kinds, decode_params.layers, strict=True)], decode_params.head
 
 
 @partial(jax.jit, static_argnames=("graphdef", "has_pictures"))
@@ -290,11 +313,6 @@ def admit(slots: Slots, keys, values, places: Places, seen_NV, slot_N, token_N, 
         share one (n samples).
       slot_N: slot of each answer; a number past the last slot drops the entry (padding).
     """
-    ended_N = (token_N[:, None] == eos_E[None]).any(-1) & ~settings.ignore_eos
-
-    def put(old, new):
-        return old.at[slot_N].set(new.astype(old.dtype), mode="drop")
-
     # The prompt's last token goes just before the next write position. Positions before the prompt's first are never
     # read.
     S, T = slots.cache.places, keys.shape[2]
@@ -304,9 +322,20 @@ def admit(slots: Slots, keys, values, places: Places, seen_NV, slot_N, token_N, 
     def of_answers(store):
         return store[:, places.row[:, None], place_NS]
 
-    return Slots(
-        cache=slots.cache.replace_rows(slot_N, of_answers(keys), of_answers(values)),
-        place=slots.place,
+    cache = slots.cache.replace_rows(slot_N, of_answers(keys), of_answers(values))
+    return admitted(slots, cache, places, seen_NV, slot_N, token_N, settings, eos_E)
+
+
+def admitted(slots: Slots, cache: Cache, places: Places, seen_NV, slot_N, token_N, settings: Settings, eos_E) -> Slots:
+    """`slots` with a cache that already holds the prompts, and with N answers; arguments as of `admit`."""
+    ended_N = (token_N[:, None] == eos_E[None]).any(-1) & ~settings.ignore_eos
+
+    def put(old, new):
+        return old.at[slot_N].set(new.astype(old.dtype), mode="drop")
+
+    return dataclasses.replace(
+        slots,
+        cache=cache,
         token=put(slots.token, token_N),
         index=put(slots.index, places.length),
         position=put(slots.position, places.position),
@@ -344,11 +373,7 @@ def decode(
       (CHUNK, B, A); active (B,).
     """
     model = nnx.merge(graphdef, params)
-    layers, head = None, None
-    if decode_params is not None:
-        kinds = [nnx.graphdef(stack) for stack in model.language.stacks for _ in range(_depth(nnx.state(stack)))]
-        layers = [nnx.merge(kind, state) for kind, state in zip(kinds, decode_params.layers, strict=True)]
-        head = decode_params.head
+    layers, head = layers_and_head(model, decode_params)
     B = slots.token.shape[0]
     at_start = jnp.sum(slots.active)
     # Rarely asked for, and a (B, V) table costs a small model a fifth of its step.

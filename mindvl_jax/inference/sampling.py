@@ -63,14 +63,14 @@ def restrict(
 
 
 def likeliest(logits_BV: jax.Array) -> jax.Array:
-    """Argmax of each row, (B,) int32; the first of equals.
+    """Argmax over the last axis, int32 without that axis; the first of equals.
 
     Computed as a maximum and the smallest index that has it: on a CPU, XLA vectorises both but not its argmax (176 us
     for 16 rows of 2,300 tokens; the maximum takes 3).
     """
     V = logits_BV.shape[-1]
     highest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
-    index_BV = jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, 1)
+    index_BV = jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, logits_BV.ndim - 1)
     # The last token if all logits are NaN, so that no index is out of range.
     return jnp.min(jnp.where(logits_BV == highest_B1, index_BV, V - 1), axis=-1)
 

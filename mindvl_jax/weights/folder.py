@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from mindvl_jax.models.hf import HFMapping
 from mindvl_jax.weights.errors import WeightsError, listed, read_json
+from mindvl_jax.weights.stored_names import INDEX, SINGLE
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOAT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -45,19 +45,6 @@ class Entry:
     def row_bytes(self) -> int:
         """Bytes of one index of the first axis."""
         return math.prod(self.shape[1:]) * jnp.dtype(self.dtype).itemsize
-
-
-def stored_names(folder: Path) -> set[str] | None:
-    """Names of a folder's tensors by its index or the header of its single file; None where they cannot be read, for
-    whoever opens the weights then says why.
-    """
-    try:
-        if (folder / INDEX).is_file():
-            return set(read_json(folder / INDEX)["weight_map"])
-        with safe_open(folder / SINGLE, framework="numpy") as file:
-            return set(file.keys())
-    except (OSError, KeyError, TypeError, SafetensorError, WeightsError):
-        return None
 
 
 class WeightsFolder:

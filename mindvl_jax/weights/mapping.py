@@ -14,7 +14,7 @@ from mindvl_jax.config.schema import ModelConfig
 from mindvl_jax.models.hf import ConfigReader, HFMapping, ModelType, Rule, Shape
 from mindvl_jax.models.registry import SPECS, spec_of
 from mindvl_jax.weights.errors import WeightsError, read_json
-from mindvl_jax.weights.folder import stored_names
+from mindvl_jax.weights.stored_names import stored_names
 
 
 def mapping_of(config: ModelConfig) -> HFMapping:

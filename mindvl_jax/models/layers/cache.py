@@ -142,11 +142,15 @@ class LatentCache(Cache):
     shared: tuple[jax.Array, ...] | jax.Array
 
     @classmethod
-    def empty(cls, config: DeepSeekV3TextConfig, rows: int, places: int, dtype, *, unrolled: bool) -> LatentCache:
+    def empty(
+        cls, config: DeepSeekV3TextConfig, rows: int, places: int, dtype, *, unrolled: bool, mtp: bool = False
+    ) -> LatentCache:
+        """`mtp`: with a layer more, that of the first MTP head."""
         shapes = (rows, places, config.kv_lora_rank), (rows, places, config.qk_rope_head_dim)
+        layers = config.num_layers + mtp
         if unrolled:
-            return cls(*(tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)) for shape in shapes))
-        return cls(*(jnp.zeros((config.num_layers, *shape), dtype) for shape in shapes))
+            return cls(*(tuple(jnp.zeros(shape, dtype) for _ in range(layers)) for shape in shapes))
+        return cls(*(jnp.zeros((layers, *shape), dtype) for shape in shapes))
 
     @property
     def unrolled(self) -> bool:
@@ -161,6 +165,12 @@ class LatentCache(Cache):
         return LatentCache(
             _put(self.latents, layer, latents_BR[:, None], place, 1),
             _put(self.shared, layer, shared_BP[:, None], place, 1),
+        )
+
+    def write_at(self, layer, latents_BTR: jax.Array, shared_BTP: jax.Array, place_BT: jax.Array) -> LatentCache:
+        """Put T tokens of every row at places of its own; a place outside the cache drops its token."""
+        return LatentCache(
+            _put_at(self.latents, layer, latents_BTR, place_BT), _put_at(self.shared, layer, shared_BTP, place_BT)
         )
 
     def attend(self, layer, query, seen_BS: jax.Array) -> jax.Array:
@@ -183,6 +193,14 @@ def _put(store, layer, new, place, axis: int):
     starts = [layer, *[0] * new.ndim]
     starts[axis + 1] = place
     return lax.dynamic_update_slice(store, new[None].astype(store.dtype), starts)
+
+
+def _put_at(store, layer, new_BTX, place_BT):
+    rows_B1 = jnp.arange(new_BTX.shape[0])[:, None]
+    if isinstance(store, tuple):
+        own = store[layer].at[rows_B1, place_BT].set(new_BTX.astype(store[layer].dtype), mode="drop")
+        return (*store[:layer], own, *store[layer + 1 :])
+    return store.at[layer, rows_B1, place_BT].set(new_BTX.astype(store.dtype), mode="drop")
 
 
 def _put_rows(store, row_N, new):

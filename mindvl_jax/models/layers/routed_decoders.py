@@ -19,7 +19,7 @@ from mindvl_jax.models.layers.latent_layer import LatentLayer
 from mindvl_jax.models.layers.linear import Linear, RMSNorm
 from mindvl_jax.models.layers.mla import rotary_tables
 from mindvl_jax.models.layers.moe import MoE, Routing
-from mindvl_jax.models.layers.mtp import MTPHeads
+from mindvl_jax.models.layers.mtp import MTPHeads, following
 from mindvl_jax.models.layers.stack import rematerialise_attention, scan_layers, scan_layers_with_aux
 from mindvl_jax.models.layers.visual_tokens import LayerAdditions, adding
 
@@ -183,10 +183,15 @@ class DeepSeekV3Decoder(nnx.Module):
             out = cache.attend(number, query, seen_BS)
             return layer.feed_forward(x + layer.attention.finish(out[:, None])), cache
 
-        carry, first = (inputs_B1D, cache), 0
+        x, cache = self._through_stacks(layer_step, (inputs_B1D, cache), cache.unrolled, layers)
+        return self.norm(x), cache
+
+    def _through_stacks(self, layer_step, carry, unrolled: bool, layers: Sequence | None):
+        """`carry` after layer_step(carry, (layer, its number)) of every layer; `layers` as of `extend`."""
+        first = 0
         for stack in self.stacks:
             depth = jax.tree.leaves(stack)[0].shape[0]
-            if cache.unrolled:
+            if unrolled:
                 for number in range(depth):
                     layer = (
                         layers[first + number]
@@ -197,4 +202,65 @@ class DeepSeekV3Decoder(nnx.Module):
             else:
                 carry = scan_layers(layer_step, carry, (stack, first + jnp.arange(depth)))
             first += depth
-        return self.norm(carry[0]), carry[1]
+        return carry
+
+    def read_ahead(self, inputs_BTD, positions_B3T, segment_ids_BT, *, segment_lengths=None):
+        """As `read`, with the first MTP head as one layer more of what a cache is filled with.
+
+        The entry of a sample's last position is that of no token: it is written once the next token is known.
+        """
+        bounds = dict(segment_lengths=segment_lengths)
+        hidden, latents, shared = self.read(inputs_BTD, positions_B3T, segment_ids_BT, **bounds)
+        head, tables = self.mtp.head(0), rotary_tables(positions_B3T, self.config)
+        inputs = head.layer.norm1(head.join(following(inputs_BTD, 1), hidden))
+        of_head = head.layer.attention.latents(inputs, *tables)
+        return hidden, *(jnp.concatenate([store, own[None]]) for store, own in zip((latents, shared), of_head))
+
+    def extend_at(
+        self, inputs_BTD, positions_B3T, cache: LatentCache, place_BT, *, layers: Sequence | None = None
+    ) -> tuple[jax.Array, LatentCache]:
+        """T more tokens of every row at cache slots of its own, where slot i holds the row's token i.
+
+        What lies in the slots behind is overwritten later: taking tokens back needs no more than a smaller place.
+
+        Returns:
+          hidden states (B, T, D) after the final norm; the cache with the new tokens in it.
+        """
+        tables = rotary_tables(positions_B3T, self.config)
+
+        def layer_step(carry, layer_and_number):
+            layer, number = layer_and_number
+            return _extended_at(layer, number, *carry, tables, place_BT)
+
+        x, cache = self._through_stacks(layer_step, (inputs_BTD, cache), cache.unrolled, layers)
+        return self.norm(x), cache
+
+    def draft_at(
+        self, following_BTD, hidden_BTD, positions_B3T, cache: LatentCache, place_BT
+    ) -> tuple[jax.Array, LatentCache]:
+        """T more positions of the first MTP head, whose layer is the cache's last; arguments as of `extend_at`.
+
+        Args:
+          following_BTD: embeddings of the tokens after the positions. hidden_BTD: of the main model there.
+
+        Returns:
+          hidden states (B, T, D) for the output matrix, which predicts the token after the following one; the cache.
+        """
+        head, tables = self.mtp.head(0), rotary_tables(positions_B3T, self.config)
+        x = head.join(following_BTD, hidden_BTD)
+        x, cache = _extended_at(head.layer, self.config.num_layers, x, cache, tables, place_BT)
+        return head.norm(x), cache
+
+
+def _extended_at(layer: LatentLayer, number, x_BTD, cache: LatentCache, tables, place_BT):
+    inputs = layer.norm1(x_BTD)
+    nope, rotary = layer.attention.queries(inputs, *tables)
+    cache = cache.write_at(number, *layer.attention.latents(inputs, *tables), place_BT)
+    seen_BTS = jnp.arange(cache.places) <= place_BT[..., None]
+
+    def query(latents, shared, seen_BTS):
+        attend = jax.vmap(layer.attention.attend_absorbed, (1, 1, None, None, 1), 1)
+        return attend(nope, rotary, latents, shared, seen_BTS)
+
+    out = cache.attend(number, query, seen_BTS)
+    return layer.feed_forward(x_BTD + layer.attention.finish(out)), cache
