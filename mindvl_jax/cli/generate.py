@@ -167,8 +167,7 @@ def run(args: argparse.Namespace) -> int:
                 label = (answer.id + (f" [{answer.sample}]" if args.n > 1 else "")).strip()
                 said = f"error: {answer.error}" if answer.error else answer.text
                 print(for_terminal((f"{label}: " if label else "") + said))
-    if args.speculative:
-        print("{1} of {0} drafted tokens accepted".format(*generator.drafts), file=sys.stderr)
+    _tell_drafts(args, generator)
     if args.logprobs:
         for answer in answers:
             mean = sum(answer.logprobs) / max(1, len(answer.logprobs))
@@ -202,6 +201,12 @@ def _by_adapter(generator, requests, **options):
         for number in numbers:
             found[number] = [next(answers) for _ in range(requests[number].sampling.n)]
     return [answer for number in sorted(found) for answer in found[number]]
+
+
+def _tell_drafts(args: argparse.Namespace, generator) -> None:
+    if args.speculative:
+        drafted, accepted = generator.drafts
+        print(f"{accepted} of {drafted} drafted tokens accepted", file=sys.stderr)
 
 
 def _programs(args: argparse.Namespace):
