@@ -182,6 +182,15 @@ def register_platform_lowering(primitive: core.Primitive, rule: Callable[..., Se
     mlir.register_lowering(primitive, rule, platform=PLATFORM)
 
 
+def device_put_primitive() -> core.Primitive:
+    return dispatch.device_put_p
+
+
+def in_host_memory(aval: Any) -> bool:
+    """Whether an abstract value lies in the host's memory (`jax.memory.Space.Host`)."""
+    return getattr(getattr(aval, "memory_space", None), "name", "") == "Host"
+
+
 def lower_with(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a lowering rule that traces `function` (JAX code with the primitive's parameters as keywords)."""
     return mlir.lower_fun(function, multiple_results=True)

@@ -105,21 +105,46 @@ HARMLESS = {
     "no_inline": "calls are inlined; values stay the same",
     "operandSegmentSizes": "counts operands of each kind",
     "resultSegmentSizes": "counts results of each kind",
+    "mhlo.num_partitions": "shardings speak of the whole mesh",
+    "mhlo.num_replicas": "one; shardings speak of the whole mesh",
+    "mhlo.is_same_data_across_replicas": "there are no replicas; shardings speak of the whole mesh",
+    "jax.uses_shape_polymorphism": "dynamic shapes are refused where they are",
+    "jax.global_constant": "names an argument",
+    "jax.const": "names an argument that holds a constant",
+    "stablehlo.mesh": "another form of Shardy's mesh",
     "allowed_direction": "said what propagation may do; it is done",
     "group_id": "said what propagation may do; it is done",
 }
-# Keys of mhlo.frontend_attributes that ask for another memory, device or meaning. All others are notes to XLA's own
-# passes (jax.experimental.xla_metadata), which change no value.
-_PLACES = {
-    "_xla_compute_type": "compute_on asks the host to compute this",
-    "_xla_buffer_placement": "this value is placed in another memory",
+# Custom calls of others that are taken for their operands.
+CALLS = {
+    "Sharding": "Shardy's attributes say the same",
+    "SPMDFullToShardShape": "GSPMD's form of a manual computation, inside of which shapes are local already",
+    "SPMDShardToFullShape": "GSPMD's form of a manual computation",
+    "LayoutConstraint": "a layout in XLA's memory",
 }
-_DEVICE = ("", "device", "unpinned_host")  # the device's own memory
+# Keys of mhlo.frontend_attributes that XLA's own passes read and that change no value, like those that a user makes up
+# (jax.experimental.xla_metadata). A key of XLA's, `_xla_...`, that is in no table is refused.
+NOTES = {
+    "_xla_buffer_placement": "read where it belongs: at annotate_device_placement",
+    "_xla_stream_annotation": "one of XLA's own streams",
+    "inlineable": "calls are inlined; values stay the same",
+}
+# Keys that ask for another device or meaning.
+PLACES = {"_xla_compute_type": "compute_on asks the host to compute this; the bridge computes on {device} alone"}
+# Memory kinds: those of the device itself, and the host's.
+_DEVICE = frozenset({"", "device", "unpinned_host"})
+_HOST = frozenset({"pinned_host"})
+
+
+def is_host(kind: str) -> bool:
+    """Whether a memory kind is the host's."""
+    return kind in _HOST
 
 
 def refused(op: ir.Operation, device: str) -> list[str]:
-    """Return the attributes of an operation that the bridge would lose. device: where the program runs; on a CPU host
-    placements are no loss.
+    """Return the attributes of an operation that the bridge would lose.
+
+    device: where the program runs; on a CPU the host computes in any case.
     """
     found = []
     for item in op.attributes:
@@ -145,11 +170,8 @@ def _refused_of_value(attributes: ir.DictAttr, what: str, device: str) -> list[s
         value = attributes[key]
         if key == "mhlo.memory_kind":
             kind = ir.StringAttr(value).value
-            if device != "cpu" and kind not in _DEVICE:
-                found.append(
-                    f"{what} lives in {kind} memory, which the bridge has not on {device}; leave it in the "
-                    "device's memory"
-                )
+            if kind not in _DEVICE | _HOST:
+                found.append(f"{what} lives in {kind} memory, of which the bridge knows nothing; use pinned_host")
         elif key not in READ and key not in HARMLESS:
             found.append(f"attribute {key!r} of {what} is unknown to the bridge and would be lost")
     return found
@@ -158,8 +180,14 @@ def _refused_of_value(attributes: ir.DictAttr, what: str, device: str) -> list[s
 def _refused_notes(attribute: ir.Attribute, device: str) -> list[str]:
     notes = ir.DictAttr(attribute)
     keys = [item if isinstance(item, str) else item.name for item in notes]
-    return [
-        f"{_PLACES[k]} ({k} = {notes[k]}); the bridge has no such memory on {device}"
+    found = [f"{PLACES[k].format(device=device)} ({k} = {notes[k]})" for k in keys if k in PLACES and device != "cpu"]
+    found += [
+        f"{k} = {notes[k]} asks XLA for something that the bridge does not know"
         for k in keys
-        if k in _PLACES and device != "cpu"
+        if k.startswith("_xla_") and k not in NOTES and k not in PLACES
     ]
+    if "_xla_buffer_placement" in keys:
+        kind = ir.StringAttr(notes["_xla_buffer_placement"]).value
+        if kind not in _DEVICE | _HOST:
+            found.append(f"a value is placed in {kind} memory, of which the bridge knows nothing; use pinned_host")
+    return found

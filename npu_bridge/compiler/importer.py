@@ -34,6 +34,7 @@ from npu_bridge.compiler.ir import (
     body_kind,
 )
 from npu_bridge.compiler.partition import COMBINED_SCATTERS
+from npu_bridge.compiler.primitives import PLACE_TARGET
 from npu_bridge.errors import UnsupportedError
 
 # Operations whose operands and result all have one local shape.
@@ -335,7 +336,8 @@ class Importer:
     def run(self, donated: list[bool]) -> Program:
         """Import the module. Raises UnsupportedError with all problems."""
         main = self.functions["main"]
-        self.problems += attributes.refused(main.operation, self.device)
+        for op in (self.module.operation, *(f.operation for f in self.functions.values())):
+            self.problems += attributes.refused(op, self.device)
         env: dict[Any, Value] = {}
         params = []
         arg_attrs = (
@@ -352,7 +354,24 @@ class Importer:
         body.results = self.block(main.entry_block, env, body, {})
         if self.problems:
             raise UnsupportedError(list(dict.fromkeys(self.problems)))
-        return Program(self.mesh, body, donated)
+        memory = {key: self._memory_kinds(main.operation, key) for key in ("arg_attrs", "res_attrs")}
+        arguments = [bool(m) for m in memory["arg_attrs"] or [None] * len(params)]
+        return Program(
+            self.mesh,
+            body,
+            donated,
+            host_arguments=arguments,
+            host_results=memory["res_attrs"] or [None] * len(body.results),
+        )
+
+    def _memory_kinds(self, main: ir.Operation, key: str) -> list[bool | None]:
+        """Whether each argument or result lies in the host's memory; None where the module does not say."""
+        if key not in main.attributes:
+            return []
+        return [
+            attributes.is_host(ir.StringAttr(attrs["mhlo.memory_kind"]).value) if "mhlo.memory_kind" in attrs else None
+            for attrs in main.attributes[key]
+        ]
 
     def block(self, block: ir.Block, env: dict[Any, Value], out: Block, manual: dict[str, None]) -> list[Value]:
         """Append the block's operations to `out` and return its results."""
@@ -582,14 +601,11 @@ class Importer:
 
     def _import_custom_call(self, op, made, out, env, manual):
         target = ir.StringAttr(op.attributes["call_target_name"]).value
-        if target in (
-            "Sharding",
-            "SPMDFullToShardShape",
-            "SPMDShardToFullShape",
-            "LayoutConstraint",
-            "annotate_device_placement",
-        ):
+        if target in attributes.CALLS:
             return made.operands
+        if target == "annotate_device_placement":
+            note = ir.DictAttr(op.attributes["mhlo.frontend_attributes"])["_xla_buffer_placement"]
+            return self._placed(made, attributes.is_host(ir.StringAttr(note).value), out)
         if not target.startswith(jaxcompat.CALL_PREFIX) or "bridge.params" not in op.attributes:
             self.problems.append(
                 f"custom call {target!r} at {made.location}: unknown to the bridge; define it with "
@@ -597,12 +613,19 @@ class Importer:
             )
             return made.results
         record = ast.literal_eval(ir.StringAttr(op.attributes["bridge.params"]).value)
+        if target == PLACE_TARGET:
+            return self._placed(made, record["params"]["memory"] == "host", out)
         if target == callbacks.TARGET:
             made.name, made.attrs = "callback", record["params"]
             out.ops.append(made)
             return made.results
         made.name = "kernel"
         made.attrs = {"name": target, "params": record["params"], "part": record["part"], "count": record["results"]}
+        out.ops.append(made)
+        return made.results
+
+    def _placed(self, made: Op, host: bool, out: Block) -> list[Value]:
+        made.name, made.attrs = "place", {"memory": "host" if host else "device"}
         out.ops.append(made)
         return made.results
 

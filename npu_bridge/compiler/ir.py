@@ -19,6 +19,8 @@ an exchange in flight, for ``wait``
 ``partition_id``     number of this device in the mesh
 ``pick``             element of each row of operand 0 (last dimension) at index operand 1; attrs ``axes`` of the split
 ``add_at``           attrs ``number``, added to that element; ``axes``
+``place``            attrs ``memory``: a copy to the memory of the "host" or the "device"
+``host_update``      a dynamic_update_slice of an array in the host's memory by one on the device
 ``kernel``           attrs ``name``, ``params``: a fused operator
 =================== ================================================================================================
 """
@@ -84,6 +86,7 @@ class Value:
     type: Type
     layout: Layout = ()
     producer: Op | None = None
+    host: bool = False  # lies in the host's memory (passes/host_memory.py)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -157,12 +160,17 @@ def axis_parts(reference: str, sizes: Mapping[str, int]) -> tuple[str, int, int]
 
 @dataclasses.dataclass
 class Program:
-    """A step on one device. `donated[i]`: argument i's storage may be overwritten."""
+    """A step on one device. `donated[i]`: argument i's storage may be overwritten.
+
+    host_arguments, host_results: whether each lies in the host's memory; None: where it was computed.
+    """
 
     mesh: MeshShape
     body: Block
     donated: list[bool]
     name: str = "main"
+    host_arguments: list[bool] = dataclasses.field(default_factory=list)
+    host_results: list[bool | None] = dataclasses.field(default_factory=list)
 
 
 def body_kind(block: Block) -> str | None:

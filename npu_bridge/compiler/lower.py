@@ -94,21 +94,13 @@ def refused_dtype(dtype: Any, x64: bool) -> str | None:
 
 
 def _lost_placement(eqn: Any, device: str) -> str | None:
-    """Return the reason why a memory or compute placement cannot be honoured, or None.
-
-    On a CPU host placements are honoured trivially.
-    """
+    """Return the reason why a compute placement cannot be honoured, or None. On a CPU the host computes in any case."""
     if device == "cpu":
         return None
     if getattr(eqn.ctx, "compute_type", None):
         return (
             f"compute_on({eqn.ctx.compute_type!r}) asks the host to compute this; the bridge runs a step on "
             f"{device} alone"
-        )
-    if any(getattr(getattr(v.aval, "memory_space", None), "name", "") == "Host" for v in (*eqn.invars, *eqn.outvars)):
-        return (
-            "a value in host memory (an offload policy, or device_put to pinned_host); the bridge has no "
-            f"offload on {device}, leave it out or use remat"
         )
     return None
 

@@ -20,6 +20,7 @@ import dataclasses
 from npu_bridge.compiler.codegen.program import Assign, Branches, Function, Item, Loop, Stmt, reads
 from npu_bridge.compiler.ir import Type
 
+UNDER_WAY = 2  # copies to host memory whose sources may still be held (`runtime/host_memory.py`)
 Source = Stmt | Loop | Assign | None  # origin of a line
 
 
@@ -33,6 +34,7 @@ class Plan:
     copies: int = 0
     peak_bytes: int = 0
     argument_bytes: int = 0
+    host_bytes: int = 0  # peak of the host's memory
 
 
 class _Storages:
@@ -43,12 +45,14 @@ class _Storages:
         self.names: dict[str, set[str]] = {}
         self.size: dict[str, int] = {}
         self.live = self.peak = 0
+        self.hosted: set[str] = set()  # storages in the host's memory
+        self.host_live = self.host_peak = 0
 
     def save(self) -> tuple:
-        return dict(self.root), {r: set(n) for r, n in self.names.items()}, dict(self.size), self.live
+        return dict(self.root), {r: set(n) for r, n in self.names.items()}, dict(self.size), (self.live, self.host_live)
 
     def restore(self, state: tuple) -> None:
-        root, names, size, self.live = state
+        root, names, size, (self.live, self.host_live) = state
         self.root, self.names, self.size = dict(root), {r: set(n) for r, n in names.items()}, dict(size)
 
     def add(self, name: str, root: str, size: int) -> None:
@@ -57,8 +61,7 @@ class _Storages:
         if root not in self.names:
             self.names[root] = set()
             self.size[root] = size
-            self.live += size
-            self.peak = max(self.peak, self.live)
+            self._count(root, size)
         self.names[root].add(name)
 
     def drop(self, name: str) -> None:
@@ -68,7 +71,15 @@ class _Storages:
         self.names[root].discard(name)
         if not self.names[root]:
             del self.names[root]
-            self.live -= self.size.pop(root)
+            self._count(root, -self.size.pop(root))
+
+    def _count(self, root: str, size: int) -> None:
+        if root in self.hosted:
+            self.host_live += size
+            self.host_peak = max(self.host_peak, self.host_live)
+        else:
+            self.live += size
+            self.peak = max(self.peak, self.live)
 
 
 class _Later:
@@ -82,13 +93,16 @@ class _Later:
 
 
 class Planner:
-    def __init__(self, params: dict[str, Type], donated: set[str]):
+    def __init__(self, params: dict[str, Type], donated: set[str], hosted: set[str] | None = None):
         self.plan = Plan([])
         self.store = _Storages()
         self.types: dict[str, Type] = dict(params)
         self.expanded: set[str] = set()
         self.constants: set[str] = set()  # storages of the program's constants
         self.donated = donated
+        self.store.hosted |= hosted or set()
+        self.ahead_bytes = self.most_ahead = 0  # fetched from host memory for a loop's next round: this loop's, at most
+        self.held_bytes = 0  # the largest source of a copy to host memory
         self.owned = {p for p in params if p in donated}
         for name, type in params.items():
             self.store.add(name, name, type.bytes)
@@ -103,12 +117,16 @@ class Planner:
             for p in unused:
                 self.store.drop(p)
         self.block(items, set(results), self.owned, 1, params - set(unused))
-        self.plan.results = [f"{r}.clone()" if self.root[r] in self.constants else r for r in results]
-        self.plan.peak_bytes = self.store.peak
+        self.plan.results = [self.copy_of(r) if self.root[r] in self.constants else r for r in results]
+        self.plan.peak_bytes = self.store.peak + max(self.most_ahead, self.ahead_bytes) + UNDER_WAY * self.held_bytes
+        self.plan.host_bytes = self.store.host_peak
         return self.plan
 
     def line(self, indent: int, code: str, source: Source = None) -> None:
         self.plan.lines.append((indent, code, source))
+
+    def copy_of(self, name: str) -> str:
+        return f"rt.memory.clone({name})" if self.root.get(name) in self.store.hosted else f"{name}.clone()"
 
     @property
     def root(self) -> dict[str, str]:
@@ -169,7 +187,7 @@ class Planner:
                 self.plan.inplace += 1
                 dirty.update(r for r in roots if r not in made)
                 break
-        if s.inplace and taken is None and ".clone()" in code:
+        if s.inplace and taken is None and ".clone(" in code:
             self.plan.copies += 1
         for i, (out, type) in enumerate(zip(s.outs, s.types)):
             if taken and taken[i]:
@@ -179,6 +197,8 @@ class Planner:
             else:
                 root = out
                 made.add(out)
+                if s.host:
+                    self.store.hosted.add(out)
                 if s.constant:
                     self.constants.add(out)
                 else:
@@ -187,6 +207,11 @@ class Planner:
             self.types[out] = type
             if s.expands or (s.alias and s.alias in self.expanded):
                 self.expanded.add(out)
+        self.ahead_bytes += s.ahead_bytes
+        if s.held:
+            held = [i for i in s.ins if self.root.get(i) not in self.store.hosted]
+            self.held_bytes = max([self.held_bytes, *(self.types[i].bytes for i in held)])
+            owned.difference_update(self.root[i] for i in held if i in self.root)
         self.line(indent, f"{', '.join(s.outs)} = {code}" if s.outs else code, s)
 
     def branches(
@@ -219,12 +244,13 @@ class Planner:
             )
             inner_owned = set(free)
             changed = self.block(body, set(results), inner_owned, indent + 1, set())
+            self.store.hosted.update(o for o, name in zip(s.outs, results) if self.root[name] in self.store.hosted)
             ends: list[str] = []
             taken: set[str] = set()
             for name in results:
                 r = self.root[name]
                 if r in taken or r not in inner_owned or name in self.expanded:
-                    ends.append(f"{name}.clone()")
+                    ends.append(self.copy_of(name))
                     self.plan.copies += 1
                 else:
                     taken.add(r)
@@ -273,7 +299,10 @@ class Planner:
         # Inside, each carried value is assumed to own its storage; the copies on entry that this requires are added
         # below.
         inner_owned = set(params)
+        ahead, self.ahead_bytes = self.ahead_bytes, 0
         for p, i in zip(params, inits):
+            if self.root[i] in self.store.hosted:
+                self.store.hosted.add(p)
             self.store.add(p, p, 0)
             self.types[p] = self.types[i]
         inner_deletable: set[str] = set(params)
@@ -284,13 +313,14 @@ class Planner:
             changed |= self.block(s.prologue, body_needs | {s.condition}, inner_owned, indent + 1, set())
             self.line(indent + 1, f"if not bool({s.condition}): break  # reads the device")
         changed |= self.block(s.body, wanted, inner_owned, indent + 1, inner_deletable)
+        self.most_ahead, self.ahead_bytes = max(self.most_ahead, self.ahead_bytes), ahead
         # At the end of a round every carried value must own its storage again.
         ends: list[str] = []
         taken: set[str] = set()
         for y in yields:
             r = self.root[y]
             if r in taken or r not in inner_owned or y in self.expanded:
-                ends.append(f"{y}.clone()")
+                ends.append(self.copy_of(y))
                 self.plan.copies += 1
             else:
                 taken.add(r)
@@ -347,7 +377,7 @@ class Planner:
                 and i not in self.expanded
             )
             if own and not free:
-                begins.append(f"{i}.clone()")
+                begins.append(self.copy_of(i))
                 self.plan.copies += 1
                 continue
             begins.append(i)

@@ -145,6 +145,24 @@ def _threefry(ctx: Any, *operands: ir.Value):
     )
 
 
+def _device_put(ctx: Any, *operands: ir.Value, devices: Sequence[Any], **_: Any) -> Sequence[ir.Value]:
+    """Write down a move to another memory space; JAX's own lowering for other platforms leaves it out."""
+    placed = []
+    for x, was, now in zip(operands, ctx.avals_in, ctx.avals_out):
+        memory = "host" if jaxcompat.in_host_memory(now) else "device"
+        if jaxcompat.in_host_memory(was) != (memory == "host"):
+            dims = _dims(len(was.shape))
+            (x,) = jaxcompat.custom_call_with_rule(
+                ctx, _PLACE, [x], [now], f"{dims} -> {dims}", {"memory": memory}
+            )  # fmt: skip
+        placed.append(x)
+    return placed
+
+
+_PLACE = "memory.place"
+PLACE_TARGET = jaxcompat.CALL_PREFIX + _PLACE
+
+
 def register() -> None:
     """Register the lowerings; calling it again changes nothing."""
     if getattr(register, "done", False):
@@ -162,6 +180,7 @@ def register() -> None:
         ("cumlogsumexp", lax.cumlogsumexp_p),
     ):
         table(primitive, _cumulative(name))
+    table(jaxcompat.device_put_primitive(), _device_put)
     table(lax.argmax_p, _argument_of_extreme("argmax"))
     table(lax.argmin_p, _argument_of_extreme("argmin"))
     table(lax.top_k_p, _top_k)

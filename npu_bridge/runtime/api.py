@@ -23,6 +23,7 @@ from npu_bridge.errors import PlacementError, UnsupportedError
 from npu_bridge.runtime import cache
 from npu_bridge.runtime.compiled import require_compiler
 
+HOST = "pinned_host"
 MeshLike: TypeAlias = Mesh | AbstractMesh | dict[str, int] | None
 
 
@@ -67,13 +68,15 @@ def _spec(x: Any) -> PartitionSpec:
     if isinstance(x, PartitionSpec):
         return x
     if isinstance(x, NamedSharding):
-        if x.memory_kind not in (None, "device", "unpinned_host"):
-            raise PlacementError(
-                f"npu_bridge: sharding {x} asks for {x.memory_kind} memory; the bridge keeps arguments and "
-                "results in the device's, leave memory_kind out"
-            )
+        if x.memory_kind not in (None, "device", "unpinned_host", HOST):
+            raise PlacementError(f"npu_bridge: sharding {x} asks for {x.memory_kind} memory; expected device or {HOST}")
         return x.spec
     raise PlacementError(f"npu_bridge: sharding {x!r}; expected a PartitionSpec or a NamedSharding")
+
+
+def _kind(x: Any) -> str | None:
+    """Memory kind that a sharding asks for; None is the device's."""
+    return HOST if getattr(x, "memory_kind", None) == HOST else None
 
 
 def _spec_layout(spec: PartitionSpec, rank: int) -> Layout:
@@ -104,6 +107,8 @@ class Lowered:
         )
         self.arg_layouts: list[Layout] = [tuple(tuple(a) for a in lay) for lay in layouts["args"]]
         self.result_layouts: list[Layout] = [tuple(tuple(a) for a in lay) for lay in layouts["results"]]
+        self.host_arguments: list[bool] = layouts["host_arguments"]  # lie in the host's memory
+        self.host_results: list[bool] = layouts["host_results"]
 
     def as_text(self) -> str:
         """Return the torch program: Python source with scopes and source lines of the JAX program."""
@@ -147,6 +152,10 @@ class Compiled:
         )
         donated = [lowered.traced.donated[i] for i in lowered.traced.kept]
         instead = "torch.compile" if compile else "" if capture else "eager: capture is off"
+        if program.moves and compile:
+            raise UnsupportedError(["torch.compile takes no copies to and from host memory"], lowered.name)
+        if program.moves and device != "cpu":
+            instead = instead or "eager: values move between the device's and the host's memory"
         if lowered.host_sync:
             instead = instead or "eager: the program reads the device inside a step (allow_host_sync)"
         self.program = GraphedProgram(program, device, donated, instead=instead)
@@ -166,21 +175,23 @@ class Compiled:
             n: self._on_host(flat[traced.kept[n]], traced.kept[n], low.arg_layouts[n])
             for n in low.source.host_arguments
         }
-        local = [self._place(flat[i], i, low.arg_layouts[n]) for n, i in enumerate(traced.kept)]
+        local = [self._place(flat[i], i, low.arg_layouts[n], low.host_arguments[n]) for n, i in enumerate(traced.kept)]
         for i, donated in enumerate(traced.donated):
             if donated and isinstance(flat[i], Array) and not flat[i].is_deleted():
                 flat[i].donate(low.name)  # unused arguments are donated too
         others = {_memory(x) for x, donated in zip(local, (traced.donated[i] for i in traced.kept)) if not donated}
-        results = _apart(program_to_run(self)(local, host), others)
+        results = _apart(program_to_run(self)(local, host), others, self.runtime.memory, low.host_results)
         out = []
-        for tensor, aval, layout in zip(results, traced.out_avals, low.result_layouts):
+        for tensor, aval, layout, hosted in zip(results, traced.out_avals, low.result_layouts, low.host_results):
             if aval.dtype == jax.dtypes.float0:
                 out.append(np.zeros(aval.shape, jax.dtypes.float0))
             elif jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
                 data = Array(tensor, (*aval.shape, *tensor.shape[len(aval.shape) :]), np.uint32, layout, self.runtime)
                 out.append(jax.random.wrap_key_data(np.asarray(data), impl=jaxcompat.key_implementation(aval.dtype)))
             else:
-                out.append(Array(tensor, aval.shape, aval.dtype, layout, self.runtime, weak_type=aval.weak_type))
+                made = Array(tensor, aval.shape, aval.dtype, layout, self.runtime, weak_type=aval.weak_type)
+                made.memory_kind = HOST if hosted else "device"
+                out.append(made)
         return out
 
     def _on_host(self, x: Any, number: int, layout: Layout) -> Any:
@@ -192,7 +203,16 @@ class Compiled:
             return (shard(x.local, layout, self.runtime) if x.is_fully_replicated else x.local).cpu()
         return self._shard(x, number, layout).cpu()
 
-    def _place(self, x: Any, number: int, layout: Layout) -> Any:
+    def _place(self, x: Any, number: int, layout: Layout, hosted: bool = False) -> Any:
+        """Return this rank's shard of an argument in the memory that the program expects it in."""
+        local = self._local(x, number, layout, hosted)
+        if self.runtime.kind != "cpu" and (local.device.type == "cpu") != hosted:
+            memory = self.runtime.memory
+            local = memory.to_host(local) if hosted else memory.to_device(local)
+            memory.join()
+        return local
+
+    def _local(self, x: Any, number: int, layout: Layout, hosted: bool) -> Any:
         from npu_bridge.runtime.array import Array
         from npu_bridge.runtime.program import shard
 
@@ -209,7 +229,7 @@ class Compiled:
                 for a, b in zip(_full(x), _full(x, layout))
             )
             if same:
-                return x.donate(self.lowered.name) if donated else x.local
+                return x.donate(self.lowered.name) if donated else x.held
             if not x.is_fully_replicated:
                 raise PlacementError(
                     f"npu_bridge: argument {number} is split over {x.layout}, {self.lowered.name} wants "
@@ -219,6 +239,8 @@ class Compiled:
             local = shard(x.donate(self.lowered.name) if donated else x.local, layout, self.runtime)
             return local.contiguous()
         local = self._shard(x, number, layout)
+        if hosted:
+            return self.runtime.memory.clone(local)
         if local.device.type == "cpu" != self.runtime.device.type:
             # Copies from pinned memory are asynchronous; from other memory the host would wait for the queue to drain.
             return local.pin_memory().to(self.runtime.device, non_blocking=True)
@@ -250,16 +272,16 @@ def _memory(x: Any) -> int:
     return x.untyped_storage().data_ptr()
 
 
-def _apart(results: Sequence[Any], others: set[int]) -> list[Any]:
+def _apart(results: Sequence[Any], others: set[int], memory: Any, hosted: Sequence[bool]) -> list[Any]:
     """Clone results that alias kept arguments (`others`), earlier results or expanded views, so that every output can
-    be donated.
+    be donated. hosted: which lie in the host's memory, where `memory` copies them.
     """
     taken, out = set(others), []
-    for x in results:
+    for x, on_host in zip(results, hosted, strict=True):
         repeats = any(step == 0 and n > 1 for step, n in zip(x.stride(), x.shape))
         own = x
         if x.numel() and (repeats or _memory(x) in taken):
-            own = x.contiguous() if repeats else x.clone()
+            own = memory.clone(x) if on_host else x.contiguous() if repeats else x.clone()
         taken.add(_memory(own))
         out.append(own)
     return out
@@ -389,12 +411,13 @@ class Jitted:
                 problems.append(f"{where}: {reason}")
                 return jax.ShapeDtypeStruct(shape, np.float32)
             if self.mesh is None:
-                if spec is not None and any(_spec(spec)):
+                if spec is not None and (any(_spec(spec)) or _kind(spec)):
                     problems.append(
                         f"{where}: sharding {_spec(spec)} without a mesh; pass mesh={{axis: size}} or a "
                         "jax.sharding.Mesh to npu_bridge.jit"
                     )
                 return jax.ShapeDtypeStruct(shape, dtype, weak_type=weak)
+            kind = _kind(x if spec is None else spec)
             if spec is None and getattr(x, "layout", None):
                 spec = PartitionSpec(*(tuple(a) or None for a in x.layout))
             spec, found = _spec(spec), len(problems)
@@ -412,7 +435,10 @@ class Jitted:
                         f"{where}: dimension {d} of {shape} cannot be split evenly over {axes}, {shards} shards; pad it"
                     )
             return jax.ShapeDtypeStruct(
-                shape, dtype, sharding=None if len(problems) > found else NamedSharding(self.mesh, spec), weak_type=weak
+                shape,
+                dtype,
+                sharding=None if len(problems) > found else NamedSharding(self.mesh, spec, memory_kind=kind),
+                weak_type=weak,
             )
 
         made = []
@@ -449,7 +475,9 @@ class Jitted:
         out = self.out_shardings
         if self.mesh is not None and out is not None:
             out = jax.tree.map(
-                lambda s: None if s is None else NamedSharding(self.mesh, _spec(s)), out, is_leaf=_is_spec
+                lambda s: None if s is None else NamedSharding(self.mesh, _spec(s), memory_kind=_kind(s)),
+                out,
+                is_leaf=_is_spec,
             )
         abstract, by_name = self._abstract(args, named)
         traced = lower.lower(
@@ -517,6 +545,8 @@ class Jitted:
             "results": [v.layout for v in body.results],
             "mesh": program.mesh.axes,
             "devices": program.mesh.devices,
+            "host_arguments": [v.host for v in body.params],
+            "host_results": [v.host for v in body.results],
         }
         return source, extra
 
@@ -531,7 +561,11 @@ class Jitted:
         # Types are part of the key: 1, 1.0 and True are equal but give different programs.
         fixed: tuple[Any, ...] = tuple((type(args[i]), args[i]) for i in _counted(self.static, len(args)))
         fixed += tuple((k, type(named[k]), named[k]) for k in self.static_names if k in named)
-        signature = (tree, fixed, tuple((np.shape(x), str(getattr(x, "dtype", type(x))), _is_weak(x)) for x in flat))
+        signature = (
+            tree,
+            fixed,
+            tuple((np.shape(x), str(getattr(x, "dtype", type(x))), _is_weak(x), _kind(x)) for x in flat),
+        )
         try:
             known = signature in self._compiled
         except TypeError as error:

@@ -53,10 +53,18 @@ class Array:
         self.weak_type = weak_type
         self.shape, self.dtype, self.layout, self.runtime = tuple(shape), np.dtype(dtype), layout, runtime
         self.donated_to = ""
+        self.memory_kind = "device"
 
     @property
     def local(self) -> torch.Tensor:
-        """This device's shard. Raises PlacementError after the array was donated."""
+        """This device's shard; one in host memory has arrived. Raises PlacementError after the array was donated."""
+        if self.memory_kind != "device":
+            self.runtime.memory.ready()
+        return self.held
+
+    @property
+    def held(self) -> torch.Tensor:
+        """This device's shard, for the statements of a program; copies to host memory may be under way."""
         if self._local is None:
             raise PlacementError(
                 f"npu_bridge: array {self.dtype}{list(self.shape)} was donated to "
@@ -82,7 +90,7 @@ class Array:
 
     def donate(self, to: str) -> torch.Tensor:
         """Donate the storage; the array is deleted afterwards."""
-        local, self._local, self.donated_to = self.local, None, to
+        local, self._local, self.donated_to = self.held, None, to
         return local
 
     def gather(self) -> np.ndarray:

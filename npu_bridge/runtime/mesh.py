@@ -19,6 +19,7 @@ from npu_bridge.compiler.host_numbers import HostNumbers
 from npu_bridge.compiler.ir import MeshShape
 from npu_bridge.errors import BridgeError, CollectiveError
 from npu_bridge.runtime.conversion import to_numpy, to_torch
+from npu_bridge.runtime.host_memory import HostMemory
 from npu_bridge.runtime.kernel_table import KernelTable
 
 _BACKEND = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
@@ -181,6 +182,7 @@ class Runtime(HostNumbers):
         for axes in axes_used:
             self._join(tuple(axes))
         self.kernel = KernelTable(device)
+        self.memory = HostMemory(self.device)
 
     def callback(self, number: int, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Call a Python callback with copies of the arrays, because later statements may overwrite them."""

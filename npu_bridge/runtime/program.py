@@ -54,6 +54,7 @@ class LoadedProgram:
         runtime.kernel.bind(kernels)
         filename = f"<npu_bridge {name} {self.digest[:12]}>"
         self.filename, self.text = filename, text
+        self.moves = "rt.memory." in text  # between the device's memory and the host's
         # Register with linecache, so that tracebacks show the program's lines.
         linecache.cache[filename] = (len(text), None, text.splitlines(True), filename)
         scope: dict[str, Any] = {}
@@ -88,6 +89,9 @@ class LoadedProgram:
             if (place := self._place(error)) is not None:
                 error.add_note(f"npu_bridge: while running {place} of the JAX program")
             raise
+        finally:
+            if self.moves:
+                self.runtime.memory.join()
 
     def _place(self, error: BaseException) -> str | None:
         """Scope, file and line of the JAX program whose statement failed."""

@@ -471,6 +471,18 @@ case(
     X,
     grad=False,
 )
+case(
+    "rows stacked in host memory",
+    lambda x: (
+        2
+        * jax.device_put(
+            lax.scan(lambda c, row: (c + row, jax.device_put(c * row, jax.memory.Space.Host)), x[0], x)[1],
+            jax.memory.Space.Device,
+        )
+    ),
+    X,
+    grad=False,  # jax itself has none for what a scan stacks there
+)
 case("loop that swaps", lambda x, y: lax.fori_loop(0, 3, lambda i, c: (c[1], c[0] + 1), (x, y)), X, Y)
 case(
     "loop index in slices",

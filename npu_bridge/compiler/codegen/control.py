@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 
 from npu_bridge.compiler.codegen.branches import branches, host_code
-from npu_bridge.compiler.codegen.emitter import LARGEST_TABLE, Emitter, lowering
+from npu_bridge.compiler.codegen.emitter import LARGEST_TABLE, Emitter, LoopState, lowering
 from npu_bridge.compiler.codegen.operands import HostInt, HostTable, Literal, Operand, Tensor
 from npu_bridge.compiler.codegen.program import Assign, Loop
 from npu_bridge.compiler.ir import FLOATS, Block, Op, Type, Value, calls_back
@@ -141,8 +141,11 @@ def _write_rounds(
         e.items.append(Assign([names[i]], [_host_value(args[i])]))
     for i in carried:
         e.env[body.params[i]] = params[i]
+    last = counted.start + (counted.trip - 1) * counted.step
+    e.loops.append(LoopState(counter, counted.step, last, frozenset(params[i].name for i in tensors)))
     with e.nested(counted.trip) as items:
         e.block(body)
+        e.loops.pop()
         yields = {i: e.tensor(e.env[body.results[i]]) for i in tensors}
         ends = {i: e.env[body.results[i]] for i in on_host}
         kept = [i for i in on_host if _known_to_host(ends[i])]
@@ -267,6 +270,8 @@ def case(e: Emitter, op: Op, args: list[Operand]) -> list[Operand]:
                 e.block(region)
             bodies.append((items, [e.env[r] for r in region.results]))
         return branches(e, index, bodies, op)
+    if any(r.host for r in op.results):
+        e.problem(op, "branches that the device chooses have results in host memory; move them to the device first")
     index = e.tensor(index)
     results: list[list[Operand]] = []
     for region in regions:

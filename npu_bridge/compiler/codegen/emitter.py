@@ -57,6 +57,16 @@ def lowering(*names: str) -> Callable[[Lowering], Lowering]:
     return register
 
 
+@dataclasses.dataclass(frozen=True)
+class LoopState:
+    """A counted loop that is being written: its counter's code, step and last value; variables that it carries."""
+
+    counter: str
+    step: int
+    last: int
+    carried: frozenset[str]
+
+
 class Emitter:
     """State of one program being written."""
 
@@ -77,6 +87,7 @@ class Emitter:
         self.host_arguments: set[int] = set()  # those of which kernels read the host's copy
         self.location = Location()
         self.tables: dict[tuple, str] = {}  # elements of tables that the host looks up, and their names in the text
+        self.loops: list[LoopState] = []  # counted loops around the code that is being written
         self._count = 0
         self._exchange: Exchange | None = None  # noted, for the statement that is written next
         self._trips = 1  # how often the code being written runs in one step
@@ -155,7 +166,7 @@ class Emitter:
                 self.location,
                 kind,
                 constant,
-                begun,
+                exchange=begun,
             )
         )
         return out

@@ -9,7 +9,7 @@ import os
 import re
 
 from npu_bridge.compiler import exchange_order
-from npu_bridge.compiler.codegen import contraction, control, elementwise, exchange, indexing, shaping  # noqa: F401  (register lowerings)
+from npu_bridge.compiler.codegen import contraction, control, elementwise, exchange, host_memory, indexing, shaping  # noqa: F401  (register lowerings)
 from npu_bridge.compiler.codegen.emitter import Emitter
 from npu_bridge.compiler.codegen.program import Assign, Stmt, remove_dead, walk
 from npu_bridge.compiler.ir import Location, Program
@@ -102,12 +102,14 @@ def generate(program: Program, *, allow_host_sync: bool = False, device: str = "
         raise UnsupportedError(hanging)
     types = {p: v.type for p, v in zip(params, program.body.params)}
     donated = {p for p, d in zip(params, program.donated) if d}
-    plan = Planner(types, donated).run(items, results)
+    hosted = {p for p, v in zip(params, program.body.params) if v.host}
+    plan = Planner(types, donated, hosted).run(items, results)
     memory = {
         "argument_bytes": plan.argument_bytes,
         "peak_bytes": plan.peak_bytes,
         "inplace_updates": plan.inplace,
         "copies": plan.copies,
+        "host_bytes": plan.host_bytes,
     }
     return Source(
         _text(program, params, tables, plan),

@@ -40,6 +40,9 @@ class Stmt:
     location: Location = Location()
     kind: str = ""  # "collective", "kernel" or the operation's name
     constant: bool = False  # the result aliases a constant of the program, which must not be overwritten
+    host: bool = False  # the results lie in the host's memory
+    held: bool = False  # operands on the device are read beside what follows: nothing may overwrite them
+    ahead_bytes: int = 0  # on the device, for what a loop's next round reads
     exchange: Exchange | None = None  # where it begins; what waits for its end has none
 
 

@@ -127,7 +127,10 @@ def reshape(e: Emitter, op: Op, args: list[Operand]) -> Operand:
         return Literal(0, op.result.type)
     if x.type.shape == op.result.shape:
         return x
-    return e.emit(f"{x.name}.reshape({op.result.shape})", [x], op.result.type, alias=x, kind="reshape")
+    code = (
+        f"rt.memory.reshape({x.name}, {op.result.shape})" if op.result.host else f"{x.name}.reshape({op.result.shape})"
+    )
+    return e.emit(code, [x], op.result.type, alias=x, kind="reshape")
 
 
 @lowering("transpose")
@@ -249,6 +252,9 @@ def dynamic_slice(e: Emitter, op: Op, args: list[Operand]) -> Operand:
         return table_part(e, x, op.result.shape, x.strides, [s for s in steps if s != "0"])
     x, starts = e.tensor(args[0]), args[1:]
     index = _host_index(e, x.type.shape, op.result.shape, starts)
+    if index is None and op.result.host:
+        e.problem(op, "an array in host memory is read at an index that only the device knows; move it there whole")
+        return Literal(0, op.result.type)
     if index is not None:
         return e.emit(f"{x.name}[{index}]", [x], op.result.type, alias=x, kind="dynamic_slice")
     code, tensors = _starts(e, starts)

@@ -7,6 +7,7 @@ from npu_bridge.compiler.passes.biases import add_biases_before_rounding
 from npu_bridge.compiler.passes.collectives import fuse_collectives, widen_reductions
 from npu_bridge.compiler.passes.float8 import widen_float8
 from npu_bridge.compiler.passes.fused_calls import fit_fused_calls
+from npu_bridge.compiler.passes.host_memory import place_values
 from npu_bridge.compiler.passes.indices import index_instead_of_comparing
 from npu_bridge.compiler.passes.kernels import merge_kernel_parts
 from npu_bridge.compiler.passes.loop_invariants import move_loop_invariants
@@ -19,6 +20,7 @@ from npu_bridge.compiler.passes.slices import simplify_slices
 def run(program: Program, *, device: str = "cpu", reduce_in_float32: bool = False, overlap: bool = True) -> None:
     """Run all passes on a program in place."""
     merge_kernel_parts(program)
+    place_values(program, device)
     widen_float8(program.body)
     share_equal_operations(program.body)
     fuse_collectives(program)

@@ -10,6 +10,8 @@ from npu_bridge.compiler.ir import FLOAT8, Block, Op, Type, Value
 
 _AS_THEY_ARE = frozenset(
     {
+        "place",
+        "host_update",
         "reshape",
         "transpose",
         "slice",

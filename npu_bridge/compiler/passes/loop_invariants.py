@@ -28,6 +28,8 @@ _STAYS = frozenset(
         "permute",
         "partition_id",
         "callback",
+        "place",
+        "host_update",
     }
 )
 
