@@ -205,7 +205,9 @@ def make_runner(args: argparse.Namespace, programs=None):
         context=args.context, patches=patches, images=args.max_images, rows=row_groups(mesh_of(opened.model))
     )
     adapters = dict(zip(adapted, others, strict=True))
-    return Runner(generator, Metrics(), sizes, limit=args.queue, chunk=args.chunk, adapters=adapters), settings
+    owners = max(1, len(set(settings.api_keys)))
+    runner = Runner(generator, Metrics(), sizes, limit=args.queue, chunk=args.chunk, adapters=adapters, owners=owners)
+    return runner, settings
 
 
 def _default_sampling(args: argparse.Namespace) -> dict[str, float]:

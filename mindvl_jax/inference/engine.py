@@ -26,6 +26,7 @@ from mindvl_jax.inference.prefix_cache import Entry, PrefixCache
 from mindvl_jax.inference.programs import CHUNK
 from mindvl_jax.inference.prompts import Prompt, pack_bucket, vision_of
 from mindvl_jax.inference.request import Sampling
+from mindvl_jax.inference.turns import Turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +50,17 @@ Watcher = Callable[[Delivery], bool]
 
 @dataclasses.dataclass(eq=False)
 class _Running:
-    """One running answer."""
+    """One waiting or running answer; owner to cost as `turns.Waiter`."""
 
     prompt: Prompt
     sampling: Sampling
     seed: int
     watcher: Watcher
-    matcher: Matcher | None = None
+    matcher: Matcher | None
+    owner: str | None
+    priority: int
+    arrival: int
+    cost: int
     produced: int = 0
 
 
@@ -114,6 +119,7 @@ class Engine:
         self._state = self._place(programs.new_slots(model, slots, context, unrolled=self._decode_params is not None))
         self._waiting: collections.deque[_Running] = collections.deque()
         self._running: list[_Running | None] = [None] * slots
+        self._turns, self._arrivals = Turns(), itertools.count()
         can_go_on = mesh is None and hasattr(model.language, "read_after")
         self.prefixes = PrefixCache(prefix_bytes) if prefix_bytes and can_go_on else None
         self._piece = prefill_chunk if can_go_on else 0
@@ -201,8 +207,14 @@ class Engine:
         seeds: Sequence[int],
         watchers: Sequence[Watcher],
         matchers: Sequence[Matcher] = (),
+        *,
+        owner: str | None = None,
+        priority: int = 0,
     ) -> None:
         """Queue a prompt for `sampling.n` answers, each with its seed, its watcher and, if given, its matcher.
+
+        Args:
+          owner: who asks; owners take turns (see `turns.py`). priority: among the owner's prompts, the lowest first.
 
         Raises:
           UserError: the prompt does not fit the context; the programs cannot do what is asked for.
@@ -210,7 +222,11 @@ class Engine:
         self.check(prompt)
         self._programs.check(sampling, constrained=bool(matchers))
         for seed, watcher, matcher in zip(seeds, watchers, matchers or [None] * len(seeds), strict=True):
-            self._waiting.append(_Running(prompt, sampling, seed, watcher, matcher))
+            cost = prompt.tokens + min(sampling.max_new_tokens, self.context - prompt.tokens)
+            self._waiting.append(
+                _Running(prompt, sampling, seed, watcher, matcher, owner, priority, next(self._arrivals), cost)
+            )
+            self._turns.expect(self._waiting[-1])
 
     def check(self, prompt: Prompt) -> None:
         """Refuse a prompt that can never be prefilled.
@@ -388,6 +404,7 @@ class Engine:
                 admitted.append(([slot], *first))
         if len(free) < min(least_free, len(self._waiting)):
             return admitted
+        self._waiting = collections.deque(self._turns.order(self._waiting))
         aside: list[_Running] = []  # long prompts, of which one is read at a time
         while free and self._waiting:
             if self._reading is not None and self._is_long(self._waiting[0].prompt):
@@ -403,6 +420,7 @@ class Engine:
                 admitted.append((slots, *self._read(group, slots)))
                 continue
             self._waiting.remove(running)
+            self._turns.charge(running)
             slot, *free = free
             if found is None:
                 self._begin(running, slot)
@@ -427,6 +445,8 @@ class Engine:
             while len(group) > 1 and not self._planner.holds([running.prompt for running in group]):
                 passed.insert(0, group.pop())
         self._waiting.extendleft(reversed(passed))
+        for running in group:
+            self._turns.charge(running)
         return group
 
     def _read(self, group: list[_Running], slots: list[int]) -> tuple[jax.Array, jax.Array, programs.Alternatives]:

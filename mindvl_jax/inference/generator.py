@@ -193,6 +193,9 @@ class Generator:
         prompt: Prompt,
         emit: Callable[[Piece], None],
         matchers: Sequence[Matcher] | None = None,
+        *,
+        owner: str | None = None,
+        priority: int = 0,
     ) -> list[Watcher]:
         """Queue a request; `emit` gets its pieces on the thread that steps the engine.
 
@@ -200,6 +203,7 @@ class Generator:
 
         Args:
           matchers: of the request's grammar, where the caller made them (`matchers`).
+          owner, priority: as `Engine.submit`.
 
         Raises:
           UserError: the prompt does not fit the context; the grammar is not valid.
@@ -215,6 +219,8 @@ class Generator:
             seeds=[base + (sample << 32) for sample in range(sampling.n)],
             watchers=watchers,
             matchers=matchers,
+            owner=owner,
+            priority=priority,
         )
         return watchers
 

@@ -105,6 +105,22 @@ def test_aborted_answers_free_their_slots_and_the_others_go_on_unchanged(opened,
             assert recorder.tokens == list(answer.tokens), f"request {number}"
 
 
+def test_owners_take_turns_and_their_answers_stay_the_same(opened, generator):
+    requests = [_request(f"question {number} ") for number in range(12)]
+    expected = generator.generate(requests)
+    engine = _engine(opened, generator)
+    recorders = [_Recorder() for _ in requests]
+    for number, (request, recorder) in enumerate(zip(requests, recorders)):
+        whose = dict(owner="few" if number > 9 else "many", priority=-1 if number == 9 else 0)
+        engine.submit(generator.encode(request), request.sampling, [0], [recorder], **whose)
+    engine.step(chunk=1)
+    started = [number for number, recorder in enumerate(recorders) if recorder.tokens]
+    assert started == [0, 9, 10, 11]  # the urgent and the oldest of the one owner, both of the other
+    while engine.busy:
+        engine.step()
+    assert [recorder.tokens for recorder in recorders] == [list(answer.tokens) for answer in expected]
+
+
 def test_new_parameters_answer_as_a_new_engine_would_and_others_are_refused(opened, generator):
     request = _request("after a step of training")
     changed = jax.tree.map(lambda leaf: leaf * 1.1, nnx.state(opened.model))

@@ -8,6 +8,7 @@ import pytest
 
 from mindvl_jax.inference.server import media
 from mindvl_jax.inference.server.errors import HTTPError
+from mindvl_jax.inference.server.runner import Ticket
 from mindvl_jax.inference.server.settings import ServerSettings
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -163,6 +164,30 @@ def test_a_full_queue_answers_429_with_a_time_to_come_back(running, http):
     assert answer.json()["error"]["type"] == "rate_limit_error"
 
 
+def test_a_key_that_fills_the_queue_leaves_the_places_of_the_others(running, monkeypatch):
+    runner = running.runner
+    monkeypatch.setattr(runner, "_limit", 8)
+    monkeypatch.setattr(runner, "_owners", 2)  # four places for all, two for each
+
+    def room(owner):
+        try:
+            runner.check_room(owner)
+        except HTTPError as error:
+            assert error.status == 429
+            return False
+        return True
+
+    held = [Ticket(None, None, None, 1, 0.0, owner=owner) for owner in ["greedy"] * 6 + ["modest"] * 2]
+    states = []
+    for ticket in held:
+        assert room(ticket.owner)
+        runner._tickets.add(ticket)
+        states.append((room("greedy"), room("modest")))
+    for ticket in held:
+        runner._tickets.discard(ticket)
+    assert states == [(True, True)] * 5 + [(False, True)] * 2 + [(False, False)]
+
+
 def test_an_engine_that_fails_tells_its_requests_and_answers_the_next(running, http, monkeypatch):
     expected = http.post("/v1/chat/completions", json=_chat(temperature=0)).json()["choices"]
     engine = running.runner.engine
@@ -176,7 +201,7 @@ def test_an_engine_that_fails_tells_its_requests_and_answers_the_next(running, h
 def test_keys_are_asked_for_where_there_are_some(running, http):
     settings = running.settings
     server = next(route.endpoint for route in running.app.routes if route.path == "/v1/models").__closure__
-    owner = next(cell.cell_contents for cell in server if hasattr(cell.cell_contents, "_check_key"))
+    owner = next(cell.cell_contents for cell in server if hasattr(cell.cell_contents, "_checked_key"))
     owner.settings = dataclasses.replace(settings, api_keys=("right", "other"))
     try:
         assert http.get("/v1/models").status_code == 401

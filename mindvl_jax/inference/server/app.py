@@ -74,16 +74,17 @@ class Server:
 
         async def guarded(request: HTTPRequest) -> Response:
             try:
-                self._check_key(request)
+                request.state.key = self._checked_key(request)
                 return await handler(request)
             except HTTPError as error:
                 return JSONResponse(error.body(), error.status, headers=error.headers())
 
         return guarded
 
-    def _check_key(self, request: HTTPRequest) -> None:
+    def _checked_key(self, request: HTTPRequest) -> str | None:
+        """The API key of a request; None where none is asked for."""
         if not self.settings.api_keys:
-            return
+            return None
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         given = key.strip().encode()
         known = [
@@ -91,6 +92,7 @@ class Server:
         ]  # all of them: equal time
         if scheme.lower() != "bearer" or not any(known):
             raise HTTPError(401, "this server wants an API key: Authorization: Bearer KEY", code="invalid_api_key")
+        return key.strip()
 
     async def _json(self, request: HTTPRequest) -> Any:
         """The body, read piece by piece so that a large one is refused before it is held."""
@@ -169,10 +171,11 @@ class Server:
     async def _chat(self, request: HTTPRequest) -> Response:
         body: ChatBody = parse(ChatBody, await self._json(request))
         adapter = self._adapter(body.model)
-        self.runner.check_room()
+        self.runner.check_room(request.state.key)
         identifier = f"chatcmpl-{uuid.uuid4().hex}"
         asked, prompt, matchers = await self.runner.run_blocking(self._encode_chat, body, identifier)
-        ticket = await self.runner.submit(asked, prompt, matchers, adapter)
+        whose = dict(owner=request.state.key, priority=body.priority or 0)
+        ticket = await self.runner.submit(asked, prompt, matchers, adapter, **whose)
         if body.stream:
             return self._stream(self._chat_events(ticket, body, identifier, prompt.tokens))
         done = await self._collect(request, ticket)
@@ -283,7 +286,7 @@ class Server:
     async def _completions(self, request: HTTPRequest) -> Response:
         body: CompletionBody = parse(CompletionBody, await self._json(request))
         adapter = self._adapter(body.model)
-        self.runner.check_room()
+        self.runner.check_room(request.state.key)
         identifier = f"cmpl-{uuid.uuid4().hex}"
         sampling = body.sampling(self._context, self.settings.sampling)
         grammar = body.structured_outputs.said() if body.structured_outputs is not None else None
@@ -303,9 +306,10 @@ class Server:
             )
         prompt_tokens = sum(prompt.tokens for _, prompt, _ in encoded)
         tickets: list[Ticket] = []
+        whose = dict(owner=request.state.key, priority=body.priority or 0)
         try:
             for each in encoded:
-                tickets.append(await self.runner.submit(*each, adapter))
+                tickets.append(await self.runner.submit(*each, adapter, **whose))
         except HTTPError:  # nobody would read the answers of the prompts before
             for ticket in tickets:
                 self.runner.drop(ticket)

@@ -34,7 +34,7 @@ class Ticket:
 
     Attributes:
       pieces: what has been generated and not been read yet; an exception ends it.
-      open: answers that have not ended.
+      open: answers that have not ended. owner: the API key that it came with.
     """
 
     request: Request
@@ -43,6 +43,7 @@ class Ticket:
     open: int
     arrived: float
     adapter: str | None = None
+    owner: str | None = None
     first: float | None = None
     tokens: int = 0
     watchers: list[Watcher] = dataclasses.field(default_factory=list)
@@ -61,6 +62,7 @@ class Runner:
         requests give; every one has slots and a cache of its own.
       sizes: at which prompts are read (see `sizes.prompt_sizes`).
       limit: most requests that wait or decode. chunk: tokens decoded between two looks at the queue.
+      owners: number of API keys. Half of the places are open to all; the others are kept for each key alike.
     """
 
     def __init__(
@@ -72,10 +74,11 @@ class Runner:
         limit: int,
         chunk: int,
         adapters: Mapping[str, Generator] | None = None,
+        owners: int = 1,
     ):
         self.generators: dict[str | None, Generator] = {None: generator, **(adapters or {})}
         self.generator, self.metrics, self._sizes = generator, metrics, sizes
-        self._limit, self._chunk = limit, chunk
+        self._limit, self._chunk, self._owners = limit, chunk, owners
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets: set[Ticket] = set()
         self._engines: dict[str | None, Engine] = {
@@ -135,38 +138,51 @@ class Runner:
         return await asyncio.get_running_loop().run_in_executor(self._encoders, function, *arguments)
 
     async def submit(
-        self, request: Request, prompt: Prompt, matchers: Sequence[Matcher] = (), adapter: str | None = None
+        self,
+        request: Request,
+        prompt: Prompt,
+        matchers: Sequence[Matcher] = (),
+        adapter: str | None = None,
+        *,
+        owner: str | None = None,
+        priority: int = 0,
     ) -> Ticket:
         """Queue an encoded request for the model, or for the model with an adapter.
+
+        Args:
+          owner: API key. priority: among the requests of the key.
 
         Raises:
           HTTPError: 429 when too many wait, 503 when the server is shutting down, 400 when the prompt does not fit.
         """
-        self.check_room()
+        self.check_room(owner)
         try:
             self._engines[adapter].check(prompt)
         except UserError as error:
             raise HTTPError(400, str(error), code="context_length_exceeded", param="messages") from None
         ticket = Ticket(
-            request, asyncio.get_running_loop(), asyncio.Queue(), request.sampling.n, time.monotonic(), adapter
+            request, asyncio.get_running_loop(), asyncio.Queue(), request.sampling.n, time.monotonic(), adapter, owner
         )
         self._tickets.add(ticket)
-        self._commands.put(lambda: self._begin(ticket, prompt, matchers))
+        self._commands.put(lambda: self._begin(ticket, prompt, matchers, priority))
         return ticket
 
-    def check_room(self) -> None:
-        """Refuse before a request's images are read.
+    def check_room(self, owner: str | None = None) -> None:
+        """Refuse before a request's images are read. A key whose share is used up is refused while another's is not.
 
         Raises:
           HTTPError: as `submit`.
         """
         if not self._accepting:
             raise HTTPError(503, "the server is shutting down", retry_after=5)
-        if len(self._tickets) >= self._limit:
+        kept = self._limit // (2 * self._owners) if self._owners > 1 else 0  # places that each key has for itself
+        held = collections.Counter(ticket.owner for ticket in self._tickets)
+        shared = sum(max(0, count - kept) for count in held.values())
+        if held[owner] >= kept and shared >= self._limit - self._owners * kept:
             self.metrics.requests.labels("refused").inc()
             raise HTTPError(
                 429,
-                f"{self._limit} requests wait already; ask again later",
+                f"{held.total()} requests wait already; ask again later",
                 code="queue_full",
                 retry_after=self._retry_after(),
             )
@@ -245,7 +261,7 @@ class Runner:
 
     # --- on the engine's thread ---
 
-    def _begin(self, ticket: Ticket, prompt: Prompt, matchers: Sequence[Matcher]) -> None:
+    def _begin(self, ticket: Ticket, prompt: Prompt, matchers: Sequence[Matcher], priority: int) -> None:
         if ticket not in self._tickets:  # its client has left already
             return
 
@@ -265,7 +281,14 @@ class Runner:
 
         try:
             ticket.watchers = self.generators[ticket.adapter].submit(
-                self._engines[ticket.adapter], 0, ticket.request, prompt, emit, matchers
+                self._engines[ticket.adapter],
+                0,
+                ticket.request,
+                prompt,
+                emit,
+                matchers,
+                owner=ticket.owner,
+                priority=priority,
             )
         except UserError as error:
             ticket.put(HTTPError(400, str(error)))
