@@ -6,14 +6,11 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from mindvl_jax.checkpoints.names import run_folder
 from mindvl_jax.config.schema import MeshConfig
 from mindvl_jax.core.errors import UserError
-
-if TYPE_CHECKING:
-    from mindvl_jax.weights.resolve import OpenedModel
 
 SETTINGS = "inference.json"
 """In a model's folder: `{"min_pixels": ..., "max_pixels": ...}`, written by a resolution search."""
@@ -69,8 +66,8 @@ def named_adapters(values: Sequence[str]) -> tuple[str | None, dict[str, str]]:
     return (plain[0] if plain else None), named
 
 
-def with_adapters(opened: OpenedModel, folders: Mapping[str, str]) -> dict[str, OpenedModel]:
-    """Models by name, each the opened one with another PEFT folder on top; all share the arrays of the base.
+def with_adapters(opened: Any, folders: Mapping[str, str]) -> dict[str, Any]:
+    """Models by name, each the opened one (of `open_model`) with another PEFT folder on top; all share its arrays.
 
     Raises:
       UserError: a folder does not fit the model.
