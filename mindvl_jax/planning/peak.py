@@ -30,10 +30,9 @@ from mindvl_jax.parallel.mesh import AXES, make_mesh
 from mindvl_jax.planning.phase import Measured, ProgramBytes, abstract_mesh, lowerings
 from mindvl_jax.training.bridge_backend import program_of
 from mindvl_jax.training.xla_backend import Xla, compile_xla, compiler_options, placement_options
+from npu_bridge.runtime.hccl import buffer_mb
 
-# Each communicator of HCCL holds two buffers of HCCL_BUFFSIZE MB (default 200) outside torch's allocator (CANN's
-# documentation of that variable).
-HCCL_BUFFER_MB = 200
+# Each communicator of HCCL holds two buffers outside torch's allocator (CANN's documentation of HCCL_BUFFSIZE).
 COMMUNICATION = "HCCL's buffers"
 
 _DEVICE_COUNT = "--xla_force_host_platform_device_count"
@@ -66,7 +65,7 @@ def measure_bridge(config: Config, index: int) -> Measured:
         raise UserError(str(error)) from error
     extra = {}
     if config.bridge.device == "npu" and groups:
-        extra[COMMUNICATION] = len(groups) * 2 * int(os.environ.get("HCCL_BUFFSIZE", HCCL_BUFFER_MB)) * 10**6
+        extra[COMMUNICATION] = sum(2 * buffer_mb(axes) for axes in groups) * 10**6
     return Measured(programs, extra)
 
 

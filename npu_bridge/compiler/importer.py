@@ -606,6 +606,8 @@ class Importer:
         if target == "annotate_device_placement":
             note = ir.DictAttr(op.attributes["mhlo.frontend_attributes"])["_xla_buffer_placement"]
             return self._placed(made, attributes.is_host(ir.StringAttr(note).value), out)
+        if target == "ragged_all_to_all":
+            return self._ragged_all_to_all(op, made, out)
         if not target.startswith(jaxcompat.CALL_PREFIX) or "bridge.params" not in op.attributes:
             self.problems.append(
                 f"custom call {target!r} at {made.location}: unknown to the bridge; define it with "
@@ -621,6 +623,17 @@ class Importer:
             return made.results
         made.name = "kernel"
         made.attrs = {"name": target, "params": record["params"], "part": record["part"], "count": record["results"]}
+        out.ops.append(made)
+        return made.results
+
+    def _ragged_all_to_all(self, op: ir.Operation, made: Op, out: Block) -> list[Value]:
+        groups = ir.DenseElementsAttr(ir.DictAttr(op.attributes["backend_config"])["replica_groups"])
+        made.name, made.attrs = "ragged_all_to_all", {"axes": self.group_axes(np.array(groups).tolist(), made)}
+        if any(axes for v in (*made.operands, *made.results) for axes in v.layout):
+            self.problems.append(
+                f"ragged_all_to_all at {made.location}: its operands are split over axes outside of the shard_map; "
+                "make all axes of the mesh manual"
+            )
         out.ops.append(made)
         return made.results
 

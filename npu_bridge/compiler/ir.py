@@ -15,6 +15,7 @@ own:
 an exchange in flight, for ``wait``
 ``wait``             attrs ``of`` (the exchange's name) and ``dims``; operands: what was started, and what it was given
 ``all_to_all``       attrs ``axes``, ``source``, ``target``: the sharding moves from dimension source to target
+``ragged_all_to_all`` attrs ``axes``; operands: rows, output, input offsets, sizes, output offsets, sizes received
 ``permute``          attrs ``pairs``: (source, target) devices; a device that receives nothing gets zeros
 ``partition_id``     number of this device in the mesh
 ``pick``             element of each row of operand 0 (last dimension) at index operand 1; attrs ``axes`` of the split

@@ -18,9 +18,11 @@ from npu_bridge.compiler import callbacks
 from npu_bridge.compiler.host_numbers import HostNumbers
 from npu_bridge.compiler.ir import MeshShape
 from npu_bridge.errors import BridgeError, CollectiveError
+from npu_bridge.runtime import hccl
 from npu_bridge.runtime.conversion import to_numpy, to_torch
 from npu_bridge.runtime.host_memory import HostMemory
 from npu_bridge.runtime.kernel_table import KernelTable
+from npu_bridge.runtime.ragged import exchange_runs, place_runs
 
 _BACKEND = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 _SUM = {"add": "SUM", "multiply": "PRODUCT", "maximum": "MAX", "minimum": "MIN", "or": "MAX", "and": "MIN"}
@@ -222,9 +224,9 @@ class Runtime(HostNumbers):
             row = [self.order[place] for place in places]
             key = tuple(sorted(row))
             if key not in _groups:  # every rank creates every group, in the same order
-                everyone = len(key) == dist.get_world_size()
-                _groups[key] = dist.group.WORLD if everyone else dist.new_group(
-                    list(key), timeout=datetime.timedelta(seconds=timeout_seconds())
+                everyone, options = len(key) == dist.get_world_size(), hccl.group_options(self.kind, axes)
+                _groups[key] = dist.group.WORLD if everyone and options is None else dist.new_group(
+                    list(key), timeout=datetime.timedelta(seconds=timeout_seconds()), pg_options=options
                 )  # fmt: skip
             if self.rank in row:
                 self._members[axes] = (_groups[key], row)
@@ -374,6 +376,39 @@ class Runtime(HostNumbers):
             return dist.all_to_all_single(out, y, group=group, async_op=beside)
 
         return self._start("all_to_all", x, axes, begin, finish, (y, out))
+
+    def ragged_all_to_all(
+        self,
+        x: torch.Tensor,
+        output: torch.Tensor,
+        runs: Sequence[torch.Tensor],
+        axes: tuple[str, ...],
+        exact: bool,
+    ) -> torch.Tensor:
+        """Exchange runs of rows (`npu_bridge.runtime.ragged`); `exact`: the host reads their lengths. May overwrite
+        `output`.
+        """
+        n = self.size(axes)
+        begins, sent, targets, received = runs
+        if exact and n > 1:
+            group, members = self._members[axes]
+            order = [members.index(r) for r in sorted(members)]
+
+            def exchange(rows: torch.Tensor, give: list[int], take: list[int]) -> torch.Tensor:
+                y = self._carried(rows)
+                got = torch.empty((sum(take), *y.shape[1:]), dtype=y.dtype, device=y.device)
+                with self._counted("ragged_all_to_all", x, axes):
+                    dist.all_to_all_single(got, y, take, give, group=group)
+                return got.view(x.dtype)
+
+            return exchange_runs(x, output, (begins, sent, received), order, self.all_to_all(targets, axes, 0, 0),
+                                 exchange)  # fmt: skip
+        table = torch.stack([begins, sent, targets])
+        if n == 1:
+            return place_runs(x[None], table[None], output)
+        wide = [axes, *[()] * x.dim()]
+        tables = self.all_gather(table[None], [axes, (), ()]).unflatten(2, (n, -1))
+        return place_runs(self.all_gather(x[None], wide), tables[:, :, self.index(axes)], output)
 
     def permute(self, x: torch.Tensor, pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Send to the target position, receive from the source position; zeros without a sender."""

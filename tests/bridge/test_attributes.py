@@ -181,7 +181,8 @@ def test_every_custom_call_that_jax_writes_is_taken_for_a_reason_or_refused_by_n
     found = set(re.findall(call, _sources()))
     assert {"LayoutConstraint", "ragged_all_to_all", "annotate_device_placement", "AllocateBuffer"} <= found
     references = {"Pin", "Unpin", "CreateBuffer"}  # of mutable arrays inside a program: memrefs, which have no storage
-    for target in found - references - {"annotate_device_placement"}:
+    lowered = {"annotate_device_placement", "ragged_all_to_all"}
+    for target in found - references - lowered:
         text = f"""module {{ func.func @main(%a: tensor<2xf32>) -> tensor<2xf32> {{
             %0 = stablehlo.custom_call @"{target}"(%a) : (tensor<2xf32>) -> tensor<2xf32>
             return %0 : tensor<2xf32> }} }}"""

@@ -17,9 +17,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.compute_on import compute_on
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxlib.mlir import ir
 
 import npu_bridge
+from npu_bridge import jaxcompat
 from npu_bridge.compiler.importer import Importer
+from npu_bridge.compiler.passes.host_memory import place_values
 from npu_bridge.errors import UnsupportedError
 from npu_bridge.runtime.api import Compiled
 from npu_bridge.runtime.host_memory import HostMemory
@@ -306,10 +309,6 @@ def test_what_host_memory_cannot_do_is_refused_by_name(name):
 
 
 def test_computing_in_host_memory_is_refused_on_devices_and_copied_on_a_cpu():
-    from jaxlib.mlir import ir
-
-    from npu_bridge import jaxcompat
-    from npu_bridge.compiler.passes.host_memory import place_values
 
     text = """module { func.func @main(%a: tensor<2xf32> {mhlo.memory_kind = "pinned_host"}) -> tensor<2xf32> {
         %0 = stablehlo.sine %a : tensor<2xf32> return %0 : tensor<2xf32> } }"""

@@ -84,3 +84,93 @@ def test_each_device_multiplies_its_own_rows_in_a_shard_map(pool):
     for rank, results in enumerate(pool.calls(low, calls)):
         for call, (a, b) in enumerate(zip(want, results, strict=True)):
             assert_close(a, b, 1e-5, 1e-5, f"rank {rank}, call {call}")
+
+
+# ---- ragged_all_to_all, against numpy: XLA has none on a CPU
+# ----------------------------------------------------------------------------------------------------------------
+
+PLACES, SEND, RECEIVE = 4, 8, 10
+
+
+def _runs(seed: int, per_place: int = 1):
+    """Random runs: for each sender the offsets and sizes by receiver, and where they begin there."""
+    rng = np.random.RandomState(seed)
+    shape = (PLACES, PLACES * per_place)
+    sizes = rng.randint(0, SEND // (PLACES * per_place) + 1, shape)
+    begins = np.stack([rng.permutation(shape[1]) for _ in range(PLACES)]) * (SEND // shape[1])
+    by_receiver = sizes.reshape(PLACES, PLACES, per_place)
+    targets = np.cumsum(by_receiver.transpose(1, 0, 2).reshape(PLACES, -1), 1) + 1
+    targets -= by_receiver.transpose(1, 0, 2).reshape(PLACES, -1)
+    targets = targets.reshape(PLACES, PLACES, per_place).transpose(1, 0, 2).reshape(shape)
+    received = by_receiver.transpose(1, 0, 2).reshape(shape)
+    return [a.astype(np.int32) for a in (begins, sizes, targets, received)]
+
+
+def _exchanged(x, out, begins, sizes, targets, received):
+    got, count = out.copy(), begins.shape[1] // PLACES
+    for source in range(PLACES):
+        for n in range(begins.shape[1]):
+            b, s, t = begins[source, n], sizes[source, n], targets[source, n]
+            got[n // count, t : t + s] = x[source, b : b + s]
+    return got
+
+
+@pytest.mark.parametrize("per_place", [1, 2], ids=["one run", "two runs"])
+@pytest.mark.parametrize("exact", [False, True], ids=["no host", "host reads lengths"])
+@pytest.mark.parametrize("axes", [("x", "y"), ("y", "x")], ids=["in order", "permuted"])
+def test_runs_arrive_where_their_sender_says(pool, axes, exact, per_place):
+    spec = P(axes)
+
+    def body(x, out, *runs):
+        return lax.ragged_all_to_all(x[0], out[0], *(r[0] for r in runs), axis_name=axes)[None]
+
+    def step(x, out, *runs):
+        mesh = jax.sharding.get_abstract_mesh()
+        return jax.shard_map(body, mesh=mesh, in_specs=(spec,) * 6, out_specs=spec, check_vma=False)(x, out, *runs)
+
+    def arguments(call):
+        rng = np.random.RandomState(call)
+        x, out = (rng.normal(size=(PLACES, n, 3)).astype(np.float32) for n in (SEND, RECEIVE))
+        return [x, out, *_runs(call, per_place)]
+
+    low = npu_bridge.jit(step, mesh={"x": 2, "y": 2}, in_shardings=(spec,) * 6, allow_host_sync=exact).lower(
+        *arguments(0)
+    )
+    assert [c["kind"] for c in low.collectives()] == ["ragged_all_to_all"]
+    flats = [arguments(call) for call in range(CALLS)]
+    for results in pool.calls(low, flats):
+        for flat, (got,) in zip(flats, results):
+            assert np.array_equal(got, _exchanged(*flat))
+
+
+def test_gradients_of_an_exchange_of_runs_go_back(pool):
+    def body(x, weight, *runs):
+        def loss(x):
+            got = lax.ragged_all_to_all(x, jnp.zeros((RECEIVE, 3)), *runs, axis_name=("x", "y"))
+            return jnp.sum(got * weight[0])
+
+        return jax.grad(loss)(x[0])[None]
+
+    def local(x, weight, *runs):
+        return body(x, weight, *(r[0] for r in runs))
+
+    spec = P(("x", "y"))
+
+    def step(*args):
+        mesh = jax.sharding.get_abstract_mesh()
+        return jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 6, out_specs=spec, check_vma=False)(*args)
+
+    flats = []
+    for call in range(CALLS):
+        rng = np.random.RandomState(call)
+        x, weight = (rng.normal(size=(PLACES, n, 3)).astype(np.float32) for n in (SEND, RECEIVE))
+        flats.append([x, weight, *_runs(call)])
+    low = npu_bridge.jit(step, mesh={"x": 2, "y": 2}, in_shardings=(spec,) * 6).lower(*flats[0])
+    for results in pool.calls(low, flats):
+        for (x, weight, begins, sizes, targets, _), (got,) in zip(flats, results):
+            want = np.zeros_like(x)
+            for source in range(PLACES):
+                for to in range(PLACES):
+                    b, s, t = begins[source, to], sizes[source, to], targets[source, to]
+                    want[source, b : b + s] += weight[to, t : t + s]
+            assert np.array_equal(got, want)

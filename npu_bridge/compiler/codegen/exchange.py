@@ -104,6 +104,25 @@ def start_all_to_all(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     return e.emit(code, [x], op.result.type, kind="collective")
 
 
+@lowering("ragged_all_to_all")
+def ragged_all_to_all(e: Emitter, op: Op, args: list[Operand]) -> Operand:
+    """Every device gets all operands and picks its runs; where the host may read the device, only these are sent."""
+    tensors, axes = [e.tensor(a) for a in args], tuple(op.attrs["axes"])
+    x, output, *runs = tensors
+    n = e.mesh.size(axes)
+    sent = x.type.bytes * (n - 1) if not e.allow_host_sync else x.type.bytes * (n - 1) // n  # at most, if balanced
+    e.note_collective(op, "ragged_all_to_all", [axes], x.type, sent)
+    names = ", ".join(t.name for t in runs)
+    form = f"rt.ragged_all_to_all({x.name}, {{}}, ({names}), {axes}, exact={e.allow_host_sync})"
+    return e.emit(
+        form.format(f"{output.name}.clone()"),
+        tensors,
+        op.result.type,
+        inplace=[(output, form.format(output.name))],
+        kind="collective",
+    )
+
+
 @lowering("permute")
 def permute(e: Emitter, op: Op, args: list[Operand]) -> Operand:
     x = e.tensor(args[0])

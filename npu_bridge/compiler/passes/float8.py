@@ -24,6 +24,7 @@ _AS_THEY_ARE = frozenset(
         "all_gather",
         "all_slice",
         "all_to_all",
+        "ragged_all_to_all",
         "permute",
         "kernel",
     }

@@ -25,6 +25,7 @@ _STAYS = frozenset(
         "start_reduce_scatter",
         "wait",
         "all_to_all",
+        "ragged_all_to_all",
         "permute",
         "partition_id",
         "callback",
