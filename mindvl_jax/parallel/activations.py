@@ -105,12 +105,35 @@ def constrain_whole(x: jax.Array) -> jax.Array:
     over it, else as it lies.
     """
     placement = current()
-    return x if placement is None or not placement.parallel.sequence_norms else constrain(x, *_names(x, "places"))
+    return x if placement is None or not placement.parallel.sequence_norms else _whole_places(x)
+
+
+@jax.custom_vjp
+def _whole_places(x: jax.Array) -> jax.Array:
+    return constrain(x, *_names(x, "places"))
+
+
+# Its gradient is scattered at once: constrained as the value, it would be summed whole and then cut.
+_whole_places.defvjp(lambda x: (_whole_places(x), None), lambda _, g: (constrain(g, *_names(g, "norm_places")),))
 
 
 def constrain_features(y: jax.Array, features: str | None) -> jax.Array:
     """The result of a product, (.., F): what adds to the residual stream lies like it."""
-    return constrain(y, *_names(y, "norm_places" if features == "embed" else "places", features)) if y.ndim > 1 else y
+    if y.ndim < 2:
+        return y
+    placement = current()
+    if features == "embed" and placement is not None and placement.parallel.sequence_norms:
+        return _scattered(y)
+    return constrain(y, *_names(y, "norm_places" if features == "embed" else "places", features))
+
+
+@jax.custom_vjp
+def _scattered(y: jax.Array) -> jax.Array:
+    return constrain(y, *_names(y, "norm_places", "embed"))
+
+
+# The product's gradients read it whole: gathered once, not each in a layout of its own.
+_scattered.defvjp(lambda y: (_scattered(y), None), lambda _, g: (constrain(g, *_names(g, "places", "embed")),))
 
 
 def _names(x: jax.Array, places: str, features: str | None = None) -> list[str | None]:

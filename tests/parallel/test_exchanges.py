@@ -14,11 +14,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mindvl_jax.config import loader
-from mindvl_jax.config.schema import MeshConfig
+from mindvl_jax.config.schema import BridgeConfig, MeshConfig
 from mindvl_jax.parallel.activations import Placement, tracing, within_rows
 from mindvl_jax.parallel.exchanges import Exchange, exchanges
 from mindvl_jax.parallel.mesh import make_mesh
 from mindvl_jax.planning.phase import lowerings, parts_of
+from mindvl_jax.training.bridge_backend import program_of
 from mindvl_jax.training.xla_backend import compile_xla
 from npu_bridge import ops
 
@@ -139,6 +140,47 @@ def test_a_head_that_is_gathered_inside_gives_the_losses_and_gradients_of_one_de
     apart = jax.jit(tracing(step, Placement(mesh)))(hidden, jax.device_put(head, place))
     for ours, theirs in zip(jax.tree.leaves(apart), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_hybrid_sharding_gathers_in_a_group_and_sums_shards_between_groups():
+    """HSDP, data 2 x fsdp 4: whole gradients are summed in a group of four (which scatters on TPU and GPU), and each
+    device's quarter once between the groups.
+    """
+    found = step_exchanges(2, 4, 1)
+    assert matrices(found, "all-gather", 1) == layer_matrices(1) + layer_matrices(1)
+    assert matrices(found, "all-reduce", 1) == layer_matrices(1)
+    quarters = Counter(
+        tuple(sorted((WIDTH // 4, *(size for size in shape if size != WIDTH))))
+        for shape in layer_matrices(1).elements()
+    )
+    found_quarters = Counter(tuple(sorted(e.shape)) for e in floats(found, "all-reduce"))
+    assert {shape: found_quarters[shape] for shape in quarters} == quarters
+    assert not [e for e in of_activations(found) if e.kind != "all-to-all"]
+
+
+def test_sequence_parallel_norms_gather_and_scatter_and_sum_no_activation():
+    """On the bridge, fsdp 2 x tensor 2 with full rematerialisation. Of each layer: a gather before each of the two
+    blocks forward, again, and of the gradient of each block's output; a scatter behind each block forward, behind the
+    first again, and of the gradient of each block's input.
+
+    The gradients of key and value change columns for places: a fraction of the residual stream's width, they are
+    cheaper moved than the sums of their products.
+    """
+    config = loader.load("configs/smoke.yaml", [*SETTINGS, "parallel.sequence_norms=true"])
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    program = functools.partial(program_of, BridgeConfig(device="cpu"), parallel=config.parallel)
+    ((_, lowered),) = lowerings(config, 0, mesh, functools.partial(program, mesh=mesh))
+    layers = config.model.text.num_layers
+    found = Counter(
+        (c["kind"], c["shape"])
+        for c in lowered.collectives()
+        if c["times"] == layers and c["axes"] == ("tensor",) and len(c["shape"]) == 3
+    )
+    assert found == {
+        ("all_gather", (4, TOKENS, WIDTH)): 6,
+        ("reduce_scatter", (4, TOKENS, WIDTH)): 5,
+        ("all_to_all", (4, TOKENS, 24)): 2,
+    }
 
 
 def test_data_parallelism_exchanges_gradients_and_scalars_alone():
