@@ -11,11 +11,13 @@ from mindvl_jax.evaluation.plots import smooth
 
 SOURCE = "loss/"  # metrics keys of single sources' losses
 PART = "grad_norm/"  # and of single parts' gradient norms
+EXPERT = "expert_load/"  # and of single experts' loads, as layer.expert
 POINTS = 400  # of a line: a screen shows no more
 
 
 def charts(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the charts that the metrics have values for: loss of everything, gradients, rate, speed, MFU, packing.
+    """Return the charts that the metrics have values for: loss of everything, gradients, rate, speed, MFU, packing and
+    experts.
 
     Lines are smoothed inside a phase: another phase is other data, and its beginning must not bend the end of the one
     before.
@@ -49,9 +51,29 @@ def charts(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             False,
             False,
         ),
+        *_expert_charts(names),
     ]
     return [
         chart for title, lines, log, tall in wanted if (chart := _chart(metrics, title, lines, log, tall)) is not None
+    ]
+
+
+def _expert_charts(names: Sequence[str]) -> list[tuple[str, list[tuple[str, str, bool]], bool, bool]]:
+    """Load of every expert over time, a chart for each routed layer; of large models the busiest experts alone."""
+    layers: dict[str, list[tuple[str, str, bool]]] = {}
+    for name in names:
+        if name.startswith(EXPERT):
+            layer, expert = name.removeprefix(EXPERT).split(".")
+            layers.setdefault(layer, []).append((f"expert {expert}", name, True))
+    busiest = [("worst layer", "expert_load_worst", True), ("mean of layers", "expert_load_mean", True)]
+    return [
+        *(
+            (f"Load of experts, routed layer {layer}: 1 is even", lines, False, False)
+            for layer, lines in layers.items()
+        ),
+        ("Load of the busiest expert: 1 is even", busiest, False, False),
+        ("Largest selection bias", [("bias", "router_bias", False)], False, False),
+        ("Dropped tokens", [("tokens", "dropped_tokens", False)], False, False),
     ]
 
 

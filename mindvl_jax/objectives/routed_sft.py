@@ -24,6 +24,8 @@ from mindvl_jax.objectives.sft import SOURCES, Sft, by_source, loss_terms
 BIAS = "language/layers/moe/router/bias"
 MTP_BIAS = "language/mtp/layer/moe/router/bias"
 LOAD = "expert_load"
+NAMED_LOADS = 64
+"""Most routed layers times experts whose loads are shown one by one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,8 @@ class RoutedSft(Sft):
     def metric_shapes(self) -> Mapping[str, tuple[int, ...]]:
         load = (self.layers + self.mtp_heads, self.moe.experts)
         heads = {"mtp_losses": (self.mtp_heads, 2), "mtp_tokens": (self.mtp_heads,)} if self.mtp_heads else {}
-        return {**super().metric_shapes, LOAD: load, "balance": (), "router_z": (), **heads}
+        bias = {"router_bias": (2,)} if self.moe.selection_bias else {}
+        return {**super().metric_shapes, LOAD: load, "balance": (), "router_z": (), **heads, **bias}
 
     def loss(self, model: nnx.Module, batch: Any, key: None = None) -> LossTerms:
         found = model.routed_losses(batch, chunk=self.chunk, mtp=self.mtp_heads > 0, **dict(self.bounds))
@@ -70,6 +73,9 @@ class RoutedSft(Sft):
             balance, z = routing.balance(routed, self.moe, tokens, segments=segments), routing.z(routed, tokens)
             numerator = numerator + (self.moe.balance_loss * balance + self.moe.z_loss * z) * denominator
         load_LE = jax.lax.stop_gradient(routed.load)
+        if self.moe.selection_bias:  # summed over micro-steps, as are all metrics: so their number goes along
+            bias_LE = jax.lax.stop_gradient(model.language.layers.moe.router.bias[...])
+            heads["router_bias"] = jnp.stack([jnp.max(jnp.abs(bias_LE)), jnp.float32(1)])
         metrics = {**counts, SOURCES: sums, LOAD: load_LE, "balance": balance * tokens, "router_z": z * tokens, **heads}
         return LossTerms(numerator, denominator, metrics, None if self.aux_shapes is None else load_LE)
 
@@ -88,7 +94,8 @@ class RoutedSft(Sft):
 
     def display(self, values: Mapping[str, Any], sources: list[str]) -> dict[str, Any]:
         """As `Sft`, the balancing terms, and the highest load of an expert over the mean: of the worst layer and on
-        average over layers.
+        average over layers. `expert_load/L.E` is that share of each expert, in models with few of them; `router_bias`
+        the largest selection bias, up or down.
 
         `dropped_tokens` is counted, not assumed: k times the tokens less what the experts got. `mtp_loss` is the mean
         over the tokens that the heads predict.
@@ -98,6 +105,12 @@ class RoutedSft(Sft):
         tokens = float(values["tokens"])
         shown = {name: float(values[name]) / max(tokens, 1.0) for name in ("balance", "router_z")}
         shown |= {"expert_load_worst": float(share_L.max()), "expert_load_mean": float(share_L.mean())}
+        if load_LE.size <= NAMED_LOADS:
+            even_L1 = np.maximum(load_LE.mean(-1, keepdims=True), 1e-9)
+            shares = np.ndenumerate(load_LE / even_L1)
+            shown |= {f"{LOAD}/{layer}.{expert}": round(float(share), 4) for (layer, expert), share in shares}
+        if "router_bias" in values:
+            shown["router_bias"] = float(values["router_bias"][0] / max(float(values["router_bias"][1]), 1.0))
         routed = tokens * self.layers
         if self.mtp_heads:
             losses_M2 = np.asarray(values["mtp_losses"], np.float64)

@@ -83,7 +83,10 @@ class LatentAttention(nnx.Module):
                 config.q_lora_rank, eps=config.rms_norm_eps, dtype=dtype, name=None, layers=layers
             )
         self.query_up = Linear(
-            query_inputs, N * config.qk_head_dim, ("embed" if config.q_lora_rank is None else None, "heads"), **common
+            query_inputs,
+            N * config.qk_head_dim,
+            ("embed" if config.q_lora_rank is None else "latent", "heads"),
+            **common,
         )
         self.latent_down = Linear(D, config.cache_width, ("embed", None), **common)
         self.latent_norm = RMSNorm(config.kv_lora_rank, eps=config.rms_norm_eps, dtype=dtype, name=None, layers=layers)
