@@ -162,7 +162,7 @@ def test_offloaded_activations_agree_with_xla():
     call_three_times(offloaded(True), W, X, rtol=1e-4, atol=1e-5)
 
 
-def _steps(state_in, **options):
+def adamw_step(state_in, device="cpu"):
     """A step of AdamW whose moments come from, and go back to, the memory of `state_in`."""
     optimizer = optax.adamw(1e-2)
 
@@ -181,6 +181,7 @@ def _steps(state_in, **options):
         "in_shardings": (P(), shardings, P()),
         "out_shardings": (P(), shardings),
         "donate_argnums": (0, 1),
+        "device": device,
     }
     return npu_bridge.jit(step, **options), moments
 
@@ -189,7 +190,7 @@ def _steps(state_in, **options):
 def test_an_offloaded_optimizer_is_bitwise_equal_to_a_resident_one(late):
     states = []
     for kind in ("pinned_host", "device"):
-        step, moments = _steps(kind)
+        step, moments = adamw_step(kind)
         w = jnp.asarray(W[0])
         low = step.lower(w, moments, X)
         compiled = Compiled(low, "cpu")
