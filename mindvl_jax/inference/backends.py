@@ -44,6 +44,8 @@ class BridgePrograms:
             return programs.prefill.__wrapped__(graphdef, params, batch, has_pictures=False)
 
         self._read = {True: compiled(read_pictures, static_argnums=0), False: compiled(read_text, static_argnums=0)}
+        self.prefill_pictures = compiled(programs.prefill_pictures.__wrapped__, static_argnums=0)
+        self.prefill_seen = compiled(programs.prefill_seen.__wrapped__, static_argnums=0)
         self.cut = compiled(programs.cut.__wrapped__, static_argnums=5)
         self.prefill_after = compiled(programs.prefill_after.__wrapped__, static_argnums=0)
         self.last_logits = compiled(programs.last_logits.__wrapped__, static_argnums=0)

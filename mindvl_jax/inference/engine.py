@@ -20,6 +20,7 @@ from mindvl_jax.core.errors import UserError
 from mindvl_jax.inference import programs
 from mindvl_jax.inference.buckets import Bucket, bucket_of, next_size, row_counts, rows_for
 from mindvl_jax.inference.grammar import Matcher
+from mindvl_jax.inference.picture_cache import PictureCache
 from mindvl_jax.inference.placement import place_rows, row_groups
 from mindvl_jax.inference.prefill import RowPlanner
 from mindvl_jax.inference.prefix_cache import Entry, PrefixCache
@@ -27,6 +28,7 @@ from mindvl_jax.inference.programs import CHUNK
 from mindvl_jax.inference.prompts import Prompt, pack_bucket, vision_of
 from mindvl_jax.inference.request import Sampling
 from mindvl_jax.inference.turns import Turns
+from mindvl_jax.models.layers.language_model import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,8 @@ class Engine:
         are.
       programs: the module `programs` (XLA), the module `speculative`, or a `backends.BridgePrograms`.
       prefix_bytes: keys and values of prompts that are kept for prompts which begin in the same way; 0 keeps none. On
-        one device, for decoders that can go on after known keys (`read_after`); others keep none.
+        one device, for decoders that can go on after known keys (`read_after`); others keep none. An eighth of it, on
+        the host, for what the tower gave, where that is all that a picture adds to the decoder's inputs.
       prefill_chunk: prompts of more than twice as many tokens are read in pieces of so many, one a step, so that
         running answers go on in between; 0 reads them whole. Where `prefix_bytes` holds.
     """
@@ -112,6 +115,7 @@ class Engine:
         self._graphdef, self._params = nnx.split(model)
         self._decode_params = programs.unstack_layers(self._graphdef, self._params)
         self._vision = vision_of(model)
+        self._width, self._dtype = model.language.config.hidden_size, model.compute_dtype
         self._eos = jnp.asarray(list(eos_ids), jnp.int32)
         self._eos_set = frozenset(int(token) for token in eos_ids)
         self._mesh = mesh
@@ -122,11 +126,15 @@ class Engine:
         self._turns, self._arrivals = Turns(), itertools.count()
         can_go_on = mesh is None and hasattr(model.language, "read_after")
         self.prefixes = PrefixCache(prefix_bytes) if prefix_bytes and can_go_on else None
+        sees = hasattr(model.config, "vision") and type(model).decoder_inputs is LanguageModel.decoder_inputs
+        self.pictures = PictureCache(prefix_bytes // 8) if self.prefixes is not None and sees else None
+        self._shown: list[tuple[jax.Array, Sequence[Prompt], programs.Places]] = []
         self._piece = prefill_chunk if can_go_on else 0
         self._reading: _Reading | None = None
         self._rests: tuple[int, ...] = ()
         self.decoded_tokens = 0
         self.reused_tokens = 0
+        self.reused_pictures = 0
         self.decode_steps = 0
 
     def _place(self, state: programs.Slots) -> programs.Slots:
@@ -274,6 +282,9 @@ class Engine:
         self._decode_params = self._programs.unstack_layers(self._graphdef, params)
         if self.prefixes is not None:
             self.prefixes.clear()
+        self._shown.clear()
+        if self.pictures is not None:
+            self.pictures.clear()
         if self._reading is not None:  # not half by the old weights
             self._waiting.appendleft(self._reading.running)
             self._reading = None
@@ -297,6 +308,7 @@ class Engine:
         admitted = self._admit(1 if eager else max(1, self.slots // 4))
         active = [running is not None for running in self._running]
         if not any(active):
+            self._keep_pictures()
             return
         wanted = sum(active)
         if self._waiting:
@@ -327,6 +339,7 @@ class Engine:
             jax.tree.map(np.asarray, others_CBA),
             np.asarray(active_B),
         )
+        self._keep_pictures()
 
     def _accept(self, slot: int, tokens: Sequence[int]) -> None:
         running = self._running[slot]
@@ -456,7 +469,8 @@ class Engine:
             if not prompts or prompts[-1] is not running.prompt:
                 prompts.append(running.prompt)
             prompt_of.append(len(prompts) - 1)
-        bucket, count, rows = self._planner(prompts)
+        seen = self._are_seen(prompts)
+        bucket, count, rows = self._planner([prompt.without_pixels for prompt in prompts] if seen else prompts)
         pad = rows_for(len(group), self.slots) - len(group)
         constrained = any(running.matcher for running in group)
         alternatives = constrained or any(running.sampling.top_logprobs for running in group)
@@ -471,6 +485,7 @@ class Engine:
             self._settings(group, pad),
             alternatives,
             self._allowed(group, pad) if constrained else None,
+            seen=seen,
         )
         for running, slot in zip(group, slots):
             self._running[slot] = running
@@ -487,20 +502,69 @@ class Engine:
         settings,
         alternatives: bool | None = None,
         allowed_NV: np.ndarray | None = None,
+        *,
+        seen: bool = False,
     ):
         """Prefill rows of prompts and put their answers into slots; returns the first tokens.
 
         Args:
           rows: indexes of the prompts of each row. prompt_of, slots: of each answer. alternatives: None compiles all
-            programs. allowed_NV: first tokens that each answer may have; None: any.
+            programs. allowed_NV: first tokens that each answer may have; None: any. seen: all their pictures are
+            cached.
         """
-        batch = pack_bucket([[prompts[index] for index in row] for row in rows], bucket, count, self._vision)
+        packed = [prompt.without_pixels for prompt in prompts] if seen else prompts
+        batch = pack_bucket([[packed[index] for index in row] for row in rows], bucket, count, self._vision)
         batch = place_rows(self._mesh, batch, batch.tokens.shape[0])
-        prefilled = self._programs.prefill(self._graphdef, self._params, batch, has_pictures=bool(bucket.patches))
-        places = _places(prompts, rows, prompt_of)
-        first = self._start(prefilled, places, slots, settings, alternatives, allowed_NV)
-        self._keep(prefilled, prompts, _places(prompts, rows, range(len(prompts))), compile=alternatives is None)
+        own = _places(prompts, rows, range(len(prompts)))
+        if seen or (self.pictures is not None and alternatives is None and not bucket.patches):
+            prefilled = self._prefill_seen(batch, prompts, own)
+        if not seen:
+            prefilled = self._prefill(batch, prompts, own, has_pictures=bool(bucket.patches))
+        first = self._start(prefilled, _places(prompts, rows, prompt_of), slots, settings, alternatives, allowed_NV)
+        self._keep(prefilled, prompts, own, compile=alternatives is None)
         return first
+
+    # --- pictures that were seen before ---
+
+    def _are_seen(self, prompts: Sequence[Prompt]) -> bool:
+        """Whether there are pictures, and the tower's output of all of them is known."""
+        if self.pictures is None or not any(prompt.patches for prompt in prompts):
+            return False
+        media = [prompt.media for prompt in prompts]
+        return None not in media and all(digest in self.pictures for digest, _ in itertools.chain(*media))
+
+    def _prefill_seen(self, batch, prompts: Sequence[Prompt], places: programs.Places) -> programs.Prefilled:
+        R, T = batch.tokens.shape
+        visual_RTD = np.zeros((R, T, self._width), self._dtype)
+        is_visual_RT = np.zeros((R, T), bool)
+        for prompt, row, start in zip(prompts, places.row, places.start):
+            for digest, own in prompt.media:
+                visual_RTD[row, start + own], is_visual_RT[row, start + own] = self.pictures.get(digest), True
+                self.reused_pictures += 1
+        return self._programs.prefill_seen(self._graphdef, self._params, batch, visual_RTD, is_visual_RT)
+
+    def _prefill(self, batch, prompts, places: programs.Places, *, has_pictures: bool) -> programs.Prefilled:
+        """Read prompts whole, and note which pictures were seen."""
+        if self.pictures is None or not has_pictures:
+            return self._programs.prefill(self._graphdef, self._params, batch, has_pictures=has_pictures)
+        prefilled, inputs = self._programs.prefill_pictures(self._graphdef, self._params, batch)
+        self._shown.append((inputs, prompts, places))
+        return prefilled
+
+    def _keep_pictures(self) -> None:
+        """Fetch what the tower gave: only now, as `step` has waited for the device anyway."""
+        for inputs, prompts, places in self._shown:
+            new = [
+                (digest, row, start + own)
+                for prompt, row, start in zip(prompts, places.row, places.start)
+                for digest, own in prompt.media or ()
+                if digest not in self.pictures
+            ]
+            if new:
+                inputs_RTD = np.asarray(inputs)
+                for digest, row, own in new:
+                    self.pictures.add(digest, inputs_RTD[row, own])
+        self._shown.clear()
 
     def _start(self, prefilled: programs.Prefilled, places, slots, settings, alternatives, allowed_NV):
         """Put answers to prefilled prompts into slots; arguments and result as of `_read_rows`."""
@@ -600,7 +664,8 @@ class Engine:
         prompt = Prompt(running.prompt.id, part, bucket_of(length, part.patches, len(part.image_lengths)))
         bucket, count, _ = self._planner([prompt])
         batch = pack_bucket([[prompt]], bucket, count, self._vision)
-        read = self._programs.prefill(self._graphdef, self._params, batch, has_pictures=bool(bucket.patches))
+        places = _places([prompt], [[0]], [0])
+        read = self._prefill(batch, [prompt], places, has_pictures=bool(bucket.patches))
         end = np.int32(length)
         known = self._programs.cut(read.keys, read.values, np.int32(0), end, end, self.context)
         self._reading = _Reading(running, slot, length, known)

@@ -209,10 +209,30 @@ def prefill(graphdef, params, batch: Batch, *, has_pictures: bool) -> Prefilled:
         inputs_RTD, options = model.decoder_inputs(batch)
     else:
         inputs_RTD, options = model.language.embed(batch.tokens).astype(model.compute_dtype), {}
+    return _read(model, batch, inputs_RTD, **options)
+
+
+def _read(model, batch: Batch, inputs_RTD, **options) -> Prefilled:
     hidden_RTD, keys, values = model.language.read(
         inputs_RTD, batch.positions, batch.segment_ids, segment_lengths=batch.segment_lengths, **options
     )
     return Prefilled(keys=keys, values=values, hidden=hidden_RTD, tokens=batch.tokens)
+
+
+@partial(jax.jit, static_argnames=("graphdef",))
+def prefill_pictures(graphdef, params, batch: Batch) -> tuple[Prefilled, jax.Array]:
+    """As `prefill` with pictures; also the decoder's inputs (R, T, D), which hold the visual tokens."""
+    model = nnx.merge(graphdef, params)
+    inputs_RTD, options = model.decoder_inputs(batch)
+    return _read(model, batch, inputs_RTD, **options), inputs_RTD
+
+
+@partial(jax.jit, static_argnames=("graphdef",))
+def prefill_seen(graphdef, params, batch: Batch, visual_RTD, is_visual_RT) -> Prefilled:
+    """As `prefill` where the visual tokens are known: those of the places that `is_visual_RT` marks."""
+    model = nnx.merge(graphdef, params)
+    tokens_RTD = model.language.embed(batch.tokens).astype(model.compute_dtype)
+    return _read(model, batch, jnp.where(is_visual_RT[..., None], visual_RTD.astype(tokens_RTD.dtype), tokens_RTD))
 
 
 @partial(jax.jit, static_argnames=("places",))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,7 +57,7 @@ class Prompt:
         if not (visual >= 0).any():
             return np.asarray(example.tokens, np.int64)
         starts = np.cumsum([0, *(item.layout.tokens for item in example.visuals)])
-        seeds = np.array([_digest(*medium) for medium in zip(example.visuals, example.pixels, strict=True)], np.uint64)
+        seeds = np.array([int.from_bytes(digest[:8], "little") for digest in self._digests], np.uint64)
         if starts[-1] != visual.max() + 1:  # tokens that are not laid out medium by medium: share all media or none
             starts, seeds = np.array([0, visual.max() + 1]), np.array([hash(tuple(seeds.tolist()))]).astype(np.uint64)
         owner = np.clip(np.searchsorted(starts, visual, side="right") - 1, 0, len(seeds) - 1)
@@ -64,12 +65,37 @@ class Prompt:
         hashed = seeds[owner] + place * np.uint64(0x9E3779B97F4A7C15)  # wraps; an odd factor keeps places apart
         return np.where(visual >= 0, (hashed | np.uint64(1 << 63)).view(np.int64), example.tokens)
 
+    @functools.cached_property
+    def media(self) -> tuple[tuple[bytes, np.ndarray], ...] | None:
+        """(digest of the pixels, places in the prompt) of each image and video; None where their tokens are not laid
+        out medium by medium.
+        """
+        visual = np.asarray(self.example.visual_index)
+        starts = np.cumsum([0, *(item.layout.tokens for item in self.example.visuals)])
+        if starts[-1] != visual.max() + 1:
+            return None
+        spans = itertools.pairwise(starts)
+        places = (np.flatnonzero((visual >= start) & (visual < end)) for start, end in spans)
+        return tuple(zip(self._digests, places, strict=True))
 
-def _digest(item: VisualItem, pixels: np.ndarray) -> int:
+    @functools.cached_property
+    def _digests(self) -> list[bytes]:
+        return [_digest(*medium) for medium in zip(self.example.visuals, self.example.pixels, strict=True)]
+
+    @functools.cached_property
+    def without_pixels(self) -> Prompt:
+        """The same tokens and positions, for a reader who knows the visual tokens."""
+        empty = {
+            name: getattr(self.example, name)[:0] for name in ("patch_positions", "image_lengths", "window_lengths")
+        }
+        seen = dict(visual_index=np.full_like(self.example.visual_index, -1), visuals=(), pixels=())
+        example = dataclasses.replace(self.example, **empty, **seen)
+        return Prompt(self.id, example, bucket_of(self.tokens, 0, 0))
+
+
+def _digest(item: VisualItem, pixels: np.ndarray) -> bytes:
     told = repr((item.kind, item.layout.grid, pixels.shape, str(pixels.dtype))).encode()
-    return int.from_bytes(
-        hashlib.blake2b(told + np.ascontiguousarray(pixels).tobytes(), digest_size=8).digest(), "little"
-    )
+    return hashlib.blake2b(told + np.ascontiguousarray(pixels).tobytes(), digest_size=16).digest()
 
 
 class PromptEncoder:

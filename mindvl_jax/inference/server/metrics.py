@@ -21,6 +21,9 @@ class Metrics:
         self.requests = make(Counter, "requests_total", "Requests by outcome.", ["outcome"])
         self.prompt_tokens = make(Counter, "prompt_tokens_total", "Tokens of prompts that were answered.")
         self.answer_tokens = make(Counter, "answer_tokens_total", "Tokens of answers.")
+        self.reused_pictures = make(
+            Gauge, "reused_pictures", "Images and videos that were not seen again, since the engine was made."
+        )
         self.reused_tokens = make(
             Gauge, "reused_prompt_tokens", "Tokens of prompts that were not read again, since the engine was made."
         )

@@ -319,6 +319,7 @@ class Runner:
             if engine.busy:
                 engine.step(chunk=self._chunk, eager=True)
         self.metrics.reused_tokens.set(sum(engine.reused_tokens for engine in self._engines.values()))
+        self.metrics.reused_pictures.set(sum(engine.reused_pictures for engine in self._engines.values()))
         self.metrics.waiting.set(sum(engine.waiting for engine in self._engines.values()))
         self.metrics.running.set(sum(engine.running for engine in self._engines.values()))
 
