@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 from mindvl_jax.inference import Generator, Request, Sampling
+from mindvl_jax.inference.backends import BridgePrograms
 from mindvl_jax.inference.picture_cache import PictureCache
 
 SETTINGS = Sampling(max_new_tokens=10, ignore_eos=True)
@@ -15,9 +16,13 @@ def asked(text, *pictures):
     return Request.from_prompt(text, pictures, sampling=SETTINGS)
 
 
-def test_a_picture_that_comes_again_is_not_seen_again_and_the_answers_stay(opened, draw_pictures, monkeypatch):
+@pytest.fixture(scope="module")
+def plain(opened):
+    return Generator(opened, slots=4, context=256)
+
+
+def test_a_picture_that_comes_again_is_not_seen_again_and_the_answers_stay(opened, plain, draw_pictures, monkeypatch):
     first, second, third = (picture.resize((84, 56)) for picture in draw_pictures(3, seed=8))
-    plain = Generator(opened, slots=4, context=256)
     keeping = Generator(opened, slots=4, context=256, prefix_bytes=1 << 24)
     new = [asked("one <image>", first), asked("other <image> and <image>", second, first)]
     again = [asked("Now <image>", first), asked("See <image>", second), asked("<image> by <image>?", first, second)]
@@ -52,3 +57,12 @@ def test_pictures_leave_when_the_limit_is_reached():
     cache.add(b"large", np.zeros(101, np.uint8))
     assert b"a" in cache and b"b" not in cache and b"c" in cache and b"large" not in cache
     assert cache.held == 80 and len(cache) == 2
+
+
+def test_the_bridge_reads_a_picture_that_it_has_seen(opened, plain, draw_pictures):
+    picture = draw_pictures(1, seed=8)[0].resize((84, 56))
+    both = [asked("one <image>", picture), asked("Now <image>", picture)]
+    expected = [answer.tokens for answer in plain.generate(both)]
+    keeping = Generator(opened, slots=4, context=256, prefix_bytes=1 << 24, programs=BridgePrograms("cpu"))
+    assert [keeping.generate([each])[0].tokens for each in both] == expected
+    assert keeping._engine.reused_pictures == 1
