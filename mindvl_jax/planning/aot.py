@@ -115,6 +115,20 @@ RECIPES = {
         *(Case(_QWEN.format(size), "h100:1x8x8", 0, ("training.phases.0.rows=64",)) for size in ("32b", "72b")),
         Case(_MINDVL, "h100:1x8x8", 1),
     ),
+    # Of each recipe the smallest machine that may hold it, and the next smaller one.
+    "families": tuple(
+        Case(f"configs/{name}.yaml", f"h100:1x1x{devices}", 0, ("mesh.data=1", f"mesh.fsdp={devices}"))
+        for name, sizes in {
+            "qwen2-vl-7b": (8, 4, 2),
+            "qwen3-vl-8b": (8, 4, 2),
+            "internvl3-8b": (8, 4, 2),
+            "llava-1.5-7b": (4, 2, 1),
+            "janus-pro-7b": (8, 4, 2),
+            "qwen2.5-vl-7b": (4, 2),
+            "qwen2.5-vl-3b": (4, 2, 1),
+        }.items()
+        for devices in sizes
+    ),
 }
 
 
