@@ -451,7 +451,7 @@ def test_remat_changes_neither_loss_nor_load():
         for path, shape in shapes.items()
     }
     found = {}
-    for remat in ("none", "full", "dots", "attention"):
+    for remat in ("none", "full", "attention"):
         pair = Pair(config.model_copy(update=dict(remat=remat)), None, params)
 
         def loss(params, pair=pair):
