@@ -11,20 +11,13 @@ from benchmarks.measure import Comparison, Side
 from benchmarks.registry import Settings, case
 
 
-@case("continuous-batching")
-def continuous_batching_case(settings: Settings) -> Iterator[Comparison]:
-    """Greedy answers of equal length to prompts of many lengths, text alone: `generate_batch` of transformers has no
-    pictures. Tokens in and out on both sides.
-    """
-    import numpy as np
+def models(layers: int):
+    """A Qwen3 of transformers with random weights, and the same opened here."""
     import torch
     import transformers
 
-    from mindvl_jax.inference import Generator, Request, Sampling
     from mindvl_jax.weights import open_model
 
-    torch.set_num_threads(settings.threads)
-    count, longest, new, layers = (2, 12, 3, 2) if settings.dry else (24, 120, 32, 8)
     config = transformers.Qwen3Config(
         vocab_size=2048, hidden_size=256, intermediate_size=768, num_hidden_layers=layers, num_attention_heads=8,
         num_key_value_heads=4, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=False,
@@ -39,6 +32,23 @@ def continuous_batching_case(settings: Settings) -> Iterator[Comparison]:
         reference.save_pretrained(scratch)
         write_tokenizer(Path(scratch), config.vocab_size)
         opened = open_model(scratch)
+    return reference, opened
+
+
+@case("continuous-batching")
+def continuous_batching_case(settings: Settings) -> Iterator[Comparison]:
+    """Greedy answers of equal length to prompts of many lengths, text alone: `generate_batch` of transformers has no
+    pictures. Tokens in and out on both sides.
+    """
+    import numpy as np
+    import torch
+    import transformers
+
+    from mindvl_jax.inference import Generator, Request, Sampling
+
+    torch.set_num_threads(settings.threads)
+    count, longest, new, layers = (2, 12, 3, 2) if settings.dry else (24, 120, 32, 8)
+    reference, opened = models(layers)
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(list("abcdefghij "), int(length))) for length in rng.integers(8, longest, count)]
     generator = Generator(opened, slots=count, context=256)

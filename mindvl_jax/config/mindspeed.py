@@ -35,6 +35,9 @@ LORA_TARGETS = {
 }
 
 
+Fate = Literal["translated", "same", "lost"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Key:
     """Translation of one MindSpeed-MM key. file: data, model or script; yaml."""
@@ -42,7 +45,7 @@ class Key:
     file: str
     name: str
     value: Any
-    fate: Literal["translated", "same", "lost"]
+    fate: Fate
     text: str
 
 

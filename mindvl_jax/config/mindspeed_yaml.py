@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from mindvl_jax.config.mindspeed import ImportedRun, Key, Run, flat, read_text
+from mindvl_jax.config.mindspeed import Fate, ImportedRun, Key, Run, flat, read_text
 from mindvl_jax.core.errors import UserError
 
 SCRIPT = {
@@ -92,27 +92,27 @@ def import_yaml(path: Path, *, devices: int) -> ImportedRun:
     left = _read(path)
     script, data, model = _Renamed(left, "script"), _Renamed(left, "data"), _Renamed(left, "model")
     lora = bool(left.get("training.lora.enable", False))
-    for key, flag in SCRIPT.items():
+    for key, name in SCRIPT.items():
         default = (LORA if lora else {}).get(key, DEFAULTS.get(key))
         if key.startswith("training.lora.") and not lora:
             left.pop(key, None)
             continue
-        script.take(key, flag, default)
+        script.take(key, name, default)
     accumulation = left.pop("training.gradient_accumulation_steps", 1)
     total = script.values["micro-batch-size"] * accumulation * devices
     script.set("global-batch-size", total, "training.gradient_accumulation_steps")
     loss = left.pop("features.loss_cfg.loss_type", "raw")
     if loss not in LOSSES:
         raise UserError(f"{path}: features.loss_cfg.loss_type is {loss!r}; translated are {', '.join(LOSSES)}")
-    if LOSSES[loss]:
-        script.set(LOSSES[loss], True, "features.loss_cfg.loss_type")
+    if (flag := LOSSES[loss]) is not None:
+        script.set(flag, True, "features.loss_cfg.loss_type")
     data.take("model.model_name_or_path", "model_name_or_path", None)
     for key in [key for key in left if key.startswith("data.dataset_param.")]:
         if not re.fullmatch("|".join(_SAME), key):
             data.take(key, key.removeprefix("data."), None)
     frozen = left.pop("model.freeze", None) or []
-    for name, pattern in PARTS.items():
-        model.set(name, any(re.fullmatch(pattern, part) for part in frozen), "model.freeze")
+    for part_key, pattern in PARTS.items():
+        model.set(part_key, any(re.fullmatch(pattern, part) for part in frozen), "model.freeze")
     unknown = [part for part in frozen if not any(re.fullmatch(pattern, part) for pattern in PARTS.values())]
     epochs, optimizer = left.pop("training.train_epochs", None), left.pop("training.optimizer", "adamw")
     run = Run(data.values, model.values, script.values)
@@ -124,8 +124,8 @@ def import_yaml(path: Path, *, devices: int) -> ImportedRun:
         )
     if optimizer == "muon":
         config["training"]["optimizer"]["name"] = "muon"
-    known = {"muon": "translated", "adamw": "same", "adamw_swap": "same"}
-    keys.append(Key("yaml", "training.optimizer", optimizer, known.get(optimizer, "lost"), "training.optimizer.name"))
+    fate: Fate = "translated" if optimizer == "muon" else "same" if optimizer in ("adamw", "adamw_swap") else "lost"
+    keys.append(Key("yaml", "training.optimizer", optimizer, fate, "training.optimizer.name"))
     if epochs is not None:
         keys.append(_epochs(config["training"]["phases"][0], epochs, script))
     return ImportedRun(config, [*keys, *_rest(left)])

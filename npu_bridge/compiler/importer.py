@@ -20,6 +20,7 @@ from jaxlib.mlir.dialects import sdy, stablehlo
 
 from npu_bridge import jaxcompat
 from npu_bridge.compiler import attributes, callbacks
+from npu_bridge.compiler.elementwise import SAME_SHAPE
 from npu_bridge.compiler.ir import (
     COMPLEX,
     ELEMENT_BYTES,
@@ -37,69 +38,6 @@ from npu_bridge.compiler.partition import COMBINED_SCATTERS
 from npu_bridge.compiler.primitives import PLACE_TARGET
 from npu_bridge.errors import UnsupportedError
 
-# Operations whose operands and result all have one local shape.
-_SAME_SHAPE = frozenset(
-    [
-        "abs",
-        "add",
-        "and",
-        "atan2",
-        "cbrt",
-        "ceil",
-        "compare",
-        "convert",
-        "cosine",
-        "count_leading_zeros",
-        "divide",
-        "exponential",
-        "exponential_minus_one",
-        "floor",
-        "is_finite",
-        "log",
-        "log_plus_one",
-        "logistic",
-        "maximum",
-        "minimum",
-        "multiply",
-        "negate",
-        "not",
-        "or",
-        "popcnt",
-        "power",
-        "reduce_precision",
-        "remainder",
-        "round_nearest_afz",
-        "round_nearest_even",
-        "rsqrt",
-        "shift_left",
-        "shift_right_arithmetic",
-        "shift_right_logical",
-        "sign",
-        "sine",
-        "sqrt",
-        "subtract",
-        "tan",
-        "tanh",
-        "xor",
-        "acos",
-        "acosh",
-        "asin",
-        "asinh",
-        "atan",
-        "atanh",
-        "bessel_i1e",
-        "cosh",
-        "digamma",
-        "erf",
-        "erf_inv",
-        "erfc",
-        "lgamma",
-        "next_after",
-        "polygamma",
-        "sinh",
-        "zeta",
-    ]
-)
 _NUMBERS = {"gather": stablehlo.GatherDimensionNumbers, "scatter": stablehlo.ScatterDimensionNumbers}
 _FIELDS = {
     "gather": (
@@ -414,7 +352,7 @@ class Importer:
             return operands
         layouts = self.result_layouts(op)
         types = [self.local(r.type, lay, where, op.name) for r, lay in zip(op.results, layouts)]
-        if name in _SAME_SHAPE and any(v.shape != types[0].shape for v in operands):
+        if name in SAME_SHAPE and any(v.shape != types[0].shape for v in operands):
             self.problems.append(
                 f"{op.name} at {where}: local operand shapes {[v.shape for v in operands]} against result {types[0]}: "
                 "Shardy left its operands apart; constrain them to one sharding"
