@@ -46,7 +46,8 @@ class RunConfig(Section):
     seed: Annotated[int, bounded(2**32 - 1, least=0)] = 0
     resume: str = Field(
         "auto",
-        description="`auto`: from the newest checkpoint of run.dir; `never`: start anew; or the path of a checkpoint.",
+        description="`auto`: from the newest checkpoint of run.dir; `never`: start anew; or the path of a checkpoint, "
+        "or RUN:best.",
     )
     init_from: str | None = Field(
         None,

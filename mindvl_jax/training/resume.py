@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from mindvl_jax.checkpoints import checkpoint
 from mindvl_jax.checkpoints.checkpoint import CheckpointReader, DamagedCheckpoint, Progress
+from mindvl_jax.checkpoints.names import named_folder
 from mindvl_jax.config import families
 from mindvl_jax.config.schema import Config
 from mindvl_jax.core.errors import UserError
@@ -82,7 +83,12 @@ def plan(config: Config, outline: Outline, mesh: Mesh, parts: Sequence[tuple[lis
             return _restore(config, outline, mesh, parts, run_dir)
         notes = (f"{run_dir} has metrics but no checkpoint: starting anew",) if recorded else ()
         return Plan(notes=notes)
-    source = Path(config.run.resume)
+    source, average = named_folder(config.run.resume)
+    if average:
+        raise UserError(
+            f"run.resume={config.run.resume}: a moving average has no optimizer state to go on with; resume "
+            f"{source}, or start a new run from the average with run.init_from"
+        )
     folder, _ = checkpoint.locate(source)
     if own and folder.resolve() != (run_dir / checkpoint.FOLDER).resolve():
         raise UserError(

@@ -295,15 +295,32 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
+def _require_own(folder: Path) -> None:
+    """Refuse a folder of the cache that others may write: the libraries in it are loaded, and so run."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return  # not made yet
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise EmulatorError(
+            f"{folder} is not used as the emulator's cache: it belongs to another user, or others may write it; set "
+            "XDG_CACHE_HOME to a folder of your own, or remove it"
+        )
+
+
 def build(toolchain: Toolchain | None = None, *, cache: Path | None = None, quiet: bool = False) -> Path:
     """Return the folder of the libraries, building them on first use.
 
     Raises:
-      EmulatorError: the machine does not fit (see `environment.check`), or the compiler failed; the message holds its
-        command and output.
+      EmulatorError: the machine does not fit (see `environment.check`), another user could put libraries into the
+        cache, or the compiler failed; the message holds its command and output.
     """
     toolchain = toolchain or check()
-    folder = (cache or cache_folder()) / key_of(toolchain)
+    base = cache or cache_folder()
+    base.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = base / key_of(toolchain)
+    for place in (base, folder, folder / "lib"):
+        _require_own(place)
     if (folder / "complete").exists():
         return folder / "lib"
     with _locked(folder.parent / f"{folder.name}.lock"):

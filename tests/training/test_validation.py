@@ -54,6 +54,17 @@ def test_the_best_checkpoint_is_kept_and_its_loss_is_that_of_scoring_each_sample
     assert f"step 4: validation loss {losses[4]:.4f} (lowest so far)" in log and "done: 8 steps" in log
     assert all(seconds > 0 for seconds in quick), "the time of a check is not a step's"
 
+    def resumed(name):
+        own = config.run.model_copy(update={"dir": str(tmp_path / "again"), "resume": f"{folder}{name}"})
+        return config.model_copy(update={"run": own})
+
+    with pytest.raises(UserError, match="a moving average has no optimizer state to go on with"):
+        train(resumed(":ema"))
+    train(resumed(":best"))
+    again = read_jsonl(tmp_path / "again" / "metrics.jsonl")
+    assert [row["step"] for row in again] == [5, 6, 7, 8]
+    assert [row["loss"] for row in again] == [row["loss"] for row in rows if row["step"] > 4]
+
 
 @pytest.mark.parametrize(
     "content",
