@@ -334,8 +334,9 @@ def build(toolchain: Toolchain | None = None, *, cache: Path | None = None, quie
         work = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
         try:
             _Builder(toolchain, work, _reporter(quiet)).build(workers=min(os.cpu_count() or 1, 8))
-            folder.mkdir()
+            folder.mkdir(mode=0o700)
             (work / "lib").rename(folder / "lib")
+            (folder / "lib").chmod(0o700)  # whatever the umask: `_require_own` looks at it the next time
             (folder / "complete").touch()
         finally:
             shutil.rmtree(work, ignore_errors=True)
