@@ -49,9 +49,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# A module's tests stay in one process, so that its fixtures are made once; modules begin in the order of tests/conftest.py.
+# A module's tests stay in one process, so that its fixtures are made once; modules begin in the order of tests/conftest.py. A process
+# that dies ends the suite at once: pytest-xdist would start another one, lose the dead one's last tests and wait for them for ever.
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder --max-worker-restart 0
 
 # JAX's own tests through the bridge. JAX_TESTS: tests/ of the source release of the installed jax; EACH: tests drawn of each module, 0 for all.
 EACH ?= 40

@@ -8,8 +8,12 @@ import atexit
 import gc
 import importlib.metadata
 import os
+import pathlib
 import shutil
+import sys
 import tempfile
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # On a loaded machine the last of eight threads may reach a collective late; XLA aborts the process after 40 seconds.
@@ -64,3 +68,24 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+
+
+# Linux gives a process 65,530 memory maps (vm.max_map_count), and XLA's compiled programs take several each: a worker
+# that holds the programs of the whole suite reaches the limit near its end, and XLA dies of a segmentation fault.
+MOST_MAPS = 20_000
+
+
+def memory_maps():
+    maps = pathlib.Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory_maps():
+    """Drop JAX's compiled programs after a module when they hold too many memory maps; the files of the compilation
+    cache stay.
+    """
+    yield
+    if "jax" in sys.modules and memory_maps() > MOST_MAPS:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
