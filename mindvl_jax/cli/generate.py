@@ -136,23 +136,17 @@ def run(args: argparse.Namespace) -> int:
         slots = sum(request.sampling.n for request in requests if request.adapter == adapter)
         return Generator(models[adapter], slots=min(args.batch, slots), context=args.context, programs=programs)
 
+    generators = {adapter: generator(adapter) for adapter in dict.fromkeys(request.adapter for request in requests)}
     single = args.prompt is not None and args.n == 1
     if single and not folders and not args.no_stream and not args.out and not args.json:
-        answers, pieces = [], generator(None).stream(requests)
-        with common.busy("reading the prompt; programs that are new are compiled"):
-            first = next(pieces)
-        for piece in itertools.chain([first], pieces):
-            print(for_terminal(piece.text), end="", flush=True)
-            if piece.answer:
-                answers.append(piece.answer)
-        print()
+        answers = _streamed(generators[None], requests)
     else:
         started = time.perf_counter()
         total, done = sum(request.sampling.n for request in requests), itertools.count(1)
         with counting(LogConsole(stderr=True, stamp=False)) as show:
             show(0, total, "answers")
             answers = _by_adapter(
-                generator, requests, skip_errors=not single, on_answer=lambda *_: show(next(done), total, "answers")
+                generators, requests, skip_errors=not single, on_answer=lambda *_: show(next(done), total, "answers")
             )
         seconds = time.perf_counter() - started
         if args.out:
@@ -167,7 +161,9 @@ def run(args: argparse.Namespace) -> int:
                 label = (answer.id + (f" [{answer.sample}]" if args.n > 1 else "")).strip()
                 said = f"error: {answer.error}" if answer.error else answer.text
                 print(for_terminal((f"{label}: " if label else "") + said))
-    _tell_drafts(args, generator)
+    if args.speculative:
+        drafted, accepted = (sum(each.drafts[index] for each in generators.values()) for index in (0, 1))
+        print(f"{accepted} of {drafted} drafted tokens accepted", file=sys.stderr)
     if args.logprobs:
         for answer in answers:
             mean = sum(answer.logprobs) / max(1, len(answer.logprobs))
@@ -179,8 +175,25 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(answer.error for answer in answers) else 0
 
 
+def _streamed(generator, requests):
+    """Print the text of one answer as it comes; return the answer in a list."""
+    answers, pieces = [], generator.stream(requests)
+    with common.busy("reading the prompt; programs that are new are compiled"):
+        first = next(pieces)
+    for piece in itertools.chain([first], pieces):
+        print(for_terminal(piece.text), end="", flush=True)
+        if piece.answer:
+            answers.append(piece.answer)
+    print()
+    return answers
+
+
 def _for_adapters(requests, folders, *, all_of_them: bool):
-    """Requests with the adapters that answer them: every one and none, or what each request says."""
+    """Give each request its adapter: the one that it names, or, for a prompt, none and every one in turn.
+
+    Raises:
+      UserError: a request names an adapter that was not given.
+    """
     if all_of_them and folders:
         names = [None, *folders]
         return [
@@ -192,25 +205,23 @@ def _for_adapters(requests, folders, *, all_of_them: bool):
     return requests
 
 
-def _by_adapter(generator, requests, **options):
-    """Answers in the order of the requests; those of one adapter are generated together."""
+def _by_adapter(generators, requests, **options):
+    """Answer requests with the generators of their adapters; the answers keep the requests' order."""
     found = {}
-    for adapter in dict.fromkeys(request.adapter for request in requests):
+    for adapter, generator in generators.items():
         numbers = [number for number, request in enumerate(requests) if request.adapter == adapter]
-        answers = iter(generator(adapter).generate([requests[number] for number in numbers], **options))
+        answers = iter(generator.generate([requests[number] for number in numbers], **options))
         for number in numbers:
             found[number] = [next(answers) for _ in range(requests[number].sampling.n)]
     return [answer for number in sorted(found) for answer in found[number]]
 
 
-def _tell_drafts(args: argparse.Namespace, generator) -> None:
-    if args.speculative:
-        drafted, accepted = generator.drafts
-        print(f"{accepted} of {drafted} drafted tokens accepted", file=sys.stderr)
-
-
 def _programs(args: argparse.Namespace):
-    """What `Generator(programs=...)` takes."""
+    """Choose the device programs for `Generator(programs=...)`.
+
+    Raises:
+      UserError: --speculative beside a mesh or npu_bridge.
+    """
     programs = chosen_programs(args)
     if not args.speculative:
         return programs

@@ -17,10 +17,10 @@ import numpy as np
 from flax import nnx
 
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.lru import ByteLimitedLRU
 from mindvl_jax.inference import programs
 from mindvl_jax.inference.buckets import Bucket, bucket_of, next_size, row_counts, rows_for
 from mindvl_jax.inference.grammar import Matcher
-from mindvl_jax.inference.picture_cache import PictureCache
 from mindvl_jax.inference.placement import place_rows, row_groups
 from mindvl_jax.inference.prefill import RowPlanner
 from mindvl_jax.inference.prefix_cache import Entry, PrefixCache
@@ -52,7 +52,12 @@ Watcher = Callable[[Delivery], bool]
 
 @dataclasses.dataclass(eq=False)
 class _Running:
-    """One waiting or running answer; owner to cost as `turns.Waiter`."""
+    """One waiting or running answer.
+
+    Attributes:
+      owner, priority, arrival, cost: as of `turns.Waiter`.
+      beginning: (version of the prefix cache, what `Engine._known` found in it).
+    """
 
     prompt: Prompt
     sampling: Sampling
@@ -64,6 +69,7 @@ class _Running:
     arrival: int
     cost: int
     produced: int = 0
+    beginning: tuple[int, tuple[Entry, int, int] | None] | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -127,7 +133,10 @@ class Engine:
         can_go_on = mesh is None and hasattr(model.language, "read_after")
         self.prefixes = PrefixCache(prefix_bytes) if prefix_bytes and can_go_on else None
         sees = hasattr(model.config, "vision") and type(model).decoder_inputs is LanguageModel.decoder_inputs
-        self.pictures = PictureCache(prefix_bytes // 8) if self.prefixes is not None and sees else None
+        # Visual tokens (G, D) on the host, by digest of a medium's pixels.
+        self.pictures: ByteLimitedLRU[bytes, np.ndarray] | None = (
+            ByteLimitedLRU(prefix_bytes // 8) if self.prefixes is not None and sees else None
+        )
         self._shown: list[tuple[jax.Array, Sequence[Prompt], programs.Places]] = []
         self._piece = prefill_chunk if can_go_on else 0
         self._reading: _Reading | None = None
@@ -425,7 +434,7 @@ class Engine:
                 continue
             # Of those alone whose turn it is now: nobody is passed by.
             soon = itertools.islice(self._waiting, len(free))
-            known = ((running, found) for running in soon if (found := self._known(running.prompt)) is not None)
+            known = ((running, found) for running in soon if (found := self._known(running)) is not None)
             running, found = next(known, (self._waiting[0], None))
             if found is None and not self._is_long(running.prompt):
                 group = self._next_group(len(free))
@@ -563,7 +572,7 @@ class Engine:
             if new:
                 inputs_RTD = np.asarray(inputs)
                 for digest, row, own in new:
-                    self.pictures.add(digest, inputs_RTD[row, own])
+                    self.pictures.add(digest, (visual := inputs_RTD[row, own]), visual.nbytes)
         self._shown.clear()
 
     def _start(self, prefilled: programs.Prefilled, places, slots, settings, alternatives, allowed_NV):
@@ -588,9 +597,16 @@ class Engine:
 
     # --- prompts that begin as one before ---
 
-    def _known(self, prompt: Prompt) -> tuple[Entry, int, int] | None:
+    def _known(self, running: _Running) -> tuple[Entry, int, int] | None:
         """(entry, tokens in common, size for the rest) where going on after a known beginning is worth it."""
-        if self.prefixes is None or (found := self.prefixes.longest(prompt.identity)) is None:
+        if self.prefixes is None:
+            return None
+        if running.beginning is None or running.beginning[0] != self.prefixes.version:
+            running.beginning = self.prefixes.version, self._look_up(running.prompt)
+        return running.beginning[1]
+
+    def _look_up(self, prompt: Prompt) -> tuple[Entry, int, int] | None:
+        if (found := self.prefixes.longest(prompt.identity)) is None:
             return None
         entry, length = found
         rest = prompt.tokens - length

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from mindvl_jax.core.lru import ByteLimitedLRU
+
 SHORTEST = 64
 """Fewest tokens in common that are worth the program of their own."""
 KEPT_AT_ONCE = 256
@@ -52,17 +54,24 @@ def common(one: np.ndarray, two: np.ndarray) -> int:
 
 
 class PrefixCache:
-    """Entries up to a number of bytes; the one that was not used for longest goes first."""
+    """Keep entries up to a number of bytes, and find the one that a prompt begins with.
+
+    Attributes:
+      version: changes with the entries; what `longest` found holds for one version.
+    """
 
     def __init__(self, limit: int):
-        self.limit = limit
-        self._entries: collections.OrderedDict[int, Entry] = collections.OrderedDict()
+        self.version = 0
+        self._entries: ByteLimitedLRU[int, Entry] = ByteLimitedLRU(limit)
         self._met: collections.deque[np.ndarray] = collections.deque(maxlen=REMEMBERED)
-        self._number = 0
-        self.held = 0
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    @property
+    def held(self) -> int:
+        """Bytes of all entries."""
+        return self._entries.held
 
     def longest(self, identity: np.ndarray) -> tuple[Entry, int] | None:
         """(entry, tokens in common) of the longest common beginning, never the whole prompt: its last token must be
@@ -72,28 +81,22 @@ class PrefixCache:
         best = max(found, key=found.__getitem__, default=None)
         if best is None or min(found[best], len(identity) - 1) < SHORTEST:
             return None
-        self._entries.move_to_end(best)
-        return self._entries[best], min(found[best], len(identity) - 1)
+        return self._entries.get(best), min(found[best], len(identity) - 1)
 
     def wants(self, identity: np.ndarray) -> bool:
-        """Whether a prompt that is read now shall be kept."""
-        if any(common(entry.identity, identity) == len(identity) for entry in self._entries.values()):
+        """Whether to keep a prompt that is read now. Remembers its identity, to know its beginning the next time."""
+        if any(common(entry.identity, identity) == len(identity) for _, entry in self._entries.items()):
             return False
         again = any(common(met, identity) >= SHORTEST for met in self._met)
         self._met.append(identity)
         return len(identity) >= KEPT_AT_ONCE or again
 
     def add(self, entry: Entry) -> None:
-        """Keep an entry, and let others go where the limit wants it. One larger than the limit is not kept."""
-        if entry.nbytes > self.limit:
-            return
-        self._entries[self._number], self._number = entry, self._number + 1
-        self.held += entry.nbytes
-        while self.held > self.limit:
-            _, gone = self._entries.popitem(last=False)
-            self.held -= gone.nbytes
+        """Keep an entry. One larger than the limit is not kept."""
+        self.version += 1
+        self._entries.add(self.version, entry, entry.nbytes)
 
     def clear(self) -> None:
+        self.version += 1
         self._entries.clear()
         self._met.clear()
-        self.held = 0

@@ -50,19 +50,23 @@ class Prompt:
     @functools.cached_property
     def identity(self) -> np.ndarray:
         """(tokens,) int64: what each token is. Text is its number; a token of an image or video is a negative hash of
-        the medium's pixels and of its place in it, so that two pictures of one size differ, whatever the text.
+        the medium's pixels, of its place in it and of its rotary position, so that two pictures of one size differ,
+        whatever the text, and so does a video whose frames are told to be further apart.
         """
         example = self.example
         visual = np.asarray(example.visual_index)
         if not (visual >= 0).any():
             return np.asarray(example.tokens, np.int64)
         starts = np.cumsum([0, *(item.layout.tokens for item in example.visuals)])
-        seeds = np.array([int.from_bytes(digest[:8], "little") for digest in self._digests], np.uint64)
+        digests = self._digests
         if starts[-1] != visual.max() + 1:  # tokens that are not laid out medium by medium: share all media or none
-            starts, seeds = np.array([0, visual.max() + 1]), np.array([hash(tuple(seeds.tolist()))]).astype(np.uint64)
+            starts, digests = np.array([0, visual.max() + 1]), [hashlib.blake2b(b"".join(digests)).digest()]
+        seeds = np.array([int.from_bytes(digest[:8], "little") for digest in digests], np.uint64)
         owner = np.clip(np.searchsorted(starts, visual, side="right") - 1, 0, len(seeds) - 1)
         place = (visual - starts[owner]).astype(np.uint64)
-        hashed = seeds[owner] + place * np.uint64(0x9E3779B97F4A7C15)  # wraps; an odd factor keeps places apart
+        factors = np.array([[0xD6E8FEB86659FD93], [0xA0761D6478BD642F], [0xE7037ED1A0B428DB]], np.uint64)
+        hashed = seeds[owner] + place * np.uint64(0x9E3779B97F4A7C15)  # wraps; odd factors keep places apart
+        hashed += np.sum(example.positions.astype(np.uint64) * factors, axis=0, dtype=np.uint64)
         return np.where(visual >= 0, (hashed | np.uint64(1 << 63)).view(np.int64), example.tokens)
 
     @functools.cached_property

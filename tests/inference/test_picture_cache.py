@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mindvl_jax.core.lru import ByteLimitedLRU
 from mindvl_jax.inference import Generator, Request, Sampling
 from mindvl_jax.inference.backends import BridgePrograms
-from mindvl_jax.inference.picture_cache import PictureCache
 
 SETTINGS = Sampling(max_new_tokens=10, ignore_eos=True)
 
@@ -49,20 +49,21 @@ def test_a_picture_that_comes_again_is_not_seen_again_and_the_answers_stay(opene
 
 
 def test_pictures_leave_when_the_limit_is_reached():
-    cache, one = PictureCache(100), np.zeros((5, 2), np.float32)
+    cache, one = ByteLimitedLRU(100), np.zeros((5, 2), np.float32)
     for digest in b"a", b"b":
-        cache.add(digest, one)
+        cache.add(digest, one, one.nbytes)
     cache.get(b"a")
-    cache.add(b"c", one)
-    cache.add(b"large", np.zeros(101, np.uint8))
+    cache.add(b"c", one, one.nbytes)
+    cache.add(b"large", np.zeros(101, np.uint8), 101)
     assert b"a" in cache and b"b" not in cache and b"c" in cache and b"large" not in cache
     assert cache.held == 80 and len(cache) == 2
 
 
 def test_the_bridge_reads_a_picture_that_it_has_seen(opened, plain, draw_pictures):
     picture = draw_pictures(1, seed=8)[0].resize((84, 56))
-    both = [asked("one <image>", picture), asked("Now <image>", picture)]
-    expected = [answer.tokens for answer in plain.generate(both)]
+    texts = ("one <image>", "Now <image>", "See <image>", "By <image>?")  # three times from the cache
+    every = [asked(text, picture) for text in texts]
+    expected = [answer.tokens for answer in plain.generate(every)]
     keeping = Generator(opened, slots=4, context=256, prefix_bytes=1 << 24, programs=BridgePrograms("cpu"))
-    assert [keeping.generate([each])[0].tokens for each in both] == expected
-    assert keeping._engine.reused_pictures == 1
+    assert [keeping.generate([each])[0].tokens for each in every] == expected
+    assert keeping._engine.reused_pictures == 3

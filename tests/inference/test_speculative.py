@@ -1,18 +1,23 @@
 """Speculative decoding with an MTP head: tokens of plain greedy decoding, whatever the head drafts."""
 
 import dataclasses
+import json
+import shutil
 import types
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from mindvl_jax.cli.main import main
 from mindvl_jax.core.errors import UserError
+from mindvl_jax.core.params import flatten
 from mindvl_jax.inference import Generator, Request, Sampling, speculative
 from mindvl_jax.models.deepseek_v3.config import DeepSeekV3Config
 from mindvl_jax.models.layers.config import DeepSeekV3TextConfig, MoEConfig
 from mindvl_jax.models.outline import outline_of
+from mindvl_jax.weights.save import save_parameters
 
 D, CONTEXT = 48, 128
 
@@ -104,4 +109,17 @@ def test_what_is_not_greedy_and_models_without_a_head_are_refused(opened, tokeni
     bare = types.SimpleNamespace(**vars(opened) | {"model": _model(_config(tokenizer.vocab_size, 0), 0.3)})
     with pytest.raises(UserError, match="MTP head"):
         Generator(bare, slots=1, context=64, programs=speculative).generate(_requests(1))
-    assert jax.tree.leaves(opened.model)
+
+
+def test_the_command_gives_the_plain_answer_and_tells_how_many_drafts_were_accepted(opened, tmp_path, capsys):
+    folder = tmp_path / "model"
+    save_parameters(folder, opened.model.config, flatten(nnx.state(opened.model, nnx.Param)))
+    shutil.copy(opened.tokenizer._file, folder / "tokenizer.json")
+    said = {}
+    for options in ((), ("--speculative",)):
+        command = ["generate", "--weights", str(folder), "--prompt", "what is here", "--max-new-tokens", "12", "--json"]
+        assert main([*command, *options]) == 0
+        told = capsys.readouterr()
+        said[options] = json.loads(told.out)["tokens"]
+        assert ("drafted tokens accepted" in told.err) == bool(options), told.err
+    assert said[()] == said["--speculative",]
